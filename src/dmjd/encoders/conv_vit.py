@@ -1,0 +1,218 @@
+"""ConvViT, the hybrid of ConvMAE / MCMAE (Gao et al. 2022) that DMJD calls "ConViT".
+
+Stages 1 and 2 are masked convolution blocks on 4 x 4 and 2 x 2 cells a token, stage 3 is a transformer on tokens.
+Masked positions never influence visible ones, so computing the visible tokens only gives the dense masked result.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dmjd.encoders.base import Encoder, drop_path_rates
+from dmjd.layers import (
+    ConvBlock,
+    Depthwise,
+    PatchEmbed,
+    TransformerNorm,
+    block_flops,
+    dense_depthwise,
+    init_flattened,
+    transformer_block,
+    visible_depthwise,
+)
+from dmjd.tokens import gather_tokens, sincos_positions
+
+# name: (widths, depths, heads); base and large are DMJD's, small and tiny ours
+CONV_VIT_SIZES = {
+    "tiny": ((64, 128, 192), (2, 2, 11), 3),
+    "small": ((128, 256, 384), (2, 2, 11), 6),
+    "base": ((256, 384, 768), (2, 2, 11), 12),
+    "large": ((384, 768, 1024), (2, 2, 23), 16),
+}
+CELLS = (4, 2)  # cells per token side in stages 1 and 2
+
+
+class ConvViT(Encoder):
+    """ConvViT encoder.
+
+    Args:
+        img_size: (H, W) pixels it is built for.
+        patch_size: pixels of a token's side: 16, 8 or 4 (first strides 4, 2, 1).
+        in_chans: C. embed_dims: widths of the three stages. depths: their blocks. num_heads: of stage 3.
+        mlp_ratios: of the three stages; DMJD's are (8, 8, 4), ConvMAE's (4, 4, 4).
+        drop_path: stochastic depth rate of the last block, growing linearly from 0 over all blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: tuple[int, int],
+        patch_size: int,
+        in_chans: int = 3,
+        embed_dims: tuple[int, int, int] = (64, 128, 192),
+        depths: tuple[int, int, int] = (2, 2, 11),
+        num_heads: int = 3,
+        mlp_ratios: tuple[float, float, float] = (8.0, 8.0, 4.0),
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__(img_size, patch_size, in_chans, embed_dims[2])
+        if patch_size % CELLS[0]:
+            raise ValueError(f"ConvViT needs a patch divisible by {CELLS[0]}, got {patch_size}")
+        d1, d2, d3 = embed_dims
+        self.mlp_ratios = mlp_ratios
+        self.decoder_mlp_ratio = mlp_ratios[0]
+        self.scales = ((d1, CELLS[0]), (d2, CELLS[1]))
+        rates = drop_path_rates(drop_path, sum(depths))
+        first, second = depths[0], depths[0] + depths[1]
+        self.patch_embed1 = PatchEmbed(in_chans, d1, patch_size // CELLS[0])
+        self.blocks1 = nn.ModuleList(ConvBlock(d1, mlp_ratios[0], rate) for rate in rates[:first])
+        self.patch_embed2 = PatchEmbed(d1, d2, 2)
+        self.blocks2 = nn.ModuleList(ConvBlock(d2, mlp_ratios[1], rate) for rate in rates[first:second])
+        self.patch_embed3 = PatchEmbed(d2, d3, 2)
+        self.patch_embed4 = nn.Linear(d3, d3)
+        self.pos_embed = nn.Parameter(sincos_positions(d3, self.grid), requires_grad=False)  # 1, N, D
+        self.blocks = nn.ModuleList(transformer_block(d3, num_heads, mlp_ratios[2], r) for r in rates[second:])
+        self.norm = TransformerNorm(d3)
+        self.feature_info = [
+            {"num_chs": width, "reduction": patch_size // cells, "module": module}
+            for width, cells, module in ((d1, 4, "blocks1"), (d2, 2, "blocks2"), (d3, 1, "blocks"))
+        ]
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """MAE's initialisation of the last patch embedding; the linears by the base class."""
+        super().init_weights()
+        init_flattened(self.patch_embed3.proj)
+
+    def _run(self, block: nn.Module, *args: Tensor | Depthwise) -> Tensor:
+        return checkpoint(block, *args, use_reentrant=False) if self.grad_checkpointing else block(*args)
+
+    def _conv_stages(self, x: Tensor, depthwise: Sequence[Depthwise]) -> tuple[Tensor, Tensor]:
+        """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` holds one form for each stage."""
+        x1 = self.patch_embed1(x)
+        for block in self.blocks1:
+            x1 = self._run(block, x1, depthwise[0])
+        x2 = self.patch_embed2(x1)
+        for block in self.blocks2:
+            x2 = self._run(block, x2, depthwise[1])
+        return x1, x2
+
+    def _transformer_stage(self, x2: Tensor, positions: Tensor) -> Tensor:
+        """Stage 3: tokens [R, V, 2, 2, d2] -> [R, V, D]."""
+        x = self.patch_embed4(self.patch_embed3(x2).flatten(2, 4)) + positions
+        for block in self.blocks:
+            x = self._run(block, x)
+        return x
+
+    def _dense_maps(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Stages 1 and 2 of all tokens as maps [B, h*s, w*s, d]; ``mask`` [B, N] bool hides tokens (True = masked)."""
+        h, w = self.check_images(images)
+        depthwise = []
+        for cells in CELLS:
+            hidden = None
+            if mask is not None:
+                hidden = mask.view(-1, h, w).repeat_interleave(cells, 1).repeat_interleave(cells, 2)
+            depthwise.append(partial(dense_depthwise, mask=hidden))
+        return self._conv_stages(images.permute(0, 2, 3, 1), depthwise)
+
+    def forward_stages(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Tokens and the two convolutional stages' outputs by token; see :class:`Encoder`."""
+        grid = self.check_images(images)
+        positions = self.positions(grid)
+        if visible is None:
+            x1, x2 = (_to_tokens(x, grid) for x in self._dense_maps(images))
+        else:
+            cells = (self.patch_size, self.patch_size, self.in_chans)
+            pixels = self.visible_patches(images, visible).unflatten(-1, cells)  # R, V, P, P, C
+            depthwise = partial(visible_depthwise, ids=visible, grid=grid)
+            x1, x2 = self._conv_stages(pixels, [depthwise, depthwise])
+            positions = gather_tokens(positions.expand(visible.shape[0], -1, -1), visible)
+        return self._transformer_stage(x2, positions), [x1, x2]
+
+    def forward_masked_dense(self, images: Tensor, visible: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The published way: compute every position under a mask, then pick. Same values as the visible form; slower.
+
+        Args:
+            images: [B, C, H, W]. visible: [B, V] ids.
+
+        Returns:
+            as :meth:`forward_stages`.
+        """
+        grid = self.check_images(images)
+        mask = torch.ones(visible.shape[0], grid[0] * grid[1], dtype=torch.bool, device=images.device)
+        maps = self._dense_maps(images, mask.scatter_(1, visible, False))
+        rows = torch.arange(visible.shape[0], device=images.device).unsqueeze(1)
+        x1, x2 = (_to_tokens(x, grid)[rows, visible] for x in maps)
+        positions = gather_tokens(self.positions(grid).expand(visible.shape[0], -1, -1), visible)
+        return self._transformer_stage(x2, positions), [x1, x2]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The three stages' maps (index 0, 1, 2), with timm's arguments.
+
+        Args:
+            x: [B, C, H, W] normalised images.
+            indices: stages (negative from the end), a count of last stages, or None for all.
+            norm: apply the final norm to the last stage.
+            stop_early: do not run stage 3 when it is not asked for.
+            output_fmt: "NCHW" only: the stages differ in resolution.
+            intermediates_only: return the list alone, not (final tokens, list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"ConvViT's stages are maps of different sizes: output_fmt must be NCHW, got {output_fmt}")
+        take, last = feature_take_indices(3, indices)
+        grid = self.check_images(x)
+        x1, x2 = self._dense_maps(x)
+        maps = [x1.permute(0, 3, 1, 2), x2.permute(0, 3, 1, 2)]
+        tokens = x2.flatten(1, 2)
+        if last == 2 or not (stop_early or intermediates_only):
+            tokens = self._transformer_stage(_to_tokens(x2, grid), self.positions(grid))
+            final = self.norm(tokens) if norm else tokens
+            maps.append(final.transpose(1, 2).unflatten(2, grid))
+        outputs = [maps[i].contiguous() for i in take]
+        return outputs if intermediates_only else (tokens, outputs)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what follows the last stage asked for (timm's protocol); returns the absolute indices."""
+        take, last = feature_take_indices(3, indices)
+        if last < 2:
+            self.blocks = nn.ModuleList()
+        if prune_norm:
+            self.norm = nn.Identity()
+        return take
+
+    def flops(self, num_visible: int | None = None) -> int:
+        """Floating-point operations of one forward pass of one image; convolution stages on visible cells only.
+
+        A cell of a convolution block takes two 1 x 1 convolutions (2 d^2), 25 d for the depthwise one and 2 r d^2 for
+        the MLP.
+        """
+        V = num_visible if num_visible is not None else self.num_patches
+        total, in_dim, taps = 0, self.in_chans, (self.patch_size // CELLS[0]) ** 2
+        for (d, cells), ratio, blocks in zip(self.scales, self.mlp_ratios[:2], (self.blocks1, self.blocks2), strict=True):
+            cell = taps * in_dim * d + len(blocks) * (2 * d * d + 25 * d + 2 * int(ratio * d) * d)
+            total += 2 * V * cells * cells * cell
+            in_dim, taps = d, 4
+        D = self.embed_dim
+        total += 2 * V * (taps * in_dim * D + D * D)
+        return total + len(self.blocks) * block_flops(V, D, self.mlp_ratios[2])
+
+
+def _to_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Dense map [B, h*s, w*s, D] -> by token [B, N, s, s, D]."""
+    B, H, _, D = x.shape
+    (h, w), s = grid, H // grid[0]
+    return x.reshape(B, h, s, w, s, D).transpose(2, 3).reshape(B, h * w, s, s, D)

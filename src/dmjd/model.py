@@ -1,0 +1,222 @@
+"""The method, top to bottom (DMJD, section III): masks -> K views -> one encoder -> two branches -> loss.
+
+Shapes: B image, K view, R = K * B rows (view-major), N token, V visible, M masked, D width, C target entries.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmjd.decoder import DistillationHead, MultiScaleFusion, ReconstructionDecoder, default_decoder
+from dmjd.encoders import Encoder
+from dmjd.masking import Masks, disjoint_masks, mask_counts, resolve_block_size
+from dmjd.targets import Target, create_target
+from dmjd.tokens import gather_views
+
+LOSSES = ("l2", "smooth_l1")
+SMOOTH_L1_BETA = 2.0
+
+
+def regression_loss(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens and entries, in float32: "l2" is the mean squared error, "smooth_l1" has beta 2."""
+    prediction = prediction.float()
+    if kind == "l2":
+        return F.mse_loss(prediction, target)
+    return F.smooth_l1_loss(prediction, target, beta=SMOOTH_L1_BETA)
+
+
+class MaskedImageModel(nn.Module):
+    """Disjoint masking with joint distillation around any encoder.
+
+    Args:
+        encoder: the encoder to pre-train.
+        target: name of the learning target of both branches, or a ready :class:`~dmjd.targets.Target`.
+        mim_target, vis_target: targets of the branches apart; None = ``target``.
+        num_views: K. mask_ratio: c. pred_ratio: p, None = as disjoint as possible.
+        block_size: masking block in tokens; None = 2 where it divides the grid, else 1.
+        disjoint: False draws the views independently (the ablation).
+        decoder_dim, decoder_depth, decoder_heads: of the reconstruction decoder; None = by the encoder's width
+            (:func:`~dmjd.decoder.default_decoder`). decoder_mlp_ratio: None = the encoder's first.
+        mim: build the reconstruction branch. vis: build the distillation branch.
+        theta: weight of the distillation loss.
+        mim_loss, vis_loss: "l2" or "smooth_l1".
+        hog_cell: side of a HOG cell in pixels; None = by the patch.
+
+    Raises:
+        ValueError: for combinations that cannot be; nothing long has started by then.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        target: str | Target = "hog",
+        *,
+        mim_target: str | Target | None = None,
+        vis_target: str | Target | None = None,
+        num_views: int = 2,
+        mask_ratio: float = 0.6,
+        pred_ratio: float | None = None,
+        block_size: int | None = None,
+        disjoint: bool = True,
+        decoder_dim: int | None = None,
+        decoder_depth: int | None = None,
+        decoder_heads: int | None = None,
+        decoder_mlp_ratio: float | None = None,
+        mim: bool = True,
+        vis: bool = True,
+        theta: float = 1.0,
+        mim_loss: str = "l2",
+        vis_loss: str = "smooth_l1",
+        hog_cell: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not (mim or vis):
+            raise ValueError("both branches are off: leave mim or vis on")
+        if bad := [loss for loss in (mim_loss, vis_loss) if loss not in LOSSES]:
+            raise ValueError(f"unknown loss '{bad[0]}'; choose one of {', '.join(LOSSES)}")
+        self.encoder = encoder
+        self.num_views, self.mask_ratio, self.pred_ratio = num_views, mask_ratio, pred_ratio
+        self.block_size = resolve_block_size(encoder.grid, block_size)
+        self.disjoint, self.theta, self.mim_loss, self.vis_loss = disjoint, theta, mim_loss, vis_loss
+        if not disjoint and pred_ratio is not None:
+            raise ValueError("pred_ratio has no meaning with disjoint=False; leave one of them out")
+        units = encoder.num_patches // self.block_size**2
+        self.counts = tuple(n * self.block_size**2 for n in mask_counts(units, num_views, mask_ratio, pred_ratio))
+        mim_target = target if mim_target is None else mim_target
+        vis_target = target if vis_target is None else vis_target
+        self.mim_target = self._target(mim_target, hog_cell) if mim else None
+        self.vis_target = None
+        if vis:  # branches that share a target share its module, so that it is computed once
+            self.vis_target = self.mim_target if mim and vis_target == mim_target else self._target(vis_target, hog_cell)
+        dim, depth, heads = default_decoder(encoder.embed_dim)
+        dim, depth, heads = decoder_dim or dim, decoder_depth or depth, decoder_heads or heads
+        if dim % heads or dim % 4:
+            raise ValueError(f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}")
+        self.fusion = MultiScaleFusion(encoder.scales, encoder.embed_dim) if encoder.scales else None
+        self.decoder = None
+        if self.mim_target is not None:
+            self.decoder = ReconstructionDecoder(
+                encoder.embed_dim,
+                encoder.grid,
+                dim=dim,
+                depth=depth,
+                num_heads=heads,
+                mlp_ratio=decoder_mlp_ratio or encoder.decoder_mlp_ratio,
+                out_dim=self.mim_target.dim,
+                num_prefix_tokens=encoder.num_prefix_tokens,
+            )
+        self.distillation = None
+        if self.vis_target is not None:
+            self.distillation = DistillationHead(encoder.embed_dim, dim, self.vis_target.dim)
+
+    def _target(self, target: str | Target, hog_cell: int | None) -> Target:
+        options = {"cell_size": hog_cell} if target == "hog" else {}
+        return create_target(target, patch_size=self.encoder.patch_size, in_chans=self.encoder.in_chans, **options)
+
+    def draw_masks(self, keys: Tensor) -> Masks:
+        """Masks of the model's own settings, a pure function of the image keys [B] int64."""
+        return disjoint_masks(
+            keys.shape[0],
+            self.encoder.grid,
+            self.num_views,
+            self.mask_ratio,
+            self.pred_ratio,
+            self.block_size,
+            self.disjoint,
+            keys=keys,
+        )
+
+    def encode(self, normalised: Tensor, visible: Tensor) -> Tensor:
+        """Latent tokens of all views: images [B, c, H, W], ids [K, B, V] -> [R, prefix + V, D].
+
+        Multi-scale fusion and the last norm belong to pre-training only; the encoder itself runs as it does downstream.
+        """
+        x, stages = self.encoder.forward_stages(normalised, visible.flatten(0, 1))  # R, prefix + V, D
+        if self.fusion is not None:
+            x = x + self.fusion(stages)  # R, V, D (such encoders have no prefix)
+        return self.encoder.norm(x)
+
+    def predict(self, normalised: Tensor, masks: Masks) -> dict[str, Tensor]:
+        """What each branch says of its own tokens.
+
+        Returns:
+            "mim": [R, M, C] in the order of ``masks.masked``; "vis": [R, V, C] in the order of ``masks.visible``.
+        """
+        visible, masked = masks.visible.flatten(0, 1), masks.masked.flatten(0, 1)  # R, V and R, M
+        latent = self.encode(normalised, masks.visible)
+        predictions = {}
+        if self.decoder is not None:
+            predictions["mim"] = self.decoder(latent, visible, masked)
+        if self.distillation is not None:
+            predictions["vis"] = self.distillation(latent[:, self.encoder.num_prefix_tokens :])
+        return predictions
+
+    @torch.no_grad()
+    def targets(self, normalised: Tensor, raw: Tensor) -> dict[str, Tensor]:
+        """Targets of the branches that are on, once per image: [B, N, C] float32 each."""
+        with torch.autocast(normalised.device.type, enabled=False):
+            targets = {}
+            if self.mim_target is not None:
+                targets["mim"] = self.mim_target(normalised, raw)
+            if self.vis_target is not None:
+                shared = self.vis_target is self.mim_target
+                targets["vis"] = targets["mim"] if shared else self.vis_target(normalised, raw)
+            return targets
+
+    def forward(
+        self,
+        images_normalised: Tensor,
+        images_0_255: Tensor,
+        masks: Masks | None = None,
+        keys: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One pass: loss = mim + theta * vis.
+
+        Args:
+            images_normalised: [B, c, H, W], the encoder's input.
+            images_0_255: [B, c, H, W], the same pictures on the 0..255 scale (HOG is taken from these).
+            masks: the caller's own masks, of any K; they override the model's.
+            keys: [B] int64, from which the model draws its masks; None = from torch's random state.
+
+        Returns:
+            {"loss", "mim", "vis"}: scalars; a branch that is off has no entry.
+        """
+        if masks is None:
+            masks = self._fresh_masks(images_normalised, keys)
+        B = masks.visible.shape[1]
+        if images_normalised.shape[0] != B or masks.mask.shape[-1] != self.encoder.num_patches:
+            raise ValueError(
+                f"masks are for {B} images of {masks.mask.shape[-1]} tokens, got {images_normalised.shape[0]} of "
+                f"{self.encoder.num_patches}"
+            )
+        predictions = self.predict(images_normalised, masks)
+        targets = self.targets(images_normalised, images_0_255)
+        losses: dict[str, Tensor] = {}
+        # Both branches pick their targets by the very ids they predicted. The published code compares the visible
+        # branch's shuffled tokens with targets in raster order.
+        for branch, kind, ids in (("mim", self.mim_loss, masks.masked), ("vis", self.vis_loss, masks.visible)):
+            if branch in predictions:
+                target = gather_views(targets[branch], ids.flatten(0, 1))  # R, M or V, C
+                losses[branch] = regression_loss(kind, predictions[branch], target)
+        loss = losses.get("mim", 0.0) + self.theta * losses.get("vis", 0.0)
+        return {"loss": loss, **losses}
+
+    def _fresh_masks(self, images: Tensor, keys: Tensor | None) -> Masks:
+        if keys is None:
+            keys = torch.randint(-(2**63), 2**63 - 1, (images.shape[0],))
+        return self.draw_masks(keys.to(images.device))
+
+    def after_step(self, step: int) -> None:
+        """Let the targets follow the encoder after optimizer step ``step``."""
+        for target in {id(t): t for t in (self.mim_target, self.vis_target) if t is not None}.values():
+            target.after_step(self.encoder, step)
+
+    def flops(self) -> int:
+        """Floating-point operations of one forward pass of one unique image, its K views included; training takes 3 x."""
+        visible, masked, _ = self.counts
+        view = self.encoder.flops(visible)
+        for part in (self.fusion, self.distillation):
+            view += part.flops(visible) if part is not None else 0
+        if self.decoder is not None:
+            view += self.decoder.flops(visible, masked)
+        return self.num_views * view

@@ -1,0 +1,113 @@
+"""Bicubic resizing of boxes cut out of pictures: batches by exact matrix products, single pictures by Pillow."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def resample(pictures: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor | None = None) -> Tensor:
+    """Cut one box out of each picture and resize it, bicubic (a = -0.5) with antialiasing, as Pillow does.
+
+    Two matrix products per picture with weights in steps of 2^-15: every sum is then exact (uint8 in float32, floats,
+    taken in steps of 2^-16, in float64), so a picture's result does not depend on the device, the number of
+    threads or what else is in the batch.
+
+    Args:
+        pictures: [B, C, H, W] uint8 or float32 on the 0..255 scale.
+        boxes: [B, 4] (top, left, height, width) in pixels, fractions allowed.
+        size: (h, w) of the result.
+        flips: [B] bool, which results to mirror left to right; None: none.
+
+    Returns:
+        [B, C, h, w], data type of ``pictures``; uint8 is rounded and clamped, also between the two products.
+    """
+    eight_bit = pictures.dtype == torch.uint8
+    dtype, round_ = (torch.float32, _round_to_byte) if eight_bit else (torch.float64, _round_to_step)
+    boxes = boxes.to(device=pictures.device, dtype=torch.float64)
+    rows = _bicubic_weights(boxes[:, 0], boxes[:, 2], pictures.shape[2], size[0]).to(dtype)  # B, h, H
+    columns = _bicubic_weights(boxes[:, 1], boxes[:, 3], pictures.shape[3], size[1]).to(dtype)  # B, w, W
+    if flips is not None:
+        columns = torch.where(flips.to(pictures.device)[:, None, None], columns.flip(1), columns)
+    with _exact_products(pictures.device):
+        x = round_(pictures.to(dtype).flatten(1, 2) @ columns.transpose(1, 2))  # B, C*H, w
+        x = round_(rows[:, None] @ x.unflatten(1, pictures.shape[1:3]))  # B, C, h, w
+    return x.to(pictures.dtype)
+
+
+def _round_to_byte(x: Tensor) -> Tensor:
+    return x.add(0.5).floor_().clamp_(0, 255)
+
+
+def _round_to_step(x: Tensor) -> Tensor:
+    return x.mul(2.0**16).round_().mul_(2.0**-16)
+
+
+def _bicubic_weights(start: Tensor, length: Tensor, num_in: int, num_out: int) -> Tensor:
+    """[B, num_out, num_in] float64, multiples of 2^-15 with rows that sum to 1: resizing [start, start + length)."""
+    scale = (length / num_out).view(-1, 1, 1)
+    width = scale.clamp(min=1)  # antialiasing: the kernel covers at least one output pixel
+    centre = start.view(-1, 1, 1) + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    # Only the taps a kernel can reach are computed: a box is never longer than the picture.
+    taps = torch.arange(math.ceil(4 * max(1.0, num_in / num_out)), device=start.device)
+    pixel = (centre - 2 * width + 0.5).floor() + taps  # B, out, taps
+    t = ((pixel + 0.5 - centre) / width).abs_()
+    inner = (1.5 * t - 2.5) * t * t + 1
+    outer = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    weights = torch.where(t < 1, inner, torch.where(t < 2, outer, 0))
+    weights = torch.where((pixel >= 0) & (pixel < num_in), weights, 0)
+    weights = (weights / weights.sum(-1, keepdim=True) * 2**15).round_()
+    # What rounding took goes to each row's largest weight, so that a plain area keeps its value.
+    weights.scatter_add_(-1, weights.argmax(-1, keepdim=True), 2**15 - weights.sum(-1, keepdim=True))
+    dense = weights.new_zeros(len(start), num_out, num_in)
+    return dense.scatter_add_(-1, pixel.long().clamp_(0, num_in - 1), weights.mul_(2.0**-15))
+
+
+@contextlib.contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """Full float32 products whatever the process has chosen for training (autocast, TF32)."""
+    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    chosen = backend.fp32_precision
+    backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        backend.fp32_precision = chosen
+
+
+def resize_box(picture: np.ndarray, box: Sequence[float], size: tuple[int, int]) -> Tensor:
+    """Cut a box out of one picture and resize it.
+
+    Args:
+        picture: [H, W, C] uint8 or float32, values on the 0..255 scale.
+        box: (top, left, height, width) in pixels, fractions allowed.
+        size: (h, w) of the result.
+
+    Returns:
+        [C, h, w], data type of ``picture``. Pillow does the common kinds (uint8 with 1, 3 or 4 channels), and
+        :func:`resample` the others; they agree within one level.
+    """
+    top, left, height, width = (float(x) for x in box)
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(picture.shape[2])  # CMYK: four plain channels; RGBA would mix in alpha
+    if picture.dtype != np.uint8 or mode is None:
+        one = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
+        return resample(one, torch.tensor([[top, left, height, width]], dtype=torch.float64), size)[0]
+    image = Image.fromarray(picture[:, :, 0] if mode == "L" else picture)
+    if mode == "CMYK":
+        image = Image.frombytes(mode, picture.shape[1::-1], picture.tobytes())
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    resized = np.array(image).reshape(*size, picture.shape[2])
+    return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+
+
+def centre_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest centred (top, left, height, width) with the proportions of ``size`` (h, w)."""
+    scale = min(height / size[0], width / size[1])
+    h, w = size[0] * scale, size[1] * scale
+    return (height - h) / 2, (width - w) / 2, h, w
