@@ -1,4 +1,4 @@
-"""Values computed once with the published implementations: DMJD at commit 881b21d, MAE at commit efb2a80 (float32, CPU)."""
+"""Values made once with the published code: DMJD at commit 881b21d, MAE at commit efb2a80 (float32, CPU)."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,9 @@ def assert_gradient_norms(model: nn.Module, values: dict[str, torch.Tensor], con
     published = {key.removeprefix("grad_norm."): value for key, value in values.items() if key.startswith("grad_norm.")}
     assert len(published) == sum(p.requires_grad for p in parameters.values())
     for key, expected in published.items():
-        torch.testing.assert_close(parameters[to_ours(key, conv_vit)].grad.norm(), expected, rtol=1e-3, atol=1e-7, msg=key)
+        torch.testing.assert_close(
+            parameters[to_ours(key, conv_vit)].grad.norm(), expected, rtol=1e-3, atol=1e-7, msg=key
+        )
 
 
 @pytest.fixture(scope="module")

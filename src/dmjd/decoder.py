@@ -1,6 +1,8 @@
-"""The two light branches on the shared encoder: reconstruction of hidden tokens, distillation on visible ones (DMJD, section III-B)."""
+"""The two light branches on the shared encoder (DMJD, section III-B): reconstruction of hidden tokens, distillation on
+visible ones.
+"""
 
-from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ class ReconstructionDecoder(nn.Module):
         return self.head(self.norm(x[:, P:] if all_tokens else x[:, P + V :]))
 
     def flops(self, num_visible: int, num_masked: int) -> int:
-        """Floating-point operations of one forward pass of one view: all tokens in the blocks, masked ones in the head."""
+        """Floating-point operations of one pass of one view: all tokens in the blocks, masked ones in the head."""
         dim, T = self.embed.out_features, self.num_prefix_tokens + num_visible + num_masked
         embed = 2 * (T - num_masked) * self.embed.in_features * dim
         blocks = len(self.blocks) * block_flops(T, dim, self.mlp_ratio)
@@ -117,13 +119,11 @@ class DistillationHead(nn.Module):
 
     def flops(self, num_visible: int) -> int:
         """Floating-point operations of one forward pass of one view."""
-        dim = self.predictor.in_features
-        widths = [self.projector[0].in_features, dim, dim, dim, self.predictor.out_features]
-        return 2 * num_visible * sum(a * b for a, b in pairwise(widths))
+        return 2 * num_visible * sum(p.numel() for p in self.parameters() if p.dim() > 1)
 
 
 class MultiScaleFusion(nn.Module):
-    """Brings the convolutional stages to token resolution in pre-training (ConvMAE): one strided convolution each, summed.
+    """Brings the convolutional stages to token resolution in pre-training (ConvMAE): one strided convolution each.
 
     Args:
         scales: (width, cells per token side) of each stage. dim: D.
@@ -135,10 +135,10 @@ class MultiScaleFusion(nn.Module):
 
     def forward(self, stages: list[Tensor]) -> Tensor:
         """[R, V, s, s, d] for each stage -> [R, V, D]."""
-        return torch.stack(
-            [strided_conv(conv, x).flatten(2) for conv, x in zip(self.convs, stages, strict=True)]
-        ).sum(0)
+        convs = (cast(nn.Conv2d, conv) for conv in self.convs)
+        fused = [strided_conv(conv, x).flatten(2) for conv, x in zip(convs, stages, strict=True)]
+        return torch.stack(fused).sum(0)
 
     def flops(self, num_visible: int) -> int:
         """Floating-point operations of one forward pass of one view."""
-        return sum(2 * num_visible * conv.weight.numel() for conv in self.convs)
+        return 2 * num_visible * sum(p.numel() for p in self.parameters() if p.dim() > 1)

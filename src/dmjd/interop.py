@@ -1,18 +1,20 @@
-"""Weights of other programs: published DMJD, ConvMAE and MAE checkpoints, and timm models, by key tables read both ways."""
+"""Weights of other programs: published DMJD, ConvMAE and MAE by key tables read both ways, and timm models."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file
+from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from dmjd.encoders import ConvViT, Encoder, VisionTransformer, encoder_names
-from dmjd.layers import TransformerNorm
+from dmjd.layers import TRANSFORMER_NORM_EPS, TransformerNorm
 from dmjd.model import MaskedImageModel
 
 # (published prefix, ours); the first match counts. Keys that match none keep their name.
@@ -89,7 +91,7 @@ def load_official(
     is P*P*C, HOG else.
 
     Args:
-        source: a ``.pth`` or ``.safetensors`` file (``model`` or ``state_dict`` inside is looked into), or a state dict.
+        source: a ``.pth`` or ``.safetensors`` file (``model`` or ``state_dict`` in it is looked into), or a state dict.
         num_heads: attention heads of the encoder; None = the published number for its width.
         decoder_heads: heads of the decoder; None = 16.
 
@@ -99,7 +101,7 @@ def load_official(
     Raises:
         ValueError: naming keys that are unknown or missing, tensors of wrong shape, or a file that is none.
     """
-    state = dict(source) if isinstance(source, Mapping) else _read_state(Path(source))
+    state = _State(source if isinstance(source, Mapping) else _read_state(Path(source)))
     conv_vit = any(key.startswith("blocks3.") for key in state)
     needed = ["pos_embed"] + (["patch_embed1.proj.weight"] if conv_vit else ["patch_embed.proj.weight"])
     if lacking := [key for key in needed if key not in state]:
@@ -115,8 +117,15 @@ def load_official(
     for key, value in state.items():
         flat = value.flatten(1) if conv_vit and _POINTWISE.search(key) else value
         ours[to_ours(key, conv_vit)] = flat
-    _load_strictly(model, ours, allowed, conv_vit)
+    _load_strictly(model, ours, allowed, partial(to_published, conv_vit=conv_vit))
     return model.eval()
+
+
+class _State(dict[str, Tensor]):
+    """A state dict whose sizes are read key by key: a key that is not there is the file's fault."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(f"the weights do not fit (missing: {key})")
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -233,12 +242,15 @@ def _pretraining_model(state: Mapping[str, Tensor], encoder: Encoder, decoder_he
     )
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], allowed_missing: set[str], conv_vit: bool) -> None:
+def _load_strictly(
+    model: nn.Module, state: dict[str, Tensor], allowed_missing: set[str], published: Callable[[str], str]
+) -> None:
+    """Load, or name what does not fit in the words of the file (``published``: our key -> its key)."""
     expected = model.state_dict()
-    unknown = sorted(to_published(key, conv_vit) for key in set(state) - set(expected))
-    missing = sorted(to_published(key, conv_vit) for key in set(expected) - set(state) - allowed_missing)
+    unknown = sorted(published(key) for key in set(state) - set(expected))
+    missing = sorted(published(key) for key in set(expected) - set(state) - allowed_missing)
     wrong = [
-        f"{to_published(key, conv_vit)} is {list(state[key].shape)}, expected {list(value.shape)}"
+        f"{published(key)} is {list(state[key].shape)}, expected {list(value.shape)}"
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
@@ -252,23 +264,31 @@ def from_timm(model: nn.Module) -> Encoder:
     """A timm ``VisionTransformer`` (any pre-trained one with learnt or fixed positions) as our encoder.
 
     Raises:
-        ValueError: for parts our ViT does not have (registers, layer scale, rotary positions, a pre-norm), by name.
+        ValueError: for parts our ViT does not have (registers, layer scale, a pre-norm), by name; for other classes
+            of model (rotary positions, parallel blocks), activations or norms.
     """
+    if not isinstance(model, timm_vit.VisionTransformer) or type(model.blocks[0]) is not timm_vit.Block:
+        raise ValueError(f"{type(model).__name__} is no timm VisionTransformer of plain blocks")
+    act, eps = model.blocks[0].mlp.act, model.blocks[0].norm1.eps
+    if getattr(act, "approximate", "") != "none" or eps != TRANSFORMER_NORM_EPS:
+        raise ValueError(
+            f"this ViT has {act} and norms of eps {eps}; ours has exact GELU and eps {TRANSFORMER_NORM_EPS}"
+        )
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(("head.", "fc_norm."))}
     options: dict[str, Any] = {
         "img_size": tuple(model.patch_embed.img_size),
-        "in_chans": model.patch_embed.proj.weight.shape[1],
+        "in_chans": state["patch_embed.proj.weight"].shape[1],
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": model.blocks[0].attn.num_heads,
-        "mlp_ratio": model.blocks[0].mlp.fc1.weight.shape[0] / model.embed_dim,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / model.embed_dim,
         "class_token": model.num_prefix_tokens == 1,
     }
     patch = model.patch_embed.patch_size[0]
     encoder = VisionTransformer(patch_size=patch, **options)
     if isinstance(model.norm, nn.Identity):  # timm's average-pooled form moves the norm behind the pooling
         state |= {f"norm.{k}": v for k, v in model.fc_norm.state_dict().items()}
-    _load_strictly(encoder, state, set(), conv_vit=False)
+    _load_strictly(encoder, state, set(), str)  # the names are the same
     return _named(encoder, _name_of(encoder, "vit", patch), options).eval()
 
 
@@ -282,7 +302,7 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
         "in_chans": encoder.in_chans,
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "num_heads": encoder.blocks[0].attn.num_heads,
+        "num_heads": encoder.num_heads,
         "mlp_ratio": encoder.mlp_ratio,
         "num_classes": 0,
     } | ({} if encoder.num_prefix_tokens else {"class_token": False, "global_pool": "avg", "fc_norm": False})

@@ -1,12 +1,13 @@
-"""What timm.layers lacks: the masked convolution block of ConvViT, dense and on visible tokens only, and initialisation.
+"""What timm.layers lacks: the masked convolution block of ConvViT, dense and visible-only, and initialisation.
 
-Convolutional stages keep channels last. A *dense* map is [B, H, W, D]; a *visible* map is [R, V, s, s, D]: for each of R
-rows (views times images) V visible tokens of s x s cells. Everything but the depthwise convolution is pointwise or
-confined to one token, so it is written once for both forms.
+Convolutional stages keep channels last. A *dense* map is [B, H, W, D]; a *visible* map is [R, V, s, s, D]: for each
+of R rows (views times images) V visible tokens of s x s cells. Everything but the depthwise convolution is pointwise
+or confined to one token, so it is written once for both forms.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,14 @@ Depthwise = Callable[[nn.Conv2d, Tensor], Tensor]
 
 def transformer_block(dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> Block:
     """timm's pre-norm block with MAE's settings (qkv bias, eps 1e-6): [B, N, D] -> [B, N, D]."""
-    return Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_layer=TransformerNorm)
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"{num_heads} attention heads do not divide the width {dim}")
+    norm = cast(type[nn.Module], TransformerNorm)  # timm wants a class; any maker of modules does
+    return Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_layer=norm)
 
 
 def block_flops(num_tokens: int, dim: int, mlp_ratio: float) -> int:
-    """Multiply-adds times two of one transformer block: qkv and projection 4 D^2, MLP 2 r D^2 a token, attention 2 N^2 D."""
+    """Twice a transformer block's multiply-adds: a token 4 D^2 (qkv, projection) + 2 r D^2 (MLP); attention 2 N^2 D."""
     per_token = 4 * dim * dim + 2 * int(mlp_ratio * dim) * dim
     return 2 * (num_tokens * per_token + 2 * num_tokens * num_tokens * dim)
 
@@ -54,7 +58,7 @@ class ConvMlp(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Masked convolution block of ConvMAE (Gao et al. 2022): x + conv1x1(dwconv5x5(visible * conv1x1(LN(x)))), then MLP.
+    """Masked convolution block of ConvMAE (Gao et al. 2022): x + conv1x1(dwconv5x5(visible * conv1x1(LN(x)))), MLP.
 
     The depthwise convolution sees visible values only, so masked positions never influence visible ones.
     """
@@ -127,7 +131,7 @@ def strided_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """MAE's initialisation for one module: nn.Linear xavier-uniform with zero bias; all else keeps PyTorch's default."""
+    """MAE's initialisation of one module: nn.Linear xavier-uniform, zero bias; all else keeps PyTorch's default."""
     if isinstance(module, nn.Linear) and not isinstance(module, PointwiseConv):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -41,8 +41,8 @@ class Masks:
             ValueError: for ids out of range or repeated, or when nothing or everything is visible.
         """
         visible = visible.long().unsqueeze(0) if visible.dim() == 2 else visible.long()
-        if visible.dim() != 3:
-            raise ValueError(f"visible must be [K, B, V] or [B, V], got shape {tuple(visible.shape)}")
+        if visible.dim() != 3 or visible.shape[0] == 0:
+            raise ValueError(f"visible must be [K, B, V] or [B, V] with K >= 1, got shape {list(visible.shape)}")
         V = visible.shape[-1]
         if not 0 < V < num_tokens:
             raise ValueError(f"between 1 and {num_tokens - 1} of {num_tokens} tokens must be visible, got {V}")
@@ -77,24 +77,27 @@ def mask_counts(
     V = math.floor(N * (1.0 - c) + _TOLERANCE)
     M = N - V
     if V == 0 or M == 0:
-        least, most = 1.0 / N, 1.0 - 1.0 / N
+        # Rounded inwards, so that the bounds the message names are themselves allowed.
+        least, most = math.ceil(1e4 / N) / 1e4, math.floor(1e4 - 1e4 / N) / 1e4
         what = "visible" if V == 0 else "masked"
-        cure = f"use a mask_ratio in [{least:.4g}, {most:.4g}]" if N > 1 else "use a larger image or a smaller patch"
+        cure = f"use a mask_ratio in [{least}, {most}]" if N > 1 else "use a larger image or a smaller patch"
         raise ValueError(f"mask_ratio {c} leaves none of the {N} masking units {what}; {cure}")
     if p is None:
         return V, M, min(N, K * M)
     top = min(1.0, K * c)
     if not c - _TOLERANCE <= p <= top + _TOLERANCE:
         raise ValueError(
-            f"pred_ratio must lie in [{c:.4g}, {top:.4g}] for mask_ratio {c} and {K} view(s), got {p}: the union of "
+            f"pred_ratio must lie in [{c:.7g}, {top:.7g}] for mask_ratio {c} and {K} view(s), got {p}: the union of "
             "the views' masks is at least one view's mask and at most all of them together"
         )
-    return V, M, max(M, min(math.floor(p * N + _TOLERANCE), K * M))
+    return V, M, max(M, min(math.floor(p * N + _TOLERANCE), K * M, N))
 
 
 def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
     """The side of a masking block in tokens; None means 2 where it divides both grid sides, else 1."""
     h, w = grid
+    if h < 1 or w < 1:
+        raise ValueError(f"the token grid must be at least 1 x 1, got {h} x {w}")
     if block_size is None:
         return 2 if h % 2 == 0 and w % 2 == 0 else 1
     if block_size < 1 or h % block_size or w % block_size:
@@ -138,6 +141,10 @@ def disjoint_masks(
     Raises:
         ValueError: for what cannot be.
     """
+    if batch_size < 0:
+        raise ValueError(f"batch_size must not be negative, got {batch_size}")
+    if keys is not None and generator is not None:
+        raise ValueError("give keys or a generator, not both: masks are a pure function of the keys")
     block = resolve_block_size(grid, block_size)
     h, w = grid[0] // block, grid[1] // block
     if not disjoint and pred_ratio is not None:
@@ -163,7 +170,7 @@ def _draw_keys(batch_size: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _draw_units(keys: Tensor, N: int, K: int, M: int, U: int, disjoint: bool) -> Tensor:
-    """The draw itself: bool [K, B, N], True = masked. The union's size is the same for every image, so it is a number."""
+    """The draw itself: bool [K, B, N], True = masked. The union is equally large for every image, so it is a number."""
     units = torch.arange(N, device=keys.device)
     counts = torch.zeros(keys.shape[0], N, dtype=torch.int64, device=keys.device)  # B, N times masked so far
     views = []

@@ -87,11 +87,19 @@ class MaskedImageModel(nn.Module):
         self.mim_target = self._target(mim_target, hog_cell) if mim else None
         self.vis_target = None
         if vis:  # branches that share a target share its module, so that it is computed once
-            self.vis_target = self.mim_target if mim and vis_target == mim_target else self._target(vis_target, hog_cell)
-        dim, depth, heads = default_decoder(encoder.embed_dim)
-        dim, depth, heads = decoder_dim or dim, decoder_depth or depth, decoder_heads or heads
-        if dim % heads or dim % 4:
-            raise ValueError(f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}")
+            same = mim and vis_target == mim_target
+            self.vis_target = self.mim_target if same else self._target(vis_target, hog_cell)
+        dim, depth, heads = (
+            default if given is None else given
+            for given, default in zip(
+                (decoder_dim, decoder_depth, decoder_heads), default_decoder(encoder.embed_dim), strict=True
+            )
+        )
+        if min(dim, depth, heads) < 1 or dim % heads or dim % 4:
+            raise ValueError(
+                f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}, and decoder_depth {depth} at "
+                "least 1"
+            )
         self.fusion = MultiScaleFusion(encoder.scales, encoder.embed_dim) if encoder.scales else None
         self.decoder = None
         if self.mim_target is not None:
@@ -183,12 +191,7 @@ class MaskedImageModel(nn.Module):
         """
         if masks is None:
             masks = self._fresh_masks(images_normalised, keys)
-        B = masks.visible.shape[1]
-        if images_normalised.shape[0] != B or masks.mask.shape[-1] != self.encoder.num_patches:
-            raise ValueError(
-                f"masks are for {B} images of {masks.mask.shape[-1]} tokens, got {images_normalised.shape[0]} of "
-                f"{self.encoder.num_patches}"
-            )
+        self._check_sizes(images_normalised, images_0_255, masks)
         predictions = self.predict(images_normalised, masks)
         targets = self.targets(images_normalised, images_0_255)
         losses: dict[str, Tensor] = {}
@@ -198,8 +201,18 @@ class MaskedImageModel(nn.Module):
             if branch in predictions:
                 target = gather_views(targets[branch], ids.flatten(0, 1))  # R, M or V, C
                 losses[branch] = regression_loss(kind, predictions[branch], target)
-        loss = losses.get("mim", 0.0) + self.theta * losses.get("vis", 0.0)
+        nothing = torch.zeros((), device=images_normalised.device)
+        loss = losses.get("mim", nothing) + self.theta * losses.get("vis", nothing)
         return {"loss": loss, **losses}
+
+    def _check_sizes(self, images: Tensor, raw: Tensor, masks: Masks) -> None:
+        """Masks, both forms of the images and the decoder's grid must agree: a larger image would be cut unnoticed."""
+        expected = (masks.visible.shape[1], self.encoder.in_chans, *self.encoder.img_size)
+        if masks.mask.shape[-1] != self.encoder.num_patches:
+            raise ValueError(f"masks are for {masks.mask.shape[-1]} tokens, the model has {self.encoder.num_patches}")
+        for name, got in (("images_normalised", images.shape), ("images_0_255", raw.shape)):
+            if tuple(got) != expected:
+                raise ValueError(f"{name} must be {list(expected)} for these masks and this model, got {list(got)}")
 
     def _fresh_masks(self, images: Tensor, keys: Tensor | None) -> Masks:
         if keys is None:
@@ -212,7 +225,7 @@ class MaskedImageModel(nn.Module):
             target.after_step(self.encoder, step)
 
     def flops(self) -> int:
-        """Floating-point operations of one forward pass of one unique image, its K views included; training takes 3 x."""
+        """Floating-point operations of one forward pass of one unique image with its K views; training takes 3 x."""
         visible, masked, _ = self.counts
         view = self.encoder.flops(visible)
         for part in (self.fusion, self.distillation):

@@ -94,6 +94,8 @@ def resize_box(picture: np.ndarray, box: Sequence[float], size: tuple[int, int])
         :func:`resample` the others; they agree within one level.
     """
     top, left, height, width = (float(x) for x in box)
+    if picture.shape[:2] == tuple(size) == (height, width):  # bicubic resizing would change nothing
+        return torch.from_numpy(picture.transpose(2, 0, 1).copy())
     mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(picture.shape[2])  # CMYK: four plain channels; RGBA would mix in alpha
     if picture.dtype != np.uint8 or mode is None:
         one = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]

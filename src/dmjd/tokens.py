@@ -1,4 +1,4 @@
-"""Pure functions on tokens: patches, positions, gathering by id, and the counter-based noise behind every random choice.
+"""Pure functions on tokens: patches, positions, gathering by id, and the counter-based noise of every random choice.
 
 Shape legend of the whole package: B image, K view, N token, V visible, M masked, D width, C channel or target entry,
 H, W picture sides, h, w grid sides, P patch side.
@@ -46,18 +46,20 @@ def hash64(*parts: int | Tensor) -> Tensor:
     """Counter-based 64-bit hash of a tuple of integers: the package's only source of randomness in data and masks.
 
     Args:
-        parts: Python integers and int64 tensors that broadcast together; the order matters.
+        parts: Python integers (taken modulo 2^64) and int64 tensors that broadcast together; the order matters.
 
     Returns:
         int64 tensor of the broadcast shape, uniform over all 64-bit patterns; the same bits on every device.
     """
-    head, tail = 0, list(parts)
-    while tail and isinstance(tail[0], int):  # leading integers cost no tensor operation
-        head = _mix_int(((head ^ (tail.pop(0) & _MASK64)) + _GOLDEN) & _MASK64)
-    state = torch.tensor(_signed(head))
-    for part in tail:
-        state = _mix((state ^ part) + _signed(_GOLDEN))
-    return state
+    head: int = 0
+    state: Tensor | None = None
+    for part in parts:
+        if state is None and isinstance(part, int):  # leading integers cost no tensor operation
+            head = _mix_int(((head ^ (part & _MASK64)) + _GOLDEN) & _MASK64)
+            continue
+        state = torch.tensor(_signed(head)) if state is None else state
+        state = _mix((state ^ (_signed(part) if isinstance(part, int) else part.long())) + _signed(_GOLDEN))
+    return torch.tensor(_signed(head)) if state is None else state
 
 
 def uniform(bits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,26 @@ from dmjd.encoders.conv_vit import CONV_VIT_SIZES, ConvViT
 from dmjd.encoders.vit import VIT_SIZES, VisionTransformer
 from dmjd.pictures import Preprocess
 
-__all__ = ["ConvViT", "Encoder", "VisionTransformer", "create_encoder", "encoder_bytes", "encoder_names", "load_encoder"]
+__all__ = [
+    "ConvViT",
+    "Encoder",
+    "VisionTransformer",
+    "create_encoder",
+    "encoder_bytes",
+    "encoder_metadata",
+    "encoder_names",
+    "load_encoder",
+]
 
 METADATA_KEY = "dmjd"
+FORMAT = 1  # of the metadata; raised when older readers would misunderstand it
 ENCODER_FILE = "encoder.safetensors"
 _CONV_PATCHES = (4, 8, 16)
 
 
-def _vit(size: str, patch_size: int, **options: Any) -> Encoder:
+def _vit(size: str, **options: Any) -> Encoder:
     dim, depth, heads = VIT_SIZES[size]
-    return VisionTransformer(**{"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads} | options)
+    return VisionTransformer(**{"embed_dim": dim, "depth": depth, "num_heads": heads} | options)
 
 
 def _conv_vit(size: str, patch_size: int, class_token: bool = False, **options: Any) -> Encoder:
@@ -35,11 +46,15 @@ def _conv_vit(size: str, patch_size: int, class_token: bool = False, **options: 
     if patch_size not in _CONV_PATCHES:
         raise ValueError(f"conv_vit encoders come with patch 4, 8 or 16, got {patch_size}")
     dims, depths, heads = CONV_VIT_SIZES[size]
-    return ConvViT(**{"patch_size": patch_size, "embed_dims": dims, "depths": depths, "num_heads": heads} | options)
+    sizes: dict[str, Any] = {"embed_dims": dims, "depths": depths, "num_heads": heads}
+    return ConvViT(patch_size=patch_size, **sizes | options)
 
 
-# family: (factory, sizes)
-ENCODERS = {"vit": (_vit, VIT_SIZES), "conv_vit": (_conv_vit, CONV_VIT_SIZES)}
+# family: (class, factory by size); both families have the same four sizes
+ENCODERS: dict[str, tuple[type[Encoder], Callable[..., Encoder]]] = {
+    "vit": (VisionTransformer, _vit),
+    "conv_vit": (ConvViT, _conv_vit),
+}
 
 
 def encoder_names() -> list[str]:
@@ -80,14 +95,13 @@ def create_encoder(
     if match is None or match[2] not in VIT_SIZES or int(match[3]) == 0:
         near = difflib.get_close_matches(name, encoder_names(), n=1, cutoff=0.0)
         raise ValueError(f"unknown encoder '{name}'; did you mean '{near[0]}'?")
-    factory, _ = ENCODERS[match[1]]
-    cls = ConvViT if match[1] == "conv_vit" else VisionTransformer
-    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    cls, factory = ENCODERS[match[1]]
+    known = set(inspect.signature(cls).parameters) - {"patch_size"}  # the name says it
     if unknown := set(overrides) - known:
         raise ValueError(f"{name} does not take {', '.join(sorted(unknown))}; it takes {', '.join(sorted(known))}")
     size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
     options = {"in_chans": in_chans, "class_token": class_token, "drop_path": drop_path} | overrides
-    encoder = factory(match[2], int(match[3]), img_size=size, **options)
+    encoder = factory(match[2], patch_size=int(match[3]), img_size=size, **options)
     encoder.name = name
     encoder.options = {"img_size": list(size)} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     if features_only:
@@ -96,19 +110,36 @@ def create_encoder(
     return encoder
 
 
-def encoder_bytes(encoder: Encoder) -> bytes:
-    """The encoder as a safetensors file: a function of its weights and configuration only.
+def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
+    """What makes the encoder again besides its weights: name, options and preprocessing, as JSON types.
 
-    One sorted-JSON metadata key holds name, options and preprocessing; no path, time or host.
+    ``drop_path`` is left at 0: it belongs to a training, not to the encoder.
     """
-    metadata = {
+    return {
+        "format": FORMAT,
+        "name": encoder.name,
+        "options": encoder.options | {"drop_path": 0.0},
+        "preprocess": encoder.preprocess.to_dict() if encoder.preprocess is not None else None,
+    }
+
+
+def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
+    """What makes the encoder again, besides its weights: name, options without training-time ones, preprocessing."""
+    return {
         "format": 1,
         "name": encoder.name,
         "options": encoder.options | {"drop_path": 0.0},
         "preprocess": encoder.preprocess.to_dict() if encoder.preprocess is not None else None,
     }
+
+
+def encoder_bytes(encoder: Encoder) -> bytes:
+    """The encoder as a safetensors file: a function of its weights and configuration only.
+
+    One sorted-JSON metadata key holds name, options and preprocessing; no path, time or host.
+    """
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    return save(state, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    return save(state, metadata={METADATA_KEY: json.dumps(encoder_metadata(encoder), sort_keys=True)})
 
 
 def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:
@@ -129,13 +160,16 @@ def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Enco
     if not path.exists():
         if re.fullmatch(r"(conv_)?vit_[a-z]+_patch\d+", str(source)):
             return create_encoder(str(source)).eval().to(device)
-        raise ValueError(f"{source} does not exist: give a run folder, an {ENCODER_FILE}, a checkpoint or an encoder name")
+        raise ValueError(f"{source} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
     file = path / ENCODER_FILE if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"{path} holds no {ENCODER_FILE}: it is no run folder, or its pre-training has not saved yet")
     metadata, state = _read(file)
-    name, options = metadata["name"], dict(metadata["options"])
-    encoder = create_encoder(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    if metadata["format"] > FORMAT:
+        raise ValueError(f"{file} was written by a newer dmjd (format {metadata['format']}): update dmjd to read it")
+    name = metadata["name"]
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["options"].items()}
+    encoder = create_encoder(name, **options)
     try:
         encoder.load_state_dict(state, strict=True)
     except RuntimeError as error:

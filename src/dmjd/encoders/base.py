@@ -1,10 +1,12 @@
 """What every encoder offers, so that everything downstream is written once."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmjd.layers import TRANSFORMER_NORM_EPS, init_linear
 from dmjd.pictures import Preprocess
@@ -13,7 +15,9 @@ from dmjd.tokens import gather_views, patchify, sincos_positions
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """Stochastic depth growing linearly from 0 in the first block to ``last`` in the last one."""
-    return torch.linspace(0, last, depth).tolist()
+    if not 0.0 <= last < 1.0:
+        raise ValueError(f"drop_path must lie in [0, 1), got {last}")
+    return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
 class Encoder(nn.Module):
@@ -42,7 +46,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         H, W = img_size
-        if H % patch_size or W % patch_size or H < patch_size or W < patch_size:
+        if H % patch_size or W % patch_size or min(H, W) < patch_size:
             raise ValueError(
                 f"img_size {H} x {W} is not divisible by the encoder's {patch_size}-pixel patch; "
                 f"nearest that is: {_nearest(H, patch_size)} x {_nearest(W, patch_size)}"
@@ -157,9 +161,18 @@ class Encoder(nn.Module):
         """Recompute block activations in the backward pass: less memory, about a third more arithmetic."""
         self.grad_checkpointing = enable
 
+    def run_block(self, block: nn.Module, x: Tensor, *args: Callable[..., Tensor]) -> Tensor:
+        """One block, its activations kept or recomputed as :meth:`set_grad_checkpointing` says."""
+        return checkpoint(block, x, *args, use_reentrant=False) if self.grad_checkpointing else block(x, *args)
+
     def no_weight_decay(self) -> set[str]:
         """Names kept out of weight decay besides 1-D parameters (timm's protocol)."""
         return {"pos_embed"}
+
+
+def as_indices(indices: int | Sequence[int] | None) -> int | list[int] | None:
+    """Indices of intermediate maps as timm's own helper wants them."""
+    return indices if indices is None or isinstance(indices, int) else list(indices)
 
 
 def _nearest(pixels: int, patch_size: int) -> int:

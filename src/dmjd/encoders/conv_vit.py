@@ -6,13 +6,13 @@ Masked positions never influence visible ones, so computing the visible tokens o
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dmjd.encoders.base import Encoder, drop_path_rates
+from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
 from dmjd.layers import (
     ConvBlock,
     Depthwise,
@@ -70,10 +70,10 @@ class ConvViT(Encoder):
         first, second = depths[0], depths[0] + depths[1]
         self.patch_embed1 = PatchEmbed(in_chans, d1, patch_size // CELLS[0])
         self.blocks1 = nn.ModuleList(ConvBlock(d1, mlp_ratios[0], rate) for rate in rates[:first])
-        self.patch_embed2 = PatchEmbed(d1, d2, 2)
+        self.patch_embed2: nn.Module = PatchEmbed(d1, d2, 2)
         self.blocks2 = nn.ModuleList(ConvBlock(d2, mlp_ratios[1], rate) for rate in rates[first:second])
-        self.patch_embed3 = PatchEmbed(d2, d3, 2)
-        self.patch_embed4 = nn.Linear(d3, d3)
+        self.patch_embed3: nn.Module = PatchEmbed(d2, d3, 2)
+        self.patch_embed4: nn.Module = nn.Linear(d3, d3)
         self.pos_embed = nn.Parameter(sincos_positions(d3, self.grid), requires_grad=False)  # 1, N, D
         self.blocks = nn.ModuleList(transformer_block(d3, num_heads, mlp_ratios[2], r) for r in rates[second:])
         self.norm = TransformerNorm(d3)
@@ -86,26 +86,23 @@ class ConvViT(Encoder):
     def init_weights(self) -> None:
         """MAE's initialisation of the last patch embedding; the linears by the base class."""
         super().init_weights()
-        init_flattened(self.patch_embed3.proj)
-
-    def _run(self, block: nn.Module, *args: Tensor | Depthwise) -> Tensor:
-        return checkpoint(block, *args, use_reentrant=False) if self.grad_checkpointing else block(*args)
+        init_flattened(cast(PatchEmbed, self.patch_embed3).proj)
 
     def _conv_stages(self, x: Tensor, depthwise: Sequence[Depthwise]) -> tuple[Tensor, Tensor]:
         """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` holds one form for each stage."""
         x1 = self.patch_embed1(x)
         for block in self.blocks1:
-            x1 = self._run(block, x1, depthwise[0])
+            x1 = self.run_block(block, x1, depthwise[0])
         x2 = self.patch_embed2(x1)
         for block in self.blocks2:
-            x2 = self._run(block, x2, depthwise[1])
+            x2 = self.run_block(block, x2, depthwise[1])
         return x1, x2
 
     def _transformer_stage(self, x2: Tensor, positions: Tensor) -> Tensor:
         """Stage 3: tokens [R, V, 2, 2, d2] -> [R, V, D]."""
         x = self.patch_embed4(self.patch_embed3(x2).flatten(2, 4)) + positions
         for block in self.blocks:
-            x = self._run(block, x)
+            x = self.run_block(block, x)
         return x
 
     def _dense_maps(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,19 +164,20 @@ class ConvViT(Encoder):
             norm: apply the final norm to the last stage.
             stop_early: do not run stage 3 when it is not asked for.
             output_fmt: "NCHW" only: the stages differ in resolution.
-            intermediates_only: return the list alone, not (final tokens, list).
+            intermediates_only: return the list alone, not (tokens, list): tokens after the final norm, or stage 2's
+                cells where ``stop_early`` ended there.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"ConvViT's stages are maps of different sizes: output_fmt must be NCHW, got {output_fmt}")
-        take, last = feature_take_indices(3, indices)
+        take, last = feature_take_indices(3, as_indices(indices))
         grid = self.check_images(x)
         x1, x2 = self._dense_maps(x)
         maps = [x1.permute(0, 3, 1, 2), x2.permute(0, 3, 1, 2)]
         tokens = x2.flatten(1, 2)
         if last == 2 or not (stop_early or intermediates_only):
-            tokens = self._transformer_stage(_to_tokens(x2, grid), self.positions(grid))
-            final = self.norm(tokens) if norm else tokens
-            maps.append(final.transpose(1, 2).unflatten(2, grid))
+            x3 = self._transformer_stage(_to_tokens(x2, grid), self.positions(grid))
+            tokens = self.norm(x3)
+            maps.append((tokens if norm else x3).transpose(1, 2).unflatten(2, grid))
         outputs = [maps[i].contiguous() for i in take]
         return outputs if intermediates_only else (tokens, outputs)
 
@@ -187,9 +185,11 @@ class ConvViT(Encoder):
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what follows the last stage asked for (timm's protocol); returns the absolute indices."""
-        take, last = feature_take_indices(3, indices)
-        if last < 2:
-            self.blocks = nn.ModuleList()
+        take, last = feature_take_indices(3, as_indices(indices))
+        if last < 2:  # no parameter may stay that no loss reaches: data-parallel training would wait for it
+            self.blocks, self.patch_embed3, self.patch_embed4 = nn.ModuleList(), nn.Identity(), nn.Identity()
+        if last < 1:
+            self.blocks2, self.patch_embed2 = nn.ModuleList(), nn.Identity()
         if prune_norm:
             self.norm = nn.Identity()
         return take
@@ -202,8 +202,9 @@ class ConvViT(Encoder):
         """
         V = num_visible if num_visible is not None else self.num_patches
         total, in_dim, taps = 0, self.in_chans, (self.patch_size // CELLS[0]) ** 2
-        for (d, cells), ratio, blocks in zip(self.scales, self.mlp_ratios[:2], (self.blocks1, self.blocks2), strict=True):
-            cell = taps * in_dim * d + len(blocks) * (2 * d * d + 25 * d + 2 * int(ratio * d) * d)
+        depths = (len(self.blocks1), len(self.blocks2))
+        for (d, cells), ratio, depth in zip(self.scales, self.mlp_ratios[:2], depths, strict=True):
+            cell = taps * in_dim * d + depth * (2 * d * d + 25 * d + 2 * int(ratio * d) * d)
             total += 2 * V * cells * cells * cell
             in_dim, taps = d, 4
         D = self.embed_dim

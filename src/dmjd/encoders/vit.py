@@ -1,4 +1,4 @@
-"""Vision transformer (Dosovitskiy et al. 2021) as MAE uses it: embed the visible patches, add fixed positions, run the blocks.
+"""Vision transformer (Dosovitskiy et al. 2021) as MAE uses it: embed visible patches, add positions, run the blocks.
 
 Parameter names equal timm's VisionTransformer, so state dicts move both ways without a map.
 """
@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dmjd.encoders.base import Encoder, drop_path_rates
+from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
 from dmjd.layers import TransformerNorm, block_flops, init_flattened, transformer_block
 from dmjd.tokens import gather_tokens, sincos_positions
 
@@ -56,7 +55,7 @@ class VisionTransformer(Encoder):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(img_size, patch_size, in_chans, embed_dim, num_prefix_tokens=int(class_token))
-        self.mlp_ratio = mlp_ratio
+        self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
         self.decoder_mlp_ratio = mlp_ratio
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         positions = sincos_positions(embed_dim, self.grid, self.num_prefix_tokens)
@@ -93,7 +92,7 @@ class VisionTransformer(Encoder):
         """Block outputs and no convolutional stages; see :class:`Encoder`."""
         x = self._embed(images, visible)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+            x = self.run_block(block, x)
         return x, []
 
     def forward_intermediates(
@@ -113,24 +112,26 @@ class VisionTransformer(Encoder):
             norm: apply the final norm to each.
             stop_early: do not run the blocks after the last one asked for.
             output_fmt: "NCHW" for maps [B, D, h, w], "NLC" for tokens [B, N, D]; prefix tokens are left out.
-            intermediates_only: return the list alone, not (final tokens, list).
+            intermediates_only: return the list alone, not (tokens after the final norm, list).
         """
-        take, last = feature_take_indices(len(self.blocks), indices)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt}")
+        take, last = feature_take_indices(len(self.blocks), as_indices(indices))
         grid = self.check_images(x)
         x = self._embed(x, None)
         outputs = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = block(x)
+            x = self.run_block(block, x)
             if i in take:
                 y = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
                 outputs.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, grid).contiguous())
-        return outputs if intermediates_only else (x, outputs)
+        return outputs if intermediates_only else (self.norm(x), outputs)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the blocks after the last one asked for (timm's protocol); returns the absolute indices."""
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = feature_take_indices(len(self.blocks), as_indices(indices))
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()

@@ -36,11 +36,11 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     Raises:
         ValueError: if the cell does not divide the image.
     """
-    B, C, H, W = images_0_255.shape
+    H, W = images_0_255.shape[-2:]
     if cell_size < 1 or H % cell_size or W % cell_size:
         raise ValueError(f"HOG cell of {cell_size} pixels does not divide the image of {H} x {W}")
-    if num_bins < 1:
-        raise ValueError(f"HOG needs at least one bin, got {num_bins}")
+    if not 1 <= num_bins <= 255:
+        raise ValueError(f"HOG takes 1 to 255 bins, got {num_bins}")
     x = images_0_255.float()
     g_row = F.pad(x[:, :, 2:] - x[:, :, :-2], (0, 0, 1, 1)) if H > 1 else torch.zeros_like(x)
     g_col = F.pad(x[:, :, :, 2:] - x[:, :, :, :-2], (1, 1)) if W > 1 else torch.zeros_like(x)
@@ -55,7 +55,7 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
 
 
 class HogTarget(Target):
-    """Whitened HOG of a token's cells, in the order (cell row, cell column, bin, channel): method of DMJD, section III-C.
+    """Whitened HOG of a token's cells, in the order (cell row, cell column, bin, channel) (DMJD, section III-C).
 
     Args:
         patch_size: pixels of a token's side. in_chans: image channels.

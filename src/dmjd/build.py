@@ -1,0 +1,113 @@
+"""From a configuration to the parts of a run, and back from a run folder to its model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmjd.checkpoint import RunFolder
+from dmjd.config import PretrainConfig
+from dmjd.data import Source, has_split, open_source
+from dmjd.encoders import Encoder, create_encoder
+from dmjd.model import MaskedImageModel
+from dmjd.pictures import Preprocess
+
+
+def build_encoder(config: PretrainConfig) -> Encoder:
+    """The encoder a configuration names, with fresh weights from torch's random state."""
+    many = config.encoder.startswith("conv_vit")
+    overrides: dict[str, Any] = {}
+    for name, plural in (("embed_dim", "embed_dims"), ("depth", "depths"), ("mlp_ratio", "mlp_ratios")):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if len(value) != (3 if many else 1):
+            raise ValueError(f"--{name.replace('_', '-')} takes {3 if many else 1} number(s) for {config.encoder}")
+        overrides[plural if many else name] = value if many else value[0]
+    if config.num_heads is not None:
+        overrides["num_heads"] = config.num_heads
+    return create_encoder(
+        config.encoder,
+        img_size=config.size,
+        in_chans=config.in_chans,
+        class_token=config.class_token,
+        drop_path=config.drop_path,
+        **overrides,
+    )
+
+
+def build_model(config: PretrainConfig) -> MaskedImageModel:
+    """The whole pre-training model of a configuration, weights from its seed."""
+    torch.manual_seed(config.seed)
+    return MaskedImageModel(
+        build_encoder(config),
+        config.target,
+        mim_target=config.mim_target,
+        vis_target=config.vis_target,
+        num_views=config.num_views,
+        mask_ratio=config.mask_ratio,
+        pred_ratio=config.pred_ratio,
+        block_size=config.block_size,
+        disjoint=config.disjoint,
+        decoder_dim=config.decoder_dim,
+        decoder_depth=config.decoder_depth,
+        decoder_heads=config.decoder_heads,
+        decoder_mlp_ratio=config.decoder_mlp_ratio,
+        mim=config.mim,
+        vis=config.vis,
+        theta=config.theta,
+        mim_loss=config.mim_loss,
+        vis_loss=config.vis_loss,
+        hog_cell=config.hog_cell,
+    )
+
+
+def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:
+    """A source with the configuration's labels, channels and value range."""
+    return open_source(
+        data,
+        split=split,
+        labels=config.labels,
+        in_chans=config.in_chans,
+        value_range=(config.value_range[0], config.value_range[1]) if config.value_range is not None else None,
+        listing=listing,
+    )
+
+
+def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> Source | None:
+    """The labelled test set: the test part of ``test_data``, all of it where it has no parts, else that of ``data``."""
+    if test_data is not None:
+        return open_data(config, test_data, "test" if has_split(test_data, "test") else "train")
+    return open_data(config, data, "test") if has_split(data, "test") else None
+
+
+def read_config(run: str | Path) -> PretrainConfig:
+    """The configuration of a run folder.
+
+    Raises:
+        ValueError: for a folder that is no run.
+    """
+    file = Path(run).expanduser() / "config.json"
+    try:
+        return PretrainConfig.from_json(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{run} is no run folder: it has no config.json; give the --out of a pre-training") from None
+
+
+def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
+    """The pre-training model of a run at its newest checkpoint, in evaluation mode, and the run's configuration.
+
+    Raises:
+        ValueError: for a folder that is no run, or has saved nothing that can be read.
+    """
+    config = read_config(run)
+    checkpoint, _ = RunFolder(run, owner=False).newest()
+    if checkpoint is None:
+        raise ValueError(f"{run} has no checkpoint yet; wait for its first one (--checkpoint-every steps)")
+    config = PretrainConfig.from_json(json.dumps(checkpoint.state["config"]))
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config)
+    model.load_state_dict(checkpoint.part("model"))
+    model.encoder.preprocess = Preprocess.from_dict(checkpoint.state["encoder"]["preprocess"])
+    return model.eval(), config

@@ -1,0 +1,73 @@
+"""Random resized crop and flip: what is drawn is a pure function of the image key; CPU workers apply it per picture."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmjd.resampling import resize_box
+from dmjd.tokens import STREAM_CROP, STREAM_FLIP, hash64, uniform
+
+_TRIES = 10
+
+
+def crop_boxes(
+    keys: Tensor,
+    sizes: Tensor,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Boxes distributed as those of torchvision's RandomResizedCrop, each drawn from its image's key.
+
+    Up to ten times an area (uniform) and proportions (log-uniform) are drawn; the first that fits the picture is put
+    in a uniform place. Where none fits, the largest centred box of allowed proportions is taken.
+
+    Args:
+        keys: [B] int64. sizes: [B, 2] (H, W) of the pictures.
+        scale: range of the area, as a share of the picture's. ratio: range of width / height.
+
+    Returns:
+        [B, 4] float64 of whole numbers: (top, left, height, width), inside the picture, at least one pixel.
+    """
+    tries = torch.arange(_TRIES, device=keys.device)[:, None]
+    draws = torch.arange(4, device=keys.device)
+    u = uniform(hash64(STREAM_CROP, keys[:, None, None], tries, draws))  # B, 10, 4
+    H, W = (side.to(torch.float64)[:, None] for side in sizes.unbind(1))  # B, 1
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[..., 0])  # B, 10
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    aspect = torch.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[..., 1])
+    width, height = torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
+    fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
+    top, left = (u[..., 2] * (H - height + 1)).floor(), (u[..., 3] * (W - width + 1)).floor()
+    boxes = torch.stack([top, left, height, width], dim=-1)  # B, 10, 4
+    first = fits.to(torch.uint8).argmax(1)
+    drawn = boxes[torch.arange(len(keys), device=keys.device), first]  # B, 4
+    return torch.where(fits.any(1, keepdim=True), drawn, _centred_boxes(H[:, 0], W[:, 0], ratio))
+
+
+def _centred_boxes(H: Tensor, W: Tensor, ratio: tuple[float, float]) -> Tensor:
+    """[B, 4]: the picture, cut at both ends of its longer side to the nearest allowed proportions."""
+    width = torch.minimum(W, (H * ratio[1]).round().clamp(min=1))
+    height = torch.minimum(H, (W / ratio[0]).round().clamp(min=1))
+    return torch.stack([((H - height) / 2).floor(), ((W - width) / 2).floor(), height, width], dim=-1)
+
+
+def flips(keys: Tensor) -> Tensor:
+    """[B] int64 keys -> [B] bool, true for one half: which images are mirrored left to right."""
+    return hash64(STREAM_FLIP, keys) < 0
+
+
+def crop_resize(picture: np.ndarray, box: Sequence[float], size: tuple[int, int], flip: bool = False) -> Tensor:
+    """Cut, resize (bicubic, antialiased) and mirror one picture.
+
+    Args:
+        picture: [H, W, C] uint8 or float32 on the 0..255 scale.
+        box: (top, left, height, width) in pixels. size: (h, w) of the result. flip: mirror left to right.
+
+    Returns:
+        [C, h, w], data type of ``picture``.
+    """
+    resized = resize_box(picture, box, size)
+    return resized.flip(-1) if flip else resized

@@ -1,0 +1,160 @@
+"""One pass over a set of pictures, from which every evaluator on frozen features draws.
+
+Shapes: n pictures, D width of a feature, C image channels, H, W picture sides.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmjd.data import EvalLoader, Source
+from dmjd.encoders import Encoder
+from dmjd.pictures import Preprocess
+
+RAW_PIXEL_VALUES = 32 * 32 * 3  # most numbers a raw-pixel feature has
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of a set of pictures, on the CPU.
+
+    Attributes:
+        x: [n, D] float32. labels: [n] int64, -1 where the source has none.
+        rows: [n] int64, which pictures of the source they belong to; ascending.
+        bad: (name, reason) of the pictures that could not be read.
+    """
+
+    x: Tensor
+    labels: Tensor
+    rows: Tensor
+    bad: tuple[tuple[str, str], ...] = ()
+
+
+# Maps a batch of pictures, normalised [b, C, H, W] on the device, to features [b, D].
+Extractor = Callable[[Tensor], Tensor]
+
+
+def pooled(encoder: Encoder) -> Extractor:
+    """The downstream feature of an encoder: normalised [b, C, H, W] -> [b, D]."""
+    return lambda images: encoder.pool(encoder(images))
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """Pictures as they are: normalised [b, C, H, W] -> [b, C*h*w], reduced by area to at most 3,072 values."""
+    _, C, H, W = images.shape
+    if C * H * W > RAW_PIXEL_VALUES:
+        scale = math.sqrt(RAW_PIXEL_VALUES / (C * H * W))
+        images = F.interpolate(images, size=(max(1, int(H * scale)), max(1, int(W * scale))), mode="area")
+    return images.flatten(1)
+
+
+def extract_all(
+    extractors: Mapping[str, Extractor],
+    source: Source,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    num_workers: int | None = None,
+) -> dict[str, Features]:
+    """Several kinds of features in one pass, so that each picture is read and decoded once.
+
+    Args:
+        extractors: name -> function; each runs on the same batches, without gradients.
+        source: pictures in their own order; unreadable ones are left out and listed.
+        preprocess: how pictures become tensors. batch_size: pictures at once.
+        device: where the functions run. num_workers: decoding processes; None = by the machine.
+
+    Returns:
+        The features under the same names.
+
+    Raises:
+        ValueError: if no picture can be read.
+    """
+    loader = EvalLoader(source, preprocess, batch_size=batch_size, num_workers=num_workers)
+    parts: dict[str, list[Tensor]] = {name: [] for name in extractors}
+    labels, rows = [], []
+    with torch.inference_mode():
+        for batch in loader:
+            images = preprocess.normalise(batch.images.to(device))  # b, C, H, W
+            for name, extractor in extractors.items():
+                parts[name].append(extractor(images).float().cpu())  # b, D
+            labels.append(batch.labels)
+            rows.append(batch.index)
+    if not rows:
+        raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read")
+    bad = tuple(loader.bad)
+    return {name: Features(torch.cat(xs), torch.cat(labels), torch.cat(rows), bad) for name, xs in parts.items()}
+
+
+def extract(
+    encoder: Encoder,
+    source: Source,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    num_workers: int | None = None,
+) -> Features:
+    """Pooled features ``encoder.pool(encoder(images))`` of every picture, in the source's order.
+
+    Args:
+        encoder: moved to ``device``, in evaluation mode for the pass; its ``preprocess`` must be set.
+        source, batch_size, device, num_workers: as in :func:`extract_all`.
+
+    Raises:
+        ValueError: if the encoder knows no preprocessing, or no picture can be read.
+    """
+    preprocess = known_preprocess(encoder)
+    training = encoder.training
+    encoder.to(device).eval()
+    try:
+        options = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
+        return extract_all({"x": pooled(encoder)}, source, preprocess, **options)["x"]
+    finally:
+        encoder.train(training)
+
+
+def known_preprocess(encoder: Encoder) -> Preprocess:
+    """``encoder.preprocess``; ValueError where it is not known."""
+    if encoder.preprocess is None:
+        raise ValueError(f"{encoder.name} does not know its preprocessing: set encoder.preprocess = Preprocess(...)")
+    return encoder.preprocess
+
+
+def check_labelled(train: Features, test: Features) -> int:
+    """The number of classes of two sets of features that a classifier can be trained and tested on.
+
+    Raises:
+        ValueError: for empty, unlabelled or non-finite features, different widths, or a single class.
+    """
+    for name, features in (("training", train), ("test", test)):
+        if len(features.x) == 0 or features.x.shape[0] != features.labels.shape[0]:
+            shapes = f"{len(features.x)} features and {len(features.labels)} labels"
+            raise ValueError(f"the {name} set has {shapes}: it needs as many of both, and at least one")
+        if bool((features.labels < 0).any()):
+            raise ValueError(f"the {name} set has no labels: pass --labels folder or --labels column")
+        if not bool(features.x.isfinite().all()):
+            raise ValueError(f"features of the {name} set are not finite: the encoder's weights may have diverged")
+    if train.x.shape[1] != test.x.shape[1]:
+        raise ValueError(f"training features have {train.x.shape[1]} values, test features {test.x.shape[1]}")
+    if len(train.labels.unique()) < 2:
+        raise ValueError("all training pictures have the same label: a classifier needs at least two classes")
+    return int(max(train.labels.max(), test.labels.max())) + 1
+
+
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes score as high as the true one or higher: scores [b, classes], labels [b] -> [b] int64.
+
+    A tie or a score that is no number counts against the classifier, so that constant scores earn nothing.
+    """
+    truth = scores.gather(1, labels.unsqueeze(1))  # b, 1
+    return scores.shape[1] - 1 - (scores < truth).sum(dim=1)
+
+
+def accuracies(ranks: Tensor) -> dict[str, float]:
+    """Shares of pictures whose label is the first guess, and among the first five."""
+    return {f"top{k}": int((ranks < k).sum()) / len(ranks) for k in (1, 5)}

@@ -1,0 +1,142 @@
+"""From tensors to pixels: pictures, masked pictures and learning targets as RGB arrays that a figure can show.
+
+Shapes: B image, N token, C target entries, H, W picture sides, h, w token grid; RGB pictures are [B, H, W, 3] in 0..1.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dmjd.encoders import Encoder
+from dmjd.evaluation.features import known_preprocess
+from dmjd.targets import HogTarget, PixelTarget, Target
+from dmjd.tokens import patchify, unpatchify
+
+GREY = 0.55  # of a hidden token: apart from black, white and most pictures
+KNOWN_TINT = (0.25, 0.45, 0.9)  # of target tokens that are shown for orientation only
+_SHEET_SIDE = 448  # pixels of a sheet of glyphs, about; more than a panel of a figure has
+
+# Maps target tokens [B, N, C], true or predicted, to RGB pictures.
+Painter = Callable[[Tensor], Tensor]
+
+
+def picture_rgb(images_0_255: Tensor) -> Tensor:
+    """Pictures [B, c, H, W] of any number type on the 0..255 scale -> RGB [B, H, W, 3].
+
+    The first three channels are taken as red, green and blue; of one or two channels the first is shown in grey.
+    """
+    return (_three(images_0_255.float()) / 255).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def _three(x: Tensor) -> Tensor:
+    """[B, c, ...] -> [B, 3, ...] by the rule of :func:`picture_rgb`."""
+    return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, *x.shape[2:])
+
+
+def spread(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """One value per token, [B, N], as a map over the pixels of a picture: [B, H, W]."""
+    rows = torch.arange(size[0], device=tokens.device) * grid[0] // size[0]
+    columns = torch.arange(size[1], device=tokens.device) * grid[1] // size[1]
+    return tokens.unflatten(1, grid)[:, rows][:, :, columns]
+
+
+def hide(rgb: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cover tokens of RGB pictures with grey: hidden [B, N] bool."""
+    return torch.where(spread(hidden, grid, rgb.shape[1:3]).unsqueeze(-1), GREY, rgb)
+
+
+def tint(rgb: Tensor, known: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Set tokens of white-on-black RGB pictures back in dim blue: known [B, N] bool."""
+    dim = rgb.mean(-1, keepdim=True) * rgb.new_tensor(KNOWN_TINT)
+    return torch.where(spread(known, grid, rgb.shape[1:3]).unsqueeze(-1), dim, rgb)
+
+
+def hog_glyphs(weights: Tensor, side: int) -> Tensor:
+    """Draw histograms of gradient orientation as stars of strokes, each along the edge it stands for.
+
+    Args:
+        weights: [..., rows, columns, bins], the brightness of each stroke, clipped to 0..1. Bin b holds unsigned
+            gradients from b to b + 1 times 180 / bins degrees, measured from rightwards to downwards. An edge is
+            perpendicular to its gradient, so bin 0 is a stroke that is upright to within one bin.
+        side: pixels of a cell.
+
+    Returns:
+        [..., rows * side, columns * side] in 0..1; where strokes cross, the brighter one shows.
+    """
+    rows, columns, bins = weights.shape[-3:]
+    strokes = _strokes(bins, side).to(weights.device)  # bins, side, side
+    canvas = weights.new_zeros(*weights.shape[:-3], rows, side, columns, side)
+    for weight, stroke in zip(weights.clamp(0, 1).unbind(-1), strokes, strict=True):
+        canvas = torch.maximum(canvas, weight[..., :, None, :, None] * stroke[:, None, :])
+    return canvas.flatten(-4, -3).flatten(-2, -1)
+
+
+def _strokes(bins: int, side: int) -> Tensor:
+    """One antialiased stroke through the middle of a cell for each orientation: [bins, side, side] in 0..1."""
+    gradient = (torch.arange(bins) + 0.5) * math.pi / bins
+    cos, sin = gradient.cos().view(-1, 1, 1), gradient.sin().view(-1, 1, 1)
+    place = torch.arange(side) - (side - 1) / 2
+    row, column = place.view(1, -1, 1), place.view(1, 1, -1)
+    across = (column * cos + row * sin).abs()  # distance from the edge's line
+    along = (row * cos - column * sin).abs()
+    half_width, half_length = max(0.5, side / 24), (side - 1) / 2
+    return (half_width + 0.5 - across).clamp(0, 1) * (half_length + 0.5 - along).clamp(0, 1)
+
+
+def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: Tensor) -> Painter:
+    """How the tokens of a target are drawn.
+
+    Args:
+        target: HOG becomes glyphs, pixels become a picture, features of any other target their first three
+            principal components as colours.
+        encoder: whose grid, patch and preprocessing apply.
+        images_0_255: [B, c, H, W] pictures. truth: [B, N, C], their target.
+
+    Returns:
+        A function from tokens [B, N, C] of these pictures to RGB.
+    """
+    if isinstance(target, HogTarget):
+        return lambda tokens: paint_hog(tokens, target, encoder.grid)
+    if isinstance(target, PixelTarget):
+        return lambda tokens: paint_pixels(tokens, encoder, images_0_255)
+    return _component_painter(truth, encoder.grid)
+
+
+def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
+    """HOG tokens [B, N, C] as glyphs on black; colour channels in their colours.
+
+    Whitened values have no natural zero: the positive ones are drawn, full brightness being the value of a cell
+    whose gradients all lie in one bin.
+    """
+    (h, w), s = grid, target.cells
+    x = tokens.float().reshape(len(tokens), h, w, s, s, target.num_bins, -1)  # B, h, w, s, s, bins, c
+    x = x.permute(0, 6, 1, 3, 2, 4, 5).reshape(len(tokens), -1, h * s, w * s, target.num_bins)  # B, c, rows, columns, bins
+    side = min(48, max(12, _SHEET_SIDE // (s * max(grid))))
+    brightest = math.sqrt(max(1, target.num_bins - 1))
+    return hog_glyphs(_three(x) / brightest, side).permute(0, 2, 3, 1)
+
+
+def paint_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:
+    """Normalised-pixel tokens [B, N, C] as pictures, each patch un-normalised with its true mean and deviation."""
+    preprocess = known_preprocess(encoder)
+    patches = patchify(preprocess.normalise(images_0_255), encoder.patch_size)  # B, N, P*P*c
+    mean, std = PixelTarget.patch_statistics(patches)  # B, N, 1 each
+    images = unpatchify(tokens.float() * std + mean, encoder.grid, encoder.patch_size)  # B, c, H, W normalised
+    return picture_rgb(preprocess.denormalise(images))
+
+
+def _component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
+    """The first three principal components of each picture's own true tokens as red, green and blue."""
+    truth = truth.float()
+    mean = truth.mean(dim=1, keepdim=True)  # B, 1, C
+    rank = min(3, *truth.shape[1:])
+    basis = torch.linalg.svd(truth - mean, full_matrices=False).Vh[:, :rank].transpose(1, 2)  # B, C, rank
+    scale = 4 * ((truth - mean) @ basis).std(dim=1, keepdim=True) + 1e-6  # +- 2 deviations fill the range
+
+    def paint(tokens: Tensor) -> Tensor:
+        colours = ((tokens.float() - mean) @ basis) / scale + 0.5  # B, N, rank
+        return _three(colours.clamp(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(1, grid)  # B, h, w, 3
+
+    return paint

@@ -1,0 +1,126 @@
+"""Files that survive: full disks, files cut short, foreign files, pickles with code."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmjd import recipes
+from dmjd.checkpoint import RunFolder, load_checkpoint, save_checkpoint, write_text
+
+STATE = {"progress": {"step": 3, "images": 12, "seconds": 1.0}}
+
+
+def test_round_trip(tmp_path):
+    tensors = {"model.a": torch.randn(3, 4), "optimizer.0.step": torch.tensor(3.0)}
+    save_checkpoint(tmp_path / "c.safetensors", tensors, STATE)
+    loaded = load_checkpoint(tmp_path / "c.safetensors")
+    assert loaded.state["progress"] == STATE["progress"]
+    assert torch.equal(loaded.part("model")["a"], tensors["model.a"])
+    assert torch.equal(loaded.part("optimizer")["0.step"], tensors["optimizer.0.step"])
+
+
+def test_a_full_disk_leaves_the_former_file(tmp_path):
+    """A file-size limit makes the kernel refuse the write as a full disk does."""
+    save_checkpoint(tmp_path / "c.safetensors", {"model.a": torch.zeros(4)}, STATE)
+    before = (tmp_path / "c.safetensors").read_bytes()
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from dmjd.checkpoint import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+try:
+    save_checkpoint(Path({str(tmp_path)!r}) / "c.safetensors", {{"model.a": torch.ones(100000)}}, {STATE!r})
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "What was saved before is untouched" in result.stdout, result.stderr
+    assert (tmp_path / "c.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 200])
+def test_a_checkpoint_cut_short_is_said_to_be_one(tmp_path, cut):
+    file = tmp_path / "c.safetensors"
+    save_checkpoint(file, {"model.a": torch.randn(100)}, STATE)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint(file)
+
+
+class _Trap:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_a_pickle_with_code_in_it_runs_nothing(tmp_path):
+    file, trace = tmp_path / "step-000000001.safetensors", tmp_path / "ran"
+    file.write_bytes(pickle.dumps(_Trap(str(trace))))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint(file)
+    assert not trace.exists()
+
+
+def test_retention_and_newest(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for step in (2, 4, 10):
+        folder.save(step, {"model.a": torch.zeros(1)}, {"progress": {"step": step}})
+    assert [p.name for p in folder.files()] == ["step-000000004.safetensors", "step-000000010.safetensors"]
+    folder.files()[-1].write_bytes(b"cut")
+    newest, problems = folder.newest()
+    assert newest is not None
+    assert newest.state["progress"]["step"] == 4
+    assert len(problems) == 1
+    folder.files()[0].write_bytes(b"cut")
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        folder.newest()
+    folder.close()
+
+
+def test_a_second_owner_is_refused(tmp_path):
+    first = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="another process is training"):
+        RunFolder(tmp_path)
+    first.close()
+    RunFolder(tmp_path).close()
+
+
+def test_settle_refuses_other_settings_and_shows_them(tmp_path):
+    folder = RunFolder(tmp_path)
+    config = recipes.digits(out=str(tmp_path), steps=5)
+    folder.settle(config)
+    folder.settle(config.replace(steps=9))
+    with pytest.raises(ValueError, match=r"seed: 0 -> 1"):
+        folder.settle(config.replace(steps=9, seed=1))
+    with pytest.raises(ValueError, match="--no-resume"):
+        folder.settle(config.replace(steps=9, resume=False))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not a run's configuration"):
+        folder.settle(config)
+    folder.close()
+
+
+def test_metrics_are_cut_back(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in range(5):
+        folder.log({"step": step, "loss": 1.0})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 5, "lo')
+    folder.cut_metrics(2)
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [0, 1, 2]
+    folder.close()
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    write_text(tmp_path / "f", "x")
+    with pytest.raises(ValueError, match="is a file"):
+        RunFolder(tmp_path / "f")

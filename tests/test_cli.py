@@ -1,0 +1,122 @@
+"""The command line as a user runs it: help, suggestions, and one short message for each mistake."""
+
+import os
+import shutil
+import sys
+import time
+
+import pytest
+from conftest import TINY, dmjd
+
+from dmjd.cli import MAX_ERROR_LINES, main
+
+
+def mistake(capsys, *arguments: object) -> str:
+    """Run in this process; returns stderr of a command that must fail as a user's mistake does."""
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) <= MAX_ERROR_LINES
+    return captured.err
+
+
+def test_help_is_quick_and_ends_with_an_example():
+    started = time.perf_counter()
+    result = dmjd("--help")
+    assert time.perf_counter() - started < 5  # far above the second promised, far below an import of torch
+    assert result.stdout.splitlines()[-1].strip().startswith("dmjd pretrain")
+    for command in ("pretrain", "evaluate", "show"):
+        text = dmjd(command, "--help").stdout
+        assert text.splitlines()[-1].strip().startswith(("dmjd", "torchrun"))
+        assert "torch" not in sys.modules or "--out" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "did you mean 'pretrain'"),
+        (["pretrain", "digit"], "did you mean 'digits'"),
+        (["pretrain", "--mask-ration", "0.5"], "did you mean --mask-ratio?"),
+        (["pretrain", "digits", "--mask-ratio", "1.0"], "mask_ratio must be between 0 and 1"),
+        (["pretrain", "digits", "--mask-ratio", "-1"], "mask_ratio"),
+        (["pretrain", "digits", "--mask-ratio", "nan"], "mask_ratio"),
+        (["pretrain", "digits", "--mask-ratio", "much"], "invalid float value: 'much'"),
+        (["pretrain", "digits", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["pretrain", "digits", "--in-chans", "0"], "in_chans must be at least 1"),
+        (["pretrain", "--data", "x"], "--out DIR"),
+        (["pretrain"], "--data FOLDER"),
+        (["evaluate", "kn", "x"], "did you mean 'knn'"),
+        (["show", "mask", "x"], "did you mean 'masks'"),
+    ],
+)
+def test_mistakes_before_anything_heavy(capsys, arguments, message):
+    assert message in mistake(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--encoder", "vit_tinny_patch8"], "did you mean 'vit_tiny_patch8'"),
+        (["--img-size", "30"], "not divisible by the encoder's 8-pixel patch"),
+        (["--target", "hogg"], "did you mean 'hog'"),
+        (["--block-size", "3"], "does not divide the 4 x 4 token grid"),
+        (["--pred-ratio", "0.3"], r"pred_ratio must lie in [0.5, 1]"),
+        (["--mask-ratio", "0.99"], "leaves none of the 16 masking units visible"),
+        (["--batch-size", "20000"], "larger than the set of 12000"),
+        (["--hog-cell", "3"], "hog_cell 3 does not divide"),
+        (["--device", "cuda:9"], "device must be auto, cpu, cuda or mps"),
+        (["--precision", "fp16"], "fp16 needs a CUDA device"),
+        (["--depth", "1", "2", "3"], "takes 1 number(s)"),
+    ],
+)
+def test_mistakes_found_when_the_parts_are_built(capsys, tmp_path, flags, message):
+    arguments = ["pretrain", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags]
+    assert message in mistake(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_none(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.jpg").write_text("x")
+    common = ["--out", tmp_path / "run", *TINY, "--steps", 1]
+    assert "no pictures" in mistake(capsys, "pretrain", "folder", "--data", tmp_path / "empty", *common)
+    error = mistake(capsys, "pretrain", "folder", "--data", tmp_path / "emty", *common)
+    assert "empty" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_folder_without_permission(capsys, tmp_path, pictures):
+    data = tmp_path / "closed"
+    shutil.copytree(pictures, data)
+    data.chmod(0)
+    try:
+        assert "permission" in mistake(capsys, "pretrain", "folder", "--data", data, "--out", tmp_path / "run").lower()
+    finally:
+        data.chmod(0o755)
+
+
+def test_folders_that_are_no_runs(capsys, tmp_path):
+    assert "does not exist" in mistake(capsys, "evaluate", "knn", tmp_path / "nothing", "--data", "digits")
+    assert "encoder.safetensors" in mistake(capsys, "evaluate", "knn", tmp_path, "--data", "digits")
+    assert mistake(capsys, "show", "masks", tmp_path, "--out", tmp_path / "x.png")
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in mistake(capsys, "pretrain", "digits", "--out", tmp_path / "file", *TINY, "--steps", 1)
+
+
+def test_the_whole_way(tmp_path, pictures):
+    """Folder -> encoder -> evaluation with folder labels -> pictures, each by the command a user types."""
+    run = tmp_path / "run"
+    dmjd("pretrain", "folder", "--data", pictures, "--out", run, *TINY, "--steps", 3, "--batch-size", 8)
+    table = dmjd("evaluate", "knn", run, "--data", pictures, "--test-data", pictures, "--labels", "folder", "--device", "cpu")
+    assert "random" in table.stdout.lower()
+    assert (run / "evaluation" / "knn.json").exists()
+    for kind in ("masks", "targets", "reconstructions"):
+        dmjd("show", kind, run, "--out", tmp_path / f"{kind}.png", "--num-images", 2)
+        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    one_class = dmjd(
+        *("evaluate", "knn", run, "--data", pictures / "cats", "--test-data", pictures / "cats", "--labels", "folder"),
+        check=False,
+    )
+    assert one_class.returncode == 2

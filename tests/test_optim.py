@@ -1,0 +1,44 @@
+"""Scale rule, schedule and parameter groups against hand-computed values (method: DMJD, adaptive learning-rate scale rule)."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dmjd.optim import parameter_groups, scaled_learning_rate, warmup_cosine
+
+
+def test_scale_rule():
+    one_view = scaled_learning_rate(6e-4, 512, 1, 0.6, None, True)
+    assert one_view == pytest.approx(6e-4 * 2)
+    assert scaled_learning_rate(6e-4, 512, 2, 0.6, None, True) == pytest.approx(one_view / 0.6)  # p = 1
+    assert scaled_learning_rate(6e-4, 512, 2, 0.6, 0.9, True) == pytest.approx(one_view * 1.5)
+    assert scaled_learning_rate(6e-4, 512, 2, 0.3, None, True) == pytest.approx(one_view * 2)  # p = 2 c
+    assert scaled_learning_rate(6e-4, 512, 2, 0.6, None, False) == pytest.approx(one_view * (1 - 0.4**2) / 0.6)
+
+
+def test_schedule_values():
+    assert warmup_cosine(0.0, 0.1) == 0.0
+    assert warmup_cosine(0.05, 0.1) == pytest.approx(0.5)
+    assert warmup_cosine(0.1, 0.1) == pytest.approx(1.0)
+    assert warmup_cosine(0.55, 0.1) == pytest.approx(0.5)
+    assert warmup_cosine(1.0, 0.1) == pytest.approx(0.0, abs=1e-12)
+    assert warmup_cosine(0.0, 0.0) == 1.0
+    assert math.isfinite(warmup_cosine(1.0, 1.0))
+
+
+@given(share=st.floats(0, 2), warmup=st.floats(0, 1))
+def test_schedule_stays_between_zero_and_one(share, warmup):
+    assert 0.0 <= warmup_cosine(share, warmup) <= 1.0
+
+
+def test_no_decay_on_biases_and_norms_but_on_tokens():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model.register_parameter("mask_token", nn.Parameter(nn.init.zeros_(model[0].weight.new_empty(1, 1, 4))))
+    model.register_parameter("fixed", nn.Parameter(model[0].weight.new_empty(1, 2), requires_grad=False))
+    decayed, plain = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert {tuple(p.shape) for p in decayed["params"]} == {(4, 3), (1, 1, 4)}
+    assert len(plain["params"]) == 3

@@ -1,0 +1,103 @@
+"""The shape of the house: who may import whom, what an import costs, how long a file may be."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "dmjd"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Data flows one way: a file may import only from files above it. Folders count as one place.
+ORDER = """
+config tokens resampling pictures masking layers encoders decoder targets model data optim checkpoint interop engine
+evaluation painters visualize progress training recipes cli
+""".split()
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere: under TYPE_CHECKING and inside functions too."""
+    package = module_of(file) if file.name == "__init__.py" else module_of(file).rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, node.module] if node.module else base)
+            inside = {f"{source}.{alias.name}" for alias in node.names} & set(MODULES)
+            found |= inside
+            if len(inside) < len(node.names):  # some of the names are no modules: they come from the source itself
+                found.add(source)
+    return {name for name in found if name == "dmjd" or name.startswith("dmjd.")}
+
+
+def place_of(module: str) -> int:
+    return ORDER.index(module.split(".")[1])
+
+
+def test_every_file_has_its_place():
+    known = {*ORDER, "__init__", "__main__"}
+    assert {name for file in FILES if (name := file.relative_to(PACKAGE).parts[0].removesuffix(".py")) not in known} == set()
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("dmjd", "dmjd.__main__")])
+def test_imports_follow_the_flow_of_data(module):
+    upwards = {name for name in imports_of(MODULES[module]) if name != "dmjd" and place_of(name) > place_of(module)}
+    assert not upwards, f"{module} imports {sorted(upwards)}, which stand below it"
+
+
+def test_no_circles():
+    graph = {name: imports_of(file) - {"dmjd", name} for name, file in MODULES.items()}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(MODULES)
+
+
+def test_the_walk_sees_hidden_imports(tmp_path, monkeypatch):
+    """The rule would mean nothing if an import inside a function or under TYPE_CHECKING escaped it."""
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "dmjd")
+    file = tmp_path / "dmjd" / "targets" / "ema.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from dmjd.engine import Engine\n"
+        "def late():\n    import dmjd.cli\n    from dmjd import model\n    from ..encoders import vit\n    from . import hog\n"
+    )
+    found = imports_of(file)
+    assert found >= {"dmjd.engine", "dmjd.cli", "dmjd.model", "dmjd.targets.hog", "dmjd.encoders.vit"}
+
+
+@pytest.mark.parametrize("module", ["dmjd", "dmjd.config"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'timm', 'numpy', 'lightning') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["disjoint_masks", "Masks", "hog", "create_encoder", "MaskedImageModel", "load_encoder"])
+def test_lazy_names_resolve(name):
+    import dmjd
+
+    assert callable(getattr(dmjd, name))
+    assert name in dir(dmjd)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import dmjd
+
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = dmjd.nonsense
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_stay_short(file):
+    assert len(file.read_text().splitlines()) <= 400
