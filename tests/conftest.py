@@ -15,10 +15,33 @@ torch.set_num_threads(2)
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # A model and a run of a second or two, as flags.
-TINY = (
-    "--encoder vit_tiny_patch8 --embed-dim 32 --depth 2 --num-heads 2 --img-size 32 --decoder-dim 32 --decoder-depth 1 "
-    "--decoder-heads 2 --block-size 1 --log-every 1 --eval-every 0 --no-final-eval --device cpu"
-).split()
+TINY = [
+    "--encoder",
+    "vit_tiny_patch8",
+    "--embed-dim",
+    "32",
+    "--depth",
+    "2",
+    "--num-heads",
+    "2",
+    "--img-size",
+    "32",
+    "--decoder-dim",
+    "32",
+    "--decoder-depth",
+    "1",
+    "--decoder-heads",
+    "2",
+    "--block-size",
+    "1",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "0",
+    "--no-final-eval",
+    "--device",
+    "cpu",
+]
 
 
 def dmjd(*arguments: object, check: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:

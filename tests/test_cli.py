@@ -109,7 +109,9 @@ def test_the_whole_way(tmp_path, pictures):
     """Folder -> encoder -> evaluation with folder labels -> pictures, each by the command a user types."""
     run = tmp_path / "run"
     dmjd("pretrain", "folder", "--data", pictures, "--out", run, *TINY, "--steps", 3, "--batch-size", 8)
-    table = dmjd("evaluate", "knn", run, "--data", pictures, "--test-data", pictures, "--labels", "folder", "--device", "cpu")
+    table = dmjd(
+        "evaluate", "knn", run, "--data", pictures, "--test-data", pictures, "--labels", "folder", "--device", "cpu"
+    )
     assert "random" in table.stdout.lower()
     assert (run / "evaluation" / "knn.json").exists()
     for kind in ("masks", "targets", "reconstructions"):

@@ -78,7 +78,9 @@ def test_a_new_duration_replaces_the_recipes():
 
 def test_what_may_change_on_resume():
     old = recipes.dmjd(steps=10)
-    assert not resume_differences(old, old.replace(steps=20, num_workers=3, checkpoint_every=1, device="cpu", max_bad=5))
+    assert not resume_differences(
+        old, old.replace(steps=20, num_workers=3, checkpoint_every=1, device="cpu", max_bad=5)
+    )
     assert "steps" in resume_differences(old, old.replace(steps=5))[0]
     assert "epochs" in "".join(resume_differences(old, old.replace(epochs=5)))
     assert resume_differences(old, old.replace(theta=0.5, seed=1)) == ["theta: 1.0 -> 0.5", "seed: 0 -> 1"]

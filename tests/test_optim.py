@@ -1,4 +1,4 @@
-"""Scale rule, schedule and parameter groups against hand-computed values (method: DMJD, adaptive learning-rate scale rule)."""
+"""Scale rule (DMJD), schedule and parameter groups against hand-computed values."""
 
 import math
 

@@ -125,7 +125,9 @@ def test_patchify_errors_name_the_sizes():
         unpatchify(torch.zeros(1, 4, 13), (2, 2), 2)
 
 
-@pytest.mark.parametrize(("dim", "grid", "prefix"), [(4, (1, 1), 0), (16, (3, 5), 0), (192, (14, 9), 1), (8, (2, 7), 3)])
+@pytest.mark.parametrize(
+    ("dim", "grid", "prefix"), [(4, (1, 1), 0), (16, (3, 5), 0), (192, (14, 9), 1), (8, (2, 7), 3)]
+)
 def test_sincos_table_is_the_float64_formula_rounded_once(dim, grid, prefix):
     table = sincos_positions(dim, grid, prefix)
     assert table.dtype == torch.float32

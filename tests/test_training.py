@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import dmjd as package
 from dmjd import recipes
+from dmjd.build import build_model
 from dmjd.encoders import encoder_bytes
 from dmjd.engine import Duration, Engine, NonFiniteLoss, StopSignal, Task, make_fabric
 from dmjd.optim import adamw
-from dmjd.training import build_model
 
 TINY_FIELDS = {
     "encoder": "vit_tiny_patch8",

@@ -13,6 +13,8 @@ from dmjd.encoders import Encoder, create_encoder
 from dmjd.model import MaskedImageModel
 from dmjd.pictures import Preprocess
 
+LISTING = "files.txt"  # a folder's sorted list of pictures, kept with the run
+
 
 def build_encoder(config: PretrainConfig) -> Encoder:
     """The encoder a configuration names, with fresh weights from torch's random state."""

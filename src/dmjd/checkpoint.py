@@ -180,7 +180,9 @@ class RunFolder:
                 raise ValueError(f"{self.path} holds a run already and --no-resume was given; give another --out")
             if lines := resume_differences(old, config):
                 listed = "\n  ".join(lines[:6])
-                raise ValueError(f"{self.path} holds a run with other settings; use them, or another --out:\n  {listed}")
+                raise ValueError(
+                    f"{self.path} holds a run with other settings; use them, or another --out:\n  {listed}"
+                )
         elif self.files():
             raise ValueError(f"{self.path} holds checkpoints but no config.json; give another --out")
         write_text(file, config.to_json())
@@ -207,7 +209,9 @@ class RunFolder:
             if file.name != FINAL:
                 break  # step files are in order; only the final one may be older, from before a longer duration
         if problems and not found:
-            raise ValueError("no checkpoint can be read; start again with another --out:\n  " + "\n  ".join(problems[:5]))
+            raise ValueError(
+                "no checkpoint can be read; start again with another --out:\n  " + "\n  ".join(problems[:5])
+            )
         return max(found, key=lambda c: c.state["progress"]["step"], default=None), problems
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], final: bool = False) -> Path:

@@ -73,7 +73,9 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], de
         common["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
     else:
         common["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-    group.add_argument(flag, type=kind, **({"nargs": "+"} if many else {}), **common)
+    if many:
+        common["nargs"] = "+"
+    group.add_argument(flag, type=kind, **common)
 
 
 def _pretrain_parser(recipe: str) -> _Parser:
@@ -130,7 +132,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--labels", choices=("none", "folder", "column"), help="where labels come from (the run's)")
     parser.add_argument("--out", metavar="DIR", help="folder for evaluation/TASK.json (the run)")
     parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (20)", default=argparse.SUPPRESS)
-    parser.add_argument("--temperature", type=float, metavar="X", help="knn: of the votes (0.07)", default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="knn: of the votes (0.07)", default=argparse.SUPPRESS
+    )
     parser.add_argument("--epochs", type=int, metavar="N", help="linear: passes (90)", default=argparse.SUPPRESS)
     parser.add_argument("--blr", type=float, metavar="X", help="linear: base learning rate", default=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="pictures at a time (256)")

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 def option(
     default: Any, text: str, group: str, *, choices: tuple[str, ...] = (), resume: bool = False, common: bool = False
 ) -> Any:
-    """A field: its help text, group, allowed words, whether it may change on resume, whether ``--help`` shows it first."""
+    """A field: help text, group, allowed words, whether it may change on resume and is among the common flags."""
     metadata = {"help": text, "group": group, "choices": choices, "resume": resume, "common": common}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -39,7 +39,10 @@ class PretrainConfig:
     out: str | None = option(None, "run folder", "run", resume=True, common=True)
     test_data: str | None = option(None, "labelled test set for kNN while training", "data", resume=True)
     labels: str = option(
-        "none", "where labels for evaluation come from; never used to train", "data", choices=("none", "folder", "column")
+        "none",
+        "where labels for evaluation come from; never used to train",
+        "data",
+        choices=("none", "folder", "column"),
     )
     img_size: tuple[int, ...] = option((224,), "picture side in pixels, or height and width", "data", common=True)
     in_chans: int = option(3, "channels the encoder takes", "data")
@@ -121,7 +124,9 @@ class PretrainConfig:
         _check_ranges(self)
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of --epochs, --steps and --minutes, got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of --epochs, --steps and --minutes, got {' and '.join(given) or 'none'}"
+            )
         if self.accumulate > 1 and self.batch_size is not None and self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         for name in ("mean", "std"):
@@ -157,10 +162,13 @@ class PretrainConfig:
         """Inverse of :meth:`to_json`; ValueError for another format or unknown fields."""
         values = json.loads(text)
         if values.pop("format", None) != FORMAT_VERSION:
-            raise ValueError(f"config.json is not of format {FORMAT_VERSION}: it was written by another version of dmjd")
+            raise ValueError(
+                f"config.json is not of format {FORMAT_VERSION}: it was written by another version of dmjd"
+            )
         if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
             raise ValueError(f"config.json holds unknown settings: {', '.join(sorted(unknown))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 def value_types(field_type: Any) -> tuple[type, bool, bool]:

@@ -24,7 +24,7 @@ STREAM_STEP = 100  # of the seed hash: dropout and stochastic depth
 SYNC_EVERY = 10  # steps between looks at device-side flags on an accelerator, where each look waits for it
 
 
-class NonFiniteLoss(FloatingPointError):
+class NonFiniteLoss(FloatingPointError):  # noqa: N818, the name says what is wrong
     """The loss or its gradient is not finite; the weights are those before the step."""
 
 
@@ -162,7 +162,7 @@ class Engine:
     def __post_init__(self) -> None:
         self._scaled = self.fabric._precision.precision == "16-mixed"
         self._eager = self.fabric.device.type == "cpu"  # looking at a value costs nothing
-        module = torch.compile(self.task) if self.compile else self.task
+        module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
 

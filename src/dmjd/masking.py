@@ -80,7 +80,7 @@ def mask_counts(
         # Rounded inwards, so that the bounds the message names are themselves allowed.
         least, most = math.ceil(1e4 / N) / 1e4, math.floor(1e4 - 1e4 / N) / 1e4
         what = "visible" if V == 0 else "masked"
-        cure = f"use a mask_ratio in [{least}, {most}]" if N > 1 else "use a larger image or a smaller patch"
+        cure = f"use a mask_ratio in [{least}, {most}]" if N > 1 else "use smaller blocks, patches or a larger image"
         raise ValueError(f"mask_ratio {c} leaves none of the {N} masking units {what}; {cure}")
     if p is None:
         return V, M, min(N, K * M)

@@ -16,6 +16,7 @@ from dmjd.tokens import patchify, unpatchify
 
 GREY = 0.55  # of a hidden token: apart from black, white and most pictures
 KNOWN_TINT = (0.25, 0.45, 0.9)  # of target tokens that are shown for orientation only
+HEAT = (0.05, 0.15, 0.4)  # of a token masked in every view, where counts are shown
 _SHEET_SIDE = 448  # pixels of a sheet of glyphs, about; more than a panel of a figure has
 
 # Maps target tokens [B, N, C], true or predicted, to RGB pictures.
@@ -35,22 +36,23 @@ def _three(x: Tensor) -> Tensor:
     return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, *x.shape[2:])
 
 
-def spread(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """One value per token, [B, N], as a map over the pixels of a picture: [B, H, W]."""
-    rows = torch.arange(size[0], device=tokens.device) * grid[0] // size[0]
-    columns = torch.arange(size[1], device=tokens.device) * grid[1] // size[1]
+def spread(tokens: Tensor, grid: tuple[int, int], rgb: Tensor) -> Tensor:
+    """One value per token, [B, N], as a map over the pixels of pictures [B, H, W, 3]: [B, H, W]."""
+    _, H, W, _ = rgb.shape
+    rows = torch.arange(H, device=tokens.device) * grid[0] // H
+    columns = torch.arange(W, device=tokens.device) * grid[1] // W
     return tokens.unflatten(1, grid)[:, rows][:, :, columns]
 
 
 def hide(rgb: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
     """Cover tokens of RGB pictures with grey: hidden [B, N] bool."""
-    return torch.where(spread(hidden, grid, rgb.shape[1:3]).unsqueeze(-1), GREY, rgb)
+    return torch.where(spread(hidden, grid, rgb).unsqueeze(-1), GREY, rgb)
 
 
 def tint(rgb: Tensor, known: Tensor, grid: tuple[int, int]) -> Tensor:
     """Set tokens of white-on-black RGB pictures back in dim blue: known [B, N] bool."""
     dim = rgb.mean(-1, keepdim=True) * rgb.new_tensor(KNOWN_TINT)
-    return torch.where(spread(known, grid, rgb.shape[1:3]).unsqueeze(-1), dim, rgb)
+    return torch.where(spread(known, grid, rgb).unsqueeze(-1), dim, rgb)
 
 
 def hog_glyphs(weights: Tensor, side: int) -> Tensor:
@@ -107,15 +109,17 @@ def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: T
 def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
     """HOG tokens [B, N, C] as glyphs on black; colour channels in their colours.
 
-    Whitened values have no natural zero: the positive ones are drawn, full brightness being the value of a cell
-    whose gradients all lie in one bin.
+    Of the whitened values the positive ones are drawn. Brightness grows with their square root, so that cautious
+    predictions stay visible; it is full for the value of a cell whose gradients all lie in one bin.
     """
     (h, w), s = grid, target.cells
     x = tokens.float().reshape(len(tokens), h, w, s, s, target.num_bins, -1)  # B, h, w, s, s, bins, c
-    x = x.permute(0, 6, 1, 3, 2, 4, 5).reshape(len(tokens), -1, h * s, w * s, target.num_bins)  # B, c, rows, columns, bins
+    x = x.permute(0, 6, 1, 3, 2, 4, 5).reshape(
+        len(tokens), -1, h * s, w * s, target.num_bins
+    )  # B, c, rows, columns, bins
     side = min(48, max(12, _SHEET_SIDE // (s * max(grid))))
     brightest = math.sqrt(max(1, target.num_bins - 1))
-    return hog_glyphs(_three(x) / brightest, side).permute(0, 2, 3, 1)
+    return hog_glyphs((_three(x) / brightest).clamp(min=0).sqrt(), side).permute(0, 2, 3, 1)
 
 
 def paint_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:

@@ -235,14 +235,13 @@ def _decode_tiff(file: Any, in_chans: int) -> np.ndarray:
 
 def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
     """[H, W], [H, W, C] or [C, H, W] -> [H, W, C]: channels are the axis of length in_chans, else the shorter one."""
+    if array.ndim not in (2, 3):
+        raise BadPicture("", f"array of shape {tuple(array.shape)}; expected [H, W], [H, W, C] or [C, H, W]")
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3:
-        raise BadPicture("", f"array of shape {tuple(array.shape)}; expected [H, W], [H, W, C] or [C, H, W]")
-    first, last = array.shape[0], array.shape[2]
-    if last != in_chans and (first == in_chans or first < last):
+    elif array.shape[2] != in_chans and (array.shape[0] == in_chans or array.shape[0] < array.shape[2]):
         array = array.transpose(1, 2, 0)
-    _check_pixels(*array.shape[:2])
+    _check_pixels(array.shape[0], array.shape[1])
     return array
 
 

@@ -1,4 +1,4 @@
-"""Named whole runs. Each is a function ``recipe(data=None, out=None, **overrides) -> PretrainConfig``; imports no torch."""
+"""Named whole runs: functions ``recipe(data=None, out=None, **overrides) -> PretrainConfig``. Imports no torch."""
 
 import difflib
 from collections.abc import Callable

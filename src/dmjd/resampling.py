@@ -91,7 +91,8 @@ def resize_box(picture: np.ndarray, box: Sequence[float], size: tuple[int, int])
 
     Returns:
         [C, h, w], data type of ``picture``. Pillow does the common kinds (uint8 with 1, 3 or 4 channels), and
-        :func:`resample` the others; they agree within one level.
+        :func:`resample` the others; they agree within one level, but for overshoot beyond 0..255 at hard edges, which
+        Pillow's versions cut off at different moments.
     """
     top, left, height, width = (float(x) for x in box)
     if picture.shape[:2] == tuple(size) == (height, width):  # bicubic resizing would change nothing
@@ -111,5 +112,5 @@ def resize_box(picture: np.ndarray, box: Sequence[float], size: tuple[int, int])
 def centre_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest centred (top, left, height, width) with the proportions of ``size`` (h, w)."""
     scale = min(height / size[0], width / size[1])
-    h, w = size[0] * scale, size[1] * scale
+    h, w = min(height, size[0] * scale), min(width, size[1] * scale)  # rounding must not leave the picture
     return (height - h) / 2, (width - w) / 2, h, w

@@ -2,17 +2,17 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from dmjd import evaluation, visualize
+from dmjd.build import LISTING, build_model, open_data, open_test_data
 from dmjd.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -22,18 +22,17 @@ from dmjd.checkpoint import (
     write_text,
 )
 from dmjd.config import DEFAULT_BATCH_SIZE, PretrainConfig
-from dmjd.data import BadPictures, Batch, Source, TrainLoader, has_split, measure_stats, open_source
-from dmjd.encoders import ENCODER_FILE, Encoder, create_encoder, encoder_bytes, encoder_metadata
+from dmjd.data import BadPictures, Batch, Source, TrainLoader, measure_stats
+from dmjd.encoders import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.engine import Duration, Engine, Hook, Report, StopSignal, Task, make_fabric
 from dmjd.model import MaskedImageModel
 from dmjd.optim import adamw, scaled_learning_rate, warmup_cosine
 from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.progress import Console, TensorBoardLogger, WandbLogger
 
-LISTING = "files.txt"  # a folder's sorted list of pictures, kept with the run
 LOOKS = 10  # pictures and online kNN in a run, where no cadence is given
 FEW_PICTURES = 64
-NUM_PICTURES = 6  # in the pictures a run makes of itself
+NUM_PICTURES = 3  # in the pictures a run makes of itself
 
 
 @dataclass(frozen=True)
@@ -70,55 +69,6 @@ class PretrainTask(Task):
     def after_step(self, step: int) -> None:
         """Let targets follow the encoder."""
         self.model.after_step(step)
-
-
-def build_encoder(config: PretrainConfig) -> Encoder:
-    """The encoder a configuration names, with fresh weights from torch's random state."""
-    many = config.encoder.startswith("conv_vit")
-    overrides: dict[str, Any] = {}
-    for name, plural in (("embed_dim", "embed_dims"), ("depth", "depths"), ("mlp_ratio", "mlp_ratios")):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if len(value) != (3 if many else 1):
-            raise ValueError(f"--{name.replace('_', '-')} takes {3 if many else 1} number(s) for {config.encoder}")
-        overrides[plural if many else name] = value if many else value[0]
-    if config.num_heads is not None:
-        overrides["num_heads"] = config.num_heads
-    return create_encoder(
-        config.encoder,
-        img_size=config.size,
-        in_chans=config.in_chans,
-        class_token=config.class_token,
-        drop_path=config.drop_path,
-        **overrides,
-    )
-
-
-def build_model(config: PretrainConfig) -> MaskedImageModel:
-    """The whole pre-training model of a configuration, weights from its seed."""
-    torch.manual_seed(config.seed)
-    return MaskedImageModel(
-        build_encoder(config),
-        config.target,
-        mim_target=config.mim_target,
-        vis_target=config.vis_target,
-        num_views=config.num_views,
-        mask_ratio=config.mask_ratio,
-        pred_ratio=config.pred_ratio,
-        block_size=config.block_size,
-        disjoint=config.disjoint,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        decoder_mlp_ratio=config.decoder_mlp_ratio,
-        mim=config.mim,
-        vis=config.vis,
-        theta=config.theta,
-        mim_loss=config.mim_loss,
-        vis_loss=config.vis_loss,
-        hog_cell=config.hog_cell,
-    )
 
 
 def pretrain(config: PretrainConfig) -> RunResult:
@@ -162,23 +112,11 @@ def pretrain(config: PretrainConfig) -> RunResult:
         folder.close()
 
 
-def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:
-    """A source with the configuration's labels, channels and value range."""
-    return open_source(
-        data,
-        split=split,
-        labels=config.labels,
-        in_chans=config.in_chans,
-        value_range=(config.value_range[0], config.value_range[1]) if config.value_range is not None else None,
-        listing=listing,
-    )
-
-
 def resolve_batch_size(config: PretrainConfig, num_pictures: int, world_size: int) -> int:
     """B: the explicit one, or 256 shrunk to the set; a multiple of processes times accumulation.
 
     Raises:
-        ValueError: more processes than pictures, an explicit size larger than the set, or one that cannot be shared out.
+        ValueError: more processes than pictures, a given size larger than the set, or one that cannot be shared out.
     """
     parts = world_size * config.accumulate
     shares = f"{world_size} process(es) x --accumulate {config.accumulate}"
@@ -186,9 +124,13 @@ def resolve_batch_size(config: PretrainConfig, num_pictures: int, world_size: in
         raise ValueError(f"{num_pictures} picture(s) cannot be shared out to {shares}; use fewer")
     batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, num_pictures) // parts * parts
     if batch_size > num_pictures:
-        raise ValueError(f"--batch-size {batch_size} is larger than the set of {num_pictures}; leave it out or lower it")
+        raise ValueError(
+            f"--batch-size {batch_size} is larger than the set of {num_pictures}; leave it out or lower it"
+        )
     if batch_size == 0 or batch_size % parts:
-        raise ValueError(f"--batch-size {batch_size} cannot be shared out to {shares}: it must be a multiple of {parts}")
+        raise ValueError(
+            f"--batch-size {batch_size} cannot be shared out to {shares}: it must be a multiple of {parts}"
+        )
     return batch_size
 
 
@@ -207,7 +149,7 @@ class _Run:
     ) -> None:
         self.config, self.model, self.fabric, self.console = config, model, fabric, console
         self.source, self.batch_size, self.folder = source, batch_size, folder
-        self.bad = BadPictures(config.max_bad, len(source))
+        self.bad = BadPictures()
         self.metrics: dict[str, Any] = {}
 
     def run(self) -> RunResult:
@@ -234,7 +176,7 @@ class _Run:
         self._report_bad()
         self.fabric.barrier()
         return RunResult(
-            self.folder.path, engine.progress.step, finished, self.metrics, evaluations, tuple(self.bad.items)
+            self.folder.path, engine.progress.step, finished, self.metrics, evaluations, tuple(self.bad.reports)
         )
 
     def _preprocess(self, checkpoint: Checkpoint | None) -> Preprocess:
@@ -247,7 +189,9 @@ class _Run:
             if config.in_chans == 3:
                 mean, std = IMAGENET_MEAN, IMAGENET_STD
             else:
-                mean, std = measure_stats(self.source, warn=self.console.warn)
+                mean, std, warning = measure_stats(self.source)
+                if warning is not None:
+                    self.console.warn(warning)
         span = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
         return Preprocess(config.size, config.in_chans, mean, std, span)
 
@@ -279,7 +223,7 @@ class _Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.state["data"] != self.source.fingerprint():
             raise ValueError(
-                f"the pictures in {self.config.data} are not those this run began with; give another --out to start anew"
+                f"the pictures in {self.config.data} are not those this run began with; give another --out"
             )
         self.model.load_state_dict(checkpoint.part("model"))
         load_optimizer_tensors(self.engine.optimizer, checkpoint.part("optimizer"))
@@ -324,11 +268,11 @@ class _Run:
         if self.folder.owner:
             hooks += [self._look, self._save]
         with StopSignal() as stop:
-            batches = loader.batches(self.engine.progress.step)
+            batches = self._watched(loader)
             try:
-                finished = self.engine.run(self._watched(batches), hooks, stop)
+                finished = self.engine.run(batches, hooks, stop)
             finally:
-                batches.close()
+                batches.close()  # ends the loader's processes
                 for logger in self.loggers:
                     logger.close()
             self.console.close()
@@ -339,13 +283,17 @@ class _Run:
             self.console.say(f"stopped at step {step}, checkpoint saved; the same command goes on from there")
         return finished
 
-    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _watched(self, loader: TrainLoader) -> Generator[Batch, None, None]:
         """Batches, while unreadable pictures are named once and counted; too many stop the run."""
-        for batch in batches:
-            for name, reason in self.bad.add(batch.bad):
-                self.console.warn(f"unreadable, another picture takes its place: {name}: {reason}")
-            self.bad.check()
+        self._count_bad(loader.bad)
+        for batch in loader.batches(self.engine.progress.step):
+            self._count_bad(batch.bad)
             yield batch
+
+    def _count_bad(self, reports: list[tuple[str, str]]) -> None:
+        for name, reason in self.bad.add(reports):
+            self.console.warn(f"unreadable, another picture takes its place: {name}: {reason}")
+        self.bad.check(self.config.max_bad, len(self.source))
 
     def _open_loggers(self) -> list[TensorBoardLogger | WandbLogger]:
         loggers: list[TensorBoardLogger | WandbLogger] = [
@@ -382,7 +330,7 @@ class _Run:
         state = self.engine.state() | {
             "encoder": encoder_metadata(encoder),
             "data": self.source.fingerprint(),
-            "bad": list(self.bad.items),
+            "bad": self.bad.reports,
             "config": json.loads(self.config.to_json()),
         }
         self.folder.save(self.engine.progress.step, tensors, state, final=final)
@@ -406,20 +354,21 @@ class _Run:
             self._write_metrics(report, {"knn_top1": accuracy})
             self.console.say(f"step {report.progress.step}: online kNN {100 * accuracy:.1f} %")
 
-    def _online_knn(self) -> Callable[[Encoder], float] | None:
+    def _online_knn(self) -> evaluation.OnlineKnn | None:
         """Online kNN where there are labels and a test set."""
-        test = self._test_source()
-        if self.config.eval_every == 0 or self.source.labels is None or test is None or test.labels is None:
+        test = self._test_source() if self.config.eval_every != 0 else None
+        if test is None:
             return None
         assert self.model.encoder.preprocess is not None
         return evaluation.OnlineKnn(self.source, test, self.model.encoder.preprocess, self.fabric.device)
 
     def _test_source(self) -> Source | None:
-        config = self.config
-        assert config.data is not None
-        if config.test_data is not None:
-            return open_data(config, config.test_data, "test")
-        return open_data(config, config.data, "test") if has_split(config.data, "test") else None
+        """The labelled test set, where both sets have labels."""
+        assert self.config.data is not None
+        if self.source.labels is None:
+            return None
+        test = open_test_data(self.config, self.config.data, self.config.test_data)
+        return test if test is not None and test.labels is not None else None
 
     def _picture(self, name: str) -> None:
         """What the model sees, is asked for and answers, on the first pictures of the set."""
@@ -431,8 +380,7 @@ class _Run:
         self._picture("final.png")
         visualize.curves_picture(self.folder.metrics, self.folder.path / "pictures" / "curves.png")
         self.console.say(f"encoder: {self.folder.path / ENCODER_FILE}   pictures: {self.folder.path / 'pictures'}")
-        test = self._test_source()
-        if not config.final_eval or self.source.labels is None or test is None or test.labels is None:
+        if not config.final_eval or self._test_source() is None:
             return {}
         results = {}
         for task in ("knn", "linear"):
@@ -445,7 +393,9 @@ class _Run:
 
     def _report_bad(self) -> None:
         if self.bad.count:
-            text = "".join(f"{name}\t{reason}\n" for name, reason in self.bad.items)
+            text = "".join(f"{name}\t{reason}\n" for name, reason in self.bad.reports)
             if self.folder.owner:
                 write_text(self.folder.path / "bad_files.txt", text)
-            self.console.warn(f"{self.bad.count} unreadable picture(s) were replaced; see {self.folder.path}/bad_files.txt")
+            self.console.warn(
+                f"{self.bad.count} unreadable picture(s) were replaced; see {self.folder.path}/bad_files.txt"
+            )

@@ -4,29 +4,41 @@ Every function gives a matplotlib ``Figure`` of its own; pyplot and its global s
 """
 
 import contextlib
+import difflib
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dmjd.build import LISTING, load_model, open_data
+from dmjd.checkpoint import atomic
+from dmjd.data import EvalLoader, Source
 from dmjd.evaluation.features import known_preprocess
 from dmjd.masking import Masks
 from dmjd.model import MaskedImageModel
-from dmjd.painters import hide, painter_for, picture_rgb, spread, tint
+from dmjd.painters import HEAT, hide, painter_for, picture_rgb, spread, tint
+from dmjd.pictures import Preprocess
 from dmjd.targets import HogTarget, PixelTarget, Target
+from dmjd.tokens import image_keys
 
 PANEL_INCHES = 1.9
 DPI = 130
+KINDS = ("masks", "targets", "reconstructions")
 UNNORMALISED = "un-normalised with the true patch mean and std"
 
-# title -> one RGB array [H, W, 3] per row of the figure; None leaves the place empty
-Columns = dict[str, Sequence[Tensor | None]]
+_MOST_BAD = 100  # unreadable pictures passed over in search of some to show
+# panel -> scalars of metrics.jsonl it draws
+_CURVES = {"loss": ("loss", "mim", "vis"), "learning rate": ("lr",), "online kNN, top-1": ("knn_top1",)}
+
+# title -> one RGB picture [H, W, 3] per row of the figure
+Columns = dict[str, list[Tensor]]
 
 
 def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
@@ -43,11 +55,11 @@ def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Fi
     for k in range(K):
         columns[f"view {k + 1}\n{int(mask[k, 0].sum())} of {N} masked"] = list(hide(rgb, mask[k], grid))
     times = mask.sum(dim=0)  # B, N
-    share = (times > 0).float().mean().item()
-    heat = 1 - spread(times, grid, rgb.shape[1:3]).float() / K  # B, H, W: white = never masked
-    title = f"times masked\nwhite 0, black {K}; {share:.0%} at least once"
-    columns[title] = list(heat.unsqueeze(-1).expand(-1, -1, -1, 3))
-    return _sheet(columns, [""] * B)
+    heat = spread(times, grid, rgb).unsqueeze(-1) / K  # B, H, W, 1
+    columns["times masked"] = list(1 - heat * (1 - rgb.new_tensor(HEAT)))
+    union = (times > 0).float().mean().item()
+    note = f"Grey: masked. Times masked: white 0, darkest {K}. Masked in at least one view: {union:.0%} of all tokens."
+    return _sheet(columns, [""] * B, note)
 
 
 def target_figure(model: MaskedImageModel, images_0_255: Tensor) -> Figure:
@@ -63,7 +75,7 @@ def target_figure(model: MaskedImageModel, images_0_255: Tensor) -> Figure:
         for branches, target in _targets(model):
             paint = painter_for(target, model.encoder, images_0_255, truths[branches[0]])
             columns[_target_title(target, branches)] = list(paint(truths[branches[0]]))
-    return _sheet(columns, [""] * len(images_0_255), _note(model))
+    return _sheet(columns, [""] * len(images_0_255))
 
 
 def reconstruction_figure(
@@ -88,13 +100,13 @@ def reconstruction_figure(
         predictions = {name: x.float().unflatten(0, (K, B)) for name, x in model.predict(normalised, masks).items()}
         rgb = picture_rgb(images_0_255)
         columns: Columns = {
-            "picture": _on_first_view(rgb, K),
+            "picture": _by_picture([rgb] * K),
             "visible tokens": _by_picture([hide(rgb, mask, encoder.grid) for mask in masks.mask]),
         }
         for branches, target in _targets(model):
             truth = truths[branches[0]]
             paint = painter_for(target, encoder, images_0_255, truth)
-            columns[_target_title(target, branches)] = _on_first_view(paint(truth), K)
+            columns[_target_title(target, branches)] = _by_picture([paint(truth)] * K)
             for branch in branches:
                 ids = masks.masked if branch == "mim" else masks.visible  # K, B, M or V
                 views = [paint(_placed(x, i, truth)) for x, i in zip(predictions[branch], ids, strict=True)]
@@ -138,7 +150,9 @@ def _note(model: MaskedImageModel) -> str:
     notes = []
     for _, target in _targets(model):
         if isinstance(target, HogTarget):
-            notes.append("HOG: strokes lie along edges; positive whitened values; blue: true tokens, not predicted.")
+            notes.append(
+                "HOG: strokes lie along edges, brighter for larger whitened values; blue: true tokens, not predicted."
+            )
         elif isinstance(target, PixelTarget):
             notes.append(f"Pixel patches are {UNNORMALISED}.")
         else:
@@ -146,12 +160,7 @@ def _note(model: MaskedImageModel) -> str:
     return " ".join(notes)
 
 
-def _on_first_view(pictures: Iterable[Tensor], num_views: int) -> list[Tensor | None]:
-    """[B, H, W, 3] -> rows of a figure with K rows for each picture, shown in the first of them."""
-    return [row for picture in pictures for row in (picture, *[None] * (num_views - 1))]
-
-
-def _by_picture(views: Sequence[Tensor]) -> list[Tensor | None]:
+def _by_picture(views: Sequence[Tensor]) -> list[Tensor]:
     """K times [B, H, W, 3] -> rows of a figure, the views of a picture below each other."""
     return [picture for pictures in zip(*views, strict=True) for picture in pictures]
 
@@ -170,7 +179,7 @@ def _evaluating(model: MaskedImageModel) -> Iterator[None]:
 
 def _sheet(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure:
     """Panels in rows and columns with a title over each column and a line of explanation below."""
-    first = next(panel for panel in next(iter(columns.values())) if panel is not None)
+    first = next(iter(columns.values()))[0]
     shape = first.shape[0] / first.shape[1]  # height over width
     width, height = PANEL_INCHES / max(1, shape) ** 0.5, PANEL_INCHES * shape / max(1, shape) ** 0.5
     size = (len(columns) * (width + 0.08) + 0.3, len(row_labels) * (height + 0.08) + 0.7)
@@ -187,8 +196,141 @@ def _sheet(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figur
     return figure
 
 
-def _show(axes: Axes, panel: Tensor | None) -> None:
+def _show(axes: Axes, panel: Tensor) -> None:
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    if panel is not None:
-        axes.imshow(panel.cpu().numpy(), interpolation="nearest" if panel.shape[0] < 300 else "antialiased")
+    axes.imshow(panel.cpu().numpy(), interpolation="nearest" if panel.shape[0] < 300 else "antialiased")
+
+
+def curves_figure(metrics: str | Path) -> Figure:
+    """Training curves: the loss and its parts, the learning rate, and online kNN where there was one.
+
+    Args:
+        metrics: ``metrics.jsonl`` of a run; half a last line, as a kill leaves it, is passed over.
+
+    Raises:
+        ValueError: if there is nothing in it to draw.
+    """
+    lines = _read_metrics(Path(metrics))
+    panels = {
+        title: {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+        for title, names in _CURVES.items()
+    }
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
+    if not panels:
+        raise ValueError(f"{metrics} holds no curves yet: give it a run's metrics.jsonl after its first logged step")
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), dpi=DPI, layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 20 else "")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return [line for line in lines if "step" in line]
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure whole or not at all, in the format its ending names; missing folders are made.
+
+    Raises:
+        ValueError: for an ending that is no picture format, or a place that cannot be written.
+    """
+    path = Path(path).expanduser()
+    formats = figure.canvas.get_supported_filetypes()
+    if (ending := path.suffix.lower().lstrip(".")) not in formats:
+        raise ValueError(f"cannot write a picture as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"could not write {path}: {error.strerror}") from None
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=ending)
+    return path
+
+
+def curves_picture(metrics: str | Path, path: str | Path) -> Path:
+    """:func:`curves_figure` as a file."""
+    return save_figure(curves_figure(metrics), path)
+
+
+def run_picture(
+    model: MaskedImageModel, source: Source, path: str | Path, *, num_images: int = 6, seed: int = 0
+) -> Path:
+    """:func:`reconstruction_figure` of some pictures of a set as a file; the same pictures and masks for a seed."""
+    return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
+
+
+def show(
+    kind: str,
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    out: str | Path = "picture.png",
+    num_images: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Draw what the model of a run sees, is asked for and answers, on the CPU.
+
+    Args:
+        kind: "masks", "targets" or "reconstructions". run: a run folder.
+        data: where the pictures come from; None = the run's own data.
+        out: file to write; its ending names the format. num_images: how many pictures.
+        seed: of the choice of pictures and masks.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: for an unknown kind, a folder that is no run, or data that cannot be read.
+    """
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)
+        raise ValueError(f"cannot show '{kind}'; did you mean '{near[0]}'? There are: {', '.join(KINDS)}")
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
+    model, config = load_model(run)
+    listing = Path(run).expanduser() / LISTING if data is None else None
+    source = open_data(config, str(data or config.data), "train", listing=listing)
+    return save_figure(_figure(kind, model, source, num_images, seed), out)
+
+
+def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
+    """One of ``KINDS`` on some pictures of a set."""
+    raw, index = _some_pictures(source, known_preprocess(model.encoder), num_images, seed)
+    device = next(model.parameters()).device
+    raw = raw.to(device)
+    keys = image_keys(seed, torch.zeros_like(index), index).to(device)
+    if kind == "masks":
+        return mask_figure(raw, model.draw_masks(keys), model.encoder.grid)
+    if kind == "targets":
+        return target_figure(model, raw)
+    return reconstruction_figure(model, raw, keys=keys)
+
+
+def _some_pictures(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Up to ``count`` readable pictures drawn by the seed: [n, C, H, W] on the 0..255 scale and places [n] int64.
+
+    Raises:
+        ValueError: if none of the pictures tried can be read.
+    """
+    order = np.random.default_rng(seed).permutation(len(source))[: count + _MOST_BAD]
+    loader = EvalLoader(source, preprocess, batch_size=count, num_workers=0, indices=order)
+    raw, index = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    for batch in loader:
+        raw = torch.cat([raw, batch.raw.float()]) if len(raw) else batch.raw.float()
+        index = torch.cat([index, batch.index])
+        if len(raw) >= count:
+            return raw[:count], index[:count]
+    if not len(raw):
+        name, reason = loader.bad[0]
+        raise ValueError(f"no picture of {source.name} can be read; {name}: {reason}")
+    return raw, index

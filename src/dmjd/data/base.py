@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -42,6 +43,9 @@ class Source:
             BadPicture: if it can't be used.
         """
         return read_picture(self.stored(index), self.in_chans, self.value_range, self.describe(index))
+
+    def save_listing(self, file: Path) -> None:
+        """Keep what had to be searched for in a file of the run; nothing for sets that need no search."""
 
     def fingerprint(self) -> str:
         """Short hash that changes when pictures come, go or change size; the same wherever the set lies."""

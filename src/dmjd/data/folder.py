@@ -20,8 +20,8 @@ class FolderSource(Source):
         root: the folder. Hidden files and folders, and files of unknown extensions, are left out.
         with_labels: class = first folder below the root.
         in_chans, value_range: see :func:`~dmjd.pictures.read_picture`.
-        listing: file to keep the sorted list in. Where it exists the list is read from it and nothing is walked,
-            so that a resumed run sees the pictures it began with.
+        listing: file that may hold the sorted list (see :meth:`save_listing`). Where it exists nothing is walked, so
+            that a resumed run sees the pictures it began with.
 
     Raises:
         ValueError: no pictures, no permission, or a picture that lies in no class folder.
@@ -51,6 +51,14 @@ class FolderSource(Source):
     def stored(self, index: int) -> Path:
         """The picture's path."""
         return self.root / self._paths[index]
+
+    def save_listing(self, file: Path) -> None:
+        """Keep the sorted list of paths in a file, unless it is there already; readers see the whole list or none."""
+        if file.exists():
+            return
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps({"paths": [self._paths[i] for i in range(len(self))]}, indent=0))
+        os.replace(partial, file)
 
     def describe(self, index: int) -> str:
         """The picture's path; bytes that are no text are shown escaped."""
@@ -112,18 +120,13 @@ def _walk(folder: str, prefix: str, extensions: tuple[str, ...], seen: set[tuple
 
 
 def _listed(root: Path, listing: Path | None) -> list[str]:
-    """The sorted paths from the listing, or from a walk that is then kept there."""
+    """The sorted paths from the listing where it exists, else from a walk."""
     if listing is not None and listing.exists():
         try:
             return list(json.loads(listing.read_text())["paths"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{listing} is no list of pictures: delete it, and the folder is walked again") from None
-    paths = walk(root)
-    if listing is not None and paths:
-        partial = listing.with_name(f"{listing.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"paths": paths}, indent=0))
-        os.replace(partial, listing)  # readers see the whole list or none
-    return paths
+    return walk(root)
 
 
 def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]:

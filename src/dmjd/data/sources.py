@@ -1,9 +1,10 @@
 """From what a user calls their data to a source: folder, parquet, named set, hub set, or the embedded digits."""
 
+import contextlib
 import difflib
-import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def open_source(
         labels: "none"; "folder", the first folder below the root; "column" of a table. Digits and named sets always
             have theirs.
         in_chans, value_range: see :func:`~dmjd.pictures.read_picture`.
-        listing: for folders, the file where the sorted list of pictures is kept, and read from if it exists.
+        listing: for folders, a file that may hold the sorted list of pictures (``Source.save_listing``).
 
     Raises:
         ValueError: saying what is wrong with ``data`` and what to do.
@@ -117,12 +118,10 @@ def _existing(name: str) -> Path | None:
         ValueError: for a path that isn't there.
     """
     path = Path(name).expanduser()
-    try:
+    with _permission(path):
         if path.exists():
             return path
         nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    except PermissionError:
-        raise ValueError(f"no permission to read {name}: change its permissions, or use a copy") from None
     if path.parent == Path():
         nearby += ["digits", *NAMED_SETS]
     close = difflib.get_close_matches(path.name, nearby, n=1, cutoff=0.75)
@@ -144,18 +143,25 @@ def _part(path: Path, split: str) -> Path | list[Path] | None:
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"{path} is a single file: give the folder of pictures it lies in, or a .parquet file")
         return [path] if split == "train" else None
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise ValueError(f"no permission to read the folder {path}: change its permissions, or use a copy")
-    folders = _split_folders(path)
+    with _permission(path):
+        folders = _split_folders(path)
+        tables = _tables(folders[split] if folders else path)
     if folders:
-        return _tables(folders[split]) or folders[split]
-    tables = _tables(path)
+        return tables or folders[split]
     splits = {name: [t for t in tables if _shard_of(t, names)] for name, names in _SHARD_NAMES.items()}
     if splits["train"] and splits["test"]:
         return splits[split]
     if split == "test":
         return None
     return tables or path
+
+
+@contextlib.contextmanager
+def _permission(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError:
+        raise ValueError(f"no permission to read the folder {path}: change its permissions, or use a copy") from None
 
 
 _SHARD_NAMES = {"train": ("train",), "test": _TEST_NAMES}

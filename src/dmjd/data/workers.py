@@ -1,5 +1,6 @@
 """Worker processes that read pictures, on torch's DataLoader."""
 
+import atexit
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -47,7 +48,19 @@ def read_batches(dataset: Any, requests: Iterable[Any], num_workers: int, pin_me
         # Its own generator: the loader would draw its seed from the global one, which dropout and drop path use.
         generator=torch.Generator().manual_seed(0),
     )
-    yield from iter(loader)
+    running = [iter(loader)]  # the only reference: the workers are ended when it goes
+    # At exit, multiprocessing would send a SIGTERM, which workers outlive, and wait; this is called before.
+    atexit.register(running.clear)
+    try:
+        while True:
+            try:
+                batch = next(running[0])
+            except StopIteration:
+                return
+            yield batch
+    finally:
+        running.clear()
+        atexit.unregister(running.clear)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -58,7 +71,7 @@ def _start_worker(_: int) -> None:
     """Leave signals to the training process, which ends its workers after it has saved.
 
     Ctrl-C and a cluster's SIGTERM reach the whole process group, and a worker that dies of them takes the training
-    process along. A second SIGTERM ends the worker: the interpreter sends two when it exits with workers alive.
+    process along. A second SIGTERM ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -123,16 +123,6 @@ def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
-    """What makes the encoder again, besides its weights: name, options without training-time ones, preprocessing."""
-    return {
-        "format": 1,
-        "name": encoder.name,
-        "options": encoder.options | {"drop_path": 0.0},
-        "preprocess": encoder.preprocess.to_dict() if encoder.preprocess is not None else None,
-    }
-
-
 def encoder_bytes(encoder: Encoder) -> bytes:
     """The encoder as a safetensors file: a function of its weights and configuration only.
 

@@ -73,17 +73,19 @@ def extract_all(
         The features under the same names.
 
     Raises:
-        ValueError: if no picture can be read.
+        ValueError: for a batch size that is not positive, or if no picture can be read.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loader = EvalLoader(source, preprocess, batch_size=batch_size, num_workers=num_workers)
     parts: dict[str, list[Tensor]] = {name: [] for name in extractors}
     labels, rows = [], []
     with torch.inference_mode():
         for batch in loader:
-            images = preprocess.normalise(batch.images.to(device))  # b, C, H, W
+            images = preprocess.normalise(batch.raw.to(device))  # b, C, H, W
             for name, extractor in extractors.items():
                 parts[name].append(extractor(images).float().cpu())  # b, D
-            labels.append(batch.labels)
+            labels.append(batch.labels if batch.labels is not None else torch.full_like(batch.index, -1))
             rows.append(batch.index)
     if not rows:
         raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read")
@@ -112,8 +114,10 @@ def extract(
     training = encoder.training
     encoder.to(device).eval()
     try:
-        options = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
-        return extract_all({"x": pooled(encoder)}, source, preprocess, **options)["x"]
+        extractors = {"x": pooled(encoder)}
+        return extract_all(
+            extractors, source, preprocess, batch_size=batch_size, device=device, num_workers=num_workers
+        )["x"]
     finally:
         encoder.train(training)
 
@@ -125,25 +129,36 @@ def known_preprocess(encoder: Encoder) -> Preprocess:
     return encoder.preprocess
 
 
-def check_labelled(train: Features, test: Features) -> int:
+def check_labels(train: Tensor, test: Tensor) -> int:
+    """The number of classes of two sets of labels, [n] int64 each.
+
+    Raises:
+        ValueError: for sets that are empty or unlabelled, or a single class to train on.
+    """
+    for name, labels in (("training", train), ("test", test)):
+        if len(labels) == 0:
+            raise ValueError(f"the {name} set is empty")
+        if bool((labels < 0).any()):
+            raise ValueError(f"the {name} set has no labels: pass --labels folder or --labels column")
+    if len(train.unique()) < 2:
+        raise ValueError("all training pictures have the same label: a classifier needs at least two classes")
+    return int(max(train.max(), test.max())) + 1
+
+
+def check_features(train: Features, test: Features) -> int:
     """The number of classes of two sets of features that a classifier can be trained and tested on.
 
     Raises:
-        ValueError: for empty, unlabelled or non-finite features, different widths, or a single class.
+        ValueError: for labels that can't be used, values that are not finite, or sets of different widths.
     """
     for name, features in (("training", train), ("test", test)):
-        if len(features.x) == 0 or features.x.shape[0] != features.labels.shape[0]:
-            shapes = f"{len(features.x)} features and {len(features.labels)} labels"
-            raise ValueError(f"the {name} set has {shapes}: it needs as many of both, and at least one")
-        if bool((features.labels < 0).any()):
-            raise ValueError(f"the {name} set has no labels: pass --labels folder or --labels column")
+        if len(features.x) != len(features.labels):
+            raise ValueError(f"the {name} set has {len(features.x)} features and {len(features.labels)} labels")
         if not bool(features.x.isfinite().all()):
             raise ValueError(f"features of the {name} set are not finite: the encoder's weights may have diverged")
     if train.x.shape[1] != test.x.shape[1]:
         raise ValueError(f"training features have {train.x.shape[1]} values, test features {test.x.shape[1]}")
-    if len(train.labels.unique()) < 2:
-        raise ValueError("all training pictures have the same label: a classifier needs at least two classes")
-    return int(max(train.labels.max(), test.labels.max())) + 1
+    return check_labels(train.labels, test.labels)
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmjd.evaluation.features import Features, accuracies, check_labelled, label_ranks
+from dmjd.evaluation.features import Features, accuracies, check_features, label_ranks
 
 _SIMILARITIES_AT_ONCE = 1 << 26  # floats: 256 MiB
 
@@ -35,7 +35,7 @@ def knn(
     """
     if k < 1 or not temperature > 0:
         raise ValueError(f"k and temperature must be positive, got k={k} and temperature={temperature}")
-    num_classes = check_labelled(train, test)
+    num_classes = check_features(train, test)
     bank = F.normalize(train.x.to(device), dim=1)  # n, D
     labels = train.labels.to(device)  # n
     chunk = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))

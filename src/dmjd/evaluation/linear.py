@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from dmjd.evaluation.features import Features, accuracies, check_labelled, label_ranks
+from dmjd.evaluation.features import Features, accuracies, check_features, label_ranks
 
 WARMUP_SHARE = 10 / 90
 MAX_BATCH, MIN_BATCH = 4096, 16
@@ -78,7 +78,7 @@ def linear_probe(
     """
     if epochs < 1 or weight_decay < 0:
         raise ValueError(f"epochs must be at least 1 and weight_decay not negative, got {epochs} and {weight_decay}")
-    num_classes = check_labelled(train, test)
+    num_classes = check_features(train, test)
     if len(train.x) < 2:
         raise ValueError("a linear probe needs at least two training pictures")
     batch, lr = probe_schedule(len(train.x), batch_size, blr)

@@ -48,7 +48,9 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     # Fold to the half-plane before the angle is taken: exactly 180 degrees becomes 0 without rounding at the seam.
     flip = (g_row < 0) | ((g_row == 0) & (g_col < 0))
     angle = torch.atan2(g_row.abs(), torch.where(flip, -g_col, g_col))  # [0, pi)
-    bins = (angle * (num_bins / math.pi)).to(torch.uint8).clamp_(max=num_bins - 1)
+    # A few float32 steps up: an angle on the edge of two bins (45 degrees of 4 bins) must not be rounded below it on
+    # one device and not on another. Integer gradients come no nearer to an edge without lying on it.
+    bins = (angle * (num_bins / math.pi) + num_bins * 4e-7).to(torch.uint8).clamp_(max=num_bins - 1)
     # One pooling pass a bin: no mask of all bins is held, and sums are in a fixed order on every device.
     cells = [F.avg_pool2d(magnitude * (bins == k), cell_size) for k in range(num_bins)]
     return torch.stack(cells, dim=-1)  # B, C, H/cell, W/cell, bins

@@ -1,0 +1,164 @@
+"""Targets against slow references written from the definition, value by value."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmjd.targets import TARGETS, HogTarget, PixelTarget, Target, create_target, default_cell, hog, whiten
+
+
+def slow_hog(images: np.ndarray, cell: int, bins: int) -> np.ndarray:
+    """Pixel by pixel in float64, from the text of the method; angles folded after they are taken."""
+    B, C, H, W = images.shape
+    out = np.zeros((B, C, H // cell, W // cell, bins))
+    for b, c, i, j in np.ndindex(B, C, H, W):
+        x = images[b, c].astype(np.float64)
+        g_row = x[i + 1, j] - x[i - 1, j] if 0 < i < H - 1 else 0.0
+        g_col = x[i, j + 1] - x[i, j - 1] if 0 < j < W - 1 else 0.0
+        degrees = math.degrees(math.atan2(g_row, g_col)) % 180.0
+        k = int(degrees // (180.0 / bins))
+        out[b, c, i // cell, j // cell, k] += math.hypot(g_row, g_col) / cell**2
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([1, 2, 3, 4, 5]), st.sampled_from([1, 2, 4, 7, 8, 9, 12, 18]), st.sampled_from([1, 2, 3, 5]),
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 256]),
+)  # fmt: skip
+def test_hog_equals_the_slow_reference(cell, bins, channels, rows, columns, seed, levels):
+    """Few grey levels make flat places and exact 0, 45, 90, 135 and 180 degrees frequent."""
+    values = np.random.default_rng(seed).integers(0, levels, (1, channels, rows * cell, columns * cell))
+    images = (values * (255 // (levels - 1))).astype(np.uint8)
+    found = hog(torch.from_numpy(images), cell, bins)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), slow_hog(images, cell, bins), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.float64])
+def test_hog_takes_any_number_type(dtype):
+    images = torch.randint(0, 256, (2, 3, 16, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(hog(images.to(dtype), 4), hog(images.float(), 4))
+
+
+@pytest.mark.parametrize(
+    ("d_row", "d_col", "expected_bin"),
+    [(0, 1, 0), (0, -1, 0), (1, 100, 0), (-1, -100, 0), (1, -100, 8), (-1, 100, 8), (1, 0, 4), (-1, 0, 4), (1, 1, 2)],
+)
+def test_orientation_is_unsigned_and_180_degrees_is_0(d_row, d_col, expected_bin):
+    """Plane ramps: the inner cell holds one orientation; rising and falling ramps are the same."""
+    i, j = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    cells = hog((1000 + d_row * i + d_col * j)[None, None], cell_size=3)[0, 0]
+    centre = cells[1, 1]
+    assert centre.nonzero().flatten().tolist() == [expected_bin]
+    assert centre[expected_bin].item() == pytest.approx(2 * math.hypot(d_row, d_col), rel=1e-5)
+
+
+def test_hog_ignores_a_constant_and_scales_with_contrast():
+    images = torch.randint(0, 100, (1, 3, 16, 16), generator=torch.Generator().manual_seed(1)).float()
+    torch.testing.assert_close(hog(images + 50), hog(images))
+    torch.testing.assert_close(hog(images * 2), hog(images) * 2)
+    assert not hog(torch.full((1, 1, 16, 16), 7.0)).any()
+
+
+def test_hog_channels_stand_apart():
+    images = torch.randint(0, 256, (1, 5, 16, 16), generator=torch.Generator().manual_seed(2))
+    together = hog(images, 8)
+    for c in range(5):
+        assert torch.equal(together[:, c : c + 1], hog(images[:, c : c + 1], 8))
+
+
+@pytest.mark.parametrize(
+    ("cell", "bins", "message"),
+    [(3, 9, "HOG cell of 3 pixels does not divide the image of 16 x 32"), (0, 9, "cell of 0"), (8, 0, "1 to 255 bins")],
+)
+def test_hog_errors(cell, bins, message):
+    with pytest.raises(ValueError, match=message):
+        hog(torch.zeros(1, 3, 16, 32), cell, bins)
+
+
+@pytest.mark.parametrize(
+    ("patch", "cell"), [(16, 8), (14, 7), (8, 4), (4, 2), (2, 1), (9, 3), (15, 5), (3, 1), (7, 7), (5, 5), (1, 1)]
+)
+def test_default_cell(patch, cell):
+    assert default_cell(patch) == cell
+    assert HogTarget(patch_size=patch, in_chans=3).cell_size == cell
+
+
+@pytest.mark.parametrize(
+    ("patch", "cell", "bins", "channels", "grid"),
+    [(8, None, 9, 3, (2, 3)), (6, 2, 5, 1, (3, 1)), (4, 4, 12, 5, (1, 2))],
+)
+def test_hog_target_order_and_whitening(patch, cell, bins, channels, grid):
+    target = HogTarget(patch_size=patch, in_chans=channels, cell_size=cell, num_bins=bins)
+    s, side = target.cells, target.cell_size
+    assert target.dim == s * s * bins * channels
+    shape = (2, channels, grid[0] * patch, grid[1] * patch)
+    raw = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    found = target(torch.full(shape, float("nan")), raw)  # the normalised picture plays no part
+    assert found.shape == (2, grid[0] * grid[1], target.dim)
+    assert found.dtype == torch.float32
+    cells = slow_hog(raw.numpy(), side, bins)
+    white = (cells - cells.mean(-1, keepdims=True)) / np.sqrt(cells.var(-1, keepdims=True) + 1e-5)
+    for b, row, column in np.ndindex(2, *grid):
+        for r, q, k, c in np.ndindex(s, s, bins, channels):
+            entry = ((r * s + q) * bins + k) * channels + c
+            expected = white[b, c, row * s + r, column * s + q, k]
+            assert found[b, row * grid[1] + column, entry].item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_a_patch_of_16_holds_108_numbers():
+    assert HogTarget(patch_size=16, in_chans=3).dim == 108
+
+
+def test_hog_target_needs_a_cell_that_divides_the_patch():
+    with pytest.raises(ValueError, match="hog_cell 3 does not divide the 16-pixel patch"):
+        HogTarget(patch_size=16, in_chans=3, cell_size=3)
+
+
+def test_whitening():
+    x = torch.randn(3, 4, 9) * 5 + 2
+    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(whiten(x), expected)
+    assert not whiten(torch.full((2, 9), 3.0)).any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 3, 5]), st.sampled_from([2, 4, 7]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31)
+)
+def test_pixel_target_equals_maes_formula(channels, patch, h, w, seed):
+    images = torch.randn(2, channels, h * patch, w * patch, generator=torch.Generator().manual_seed(seed))
+    x = images.reshape(2, channels, h, patch, w, patch)
+    x = torch.einsum("nchpwq->nhwpqc", x).reshape(2, h * w, patch * patch * channels)
+    expected = (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, keepdim=True) + 1.0e-6) ** 0.5
+    target = PixelTarget(patch_size=patch, in_chans=channels)
+    found = target(images, torch.full_like(images, float("nan")))  # the raw picture plays no part
+    assert found.shape[-1] == target.dim
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    mean, std = target.patch_statistics(x)
+    torch.testing.assert_close(found * std + mean, x, rtol=1e-4, atol=1e-5)
+
+
+def test_pixel_target_of_a_flat_patch_is_zero():
+    images = torch.full((1, 1, 4, 4), 0.3)
+    assert PixelTarget(patch_size=4, in_chans=1)(images, images).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="more than one value"):
+        PixelTarget(patch_size=1, in_chans=1)
+
+
+def test_targets_by_name():
+    assert set(TARGETS) >= {"hog", "pixel"}
+    for name in ("hog", "pixel"):
+        target = create_target(name, patch_size=8, in_chans=3)
+        assert isinstance(target, Target)
+        assert target.name == name
+        assert not target.state_dict()
+        assert create_target(target, patch_size=99, in_chans=99) is target
+    assert create_target("hog", patch_size=8, in_chans=3, cell_size=2).cell_size == 2
+    with pytest.raises(ValueError, match=r"unknown target 'hogg'; did you mean 'hog'\?"):
+        create_target("hogg", patch_size=8, in_chans=3)
