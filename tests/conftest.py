@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the processes the tests start
 torch.set_num_threads(2)
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -98,8 +98,8 @@ def test_a_folder_without_permission(capsys, tmp_path, pictures):
 
 
 def test_folders_that_are_no_runs(capsys, tmp_path):
-    assert "does not exist" in mistake(capsys, "evaluate", "knn", tmp_path / "nothing", "--data", "digits")
-    assert "encoder.safetensors" in mistake(capsys, "evaluate", "knn", tmp_path, "--data", "digits")
+    assert "is no run folder" in mistake(capsys, "evaluate", "knn", tmp_path / "nothing", "--data", "digits")
+    assert "is no run folder" in mistake(capsys, "evaluate", "knn", tmp_path)
     assert mistake(capsys, "show", "masks", tmp_path, "--out", tmp_path / "x.png")
     (tmp_path / "file").write_text("x")
     assert "is a file" in mistake(capsys, "pretrain", "digits", "--out", tmp_path / "file", *TINY, "--steps", 1)

@@ -25,10 +25,19 @@ from dmjd.evaluation import (
     read_result,
     results_table,
 )
-from dmjd.evaluation.features import accuracies, extract_all, label_ranks, raw_pixels
+from dmjd.evaluation.features import accuracies, label_ranks, raw_pixels
 from dmjd.pictures import Preprocess
 
 SIZE = (16, 16)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Steps of a probe are too small to share out; on a busy machine threads that wait for each other cost most."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def features(x, labels) -> Features:
@@ -155,7 +164,7 @@ def test_knn_refuses_settings_that_cannot_be(bad):
 # --- linear probe
 
 
-@pytest.mark.parametrize("n", [4, 40, 3000])
+@pytest.mark.parametrize("n", [40, 400, 3000])
 def test_the_probe_solves_separable_data(n):
     result = linear_probe(blobs(n, 4, 32, 0.02, 1), blobs(400, 4, 32, 0.02, 2))
     assert result == {"top1": 1.0, "top5": 1.0}
@@ -164,7 +173,7 @@ def test_the_probe_solves_separable_data(n):
 @pytest.mark.parametrize("noise", [2.0, 4.0])
 def test_the_probe_reaches_logistic_regression(noise):
     """The published schedule, taken as it is, stays far below on sets of this size."""
-    train, test = blobs(3000, 10, 48, noise, 1), blobs(3000, 10, 48, noise, 2)
+    train, test = blobs(2000, 10, 32, noise, 1), blobs(4000, 10, 32, noise, 2)
     scaler = StandardScaler().fit(train.x)
     reference = LogisticRegression(max_iter=500).fit(scaler.transform(train.x), train.labels)
     expected = reference.score(scaler.transform(test.x), test.labels)
@@ -183,7 +192,7 @@ def test_the_probe_reaches_logistic_regression_on_plain_digits():
 
 
 def test_the_probe_does_not_care_about_the_scale_of_features():
-    train, test = blobs(1000, 5, 16, 2.0, 1), blobs(1000, 5, 16, 2.0, 2)
+    train, test = blobs(400, 5, 16, 2.0, 1), blobs(1000, 5, 16, 2.0, 2)
     larger = [features(1000 * f.x.numpy() + 50, f.labels) for f in (train, test)]
     assert linear_probe(*larger)["top1"] == pytest.approx(linear_probe(train, test)["top1"], abs=0.01)
 
@@ -197,9 +206,10 @@ def test_the_probe_is_a_function_of_its_seed_and_leaves_the_random_state_alone()
 
 
 def test_every_setting_of_the_probe_has_an_effect():
-    train, test = blobs(600, 5, 16, 3.0, 1), blobs(2000, 5, 16, 3.0, 2)
-    settings = ({}, {"epochs": 5}, {"blr": 0.001}, {"batch_size": 300}, {"weight_decay": 0.5})
-    assert len({linear_probe(train, test, **setting)["top1"] for setting in settings}) == len(settings)
+    train, test = blobs(600, 8, 16, 3.0, 1), blobs(2000, 8, 16, 3.0, 2)
+    settings = ({"epochs": 10}, {"epochs": 5}, {"blr": 0.001}, {"batch_size": 300}, {"weight_decay": 0.5})
+    results = {tuple(linear_probe(train, test, **{"epochs": 10} | s).values()) for s in settings}
+    assert len(results) == len(settings)
 
 
 def test_the_schedule_is_the_published_one_on_large_sets_and_follows_small_ones():
@@ -208,7 +218,7 @@ def test_the_schedule_is_the_published_one_on_large_sets_and_follows_small_ones(
     batch, lr = probe_schedule(12_000)
     assert batch == 500
     assert lr == pytest.approx(0.1 * 500 / 256 * 500_000 / 12_000)
-    assert probe_schedule(10) == (10, pytest.approx(0.1 * 10 / 256 * 100))
+    assert probe_schedule(10) == (10, pytest.approx(0.1 * 10 / 256 * 500_000 / 384))
     assert probe_schedule(12_000, batch_size=100_000)[0] == 12_000
 
 
@@ -315,7 +325,7 @@ def test_random_baseline_follows_the_seed_and_not_the_random_state(run):
 def test_an_earlier_result_counts_for_the_same_weights_and_default_settings_only(run):
     file = run / "evaluation" / "linear.json"
     assert read_result(file, tiny_encoder()) is None
-    result = evaluate("linear", run, epochs=2)
+    evaluate("linear", run, epochs=2)
     assert read_result(file, tiny_encoder()) is None
     result = evaluate("linear", run)
     assert read_result(file, tiny_encoder()) == result
@@ -405,27 +415,15 @@ def test_online_knn_refuses_a_single_class_before_anything_is_trained(pictures):
 # --- real pictures
 
 
-def test_digits_baselines_stand_where_they_were_measured():
-    """Raw pixels of the embedded set: kNN about 59 %, so that something learned can show."""
-    preprocess = Preprocess((32, 32))
-    train, test = (
-        extract_all({"raw": raw_pixels}, open_source("digits", split=split), preprocess, num_workers=0)["raw"]
-        for split in ("train", "test")
-    )
-    assert 0.45 < knn(train, test)["top1"] < 0.7
-
-
 @pytest.mark.skipif(not (REAL_DATA / "cifar10").exists(), reason="needs ../shared/data/cifar10")
 def test_probe_on_cifar10_pixels_reaches_logistic_regression():
     folder = REAL_DATA / "cifar10"
-    rng = np.random.default_rng(0)
     parts = {}
-    for split, count in (("train", 3000), ("test", 2000)):
+    for split, count in (("train", 2000), ("test", 2000)):  # the files are shuffled
         source = open_source(folder, split=split, labels="column")
-        rows = np.sort(rng.choice(len(source), count, replace=False))
-        pictures = torch.stack([torch.from_numpy(source.read(int(i))) for i in rows]).permute(0, 3, 1, 2).float()
-        small = torch.nn.functional.avg_pool2d(pictures, 4).flatten(1) / 255
-        parts[split] = features(small, source.labels[rows])
+        pictures = torch.stack([torch.tensor(source.read(i)) for i in range(count)]).permute(0, 3, 1, 2).float()
+        small = torch.nn.functional.avg_pool2d(pictures, 8).flatten(1) / 255
+        parts[split] = features(small, source.labels[:count])
     scaler = StandardScaler().fit(parts["train"].x)
     reference = LogisticRegression(max_iter=1000).fit(scaler.transform(parts["train"].x), parts["train"].labels)
     expected = reference.score(scaler.transform(parts["test"].x), parts["test"].labels)

@@ -365,6 +365,7 @@ class MeanColour(Target):
     def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
         self.uses += 1
         assert not torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")  # targets are float32 whatever the model runs in
         return F.avg_pool2d(normalised, 8).flatten(2).transpose(1, 2)
 
     def after_step(self, encoder: nn.Module, step: int) -> None:
@@ -374,7 +375,8 @@ class MeanColour(Target):
 def test_a_target_of_ones_own_is_computed_once_for_both_branches():
     target = MeanColour()
     model = make(target=target)
-    out = model(*pictures(), keys=KEYS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(*pictures(), keys=KEYS)
     assert out["loss"].requires_grad
     assert target.uses == 1
     model.after_step(7)

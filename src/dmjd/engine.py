@@ -18,9 +18,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor, nn
 
-from dmjd.tokens import hash64
+from dmjd.tokens import STREAM_STEP, hash64
 
-STREAM_STEP = 100  # of the seed hash: dropout and stochastic depth
 SYNC_EVERY = 10  # steps between looks at device-side flags on an accelerator, where each look waits for it
 
 

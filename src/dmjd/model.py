@@ -84,11 +84,12 @@ class MaskedImageModel(nn.Module):
         self.counts = tuple(n * self.block_size**2 for n in mask_counts(units, num_views, mask_ratio, pred_ratio))
         mim_target = target if mim_target is None else mim_target
         vis_target = target if vis_target is None else vis_target
-        self.mim_target = self._target(mim_target, hog_cell) if mim else None
-        self.vis_target = None
-        if vis:  # branches that share a target share its module, so that it is computed once
-            same = mim and vis_target == mim_target
-            self.vis_target = self.mim_target if same else self._target(vis_target, hog_cell)
+        self.mim, self.vis = mim, vis
+        self.branch_targets = nn.ModuleDict()  # a target shared by both branches is held, saved and computed once
+        if mim:
+            self.branch_targets["mim"] = self._target(mim_target, hog_cell)
+        if vis and not (mim and vis_target == mim_target):
+            self.branch_targets["vis"] = self._target(vis_target, hog_cell)
         dim, depth, heads = (
             default if given is None else given
             for given, default in zip(
@@ -116,6 +117,17 @@ class MaskedImageModel(nn.Module):
         self.distillation = None
         if self.vis_target is not None:
             self.distillation = DistillationHead(encoder.embed_dim, dim, self.vis_target.dim)
+
+    @property
+    def mim_target(self) -> Target | None:
+        """Target of the reconstruction branch, None where that is off."""
+        return self.branch_targets["mim"] if self.mim else None  # type: ignore[return-value]
+
+    @property
+    def vis_target(self) -> Target | None:
+        """Target of the distillation branch, None where that is off."""
+        own = self.branch_targets["vis" if "vis" in self.branch_targets else "mim"] if self.vis else None
+        return own  # type: ignore[return-value]
 
     def _target(self, target: str | Target, hog_cell: int | None) -> Target:
         options = {"cell_size": hog_cell} if target == "hog" else {}
@@ -163,13 +175,8 @@ class MaskedImageModel(nn.Module):
     def targets(self, normalised: Tensor, raw: Tensor) -> dict[str, Tensor]:
         """Targets of the branches that are on, once per image: [B, N, C] float32 each."""
         with torch.autocast(normalised.device.type, enabled=False):
-            targets = {}
-            if self.mim_target is not None:
-                targets["mim"] = self.mim_target(normalised, raw)
-            if self.vis_target is not None:
-                shared = self.vis_target is self.mim_target
-                targets["vis"] = targets["mim"] if shared else self.vis_target(normalised, raw)
-            return targets
+            targets = {branch: target(normalised, raw) for branch, target in self.branch_targets.items()}
+            return targets | ({"vis": targets["mim"]} if self.vis and "vis" not in targets else {})
 
     def forward(
         self,
@@ -221,8 +228,8 @@ class MaskedImageModel(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Let the targets follow the encoder after optimizer step ``step``."""
-        for target in {id(t): t for t in (self.mim_target, self.vis_target) if t is not None}.values():
-            target.after_step(self.encoder, step)
+        for target in self.branch_targets.values():
+            target.after_step(self.encoder, step)  # type: ignore[operator]
 
     def flops(self) -> int:
         """Floating-point operations of one forward pass of one unique image with its K views; training takes 3 x."""

@@ -117,7 +117,7 @@ def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tenso
     x = x.permute(0, 6, 1, 3, 2, 4, 5).reshape(
         len(tokens), -1, h * s, w * s, target.num_bins
     )  # B, c, rows, columns, bins
-    side = min(48, max(12, _SHEET_SIDE // (s * max(grid))))
+    side = min(48, max(12, _SHEET_SIDE // (s * max(grid)))) | 1  # odd, so that strokes have a middle row of pixels
     brightest = math.sqrt(max(1, target.num_bins - 1))
     return hog_glyphs((_three(x) / brightest).clamp(min=0).sqrt(), side).permute(0, 2, 3, 1)
 

@@ -1,7 +1,8 @@
 """What a run says while it works: one live line on a terminal, a plain line now and then elsewhere."""
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -113,3 +114,21 @@ class WandbLogger:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+class Logger(Protocol):
+    """Where scalars go besides ``metrics.jsonl``."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Take scalars of a step."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def open_loggers(folder: Path, step: int, wandb_config: dict[str, Any] | None) -> list[Logger]:
+    """TensorBoard events in the run folder and, where a configuration is given, Weights & Biases."""
+    loggers: list[Logger] = [TensorBoardLogger(str(folder), step)]
+    if wandb_config is not None:
+        loggers.append(WandbLogger(folder.name, wandb_config))
+    return loggers

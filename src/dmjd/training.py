@@ -28,7 +28,7 @@ from dmjd.engine import Duration, Engine, Hook, Report, StopSignal, Task, make_f
 from dmjd.model import MaskedImageModel
 from dmjd.optim import adamw, scaled_learning_rate, warmup_cosine
 from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from dmjd.progress import Console, TensorBoardLogger, WandbLogger
+from dmjd.progress import Console, open_loggers
 
 LOOKS = 10  # pictures and online kNN in a run, where no cadence is given
 FEW_PICTURES = 64
@@ -261,7 +261,8 @@ class _Run:
             flip=self.config.flip,
             device=self.fabric.device,
         )
-        self.loggers = [] if not self.folder.owner else self._open_loggers()
+        settings = json.loads(self.config.to_json()) if self.config.wandb else None
+        self.loggers = open_loggers(self.folder.path, self.engine.progress.step, settings) if self.folder.owner else []
         self.online = self._online_knn() if self.folder.owner else None
         self.next_look = self._look_after(self.engine.duration.share(self.engine.progress))
         hooks: list[Hook] = [self._log]
@@ -294,14 +295,6 @@ class _Run:
         for name, reason in self.bad.add(reports):
             self.console.warn(f"unreadable, another picture takes its place: {name}: {reason}")
         self.bad.check(self.config.max_bad, len(self.source))
-
-    def _open_loggers(self) -> list[TensorBoardLogger | WandbLogger]:
-        loggers: list[TensorBoardLogger | WandbLogger] = [
-            TensorBoardLogger(str(self.folder.path), self.engine.progress.step)
-        ]
-        if self.config.wandb:
-            loggers.append(WandbLogger(self.folder.path.name, json.loads(self.config.to_json())))
-        return loggers
 
     def _log(self, report: Report) -> None:
         if report.scalars is None or not self.folder.owner:

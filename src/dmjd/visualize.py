@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from dmjd.build import LISTING, load_model, open_data
 from dmjd.checkpoint import atomic
 from dmjd.data import EvalLoader, Source
-from dmjd.evaluation.features import known_preprocess
+from dmjd.evaluation.features import evaluating, known_preprocess
 from dmjd.masking import Masks
 from dmjd.model import MaskedImageModel
 from dmjd.painters import HEAT, hide, painter_for, picture_rgb, spread, tint
@@ -68,7 +68,7 @@ def target_figure(model: MaskedImageModel, images_0_255: Tensor) -> Figure:
     Args:
         model: whose encoder's ``preprocess`` is set. images_0_255: [B, c, H, W].
     """
-    with _evaluating(model):
+    with evaluating(model):
         normalised = known_preprocess(model.encoder).normalise(images_0_255)
         truths = model.targets(normalised, images_0_255.float())
         columns: Columns = {"picture": list(picture_rgb(images_0_255))}
@@ -91,7 +91,7 @@ def reconstruction_figure(
         masks: of these pictures; None = the model's own for ``keys`` [B] int64 (default 0, 1, ...).
     """
     B, device, encoder = len(images_0_255), images_0_255.device, model.encoder
-    with _evaluating(model):
+    with evaluating(model):
         if masks is None:
             masks = model.draw_masks(torch.arange(B, device=device) if keys is None else keys.to(device))
         K = len(masks.mask)
@@ -163,18 +163,6 @@ def _note(model: MaskedImageModel) -> str:
 def _by_picture(views: Sequence[Tensor]) -> list[Tensor]:
     """K times [B, H, W, 3] -> rows of a figure, the views of a picture below each other."""
     return [picture for pictures in zip(*views, strict=True) for picture in pictures]
-
-
-@contextlib.contextmanager
-def _evaluating(model: MaskedImageModel) -> Iterator[None]:
-    """Without dropout or gradients; the mode the model was in is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
 
 
 def _sheet(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure:

@@ -3,13 +3,15 @@
 Shapes: n pictures, D width of a feature, C image channels, H, W picture sides.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmjd.data import EvalLoader, Source
 from dmjd.encoders import Encoder
@@ -111,15 +113,22 @@ def extract(
         ValueError: if the encoder knows no preprocessing, or no picture can be read.
     """
     preprocess = known_preprocess(encoder)
-    training = encoder.training
-    encoder.to(device).eval()
+    reading: dict[str, Any] = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
+    with evaluating(encoder.to(device)):
+        return extract_all({"x": pooled(encoder)}, source, preprocess, **reading)["x"]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; the mode of every part is restored, also of those that are kept frozen."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
-        extractors = {"x": pooled(encoder)}
-        return extract_all(
-            extractors, source, preprocess, batch_size=batch_size, device=device, num_workers=num_workers
-        )["x"]
+        with torch.inference_mode():
+            yield
     finally:
-        encoder.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 def known_preprocess(encoder: Encoder) -> Preprocess:

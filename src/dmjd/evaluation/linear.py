@@ -13,7 +13,6 @@ WARMUP_SHARE = 10 / 90
 MAX_BATCH, MIN_BATCH = 4096, 16
 BATCHES_PER_EPOCH = 24
 FULL_SIZE = 500_000  # from this many images on, the published learning rate is taken as it is
-MAX_BOOST = 100.0
 
 
 def probe_schedule(num_train: int, batch_size: int | None = None, blr: float = 0.1) -> tuple[int, float]:
@@ -22,10 +21,10 @@ def probe_schedule(num_train: int, batch_size: int | None = None, blr: float = 0
     LARS moves the weights by a fixed share of their own norm at each step, about ``0.001 * lr``, and lr follows the
     batch, so how far they can get in a run is proportional to epochs * images * blr. The published numbers (batch
     4096, blr 0.1, 90 epochs) give enough of that on ImageNet; on 12,000 images they stop after 180 steps, 14 points
-    short of logistic regression. Below ``FULL_SIZE`` images the rate is therefore raised in proportion (at most
-    ``MAX_BOOST`` times) and the batch is a 24th of the set, which keeps single steps small enough to be stable:
+    short of logistic regression. Below ``FULL_SIZE`` images the rate is therefore raised in proportion and the batch
+    is a 24th of the set, which keeps single steps small enough to be stable:
 
-        batch = num_train / 24, within 16 .. 4096;    lr = blr * batch / 256 * min(100, max(1, 500,000 / num_train))
+        batch = num_train / 24, within 16 .. 4096;    lr = blr * batch / 256 * max(1, 500,000 / max(num_train, 24 * 16))
 
     Args:
         num_train: images in the training set.
@@ -41,7 +40,7 @@ def probe_schedule(num_train: int, batch_size: int | None = None, blr: float = 0
         raise ValueError(f"blr and batch_size must be positive, got blr={blr} and batch_size={batch_size}")
     batch = batch_size or max(MIN_BATCH, min(MAX_BATCH, num_train // BATCHES_PER_EPOCH))
     batch = min(batch, num_train)
-    boost = min(MAX_BOOST, max(1.0, FULL_SIZE / num_train))
+    boost = max(1.0, FULL_SIZE / max(num_train, BATCHES_PER_EPOCH * MIN_BATCH))
     return batch, blr * batch / 256 * boost
 
 
@@ -91,7 +90,7 @@ def linear_probe(
 
 
 def _probe(dim: int, num_classes: int, generator: torch.Generator) -> nn.Sequential:
-    linear = nn.Linear(dim, num_classes)
+    linear = nn.utils.skip_init(nn.Linear, dim, num_classes)  # its own draw would be from the global random state
     nn.init.normal_(linear.weight, std=0.01, generator=generator)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)

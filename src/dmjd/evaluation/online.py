@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dmjd.data import Source, align_labels, read_all
 from dmjd.encoders import Encoder
-from dmjd.evaluation.features import Features, check_labels
+from dmjd.evaluation.features import Features, check_labels, evaluating
 from dmjd.evaluation.knn import knn
 from dmjd.pictures import Preprocess
 
@@ -50,18 +50,11 @@ class OnlineKnn:
 
     def __call__(self, encoder: Encoder) -> float:
         """Top-1 accuracy, 0 to 1, of the encoder as it is now; its mode is restored afterwards."""
-        training = encoder.training
-        encoder.eval()
-        try:
-            train, test = (
-                Features(self._features(encoder, raw), labels, torch.arange(len(labels)))
-                for raw, labels in zip(self._raw, self._labels, strict=True)
-            )
-        finally:
-            encoder.train(training)
+        with evaluating(encoder):
+            xs = [self._features(encoder, raw) for raw in self._raw]
+        train, test = (Features(x, y, torch.arange(len(y))) for x, y in zip(xs, self._labels, strict=True))
         return knn(train, test, device=self._device)["top1"]
 
-    @torch.inference_mode()
     def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
         """[n, C, H, W] on the 0..255 scale -> [n, D] float32 on the CPU."""
         batches = (self._preprocess.normalise(part.to(self._device)) for part in raw.split(self._batch_size))
