@@ -6,6 +6,7 @@ Command-line flags are generated from these fields, so names, defaults and help 
 import dataclasses
 import json
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -181,13 +182,15 @@ def value_types(field_type: Any) -> tuple[type, bool, bool]:
 
 
 def _check_types(config: PretrainConfig) -> None:
-    """Bring Python arguments to the declared types (3 to 3.0, 32 to (32,)), or say which field is wrong."""
+    """Bring Python arguments to the declared types (3 to 3.0, 32 to (32,), Path to str), or say which field is wrong."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kind, many, optional = value_types(field.type)
         if value is None and optional:
             continue
         values = list(value) if many and isinstance(value, list | tuple) else [value]
+        if kind is str:
+            values = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in values]
         if kind is float:
             values = [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
         if not values or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in values):
