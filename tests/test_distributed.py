@@ -11,6 +11,16 @@ import torch
 from conftest import TINY, dmjd
 from safetensors.torch import load_file
 
+TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}
+
+
+def without_key_bias(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Attention does not depend on the bias of its keys: that gradient is rounding, which Adam blows up."""
+    if not name.endswith("attn.qkv.bias"):
+        return value
+    query, _, values = value.chunk(3)
+    return torch.cat([query, values])
+
 
 def torchrun(processes: int, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     with socket.socket() as free:
@@ -38,7 +48,9 @@ def test_two_processes_equal_one(tmp_path, pictures, accumulate):
     one, two = (load_file(tmp_path / name / "checkpoints" / "final.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-6, msg=key)
+        torch.testing.assert_close(
+            without_key_bias(key, two[key]), without_key_bias(key, one[key]), **TOLERANCE, msg=key
+        )
     first, second = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")

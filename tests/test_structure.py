@@ -32,6 +32,7 @@ ORDER = [
     "painters",
     "visualize",
     "progress",
+    "monitor",
     "training",
     "recipes",
     "cli",

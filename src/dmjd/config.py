@@ -182,7 +182,7 @@ def value_types(field_type: Any) -> tuple[type, bool, bool]:
 
 
 def _check_types(config: PretrainConfig) -> None:
-    """Bring Python arguments to the declared types (3 to 3.0, 32 to (32,), Path to str), or say which field is wrong."""
+    """Bring Python arguments to the declared types (3 to 3.0, 32 to (32,), Path to str), or name the wrong field."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kind, many, optional = value_types(field.type)

@@ -126,8 +126,9 @@ class MaskedImageModel(nn.Module):
     @property
     def vis_target(self) -> Target | None:
         """Target of the distillation branch, None where that is off."""
-        own = self.branch_targets["vis" if "vis" in self.branch_targets else "mim"] if self.vis else None
-        return own  # type: ignore[return-value]
+        if not self.vis:
+            return None
+        return self.branch_targets["vis" if "vis" in self.branch_targets else "mim"]  # type: ignore[return-value]
 
     def _target(self, target: str | Target, hog_cell: int | None) -> Target:
         options = {"cell_size": hog_cell} if target == "hog" else {}

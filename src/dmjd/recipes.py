@@ -70,15 +70,16 @@ def digits(data: str | None = None, out: str | None = None, **overrides: Any) ->
         embed_dim=(96,),
         depth=(4,),
         num_heads=3,
-        decoder_dim=96,
+        decoder_dim=64,
         decoder_depth=1,
-        decoder_heads=3,
+        decoder_heads=2,
         mask_ratio=0.5,
         block_size=1,
+        theta=4.0,
         epochs=None,
         minutes=2.0,
-        batch_size=256,
-        blr=2e-3,
+        batch_size=64,
+        blr=6e-3,
     )
     return config.replace(**overrides)
 

@@ -11,8 +11,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from dmjd import evaluation, visualize
-from dmjd.build import LISTING, build_model, open_data, open_test_data
+from dmjd.build import LISTING, build_model, open_data
 from dmjd.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -26,13 +25,12 @@ from dmjd.data import BadPictures, Batch, Source, TrainLoader, measure_stats
 from dmjd.encoders import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.engine import Duration, Engine, Hook, Report, StopSignal, Task, make_fabric
 from dmjd.model import MaskedImageModel
+from dmjd.monitor import Monitor
 from dmjd.optim import adamw, scaled_learning_rate, warmup_cosine
 from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from dmjd.progress import Console, open_loggers
+from dmjd.progress import Console
 
-LOOKS = 10  # pictures and online kNN in a run, where no cadence is given
 FEW_PICTURES = 64
-NUM_PICTURES = 3  # in the pictures a run makes of itself
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,8 @@ class _Run:
         self.config, self.model, self.fabric, self.console = config, model, fabric, console
         self.source, self.batch_size, self.folder = source, batch_size, folder
         self.bad = BadPictures()
-        self.metrics: dict[str, Any] = {}
+        self.fingerprint = source.fingerprint()
+        self.monitor = Monitor(config, model, source, folder, console)
 
     def run(self) -> RunResult:
         """Steps 5 to 10 of :func:`pretrain`."""
@@ -172,11 +171,11 @@ class _Run:
             # 8. the stream of batches from the very step, 9. the loop
             finished = self._train()
         # 10. a verdict and pictures
-        evaluations = self._finish() if finished and self.fabric.is_global_zero else {}
+        evaluations = self.monitor.finish() if finished and self.fabric.is_global_zero else {}
         self._report_bad()
         self.fabric.barrier()
         return RunResult(
-            self.folder.path, engine.progress.step, finished, self.metrics, evaluations, tuple(self.bad.reports)
+            self.folder.path, engine.progress.step, finished, self.monitor.metrics, evaluations, tuple(self.bad.reports)
         )
 
     def _preprocess(self, checkpoint: Checkpoint | None) -> Preprocess:
@@ -221,7 +220,7 @@ class _Run:
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.state["data"] != self.source.fingerprint():
+        if checkpoint.state["data"] != self.fingerprint:
             raise ValueError(
                 f"the pictures in {self.config.data} are not those this run began with; give another --out"
             )
@@ -261,22 +260,17 @@ class _Run:
             flip=self.config.flip,
             device=self.fabric.device,
         )
-        settings = json.loads(self.config.to_json()) if self.config.wandb else None
-        self.loggers = open_loggers(self.folder.path, self.engine.progress.step, settings) if self.folder.owner else []
-        self.online = self._online_knn() if self.folder.owner else None
-        self.next_look = self._look_after(self.engine.duration.share(self.engine.progress))
-        hooks: list[Hook] = [self._log]
-        if self.folder.owner:
-            hooks += [self._look, self._save]
+        hooks: list[Hook] = []
+        if self.folder.owner:  # one process writes, looks and saves
+            self.monitor.open(self.engine.progress.step, self.engine.duration.share(self.engine.progress))
+            hooks = [self.monitor.log, self._look, self._save]
         with StopSignal() as stop:
             batches = self._watched(loader)
             try:
                 finished = self.engine.run(batches, hooks, stop)
             finally:
                 batches.close()  # ends the loader's processes
-                for logger in self.loggers:
-                    logger.close()
-            self.console.close()
+                self.monitor.close()
         if self.folder.owner:
             self._checkpoint(final=finished)
         if not finished:
@@ -296,19 +290,11 @@ class _Run:
             self.console.warn(f"unreadable, another picture takes its place: {name}: {reason}")
         self.bad.check(self.config.max_bad, len(self.source))
 
-    def _log(self, report: Report) -> None:
-        if report.scalars is None or not self.folder.owner:
-            return
-        progress = report.progress
-        epoch = progress.images / len(self.source)
-        self._write_metrics(report, {"epoch": epoch, "seconds": progress.seconds} | report.scalars)
-        self.console.progress(report.share, progress.step, epoch, progress.seconds, report.scalars)
-
-    def _write_metrics(self, report: Report, values: dict[str, float]) -> None:
-        self.metrics = {"step": report.progress.step} | values
-        self.folder.log(self.metrics)
-        for logger in self.loggers:
-            logger.log(values, report.progress.step)
+    def _look(self, report: Report) -> None:
+        """Pictures and online kNN where they are due; the last look is left to the end of the run."""
+        if report.share < 1.0 and self.monitor.due(report):
+            self.engine.check_finite()
+            self.monitor.look(report)
 
     def _save(self, report: Report) -> None:
         if report.progress.step % self.config.checkpoint_every == 0 and report.share < 1.0:
@@ -322,67 +308,12 @@ class _Run:
         tensors |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.engine.optimizer).items()}
         state = self.engine.state() | {
             "encoder": encoder_metadata(encoder),
-            "data": self.source.fingerprint(),
+            "data": self.fingerprint,
             "bad": self.bad.reports,
             "config": json.loads(self.config.to_json()),
         }
         self.folder.save(self.engine.progress.step, tensors, state, final=final)
         write_bytes(self.folder.path / ENCODER_FILE, encoder_bytes(encoder))
-
-    def _look_after(self, share: float) -> float:
-        """The share of the run at which pictures and online kNN are due next, when they follow no step count."""
-        return (math.floor(share * LOOKS + 1e-9) + 1) / LOOKS
-
-    def _look(self, report: Report) -> None:
-        """Pictures and, with labels, online kNN; the last look is left to the end of the run."""
-        every = self.config.eval_every
-        due = report.share >= self.next_look if every is None else every > 0 and report.progress.step % every == 0
-        if not due or report.share >= 1.0:
-            return
-        self.next_look = self._look_after(report.share)
-        self.engine.check_finite()
-        self._picture(f"step-{report.progress.step:09d}.png")
-        if self.online is not None:
-            accuracy = self.online(self.model.encoder)
-            self._write_metrics(report, {"knn_top1": accuracy})
-            self.console.say(f"step {report.progress.step}: online kNN {100 * accuracy:.1f} %")
-
-    def _online_knn(self) -> evaluation.OnlineKnn | None:
-        """Online kNN where there are labels and a test set."""
-        test = self._test_source() if self.config.eval_every != 0 else None
-        if test is None:
-            return None
-        assert self.model.encoder.preprocess is not None
-        return evaluation.OnlineKnn(self.source, test, self.model.encoder.preprocess, self.fabric.device)
-
-    def _test_source(self) -> Source | None:
-        """The labelled test set, where both sets have labels."""
-        assert self.config.data is not None
-        if self.source.labels is None:
-            return None
-        test = open_test_data(self.config, self.config.data, self.config.test_data)
-        return test if test is not None and test.labels is not None else None
-
-    def _picture(self, name: str) -> None:
-        """What the model sees, is asked for and answers, on the first pictures of the set."""
-        visualize.run_picture(self.model, self.source, self.folder.path / "pictures" / name, num_images=NUM_PICTURES)
-
-    def _finish(self) -> dict[str, dict[str, Any]]:
-        """Last picture, curves, and where there are labels kNN and linear probe beside their baselines."""
-        config = self.config
-        self._picture("final.png")
-        visualize.curves_picture(self.folder.metrics, self.folder.path / "pictures" / "curves.png")
-        self.console.say(f"encoder: {self.folder.path / ENCODER_FILE}   pictures: {self.folder.path / 'pictures'}")
-        if not config.final_eval or self._test_source() is None:
-            return {}
-        results = {}
-        for task in ("knn", "linear"):
-            file = self.folder.path / "evaluation" / f"{task}.json"
-            results[task] = evaluation.read_result(file, self.model.encoder) or evaluation.evaluate(
-                task, self.folder.path, device=str(self.fabric.device.type), seed=config.seed
-            )
-        self.console.table(evaluation.results_table(results))
-        return results
 
     def _report_bad(self) -> None:
         if self.bad.count:

@@ -38,8 +38,10 @@ __all__ = [
     "Features",
     "OnlineKnn",
     "evaluate",
+    "evaluate_all",
     "extract",
     "extract_all",
+    "fresh_encoder",
     "knn",
     "linear_probe",
     "probe_schedule",
@@ -87,30 +89,60 @@ def evaluate(
         ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabelled, has one class
             or no test part.
     """
-    settings = _settings(task, options, seed)
+    results = evaluate_all(
+        {task: options},
+        run,
+        data=data,
+        test_data=test_data,
+        labels=labels,
+        out=out,
+        seed=seed,
+        device=device,
+        num_workers=num_workers,
+        batch_size=batch_size,
+    )
+    return results[task]
+
+
+def evaluate_all(
+    tasks: Mapping[str, Mapping[str, Any]],
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    test_data: str | Path | None = None,
+    labels: str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    num_workers: int | None = None,
+    batch_size: int = 256,
+) -> dict[str, dict[str, Any]]:
+    """Several tasks on one pass over the features: task -> settings in, task -> result out; see :func:`evaluate`."""
+    settings = {task: _settings(task, options, seed) for task, options in tasks.items()}
     run, place = Path(run).expanduser(), _device(device)
-    given = {"data": data, "test_data": test_data, "labels": labels} | options
+    given = {"data": data, "test_data": test_data, "labels": labels}
     overrides = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
     config = read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
     encoder = load_encoder(run, place)
     train, test, test_labels = _open(config, run, encoder, overrides)
     features = _features(encoder, train, test, test_labels, seed, batch_size=batch_size, num_workers=num_workers)
-    accuracies = {name: TASKS[task](*pair, device=place, **settings) for name, pair in features.items()}
-    result = {
-        "task": task,
-        **accuracies,
-        "configuration": settings,
-        "overrides": overrides,
-        "data": _describe(train, test, *features["result"]),
-        "encoder": _weights_hash(encoder),
-        "seed": seed,
-        "versions": {"dmjd": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    if out is not None or run.is_dir():
-        folder = (Path(out).expanduser() if out is not None else run) / "evaluation"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{task}.json", json.dumps(result, indent=2) + "\n")
-    return result
+    folder = Path(out).expanduser() if out is not None else run if run.is_dir() else None
+    results = {}
+    for task, options in tasks.items():
+        results[task] = {
+            "task": task,
+            **{name: TASKS[task](*pair, device=place, **settings[task]) for name, pair in features.items()},
+            "configuration": settings[task],
+            "overrides": overrides | dict(options),
+            "data": _describe(train, test, *features["result"]),
+            "encoder": _weights_hash(encoder),
+            "seed": seed,
+            "versions": {"dmjd": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        if folder is not None:
+            (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+            write_text(folder / "evaluation" / f"{task}.json", json.dumps(results[task], indent=2) + "\n")
+    return results
 
 
 def _settings(task: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -166,7 +198,7 @@ def _features(
     device = next(encoder.parameters()).device
     extractors = {
         "result": pooled(encoder),
-        "random_init": pooled(_fresh(encoder, seed).to(device)),
+        "random_init": pooled(fresh_encoder(encoder, seed).to(device)),
         "raw_pixels": raw_pixels,
     }
     known, asked = (
@@ -178,7 +210,7 @@ def _features(
     }
 
 
-def _fresh(encoder: Encoder, seed: int) -> Encoder:
+def fresh_encoder(encoder: Encoder, seed: int) -> Encoder:
     """The same architecture with random weights, in evaluation mode; torch's own random state is left alone."""
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in encoder.options.items()}
     with torch.random.fork_rng(devices=[]):

@@ -1,13 +1,12 @@
 """Linear probe on frozen features: the MAE protocol, its schedule fitted to sets smaller than ImageNet."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
 from dmjd.evaluation.features import Features, accuracies, check_features, label_ranks
+from dmjd.optim import warmup_cosine
 
 WARMUP_SHARE = 10 / 90
 MAX_BATCH, MIN_BATCH = 4096, 16
@@ -119,15 +118,8 @@ def _fit(
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for rows in order[: len(x) // batch * batch].split(batch):
             for group in optimizer.param_groups:
-                group["lr"] = lr * _share(step / steps)
+                group["lr"] = lr * warmup_cosine(step / steps, WARMUP_SHARE)
             optimizer.zero_grad()
             F.cross_entropy(probe(x[rows]), labels[rows]).backward()
             optimizer.step()
             step += 1
-
-
-def _share(done: float) -> float:
-    """The share of the peak rate when ``done`` of the run is over: linear up, cosine down."""
-    if done < WARMUP_SHARE:
-        return done / WARMUP_SHARE
-    return 0.5 * (1 + math.cos(math.pi * (done - WARMUP_SHARE) / (1 - WARMUP_SHARE)))

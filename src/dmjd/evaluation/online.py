@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dmjd.data import Source, align_labels, read_all
 from dmjd.encoders import Encoder
-from dmjd.evaluation.features import Features, check_labels, evaluating
+from dmjd.evaluation.features import Features, check_labels, evaluating, raw_pixels
 from dmjd.evaluation.knn import knn
 from dmjd.pictures import Preprocess
 
@@ -47,6 +47,14 @@ class OnlineKnn:
         self._raw = [pictures.raw for pictures in kept]
         self._labels = [kept[0].labels, torch.from_numpy(labels[kept[1].index.numpy()])]
         check_labels(*self._labels)
+
+    def baselines(self, fresh: Encoder) -> dict[str, float]:
+        """Top-1 accuracies by the same protocol: of an encoder with fresh weights, and of raw pixels."""
+        pixels = (
+            Features(raw_pixels(self._preprocess.normalise(raw)), labels, torch.arange(len(labels)))
+            for raw, labels in zip(self._raw, self._labels, strict=True)
+        )
+        return {"knn_random_init": self(fresh), "knn_raw_pixels": knn(*pixels, device=self._device)["top1"]}
 
     def __call__(self, encoder: Encoder) -> float:
         """Top-1 accuracy, 0 to 1, of the encoder as it is now; its mode is restored afterwards."""
