@@ -235,5 +235,8 @@ class RunFolder:
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line of metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise ValueError(f"could not write {self.metrics}: {error.strerror}; what was saved is untouched") from None

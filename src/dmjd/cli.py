@@ -204,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 2 for a mistake the user can mend (one short message on stderr, no traceback).
+        0; 2 for a mistake the user can mend (one short message on stderr, no traceback); 130 after Ctrl-C outside
+        of training, which saves and returns 0.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
@@ -220,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[given[0]][0](given[1:])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except (ValueError, FloatingPointError) as error:  # the latter: training diverged
         print(_short(f"error: {error}"), file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from dmjd.checkpoint import (
     write_text,
 )
 from dmjd.config import DEFAULT_BATCH_SIZE, PretrainConfig
-from dmjd.data import BadPictures, Batch, Source, TrainLoader, measure_stats
+from dmjd.data import BadPictures, Batch, Source, TrainLoader, absolute, measure_stats
 from dmjd.encoders import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.engine import Duration, Engine, Hook, Report, StopSignal, Task, make_fabric
 from dmjd.model import MaskedImageModel
@@ -94,6 +94,11 @@ def pretrain(config: PretrainConfig) -> RunResult:
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
     # 3. pictures; the sorted list of a folder is kept with the run and read from there on resume
+    config = config.replace(
+        data=absolute(config.data), test_data=absolute(config.test_data) if config.test_data is not None else None
+    )
+    assert config.data is not None
+    assert config.out is not None
     out = Path(config.out).expanduser()
     source = open_data(config, config.data, "train", listing=out / LISTING)
     batch_size = resolve_batch_size(config, len(source), fabric.world_size)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dmjd.data.evaluation import read_all as read_all
     from dmjd.data.loader import Batch as Batch
     from dmjd.data.loader import TrainLoader as TrainLoader
+    from dmjd.data.sources import absolute as absolute
     from dmjd.data.sources import align_labels as align_labels
     from dmjd.data.sources import has_split as has_split
     from dmjd.data.sources import open_source as open_source
@@ -22,6 +23,7 @@ _HOMES = {
     "BadPictures": "bad",
     "Batch": "loader",
     "TrainLoader": "loader",
+    "absolute": "sources",
     "align_labels": "sources",
     "has_split": "sources",
     "open_source": "sources",

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -109,6 +110,13 @@ def _refuse_labels(name: str, labels: str, wrong: str, kind: str) -> None:
     if labels == wrong:
         right = "column" if wrong == "folder" else "folder"
         raise ValueError(f"labels '{wrong}' does not fit {name}, which is {kind}: pass --labels {right}")
+
+
+def absolute(data: str) -> str:
+    """``data`` as a run keeps it: a path made absolute, so that the run can be evaluated from any folder."""
+    if data == "digits" or data in NAMED_SETS or not Path(data).expanduser().exists():
+        return data
+    return os.path.abspath(Path(data).expanduser())
 
 
 def _existing(name: str) -> Path | None:
