@@ -69,7 +69,7 @@ def test_mistakes_before_anything_heavy(capsys, arguments, message):
         (["--mask-ratio", "0.99"], "leaves none of the 16 masking units visible"),
         (["--batch-size", "20000"], "larger than the set of 12000"),
         (["--hog-cell", "3"], "hog_cell 3 does not divide"),
-        (["--device", "cuda:9"], "device must be auto, cpu, cuda or mps"),
+        (["--device", "cuda:9"], "device must be auto, cpu or cuda"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),
         (["--depth", "1", "2", "3"], "takes 1 number(s)"),
     ],

@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "config",
     "tokens",
+    "devices",
     "resampling",
     "pictures",
     "masking",

@@ -105,7 +105,7 @@ class PretrainConfig:
     precision: str = option(
         "auto", "auto: bf16 on a GPU that has it, else fp32", "machine", choices=("auto", "fp32", "bf16", "fp16")
     )
-    device: str = option("auto", "auto, cpu, cuda or mps", "machine", resume=True, common=True)
+    device: str = option("auto", "auto, cpu or cuda", "machine", resume=True, common=True)
     compile: bool = option(False, "torch.compile the model", "machine")
     grad_checkpointing: bool = option(False, "recompute activations: less memory, slower", "machine", resume=True)
 

@@ -18,6 +18,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor, nn
 
+from dmjd.devices import pick_device
 from dmjd.tokens import STREAM_STEP, hash64
 
 SYNC_EVERY = 10  # steps between looks at device-side flags on an accelerator, where each look waits for it
@@ -77,19 +78,13 @@ def make_fabric(device: str, precision: str) -> Fabric:
     """Fabric for this process: devices and nodes as torchrun or SLURM laid them out, else one device.
 
     Args:
-        device: "auto", "cpu", "cuda" or "mps".
+        device: "auto", "cpu" or "cuda".
         precision: "auto" (bf16 on a GPU that has it, else fp32), "fp32", "bf16" or "fp16".
 
     Raises:
         ValueError: when the device is not there or cannot do the precision.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    if device not in available:
-        raise ValueError(f"device must be auto, cpu, cuda or mps, got '{device}'")
-    if not available[device]:
-        raise ValueError(f"device {device} is not available on this machine; use --device auto or cpu")
+    device = pick_device(device).type
     if precision == "auto":
         precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and device != "cuda":

@@ -19,6 +19,7 @@ from dmjd.build import LISTING, open_data, open_test_data, read_config
 from dmjd.checkpoint import write_text
 from dmjd.config import PretrainConfig
 from dmjd.data import Source, align_labels
+from dmjd.devices import pick_device
 from dmjd.encoders import Encoder, create_encoder, encoder_bytes, load_encoder
 from dmjd.evaluation.features import (
     Features,
@@ -77,7 +78,7 @@ def evaluate(
         labels: "none", "folder" or "column"; None = as the run.
         out: folder that gets ``evaluation/<task>.json``; None = the run folder.
         seed: of the randomly initialised encoder, and of the probe's weights and order.
-        device: "auto", "cpu", "cuda" or "mps". num_workers: reading processes; None = by the machine.
+        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
         batch_size: pictures at once.
         options: settings of the task: ``k``, ``temperature`` (knn); ``epochs``, ``blr``, ``weight_decay`` (linear).
 
@@ -119,7 +120,7 @@ def evaluate_all(
 ) -> dict[str, dict[str, Any]]:
     """Several tasks on one pass over the features: task -> settings in, task -> result out; see :func:`evaluate`."""
     settings = {task: _settings(task, options, seed) for task, options in tasks.items()}
-    run, place = Path(run).expanduser(), _device(device)
+    run, place = Path(run).expanduser(), pick_device(device)
     given = {"data": data, "test_data": test_data, "labels": labels}
     overrides = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
     config = read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
@@ -161,12 +162,6 @@ def _settings(task: str, options: Mapping[str, Any], seed: int) -> dict[str, Any
     if unknown := set(options) - set(known):
         raise ValueError(f"'{task}' does not take {', '.join(sorted(unknown))}; it takes {', '.join(sorted(known))}")
     return known | dict(options) | ({"seed": seed} if "seed" in known else {})
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _open(
