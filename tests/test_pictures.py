@@ -303,7 +303,10 @@ def test_resample_is_pillows_bicubic(box, size, flip, seed):
     boxes = torch.tensor([[top, left, height, width]])
     ours = resample(torch.from_numpy(picture).permute(2, 0, 1)[None], boxes, size, torch.tensor([flip]))[0]
     assert ours.dtype == torch.uint8
-    assert np.abs(ours.numpy() - (expected[..., ::-1] if flip else expected)).max() <= 1
+    # Pillow rounds to bytes between its passes: half a level, which the second pass's weights can raise a little.
+    difference = np.abs(ours.numpy() - (expected[..., ::-1] if flip else expected))
+    assert difference.max() <= 2
+    assert (difference > 1).mean() < 0.02
 
 
 def test_resample_of_floats_is_the_unrounded_uint8():
