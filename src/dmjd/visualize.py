@@ -35,7 +35,11 @@ UNNORMALISED = "un-normalised with the true patch mean and std"
 
 _MOST_BAD = 100  # unreadable pictures passed over in search of some to show
 # panel -> scalars of metrics.jsonl it draws
-_CURVES = {"loss": ("loss", "mim", "vis"), "learning rate": ("lr",), "online kNN, top-1": ("knn_top1",)}
+_CURVES = {
+    "loss": ("loss", "mim", "vis"),
+    "learning rate": ("lr",),
+    "online kNN, top-1": ("knn_top1", "knn_random_init", "knn_raw_pixels"),
+}
 
 # title -> one RGB picture [H, W, 3] per row of the figure
 Columns = dict[str, list[Tensor]]
