@@ -21,7 +21,7 @@ from dmjd.evaluation import (
     read_result,
     results_table,
 )
-from dmjd.evaluation.features import accuracies, label_ranks, raw_pixels
+from dmjd.evaluation.features import accuracies, label_ranks, pooled, raw_pixels
 from dmjd.pictures import Preprocess
 
 SIZE = (16, 16)
@@ -210,6 +210,18 @@ def test_an_encoder_without_preprocessing_is_refused(pictures):
         extract(encoder, open_source(pictures))
 
 
+def test_bf16_features_are_close_to_fp32_and_other_words_are_refused():
+    encoder = tiny_encoder()
+    images = torch.randn(4, 3, *encoder.img_size)
+    with torch.inference_mode():
+        full, half = (pooled(encoder, precision)(images) for precision in ("fp32", "bf16"))
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(half, full, rtol=0, atol=0.1)
+    with pytest.raises(ValueError, match="precision must be fp32 or bf16"):
+        pooled(encoder, "fp17")
+
+
 # --- evaluate
 
 
@@ -218,7 +230,7 @@ def test_evaluate_measures_the_encoder_beside_both_baselines(run):
     assert json.loads((run / "evaluation" / "knn.json").read_text()) == result
     for name in ("result", "random_init", "raw_pixels"):
         assert 0 <= result[name]["top1"] <= result[name]["top5"] == 1
-    assert result["configuration"] == {"k": 3, "temperature": 0.07}
+    assert result["configuration"] == {"k": 3, "temperature": 0.07, "precision": "fp32"}
     assert result["overrides"] == {"k": 3}
     assert result["data"] | {"fingerprint": "", "train": "", "test": ""} == {
         "train": "",

@@ -138,6 +138,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--epochs", type=int, metavar="N", help="linear: passes (90)", default=argparse.SUPPRESS)
     parser.add_argument("--blr", type=float, metavar="X", help="linear: base learning rate", default=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="pictures at a time (256)")
+    parser.add_argument("--precision", default="fp32", metavar="{fp32,bf16}", help="of the features (fp32)")
     parser.add_argument("--num-workers", type=int, metavar="N", help="loader processes (by the cores)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random encoder and the probe (0)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu or cuda (auto)")

@@ -91,8 +91,8 @@ def resize_box(picture: np.ndarray, box: Sequence[float], size: tuple[int, int])
 
     Returns:
         [C, h, w], data type of ``picture``. Pillow does the common kinds (uint8 with 1, 3 or 4 channels), and
-        :func:`resample` the others; they agree within a level, rarely two, but for overshoot beyond 0..255 at hard edges, which
-        Pillow's versions cut off at different moments.
+        :func:`resample` the others; they agree within a level, rarely two, but for overshoot beyond 0..255 at hard
+        edges, which Pillow's versions cut off at different moments.
     """
     top, left, height, width = (float(x) for x in box)
     if picture.shape[:2] == tuple(size) == (height, width):  # bicubic resizing would change nothing

@@ -66,6 +66,7 @@ def evaluate(
     device: str = "auto",
     num_workers: int | None = None,
     batch_size: int = 256,
+    precision: str = "fp32",
     **options: Any,
 ) -> dict[str, Any]:
     """Measure a trained encoder, and by the same protocol in the same pass its two baselines.
@@ -79,7 +80,7 @@ def evaluate(
         out: folder that gets ``evaluation/<task>.json``; None = the run folder.
         seed: of the randomly initialised encoder, and of the probe's weights and order.
         device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
-        batch_size: pictures at once.
+        batch_size: pictures at once. precision: of the features, "fp32" or "bf16" (autocast), for all encoders alike.
         options: settings of the task: ``k``, ``temperature`` (knn); ``epochs``, ``blr``, ``weight_decay`` (linear).
 
     Returns:
@@ -101,6 +102,7 @@ def evaluate(
         device=device,
         num_workers=num_workers,
         batch_size=batch_size,
+        precision=precision,
     )
     return results[task]
 
@@ -117,6 +119,7 @@ def evaluate_all(
     device: str = "auto",
     num_workers: int | None = None,
     batch_size: int = 256,
+    precision: str = "fp32",
 ) -> dict[str, dict[str, Any]]:
     """Several tasks on one pass over the features: task -> settings in, task -> result out; see :func:`evaluate`."""
     settings = {task: _settings(task, options, seed) for task, options in tasks.items()}
@@ -126,15 +129,16 @@ def evaluate_all(
     config = read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
     encoder = load_encoder(run, place)
     train, test, test_labels = _open(config, run, encoder, overrides)
-    features = _features(encoder, train, test, test_labels, seed, batch_size=batch_size, num_workers=num_workers)
+    reading = {"batch_size": batch_size, "num_workers": num_workers}
+    features = _features(encoder, train, test, test_labels, seed, precision, **reading)
     folder = Path(out).expanduser() if out is not None else run if run.is_dir() else None
     results = {}
     for task, options in tasks.items():
         results[task] = {
             "task": task,
             **{name: TASKS[task](*pair, device=place, **settings[task]) for name, pair in features.items()},
-            "configuration": settings[task],
-            "overrides": overrides | dict(options),
+            "configuration": settings[task] | {"precision": precision},
+            "overrides": overrides | dict(options) | ({"precision": precision} if precision != "fp32" else {}),
             "data": _describe(train, test, *features["result"]),
             "encoder": _weights_hash(encoder),
             "seed": seed,
@@ -187,13 +191,13 @@ def _open(
 
 
 def _features(
-    encoder: Encoder, train: Source, test: Source, test_labels: Tensor, seed: int, **reading: Any
+    encoder: Encoder, train: Source, test: Source, test_labels: Tensor, seed: int, precision: str, **reading: Any
 ) -> dict[str, tuple[Features, Features]]:
     """Features of both sets, of the encoder and of its baselines."""
     device = next(encoder.parameters()).device
     extractors = {
-        "result": pooled(encoder),
-        "random_init": pooled(fresh_encoder(encoder, seed).to(device)),
+        "result": pooled(encoder, precision),
+        "random_init": pooled(fresh_encoder(encoder, seed).to(device), precision),
         "raw_pixels": raw_pixels,
     }
     known, asked = (

@@ -17,6 +17,7 @@ from dmjd.data import EvalLoader, Source
 from dmjd.encoders import Encoder
 from dmjd.pictures import Preprocess
 
+PRECISIONS = ("fp32", "bf16")
 RAW_PIXEL_VALUES = 32 * 32 * 3  # most numbers a raw-pixel feature has
 
 
@@ -40,9 +41,24 @@ class Features:
 Extractor = Callable[[Tensor], Tensor]
 
 
-def pooled(encoder: Encoder) -> Extractor:
-    """The downstream feature of an encoder: normalised [b, C, H, W] -> [b, D]."""
-    return lambda images: encoder.pool(encoder(images))
+def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
+    """The downstream feature of an encoder: normalised [b, C, H, W] -> [b, D] float32.
+
+    Args:
+        encoder: the encoder. precision: "fp32", or "bf16" for autocast in its blocks; pooling is float32.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got '{precision}'")
+
+    def extract_features(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            tokens = encoder(images)
+        return encoder.pool(tokens.float())
+
+    return extract_features
 
 
 def raw_pixels(images: Tensor) -> Tensor:
