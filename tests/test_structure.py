@@ -18,6 +18,7 @@ ORDER = [
     "resampling",
     "pictures",
     "masking",
+    "depthwise",
     "layers",
     "encoders",
     "decoder",

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -215,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] == "--version":
         print(__version__)
         return 0
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors; PyTorch reads it when it starts
     try:
         if given[0] not in COMMANDS:
             near = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.0)

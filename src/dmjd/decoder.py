@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from dmjd.layers import (
     TRANSFORMER_NORM_EPS,
+    TransformerBlock,
     TransformerNorm,
     block_flops,
     init_linear,
     strided_conv,
-    transformer_block,
 )
 from dmjd.tokens import gather_tokens, sincos_positions
 
@@ -53,7 +53,7 @@ class ReconstructionDecoder(nn.Module):
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, grid, num_prefix_tokens), requires_grad=False)
-        self.blocks = nn.ModuleList(transformer_block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = TransformerNorm(dim)
         self.head = nn.Linear(dim, out_dim)
         self.apply(init_linear)
@@ -79,15 +79,17 @@ class ReconstructionDecoder(nn.Module):
         if P:
             positions = torch.cat([self.pos_embed[:, :P].expand(x.shape[0], -1, -1), positions], dim=1)
         x = torch.cat([x, hidden], dim=1) + positions  # R, prefix + V + M, dim
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.head(self.norm(x[:, P:] if all_tokens else x[:, P + V :]))
+        # The last block computes only the tokens that are predicted; it attends to all.
+        return self.head(self.norm(self.blocks[-1](x, skip=P if all_tokens else P + V)))
 
     def flops(self, num_visible: int, num_masked: int) -> int:
-        """Floating-point operations of one pass of one view: all tokens in the blocks, masked ones in the head."""
+        """Floating-point operations of one pass of one view: all tokens in the blocks, masked ones from the last on."""
         dim, T = self.embed.out_features, self.num_prefix_tokens + num_visible + num_masked
         embed = 2 * (T - num_masked) * self.embed.in_features * dim
-        blocks = len(self.blocks) * block_flops(T, dim, self.mlp_ratio)
+        blocks = (len(self.blocks) - 1) * block_flops(T, dim, self.mlp_ratio)
+        blocks += block_flops(T, dim, self.mlp_ratio, skip=T - num_masked)
         return embed + blocks + 2 * num_masked * dim * self.head.out_features
 
 

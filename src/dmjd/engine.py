@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor, nn
 
-from dmjd.devices import pick_device
+from dmjd.devices import keep_freed_memory, pick_device
 from dmjd.tokens import STREAM_STEP, hash64
 
 SYNC_EVERY = 10  # steps between looks at device-side flags on an accelerator, where each look waits for it
@@ -85,6 +85,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
         ValueError: when the device is not there or cannot do the precision.
     """
     device = pick_device(device).type
+    keep_freed_memory(device)
     if precision == "auto":
         precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and device != "cuda":

@@ -1,4 +1,4 @@
-"""What timm.layers lacks: the masked convolution block of ConvViT, dense and visible-only, and initialisation.
+"""What timm.layers lacks: the masked convolution block of ConvViT, attention for a part of the tokens, initialisation.
 
 Convolutional stages keep channels last. A *dense* map is [B, H, W, D]; a *visible* map is [R, V, s, s, D]: for each
 of R rows (views times images) V visible tokens of s x s cells. Everything but the depthwise convolution is pointwise
@@ -15,28 +15,68 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dmjd.tokens import gather_tokens
-
 CONV_NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
+
+_MOST_ATTENTION_ELEMENTS = 1 << 27  # a quarter of a gigabyte in half precision
 
 TransformerNorm = partial(nn.LayerNorm, eps=TRANSFORMER_NORM_EPS)
 # How the 5 x 5 depthwise convolution is applied to a map of either form.
 Depthwise = Callable[[nn.Conv2d, Tensor], Tensor]
 
 
-def transformer_block(dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> Block:
-    """timm's pre-norm block with MAE's settings (qkv bias, eps 1e-6): [B, N, D] -> [B, N, D]."""
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"{num_heads} attention heads do not divide the width {dim}")
-    norm = cast(type[nn.Module], TransformerNorm)  # timm wants a class; any maker of modules does
-    return Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_layer=norm)
+class TransformerBlock(Block):
+    """timm's pre-norm block with MAE's settings (qkv bias, eps 1e-6) and its parameter names.
+
+    Its own forward pass, because the last block of a decoder is asked for the masked tokens only, and because CPU
+    attention in half precision has a faster form than the fused one.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"{num_heads} attention heads do not divide the width {dim}")
+        norm = cast(type[nn.Module], TransformerNorm)  # timm wants a class; any maker of modules does
+        super().__init__(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_layer=norm)
+
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:  # type: ignore[override]
+        """[B, N, D] -> [B, N - skip, D]: the first ``skip`` tokens are attended to, but not computed themselves."""
+        x, attended = x[:, skip:], self.norm1(x)
+        x = x + self.drop_path1(self._attend(attended, skip))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, skip: int) -> Tensor:
+        qkv, heads = cast(nn.Linear, self.attn.qkv), self.attn.num_heads
+        if skip:
+            D = x.shape[-1]
+            q = F.linear(x[:, skip:], qkv.weight[:D], qkv.bias[:D]).unflatten(-1, (heads, -1)).transpose(1, 2)
+            k, v = F.linear(x, qkv.weight[D:], qkv.bias[D:]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # B, heads, N, d each
+        return self.attn.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def block_flops(num_tokens: int, dim: int, mlp_ratio: float) -> int:
-    """Twice a transformer block's multiply-adds: a token 4 D^2 (qkv, projection) + 2 r D^2 (MLP); attention 2 N^2 D."""
-    per_token = 4 * dim * dim + 2 * int(mlp_ratio * dim) * dim
-    return 2 * (num_tokens * per_token + 2 * num_tokens * num_tokens * dim)
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention: q [B, heads, N, d], k and v [B, heads, T, d] -> [B, heads, N, d].
+
+    Fused, but for half precision on the CPU: there PyTorch's fused backward pass takes three to ten times as long as
+    plain matrix products, which are used while the attention matrix is small. Its scores are then rounded to the half
+    precision before the softmax.
+    """
+    elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if q.device.type != "cpu" or q.dtype == torch.float32 or elements > _MOST_ATTENTION_ELEMENTS:
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # B, heads, N, T
+    return weights @ v
+
+
+def block_flops(num_tokens: int, dim: int, mlp_ratio: float, skip: int = 0) -> int:
+    """Floating-point operations of a transformer block, twice its multiply-adds.
+
+    Keys and values 2 D^2 of every token; query and projection 2 D^2, MLP 2 r D^2 and attention 2 N D of every token
+    that is not skipped.
+    """
+    per_query = 2 * dim * dim + 2 * int(mlp_ratio * dim) * dim + 2 * num_tokens * dim
+    return 2 * (num_tokens * 2 * dim * dim + (num_tokens - skip) * per_query)
 
 
 class PointwiseConv(nn.Linear):
@@ -77,33 +117,6 @@ class ConvBlock(nn.Module):
         """Same shape in and out, dense or visible, as ``depthwise`` understands it."""
         x = x + self.drop_path(self.conv2(depthwise(self.dwconv, self.conv1(self.norm1(x)))))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def dense_depthwise(conv: nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Depthwise convolution of a dense map [B, H, W, D]; ``mask`` [B, H, W] bool hides cells (True = masked)."""
-    if mask is not None:
-        x = x.masked_fill(mask.unsqueeze(-1), 0.0)
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def visible_depthwise(conv: nn.Conv2d, x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Depthwise convolution of a visible map [R, V, s, s, D] with its tokens in their places and zeros elsewhere.
-
-    Args:
-        conv: the depthwise convolution.
-        x: [R, V, s, s, D]. ids: [R, V] int64 raster ids. grid: (h, w) tokens.
-
-    Returns:
-        [R, V, s, s, D].
-    """
-    R, _, s, _, D = x.shape
-    h, w = grid
-    rows = torch.arange(R, device=ids.device).unsqueeze(1)
-    canvas = x.new_zeros(R, h * w, s, s, D).index_put((rows, ids), x)  # R, N, s, s, D
-    canvas = canvas.view(R, h, w, s, s, D).transpose(2, 3).reshape(R, h * s, w * s, D)
-    y = dense_depthwise(conv, canvas)  # R, h*s, w*s, D
-    y = y.reshape(R, h, s, w, s, D).transpose(2, 3).reshape(R, h * w, s * s * D)
-    return gather_tokens(y, ids).view_as(x)
 
 
 class PatchEmbed(nn.Module):

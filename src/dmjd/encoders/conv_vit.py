@@ -12,17 +12,16 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from dmjd.depthwise import cell_places, dense_depthwise, visible_depthwise
 from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
 from dmjd.layers import (
     ConvBlock,
     Depthwise,
     PatchEmbed,
+    TransformerBlock,
     TransformerNorm,
     block_flops,
-    dense_depthwise,
     init_flattened,
-    transformer_block,
-    visible_depthwise,
 )
 from dmjd.tokens import gather_tokens, sincos_positions
 
@@ -75,7 +74,7 @@ class ConvViT(Encoder):
         self.patch_embed3: nn.Module = PatchEmbed(d2, d3, 2)
         self.patch_embed4: nn.Module = nn.Linear(d3, d3)
         self.pos_embed = nn.Parameter(sincos_positions(d3, self.grid), requires_grad=False)  # 1, N, D
-        self.blocks = nn.ModuleList(transformer_block(d3, num_heads, mlp_ratios[2], r) for r in rates[second:])
+        self.blocks = nn.ModuleList(TransformerBlock(d3, num_heads, mlp_ratios[2], r) for r in rates[second:])
         self.norm = TransformerNorm(d3)
         self.feature_info = [
             {"num_chs": width, "reduction": patch_size // cells, "module": module}
@@ -125,8 +124,11 @@ class ConvViT(Encoder):
         else:
             cells = (self.patch_size, self.patch_size, self.in_chans)
             pixels = self.visible_patches(images, visible).unflatten(-1, cells)  # R, V, P, P, C
-            depthwise = partial(visible_depthwise, ids=visible, grid=grid)
-            x1, x2 = self._conv_stages(pixels, [depthwise, depthwise])
+            depthwise = [
+                partial(visible_depthwise, places=cell_places(visible, grid, s), size=(grid[0] * s, grid[1] * s))
+                for s in CELLS
+            ]
+            x1, x2 = self._conv_stages(pixels, depthwise)
             positions = gather_tokens(positions.expand(visible.shape[0], -1, -1), visible)
         return self._transformer_stage(x2, positions), [x1, x2]
 

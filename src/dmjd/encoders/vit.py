@@ -11,7 +11,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
-from dmjd.layers import TransformerNorm, block_flops, init_flattened, transformer_block
+from dmjd.layers import TransformerBlock, TransformerNorm, block_flops, init_flattened
 from dmjd.tokens import gather_tokens, sincos_positions
 
 # name: (width, depth, heads)
@@ -62,7 +62,7 @@ class VisionTransformer(Encoder):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # 1, prefix + N, D
         self.patch_embed = PatchProjection(in_chans, embed_dim, patch_size)
         self.blocks = nn.ModuleList(
-            transformer_block(embed_dim, num_heads, mlp_ratio, rate) for rate in drop_path_rates(drop_path, depth)
+            TransformerBlock(embed_dim, num_heads, mlp_ratio, rate) for rate in drop_path_rates(drop_path, depth)
         )
         self.norm = TransformerNorm(embed_dim)
         self.feature_info = [

@@ -19,7 +19,7 @@ from dmjd.build import LISTING, open_data, open_test_data, read_config
 from dmjd.checkpoint import write_text
 from dmjd.config import PretrainConfig
 from dmjd.data import Source, align_labels
-from dmjd.devices import pick_device
+from dmjd.devices import keep_freed_memory, pick_device
 from dmjd.encoders import Encoder, create_encoder, encoder_bytes, load_encoder
 from dmjd.evaluation.features import (
     Features,
@@ -124,6 +124,7 @@ def evaluate_all(
     """Several tasks on one pass over the features: task -> settings in, task -> result out; see :func:`evaluate`."""
     settings = {task: _settings(task, options, seed) for task, options in tasks.items()}
     run, place = Path(run).expanduser(), pick_device(device)
+    keep_freed_memory(place)
     given = {"data": data, "test_data": test_data, "labels": labels}
     overrides = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
     config = read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
