@@ -36,6 +36,7 @@ ORDER = [
     "progress",
     "monitor",
     "training",
+    "speed",
     "recipes",
     "cli",
 ]

@@ -12,6 +12,7 @@ _NAMES = {
     "MaskedImageModel": "dmjd.model",
     "Masks": "dmjd.masking",
     "PretrainConfig": "dmjd.config",
+    "bench": "dmjd.speed",
     "create_encoder": "dmjd.encoders",
     "disjoint_masks": "dmjd.masking",
     "evaluate": "dmjd.evaluation",

@@ -217,11 +217,15 @@ class Engine:
                 self.fabric.backward(out["loss"] / self.accumulate)
             loss = loss + out["loss"].detach()
             meter.add(out, self.accumulate)
+        meter.add({"grad_norm": self.update(loss)}, 1)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Clip, guard, optimizer step from the gradients that are there; returns the gradient's norm, a scalar."""
         norm = self._gradient_norm()
         self._guard(loss, norm)
-        meter.add({"grad_norm": norm}, 1)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _gradient_norm(self) -> Tensor:
         """Norm of the whole gradient before clipping; clips where asked to."""

@@ -52,7 +52,8 @@ class TransformerBlock(Block):
             k, v = F.linear(x, qkv.weight[D:], qkv.bias[D:]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
         else:
             q, k, v = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # B, heads, N, d each
-        return self.attn.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        project = cast(nn.Linear, self.attn.proj)
+        return project(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -163,11 +163,13 @@ class MaskedImageModel(nn.Module):
         Returns:
             "mim": [R, M, C] in the order of ``masks.masked``; "vis": [R, V, C] in the order of ``masks.visible``.
         """
-        visible, masked = masks.visible.flatten(0, 1), masks.masked.flatten(0, 1)  # R, V and R, M
-        latent = self.encode(normalised, masks.visible)
+        return self.branches(self.encode(normalised, masks.visible), masks)
+
+    def branches(self, latent: Tensor, masks: Masks) -> dict[str, Tensor]:
+        """Predictions of :meth:`predict` from the latent tokens [R, prefix + V, D] of :meth:`encode`."""
         predictions = {}
         if self.decoder is not None:
-            predictions["mim"] = self.decoder(latent, visible, masked)
+            predictions["mim"] = self.decoder(latent, masks.visible.flatten(0, 1), masks.masked.flatten(0, 1))
         if self.distillation is not None:
             predictions["vis"] = self.distillation(latent[:, self.encoder.num_prefix_tokens :])
         return predictions
@@ -200,16 +202,21 @@ class MaskedImageModel(nn.Module):
         if masks is None:
             masks = self._fresh_masks(images_normalised, keys)
         self._check_sizes(images_normalised, images_0_255, masks)
-        predictions = self.predict(images_normalised, masks)
         targets = self.targets(images_normalised, images_0_255)
+        return self.losses(self.predict(images_normalised, masks), targets, masks)
+
+    def losses(self, predictions: dict[str, Tensor], targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+        """What :meth:`forward` returns, from :meth:`predict` and :meth:`targets`.
+
+        Both branches pick their targets by the very ids they predicted. The published code compares the visible
+        branch's shuffled tokens with targets in raster order.
+        """
         losses: dict[str, Tensor] = {}
-        # Both branches pick their targets by the very ids they predicted. The published code compares the visible
-        # branch's shuffled tokens with targets in raster order.
         for branch, kind, ids in (("mim", self.mim_loss, masks.masked), ("vis", self.vis_loss, masks.visible)):
             if branch in predictions:
                 target = gather_views(targets[branch], ids.flatten(0, 1))  # R, M or V, C
                 losses[branch] = regression_loss(kind, predictions[branch], target)
-        nothing = torch.zeros((), device=images_normalised.device)
+        nothing = torch.zeros((), device=masks.visible.device)
         loss = losses.get("mim", nothing) + self.theta * losses.get("vis", nothing)
         return {"loss": loss, **losses}
 

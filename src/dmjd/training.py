@@ -137,6 +137,51 @@ def resolve_batch_size(config: PretrainConfig, num_pictures: int, world_size: in
     return batch_size
 
 
+def make_engine(
+    config: PretrainConfig, model: MaskedImageModel, fabric: Fabric, batch_size: int, num_pictures: int
+) -> Engine:
+    """The training loop of a configuration around a model whose encoder knows its preprocessing."""
+    steps = config.steps
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * num_pictures / batch_size)
+    assert model.encoder.preprocess is not None
+    model.encoder.set_grad_checkpointing(config.grad_checkpointing)
+    task = PretrainTask(model, model.encoder.preprocess)
+    return Engine(
+        fabric=fabric,
+        task=task,
+        optimizer=adamw(task, config.weight_decay),
+        duration=Duration(steps, config.minutes),
+        peak_lr=scaled_learning_rate(
+            config.blr, batch_size, config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint
+        ),
+        schedule=partial(warmup_cosine, warmup=config.warmup),
+        batch_size=batch_size,
+        accumulate=config.accumulate,
+        clip_grad=config.clip_grad,
+        seed=config.seed,
+        log_every=config.log_every,
+        compile=config.compile,
+    )
+
+
+def make_loader(config: PretrainConfig, source: Source, fabric: Fabric, batch_size: int) -> TrainLoader:
+    """This process's part of the training pictures."""
+    return TrainLoader(
+        source,
+        img_size=config.size,
+        batch_size=batch_size,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        num_workers=config.num_workers,
+        crop_scale=(config.crop_scale[0], config.crop_scale[1]),
+        flip=config.flip,
+        device=fabric.device,
+    )
+
+
 class _Run:
     """The parts of one run; :meth:`run` is the reading order."""
 
@@ -158,6 +203,7 @@ class _Run:
 
     def run(self) -> RunResult:
         """Steps 5 to 10 of :func:`pretrain`."""
+        config = self.config
         # 5. the newest checkpoint, if the run was here before
         checkpoint, problems = self.folder.newest()
         for problem in problems:
@@ -165,7 +211,7 @@ class _Run:
         # 6. preprocessing, which travels with the weights
         self.model.encoder.preprocess = self._preprocess(checkpoint)
         # 7. optimizer, schedule, engine
-        engine = self.engine = self._engine()
+        engine = self.engine = make_engine(config, self.model, self.fabric, self.batch_size, len(self.source))
         if checkpoint is not None:
             self._restore(checkpoint)
         self._greet(checkpoint)
@@ -199,31 +245,6 @@ class _Run:
         span = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
         return Preprocess(config.size, config.in_chans, mean, std, span)
 
-    def _engine(self) -> Engine:
-        config = self.config
-        steps = config.steps
-        if config.epochs is not None:
-            steps = math.ceil(config.epochs * len(self.source) / self.batch_size)
-        assert self.model.encoder.preprocess is not None
-        self.model.encoder.set_grad_checkpointing(config.grad_checkpointing)
-        task = PretrainTask(self.model, self.model.encoder.preprocess)
-        return Engine(
-            fabric=self.fabric,
-            task=task,
-            optimizer=adamw(task, config.weight_decay),
-            duration=Duration(steps, config.minutes),
-            peak_lr=scaled_learning_rate(
-                config.blr, self.batch_size, config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint
-            ),
-            schedule=partial(warmup_cosine, warmup=config.warmup),
-            batch_size=self.batch_size,
-            accumulate=config.accumulate,
-            clip_grad=config.clip_grad,
-            seed=config.seed,
-            log_every=config.log_every,
-            compile=config.compile,
-        )
-
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.state["data"] != self.fingerprint:
             raise ValueError(
@@ -252,19 +273,7 @@ class _Run:
             self.console.warn(f"only {len(self.source)} picture(s): the encoder will know little beyond them")
 
     def _train(self) -> bool:
-        loader = TrainLoader(
-            self.source,
-            img_size=self.config.size,
-            batch_size=self.batch_size,
-            accumulate=self.config.accumulate,
-            seed=self.config.seed,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            num_workers=self.config.num_workers,
-            crop_scale=(self.config.crop_scale[0], self.config.crop_scale[1]),
-            flip=self.config.flip,
-            device=self.fabric.device,
-        )
+        loader = make_loader(self.config, self.source, self.fabric, self.batch_size)
         hooks: list[Hook] = []
         if self.folder.owner:  # one process writes, looks and saves
             self.monitor.open(self.engine.progress.step, self.engine.duration.share(self.engine.progress))

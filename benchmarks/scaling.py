@@ -1,0 +1,126 @@
+"""Cost grows as it should: flat in the number of pictures, linear in views, memory flat over thousands of steps.
+
+python benchmarks/scaling.py --json benchmarks/results/scaling_cpu.json --picture docs/pictures/scaling.png
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import dmjd
+from dmjd.data import Source, TrainLoader
+from dmjd.devices import keep_freed_memory
+from dmjd.speed import bench, machine
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+VIEWS = (1, 2, 3, 4)
+ENCODER = {"encoder": "vit_tiny_patch4", "img_size": (32,), "batch_size": 64}
+
+
+class Generated(Source):
+    """Any number of small pictures that take no space, of two sizes, so that they are not all held in memory."""
+
+    def __init__(self, count: int) -> None:
+        self.name, self.count = f"generated {count}", count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def stored(self, index: int) -> np.ndarray:
+        """One of 256 pictures, as an array."""
+        return np.full((40 + index % 2, 40, 3), index % 256, np.uint8)
+
+    def describe(self, index: int) -> str:
+        """Its number."""
+        return str(index)
+
+
+def pictures_a_second(count: int, batches: int = 40) -> dict[str, float]:
+    """Of the loader alone, read picture by picture, and how long the first batch takes."""
+    started = time.perf_counter()
+    loader = TrainLoader(Generated(count), img_size=(32, 32), batch_size=64, num_workers=0)
+    stream = loader.batches(0)
+    next(stream)
+    first = time.perf_counter() - started
+    times = []
+    for _ in range(batches):
+        started = time.perf_counter()
+        next(stream)
+        times.append(time.perf_counter() - started)
+    return {"first_batch_s": first, "images_per_s": 64 / statistics.median(times)}
+
+
+def memory_over_steps(steps: int) -> list[tuple[float, float]]:
+    """(seconds, resident MB) of a whole digits run of so many steps, with its checkpoints, looked at from outside."""
+    found: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dmjd", "pretrain", "digits", "--out", f"{folder}/run", "--steps", str(steps)]
+        command += ["--no-final-eval", "--eval-every", "0", "--checkpoint-every", "250"]
+        started = time.perf_counter()
+        run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while run.poll() is None:
+            pages = Path(f"/proc/{run.pid}/statm").read_text().split()
+            found.append((time.perf_counter() - started, int(pages[1]) * resource.getpagesize() / 1e6))
+            time.sleep(0.5)
+    if run.returncode:
+        sys.exit(f"the run ended with {run.returncode}")
+    return found[:-1]
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    sizes = result["pictures"]
+    axes[0].semilogx([s["count"] for s in sizes], [1e3 / s["images_per_s"] for s in sizes], "o-")
+    axes[0].set(xlabel="pictures in the set", ylabel="loader, ms a picture", ylim=(0, None))
+    views = result["views"]
+    axes[1].plot([v["num_views"] for v in views], [1e3 / v["images_per_s"] for v in views], "o-")
+    axes[1].set(xlabel="views of a picture", ylabel="step, ms a picture", ylim=(0, None), xticks=VIEWS)
+    axes[2].plot(*zip(*result["memory"], strict=True))
+    axes[2].set(xlabel=f"seconds of a run of {result['steps']} steps", ylabel="resident memory, MB", ylim=(0, None))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--steps", type=int, default=2000, help="of the memory curve")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory(device)
+    views = []
+    for k in VIEWS:
+        config = dmjd.recipes.dmjd(num_views=k, mask_ratio=0.75, block_size=1, **ENCODER)
+        views.append({"num_views": k, "images_per_s": bench(config, steps=8)["images_per_s"]["step"]})
+    result = {
+        "pictures": [{"count": n, **pictures_a_second(n)} for n in SIZES],
+        "views": views,
+        "memory": memory_over_steps(args.steps),
+        "steps": args.steps,
+        "machine": machine(device),
+        "versions": {"dmjd": dmjd.__version__, "torch": torch.__version__},
+    }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.picture:
+        draw(result, args.picture)
+
+
+if __name__ == "__main__":
+    main()
