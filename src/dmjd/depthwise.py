@@ -19,6 +19,8 @@ def dense_depthwise(conv: nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> T
     """Depthwise convolution of a dense map [B, H, W, D]; ``mask`` [B, H, W] bool hides cells (True = masked)."""
     if mask is not None:
         x = x.masked_fill(mask.unsqueeze(-1), 0.0)
+    if not torch.is_grad_enabled():  # plain operations are what exporters know
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     weight, bias = _parameters(conv, x)
     return _Depthwise.apply(x, weight, bias, None, x.shape[1:3])
 

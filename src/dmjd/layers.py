@@ -7,13 +7,14 @@ or confined to one token, so it is written once for both forms.
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 CONV_NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
@@ -42,7 +43,7 @@ class TransformerBlock(Block):
         """[B, N, D] -> [B, N - skip, D]: the first ``skip`` tokens are attended to, but not computed themselves."""
         x, attended = x[:, skip:], self.norm1(x)
         x = x + self.drop_path1(self._attend(attended, skip))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x + self.drop_path2(mlp(cast(nn.Linear, self.mlp.fc1), cast(nn.Linear, self.mlp.fc2), self.norm2(x)))
 
     def _attend(self, x: Tensor, skip: int) -> Tensor:
         qkv, heads = cast(nn.Linear, self.attn.qkv), self.attn.num_heads
@@ -54,6 +55,35 @@ class TransformerBlock(Block):
             q, k, v = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # B, heads, N, d each
         project = cast(nn.Linear, self.attn.proj)
         return project(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def mlp(fc1: nn.Linear, fc2: nn.Linear, x: Tensor) -> Tensor:
+    """fc2(gelu(fc1(x))), [..., D] -> [..., D], keeping only fc1's output for the backward pass.
+
+    The hidden layer is the largest activation of a block; taking its GELU again costs a hundredth of the products.
+    """
+    hidden = fc1(x)
+    if not torch.is_grad_enabled():  # nothing to keep; plain operations are what exporters know
+        return fc2(F.gelu(hidden))
+    return _GeluLinear.apply(hidden, fc2.weight.to(hidden.dtype), fc2.bias.to(hidden.dtype))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) with the GELU taken again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward((rows @ weight).view_as(x), x) if ctx.needs_input_grad[0] else None
+        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,12 +120,11 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = PointwiseConv(dim, hidden)
-        self.act = nn.GELU()
         self.fc2 = PointwiseConv(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out."""
-        return self.fc2(self.act(self.fc1(x)))
+        return mlp(self.fc1, self.fc2, x)
 
 
 class ConvBlock(nn.Module):
