@@ -135,7 +135,7 @@ def test_half_precision_attention_is_close_to_float32(queries):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is one of glibc's")
 def test_freed_memory_stays_with_the_process():
-    """Once memory is the process's, tensors of the same sizes cost no new pages; by default each costs all of its own."""
+    """Once memory is the process's, tensors of the same sizes cost no new pages; by default each costs its own."""
     program = """
 import resource, sys, torch
 from dmjd.devices import keep_freed_memory

@@ -9,6 +9,7 @@ from torch import Tensor
 from dmjd.targets.base import Target, whiten
 
 NUM_BINS = 9
+_CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 def default_cell(patch_size: int) -> int:
@@ -41,19 +42,39 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
         raise ValueError(f"HOG cell of {cell_size} pixels does not divide the image of {H} x {W}")
     if not 1 <= num_bins <= 255:
         raise ValueError(f"HOG takes 1 to 255 bins, got {num_bins}")
-    x = images_0_255.float()
-    g_row = F.pad(x[:, :, 2:] - x[:, :, :-2], (0, 0, 1, 1)) if H > 1 else torch.zeros_like(x)
-    g_col = F.pad(x[:, :, :, 2:] - x[:, :, :, :-2], (1, 1)) if W > 1 else torch.zeros_like(x)
-    magnitude = torch.hypot(g_row, g_col)
-    # Fold to the half-plane before the angle is taken: exactly 180 degrees becomes 0 without rounding at the seam.
-    flip = (g_row < 0) | ((g_row == 0) & (g_col < 0))
-    angle = torch.atan2(g_row.abs(), torch.where(flip, -g_col, g_col))  # [0, pi)
-    # A few float32 steps up: an angle on the edge of two bins (45 degrees of 4 bins) must not be rounded below it on
-    # one device and not on another. Integer gradients come no nearer to an edge without lying on it.
-    bins = (angle * (num_bins / math.pi) + num_bins * 4e-7).to(torch.uint8).clamp_(max=num_bins - 1)
-    # One pooling pass a bin: no mask of all bins is held, and sums are in a fixed order on every device.
-    cells = [F.avg_pool2d(magnitude * (bins == k), cell_size) for k in range(num_bins)]
-    return torch.stack(cells, dim=-1)  # B, C, H/cell, W/cell, bins
+    B, C = images_0_255.shape[:2]
+    if min(images_0_255.shape) == 0:
+        return torch.zeros(B, C, H // cell_size, W // cell_size, num_bins, device=images_0_255.device)
+    # A few images at a time: what lies between the passes then stays in the cache of a CPU, and memory stays small.
+    most = _CHUNK_PIXELS.get(images_0_255.device.type, _CHUNK_PIXELS["cuda"])
+    chunks = images_0_255.split(max(1, most // (C * H * W)))
+    return torch.cat([_histograms(chunk.float().contiguous(), cell_size, num_bins) for chunk in chunks])
+
+
+def _histograms(x: Tensor, cell: int, num_bins: int) -> Tensor:
+    """[B, C, H, W] float32 -> [B, C, H/cell, W/cell, bins]."""
+    B, C, H, W = x.shape
+    g_row, g_col = torch.zeros_like(x), torch.zeros_like(x)
+    torch.sub(x[:, :, 2:], x[:, :, :-2], out=g_row[:, :, 1:-1])
+    torch.sub(x[..., 2:], x[..., :-2], out=g_col[..., 1:-1])
+    # 2 n bins of the full turn and one for exactly 180 degrees, folded at the end. A few float32 steps up: an angle on
+    # the edge of two bins (45 degrees of 4 bins) must not be rounded below it on one device and not on another.
+    # Integer gradients come no nearer to an edge without lying on it.
+    n, all_bins = num_bins, 2 * num_bins + 1
+    bins = torch.atan2(g_row, g_col).mul_(n / math.pi).add_(n * (1 + 4e-7)).floor_()  # 0 .. 2 n
+    magnitude = g_row.mul_(g_row).addcmul_(g_col, g_col).sqrt_()
+    if x.device.type == "cpu":
+        bins += (torch.arange(W) // cell * all_bins).float()  # its place in the row of cells
+        rows = B * C * (H // cell)
+        sums = x.new_zeros(rows, W // cell * all_bins)
+        sums.scatter_add_(1, bins.long().view(rows, -1), magnitude.view(rows, -1))
+        full = sums.view(B, C, H // cell, W // cell, all_bins)
+        half = full[..., :n] + full[..., n : 2 * n]
+        half[..., 0] += full[..., -1]
+        return half.mul_(1 / cell**2)
+    bins.remainder_(n)
+    # One pooling pass a bin: no atomic additions, whose order would change the sums from run to run.
+    return torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(n)], dim=-1)
 
 
 class HogTarget(Target):
