@@ -76,7 +76,7 @@ class LightlyMAE(nn.Module):
 
         vit = vit_base_patch16_224()
         self.backbone = masked_vision_transformer_timm.MaskedVisionTransformerTIMM(vit=vit)
-        self.decoder = masked_autoencoder_timm.MAEDecoder(
+        self.decoder = masked_autoencoder_timm.MAEDecoderTIMM(
             num_patches=vit.patch_embed.num_patches,
             patch_size=16,
             embed_dim=vit.embed_dim,

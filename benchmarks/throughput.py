@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1" if "--kept" in sys.argv else "0")
+os.environ["THP_MEM_ALLOC_ENABLE"] = "1" if "--kept" in sys.argv else "0"  # read when torch starts
 
 import torch
 from peers import IMG_SIZE, DenseReference, LightlyMAE, dmjd_model, hugging_face_mae, mae_model
