@@ -7,7 +7,7 @@ signals, validation) stands here.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,9 +36,9 @@ from dmjd.progress import Console
 BEST = "best.safetensors"
 BETAS = (0.9, 0.999)
 
-# start step, fabric (device, rank, number of processes) -> endless micro-batches on the device, a generator that ends
-# its workers when closed. What a step gets must follow from its number alone.
-Batches = Callable[[int, Fabric], Iterator[Any]]
+# start step, fabric (it knows the device) -> endless micro-batches on the device, from a generator that ends its
+# processes when closed. What a step gets must follow from its number alone.
+Batches = Callable[[int, Fabric], Generator[Any, None, None]]
 # model in evaluation mode, under no gradient and the training's autocast -> scores; the first says which is best.
 Validate = Callable[[nn.Module], dict[str, float]]
 
@@ -105,6 +105,7 @@ class FitResult:
         model: the module with the last weights (their moving average where one was kept), on its device.
         scores: of the last validation. best: {"step": ..., scores of the best one}. step: steps done.
         folder: with ``checkpoints/final.safetensors`` and ``checkpoints/best.safetensors`` (tensors ``model.*``).
+        fabric: the device and precision it was trained with.
     """
 
     model: Task
@@ -112,6 +113,23 @@ class FitResult:
     best: dict[str, float]
     step: int
     folder: Path
+    fabric: Fabric
+
+    @contextlib.contextmanager
+    def testing(self) -> Iterator[Task]:
+        """The model in evaluation mode, without gradients, in the precision of the training."""
+        with evaluating(self.model), self.fabric.autocast():
+            yield self.model
+
+    @contextlib.contextmanager
+    def best_weights(self) -> Iterator[Task]:
+        """The model with the weights of its best validation; the last ones are put back afterwards."""
+        last = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.model.load_state_dict(load_checkpoint(self.folder / "checkpoints" / BEST).part("model"))
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(last)
 
 
 def num_steps(epochs: float | None, steps: int | None, num_pictures: int, batch_size: int) -> int:
@@ -158,16 +176,17 @@ def fit(
 
     Raises:
         Stopped: after SIGTERM or Ctrl-C, everything saved.
-        ValueError: when the folder is in use or holds a training with other settings.
+        ValueError: when the folder is in use or holds a training with other settings, or under torchrun: evaluations
+            train on one device.
         NonFiniteLoss: when training diverges; the last checkpoint is good.
     """
     fabric = make_fabric(settings.device, settings.precision)
-    console = console or Console(enabled=fabric.is_global_zero)
-    place = RunFolder(folder, owner=fabric.is_global_zero)
+    if fabric.world_size > 1:
+        raise ValueError("an evaluation trains on one device: start it without torchrun, in a single task")
+    console = console or Console()
+    place = RunFolder(folder)
     try:
-        if place.owner:
-            _settle(place, {"settings": settings.identity()} | dict(identity))
-        fabric.barrier()
+        _settle(place, {"settings": settings.identity()} | dict(identity))
         return _Fit(task, batches, groups, settings, place, validate, num_pictures, name, fabric, console).run()
     finally:
         console.close()
@@ -238,7 +257,7 @@ class _Fit:
             if checkpoint is not None:
                 self.console.say(f"{self.name}: resumed at step {self.engine.progress.step}")
             self._train()
-        return FitResult(self.model, self.scores, self.best, self.engine.progress.step, self.folder.path)
+        return FitResult(self.model, self.scores, self.best, self.engine.progress.step, self.folder.path, self.fabric)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.scores, self.best = checkpoint.state["scores"], checkpoint.state["best"]
@@ -251,24 +270,22 @@ class _Fit:
         if self.ema is not None:
             self.ema.module.load_state_dict(checkpoint.part("ema"))
         self.engine.load_state(checkpoint.state)
-        if self.folder.owner:
-            self.folder.cut_metrics(self.engine.progress.step)
+        self.folder.cut_metrics(self.engine.progress.step)
 
     def _train(self) -> None:
-        hooks: list[Hook] = [self._average] if self.ema is not None else []
-        if self.folder.owner:  # one process writes, looks and saves
-            hooks += [self._log, self._look, self._save]
+        hooks: list[Hook] = [self._log, self._look, self._save]
+        if self.ema is not None:
+            hooks.insert(0, self._average)
         with StopSignal() as stop:
             batches = self.batches(self.engine.progress.step, self.fabric)
             try:
                 finished = self.engine.run(batches, hooks, stop)
             finally:
-                if hasattr(batches, "close"):
-                    batches.close()  # ends its processes
-        if self.folder.owner:
-            self._finish() if finished else self._checkpoint()
-        self.fabric.barrier()
-        if not finished:
+                batches.close()  # ends its processes
+        if finished:
+            self._finish()
+        else:
+            self._checkpoint()
             step = self.engine.progress.step
             self.console.say(f"{self.name}: stopped at step {step}, saved; the same command goes on from there")
             raise Stopped
@@ -326,16 +343,3 @@ class _Fit:
         self.folder.save(self.engine.progress.step, self._weights("model", self.model), self._state(), final=True)
         for file in self.folder.files():
             file.unlink()
-
-
-@contextlib.contextmanager
-def best_weights(result: FitResult) -> Iterator[Task]:
-    """The model with the weights of its best validation; the last ones are put back afterwards."""
-    last = {key: value.clone() for key, value in result.model.state_dict().items()}
-    device = next(result.model.parameters()).device
-    best = load_checkpoint(result.folder / "checkpoints" / BEST).part("model")
-    result.model.load_state_dict({key: value.to(device) for key, value in best.items()})
-    try:
-        yield result.model
-    finally:
-        result.model.load_state_dict(last)
