@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "config",
     "finetune_config",
+    "dense_config",
     "tokens",
     "devices",
     "resampling",

@@ -68,9 +68,7 @@ class DenseConfig:
         """
         batch = min(self.batch_size, num_pictures // self.accumulate * self.accumulate)
         if batch == 0:
-            raise ValueError(
-                f"{num_pictures} training picture(s) cannot be shared out to --accumulate {self.accumulate}"
-            )
+            raise ValueError(f"{num_pictures} training picture(s) are too few for --accumulate {self.accumulate}")
         size = self.img_size or img_size
         return dataclasses.replace(
             self,

@@ -78,25 +78,24 @@ class CocoSource(Source):
         self.name, self.file, self.folder = str(file), file, folder
         self.in_chans, self.value_range = in_chans, value_range
         content = _read_json(file)
-        label_of = self._categories(
-            content["categories"], classes, {a.get("category_id") for a in content["annotations"]}
-        )
+        used = {annotation.get("category_id") for annotation in content["annotations"]}
+        label_of = self._categories(content["categories"], classes, used)
         self._entries: list[dict[str, Any]] = content["images"]
         self._sizes = [_picture_size(entry, file, folder) for entry in self._entries]
         self._sort(content["annotations"], label_of)
 
     def _categories(
         self, categories: list[dict[str, Any]], classes: list[str] | None, used: set[Any]
-    ) -> dict[int, int]:
+    ) -> dict[Any, int]:
         """Category id -> class from 0, of those that can be used."""
-        names = {c.get("id"): str(c.get("name", c.get("id"))) for c in categories}
+        names: dict[Any, str] = {c.get("id"): str(c.get("name", c.get("id"))) for c in categories}
         if lost := sorted(str(i) for i in used - set(names)):
             known = ", ".join(f"{i} {name}" for i, name in list(names.items())[:10]) or "none"
             raise ValueError(
                 f"{self.file}: annotations have category_id {', '.join(lost[:10])}, which 'categories' does not list; "
                 f"it lists: {known}"
             )
-        self.classes = classes or [names[i] for i in sorted(names) if classes is None and i in names]
+        self.classes = classes if classes is not None else [names[i] for i in sorted(names)]
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"{self.file}: two categories have the same name: {', '.join(self.classes[:10])}")
         place = {name: k for k, name in enumerate(self.classes)}
@@ -129,9 +128,8 @@ class CocoSource(Source):
         outlined = sum(o["outline"] is not None for o in self._all())
         self.has_masks = 0 < outlined == self.num_objects
         if 0 < outlined < self.num_objects:
-            self.notes.append(
-                f"{self.num_objects - outlined} of {self.num_objects} objects have no outline: boxes only"
-            )
+            without = self.num_objects - outlined
+            self.notes.append(f"{without} of {self.num_objects} objects have no outline: boxes only")
 
     def _all(self) -> Iterable[dict[str, Any]]:
         return (o for objects in self._objects for o in objects)
@@ -194,9 +192,7 @@ def outline_mask(outline: Any, size: tuple[int, int], name: str) -> Tensor:
     except Exception as error:  # the C library's own many
         raise BadPicture(name, f"an object's outline can't be read ({str(error)[:100]})") from None
     if mask.shape != size:
-        raise BadPicture(
-            name, f"an object's outline is of {mask.shape[1]} x {mask.shape[0]} pixels, the picture is not"
-        )
+        raise BadPicture(name, f"an object's outline is made for {mask.shape[1]} x {mask.shape[0]} pixels")
     return torch.from_numpy(np.ascontiguousarray(mask))
 
 

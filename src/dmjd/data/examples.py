@@ -1,4 +1,4 @@
-"""Streams of pictures with what belongs to them, masks or objects: for training in frames, for evaluation as they are."""
+"""Streams of pictures with their masks or objects: in frames for training, as they are for evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

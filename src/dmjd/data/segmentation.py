@@ -237,7 +237,8 @@ def count_numbers(source: SegmentationSource) -> tuple[np.ndarray, dict[int, int
     Raises:
         ValueError: when more than 1 % of the masks (and more than ten) can't be read.
     """
-    pixels, first = np.zeros(_MOST_NUMBERS, np.int64), {}
+    pixels = np.zeros(_MOST_NUMBERS, np.int64)
+    first: dict[int, int] = {}
     bad: list[BadPicture] = []
     with ThreadPoolExecutor(available_cores()) as pool:
         for index, counted in enumerate(pool.map(lambda i: _count(source, i), range(len(source)))):

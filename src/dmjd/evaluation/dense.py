@@ -109,10 +109,6 @@ class DenseEvaluation(ABC):
         """The task of an encoder; new weights from torch's random state."""
 
     @abstractmethod
-    def encoder_of(self, task: Task) -> Encoder:
-        """The encoder in a task."""
-
-    @abstractmethod
     def augment(self) -> Augmentation:
         """What is done to a training picture."""
 
@@ -132,11 +128,11 @@ class DenseEvaluation(ABC):
         """Test pictures, by the batch; those that can't be read are in ``bad`` after a whole pass."""
         self.bad = []
         yield from read_examples(
-            self.test,
+            self.test,  # type: ignore[arg-type]
             batch_size=_TEST_BATCH,
             num_workers=self.num_workers,
             indices=rows,
-            bad=self.bad,  # type: ignore[arg-type]
+            bad=self.bad,
         )
         if len(self.bad) == (len(self.test) if rows is None else len(rows)) > 0:
             raise ValueError(f"none of the test pictures can be read; {self.bad[0][0]}: {self.bad[0][1]}")
@@ -265,7 +261,7 @@ def _fit(evaluation: DenseEvaluation, init: str, steps: int, place: Path, identi
     return fit(
         task,
         evaluation.batches,
-        layer_groups(task, evaluation.encoder_of(task), config.weight_decay, decay),
+        layer_groups(task, config.weight_decay, decay),
         settings,
         place,
         validate=look,

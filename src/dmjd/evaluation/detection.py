@@ -96,6 +96,11 @@ class DetectionTask(Task):
             **heads,
         )
 
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder in it."""
+        return self.rcnn.backbone.pyramid.encoder
+
     def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
         """{"loss", and the parts it is the sum of}."""
         targets = []
@@ -106,7 +111,7 @@ class DetectionTask(Task):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """[B, C, h, w] frames on the 0..255 scale -> boxes [n, 4], scores [n], labels [n] from 0 (and masks [n, h, w])."""
+        """[B, C, h, w] frames on the 0..255 scale -> of each boxes [n, 4], scores, labels from 0 (and masks)."""
         found = self._run(images, None)
         return [one | {"labels": one["labels"] - 1} for one in found]
 
@@ -119,7 +124,7 @@ class DetectionTask(Task):
 
 
 def _roi_pool(side: int, smallest_anchor: float) -> MultiScaleRoIAlign:
-    """Crops of objects from the level of their size, which moves with the anchors: 224 pixels where they start at 32."""
+    """Crops of objects from the level of their size. Sizes go with the anchors': 224 pixels where those start at 32."""
     return MultiScaleRoIAlign(_LEVEL_NAMES, side, 2, canonical_scale=7 * smallest_anchor)
 
 
@@ -184,11 +189,6 @@ class Detection(DenseEvaluation):
         """The task of an encoder."""
         return DetectionTask(encoder, self.config, len(self.train.classes), self.masks)
 
-    def encoder_of(self, task: Task) -> Encoder:
-        """The encoder in a task."""
-        assert isinstance(task, DetectionTask)
-        return task.rcnn.backbone.pyramid.encoder
-
     def augment(self) -> Augmentation:
         """Of training pictures and objects."""
         config = self.config
@@ -198,7 +198,7 @@ class Detection(DenseEvaluation):
     def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
         """COCO's average precision on test pictures ``rows`` (all), in their own pixels."""
         assert isinstance(task, DetectionTask)
-        kinds = ("bbox", "segm") if task.masks else ("bbox",)
+        kinds: Any = ("bbox", "segm") if task.masks else ("bbox",)
         metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, backend="pycocotools")
         for examples in self.read(rows):
             found = predict(task, [example.picture for example in examples])

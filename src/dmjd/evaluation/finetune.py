@@ -22,6 +22,7 @@ from dmjd.evaluation.classifier import CLASSIFIER_FILE, PictureClassifier, class
 from dmjd.evaluation.features import accuracies, label_ranks
 from dmjd.evaluation.few_labels import FewLabels, summarise
 from dmjd.evaluation.fit import FitResult, FitSettings, fit, num_steps
+from dmjd.evaluation.layers import layer_groups
 from dmjd.evaluation.results import (
     config_of,
     data_fingerprint,
@@ -54,37 +55,6 @@ class FinetuneTask(Task):
         """(images [b, C, H, W] normalised, targets [b, classes]) -> {"loss"}."""
         images, targets = batch
         return {"loss": nn.functional.cross_entropy(self.classifier(images).float(), targets)}
-
-
-def layer_groups(classifier: PictureClassifier, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups with layer-wise decay of the rate: ``lr_scale`` = layer_decay ^ (layers after this one).
-
-    Layer 0 are the embeddings, positions, class token and convolutional stages, layer i + 1 transformer block i, the
-    last one ``fc_norm`` and head. No weight decay on 1-D parameters and positions.
-    """
-    encoder = classifier.encoder
-    encoder.pos_embed.requires_grad_(True)
-    encoder.norm.requires_grad_(False)  # of pre-training; the classifier has its own
-    last = len(encoder.blocks) + 1  # type: ignore[arg-type]
-    plain = {f"encoder.{name}" for name in encoder.no_weight_decay()}
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in classifier.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = layer_of(name, last)
-        decayed = parameter.ndim > 1 and name not in plain
-        options = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay ** (last - layer)}
-        group = groups.setdefault((layer, decayed), {"params": [], **options})
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-def layer_of(name: str, last: int) -> int:
-    """The layer of a classifier's parameter, 0 to ``last``."""
-    if not name.startswith("encoder."):
-        return last
-    parts = name.split(".")
-    return int(parts[2]) + 1 if parts[1] == "blocks" else 0
 
 
 def finetune(

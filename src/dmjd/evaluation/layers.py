@@ -1,13 +1,13 @@
 """Layer-wise decay of the learning rate (Clark et al. 2020, as BEiT and MAE fine-tune)."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from dmjd.encoders import Encoder
 
 
-def layer_groups(model: nn.Module, encoder: Encoder, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Parameter groups of a model around an encoder: ``lr_scale`` = layer_decay ^ (layers after this one).
 
     Layer 0 are the embeddings, positions, class token and convolutional stages, layer i + 1 transformer block i, the
@@ -15,8 +15,9 @@ def layer_groups(model: nn.Module, encoder: Encoder, weight_decay: float, layer_
     the norm of pre-training, which no task uses, is not; an encoder that is frozen stays so.
 
     Args:
-        model: whose trainable parameters are grouped. encoder: a part of it.
+        model: whose trainable parameters are grouped; its attribute ``encoder`` is the encoder in it.
     """
+    encoder = cast(Encoder, model.encoder)
     frozen = not any(p.requires_grad for p in encoder.parameters())
     encoder.pos_embed.requires_grad_(not frozen)
     encoder.norm.requires_grad_(False)

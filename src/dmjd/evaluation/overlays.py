@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dmjd.checkpoint import atomic
 from dmjd.data.coco import Instances
-from dmjd.data.placement import IGNORE
 
 OPACITY = 0.55  # of classes over a picture
 IGNORED = (0.0, 0.0, 0.0)  # where the truth has no label
@@ -66,14 +65,11 @@ def rgb(picture: np.ndarray) -> np.ndarray:
 
 def segmentation_panels(examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str]) -> Overlays:
     """(picture [H, W, C], true classes [H, W], found ones [H, W]) -> picture, truth and prediction over it."""
-    colours = np.array([*class_colours(len(classes)), IGNORED], np.float32)  # IGNORE is the last one
+    colours = np.array([*class_colours(len(classes)), IGNORED], np.float32)  # index -1, IGNORE, takes the last
     rows = []
     for picture, truth, found in examples:
         base = rgb(picture)
-        laid = [
-            Panel(base + OPACITY * (colours[index] - base)) for index in (truth, np.where(found < 0, IGNORE, found))
-        ]
-        rows.append([Panel(base), *laid])
+        rows.append([Panel(base), *(Panel(base + OPACITY * (colours[index] - base)) for index in (truth, found))])
     return Overlays(["picture", "truth (black: no label)", "found"], rows, classes)
 
 
@@ -130,8 +126,7 @@ def _draw(axes: Axes, panel: Panel, classes: list[str]) -> None:
     scores = panel.boxes.scores.tolist() if panel.boxes.scores is not None else [None] * len(panel.boxes.labels)
     for box, label, score in zip(panel.boxes.boxes.tolist(), panel.boxes.labels.tolist(), scores, strict=True):
         left, top, right, bottom = box
-        axes.add_patch(
-            Rectangle((left, top), right - left, bottom - top, fill=False, color=colours[label], linewidth=1)
-        )
+        sides = right - left, bottom - top
+        axes.add_patch(Rectangle((left, top), *sides, fill=False, color=colours[label], linewidth=1))
         if score is not None:
             axes.text(left, top, f"{score:.2f}", fontsize=4, color=colours[label], va="bottom")

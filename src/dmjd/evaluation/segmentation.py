@@ -44,6 +44,11 @@ class SegmentationTask(Task):
             pyramid = Pyramid(encoder, config.freeze)
             self.maps, self.decoder = pyramid, UPerNet(pyramid.widths, config.decoder_dim, num_classes)
 
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder in it."""
+        return self.maps.encoder
+
     def logits(self, images: Tensor) -> Tensor:
         """[B, C, H, W] on the 0..255 scale, sides divisible by the patch -> [B, K, H, W] float32."""
         logits = self.decoder(self.maps(self.preprocess.normalise(images))).float()
@@ -100,7 +105,7 @@ def _whole(picture: np.ndarray, task: SegmentationTask) -> Placement:
 
 
 def _patch(task: SegmentationTask) -> int:
-    return task.maps.encoder.patch_size
+    return task.encoder.patch_size
 
 
 def _scores(task: SegmentationTask, images: Tensor) -> Tensor:
@@ -173,11 +178,6 @@ class Segmentation(DenseEvaluation):
     def build(self, encoder: Encoder) -> SegmentationTask:
         """The task of an encoder."""
         return SegmentationTask(encoder, self.config, len(self.train.classes))
-
-    def encoder_of(self, task: Task) -> Encoder:
-        """The encoder in a task."""
-        assert isinstance(task, SegmentationTask)
-        return task.maps.encoder
 
     def augment(self) -> Augmentation:
         """Of training pictures and masks."""
@@ -259,9 +259,8 @@ def segmentation(
     reading: Mapping[str, Any] = _reading(encoder)
     train = open_segmentation(data, "train", **reading)
     place = test_data if test_data is not None else data
-    alone = test_data is not None and not has_segmentation_split(
-        test_data, "test"
-    )  # a set of its own, all for the test
+    # A set of its own without parts is all for the test.
+    alone = test_data is not None and not has_segmentation_split(test_data, "test")
     test = open_segmentation(place, "train" if alone else "test", **reading)
     settle_classes(train, test, config.num_classes, config.ignore_index)
     config = config.resolve(encoder.img_size, len(train))
