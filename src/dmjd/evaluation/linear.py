@@ -67,7 +67,8 @@ def linear_probe(
 
     Args:
         train, test: labelled features of the same width.
-        epochs: passes over the training features, by default 90; or steps: optimizer steps. batch_size: None = by the size of the set.
+        epochs: passes over the training features, by default 90; or steps: optimizer steps.
+        batch_size: None = by the size of the set.
         blr: base learning rate. weight_decay: of the linear layer's weights.
         seed: of the initial weights and of the order; equal seeds give equal results on the same device.
         device: where it is trained.
