@@ -100,11 +100,21 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 def summarise(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """One result of several seeds: means, ``<name>_std`` (of a sample), and each seed's own under "per_seed".
 
-    A single one is returned as it is.
+    Numbers in dicts are averaged in place; a single result is returned as it is.
     """
     if len(results) == 1:
         return dict(results[0])
+    summary = _means(results)
     numbers = [name for name, value in results[0].items() if isinstance(value, int | float)]
-    summary: dict[str, Any] = {name: statistics.fmean(r[name] for r in results) for name in numbers}
     summary |= {f"{name}_std": statistics.stdev(r[name] for r in results) for name in numbers}
     return summary | {"per_seed": [{"seed": seed} | dict(r) for seed, r in zip(seeds, results, strict=True)]}
+
+
+def _means(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    means: dict[str, Any] = {}
+    for name, value in results[0].items():
+        if isinstance(value, int | float):
+            means[name] = statistics.fmean(r[name] for r in results)
+        elif isinstance(value, Mapping):
+            means[name] = _means([r[name] for r in results])
+    return means

@@ -78,8 +78,8 @@ def finetune(
     Each training lies in a folder of its own under ``evaluation/finetune/``, named by what it depends on: called
     again, it goes on where it stopped, and what is finished (the random baseline too) is not trained again.
 
-    From scratch, only layer-wise decay of the rate is off: it presumes that early layers know something. The result is that of the *last* step. "best" in it was chosen on at most 2,000
-    test pictures, so it is flattered.
+    From scratch, only layer-wise decay of the rate is off: it presumes that early layers know something. The result is
+    that of the *last* step. "best" in it was chosen on at most 2,000 test pictures, so it is flattered.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``data`` and ``out``.
@@ -118,7 +118,7 @@ def finetune(
     write_bytes(classifier, (folder / first["folder"] / CLASSIFIER_FILE).read_bytes())
     result = {
         "task": "finetune",
-        **{init: summarise(results, few.seeds_from(seed)) for init, results in found.items()},
+        **{init: summarise([_scores_of(r) for r in results], few.seeds_from(seed)) for init, results in found.items()},
         "configuration": first["configuration"],
         "overrides": given | few.describe() | dict(options) | ({} if precision == "auto" else {"precision": precision}),
         "data": first["data"],
@@ -126,11 +126,13 @@ def finetune(
         "seed": seed,
         "versions": versions(),
     }
-    for init in INITS:
-        for name in ("configuration", "data"):
-            result[init].pop(name, None)
     write_result(folder, "finetune", result)
     return result
+
+
+def _scores_of(result: dict[str, Any]) -> dict[str, Any]:
+    """A training's result without what the evaluation says once for all."""
+    return {name: value for name, value in result.items() if name not in ("configuration", "data")}
 
 
 class _Trainings:

@@ -34,6 +34,7 @@ from dmjd.optim import warmup_cosine
 from dmjd.progress import Console
 
 BEST = "best.safetensors"
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BETAS = (0.9, 0.999)
 
 # start step, fabric (it knows the device) -> endless micro-batches on the device, from a generator that ends its
@@ -91,6 +92,8 @@ class FitSettings:
             raise ValueError(f"ema must lie between 0 and 1 (both excluded), got {self.ema}")
         if self.looks < 0:
             raise ValueError(f"looks must be at least 0, got {self.looks}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
 
     def identity(self) -> dict[str, Any]:
         """The settings that may not change on resume."""
