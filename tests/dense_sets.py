@@ -1,4 +1,4 @@
-"""Tiny sets for segmentation and detection: dark rectangles and bright discs on noise, with index masks and COCO JSON."""
+"""Tiny sets for segmentation and detection: dark rectangles and bright discs on noise."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,18 @@ SIZE = (48, 64)  # of pictures: height, width
 KINDS = ("rectangle", "disc")
 
 
-def make_scene(rng: np.random.Generator, objects: int = 2) -> tuple[np.ndarray, np.ndarray, list[tuple[int, list[int]]]]:
-    """A picture, its mask (0 background, 1 rectangle, 2 disc) and (kind, [left, top, width, height]) of each object."""
+Objects = list[tuple[int, list[int]]]  # kind, [left, top, width, height]
+
+
+def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Objects]:
+    """A picture, its mask (0 background, 1 rectangle, 2 disc) and its two objects."""
     picture = rng.integers(90, 150, (*SIZE, 3)).astype(np.uint8)
     mask = np.zeros(SIZE, np.uint8)
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     found = []
-    for i in range(objects):
-        kind, side = i % 2, int(rng.integers(14, 20))
-        left = int(rng.integers(0, SIZE[1] // 2 - side)) + i % 2 * SIZE[1] // 2  # never over each other
+    for kind in range(2):
+        side = int(rng.integers(14, 20))
+        left = int(rng.integers(0, SIZE[1] // 2 - side)) + kind * SIZE[1] // 2  # never over each other
         top = int(rng.integers(0, SIZE[0] - side))
         centre = top + (side - 1) / 2, left + (side - 1) / 2
         box = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
@@ -77,8 +80,8 @@ def make_run(folder: Path, name: str = "vit_tiny_patch8", seed: int = 0, in_chan
     if name.startswith("conv_vit"):
         sizes = {"embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": 2}
     torch.manual_seed(seed)
-    encoder = create_encoder(name, img_size=32, in_chans=in_chans, **(sizes | options))
-    encoder.preprocess = Preprocess((32, 32), in_chans, (0.5,) * in_chans, (0.25,) * in_chans)
+    encoder = create_encoder(name, **{"img_size": 32, "in_chans": in_chans} | sizes | options)
+    encoder.preprocess = Preprocess(encoder.img_size, in_chans, (0.5,) * in_chans, (0.25,) * in_chans)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ENCODER_FILE).write_bytes(encoder_bytes(encoder))
     return folder

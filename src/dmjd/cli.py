@@ -8,10 +8,12 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from dmjd import __version__
 from dmjd.config import PretrainConfig, value_types
+from dmjd.dense_config import DenseConfig, DetectionConfig, SegmentationConfig
 from dmjd.finetune_config import FinetuneConfig
 from dmjd.recipes import RECIPES, get_recipe
 
@@ -155,17 +157,33 @@ def _finetune_flags(parser: _Parser) -> None:
         _add_field(group, field, FinetuneConfig())
 
 
+def _dense_flags(parser: _Parser, config: DenseConfig, form: str) -> None:
+    """Flags of a task whose data has masks or boxes instead of labels."""
+    parser.add_argument("run", metavar="RUN", help="run folder, encoder.safetensors or checkpoint")
+    parser.add_argument("--data", metavar="SOURCE", help=form)
+    parser.add_argument("--test-data", metavar="SOURCE", help="test set of the same form (the test part of --data)")
+    _place_flags(parser)
+    parser.add_argument("--precision", metavar="{auto,fp32,bf16,fp16}", help="bf16 on a GPU that has it, else fp32")
+    group = parser.add_argument_group("training and test")
+    for field in dataclasses.fields(config):
+        _add_field(group, field, config)
+
+
+def _place_flags(parser: _Parser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="folder for evaluation/TASK.json (the run)")
+    parser.add_argument("--num-workers", type=int, metavar="N", help="loader processes (by the cores)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of random weights, training and subsets (0)")
+    parser.add_argument("--device", metavar="TEXT", help="auto, cpu or cuda (auto)")
+
+
 def _common_evaluation_flags(parser: _Parser) -> None:
     _add_run_arguments(parser, "run folder, encoder.safetensors or checkpoint")
     parser.add_argument("--test-data", metavar="SOURCE", help="labelled test set (the test part of --data)")
     parser.add_argument("--labels", choices=("none", "folder", "column"), help="where labels come from (the run's)")
-    parser.add_argument("--out", metavar="DIR", help="folder for evaluation/TASK.json (the run)")
+    _place_flags(parser)
     parser.add_argument("--labels-per-class", type=int, metavar="N", help="use this many labels of each class")
     parser.add_argument("--label-fraction", type=float, metavar="X", help="use this share of each class's labels")
     parser.add_argument("--seeds", type=int, metavar="N", help="repeat; mean and spread (3 with few labels, else 1)")
-    parser.add_argument("--num-workers", type=int, metavar="N", help="loader processes (by the cores)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of random weights, training and subsets (0)")
-    parser.add_argument("--device", metavar="TEXT", help="auto, cpu or cuda (auto)")
 
 
 EVALUATIONS: dict[str, tuple[Callable[[_Parser], None], str]] = {
@@ -173,7 +191,16 @@ EVALUATIONS: dict[str, tuple[Callable[[_Parser], None], str]] = {
     "linear": (_linear_flags, "linear probe on the frozen features"),
     "frozen": (_frozen_flags, "kNN, linear probe and sweep in one pass over the pictures"),
     "finetune": (_finetune_flags, "train the whole encoder as a classifier"),
+    "segmentation": (
+        partial(_dense_flags, config=SegmentationConfig(), form="folder with train/images and train/masks, or table"),
+        "train the whole encoder to name every pixel",
+    ),
+    "detection": (
+        partial(_dense_flags, config=DetectionConfig(), form="folder with train/ and train.json in COCO form"),
+        "train the whole encoder to find objects",
+    ),
 }
+EXAMPLE_DATA = {"segmentation": "camvid --ignore-index 11", "detection": "bccd"}
 
 
 def _evaluation_overview() -> str:
@@ -207,7 +234,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         prog=f"dmjd evaluate {task}",
         usage=f"dmjd evaluate {task} RUN [flags]",
         description=text[0].upper() + text[1:] + ", beside a randomly initialised encoder.",
-        epilog=f"example:\n  dmjd evaluate {task} runs/first --data cifar10",
+        epilog=f"example:\n  dmjd evaluate {task} runs/first --data {EXAMPLE_DATA.get(task, 'cifar10')}",
         argument_default=argparse.SUPPRESS,
     )
     add_flags(parser)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -59,6 +60,14 @@ class DenseConfig:
             value = getattr(self, name, None)
             if value is not None and len(value) not in counts:
                 raise ValueError(f"{name} takes {' or '.join(map(str, counts))} numbers, got {len(value)}")
+
+    @classmethod
+    def of(cls, task: str, options: Mapping[str, Any]) -> Self:
+        """The configuration of a caller's settings; ValueError for one that the task does not have."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"'{task}' does not take {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+        return cls(**options)
 
     def resolve(self, img_size: tuple[int, int], num_pictures: int) -> Self:
         """All settings for an encoder of ``img_size`` and a training set: what was given, the rest by the help texts.

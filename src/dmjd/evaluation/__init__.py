@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,10 +61,24 @@ __all__ = [
     "results_table",
 ]
 
+
+def _late(task: str) -> Callable[..., dict[str, Any]]:
+    """An evaluation whose libraries take seconds to import, imported when it is called."""
+
+    def evaluation(run: str | Path, **options: Any) -> dict[str, Any]:
+        return getattr(importlib.import_module(f"dmjd.evaluation.{task}"), task)(run, **options)
+
+    return evaluation
+
+
 # name: evaluator(train features, test features, *, device, and its own settings) -> {"top1", "top5", ...}
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"knn": knn, "linear": linear_probe, "linear_sweep": linear_sweep}
 # name: evaluation(run, *, its settings) that trains the whole encoder
-TRAINED: dict[str, Callable[..., dict[str, Any]]] = {"finetune": finetune}
+TRAINED: dict[str, Callable[..., dict[str, Any]]] = {
+    "finetune": finetune,
+    "segmentation": _late("segmentation"),
+    "detection": _late("detection"),
+}
 SWEEPS = ("linear_sweep",)  # tasks on the features of several layers
 _OF_FEATURES = ("device", "parts", "batch_size")  # arguments of evaluators that no user sets
 
@@ -72,10 +87,11 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
     """Measure a trained encoder, and by the same protocol a randomly initialised one.
 
     Args:
-        task: "knn", "linear", "linear_sweep" or "finetune".
+        task: "knn", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
         options: of :func:`evaluate_all` and of the task: ``k``, ``temperature`` (knn); ``epochs``, ``blr``,
-            ``weight_decay`` (linear, linear_sweep); or those of :func:`~dmjd.evaluation.finetune.finetune`.
+            ``weight_decay`` (linear, linear_sweep); or those of :func:`~dmjd.evaluation.finetune.finetune`,
+            :func:`~dmjd.evaluation.segmentation.segmentation` and :func:`~dmjd.evaluation.detection.detection`.
 
     Returns:
         What is written to ``evaluation/<task>.json``: "result", "random_init" and, for tasks on frozen features,

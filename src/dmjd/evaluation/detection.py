@@ -279,7 +279,7 @@ def detection(
         Stopped: after a signal, everything saved.
         ValueError: for anything the caller can mend, before training.
     """
-    config = DetectionConfig(**options)
+    config = DetectionConfig.of("detection", options)
     try:
         import pycocotools  # noqa: F401
     except ImportError:

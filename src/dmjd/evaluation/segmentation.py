@@ -1,6 +1,6 @@
 """Semantic segmentation with a trained encoder, beside the same training from random weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +252,12 @@ def segmentation(
         Stopped: after a signal, everything saved.
         ValueError: for anything the caller can mend, before training.
     """
-    config = SegmentationConfig(**options)
+    config = SegmentationConfig.of("segmentation", options)
     encoder, folder = open_encoder(run, out)
     if data is None:
         raise ValueError("say which pictures and masks: --data FOLDER (with train/images and train/masks)")
-    reading: Mapping[str, Any] = _reading(encoder)
+    preprocess = known_preprocess(encoder)
+    reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
     train = open_segmentation(data, "train", **reading)
     place = test_data if test_data is not None else data
     # A set of its own without parts is all for the test.
@@ -266,8 +267,3 @@ def segmentation(
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Segmentation(config, encoder, train, test, device, precision, num_workers, seed)
     return compare(evaluation, folder, options)
-
-
-def _reading(encoder: Encoder) -> dict[str, Any]:
-    preprocess = known_preprocess(encoder)
-    return {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
