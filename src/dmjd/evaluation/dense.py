@@ -178,7 +178,7 @@ def compare(evaluation: DenseEvaluation, folder: Path, overrides: Mapping[str, A
         **found,
         "configuration": config.to_dict() | {"steps": steps, "precision": evaluation.precision},
         "overrides": dict(overrides),
-        "data": _data(evaluation) | {"num_bad": len(evaluation.bad)},
+        "data": _data(evaluation),
         "encoder": weights_hash(evaluation.encoder),
         "seed": evaluation.seed,
         "versions": versions(),
@@ -228,7 +228,8 @@ def _train_and_test(evaluation: DenseEvaluation, init: str, steps: int, folder: 
         if config.pictures:
             shown = evenly_spaced(len(evaluation.test), config.pictures)
             evaluation.draw(fitted.model, shown, place / "predictions.png")
-        result = evaluation.measure(fitted.model) | {"steps": fitted.step, "folder": str(place.relative_to(folder))}
+        result = evaluation.measure(fitted.model)
+    result |= {"steps": fitted.step, "num_bad": len(evaluation.bad), "folder": str(place.relative_to(folder))}
     write_text(done, json.dumps(result, indent=2) + "\n")
     return result
 
@@ -254,7 +255,8 @@ def _fit(evaluation: DenseEvaluation, init: str, steps: int, place: Path, identi
     rows = evenly_spaced(len(evaluation.test), LOOK_PICTURES)
 
     def look(model: nn.Module) -> dict[str, float]:
-        return {evaluation.score: evaluation.measure(model, rows)[evaluation.score]}  # type: ignore[arg-type]
+        found = evaluation.measure(model, rows)[evaluation.score]  # type: ignore[arg-type]
+        return {evaluation.score: 0.0 if found is None else found}  # None: no object in these few pictures
 
     # Layer-wise decay presumes that early layers know something: from scratch it is off.
     decay = config.layer_decay if init == "result" else 1.0
