@@ -111,7 +111,10 @@ def brute_force_knn(train: Features, test: Features, k: int, temperature: float)
 )
 def test_knn_equals_brute_force_also_with_more_neighbours_than_pictures(n, classes, dim, k, temperature, seed):
     train, test = blobs(max(n, classes), classes, dim, 1.0, seed), blobs(20, classes, dim, 1.0, seed + 1)
-    assert knn(train, test, k=k, temperature=temperature) == brute_force_knn(train, test, k, temperature)
+    result = knn(train, test, k=k, temperature=temperature)
+    by_k = result.pop("top1_by_k")
+    assert result == brute_force_knn(train, test, k, temperature)
+    assert by_k == {str(n): brute_force_knn(train, test, n, temperature)["top1"] for n in {1, 5, 10, 20, k}}
 
 
 def test_knn_equals_sklearn():
@@ -130,7 +133,8 @@ def test_knn_does_not_depend_on_how_it_is_cut():
 
 def test_a_small_temperature_does_not_overflow():
     train = blobs(200, 4, 8, 0.1, 1)
-    assert knn(train, train, temperature=1e-4) == {"top1": 1.0, "top5": 1.0}
+    result = knn(train, train, temperature=1e-4)
+    assert (result["top1"], result["top5"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("evaluator", [knn, linear_probe])

@@ -13,6 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Data flows one way: a file may import only from files before it in this list. Folders count as one place.
 ORDER = [
     "config",
+    "finetune_config",
+    "dense_config",
     "tokens",
     "devices",
     "resampling",
@@ -30,10 +32,10 @@ ORDER = [
     "interop",
     "build",
     "engine",
+    "progress",
     "evaluation",
     "painters",
     "visualize",
-    "progress",
     "monitor",
     "training",
     "speed",

@@ -17,6 +17,7 @@ _NAMES = {
     "disjoint_masks": "dmjd.masking",
     "evaluate": "dmjd.evaluation",
     "hog": "dmjd.targets",
+    "load_classifier": "dmjd.evaluation",
     "load_encoder": "dmjd.encoders",
     "pretrain": "dmjd.training",
     "show": "dmjd.visualize",

@@ -122,7 +122,7 @@ class PretrainConfig:
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _check_ranges(self)
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
@@ -182,7 +182,7 @@ def value_types(field_type: Any) -> tuple[type, bool, bool]:
     return (typing.get_args(plain)[0] if many else plain), many, optional
 
 
-def _check_types(config: PretrainConfig) -> None:
+def check_types(config: Any) -> None:
     """Bring Python arguments to the declared types (3 to 3.0, 32 to (32,), Path to str), or name the wrong field."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -133,7 +133,8 @@ class Engine:
     """The loop.
 
     Args:
-        fabric: launched. task: the plain module. optimizer: over its parameters; fused AdamW.
+        fabric: launched. task: the plain module. optimizer: over its parameters; fused AdamW. A group with an
+            "lr_scale" (timm's name for layer-wise decay) learns at that multiple of the rate.
         duration: length. peak_lr: learning rate at the schedule's top. schedule: share of the run -> factor on it.
         accumulate: micro-batches a step. clip_grad: largest gradient norm, or None. batch_size: pictures a step over
             all processes. seed: of dropout and stochastic depth. log_every: steps between scalars.
@@ -181,7 +182,7 @@ class Engine:
             started = time.perf_counter()
             lr = self.peak_lr * self.schedule(share)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             self._step(batches, meter)
             step = self.progress.step = self.progress.step + 1
             self.progress.images += self.batch_size

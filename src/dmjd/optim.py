@@ -43,9 +43,10 @@ def scaled_learning_rate(
     return blr * batch_size * (p / mask_ratio) / 256
 
 
-def warmup_cosine(share: float, warmup: float) -> float:
-    """Factor on the peak rate: linear from 0 over the first ``warmup`` of the run, then half a cosine to 0."""
+def warmup_cosine(share: float, warmup: float, floor: float = 0.0) -> float:
+    """Factor on the peak rate: linear from 0 over the first ``warmup`` of the run, then half a cosine to ``floor``."""
     share = min(max(share, 0.0), 1.0)
     if share < warmup:
         return share / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / max(1.0 - warmup, 1e-12)))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / max(1.0 - warmup, 1e-12)))
+    return floor + (1.0 - floor) * cosine

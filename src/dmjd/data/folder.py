@@ -22,6 +22,7 @@ class FolderSource(Source):
         in_chans, value_range: see :func:`~dmjd.pictures.read_picture`.
         listing: file that may hold the sorted list (see :meth:`save_listing`). Where it exists nothing is walked, so
             that a resumed run sees the pictures it began with.
+        extensions: of the files wanted.
 
     Raises:
         ValueError: no pictures, no permission, or a picture that lies in no class folder.
@@ -34,12 +35,13 @@ class FolderSource(Source):
         in_chans: int = 3,
         value_range: tuple[float, float] | None = None,
         listing: Path | None = None,
+        extensions: tuple[str, ...] = EXTENSIONS,
     ) -> None:
         self.name, self.root = str(root), root
         self.in_chans, self.value_range = in_chans, value_range
-        paths = _listed(root, listing)
+        paths = _listed(root, listing, extensions)
         if not paths:
-            raise ValueError(f"no pictures found in {root}; known extensions: {' '.join(EXTENSIONS)}")
+            raise ValueError(f"no pictures found in {root}; known extensions: {' '.join(extensions)}")
         self._paths = _Strings(paths)
         self.classes: list[str] = []
         if with_labels:
@@ -119,14 +121,14 @@ def _walk(folder: str, prefix: str, extensions: tuple[str, ...], seen: set[tuple
             yield prefix + entry.name
 
 
-def _listed(root: Path, listing: Path | None) -> list[str]:
+def _listed(root: Path, listing: Path | None, extensions: tuple[str, ...]) -> list[str]:
     """The sorted paths from the listing where it exists, else from a walk."""
     if listing is not None and listing.exists():
         try:
             return list(json.loads(listing.read_text())["paths"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{listing} is no list of pictures: delete it, and the folder is walked again") from None
-    return walk(root)
+    return walk(root, extensions)
 
 
 def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]:

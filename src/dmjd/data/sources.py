@@ -30,6 +30,7 @@ def open_source(
     in_chans: int = 3,
     value_range: tuple[float, float] | None = None,
     listing: Path | None = None,
+    masks: bool = False,
 ) -> Source:
     """Open a set of pictures.
 
@@ -43,12 +44,15 @@ def open_source(
             have theirs.
         in_chans, value_range: see :func:`~dmjd.pictures.read_picture`.
         listing: for folders, a file that may hold the sorted list of pictures (``Source.save_listing``).
+        masks: of a table, the segmentation masks instead of the pictures they belong to.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and what to do.
     """
     _check_options(split, labels, in_chans)
     name = str(data)
+    if masks and (name == "digits" or name in NAMED_SETS):
+        raise ValueError(_no_masks(name))
     if name == "digits":
         return DigitsSource(split, in_chans)
     if name in NAMED_SETS:
@@ -57,7 +61,7 @@ def open_source(
     path = _existing(name)
     if path is None:
         _refuse_labels(name, labels, "folder", "the name of a hub dataset")
-        return hub_source(name, split, **options)
+        return hub_source(name, split, masks=masks, **options)
     part = _part(path, split)
     if part is None:
         raise ValueError(
@@ -66,7 +70,9 @@ def open_source(
         )
     if isinstance(part, list):
         _refuse_labels(name, labels, "folder", "a table")
-        return parquet_source(part, name, **options)
+        return parquet_source(part, name, masks=masks, **options)
+    if masks:
+        raise ValueError(_no_masks(name))
     _refuse_labels(name, labels, "column", "a folder of pictures")
     return FolderSource(part, labels == "folder", in_chans, value_range, listing)
 
@@ -104,6 +110,13 @@ def _check_options(split: str, labels: str, in_chans: int) -> None:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, got '{labels}'")
     if in_chans < 1:
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+
+
+def _no_masks(name: str) -> str:
+    return (
+        f"{name} holds no pictures with masks: give a folder with train/images and train/masks (or images/training and "
+        "annotations/training), or a .parquet file or hub set with a column of pictures and one of masks"
+    )
 
 
 def _refuse_labels(name: str, labels: str, wrong: str, kind: str) -> None:

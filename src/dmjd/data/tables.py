@@ -17,6 +17,7 @@ from dmjd.pictures import BadPicture
 
 _HUB_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 _IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
+_MASK_NAMES = ("annotation", "mask", "segmentation", "semantic_mask", "label", "labels", "masks", "annotations")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -27,9 +28,10 @@ class TableSource(Source):
         table: the dataset. name: what the user called it. files: (file name, number of rows) of each file it was
             made of, in order; one entry for a set from the hub. folder: where relative picture paths start.
         with_labels: take the label column. in_chans, value_range: see :func:`~dmjd.pictures.read_picture`.
+        masks: the pictures wanted are the masks, in a second column of encoded pictures.
 
     Raises:
-        ValueError: no picture column, no label column where asked for, or rows without a label.
+        ValueError: no picture or mask column, no label column where asked for, or rows without a label.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class TableSource(Source):
         with_labels: bool = False,
         in_chans: int = 3,
         value_range: tuple[float, float] | None = None,
+        masks: bool = False,
     ) -> None:
         self.name, self.in_chans, self.value_range = name, in_chans, value_range
         self._files, self._folder = files, folder
@@ -48,7 +51,7 @@ class TableSource(Source):
         self.classes: list[str] = []
         if with_labels:
             self.labels, self.classes = _column_labels(table, name)
-        self._column = _picture_column(table, name)
+        self._column = _mask_column(table, name) if masks else _picture_column(table, name)
         self._table = table.select_columns([self._column]).with_format("arrow")
         if not len(self):
             raise ValueError(f"{name} has no rows")
@@ -182,9 +185,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _picture_column(table: Any, name: str) -> str:
-    """The column of encoded pictures: by its declared type, else by its name, else by its shape."""
-    import datasets
+def _encoded_columns(table: Any) -> list[str]:
+    """The columns that hold encoded pictures, by their Arrow type."""
     import pyarrow as pa
 
     def holds_pictures(column: str) -> bool:
@@ -193,7 +195,14 @@ def _picture_column(table: Any, name: str) -> str:
             return any(field.name == "bytes" for field in kind)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    able = [column for column in table.column_names if holds_pictures(column)]
+    return [column for column in table.column_names if holds_pictures(column)]
+
+
+def _picture_column(table: Any, name: str) -> str:
+    """The column of encoded pictures: by its declared type, else by its name, else by its shape."""
+    import datasets
+
+    able = _encoded_columns(table)
     declared = [column for column in able if isinstance(table.features[column], datasets.Image)]
     named = [column for column in _IMAGE_NAMES if column in able]
     if not able:
@@ -202,6 +211,16 @@ def _picture_column(table: Any, name: str) -> str:
             f"{name} has no column of encoded pictures (a struct with 'bytes', or binary); it has {columns}"
         )
     return ([c for c in named if c in declared] + declared + named + able)[0]
+
+
+def _mask_column(table: Any, name: str) -> str:
+    """The column of encoded masks: one of a usual name, else the only one beside the pictures."""
+    others = [column for column in _encoded_columns(table) if column != _picture_column(table, name)]
+    named = [column for column in _MASK_NAMES if column in others]
+    if not named and len(others) != 1:
+        columns = ", ".join(table.column_names)
+        raise ValueError(f"{name} has no column of encoded masks ({', '.join(_MASK_NAMES)}); it has {columns}")
+    return (named + others)[0]
 
 
 def _column_labels(table: Any, name: str) -> tuple[np.ndarray, list[str]]:

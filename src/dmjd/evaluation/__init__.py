@@ -2,109 +2,110 @@
 
 import dataclasses
 import difflib
-import hashlib
+import importlib
 import inspect
-import json
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from dmjd import __version__
-from dmjd.build import LISTING, open_data, open_test_data, read_config
-from dmjd.checkpoint import write_text
-from dmjd.config import PretrainConfig
-from dmjd.data import Source, align_labels
+from dmjd.data import Source
+from dmjd.data.subset import SubsetSource
 from dmjd.devices import keep_freed_memory, pick_device
-from dmjd.encoders import Encoder, create_encoder, encoder_bytes, load_encoder
-from dmjd.evaluation.features import (
-    Features,
-    check_labels,
-    extract,
-    extract_all,
-    known_preprocess,
-    pooled,
-    raw_pixels,
-)
+from dmjd.encoders import Encoder, load_encoder
+from dmjd.evaluation.classifier import load_classifier
+from dmjd.evaluation.features import Extractor, Features, extract, extract_all, known_preprocess, pooled, raw_pixels
+from dmjd.evaluation.few_labels import FewLabels, summarise
+from dmjd.evaluation.finetune import finetune
+from dmjd.evaluation.fit import Stopped
 from dmjd.evaluation.knn import knn
 from dmjd.evaluation.linear import linear_probe, probe_schedule
 from dmjd.evaluation.online import OnlineKnn
+from dmjd.evaluation.results import (
+    Baselines,
+    config_of,
+    data_fingerprint,
+    fresh_encoder,
+    given_data,
+    key_of,
+    open_sets,
+    read_result,
+    results_table,
+    versions,
+    weights_hash,
+    write_result,
+)
+from dmjd.evaluation.sweep import SweepFeatures, linear_sweep
 
 __all__ = [
     "TASKS",
+    "TRAINED",
     "Features",
     "OnlineKnn",
+    "Stopped",
     "evaluate",
     "evaluate_all",
     "extract",
     "extract_all",
+    "finetune",
     "fresh_encoder",
     "knn",
     "linear_probe",
+    "linear_sweep",
+    "load_classifier",
     "probe_schedule",
     "read_result",
     "results_table",
 ]
 
-# name: evaluator(train features, test features, *, device, and its own settings) -> {"top1", "top5"}
-TASKS: dict[str, Callable[..., dict[str, float]]] = {"knn": knn, "linear": linear_probe}
+
+def _late(task: str) -> Callable[..., dict[str, Any]]:
+    """An evaluation whose libraries take seconds to import, imported when it is called."""
+
+    def evaluation(run: str | Path, **options: Any) -> dict[str, Any]:
+        return getattr(importlib.import_module(f"dmjd.evaluation.{task}"), task)(run, **options)
+
+    return evaluation
 
 
-def evaluate(
-    task: str,
-    run: str | Path,
-    *,
-    data: str | Path | None = None,
-    test_data: str | Path | None = None,
-    labels: str | None = None,
-    out: str | Path | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    num_workers: int | None = None,
-    batch_size: int = 256,
-    precision: str = "fp32",
-    **options: Any,
-) -> dict[str, Any]:
-    """Measure a trained encoder, and by the same protocol in the same pass its two baselines.
+# name: evaluator(train features, test features, *, device, and its own settings) -> {"top1", "top5", ...}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"knn": knn, "linear": linear_probe, "linear_sweep": linear_sweep}
+# name: evaluation(run, *, its settings) that trains the whole encoder
+TRAINED: dict[str, Callable[..., dict[str, Any]]] = {
+    "finetune": finetune,
+    "segmentation": _late("segmentation"),
+    "detection": _late("detection"),
+}
+SWEEPS = ("linear_sweep",)  # tasks on the features of several layers
+_OF_FEATURES = ("device", "parts", "batch_size")  # arguments of evaluators that no user sets
+
+
+def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
+    """Measure a trained encoder, and by the same protocol a randomly initialised one.
 
     Args:
-        task: "knn" or "linear".
+        task: "knn", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
-        data: labelled training set of the classifier; None = what the run was pre-trained on, with its ``test_data``.
-        test_data: test set; None = the test part of ``data``.
-        labels: "none", "folder" or "column"; None = as the run.
-        out: folder that gets ``evaluation/<task>.json``; None = the run folder.
-        seed: of the randomly initialised encoder, and of the probe's weights and order.
-        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
-        batch_size: pictures at once. precision: of the features, "fp32" or "bf16" (autocast), for all encoders alike.
-        options: settings of the task: ``k``, ``temperature`` (knn); ``epochs``, ``blr``, ``weight_decay`` (linear).
+        options: of :func:`evaluate_all` and of the task: ``k``, ``temperature`` (knn); ``epochs``, ``blr``,
+            ``weight_decay`` (linear, linear_sweep); or those of :func:`~dmjd.evaluation.finetune.finetune`,
+            :func:`~dmjd.evaluation.segmentation.segmentation` and :func:`~dmjd.evaluation.detection.detection`.
 
     Returns:
-        What is written to the file: "result", "random_init" and "raw_pixels" with accuracies 0 to 1 under "top1" and
-        "top5", "configuration", "data", "seed", "versions", ...
+        What is written to ``evaluation/<task>.json``: "result", "random_init" and, for tasks on frozen features,
+        "raw_pixels" with accuracies 0 to 1 under "top1" and "top5"; "configuration", "data", "seed", "versions", ...
 
     Raises:
         ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabelled, has one class
             or no test part.
     """
-    results = evaluate_all(
-        {task: options},
-        run,
-        data=data,
-        test_data=test_data,
-        labels=labels,
-        out=out,
-        seed=seed,
-        device=device,
-        num_workers=num_workers,
-        batch_size=batch_size,
-        precision=precision,
-    )
-    return results[task]
+    if task in TRAINED:
+        return TRAINED[task](run, **options)
+    shared = set(inspect.signature(evaluate_all).parameters)
+    own = {name: value for name, value in options.items() if name not in shared}
+    return evaluate_all({task: own}, run, **{k: v for k, v in options.items() if k in shared})[task]
 
 
 def evaluate_all(
@@ -120,148 +121,175 @@ def evaluate_all(
     num_workers: int | None = None,
     batch_size: int = 256,
     precision: str = "fp32",
+    labels_per_class: int | None = None,
+    label_fraction: float | None = None,
+    seeds: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Several tasks on one pass over the features: task -> settings in, task -> result out; see :func:`evaluate`."""
-    settings = {task: _settings(task, options, seed) for task, options in tasks.items()}
+    """Several tasks on frozen features in one pass: task -> settings in, task -> result out.
+
+    With few labels only the pictures that some seed draws are read. Baselines of a configuration are measured once and
+    kept in ``evaluation/baselines.json``.
+
+    Args:
+        tasks: task of :data:`TASKS` -> its settings.
+        run: a run folder; or an encoder file or checkpoint, together with ``data``.
+        data: labelled training set of the classifier; None = what the run was pre-trained on, with its ``test_data``.
+        test_data: test set; None = the test part of ``data``.
+        labels: "none", "folder" or "column"; None = as the run.
+        out: folder that gets ``evaluation/<task>.json``; None = the run folder.
+        seed: of the randomly initialised encoder, of the probe's weights and order, and of subsets.
+        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
+        batch_size: pictures at once. precision: of the features, "fp32" or "bf16" (autocast), for all encoders alike.
+        labels_per_class, label_fraction, seeds: see :class:`~dmjd.evaluation.few_labels.FewLabels`.
+
+    Raises:
+        ValueError: as :func:`evaluate`.
+    """
+    few = FewLabels(labels_per_class, label_fraction, seeds)
+    settings = {task: _settings(task, options) for task, options in tasks.items()}
     run, place = Path(run).expanduser(), pick_device(device)
     keep_freed_memory(place)
-    given = {"data": data, "test_data": test_data, "labels": labels}
-    overrides = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
-    config = read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
+    given = given_data(data, test_data, labels)
+    config = config_of(run)
     encoder = load_encoder(run, place)
-    train, test, test_labels = _open(config, run, encoder, overrides)
-    reading = {"batch_size": batch_size, "num_workers": num_workers}
-    features = _features(encoder, train, test, test_labels, seed, precision, **reading)
+    train, test, test_labels = open_sets(config, run, encoder, given)
     folder = Path(out).expanduser() if out is not None else run if run.is_dir() else None
+    protocol = _Protocol(encoder, train, test, test_labels, few, seed, precision, settings, Baselines(folder))
+    found = protocol.run(batch_size=batch_size, num_workers=num_workers)
     results = {}
     for task, options in tasks.items():
+        changed = given | few.describe() | dict(options) | ({"precision": precision} if precision != "fp32" else {})
         results[task] = {
             "task": task,
-            **{name: TASKS[task](*pair, device=place, **settings[task]) for name, pair in features.items()},
-            "configuration": settings[task] | {"precision": precision},
-            "overrides": overrides | dict(options) | ({"precision": precision} if precision != "fp32" else {}),
-            "data": _describe(train, test, *features["result"]),
-            "encoder": _weights_hash(encoder),
+            **found[task],
+            "configuration": settings[task] | few.describe() | {"precision": precision},
+            "overrides": changed,
+            "data": protocol.data,
+            "encoder": weights_hash(encoder),
             "seed": seed,
-            "versions": {"dmjd": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": versions(),
         }
         if folder is not None:
-            (folder / "evaluation").mkdir(parents=True, exist_ok=True)
-            write_text(folder / "evaluation" / f"{task}.json", json.dumps(results[task], indent=2) + "\n")
+            write_result(folder, task, results[task])
     return results
 
 
-def _settings(task: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """All settings of a task: its defaults, the caller's changes, and the seed where it has one.
+def _settings(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a task but the seed: its defaults and the caller's changes.
 
     Raises:
         ValueError: unknown task or setting.
     """
+    known_tasks = [*TASKS, *TRAINED]
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown evaluation '{task}'; did you mean '{near[0]}'? There are: {', '.join(TASKS)}")
+        near = difflib.get_close_matches(task, known_tasks, n=1, cutoff=0.0)
+        raise ValueError(f"unknown evaluation '{task}'; did you mean '{near[0]}'? There are: {', '.join(known_tasks)}")
     parameters = inspect.signature(TASKS[task]).parameters.values()
-    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    del known["device"]
-    known.pop("batch_size", None)  # of the probe: it follows the size of the set
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OF_FEATURES}
+    known.pop("seed", None)
     if unknown := set(options) - set(known):
         raise ValueError(f"'{task}' does not take {', '.join(sorted(unknown))}; it takes {', '.join(sorted(known))}")
-    return known | dict(options) | ({"seed": seed} if "seed" in known else {})
+    return known | dict(options)
 
 
-def _open(
-    config: PretrainConfig, run: Path, encoder: Encoder, overrides: Mapping[str, Any]
-) -> tuple[Source, Source, Tensor]:
-    """Training and test set, and the test labels [n] as indices into the training set's classes."""
-    preprocess = known_preprocess(encoder)
-    config = config.replace(
-        labels=overrides.get("labels", config.labels), in_chans=preprocess.in_chans, value_range=preprocess.value_range
-    )
-    own = "data" not in overrides
-    data = overrides.get("data", config.data)
-    if data is None:
-        raise ValueError(f"{run} is no run folder, so it has no data of its own: pass --data")
-    test_data = overrides.get("test_data", config.test_data if own else None)
-    train = open_data(config, data, "train", listing=run / LISTING if own else None)
-    test = open_test_data(config, data, test_data)
-    if test is None:
-        raise ValueError(f"{data} has no test part: pass --test-data")
-    test_labels = torch.from_numpy(align_labels(train, test))
-    check_labels(torch.as_tensor(train.labels), test_labels)
-    return train, test, test_labels
+class _Protocol:
+    """One pass over the pictures, then every task on every seed's labels, for the encoder and its baselines."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        train: Source,
+        test: Source,
+        test_labels: Tensor,
+        few: FewLabels,
+        seed: int,
+        precision: str,
+        settings: Mapping[str, Mapping[str, Any]],
+        baselines: Baselines,
+    ) -> None:
+        self.encoder, self.test, self.test_labels, self.settings = encoder, test, test_labels, settings
+        self.seed, self.precision, self.baselines = seed, precision, baselines
+        assert train.labels is not None
+        self.seeds = few.seeds_from(seed)
+        self.rows = [few.rows(train.labels, each) for each in self.seeds]
+        # Only pictures that some seed draws are read.
+        drawn = np.unique(np.concatenate(self.rows))
+        self.train = SubsetSource(train, drawn) if few.few else train
+        self.rows = [np.searchsorted(drawn, rows) for rows in self.rows]
+        self.fingerprint = data_fingerprint(self.train, test)
+        self.keys = {
+            (task, name): f"{task} {name} " + key_of(encoder, own, self.fingerprint, few.describe(), seed, precision)
+            for task, own in settings.items()
+            for name in ("random_init", "raw_pixels")
+        }
+        self.data: dict[str, Any] = {}
+
+    def run(self, **reading: Any) -> dict[str, dict[str, Any]]:
+        """Task -> {"result", "random_init", "raw_pixels"}."""
+        found: dict[str, dict[str, Any]] = {task: {} for task in self.settings}
+        wanted = [(task, name) for task in self.settings for name in ("result", "random_init", "raw_pixels")]
+        features = self._features([pair for pair in wanted if not self._known(*pair)], **reading)
+        for task, name in wanted:
+            if kept := self._known(task, name):
+                found[task][name] = kept
+                continue
+            found[task][name] = self._measure(task, name, *features[_kind(task, name)])
+            if name != "result":
+                self.baselines.put(self.keys[task, name], found[task][name])
+        return found
+
+    def _known(self, task: str, name: str) -> dict[str, Any] | None:
+        return None if name == "result" else self.baselines.get(self.keys[task, name])
+
+    def _features(self, wanted: list[tuple[str, str]], **reading: Any) -> dict[str, tuple[Features, Features]]:
+        """What the tasks need of both sets, in one pass over each."""
+        device = next(self.encoder.parameters()).device
+        fresh = fresh_encoder(self.encoder, self.seed).to(device)
+        makers: dict[str, Callable[[], Extractor]] = {
+            "result": lambda: pooled(self.encoder, self.precision),
+            "random_init": lambda: pooled(fresh, self.precision),
+            "result layers": lambda: SweepFeatures(self.encoder, self.precision),
+            "random_init layers": lambda: SweepFeatures(fresh, self.precision),
+            "raw_pixels": lambda: raw_pixels,
+        }
+        extractors = {kind: makers[kind]() for kind in dict.fromkeys(_kind(*pair) for pair in wanted)}
+        preprocess = known_preprocess(self.encoder)
+        known, asked = (
+            extract_all(extractors, source, preprocess, device=device, **reading) for source in (self.train, self.test)
+        )
+        pairs = {
+            kind: (known[kind], dataclasses.replace(asked[kind], labels=self.test_labels[asked[kind].rows]))
+            for kind in extractors
+        }
+        self.data = self._describe(*next(iter(pairs.values())))
+        return pairs
+
+    def _measure(self, task: str, name: str, known: Features, asked: Features) -> dict[str, Any]:
+        """Mean and spread over the seeds."""
+        takes = inspect.signature(TASKS[task]).parameters
+        results = []
+        for seed, rows in zip(self.seeds, self.rows, strict=True):
+            own = dict(self.settings[task]) | ({"seed": seed} if "seed" in takes else {})
+            if "parts" in takes:
+                own["parts"] = ("raw pixels",) if name == "raw_pixels" else SweepFeatures(self.encoder).parts
+            chosen = torch.from_numpy(np.isin(known.rows.numpy(), rows))
+            subset = Features(known.x[chosen], known.labels[chosen], known.rows[chosen], known.bad)
+            device = next(self.encoder.parameters()).device
+            results.append(TASKS[task](subset if not bool(chosen.all()) else known, asked, device=device, **own))
+        return summarise(results, self.seeds)
+
+    def _describe(self, known: Features, asked: Features) -> dict[str, Any]:
+        return {
+            "train": self.train.name,
+            "test": self.test.name,
+            "fingerprint": self.fingerprint,
+            "num_train": int(np.isin(known.rows.numpy(), self.rows[0]).sum()),  # of the first seed
+            "num_test": len(asked.x),
+            "num_bad": len(known.bad) + len(asked.bad),
+            "classes": len(self.train.classes),
+        }
 
 
-def _features(
-    encoder: Encoder, train: Source, test: Source, test_labels: Tensor, seed: int, precision: str, **reading: Any
-) -> dict[str, tuple[Features, Features]]:
-    """Features of both sets, of the encoder and of its baselines."""
-    device = next(encoder.parameters()).device
-    extractors = {
-        "result": pooled(encoder, precision),
-        "random_init": pooled(fresh_encoder(encoder, seed).to(device), precision),
-        "raw_pixels": raw_pixels,
-    }
-    known, asked = (
-        extract_all(extractors, source, known_preprocess(encoder), device=device, **reading) for source in (train, test)
-    )
-    return {
-        name: (known[name], dataclasses.replace(asked[name], labels=test_labels[asked[name].rows]))
-        for name in extractors
-    }
-
-
-def fresh_encoder(encoder: Encoder, seed: int) -> Encoder:
-    """The same architecture with random weights, in evaluation mode; torch's own random state is left alone."""
-    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in encoder.options.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return create_encoder(encoder.name, **options).eval()
-
-
-def _describe(train: Source, test: Source, known: Features, asked: Features) -> dict[str, Any]:
-    return {
-        "train": train.name,
-        "test": test.name,
-        "fingerprint": f"{train.fingerprint()}/{test.fingerprint()}",
-        "num_train": len(known.x),
-        "num_test": len(asked.x),
-        "num_bad": len(known.bad) + len(asked.bad),
-        "classes": len(train.classes),
-    }
-
-
-def _weights_hash(encoder: Encoder) -> str:
-    """16 hexadecimal digits that change with the encoder's weights or configuration."""
-    return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
-
-
-def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:
-    """An earlier result of this very encoder on its run's own data with the default settings, or None.
-
-    Args:
-        file: ``<run>/evaluation/<task>.json``. encoder: as it is now.
-    """
-    try:
-        result = json.loads(Path(file).read_text(encoding="utf-8"))
-        same = result["encoder"] == _weights_hash(encoder) and not result["overrides"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or not written by this version: it is made anew
-    return result if same else None
-
-
-def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Top-1 accuracies in percent: a row for the encoder and each baseline, a column for each task.
-
-    Args:
-        results: task -> what :func:`evaluate` returned.
-    """
-    table = Table("top-1 accuracy, %")
-    for task in results:
-        table.add_column(task, justify="right")
-    for name, label in (
-        ("result", "this encoder"),
-        ("random_init", "random initialisation"),
-        ("raw_pixels", "raw pixels"),
-    ):
-        table.add_row(label, *(f"{100 * result[name]['top1']:.1f}" for result in results.values()))
-    return table
+def _kind(task: str, name: str) -> str:
+    """Which features a task needs of the encoder or a baseline."""
+    return f"{name} layers" if task in SWEEPS and name != "raw_pixels" else name

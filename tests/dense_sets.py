@@ -1,0 +1,87 @@
+"""Tiny sets for segmentation and detection: dark rectangles and bright discs on noise."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes
+from dmjd.pictures import Preprocess
+
+SIZE = (48, 64)  # of pictures: height, width
+KINDS = ("rectangle", "disc")
+
+
+Objects = list[tuple[int, list[int]]]  # kind, [left, top, width, height]
+
+
+def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Objects]:
+    """A picture, its mask (0 background, 1 rectangle, 2 disc) and its two objects."""
+    picture = rng.integers(90, 150, (*SIZE, 3)).astype(np.uint8)
+    mask = np.zeros(SIZE, np.uint8)
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    found = []
+    for kind in range(2):
+        side = int(rng.integers(14, 20))
+        left = int(rng.integers(0, SIZE[1] // 2 - side)) + kind * SIZE[1] // 2  # never over each other
+        top = int(rng.integers(0, SIZE[0] - side))
+        centre = top + (side - 1) / 2, left + (side - 1) / 2
+        box = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= (side / 2) ** 2
+        inside = box & disc if kind else box
+        picture[inside] = (230, 220, 60) if kind else (20, 30, 120)
+        mask[inside] = kind + 1
+        found.append((kind, [left, top, side, side]))
+    return picture, mask, found
+
+
+def make_segmentation_set(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """CamVid form: ``{part}/images/*.png`` and ``{part}/masks/*.png``; a rim of two pixels has no label (255)."""
+    rng = np.random.default_rng(seed)
+    for part, count in counts.items():
+        for folder in ("images", "masks"):
+            (root / part / folder).mkdir(parents=True)
+        for i in range(count):
+            picture, mask, _ = make_scene(rng)
+            mask[:2] = 255
+            Image.fromarray(picture).save(root / part / "images" / f"{i:02d}.png")
+            Image.fromarray(mask).save(root / part / "masks" / f"{i:02d}.png")
+    return root
+
+
+def make_detection_set(root: Path, counts: dict[str, int], outlines: bool = False, seed: int = 0) -> Path:
+    """``{part}/*.png`` and ``{part}.json``; outlines as polygons of the box's corners, which suits rectangles."""
+    rng = np.random.default_rng(seed)
+    for part, count in counts.items():
+        (root / part).mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(count):
+            picture, _, objects = make_scene(rng)
+            Image.fromarray(picture).save(root / part / f"{i:02d}.png")
+            images.append({"id": i, "file_name": f"{i:02d}.png", "height": SIZE[0], "width": SIZE[1]})
+            for kind, box in objects:
+                x, y, w, h = box
+                entry = {"id": len(annotations), "image_id": i, "category_id": 10 * (kind + 1), "bbox": box}
+                entry |= {"area": w * h, "iscrowd": 0}
+                if outlines:
+                    entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                annotations.append(entry)
+        categories = [{"id": 10 * (k + 1), "name": name} for k, name in enumerate(KINDS)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{part}.json").write_text(json.dumps(content))
+    return root
+
+
+def make_run(folder: Path, name: str = "vit_tiny_patch8", seed: int = 0, in_chans: int = 3, **options: object) -> Path:
+    """A run folder with an encoder of 32 x 32 pixels and nothing else."""
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    if name.startswith("conv_vit"):
+        sizes = {"embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": 2}
+    torch.manual_seed(seed)
+    encoder = create_encoder(name, **{"img_size": 32, "in_chans": in_chans} | sizes | options)
+    encoder.preprocess = Preprocess(encoder.img_size, in_chans, (0.5,) * in_chans, (0.25,) * in_chans)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ENCODER_FILE).write_bytes(encoder_bytes(encoder))
+    return folder
