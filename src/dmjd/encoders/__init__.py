@@ -1,6 +1,7 @@
 """Encoders: a table of names, ``create_encoder`` and ``load_encoder``."""
 
 import difflib
+import hashlib
 import inspect
 import json
 import re
@@ -27,6 +28,7 @@ __all__ = [
     "encoder_metadata",
     "encoder_names",
     "load_encoder",
+    "weights_hash",
 ]
 
 METADATA_KEY = "dmjd"
@@ -130,6 +132,11 @@ def encoder_bytes(encoder: Encoder) -> bytes:
     """
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     return save(state, metadata={METADATA_KEY: json.dumps(encoder_metadata(encoder), sort_keys=True)})
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """16 hexadecimal digits that change with the encoder's weights or configuration."""
+    return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
 
 
 def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:

@@ -1,0 +1,193 @@
+"""Runs side by side: what their evaluations gave, and in which settings they differ."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from dmjd.sheets import DPI, save_figure
+
+# part of evaluation/<task>.json -> what the table and the picture call it
+PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
+_MARKS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
+_PLACE_NAMES = ("out",)  # settings that say where a run lies, not what it is
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number with its spread over seeds, where there are several."""
+
+    value: float
+    spread: float | None = None
+
+    def __str__(self) -> str:
+        """In percent."""
+        return f"{100 * self.value:.1f}" + (f" +- {100 * self.spread:.1f}" if self.spread is not None else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Evaluations of several runs.
+
+    Attributes:
+        runs: as they were given.
+        scores: (task, metric) -> run -> part of :data:`PARTS` -> score; runs and parts that have none are absent.
+        differences: setting -> its value in each run, of settings that are not the same everywhere; those of an
+            evaluation are called ``task.setting``.
+    """
+
+    runs: list[str]
+    scores: dict[tuple[str, str], dict[str, dict[str, Score]]]
+    differences: dict[str, list[str]]
+
+
+def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
+    """Read ``evaluation/*.json`` of run folders and set them side by side.
+
+    Args:
+        runs: run folders. out: file of a bar picture; None = no picture.
+
+    Raises:
+        ValueError: for no runs, a folder without evaluations, a file that cannot be read, or an ending of ``out`` that
+            is no picture format.
+    """
+    if not runs:
+        raise ValueError("give at least one run folder to compare")
+    names = list(dict.fromkeys(str(run) for run in runs))
+    evaluations = [_evaluations(Path(name).expanduser()) for name in names]
+    scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
+    for name, tasks in zip(names, evaluations, strict=True):
+        for task, content in tasks.items():
+            metric = _headline(content["result"], task, name)
+            parts = {part: _score(content[part], metric) for part in PARTS if metric in content.get(part, {})}
+            scores.setdefault((task, metric), {})[name] = parts
+    settings = [_settings(Path(n).expanduser(), tasks) for n, tasks in zip(names, evaluations, strict=True)]
+    found = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations))
+    if out is not None:
+        save_figure(comparison_figure(found), out)
+    return found
+
+
+def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """task -> content of each file of results in a run folder."""
+    files = sorted((run / "evaluation").glob("*.json"))
+    if not files:
+        raise ValueError(f"{run} holds no evaluation/*.json: make one with dmjd evaluate knn {run}")
+    found = {}
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content["result"], dict):
+                raise ValueError("its result is no table of numbers")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no result of dmjd evaluate ({error}): delete it, or evaluate again") from None
+        found[file.stem] = content
+    return found
+
+
+def _headline(result: Mapping[str, Any], task: str, run: str) -> str:
+    """The number by which a task is judged: the first of its result."""
+    for name, value in result.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return name
+    raise ValueError(f"evaluation/{task}.json of {run} has no number in its result: evaluate again")
+
+
+def _score(part: Mapping[str, Any], metric: str) -> Score:
+    return Score(float(part[metric]), part.get(f"{metric}_std"))
+
+
+def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All settings of a run and of its evaluations, flat."""
+    file = run / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = {name: value for name, value in config.items() if name not in _PLACE_NAMES}
+    for task, content in tasks.items():
+        own = {**content.get("configuration", {}), "seed": content.get("seed")}
+        data = content.get("data", {})
+        own |= {f"data.{key}": data[key] for key in ("train", "test", "fingerprint") if key in data}
+        found |= {f"{task}.{name}": value for name, value in own.items()}
+    return found
+
+
+def _differences(
+    settings: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> dict[str, list[str]]:
+    """Settings with more than one value; those of a task only among the runs that have it."""
+    found = {}
+    for name in dict.fromkeys(name for one in settings for name in one):
+        task = name.split(".")[0]
+        asked = [one for one, tasks in zip(settings, evaluations, strict=True) if "." not in name or task in tasks]
+        if len({json.dumps(one.get(name)) for one in asked}) > 1:
+            found[name] = [_text(one[name]) if name in one else "-" for one in settings]
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def comparison_tables(found: Comparison) -> list[Table]:
+    """Scores in percent, a row for each task and run; and the settings that differ, where any do."""
+    scores = Table("task", "metric, %", "run", title="evaluations", title_justify="left")
+    for label in PARTS.values():
+        scores.add_column(label, justify="right")
+    for (task, metric), runs in found.scores.items():
+        for run, parts in runs.items():
+            scores.add_row(task, metric, run, *(str(parts.get(part, "-")) for part in PARTS))
+        scores.add_section()
+    if not found.differences:
+        return [scores]
+    settings = Table("setting", *found.runs, title="settings that differ", title_justify="left")
+    for name, values in found.differences.items():
+        settings.add_row(name, *values)
+    return [scores, settings]
+
+
+def comparison_figure(found: Comparison) -> Figure:
+    """A panel for each task: a bar for each run, marks for its baselines."""
+    tasks = list(found.scores)
+    height = 0.36 * len(found.runs) + 0.9
+    figure = Figure(figsize=(7.5, height * len(tasks) + 0.4), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+    for axes, (task, metric) in zip(panels, tasks, strict=True):
+        _bars(axes, found.runs, found.scores[task, metric])
+        axes.set_title(f"{task}: {metric}, %", fontsize=9, loc="left")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+    return figure
+
+
+def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> None:
+    """The runs from top to bottom; one without a result keeps an empty place, so that colours mean the same run."""
+    for place, run in enumerate(runs):
+        parts = scores.get(run, {})
+        if "result" in parts:
+            score = parts["result"]
+            axes.barh(place, 100 * score.value, 0.62, color=f"C{place % 10}", xerr=100 * (score.spread or 0) or None)
+            highest = max(score.value + (score.spread or 0), *(s.value for s in parts.values()))
+            axes.annotate(
+                str(score), (100 * highest, place), (7, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        for part, (marker, colour) in _MARKS.items():
+            if part in parts:
+                style: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markeredgewidth": 2.0}
+                axes.plot([100 * parts[part].value], [place], label=PARTS[part], markersize=11, **style)
+    axes.set_yticks(range(len(runs)), runs, fontsize=8)
+    axes.set(ylim=(len(runs) - 0.5, -0.5))
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", labelsize=8)
