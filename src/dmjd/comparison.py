@@ -1,8 +1,9 @@
 """Runs side by side: what their evaluations gave, and in which settings they differ."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dmjd.config import DURATIONS, PretrainConfig
 from dmjd.sheets import DPI, save_figure
 
 # part of evaluation/<task>.json -> what the table and the picture call it
 PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
 _MARKS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
-_PLACE_NAMES = ("out",)  # settings that say where a run lies, not what it is
+# Settings that change a run's look or comfort, not what it learns.
+_UNIMPORTANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]} - set(DURATIONS)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Score:
     """One number with its spread over seeds, where there are several."""
 
@@ -30,12 +33,12 @@ class Score:
         return f"{100 * self.value:.1f}" + (f" +- {100 * self.spread:.1f}" if self.spread is not None else "")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """Evaluations of several runs.
 
     Attributes:
-        runs: as they were given.
+        runs: the last parts of their paths, as many as tell them apart.
         scores: (task, metric) -> run -> part of :data:`PARTS` -> score; runs and parts that have none are absent.
         differences: setting -> its value in each run, of settings that are not the same everywhere; those of an
             evaluation are called ``task.setting``.
@@ -58,19 +61,27 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     """
     if not runs:
         raise ValueError("give at least one run folder to compare")
-    names = list(dict.fromkeys(str(run) for run in runs))
-    evaluations = [_evaluations(Path(name).expanduser()) for name in names]
+    folders = list(dict.fromkeys(Path(os.path.abspath(Path(run).expanduser())) for run in runs))
+    names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
     for name, tasks in zip(names, evaluations, strict=True):
         for task, content in tasks.items():
             metric = _headline(content["result"], task, name)
-            parts = {part: _score(content[part], metric) for part in PARTS if metric in content.get(part, {})}
+            parts = {part: _score(content[part], metric) for part in PARTS if metric in (content.get(part) or {})}
             scores.setdefault((task, metric), {})[name] = parts
-    settings = [_settings(Path(n).expanduser(), tasks) for n, tasks in zip(names, evaluations, strict=True)]
+    settings = [_settings(folder, tasks) for folder, tasks in zip(folders, evaluations, strict=True)]
     found = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations))
     if out is not None:
         save_figure(comparison_figure(found), out)
     return found
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of different paths, as many as tell them apart."""
+    count = 1
+    while len({folder.parts[-count:] for folder in folders}) < len(folders):
+        count += 1
+    return ["/".join(folder.parts[-count:]) for folder in folders]
 
 
 def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
@@ -105,12 +116,14 @@ def _score(part: Mapping[str, Any], metric: str) -> Score:
 def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All settings of a run and of its evaluations, flat."""
     file = run / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    found = {name: value for name, value in config.items() if name not in _PLACE_NAMES}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a run's configuration ({error})") from None
+    found = {name: value for name, value in config.items() if name not in _UNIMPORTANT}
     for task, content in tasks.items():
         own = {**content.get("configuration", {}), "seed": content.get("seed")}
-        data = content.get("data", {})
-        own |= {f"data.{key}": data[key] for key in ("train", "test", "fingerprint") if key in data}
+        own["data"] = content.get("data", {}).get("fingerprint")
         found |= {f"{task}.{name}": value for name, value in own.items()}
     return found
 
@@ -136,7 +149,8 @@ def _text(value: Any) -> str:
 
 def comparison_tables(found: Comparison) -> list[Table]:
     """Scores in percent, a row for each task and run; and the settings that differ, where any do."""
-    scores = Table("task", "metric, %", "run", title="evaluations", title_justify="left")
+    scores = Table("task", "metric, %", title="evaluations", title_justify="left")
+    scores.add_column("run", overflow="fold")
     for label in PARTS.values():
         scores.add_column(label, justify="right")
     for (task, metric), runs in found.scores.items():
@@ -145,7 +159,9 @@ def comparison_tables(found: Comparison) -> list[Table]:
         scores.add_section()
     if not found.differences:
         return [scores]
-    settings = Table("setting", *found.runs, title="settings that differ", title_justify="left")
+    settings = Table(title="settings that differ", title_justify="left")
+    for label in ("setting", *found.runs):
+        settings.add_column(label, overflow="fold")
     for name, values in found.differences.items():
         settings.add_row(name, *values)
     return [scores, settings]
@@ -174,7 +190,8 @@ def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Sco
         parts = scores.get(run, {})
         if "result" in parts:
             score = parts["result"]
-            axes.barh(place, 100 * score.value, 0.62, color=f"C{place % 10}", xerr=100 * (score.spread or 0) or None)
+            spread = 100 * score.spread if score.spread is not None else None
+            axes.barh(place, 100 * score.value, 0.62, color=f"C{place % 10}", xerr=spread)
             highest = max(score.value + (score.spread or 0), *(s.value for s in parts.values()))
             axes.annotate(
                 str(score), (100 * highest, place), (7, 0), textcoords="offset points", va="center", fontsize=8
@@ -183,9 +200,10 @@ def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Sco
             if part in parts:
                 style: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markeredgewidth": 2.0}
                 axes.plot([100 * parts[part].value], [place], label=PARTS[part], markersize=11, **style)
-    axes.set_yticks(range(len(runs)), runs, fontsize=8)
+    names = [f"{run}   {scores[run]['result']}" if run in scores else f"{run}   -" for run in runs]
+    axes.set_yticks(range(len(runs)), names, fontsize=8)
     axes.set(ylim=(len(runs) - 0.5, -0.5))
-    axes.margins(x=0.12)
+    axes.margins(x=0.05)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

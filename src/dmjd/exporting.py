@@ -74,10 +74,9 @@ def _to_timm(encoder: Encoder, out: Path) -> Exported:
         pair = model.forward_features(images), encoder.forward_features(images)
     _check_close("timm's tokens", *(x.numpy() for x in pair))
     write_bytes(out, encoder_bytes(encoder))
-    listed = "".join(f",\n    {key}={value!r}" for key, value in arguments.items())
-    return Exported(
-        out, f'import timm\n\nmodel = timm.create_model(\n    "{name}",\n    checkpoint_path="{out}"{listed},\n)'
-    )
+    lines = [f"    {name!r},", f"    checkpoint_path={str(out)!r},"]
+    lines += [f"    {key}={value!r}," for key, value in arguments.items()]
+    return Exported(out, "\n".join(["import timm", "", "model = timm.create_model(", *lines, ")"]))
 
 
 class _TokensAndFeatures(nn.Module):

@@ -66,7 +66,7 @@ def neighbours_figure(
     for row, (panels, ids, cosine) in enumerate(zip(axes, shown.numpy(), cosines.tolist(), strict=True)):
         _label(panels[0], _class_name(source, ids[0]))
         for panel, place, value in zip(panels[1:], ids[1:], cosine, strict=True):
-            _label(panel, f"{value:.2f}  {_class_name(source, place)}".rstrip())
+            _label(panel, f"{value:.3f}  {_class_name(source, place)}".rstrip())
             if source.labels is not None:
                 _frame(panel, SAME if source.labels[place] == source.labels[shown[row, 0]] else OTHER)
     return figure
