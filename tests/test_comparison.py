@@ -30,7 +30,7 @@ def runs(tmp_path):
     first = run_folder(tmp_path / "x" / "run", {"knn": result(0.5), "linear": result(0.75)}, theta=1.0)
     segmentation = {
         "result": {"mean_iou": 0.4, "mean_iou_std": 0.02},
-        "random_init": {"mean_iou": 0.2, "mean_iou_std": 0.01},
+        "random_init": {"mean_iou": None},
     }
     second = run_folder(
         tmp_path / "y" / "run",
@@ -38,6 +38,7 @@ def runs(tmp_path):
         theta=4.0,
         checkpoint_every=7,
     )
+    (second / "evaluation" / "baselines.json").write_text('{"0123": {"top1": 0.1}}')
     return first, second
 
 
@@ -58,10 +59,10 @@ def test_scores_and_what_differs(runs):
         "raw_pixels": Score(0.3),
     }
     assert set(found.scores["linear", "top1"]) == {"x/run"}
-    assert found.scores["segmentation", "mean_iou"]["y/run"]["result"] == Score(0.4, 0.02)
+    assert found.scores["segmentation", "mean_iou"]["y/run"] == {"result": Score(0.4, 0.02)}
     assert found.differences == {"theta": ["1.0", "4.0"], "knn.k": ["20", "5"]}
     text = printed(found)
-    assert all(word in text for word in ("50.0", "75.0", "40.0 +- 2.0", "theta", "knn.k"))
+    assert all(word in text for word in ("50.0", "75.0", "40.0 ± 2.0", "theta", "knn.k"))
 
 
 def test_evaluations_on_different_data_are_told_apart(runs):

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dmjd import __version__
-from dmjd.cli_parser import Parser, add_run_arguments
+from dmjd.cli_parser import Parser as _Parser
+from dmjd.cli_parser import add_run_arguments as _add_run_arguments
 from dmjd.cli_use import run_compare, run_embed, run_export
 from dmjd.config import PretrainConfig, value_types
 from dmjd.recipes import RECIPES, get_recipe
@@ -57,10 +58,10 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], de
     group.add_argument(flag, type=kind, **common)
 
 
-def _pretrain_parser(recipe: str) -> Parser:
+def _pretrain_parser(recipe: str) -> _Parser:
     defaults = get_recipe(recipe)()
     names = ", ".join(RECIPES)
-    parser = Parser(
+    parser = _Parser(
         prog="dmjd pretrain",
         usage="dmjd pretrain [RECIPE] --data SOURCE --out DIR [flags]",
         description=f"Pre-train an encoder on unlabelled pictures.\n\nrecipes: {names}; defaults below are those of "
@@ -94,14 +95,14 @@ def _pretrain(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    parser = Parser(
+    parser = _Parser(
         prog="dmjd evaluate",
         usage="dmjd evaluate {knn,linear} RUN [flags]",
         description="Measure an encoder on labelled pictures, beside a randomly initialised one and raw pixels.",
         epilog="example:\n  dmjd evaluate linear runs/first --data cifar10",
     )
     parser.add_argument("task", metavar="TASK", help="knn or linear")
-    add_run_arguments(parser, "run folder, encoder.safetensors or checkpoint")
+    _add_run_arguments(parser, "run folder, encoder.safetensors or checkpoint")
     parser.add_argument("--test-data", metavar="SOURCE", help="labelled test set (the test part of --data)")
     parser.add_argument("--labels", choices=("none", "folder", "column"), help="where labels come from (the run's)")
     parser.add_argument("--out", metavar="DIR", help="folder for evaluation/TASK.json (the run)")
@@ -129,7 +130,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 
 def _show(arguments: Sequence[str]) -> None:
-    parser = Parser(
+    parser = _Parser(
         prog="dmjd show",
         usage="dmjd show {masks,targets,reconstructions,attention,neighbours} RUN --out PICTURE.png [flags]",
         description="Draw what a run's model sees, is asked for and answers; what its encoder attends to;\n"
@@ -139,7 +140,7 @@ def _show(arguments: Sequence[str]) -> None:
         "  dmjd show reconstructions runs/first --out picture.png",
     )
     parser.add_argument("kind", metavar="KIND", help="masks, targets, reconstructions, attention or neighbours")
-    add_run_arguments(parser, "run folder")
+    _add_run_arguments(parser, "run folder")
     parser.add_argument("--out", metavar="FILE", default="picture.png", help="where the picture goes (picture.png)")
     parser.add_argument("--num-images", type=int, default=4, metavar="N", help="pictures, or queries (4)")
     parser.add_argument("--labels", choices=("none", "folder", "column"), help="neighbours: of classes (the run's)")

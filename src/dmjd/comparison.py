@@ -16,6 +16,7 @@ from dmjd.sheets import DPI, save_figure
 
 # part of evaluation/<task>.json -> what the table and the picture call it
 PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
+_NO_RESULTS = ("baselines.json",)  # what evaluations keep beside their results
 _MARKS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
 # Settings that change a run's look or comfort, not what it learns.
 _UNIMPORTANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]} - set(DURATIONS)
@@ -30,7 +31,7 @@ class Score:
 
     def __str__(self) -> str:
         """In percent."""
-        return f"{100 * self.value:.1f}" + (f" +- {100 * self.spread:.1f}" if self.spread is not None else "")
+        return f"{100 * self.value:.1f}" + (f" ± {100 * self.spread:.1f}" if self.spread is not None else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +68,14 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     for name, tasks in zip(names, evaluations, strict=True):
         for task, content in tasks.items():
             metric = _headline(content["result"], task, name)
-            parts = {part: _score(content[part], metric) for part in PARTS if metric in (content.get(part) or {})}
+            found = {part: _score(content.get(part), metric) for part in PARTS}
+            parts = {part: score for part, score in found.items() if score is not None}
             scores.setdefault((task, metric), {})[name] = parts
     settings = [_settings(folder, tasks) for folder, tasks in zip(folders, evaluations, strict=True)]
-    found = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations))
+    comparison = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations))
     if out is not None:
-        save_figure(comparison_figure(found), out)
-    return found
+        save_figure(comparison_figure(comparison), out)
+    return comparison
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
@@ -86,7 +88,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
     """task -> content of each file of results in a run folder."""
-    files = sorted((run / "evaluation").glob("*.json"))
+    files = sorted(file for file in (run / "evaluation").glob("*.json") if file.name not in _NO_RESULTS)
     if not files:
         raise ValueError(f"{run} holds no evaluation/*.json: make one with dmjd evaluate knn {run}")
     found = {}
@@ -104,13 +106,19 @@ def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
 def _headline(result: Mapping[str, Any], task: str, run: str) -> str:
     """The number by which a task is judged: the first of its result."""
     for name, value in result.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if _is_number(value):
             return name
     raise ValueError(f"evaluation/{task}.json of {run} has no number in its result: evaluate again")
 
 
-def _score(part: Mapping[str, Any], metric: str) -> Score:
+def _score(part: Mapping[str, Any] | None, metric: str) -> Score | None:
+    if not part or not _is_number(part.get(metric)):
+        return None
     return Score(float(part[metric]), part.get(f"{metric}_std"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

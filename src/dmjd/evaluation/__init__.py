@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import platform
@@ -19,7 +20,7 @@ from dmjd.checkpoint import write_text
 from dmjd.config import PretrainConfig
 from dmjd.data import Source, align_labels
 from dmjd.devices import keep_freed_memory, pick_device
-from dmjd.encoders import Encoder, create_encoder, load_encoder, weights_hash
+from dmjd.encoders import Encoder, create_encoder, encoder_bytes, load_encoder
 from dmjd.evaluation.features import (
     Features,
     check_labels,
@@ -140,7 +141,7 @@ def evaluate_all(
             "configuration": settings[task] | {"precision": precision},
             "overrides": overrides | dict(options) | ({"precision": precision} if precision != "fp32" else {}),
             "data": _describe(train, test, *features["result"]),
-            "encoder": weights_hash(encoder),
+            "encoder": _weights_hash(encoder),
             "seed": seed,
             "versions": {"dmjd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
@@ -229,6 +230,11 @@ def _describe(train: Source, test: Source, known: Features, asked: Features) -> 
     }
 
 
+def _weights_hash(encoder: Encoder) -> str:
+    """16 hexadecimal digits that change with the encoder's weights or configuration."""
+    return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
+
+
 def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:
     """An earlier result of this very encoder on its run's own data with the default settings, or None.
 
@@ -237,7 +243,7 @@ def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:
     """
     try:
         result = json.loads(Path(file).read_text(encoding="utf-8"))
-        same = result["encoder"] == weights_hash(encoder) and not result["overrides"]
+        same = result["encoder"] == _weights_hash(encoder) and not result["overrides"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or not written by this version: it is made anew
     return result if same else None
