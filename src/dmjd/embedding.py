@@ -101,6 +101,7 @@ def embed(
         _fill(parts, encoder, source, extract, console, batch_size, num_workers)
         bad = parts.bad()
         if not parts.num_rows:
+            parts.drop()
             raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read; {': '.join(bad[0])}")
         parts.merge({"settings": settings, "grid": encoder.grid, "bad": bad})
     _name_bad(console, bad)
@@ -239,10 +240,14 @@ class _Parts:
         except OSError:
             self._lock.close()
             raise ValueError(f"another process is writing {self.out}; wait for it or give another --out") from None
-        if self._file.exists():
-            _check_same(self._settings, json.loads(self._file.read_text()), self.folder)
-        else:
-            write_text(self._file, json.dumps(self._settings))
+        try:
+            if self._file.exists():
+                _check_same(self._settings, json.loads(self._file.read_text()), self.folder)
+            else:
+                write_text(self._file, json.dumps(self._settings))
+        except ValueError:
+            self._lock.close()
+            raise
         self.done = max((int(file.stem.rsplit("-", 1)[1]) for file in self.files()), default=0)
         return self
 
@@ -296,6 +301,10 @@ class _Parts:
             _write_npy(self._tables(["features"]), self.num_rows, self.schema, self.out)
         else:
             _write_parquet(self._tables(schema.names), schema, self.out)
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove the parts."""
         shutil.rmtree(self.folder)
 
     def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
