@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY, dmjd
 
@@ -30,7 +31,7 @@ def test_help_is_quick_and_ends_with_an_example():
     result = dmjd("--help")
     assert time.perf_counter() - started < 5  # far above the second promised, far below an import of torch
     assert result.stdout.splitlines()[-1].strip().startswith("dmjd pretrain")
-    for command in ("pretrain", "evaluate", "show"):
+    for command in ("pretrain", "evaluate", "show", "embed", "export", "compare"):
         text = dmjd(command, "--help").stdout
         assert text.splitlines()[-1].strip().startswith(("dmjd", "torchrun"))
         assert "torch" not in sys.modules or "--out" in text
@@ -52,6 +53,10 @@ def test_help_is_quick_and_ends_with_an_example():
         (["pretrain"], "--data FOLDER"),
         (["evaluate", "kn", "x"], "did you mean 'knn'"),
         (["show", "mask", "x"], "did you mean 'masks'"),
+        (["show", "neighbors", "x"], "did you mean 'neighbours'"),
+        (["embed", "x"], "required: --out"),
+        (["export", "x", "--format", "tim", "--out", "x"], "did you mean 'timm'"),
+        (["compare"], "required: RUN"),
     ],
 )
 def test_mistakes_before_anything_heavy(capsys, arguments, message):
@@ -134,9 +139,18 @@ def test_the_whole_way(tmp_path, pictures):
     )
     assert "random" in table.stdout.lower()
     assert (run / "evaluation" / "knn.json").exists()
-    for kind in ("masks", "targets", "reconstructions"):
+    for kind in ("masks", "targets", "reconstructions", "attention", "neighbours"):
         dmjd("show", kind, run, "--out", tmp_path / f"{kind}.png", "--num-images", 2)
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    table = dmjd("compare", run, run, "--out", tmp_path / "bars.png").stdout
+    assert "knn" in table
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    features = dmjd("embed", run, "--out", tmp_path / "features.npy", "--half").stdout.strip()
+    assert np.load(features).shape == (24, 32)
+    usage = dmjd("export", run, "--format", "timm", "--out", tmp_path / "vit.safetensors").stdout
+    found: dict = {}
+    exec(usage.partition("Load it by:")[2].strip(), found)
+    assert found["model"].num_features == 32
     one_class = dmjd(
         *("evaluate", "knn", run, "--data", pictures / "cats", "--test-data", pictures / "cats", "--labels", "folder"),
         check=False,

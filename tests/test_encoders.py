@@ -455,6 +455,52 @@ def test_encoder_file_does_not_depend_on_drop_path():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "indices"),
+    [("vit_tiny_patch8", {"class_token": True}, (0, 1)), ("conv_vit_tiny_patch4", {}, (0, 1, 2))],
+)
+def test_a_trained_encoder_as_a_frozen_backbone(name, options, indices, tmp_path):
+    """What libraries ask of a timm backbone (feature_info, a list of maps), inside somebody's own training step."""
+    encoder = small(name, img_size=(16, 24), **options)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    backbone = load_encoder(tmp_path, features_only=True, out_indices=indices)
+    assert not any(module.training for module in backbone.modules())
+    backbone.requires_grad_(False)
+    images = torch.randn(2, 3, 16, 24)
+    maps = backbone(images)
+    expected = encoder.forward_intermediates(images, indices=indices, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+    for features, width, reduction in zip(
+        maps, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True
+    ):
+        assert features.shape == (2, width, 16 // reduction, 24 // reduction)
+    head = nn.Conv2d(maps[-1].shape[1], 2, 1)
+    head(maps[-1]).mean().backward()
+    assert head.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_a_trained_encoder_in_anyones_loop(tmp_path):
+    encoder = small("vit_tiny_patch8", img_size=16)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    loaded = load_encoder(tmp_path)
+    assert (loaded.embed_dim, loaded.patch_size, loaded.grid) == (encoder.embed_dim, 8, (2, 2))
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 0, 1])
+    tokens, maps = loaded.forward_intermediates(images)
+    assert torch.equal(tokens, loaded.forward_features(images))
+    assert torch.equal(maps[-1].flatten(2).transpose(1, 2), loaded(images))
+    model = nn.Sequential(loaded.train(), nn.Flatten(), nn.Linear(4 * loaded.embed_dim, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_load_encoder_by_name():
     encoder = load_encoder("vit_tiny_patch32")
     assert (encoder.name, encoder.img_size, encoder.training) == ("vit_tiny_patch32", (224, 224), False)

@@ -35,11 +35,19 @@ ORDER = [
     "progress",
     "evaluation",
     "painters",
+    "sheets",
+    "attention",
+    "neighbours",
     "visualize",
+    "comparison",
+    "embedding",
+    "exporting",
     "monitor",
     "training",
     "speed",
     "recipes",
+    "cli_parser",
+    "cli_use",
     "cli",
 ]
 
@@ -112,7 +120,11 @@ def test_import_is_light(module):
 
 
 @pytest.mark.parametrize(
-    "name", ["disjoint_masks", "Masks", "hog", "create_encoder", "MaskedImageModel", "load_encoder"]
+    "name",
+    [
+        *("disjoint_masks", "Masks", "hog", "create_encoder", "MaskedImageModel", "load_encoder"),
+        *("embed", "export", "compare", "show"),
+    ],
 )
 def test_lazy_names_resolve(name):
     import dmjd

@@ -12,7 +12,7 @@ from dmjd.build import build_model
 from dmjd.checkpoint import RunFolder
 from dmjd.config import PretrainConfig
 from dmjd.data import open_source
-from dmjd.encoders import create_encoder, encoder_metadata
+from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes, encoder_metadata
 from dmjd.masking import Masks, disjoint_masks
 from dmjd.model import MaskedImageModel
 from dmjd.pictures import Preprocess
@@ -317,6 +317,7 @@ def run(tmp_path, pictures):
     }
     folder.save(3, {f"model.{key}": value for key, value in model.state_dict().items()}, state)
     folder.close()
+    (tmp_path / "run" / ENCODER_FILE).write_bytes(encoder_bytes(model.encoder))
     return tmp_path / "run"
 
 
@@ -345,6 +346,9 @@ def test_wrong_calls_say_what_to_do(run, tmp_path):
         (lambda: show("mask", run), "did you mean 'masks'"),
         (lambda: show("masks", tmp_path / "empty"), "is no run folder"),
         (lambda: show("masks", run, num_images=0), "num_images"),
+        (lambda: show("neighbours", run, num_candidates=1), "num_candidates"),
+        (lambda: show("attention", tmp_path / "empty"), "holds no encoder.safetensors"),
+        (lambda: show("attention", run / ENCODER_FILE), "pass --data"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -85,6 +85,32 @@ def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> 
     return open_data(config, data, "test") if has_split(data, "test") else None
 
 
+def open_pictures(
+    run: str | Path, preprocess: Preprocess, data: str | Path | None = None, split: str = "train", **changes: Any
+) -> Source:
+    """Pictures as a trained encoder takes them: those of its run, or others.
+
+    Args:
+        run: a run folder, or an encoder file together with ``data``. preprocess: the encoder's.
+        data: None = what the run was pre-trained on. split: "train" or "test".
+        changes: settings of the run that shall differ, such as ``labels``; None = as the run.
+
+    Raises:
+        ValueError: for a folder that is no run, or data that cannot be opened.
+    """
+    run = Path(run).expanduser()
+    config = read_config(run) if run.is_dir() else PretrainConfig()
+    config = config.replace(
+        in_chans=preprocess.in_chans,
+        value_range=preprocess.value_range,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    if data is None and config.data is None:
+        raise ValueError(f"{run} is no run folder, so it has no data of its own: pass --data")
+    listing = run / LISTING if data is None and split == "train" else None
+    return open_data(config, str(data or config.data), split, listing=listing)
+
+
 def read_config(run: str | Path) -> PretrainConfig:
     """The configuration of a run folder.
 

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dmjd import __version__
+from dmjd.cli_parser import Parser as _Parser
+from dmjd.cli_parser import add_run_arguments as _add_run_arguments
+from dmjd.cli_use import run_compare, run_embed, run_export
 from dmjd.config import PretrainConfig, value_types
 from dmjd.dense_config import DenseConfig, DetectionConfig, SegmentationConfig
 from dmjd.finetune_config import FinetuneConfig
@@ -28,31 +31,7 @@ GROUPS = {
     "training": "training",
     "machine": "machine",
 }
-KINDS = ("masks", "targets", "reconstructions")
-_WIDTH = 88
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one kind and a suggestion for misspelt flags."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=_WIDTH)  # noqa: E731
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}\nsee: {self.prog} --help")
-
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse; unknown flags are an error that suggests the nearest."""
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            flags = [text for action in self._actions for text in action.option_strings]
-            near = difflib.get_close_matches(flag, flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            kind = "flag" if flag.startswith("-") else "argument"
-            self.error(f"unknown {kind} {flag}{hint}")
-        return known
+KINDS = ("masks", "targets", "reconstructions", "attention", "neighbours")
 
 
 def _short(message: str) -> str:
@@ -145,11 +124,6 @@ def _bench(arguments: Sequence[str]) -> None:
     if file is not None:
         write_text(Path(file), json.dumps(result, indent=2) + "\n")
     Console().table(bench_table(result))
-
-
-def _add_run_arguments(parser: _Parser, run_help: str) -> None:
-    parser.add_argument("run", metavar="RUN", help=run_help)
-    parser.add_argument("--data", metavar="SOURCE", help="pictures to use (the run's own)")
 
 
 def _knn_flags(parser: _Parser) -> None:
@@ -285,14 +259,21 @@ def _evaluate(arguments: Sequence[str]) -> None:
 def _show(arguments: Sequence[str]) -> None:
     parser = _Parser(
         prog="dmjd show",
-        usage="dmjd show {masks,targets,reconstructions} RUN --out PICTURE.png [flags]",
-        description="Draw what a run's model sees, is asked for and answers.",
-        epilog="example:\n  dmjd show reconstructions runs/first --out picture.png",
+        usage="dmjd show {masks,targets,reconstructions,attention,neighbours} RUN --out PICTURE.png [flags]",
+        description="Draw what a run's model sees, is asked for and answers; what its encoder attends to;\n"
+        "which pictures it finds alike.",
+        epilog="examples:\n"
+        "  dmjd show neighbours runs/first --out neighbours.png\n"
+        "  dmjd show reconstructions runs/first --out picture.png",
     )
-    parser.add_argument("kind", metavar="KIND", help="masks, targets or reconstructions")
+    parser.add_argument("kind", metavar="KIND", help="masks, targets, reconstructions, attention or neighbours")
     _add_run_arguments(parser, "run folder")
     parser.add_argument("--out", metavar="FILE", default="picture.png", help="where the picture goes (picture.png)")
-    parser.add_argument("--num-images", type=int, default=4, metavar="N", help="pictures (4)")
+    parser.add_argument("--num-images", type=int, default=4, metavar="N", help="pictures, or queries (4)")
+    parser.add_argument("--labels", choices=("none", "folder", "column"), help="neighbours: of classes (the run's)")
+    parser.add_argument(
+        "--num-candidates", type=int, default=2000, metavar="N", help="neighbours: pictures searched (2000)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of pictures and masks (0)")
     given = vars(parser.parse(arguments))
     kind = given.pop("kind")
@@ -307,8 +288,11 @@ def _show(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pretrain": (_pretrain, "train an encoder on unlabelled pictures"),
     "evaluate": (_evaluate, "kNN, linear probe, fine-tuning, segmentation, detection"),
+    "show": (_show, "pictures of masks, targets, reconstructions, attention, neighbours"),
+    "embed": (run_embed, "features of every picture as a table"),
+    "export": (run_export, "the encoder for timm, ONNX or as one file"),
+    "compare": (run_compare, "evaluations of several runs side by side"),
     "bench": (_bench, "speed, memory and share of this machine's own limit"),
-    "show": (_show, "pictures of masks, targets, reconstructions"),
 }
 
 

@@ -14,6 +14,7 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from dmjd.encoders import ConvViT, Encoder, VisionTransformer, encoder_names
+from dmjd.encoders.vit import VIT_SIZES
 from dmjd.layers import TRANSFORMER_NORM_EPS, TransformerNorm
 from dmjd.model import MaskedImageModel
 
@@ -306,3 +307,20 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
         "mlp_ratio": encoder.mlp_ratio,
         "num_classes": 0,
     } | ({} if encoder.num_prefix_tokens else {"class_token": False, "global_pool": "avg", "fc_norm": False})
+
+
+def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of ``timm.create_model`` that make this ViT: only those that the name does not imply.
+
+    ``pretrained_cfg_overlay`` tells timm's own transforms the preprocessing, where it is known.
+    """
+    arguments = timm_arguments(encoder)
+    size = encoder.name.split("_")[1]
+    dim, depth, heads = VIT_SIZES[size]
+    implied = {"img_size": (224, 224), "patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0}
+    implied |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
+    call = {key: value for key, value in arguments.items() if implied.get(key) != value}
+    if (known := encoder.preprocess) is not None:
+        size_and_fit = {"input_size": (known.in_chans, *known.img_size), "crop_pct": 1.0, "interpolation": "bicubic"}
+        call["pretrained_cfg_overlay"] = {"mean": known.mean, "std": known.std} | size_and_fit
+    return f"vit_{size}_patch16_224", call

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
 from torch import Tensor
 
 from dmjd.encoders import Encoder
@@ -129,6 +131,40 @@ def paint_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tens
     mean, std = PixelTarget.patch_statistics(patches)  # B, N, 1 each
     images = unpatchify(tokens.float() * std + mean, encoder.grid, encoder.patch_size)  # B, c, H, W normalised
     return picture_rgb(preprocess.denormalise(images))
+
+
+def glow(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """RGB pictures [B, H, W, 3] in dim grey that glow where tokens have large values, [B, N], each on its own scale.
+
+    The values are interpolated between the middles of tokens, so that blocks do not hide the picture.
+    """
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    shares = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid).unsqueeze(1)  # B, 1, h, w
+    heat = F.interpolate(shares, size=rgb.shape[1:3], mode="bilinear").squeeze(1)  # B, H, W
+    colours = torch.from_numpy(colormaps["plasma"](heat.cpu().numpy())[..., :3]).to(rgb)
+    return torch.lerp(0.75 * rgb.mean(-1, keepdim=True), colours, 0.85 * heat.unsqueeze(-1))
+
+
+def component_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The first three principal components of the tokens of all pictures as red, green and blue.
+
+    Encoders trained by masking keep much of a token's place in it, which would paint every picture with the same
+    gradient: the mean token of each place is taken away first, where there are several pictures.
+
+    Args:
+        tokens: [B, N, D]. grid: (h, w).
+
+    Returns:
+        [B, h, w, 3].
+    """
+    x = tokens.float()
+    x = x - (x.mean(dim=0) if len(x) > 1 else x.mean(dim=1, keepdim=True))  # B, N, D
+    rows = x.flatten(0, 1)
+    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(-1)[:, :3]  # D, 3
+    values = rows @ basis  # B * N, 3
+    scale = 4 * values.std(dim=0) + 1e-6  # +- 2 deviations fill the range
+    colours = (values / scale + 0.5).clamp(0, 1)
+    return colours.view(len(tokens), *grid, 3)
 
 
 def _component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:

@@ -47,11 +47,16 @@ class Console:
     def progress(self, share: float, step: int, epoch: float, seconds: float, scalars: dict[str, Any]) -> None:
         """Renew the live line: share done, loss, pictures a second, data wait, time left."""
         left = seconds / share * (1 - share) if share > 0 else 0.0
-        self._line = (
-            f"{100 * share:5.1f} %  step {step}  epoch {epoch:.1f}  loss {scalars['loss']:.4f}  "
+        self.line(
+            f"step {step}  epoch {epoch:.1f}  loss {scalars['loss']:.4f}  "
             f"{scalars['images_per_s']:.0f} images/s  data wait {100 * scalars['data_wait']:.0f} %  "
-            f"left {duration_text(left)}"
+            f"left {duration_text(left)}",
+            share,
         )
+
+    def line(self, text: str, share: float) -> None:
+        """Renew the live line with the share done and a text."""
+        self._line = f"{100 * share:5.1f} %  {text}"
         if self._err.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._err, refresh_per_second=4, transient=True)

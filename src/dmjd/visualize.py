@@ -6,33 +6,35 @@ Every function gives a matplotlib ``Figure`` of its own; pyplot and its global s
 import contextlib
 import difflib
 import json
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dmjd.build import LISTING, load_model, open_data
-from dmjd.checkpoint import atomic
+from dmjd.attention import attention_figure
+from dmjd.build import LISTING, load_model, open_data, open_pictures
 from dmjd.data import EvalLoader, Source
+from dmjd.devices import pick_device
+from dmjd.encoders import load_encoder
 from dmjd.evaluation.features import evaluating, known_preprocess
 from dmjd.masking import Masks
 from dmjd.model import MaskedImageModel
+from dmjd.neighbours import neighbours_figure
 from dmjd.painters import HEAT, hide, painter_for, picture_rgb, spread, tint
 from dmjd.pictures import Preprocess
+from dmjd.sheets import DPI, Columns, save_figure, sheet
 from dmjd.targets import HogTarget, PixelTarget, Target
 from dmjd.tokens import image_keys
 
-PANEL_INCHES = 1.9
-DPI = 130
-KINDS = ("masks", "targets", "reconstructions")
+MODEL_KINDS = ("masks", "targets", "reconstructions")
+KINDS = (*MODEL_KINDS, "attention", "neighbours")
 UNNORMALISED = "un-normalised with the true patch mean and std"
 
+_FOR_COMPONENTS = 64  # pictures whose tokens give the principal components
 _MOST_BAD = 100  # unreadable pictures passed over in search of some to show
 # panel -> scalars of metrics.jsonl it draws
 _CURVES = {
@@ -40,9 +42,6 @@ _CURVES = {
     "learning rate": ("lr",),
     "online kNN, top-1": ("knn_top1", "knn_random_init", "knn_raw_pixels"),
 }
-
-# title -> one RGB picture [H, W, 3] per row of the figure
-Columns = dict[str, list[Tensor]]
 
 
 def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
@@ -63,7 +62,7 @@ def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Fi
     columns["times masked"] = list(1 - heat * (1 - rgb.new_tensor(HEAT)))
     union = (times > 0).float().mean().item()
     note = f"Grey: masked. Times masked: white 0, darkest {K}. Masked in at least one view: {union:.0%} of all tokens."
-    return _sheet(columns, [""] * B, note)
+    return sheet(columns, [""] * B, note)
 
 
 def target_figure(model: MaskedImageModel, images_0_255: Tensor) -> Figure:
@@ -79,7 +78,7 @@ def target_figure(model: MaskedImageModel, images_0_255: Tensor) -> Figure:
         for branches, target in _targets(model):
             paint = painter_for(target, model.encoder, images_0_255, truths[branches[0]])
             columns[_target_title(target, branches)] = list(paint(truths[branches[0]]))
-    return _sheet(columns, [""] * len(images_0_255))
+    return sheet(columns, [""] * len(images_0_255))
 
 
 def reconstruction_figure(
@@ -116,7 +115,7 @@ def reconstruction_figure(
                 views = [paint(_placed(x, i, truth)) for x, i in zip(predictions[branch], ids, strict=True)]
                 columns[_BRANCH_TITLES[branch]] = _by_picture(_mark(branch, target, views, masks, encoder.grid))
     labels = [f"view {k + 1}" if K > 1 else "" for _ in range(B) for k in range(K)]
-    return _sheet(columns, labels, _note(model))
+    return sheet(columns, labels, _note(model))
 
 
 _BRANCH_TITLES = {"mim": "reconstruction\nof masked tokens", "vis": "distillation\nof visible tokens"}
@@ -169,31 +168,6 @@ def _by_picture(views: Sequence[Tensor]) -> list[Tensor]:
     return [picture for pictures in zip(*views, strict=True) for picture in pictures]
 
 
-def _sheet(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure:
-    """Panels in rows and columns with a title over each column and a line of explanation below."""
-    first = next(iter(columns.values()))[0]
-    shape = first.shape[0] / first.shape[1]  # height over width
-    width, height = PANEL_INCHES / max(1, shape) ** 0.5, PANEL_INCHES * shape / max(1, shape) ** 0.5
-    size = (len(columns) * (width + 0.08) + 0.3, len(row_labels) * (height + 0.08) + 0.7)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.subplots(len(row_labels), len(columns), squeeze=False)
-    for column, (title, panels) in enumerate(columns.items()):
-        axes[0, column].set_title(title, fontsize=9)
-        for row, panel in enumerate(panels):
-            _show(axes[row, column], panel)
-    for row, label in enumerate(row_labels):
-        axes[row, 1].set_ylabel(label, fontsize=8)
-    if note:
-        figure.supxlabel("\n".join(textwrap.wrap(note, int(size[0] * 16))), fontsize=8)
-    return figure
-
-
-def _show(axes: Axes, panel: Tensor) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.imshow(panel.cpu().numpy(), interpolation="nearest" if panel.shape[0] < 300 else "antialiased")
-
-
 def curves_figure(metrics: str | Path) -> Figure:
     """Training curves: the loss and its parts, the learning rate, and online kNN where there was one.
 
@@ -230,25 +204,6 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "step" in line]
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure whole or not at all, in the format its ending names; missing folders are made.
-
-    Raises:
-        ValueError: for an ending that is no picture format, or a place that cannot be written.
-    """
-    path = Path(path).expanduser()
-    formats = figure.canvas.get_supported_filetypes()
-    if (ending := path.suffix.lower().lstrip(".")) not in formats:
-        raise ValueError(f"cannot write a picture as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"could not write {path}: {error.strerror}") from None
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format=ending)
-    return path
-
-
 def curves_picture(metrics: str | Path, path: str | Path) -> Path:
     """:func:`curves_figure` as a file."""
     return save_figure(curves_figure(metrics), path)
@@ -266,16 +221,22 @@ def show(
     run: str | Path,
     *,
     data: str | Path | None = None,
+    labels: str | None = None,
     out: str | Path = "picture.png",
     num_images: int = 4,
+    num_candidates: int = 2000,
     seed: int = 0,
 ) -> Path:
-    """Draw what the model of a run sees, is asked for and answers, on the CPU.
+    """Draw what the model of a run sees, is asked for and answers, or what its encoder makes of pictures.
 
     Args:
-        kind: "masks", "targets" or "reconstructions". run: a run folder.
+        kind: "masks", "targets" or "reconstructions" of the pre-training model, on the CPU; "attention" (with principal
+            components of tokens) or "neighbours" of the encoder, on a GPU where there is one.
+        run: a run folder; for the encoder's kinds also an encoder file or checkpoint, together with ``data``.
         data: where the pictures come from; None = the run's own data.
-        out: file to write; its ending names the format. num_images: how many pictures.
+        labels: neighbours: "none", "folder" or "column", where classes come from; None = as the run.
+        out: file to write; its ending names the format. num_images: how many pictures, or queries.
+        num_candidates: neighbours: how many pictures are searched.
         seed: of the choice of pictures and masks.
 
     Returns:
@@ -287,16 +248,25 @@ def show(
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)
         raise ValueError(f"cannot show '{kind}'; did you mean '{near[0]}'? There are: {', '.join(KINDS)}")
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    model, config = load_model(run)
-    listing = Path(run).expanduser() / LISTING if data is None else None
-    source = open_data(config, str(data or config.data), "train", listing=listing)
-    return save_figure(_figure(kind, model, source, num_images, seed), out)
+    for name, count, least in (("num_images", num_images, 1), ("num_candidates", num_candidates, 2)):
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
+    if kind in MODEL_KINDS:
+        model, config = load_model(run)
+        listing = Path(run).expanduser() / LISTING if data is None else None
+        source = open_data(config, str(data or config.data), "train", listing=listing)
+        return save_figure(_figure(kind, model, source, num_images, seed), out)
+    encoder = load_encoder(Path(run).expanduser(), pick_device("auto"))
+    source = open_pictures(run, known_preprocess(encoder), data, labels=labels)
+    if kind == "neighbours":
+        drawn = neighbours_figure(encoder, source, num_images=num_images, num_candidates=num_candidates, seed=seed)
+        return save_figure(drawn, out)
+    raw, _ = _some_pictures(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
+    return save_figure(attention_figure(encoder, raw.to(next(encoder.parameters()).device), num_images), out)
 
 
 def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
-    """One of ``KINDS`` on some pictures of a set."""
+    """One of ``MODEL_KINDS`` on some pictures of a set."""
     raw, index = _some_pictures(source, known_preprocess(model.encoder), num_images, seed)
     device = next(model.parameters()).device
     raw = raw.to(device)

@@ -1,12 +1,13 @@
 """Encoders: a table of names, ``create_encoder`` and ``load_encoder``."""
 
 import difflib
+import hashlib
 import inspect
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import safetensors
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "encoder_metadata",
     "encoder_names",
     "load_encoder",
+    "weights_hash",
 ]
 
 METADATA_KEY = "dmjd"
@@ -104,10 +106,7 @@ def create_encoder(
     encoder = factory(match[2], patch_size=int(match[3]), img_size=size, **options)
     encoder.name = name
     encoder.options = {"img_size": list(size)} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    if features_only:
-        indices = out_indices if out_indices is not None else min(4, len(encoder.feature_info))
-        return FeatureGetterNet(encoder, out_indices=indices)
-    return encoder
+    return _features_only(encoder, out_indices) if features_only else encoder
 
 
 def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
@@ -132,25 +131,60 @@ def encoder_bytes(encoder: Encoder) -> bytes:
     return save(state, metadata={METADATA_KEY: json.dumps(encoder_metadata(encoder), sort_keys=True)})
 
 
-def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:
+def weights_hash(encoder: Encoder) -> str:
+    """16 hexadecimal digits that change with the encoder's weights or configuration."""
+    return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
+
+
+@overload
+def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder: ...
+
+
+@overload
+def load_encoder(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    features_only: bool,
+    out_indices: int | tuple[int, ...] | None = None,
+) -> Any: ...
+
+
+def load_encoder(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    features_only: bool = False,
+    out_indices: int | tuple[int, ...] | None = None,
+) -> Any:
     """Load a trained encoder in evaluation mode.
 
     Args:
         source: a run folder, an ``encoder.safetensors`` file, a checkpoint file of a run, or an encoder name
             (``vit_tiny_patch16``: fresh weights, for baselines).
         device: where to put it.
+        features_only, out_indices: give timm's feature backbone instead, as :func:`create_encoder` does.
 
     Returns:
-        :class:`Encoder` with ``preprocess`` set where the file knows it.
+        :class:`Encoder` with ``preprocess`` set where the file knows it (or timm's ``FeatureGetterNet``).
 
     Raises:
         ValueError: naming what is wrong with the source.
     """
-    path = Path(source)
+    encoder = _load(Path(source).expanduser())
+    return (_features_only(encoder, out_indices) if features_only else encoder).eval().to(device)
+
+
+def _features_only(encoder: Encoder, out_indices: int | tuple[int, ...] | None) -> FeatureGetterNet:
+    indices = out_indices if out_indices is not None else min(4, len(encoder.feature_info))
+    return FeatureGetterNet(encoder, out_indices=indices)
+
+
+def _load(path: Path) -> Encoder:
     if not path.exists():
-        if re.fullmatch(r"(conv_)?vit_[a-z]+_patch\d+", str(source)):
-            return create_encoder(str(source)).eval().to(device)
-        raise ValueError(f"{source} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
+        if re.fullmatch(r"(conv_)?vit_[a-z]+_patch\d+", str(path)):
+            return create_encoder(str(path))
+        raise ValueError(f"{path} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
     file = path / ENCODER_FILE if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"{path} holds no {ENCODER_FILE}: it is no run folder, or its pre-training has not saved yet")
@@ -166,7 +200,7 @@ def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Enco
         raise ValueError(f"{file}: the weights do not fit {name}: {str(error).splitlines()[-1].strip()}") from None
     if metadata["preprocess"] is not None:
         encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
-    return encoder.eval().to(device)
+    return encoder
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

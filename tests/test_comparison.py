@@ -1,0 +1,122 @@
+"""Runs side by side: the numbers of their files, and what tells the runs apart."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from dmjd.cli import main
+from dmjd.comparison import Score, compare, comparison_figure, comparison_tables
+from dmjd.config import PretrainConfig
+
+
+def result(top1: float, **changes) -> dict:
+    """What an evaluation writes, in short."""
+    parts = {"result": {"top1": top1, "top5": 0.9}, "random_init": {"top1": 0.1}, "raw_pixels": {"top1": 0.3}}
+    rest = {"configuration": {"k": 20}, "seed": 0, "data": {"train": "d", "fingerprint": "a/b"}}
+    return parts | rest | changes
+
+
+def run_folder(path, results: dict, **settings):
+    (path / "evaluation").mkdir(parents=True)
+    (path / "config.json").write_text(PretrainConfig(data="d", out=str(path), **settings).to_json())
+    for task, content in results.items():
+        (path / "evaluation" / f"{task}.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    first = run_folder(tmp_path / "x" / "run", {"knn": result(0.5), "linear": result(0.75)}, theta=1.0)
+    segmentation = {
+        "result": {"mean_iou": 0.4, "mean_iou_std": 0.02},
+        "random_init": {"mean_iou": None},
+    }
+    second = run_folder(
+        tmp_path / "y" / "run",
+        {"knn": result(0.25, configuration={"k": 5}), "segmentation": segmentation},
+        theta=4.0,
+        checkpoint_every=7,
+    )
+    (second / "evaluation" / "baselines.json").write_text('{"0123": {"top1": 0.1}}')
+    return first, second
+
+
+def printed(found) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in comparison_tables(found):
+        console.print(table)
+    return console.export_text()
+
+
+def test_scores_and_what_differs(runs):
+    found = compare(*runs)
+    assert found.runs == ["x/run", "y/run"]
+    assert list(found.scores) == [("knn", "top1"), ("linear", "top1"), ("segmentation", "mean_iou")]
+    assert found.scores["knn", "top1"]["y/run"] == {
+        "result": Score(0.25),
+        "random_init": Score(0.1),
+        "raw_pixels": Score(0.3),
+    }
+    assert set(found.scores["linear", "top1"]) == {"x/run"}
+    assert found.scores["segmentation", "mean_iou"]["y/run"] == {"result": Score(0.4, 0.02)}
+    assert found.differences == {"theta": ["1.0", "4.0"], "knn.k": ["20", "5"]}
+    text = printed(found)
+    assert all(word in text for word in ("50.0", "75.0", "40.0 ± 2.0", "theta", "knn.k"))
+
+
+def test_evaluations_on_different_data_are_told_apart(runs):
+    file = runs[0] / "evaluation" / "knn.json"
+    file.write_text(json.dumps(result(0.5, data={"fingerprint": "c/d"}, seed=1)))
+    differences = compare(*runs).differences
+    assert differences["knn.data"] == ["c/d", "a/b"]
+    assert differences["knn.seed"] == ["1", "0"]
+
+
+def test_a_run_and_itself_differ_in_nothing(runs):
+    found = compare(runs[0], f"{runs[0]}/")
+    assert found.runs == ["run"]
+    assert not found.differences
+    assert "settings that differ" not in printed(found)
+
+
+def test_a_bar_for_each_result_and_marks_for_its_baselines(runs):
+    figure = comparison_figure(compare(*runs))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "knn: top1, %",
+        "linear: top1, %",
+        "segmentation: mean_iou, %",
+    ]
+    knn, linear, segmentation = figure.axes
+    assert [patch.get_width() for patch in knn.patches] == [50, 25]
+    assert [line.get_xdata()[0] for line in knn.lines] == [10, 30, 10, 30]
+    assert [label.get_text() for label in linear.get_yticklabels()] == ["x/run   75.0", "y/run   -"]
+    assert [patch.get_width() for patch in segmentation.patches] == [40]
+
+
+def test_the_command_prints_tables_and_draws(runs, tmp_path, capsys):
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "new" / "bars.png")]) == 0
+    assert "theta" in capsys.readouterr().out
+    assert (tmp_path / "new" / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_calls_say_what_to_do(runs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+
+    def refused(message: str, *arguments: object) -> None:
+        assert main(["compare", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+
+    refused("holds no evaluation/*.json: make one with dmjd evaluate knn", *runs, tmp_path / "empty")
+    refused("end it in .png", *runs, "--out", tmp_path / "bars.xyz")
+    file = runs[0] / "evaluation" / "knn.json"
+    for content in ("{", "[]", '{"result": 3}'):
+        file.write_text(content)
+        refused(f"{file} is no result of dmjd evaluate", *runs)
+    file.write_text('{"result": {"note": "x"}}')
+    refused("has no number in its result", *runs)
+    file.unlink()
+    (runs[0] / "config.json").write_text("{")
+    refused("config.json is not a run's configuration", *runs)
+    with pytest.raises(ValueError, match="at least one run"):
+        compare()

@@ -1,0 +1,204 @@
+"""Features as a table: the encoder's own values, in the set's order, whole after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import dmjd.embedding as embedding
+from dmjd.cli import main
+from dmjd.data import open_source
+from dmjd.embedding import embed, rows_file
+from dmjd.encoders import create_encoder, encoder_bytes, load_encoder
+from dmjd.evaluation import extract
+from dmjd.pictures import Preprocess
+
+SIZE = (16, 24)
+
+
+def encoder_file(folder, name="vit_tiny_patch8", chans=3, **options):
+    """A small encoder with its preprocessing as a file."""
+    torch.manual_seed(0)
+    sizes = (
+        {"embed_dims": (8, 8, 16), "depths": (1, 1, 1)} if name.startswith("conv") else {"embed_dim": 16, "depth": 2}
+    )
+    encoder = create_encoder(name, SIZE, chans, num_heads=2, **sizes, **options)
+    encoder.preprocess = Preprocess(SIZE, chans, (0.5,) * chans, (0.25,) * chans)
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(encoder_bytes(encoder))
+    return file
+
+
+@pytest.fixture
+def file(tmp_path):
+    return encoder_file(tmp_path)
+
+
+def features_of(path) -> np.ndarray:
+    return np.stack([np.array(value) for value in pq.read_table(path)["features"].to_pylist()])
+
+
+def test_rows_are_the_encoders_pooled_features_with_path_and_label(file, pictures, tmp_path):
+    out = embed(file, data=pictures, labels="folder", out=tmp_path / "new" / "f.parquet", batch_size=7)
+    table = pq.read_table(out)
+    source = open_source(pictures, labels="folder")
+    assert table.column_names == ["index", "path", "label", "class", "features"]
+    assert table["index"].to_pylist() == list(range(24))
+    assert table["path"].to_pylist() == [str(source.stored(i)) for i in range(24)]
+    assert table["label"].to_pylist() == source.labels.tolist()
+    assert table["class"].to_pylist() == [source.classes[label] for label in source.labels]
+    expected = extract(load_encoder(file), source).x.numpy()
+    np.testing.assert_allclose(features_of(out), expected, atol=1e-5)
+    assert [p.name for p in out.parent.iterdir()] == ["f.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("vit_tiny_patch8", {"class_token": True}), ("conv_vit_tiny_patch8", {})]
+)
+def test_tokens_in_half_precision_pool_to_the_same_features(name, options, pictures, tmp_path):
+    file = encoder_file(tmp_path, name, **options)
+    pooled = features_of(embed(file, data=pictures, out=tmp_path / "pooled.parquet"))
+    out = embed(file, data=pictures, out=tmp_path / "tokens.npy", tokens=True, half=True)
+    tokens = np.load(out)
+    assert tokens.dtype == np.float16
+    assert tokens.shape == (24, 6, 16)
+    again = F.layer_norm(torch.from_numpy(tokens).float().mean(1), (16,), eps=1e-6)
+    np.testing.assert_allclose(again.numpy(), pooled, atol=1e-2)
+    rows = pq.read_table(rows_file(out))
+    assert rows.column_names == ["index", "path"]
+    assert len(rows) == 24
+    parquet = embed(file, data=pictures, out=tmp_path / "tokens.parquet", tokens=True, half=True)
+    np.testing.assert_array_equal(features_of(parquet).astype(np.float16), tokens)
+
+
+@pytest.mark.parametrize("chans", [1, 5])
+def test_other_numbers_of_channels(chans, tmp_path):
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        np.save(tmp_path / "data" / f"{i}.npy", rng.integers(0, 256, (20, 30, chans), dtype=np.uint8))
+    out = embed(encoder_file(tmp_path, chans=chans), data=tmp_path / "data", out=tmp_path / "f.npy")
+    assert np.load(out).shape == (3, 16)
+
+
+SLOWLY = """
+import sys
+from dmjd import embedding
+embedding.PART_SECONDS = 0
+embedding.embed(sys.argv[1], data="digits", split="test", out=sys.argv[2], batch_size=4, device="cpu")
+"""
+
+
+@pytest.mark.parametrize("ending", ["parquet", "npy"])
+def test_a_killed_run_goes_on_from_its_finished_parts(file, ending, tmp_path, capfd):
+    out = tmp_path / f"f.{ending}"
+    parts = tmp_path / f"{out.name}.parts"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, file, out], env=environment, stderr=subprocess.DEVNULL)
+    while len(list(parts.glob("part-*.parquet"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    finished = {part: part.stat().st_mtime_ns for part in parts.glob("part-*.parquet")}
+    assert 3 <= len(finished) < 500
+    with pytest.raises(ValueError, match=r"made with other settings \(half\)"):
+        embed(file, data="digits", split="test", out=out, batch_size=4, half=True)
+    assert {part: part.stat().st_mtime_ns for part in finished} == finished
+    options = {"data": "digits", "split": "test", "batch_size": 4}
+    embed(file, out=out, **options)
+    assert f"going on from picture {4 * len(finished)} of 2000" in capfd.readouterr().err
+    assert not parts.exists()
+    whole = embed(file, out=tmp_path / f"whole.{ending}", **options)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_unreadable_pictures_are_left_out_and_named(file, pictures, tmp_path, capfd):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    for name in ("cats/00a.png", "dogs/99.png", "dogs/999.png"):  # the last two fill the last batch
+        (data / name).write_text("no picture")
+    out = embed(file, data=data, out=tmp_path / "f.parquet", batch_size=5)
+    table = pq.read_table(out)
+    assert len(table) == 24
+    assert not [path for path in table["path"].to_pylist() if path.endswith(("00a.png", "99.png"))]
+    bad = json.loads(table.schema.metadata[b"dmjd"])["bad"]
+    assert [name for name, _ in bad] == [str(data / name) for name in ("cats/00a.png", "dogs/99.png", "dogs/999.png")]
+    messages = capfd.readouterr().err
+    assert all(name in messages for name, _ in bad)
+    assert table["index"].to_pylist() == list(range(1, 25))
+    whole = embed(file, data=pictures, out=tmp_path / "whole.parquet")
+    np.testing.assert_allclose(features_of(out), features_of(whole), atol=1e-5)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match="none of the 1 pictures"):
+        embed(file, data=tmp_path / "none", out=tmp_path / "none.parquet")
+    assert not list(tmp_path.glob("none.*"))
+
+
+def test_a_finished_file_is_kept_and_never_overwritten(file, pictures, tmp_path):
+    for ending in ("parquet", "npy"):
+        out = embed(file, data=pictures, out=tmp_path / f"f.{ending}")
+        before = out.stat().st_mtime_ns
+        assert embed(file, data=pictures, out=out) == out
+        assert out.stat().st_mtime_ns == before
+        with pytest.raises(ValueError, match=r"made with other settings \(tokens\): delete it, or give another --out"):
+            embed(file, data=pictures, out=out, tokens=True)
+        out.write_bytes(b"somebody's own file")
+        if ending == "parquet":
+            with pytest.raises(ValueError, match="made with other settings"):
+                embed(file, data=pictures, out=out)
+            assert out.read_bytes() == b"somebody's own file"
+
+
+def test_one_process_writes_a_file(file, pictures, tmp_path):
+    out, schema = tmp_path / "f.parquet", embedding._schema(open_source(pictures), (16,), half=False)
+    with (
+        embedding._Parts(out, {}, schema),
+        pytest.raises(ValueError, match="another process is writing"),
+    ):
+        embed(file, data=pictures, out=out)
+
+
+def test_features_that_do_not_fit_half_precision(tmp_path, pictures):
+    file = encoder_file(tmp_path)
+    encoder = load_encoder(file)
+    with torch.no_grad():
+        encoder.pos_embed.fill_(1e6)
+    file.write_bytes(encoder_bytes(encoder))
+    with pytest.raises(ValueError, match="leave --half out"):
+        embed(file, data=pictures, out=tmp_path / "f.npy", tokens=True, half=True)
+    assert np.load(embed(file, data=pictures, out=tmp_path / "g.npy", tokens=True)).max() > 1e5
+
+
+def test_wrong_calls_say_what_to_do(file, pictures, tmp_path, capsys):
+    (tmp_path / "folder.npy").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    for arguments, message in [
+        (["--out", tmp_path / "f.csv"], "end it in .parquet or .npy"),
+        (["--out", tmp_path / "folder.npy"], "is a folder"),
+        (["--out", tmp_path / "f.npy", "--batch-size", 0], "batch_size must be at least 1"),
+        (["--out", tmp_path / "f.npy", "--precision", "fp8"], "precision must be"),
+        (["--out", tmp_path / "f.npy", "--split", "test"], "has no test part"),
+        (["--out", tmp_path / "f.npy", "--labels", "column"], "pass --labels folder"),
+        (["--out", file / "f.npy"], "cannot be written"),
+        (["--out", tmp_path / "f.npy", "--tokenz"], "did you mean --tokens?"),
+    ]:
+        assert main(["embed", str(file), "--data", str(pictures), *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) <= 2
+    assert main(["embed", str(file), "--out", str(tmp_path / "f.npy")]) == 2
+    assert "pass --data" in capsys.readouterr().err
+    assert not list(tmp_path.glob("f.*"))

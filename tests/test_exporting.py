@@ -1,0 +1,143 @@
+"""Files for other programs give the encoder's own outputs; the printed lines load them as they are."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from dmjd.cli import main
+from dmjd.encoders import create_encoder, encoder_bytes, encoder_metadata, load_encoder
+from dmjd.exporting import _check_onnx, _TokensAndFeatures, export
+from dmjd.pictures import Preprocess
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}
+
+
+def saved(folder, name, size=224, chans=3, known=True, **options):
+    """An encoder whose weights are all random, and its file."""
+    torch.manual_seed(0)
+    encoder = create_encoder(name, size, chans, **options).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    if known:
+        encoder.preprocess = Preprocess(encoder.img_size, chans, (0.4,) * chans, (0.2,) * chans)
+    file = folder / "encoder.safetensors"
+    file.write_bytes(encoder_bytes(encoder))
+    return encoder, file
+
+
+def run_lines(usage: str, **given) -> dict:
+    exec(usage, given)
+    return given
+
+
+def random_images(encoder, batch=2) -> torch.Tensor:
+    return torch.randn(batch, encoder.in_chans, *encoder.img_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "chans", "options"),
+    [
+        ("vit_tiny_patch16", 224, 3, {"class_token": True, "depth": 2}),
+        ("vit_tiny_patch16", 224, 3, {"depth": 2}),
+        ("vit_small_patch8", (32, 48), 1, {"class_token": True} | SMALL),
+        ("vit_base_patch4", (16, 24), 5, {"mlp_ratio": 2.5} | SMALL),
+    ],
+)
+def test_timm_loads_the_file_by_the_printed_lines(name, size, chans, options, tmp_path):
+    encoder, file = saved(tmp_path, name, size, chans, **options)
+    exported = export(file, format="timm", out=tmp_path / "new" / "vit's.safetensors")
+    model = run_lines(exported.usage)["model"].eval()
+    images = random_images(encoder)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model.forward_features(images), encoder.forward_features(images), rtol=1e-4, atol=1e-4
+        )
+        assert model(images).shape == (2, encoder.embed_dim)
+    told = timm.data.resolve_model_data_config(model)
+    assert told["input_size"] == (chans, *encoder.img_size)
+    assert (told["mean"], told["std"]) == ((0.4,) * chans, (0.2,) * chans)
+
+
+def test_a_standard_vit_needs_no_arguments_but_the_file(tmp_path):
+    encoder, file = saved(tmp_path, "vit_tiny_patch16", class_token=True, known=False)
+    export(file, format="timm", out=tmp_path / "vit.safetensors")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, checkpoint_path=tmp_path / "vit.safetensors"
+    ).eval()
+    assert set(model.state_dict()) == set(encoder.state_dict())
+    images = random_images(encoder, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model.forward_features(images), encoder.forward_features(images), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_without_class_token_the_arguments_are_few(tmp_path):
+    _, file = saved(tmp_path, "vit_tiny_patch16", known=False)
+    usage = export(file, format="timm", out=tmp_path / "vit.safetensors").usage
+    given = [line.strip().split("=")[0] for line in usage.splitlines()[3:-1]]
+    assert given[1:] == ["checkpoint_path", "num_classes", "class_token", "global_pool", "fc_norm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "chans", "options"),
+    [
+        ("vit_tiny_patch8", (16, 24), 1, {"class_token": True} | SMALL),
+        ("conv_vit_tiny_patch8", (32, 16), 5, SMALL_CONV),
+    ],
+)
+def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, options, tmp_path):
+    pytest.importorskip("onnxruntime")
+    encoder, file = saved(tmp_path, name, size, chans, **options)
+    exported = export(file, format="onnx", out=tmp_path / "encoder.onnx")
+    for batch in (1, 2, 5):
+        images = random_images(encoder, batch)
+        found = run_lines(exported.usage, images=images.numpy())
+        with torch.inference_mode():
+            tokens = encoder(images)
+            torch.testing.assert_close(torch.from_numpy(found["tokens"]), tokens, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(found["features"]), encoder.pool(tokens), rtol=1e-4, atol=1e-4)
+    metadata = found["session"].get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["dmjd"]) == encoder_metadata(encoder)
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", "encoder.onnx"}
+    with torch.no_grad():
+        encoder.norm.weight.add_(1)  # no part of the outputs
+        _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
+        encoder.pos_embed.add_(0.01)
+    with pytest.raises(ValueError, match="differ from the encoder's by up to"):
+        _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
+
+
+def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
+    _, file = saved(tmp_path, "vit_tiny_patch8", 16, **SMALL)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs onnx and onnxscript and onnxruntime: pip install 'dmjd\[onnx\]'"):
+        export(file, format="onnx", out=tmp_path / "encoder.onnx")
+
+
+def test_safetensors_is_the_encoder_with_everything_it_knows(tmp_path):
+    encoder, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
+    exported = export(file, format="safetensors", out=tmp_path / "copy.safetensors")
+    again = run_lines(exported.usage)["encoder"]
+    assert again.preprocess == encoder.preprocess
+    assert encoder_bytes(again) == file.read_bytes() == exported.path.read_bytes()
+    assert torch.equal(again(images := random_images(encoder)), load_encoder(file)(images))
+
+
+def test_wrong_calls_say_what_to_do(tmp_path, capsys):
+    _, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
+    for arguments, message in [
+        ([file, "--format", "timm", "--out", tmp_path / "a.safetensors"], "timm has no ConvViT"),
+        ([file, "--format", "onxx", "--out", tmp_path / "a.onnx"], "did you mean 'onnx'"),
+        ([file, "--format", "timm", "--out", tmp_path / "a.pth"], "ends in .safetensors"),
+        ([file, "--format", "safetensors", "--out", file / "a.safetensors"], "cannot be written"),
+        ([tmp_path / "nowhere", "--format", "timm", "--out", tmp_path / "a.safetensors"], "does not exist"),
+        ([file, "--out", tmp_path / "a.safetensors"], "required: --format"),
+    ]:
+        assert main(["export", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors"}
