@@ -15,7 +15,7 @@ from torch import Tensor
 from dmjd.data import Source
 from dmjd.data.subset import SubsetSource
 from dmjd.devices import keep_freed_memory, pick_device
-from dmjd.encoders import Encoder, load_encoder
+from dmjd.encoders import Encoder, load_encoder, weights_hash
 from dmjd.evaluation.classifier import load_classifier
 from dmjd.evaluation.features import Extractor, Features, extract, extract_all, known_preprocess, pooled, raw_pixels
 from dmjd.evaluation.few_labels import FewLabels, summarise
@@ -35,7 +35,6 @@ from dmjd.evaluation.results import (
     read_result,
     results_table,
     versions,
-    weights_hash,
     write_result,
 )
 from dmjd.evaluation.sweep import SweepFeatures, linear_sweep

@@ -17,12 +17,12 @@ from dmjd.data.bad import Report
 from dmjd.data.examples import Augmentation, Example, ExampleBatch, ExampleLoader, read_examples
 from dmjd.data.memory import evenly_spaced
 from dmjd.dense_config import DenseConfig
-from dmjd.encoders import Encoder, create_encoder, load_encoder
+from dmjd.encoders import Encoder, create_encoder, load_encoder, weights_hash
 from dmjd.engine import Task
 from dmjd.evaluation.features import evaluating, known_preprocess
 from dmjd.evaluation.fit import FitResult, FitSettings, fit, num_steps
 from dmjd.evaluation.layers import layer_groups
-from dmjd.evaluation.results import data_fingerprint, key_of, versions, weights_hash, write_result
+from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
 from dmjd.progress import Console
 
 LOOK_PICTURES = 32  # of the test set, at looks while training

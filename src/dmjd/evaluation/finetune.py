@@ -15,7 +15,7 @@ from dmjd.checkpoint import atomic, write_bytes, write_text
 from dmjd.data import EvalLoader, Source
 from dmjd.data.memory import evenly_spaced
 from dmjd.data.subset import SubsetSource
-from dmjd.encoders import Encoder, load_encoder
+from dmjd.encoders import Encoder, load_encoder, weights_hash
 from dmjd.engine import Task
 from dmjd.evaluation.augment import LabelledBatches
 from dmjd.evaluation.classifier import CLASSIFIER_FILE, PictureClassifier, classifier_bytes
@@ -31,7 +31,6 @@ from dmjd.evaluation.results import (
     key_of,
     open_sets,
     versions,
-    weights_hash,
     write_result,
 )
 from dmjd.finetune_config import FinetuneConfig

@@ -1,7 +1,6 @@
 """What every evaluation does around its protocol: open the sets, keep results, show them."""
 
 import contextlib
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from dmjd.checkpoint import write_text
 from dmjd.config import PretrainConfig
 from dmjd.data import Source, align_labels
 from dmjd.data.base import short_hash
-from dmjd.encoders import Encoder, create_encoder, encoder_bytes, encoder_metadata
+from dmjd.encoders import Encoder, create_encoder, encoder_metadata, weights_hash
 from dmjd.evaluation.features import check_labels, known_preprocess
 
 BASELINES = "baselines.json"
@@ -69,11 +68,6 @@ def fresh_encoder(encoder: Encoder, seed: int, drop_path: float = 0.0) -> Encode
         fresh = create_encoder(encoder.name, **options | {"drop_path": drop_path}).eval()
     fresh.preprocess = encoder.preprocess
     return fresh
-
-
-def weights_hash(encoder: Encoder) -> str:
-    """16 hexadecimal digits that change with the encoder's weights or configuration."""
-    return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
 
 
 def data_fingerprint(train: Source, test: Source) -> str:
