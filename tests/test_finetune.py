@@ -15,6 +15,7 @@ from conftest import dmjd
 from lightning.fabric import Fabric
 from PIL import Image
 from test_cli import mistake
+from test_evaluation import _one_thread  # noqa: F401, a fixture
 
 import dmjd as package
 from dmjd.config import PretrainConfig

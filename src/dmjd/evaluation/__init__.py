@@ -236,7 +236,9 @@ class _Protocol:
             "random_init layers": lambda: SweepFeatures(fresh, self.precision),
             "raw_pixels": lambda: raw_pixels,
         }
-        extractors = {kind: makers[kind]() for kind in dict.fromkeys(_kind(*pair) for pair in wanted)}
+        kinds = dict.fromkeys(_kind(*pair) for pair in wanted)
+        within = [kind for kind in kinds if f"{kind} layers" in kinds]  # the pooled feature is one of the sweep's
+        extractors = {kind: makers[kind]() for kind in kinds if kind not in within}
         preprocess = known_preprocess(self.encoder)
         known, asked = (
             extract_all(extractors, source, preprocess, device=device, **reading) for source in (self.train, self.test)
@@ -246,6 +248,10 @@ class _Protocol:
             for kind in extractors
         }
         self.data = self._describe(*next(iter(pairs.values())))
+        part = SweepFeatures(self.encoder).pooled_part
+        for kind in within:
+            layers = pairs[f"{kind} layers"]
+            pairs[kind] = (_part(layers[0], *part), _part(layers[1], *part))
         return pairs
 
     def _measure(self, task: str, name: str, known: Features, asked: Features) -> dict[str, Any]:
@@ -272,6 +278,11 @@ class _Protocol:
             "num_bad": len(known.bad) + len(asked.bad),
             "classes": len(self.train.classes),
         }
+
+
+def _part(features: Features, place: int, count: int) -> Features:
+    """One of ``count`` features that lie side by side."""
+    return dataclasses.replace(features, x=features.x.chunk(count, dim=1)[place].contiguous())
 
 
 def _kind(task: str, name: str) -> str:

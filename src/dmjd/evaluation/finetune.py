@@ -291,11 +291,13 @@ class _Trainings:
         if keep:
             write_bytes(fitted.folder / CLASSIFIER_FILE, classifier_bytes(model))
         confusion_picture(truths, guesses, self.train.classes, fitted.folder / "confusion.png")
+        last = best = accuracies(ranks)
         with fitted.best_weights(), fitted.testing():
-            best = accuracies(self._scores(fitted.model)[0])
+            if fitted.best["step"] < fitted.step:  # else it is the last one, which was just tested
+                best = accuracies(self._scores(fitted.model)[0])
             if keep:
                 write_bytes(fitted.folder / BEST_FILE, classifier_bytes(model))
-        return accuracies(ranks) | {
+        return last | {
             "best": {"step": fitted.best["step"], **best},
             "steps": fitted.step,
             "data": {

@@ -57,6 +57,12 @@ class SweepFeatures:
         parts = [part for tokens in outputs for part in self._pooled(tokens.float())]
         return torch.cat([F.layer_norm(part, part.shape[1:], eps=TRANSFORMER_NORM_EPS) for part in parts], dim=1)
 
+    @property
+    def pooled_part(self) -> tuple[int, int]:
+        """(place, number of parts): where the feature lies that the other evaluations use."""
+        depth = self.blocks[-1] + 1
+        return self.parts.index(f"block {depth} of {depth}, mean"), len(self.parts)
+
     def _pooled(self, tokens: Tensor) -> list[Tensor]:
         """[B, prefix + N, D] -> [B, D] by each pooling."""
         prefix = self.encoder.num_prefix_tokens
