@@ -6,6 +6,7 @@ and a milder one elsewhere; :meth:`FinetuneConfig.resolve` says when and why.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +114,21 @@ class FinetuneConfig:
         changes = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+    def identity(self) -> dict[str, Any]:
+        """The settings a result depends on, as JSON types."""
+        named = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if k not in _OF_THE_MACHINE}
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "FinetuneConfig":
+        """From names and values; ValueError for a name that is none."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"'finetune' does not take {', '.join(unknown)}; it takes {', '.join(known)}")
+        return cls(**options)
+
+
+_OF_THE_MACHINE = ("checkpoint_every", "log_every")
 
 _RANGES: dict[str, tuple[float, float]] = {
     "epochs": (0, math.inf),
