@@ -159,6 +159,12 @@ def test_the_sweep_finds_the_part_that_knows():
     assert result == linear_sweep(train, test, parts=("known", "noise"), epochs=20)
 
 
+def test_a_sweep_without_anything_to_hold_out_is_refused_before_pictures_are_read(run, monkeypatch):
+    monkeypatch.setattr(SubsetSource, "read", lambda *_: pytest.fail("a picture was read"))
+    with pytest.raises(ValueError, match="no part of the training set can be held out: use more labels"):
+        evaluate("linear_sweep", run, labels_per_class=1)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
 def test_sweep_features_hold_the_pooled_feature(name):
     encoder = create_encoder(name, img_size=16).eval()

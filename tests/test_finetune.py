@@ -305,6 +305,11 @@ def test_settings_that_cannot_be(capsys, run, flags, message):
     assert not list(run.rglob("metrics.jsonl"))
 
 
+def test_a_misspelt_setting_is_named(run):
+    with pytest.raises(ValueError, match="does not take mixupp; it takes epochs, steps"):
+        finetune(run, mixupp=0.8)
+
+
 def test_sets_and_folders_that_cannot_be(capsys, run, stripes, tmp_path):
     one = stripes / "train" / "lying"
     options = ["--data", one, "--test-data", one, "--labels", "folder", "--steps", 1]

@@ -17,7 +17,7 @@ from dmjd.devices import keep_freed_memory, pick_device
 from dmjd.encoders import Encoder, load_encoder
 from dmjd.evaluation.classifier import load_classifier
 from dmjd.evaluation.features import Extractor, Features, extract, extract_all, known_preprocess, pooled, raw_pixels
-from dmjd.evaluation.few_labels import FewLabels, summarise
+from dmjd.evaluation.few_labels import FewLabels, hold_out, summarise
 from dmjd.evaluation.finetune import finetune
 from dmjd.evaluation.fit import Stopped
 from dmjd.evaluation.knn import knn
@@ -37,7 +37,7 @@ from dmjd.evaluation.results import (
     weights_hash,
     write_result,
 )
-from dmjd.evaluation.sweep import SweepFeatures, linear_sweep
+from dmjd.evaluation.sweep import HELD_OUT, SweepFeatures, linear_sweep
 
 __all__ = [
     "TASKS",
@@ -196,6 +196,9 @@ class _Protocol:
         assert train.labels is not None
         self.seeds = few.seeds_from(seed)
         self.rows = [few.rows(train.labels, each) for each in self.seeds]
+        if any(task in SWEEPS for task in settings):
+            for each, rows in zip(self.seeds, self.rows, strict=True):
+                hold_out(train.labels[rows], HELD_OUT, each)  # that it can be is found out before long work
         # Only pictures that some seed draws are read.
         drawn = np.unique(np.concatenate(self.rows))
         self.train = SubsetSource(train, drawn) if few.few else train
