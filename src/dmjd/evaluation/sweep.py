@@ -1,7 +1,7 @@
 """Many linear probes at once over cached features; the best on a held-out part of the training set is tested, once.
 
 Which layer, pooling and rate suit an encoder is not known beforehand; tried on the test set, the choice itself would
-flatter (the held-out part is what DINOv2's probes lack for want of a split).
+flatter.
 """
 
 from collections.abc import Sequence
