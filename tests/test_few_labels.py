@@ -159,6 +159,12 @@ def test_the_sweep_finds_the_part_that_knows():
     assert result == linear_sweep(train, test, parts=("known", "noise"), epochs=20)
 
 
+def test_a_sweep_without_anything_to_hold_out_is_refused_before_pictures_are_read(run, monkeypatch):
+    monkeypatch.setattr(SubsetSource, "read", lambda *_: pytest.fail("a picture was read"))
+    with pytest.raises(ValueError, match="no part of the training set can be held out: use more labels"):
+        evaluate("linear_sweep", run, labels_per_class=1)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
 def test_sweep_features_hold_the_pooled_feature(name):
     encoder = create_encoder(name, img_size=16).eval()
@@ -167,15 +173,17 @@ def test_sweep_features_hold_the_pooled_feature(name):
         extractor = SweepFeatures(encoder)
         parts = extractor(images).chunk(len(extractor.parts), dim=1)
         assert len(parts) == 6
-        depth = len(encoder.blocks)
-        place = extractor.parts.index(f"block {depth} of {depth}, mean")
-        torch.testing.assert_close(parts[place], pooled(encoder)(images))
+        place, count = extractor.pooled_part
+        assert count == 6
+        assert torch.equal(parts[place], pooled(encoder)(images))
     assert not torch.allclose(parts[0], parts[place])
 
 
 def test_frozen_tasks_share_a_pass_and_a_sweep_has_its_file(run):
+    alone = evaluate("knn", run, device="cpu")
+    (run / "evaluation" / "baselines.json").unlink()
     results = evaluate_all({"knn": {}, "linear_sweep": {"steps": 3}}, run, device="cpu")
-    assert results["knn"] == evaluate("knn", run, device="cpu")
+    assert results["knn"] == alone
     written = json.loads((run / "evaluation" / "linear_sweep.json").read_text())
     assert written == results["linear_sweep"]
     assert written["raw_pixels"]["features"] == "raw pixels"

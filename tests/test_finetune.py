@@ -15,6 +15,7 @@ from conftest import dmjd
 from lightning.fabric import Fabric
 from PIL import Image
 from test_cli import mistake
+from test_evaluation import _one_thread  # noqa: F401, a fixture
 
 import dmjd as package
 from dmjd.config import PretrainConfig
@@ -22,7 +23,7 @@ from dmjd.data import open_source
 from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes
 from dmjd.engine import Task
 from dmjd.evaluation import finetune
-from dmjd.evaluation.augment import LabelledBatches
+from dmjd.evaluation.augment import Augmentation, LabelledBatches
 from dmjd.evaluation.classifier import PictureClassifier
 from dmjd.evaluation.finetune import layer_groups
 from dmjd.evaluation.fit import FitSettings, fit, num_steps
@@ -248,9 +249,30 @@ def test_the_picture_in_place_of_an_unreadable_one_brings_its_label(tmp_path):
     (tmp_path / "dark" / "1.png").write_bytes(b"")
     source = open_source(tmp_path, labels="folder")
     plain = {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "label_smoothing": 0}
-    for images, targets in batches(source, 0, 6, **plain):
+    with pytest.warns(UserWarning, match="1.png: the file is empty"):
+        taken = batches(source, 0, 6, **plain)
+    for images, targets in taken:
         light = images.mean(dim=(1, 2, 3)) > 0
         assert torch.equal(targets[:, source.classes.index("light")] == 1, light)
+
+
+def test_pairs_need_an_even_batch(stripes):
+    source = open_source(stripes, labels="folder")
+    config = FinetuneConfig(batch_size=6, accumulate=2, mixup=0.8).resolve(40, SIZE, 32)
+    with pytest.raises(ValueError, match="must be even, or both off"):
+        LabelledBatches(source, config, Preprocess(SIZE), 2, seed=0)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (3, np.float32), (5, np.uint8)])
+def test_any_channels_are_augmented(channels, dtype):
+    preprocess = Preprocess(SIZE, channels, (0.5,) * channels, (0.2,) * channels)
+    config = FinetuneConfig(rand_augment=9, erase=0.5).resolve(40, SIZE, 32)
+    picture = np.random.default_rng(0).integers(0, 256, (20, 20, channels)).astype(dtype)
+    augment = Augmentation(config, preprocess)
+    crops = [augment(picture, [0, 0, 16, 16], False, key) for key in range(30)]
+    assert {crop.shape for crop in crops} == {(channels, 16, 16)}
+    assert all(crop.isfinite().all() for crop in crops)
+    assert len({crop.sum().item() for crop in crops}) > 5  # they differ by key
 
 
 def test_durations():
@@ -274,12 +296,18 @@ def test_durations():
         (["--labels-per-class", 0], "labels_per_class must be at least 1"),
         (["--label-fraction", 0.1, "--labels-per-class", 3], "not both"),
         (["--mixupp", 1], "did you mean --mixup?"),
-        (["--precision", "fp17"], "precision"),
+        (["--precision", "fp17"], "precision must be one of auto"),
+        (["--batch-size", 5, "--mixup", 0.5], "must be even"),
     ],
 )
 def test_settings_that_cannot_be(capsys, run, flags, message):
     assert message in mistake(capsys, "evaluate", "finetune", run, "--device", "cpu", *flags)
     assert not list(run.rglob("metrics.jsonl"))
+
+
+def test_a_misspelt_setting_is_named(run):
+    with pytest.raises(ValueError, match="does not take mixupp; it takes epochs, steps"):
+        finetune(run, mixupp=0.8)
 
 
 def test_sets_and_folders_that_cannot_be(capsys, run, stripes, tmp_path):

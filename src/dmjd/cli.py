@@ -216,6 +216,7 @@ def _evaluation_overview() -> str:
             "",
             *lines,
             "",
+            "all take --data --test-data --labels --labels-per-class --label-fraction --seeds --seed --device --out;",
             "dmjd evaluate TASK --help lists the flags of a task",
             "",
             "example:",

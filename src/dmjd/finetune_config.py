@@ -6,6 +6,7 @@ and a milder one elsewhere; :meth:`FinetuneConfig.resolve` says when and why.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class FinetuneConfig:
     batch_size: int | None = option(None, "pictures per step; default a 32nd of the set, 16 to 1024", "finetune")
     accumulate: int = option(1, "parts a step's batch is computed in: less memory, same result", "finetune")
     blr: float | None = option(
-        None, "base rate, lr = blr * batch / 256; default 5e-4, times sqrt(256 / batch) below 256", "finetune"
+        None, "base rate, lr = blr * batch / 256; default 5e-4, times sqrt(1024 / batch) below 1024", "finetune"
     )
     min_lr: float = option(1e-6, "rate at the end", "finetune")
     warmup_epochs: float = option(5.0, "with a rising rate; at most a fifth of the run", "finetune")
@@ -79,8 +80,8 @@ class FinetuneConfig:
         """All settings for a training set: what was given, the rest by these rules.
 
         - batch: a 32nd of the set, even (mixing pairs pictures), 16 to 1024, so that small sets get enough steps;
-        - rate: the published blr from 256 pictures a step on. Below, the rate follows the root of the batch: AdamW's
-          steps do not shrink with the gradient, and the linear rule would leave hardly any for a batch of 16;
+        - rate: the published one at the published batch of 1024, below with the root of the batch: AdamW's steps do
+          not shrink with the gradient, and the linear rule would leave hardly any rate for a batch of 16;
         - pictures below 96 pixels: crops of at least half the area, and the whole picture at test;
         - runs that show fewer than a million pictures: no mixing and erasing, RandAugment 5 instead of 9. A network
           sees each label too rarely to fit targets that are mixed;
@@ -100,7 +101,7 @@ class FinetuneConfig:
         defaults: dict[str, Any] = {
             "epochs": epochs,
             "batch_size": batch,
-            "blr": 5e-4 * max(1.0, math.sqrt(256 / batch)),
+            "blr": 5e-4 * max(1.0, math.sqrt(MAX_BATCH / batch)),
             "layer_decay": 0.75 if large else 0.65,
             "drop_path": 0.2 if large else 0.1,
             "crop_scale": (0.5, 1.0) if small else (0.08, 1.0),
@@ -113,10 +114,21 @@ class FinetuneConfig:
         changes = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+    def identity(self) -> dict[str, Any]:
+        """The settings a result depends on, as JSON types."""
+        named = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if k not in _OF_THE_MACHINE}
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "FinetuneConfig":
+        """From names and values; ValueError for a name that is none."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"'finetune' does not take {', '.join(unknown)}; it takes {', '.join(known)}")
+        return cls(**options)
+
+
+_OF_THE_MACHINE = ("checkpoint_every", "log_every")
 
 _RANGES: dict[str, tuple[float, float]] = {
     "epochs": (0, math.inf),

@@ -18,7 +18,7 @@ from dmjd.devices import keep_freed_memory, pick_device
 from dmjd.encoders import Encoder, load_encoder, weights_hash
 from dmjd.evaluation.classifier import load_classifier
 from dmjd.evaluation.features import Extractor, Features, extract, extract_all, known_preprocess, pooled, raw_pixels
-from dmjd.evaluation.few_labels import FewLabels, summarise
+from dmjd.evaluation.few_labels import FewLabels, hold_out, summarise
 from dmjd.evaluation.finetune import finetune
 from dmjd.evaluation.fit import Stopped
 from dmjd.evaluation.knn import knn
@@ -37,7 +37,7 @@ from dmjd.evaluation.results import (
     versions,
     write_result,
 )
-from dmjd.evaluation.sweep import SweepFeatures, linear_sweep
+from dmjd.evaluation.sweep import HELD_OUT, SweepFeatures, linear_sweep
 
 __all__ = [
     "TASKS",
@@ -211,6 +211,9 @@ class _Protocol:
         assert train.labels is not None
         self.seeds = few.seeds_from(seed)
         self.rows = [few.rows(train.labels, each) for each in self.seeds]
+        if any(task in SWEEPS for task in settings):
+            for each, rows in zip(self.seeds, self.rows, strict=True):
+                hold_out(train.labels[rows], HELD_OUT, each)  # that it can be is found out before long work
         # Only pictures that some seed draws are read.
         drawn = np.unique(np.concatenate(self.rows))
         self.train = SubsetSource(train, drawn) if few.few else train
@@ -251,7 +254,9 @@ class _Protocol:
             "random_init layers": lambda: SweepFeatures(fresh, self.precision),
             "raw_pixels": lambda: raw_pixels,
         }
-        extractors = {kind: makers[kind]() for kind in dict.fromkeys(_kind(*pair) for pair in wanted)}
+        kinds = dict.fromkeys(_kind(*pair) for pair in wanted)
+        within = [kind for kind in kinds if f"{kind} layers" in kinds]  # the pooled feature is one of the sweep's
+        extractors = {kind: makers[kind]() for kind in kinds if kind not in within}
         preprocess = known_preprocess(self.encoder)
         known, asked = (
             extract_all(extractors, source, preprocess, device=device, **reading) for source in (self.train, self.test)
@@ -261,6 +266,10 @@ class _Protocol:
             for kind in extractors
         }
         self.data = self._describe(*next(iter(pairs.values())))
+        part = SweepFeatures(self.encoder).pooled_part
+        for kind in within:
+            layers = pairs[f"{kind} layers"]
+            pairs[kind] = (_part(layers[0], *part), _part(layers[1], *part))
         return pairs
 
     def _measure(self, task: str, name: str, known: Features, asked: Features) -> dict[str, Any]:
@@ -287,6 +296,11 @@ class _Protocol:
             "num_bad": len(known.bad) + len(asked.bad),
             "classes": len(self.train.classes),
         }
+
+
+def _part(features: Features, place: int, count: int) -> Features:
+    """One of ``count`` features that lie side by side."""
+    return dataclasses.replace(features, x=features.x.chunk(count, dim=1)[place].contiguous())
 
 
 def _kind(task: str, name: str) -> str:

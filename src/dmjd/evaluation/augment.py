@@ -7,6 +7,7 @@ and put back afterwards, so a batch follows from its step alone, whatever ran be
 import contextlib
 import itertools
 import random
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from dmjd.data import Source
+from dmjd.data import BadPictures, Source
 from dmjd.data.bad import Report, read_or_replace
 from dmjd.data.loader import Augment, Stream
 from dmjd.data.memory import load_to_memory
@@ -137,7 +138,10 @@ class LabelledBatches:
             that fit into memory.
 
     Attributes:
-        bad: (name, reason) of pictures found unreadable, as often as they were met.
+        bad: pictures found unreadable, each named once in a warning.
+
+    Raises:
+        ValueError: for a batch that can't be shared out to ``accumulate``, or to pairs for mixing.
     """
 
     def __init__(
@@ -152,9 +156,16 @@ class LabelledBatches:
         self.source, self.config, self.seed, self.num_workers = source, config, seed, num_workers
         self.num_classes = num_classes
         self.augmentation = Augmentation(config, preprocess)
-        self.bad: list[Report] = []
+        self.bad = BadPictures()
         self._mix = None
+        assert config.batch_size is not None
+        self._stream = Stream(len(source), config.batch_size, config.accumulate, seed)
         if config.mixup or config.cutmix:
+            if config.batch_size // config.accumulate % 2:
+                raise ValueError(
+                    f"mixup and cutmix lay pictures together in pairs: batch_size {config.batch_size} over accumulate "
+                    f"{config.accumulate} must be even, or both off (--mixup 0 --cutmix 0)"
+                )
             self._mix = Mixup(
                 mixup_alpha=config.mixup,
                 cutmix_alpha=config.cutmix,
@@ -165,20 +176,18 @@ class LabelledBatches:
 
     def __call__(self, start_step: int, fabric: Fabric) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Micro-batches from a step on; closing the iterator ends its workers."""
-        config = self.config
-        assert config.batch_size is not None
-        stream = Stream(len(self.source), config.batch_size, config.accumulate, self.seed)
         memory = load_to_memory(self.source, _MOST_PIXELS_IN_MEMORY)
         held = memory.pictures.permute(0, 2, 3, 1).numpy() if memory is not None and not memory.bad else None
-        crops = _LabelledCrops(self.source, held, stream, self.augmentation)
+        crops = _LabelledCrops(self.source, held, self._stream, self.augmentation)
         workers = self.num_workers if self.num_workers is not None else 0 if held is not None else auto_workers()
-        results = read_batches(crops, stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
+        results = read_batches(crops, self._stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
         try:
-            for number, result in zip(itertools.count(start_step * config.accumulate), results, strict=False):
+            for number, result in zip(itertools.count(start_step * self.config.accumulate), results, strict=False):
                 if isinstance(result, BadPicture):
                     raise result
                 images, labels, bad = result
-                self.bad += bad
+                for name, reason in self.bad.add(bad):
+                    warnings.warn(f"unreadable, another picture takes its place: {name}: {reason}", stacklevel=2)
                 images, labels = (x.to(fabric.device, non_blocking=True) for x in (images, labels))
                 yield self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
         finally:

@@ -102,7 +102,7 @@ def finetune(
     folder = Path(out).expanduser() if out is not None else run
     given = given_data(data, test_data, labels)
     run_config = config_of(run)
-    config = FinetuneConfig(**{"flip": run_config.flip} | options)
+    config = FinetuneConfig.from_options({"flip": run_config.flip} | options)
     encoder = load_encoder(run)
     train, test, test_labels = open_sets(run_config, run, encoder, given)
     trainings = _Trainings(config, encoder, train, test, test_labels, folder, device, num_workers, precision)
@@ -162,15 +162,18 @@ class _Trainings:
             "seed": seed,
             "encoder": weights_hash(self.encoder) if init == "result" else key_of(self.encoder),
             "data": data_fingerprint(source, self.test),
-            "configuration": config.to_dict() | {"precision": self.precision},
+            "configuration": config.identity() | {"precision": self.precision},
         }
         place = f"evaluation/finetune/{INITS[init].replace(' ', '-')}-seed{seed}-{key_of(self.encoder, identity)}"
         done = self.folder / place / "result.json"
         if done.exists():
             return json.loads(done.read_text(encoding="utf-8"))
         model = self._classifier(config, init, seed)
-        fitted = self._fit(model, config, source, init, seed, self.folder / place, identity)
-        result = self._verdict(fitted, source, keep=init == "result")
+        assert self.encoder.preprocess is not None
+        classes = len(self.train.classes)
+        batches = LabelledBatches(source, config, self.encoder.preprocess, classes, seed, self.num_workers)
+        fitted = self._fit(model, config, source, batches, init, seed, self.folder / place, identity)
+        result = self._verdict(fitted, source, batches.bad.count, keep=init == "result")
         result |= {"folder": place, "configuration": identity["configuration"]}
         write_text(done, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(fitted.folder / "checkpoints")  # what is worth keeping has a file of its own
@@ -191,6 +194,7 @@ class _Trainings:
         model: PictureClassifier,
         config: FinetuneConfig,
         source: Source,
+        batches: LabelledBatches,
         init: str,
         seed: int,
         folder: Path,
@@ -217,9 +221,6 @@ class _Trainings:
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
         )
-        assert self.encoder.preprocess is not None
-        classes = len(self.train.classes)
-        batches = LabelledBatches(source, config, self.encoder.preprocess, classes, seed, self.num_workers)
         rows = evenly_spaced(len(self.test), LOOK_PICTURES)
         return fit(
             FinetuneTask(model),
@@ -234,7 +235,7 @@ class _Trainings:
         )
 
     def _scores(self, task: nn.Module, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Rank of the truth, first guess and truth, [n] int64 each, of the test pictures ``rows`` (all)."""
+        """Rank of the truth, first guess and truth, [n] int64 each, of the readable test pictures ``rows`` (all)."""
         model = task.classifier
         assert isinstance(model, PictureClassifier)
         device = model.head.weight.device
@@ -251,7 +252,7 @@ class _Trainings:
             raise ValueError(f"none of the {len(self.test)} pictures of {self.test.name} can be read")
         return torch.cat(ranks), torch.cat(guesses), torch.cat(truths)
 
-    def _verdict(self, fitted: FitResult, source: Source, keep: bool) -> dict[str, Any]:
+    def _verdict(self, fitted: FitResult, source: Source, num_bad: int, keep: bool) -> dict[str, Any]:
         """Last and best model on the whole test set; a picture of confusions and, with ``keep``, the two as files."""
         model = fitted.model.classifier
         assert isinstance(model, PictureClassifier)
@@ -260,11 +261,13 @@ class _Trainings:
         if keep:
             write_bytes(fitted.folder / CLASSIFIER_FILE, classifier_bytes(model))
         confusion_picture(truths, guesses, self.train.classes, fitted.folder / "confusion.png")
+        last = best = accuracies(ranks)
         with fitted.best_weights(), fitted.testing():
-            best = accuracies(self._scores(fitted.model)[0])
+            if fitted.best["step"] < fitted.step:  # else it is the last one, which was just tested
+                best = accuracies(self._scores(fitted.model)[0])
             if keep:
                 write_bytes(fitted.folder / BEST_FILE, classifier_bytes(model))
-        return accuracies(ranks) | {
+        return last | {
             "best": {"step": fitted.best["step"], **best},
             "steps": fitted.step,
             "data": {
@@ -273,6 +276,7 @@ class _Trainings:
                 "fingerprint": data_fingerprint(source, self.test),
                 "num_train": len(source),
                 "num_test": len(ranks),
+                "num_bad": num_bad + len(self.test) - len(ranks),
                 "classes": len(self.train.classes),
             },
         }

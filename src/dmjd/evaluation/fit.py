@@ -273,9 +273,9 @@ class _Fit:
         if self.ema is not None:
             self.ema.module.load_state_dict(checkpoint.part("ema"))
         self.engine.load_state(checkpoint.state)
-        self.folder.cut_metrics(self.engine.progress.step)
 
     def _train(self) -> None:
+        self.folder.cut_metrics(self.engine.progress.step)
         hooks: list[Hook] = [self._log, self._look, self._save]
         if self.ema is not None:
             hooks.insert(0, self._average)

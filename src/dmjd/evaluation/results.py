@@ -81,8 +81,10 @@ def versions() -> dict[str, str]:
 
 
 def key_of(encoder: Encoder, *parts: Any) -> str:
-    """12 digits of an encoder's architecture and preprocessing (not its weights) and any JSON-able settings."""
-    return short_hash(json.dumps(part, sort_keys=True, default=str) for part in (encoder_metadata(encoder), *parts))
+    """12 digits of this version, an encoder's architecture and preprocessing (not its weights), and any settings."""
+    return short_hash(
+        json.dumps(part, sort_keys=True, default=str) for part in (encoder_metadata(encoder), __version__, *parts)
+    )
 
 
 def write_result(folder: Path, task: str, result: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Many linear probes at once over cached features; the best on a held-out part of the training set is tested, once.
 
 Which layer, pooling and rate suit an encoder is not known beforehand; tried on the test set, the choice itself would
-flatter (the held-out part is what DINOv2's probes lack for want of a split).
+flatter.
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,12 @@ class SweepFeatures:
                 hook.remove()
         parts = [part for tokens in outputs for part in self._pooled(tokens.float())]
         return torch.cat([F.layer_norm(part, part.shape[1:], eps=TRANSFORMER_NORM_EPS) for part in parts], dim=1)
+
+    @property
+    def pooled_part(self) -> tuple[int, int]:
+        """(place, number of parts): where the feature lies that the other evaluations use."""
+        depth = self.blocks[-1] + 1
+        return self.parts.index(f"block {depth} of {depth}, mean"), len(self.parts)
 
     def _pooled(self, tokens: Tensor) -> list[Tensor]:
         """[B, prefix + N, D] -> [B, D] by each pooling."""
