@@ -87,7 +87,7 @@ def test_pictures_without_objects_are_learnt_from():
     batch.targets = [batch.targets[1]] * 2
     losses = task(batch)
     assert torch.isfinite(losses["loss"])
-    assert float(losses["loss_objectness"]) > 0
+    assert losses["loss_objectness"].item() > 0
 
 
 def test_anchors_lie_on_their_cells_and_follow_the_frame():
