@@ -118,7 +118,7 @@ class BoxAugment:
         moved = Instances(boxes, target.labels, target.crowd, masks)
         visible = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= LEAST_VISIBLE
         if masks is not None:
-            visible &= masks.flatten(1).any(1)
+            visible &= masks.flatten(1).bool().any(1)
         return place_picture(picture, placement, self.fill), moved.keep(visible & ~target.crowd)
 
 

@@ -177,7 +177,7 @@ def compare(evaluation: DenseEvaluation, folder: Path, overrides: Mapping[str, A
         "task": evaluation.name,
         **found,
         "configuration": config.to_dict() | {"steps": steps, "precision": evaluation.precision},
-        "overrides": dict(overrides),
+        "overrides": {name: list(v) if isinstance(v, tuple) else v for name, v in overrides.items()},
         "data": _data(evaluation),
         "encoder": weights_hash(evaluation.encoder),
         "seed": evaluation.seed,
