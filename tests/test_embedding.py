@@ -95,7 +95,7 @@ SLOWLY = """
 import sys
 from dmjd import embedding
 embedding.PART_SECONDS = 0
-embedding.embed(sys.argv[1], data="digits", split="test", out=sys.argv[2], batch_size=4, device="cpu")
+embedding.embed(sys.argv[1], data="digits", split="test", out=sys.argv[2], batch_size=16, device="cpu")
 """
 
 
@@ -112,16 +112,20 @@ def test_a_killed_run_goes_on_from_its_finished_parts(file, ending, tmp_path, ca
     process.wait()
     assert not out.exists()
     finished = {part: part.stat().st_mtime_ns for part in parts.glob("part-*.parquet")}
-    assert 3 <= len(finished) < 500
+    assert 3 <= len(finished) < 125
     with pytest.raises(ValueError, match=r"made with other settings \(half\)"):
-        embed(file, data="digits", split="test", out=out, batch_size=4, half=True)
+        embed(file, data="digits", split="test", out=out, batch_size=16, half=True)
     assert {part: part.stat().st_mtime_ns for part in finished} == finished
-    options = {"data": "digits", "split": "test", "batch_size": 4}
+    options = {"data": "digits", "split": "test", "batch_size": 16}
     embed(file, out=out, **options)
-    assert f"going on from picture {4 * len(finished)} of 2000" in capfd.readouterr().err
+    assert f"going on from picture {16 * len(finished)} of 2000" in capfd.readouterr().err
     assert not parts.exists()
     whole = embed(file, out=tmp_path / f"whole.{ending}", **options)
-    assert out.read_bytes() == whole.read_bytes()
+    assert (
+        pq.read_table(out).equals(pq.read_table(whole))
+        if ending == "parquet"
+        else out.read_bytes() == whole.read_bytes()
+    )
 
 
 def test_unreadable_pictures_are_left_out_and_named(file, pictures, tmp_path, capfd):
