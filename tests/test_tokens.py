@@ -76,7 +76,7 @@ def test_hash_avalanche(place):
 
 
 def test_no_collisions_within_and_across_streams():
-    assert len(set(STREAMS)) == len(STREAMS) == 7
+    assert len(set(STREAMS)) == len(STREAMS) >= 7
     index = torch.arange(100_000)
     values = torch.cat([hash64(stream, 0, index) for stream in STREAMS] + [image_keys(1, torch.tensor(0), index)])
     assert values.unique().numel() == values.numel()
