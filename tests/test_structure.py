@@ -16,6 +16,8 @@ ORDER = [
     "tokens",
     "devices",
     "resampling",
+    "jpeg",
+    "formats",
     "pictures",
     "masking",
     "depthwise",

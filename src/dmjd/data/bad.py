@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +14,7 @@ _ATTEMPTS = 100
 _SHOWN = 10
 
 Report = tuple[str, str]  # name and reason
+T = TypeVar("T")
 
 
 def replacement(keys: Tensor, attempt: int, num_pictures: int) -> Tensor:
@@ -21,10 +22,8 @@ def replacement(keys: Tensor, attempt: int, num_pictures: int) -> Tensor:
     return hash64(STREAM_REPLACE, keys, attempt) % num_pictures
 
 
-def read_or_replace(
-    read: Callable[[int], np.ndarray], index: int, key: int, num_pictures: int
-) -> tuple[np.ndarray, list[Report]]:
-    """Picture ``index``, or the first readable one of those that its key names.
+def read_or_replace(read: Callable[[int], T], index: int, key: int, num_pictures: int) -> tuple[T, list[Report]]:
+    """Picture ``index`` as ``read`` gives it, or the first readable one of those that its key names.
 
     Returns:
         The picture and (name, reason) of each that could not be read.
