@@ -180,7 +180,7 @@ class TrainLoader:
         sides = torch.tensor(memory.pictures.shape[2:]).expand(len(keys), 2)
         boxes, mirrored = self._augment.draw(keys, sides)
         on_device = [self._send(x) for x in (indices, keys, boxes, mirrored)]
-        images = resample(memory.pictures[on_device[0]], on_device[2], self._augment.size, on_device[3])
+        images = resample(memory.pictures.index_select(0, on_device[0]), on_device[2], self._augment.size, on_device[3])
         return Batch(images, on_device[1], bad)
 
     def _send(self, x: Tensor) -> Tensor:
