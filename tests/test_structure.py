@@ -18,6 +18,8 @@ ORDER = [
     "tokens",
     "devices",
     "resampling",
+    "jpeg",
+    "formats",
     "pictures",
     "masking",
     "depthwise",

@@ -1,22 +1,23 @@
-"""Bicubic resizing of boxes cut out of pictures: batches by exact matrix products, single pictures by Pillow."""
+"""Bicubic resizing of boxes cut out of pictures: batches by exact sums, single pictures by Pillow."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 
 def resample(pictures: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor | None = None) -> Tensor:
     """Cut one box out of each picture and resize it, bicubic (a = -0.5) with antialiasing, as Pillow does.
 
-    Two matrix products per picture with weights in steps of 2^-15: every sum is then exact (uint8 in float32, floats,
-    taken in steps of 2^-16, in float64), so a picture's result does not depend on the device, the number of
-    threads or what else is in the batch.
+    Columns by a matrix product per picture, rows by weighted sums of the few that count. Weights are in steps of 2^-15:
+    every sum is then exact (uint8 in float32, floats, taken in steps of 2^-16, in float64), so a picture's result does
+    not depend on the device, the number of threads or what else is in the batch.
 
     Args:
         pictures: [B, C, H, W] uint8 or float32 on the 0..255 scale.
@@ -25,37 +26,71 @@ def resample(pictures: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tens
         flips: [B] bool, which results to mirror left to right; None: none.
 
     Returns:
-        [B, C, h, w], data type of ``pictures``; uint8 is rounded and clamped, also between the two products.
+        [B, C, h, w], data type of ``pictures``; uint8 is rounded and clamped, also between the two passes.
     """
     eight_bit = pictures.dtype == torch.uint8
     dtype, round_ = (torch.float32, _round_to_byte) if eight_bit else (torch.float64, _round_to_step)
     boxes = boxes.to(device=pictures.device, dtype=torch.float64)
-    rows = _bicubic_weights(boxes[:, 0], boxes[:, 2], pictures.shape[2], size[0]).to(dtype)  # B, h, H
-    columns = _bicubic_weights(boxes[:, 1], boxes[:, 3], pictures.shape[3], size[1]).to(dtype)  # B, w, W
+    columns, which = _bicubic_taps(boxes[:, [1, 3]], pictures.shape[3], size[1])
+    matrices = columns.dense(pictures.shape[3], dtype)  # U, w, W
     if flips is not None:
-        columns = torch.where(flips.to(pictures.device)[:, None, None], columns.flip(1), columns)
+        which = which + flips.to(which) * len(matrices)
+        matrices = torch.cat([matrices, matrices.flip(1)])
     with _exact_products(pictures.device):
-        x = round_(pictures.to(dtype).flatten(1, 2) @ columns.transpose(1, 2))  # B, C*H, w
-        x = round_(rows[:, None] @ x.unflatten(1, pictures.shape[1:3]))  # B, C, h, w
-    return x.to(pictures.dtype)
+        x = round_(pictures.to(dtype).flatten(1, 2) @ matrices[which].transpose(1, 2))  # B, C*H, w
+    rows, which = _bicubic_taps(boxes[:, [0, 2]], pictures.shape[2], size[0])
+    x = _sum_rows(x.unflatten(1, pictures.shape[1:3]), rows.pixel[which], rows.weight[which].to(dtype))
+    return round_(x).to(pictures.dtype)
 
 
 def _round_to_byte(x: Tensor) -> Tensor:
-    return x.add(0.5).floor_().clamp_(0, 255)
+    """In place."""
+    return x.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _round_to_step(x: Tensor) -> Tensor:
-    return x.mul(2.0**16).round_().mul_(2.0**-16)
+    """In place."""
+    return x.mul_(2.0**16).round_().mul_(2.0**-16)
 
 
-def _bicubic_weights(start: Tensor, length: Tensor, num_in: int, num_out: int) -> Tensor:
-    """[B, num_out, num_in] float64, multiples of 2^-15 with rows that sum to 1: resizing [start, start + length)."""
-    scale = (length / num_out).view(-1, 1, 1)
+def _sum_rows(x: Tensor, pixel: Tensor, weight: Tensor) -> Tensor:
+    """[B, C, H, w] -> [B, C, h, w]: weighted sums of rows, ``pixel`` and ``weight`` [B, h, taps]."""
+    B, C, H, w = x.shape
+    first = torch.arange(0, B * C * H, H, dtype=pixel.dtype, device=x.device).view(B, C, 1, 1)
+    rows = (pixel[:, None] + first).flatten(0, 2)  # B*C*h, taps
+    weights = weight[:, None].expand(B, C, -1, -1).flatten(0, 2)
+    return functional.embedding_bag(rows, x.view(-1, w), per_sample_weights=weights, mode="sum").view(B, C, -1, w)
+
+
+class _Taps(NamedTuple):
+    """Which pixels of a line make each pixel of its resized line, and by what weight: both [U, num_out, taps]."""
+
+    pixel: Tensor  # int32
+    weight: Tensor  # float64
+
+    def dense(self, num_in: int, dtype: torch.dtype) -> Tensor:
+        """[U, num_out, num_in]."""
+        zeros = torch.zeros(*self.pixel.shape[:2], num_in, dtype=dtype, device=self.pixel.device)
+        return zeros.scatter_add_(-1, self.pixel.long(), self.weight.to(dtype))
+
+
+def _bicubic_taps(spans: Tensor, num_in: int, num_out: int) -> tuple[_Taps, Tensor]:
+    """Weights for resizing ``spans`` [B, 2] (start, length): multiples of 2^-15, those of a pixel sum to 1.
+
+    Returns:
+        Taps of the different spans, and [B] int64 which of them is whose.
+    """
+    if spans.device.type == "cpu":  # small pictures have few; to count them would stop the host of a GPU
+        spans, which = torch.unique(spans, dim=0, return_inverse=True)
+    else:
+        which = torch.arange(len(spans), device=spans.device)
+    start, length = spans.view(-1, 2, 1, 1).unbind(1)  # U, 1, 1 each
+    scale = length / num_out
     width = scale.clamp(min=1)  # antialiasing: the kernel covers at least one output pixel
-    centre = start.view(-1, 1, 1) + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    centre = start + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
     # Only the taps a kernel can reach are computed: a box is never longer than the picture.
     taps = torch.arange(math.ceil(4 * max(1.0, num_in / num_out)), device=start.device)
-    pixel = (centre - 2 * width + 0.5).floor() + taps  # B, out, taps
+    pixel = (centre - 2 * width + 0.5).floor() + taps  # U, out, taps
     t = ((pixel + 0.5 - centre) / width).abs_()
     inner = (1.5 * t - 2.5) * t * t + 1
     outer = ((-0.5 * t + 2.5) * t - 4) * t + 2
@@ -64,8 +99,7 @@ def _bicubic_weights(start: Tensor, length: Tensor, num_in: int, num_out: int) -
     weights = (weights / weights.sum(-1, keepdim=True) * 2**15).round_()
     # What rounding took goes to each row's largest weight, so that a plain area keeps its value.
     weights.scatter_add_(-1, weights.argmax(-1, keepdim=True), 2**15 - weights.sum(-1, keepdim=True))
-    dense = weights.new_zeros(len(start), num_out, num_in)
-    return dense.scatter_add_(-1, pixel.long().clamp_(0, num_in - 1), weights.mul_(2.0**-15))
+    return _Taps(pixel.int().clamp_(0, num_in - 1), weights.mul_(2.0**-15)), which
 
 
 @contextlib.contextmanager

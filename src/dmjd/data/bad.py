@@ -23,7 +23,7 @@ def replacement(keys: Tensor, attempt: int, num_pictures: int) -> Tensor:
 
 
 def read_or_replace(read: Callable[[int], T], index: int, key: int, num_pictures: int) -> tuple[T, list[Report]]:
-    """Picture ``index``, or the first readable one of those that its key names.
+    """Picture ``index`` as ``read`` gives it, or the first readable one of those that its key names.
 
     Returns:
         What ``read`` gives and (name, reason) of each that could not be read.

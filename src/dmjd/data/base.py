@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmjd.pictures import Picture, read_picture
+from dmjd.pictures import OpenPicture, Picture, open_picture
 
 
 class Source:
@@ -42,7 +42,15 @@ class Source:
         Raises:
             BadPicture: if it can't be used.
         """
-        return read_picture(self.stored(index), self.in_chans, self.value_range, self.describe(index))
+        return self.open(index).read()
+
+    def open(self, index: int) -> OpenPicture:
+        """Picture ``index``, of known size but not always decoded yet.
+
+        Raises:
+            BadPicture: if it can't be used.
+        """
+        return open_picture(self.stored(index), self.in_chans, self.value_range, self.describe(index))
 
     def save_listing(self, file: Path) -> None:
         """Keep what had to be searched for in a file of the run; nothing for sets that need no search."""

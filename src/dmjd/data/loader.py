@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from dmjd.data.base import Source
 from dmjd.data.memory import PicturesInMemory, load_to_memory
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.workers import auto_workers, read_batches
-from dmjd.pictures import BadPicture
+from dmjd.pictures import BadPicture, OpenPicture
 from dmjd.resampling import resample
 from dmjd.tokens import STREAM_EPOCH, hash64, image_keys
 
@@ -160,8 +161,10 @@ class TrainLoader:
             for samples in requests:
                 yield self._from_memory(self._memory, samples)
             return
-        crops = _CroppedPictures(self._source, self.stream, self._augment)
-        for result in read_batches(crops, requests, self.num_workers, self._pinned):
+        # Drawn here, so that no worker needs the permutation, 8 bytes a picture and epoch.
+        drawn = (tuple(x.numpy() for x in self.stream.draw(samples)) for samples in requests)
+        crops = _CroppedPictures(self._source, self._augment)
+        for result in read_batches(crops, drawn, self.num_workers, self._pinned):
             if isinstance(result, BadPicture):
                 raise result
             yield Batch(*result).to(self.device)
@@ -177,7 +180,7 @@ class TrainLoader:
         sides = torch.tensor(memory.pictures.shape[2:]).expand(len(keys), 2)
         boxes, mirrored = self._augment.draw(keys, sides)
         on_device = [self._send(x) for x in (indices, keys, boxes, mirrored)]
-        images = resample(memory.pictures[on_device[0]], on_device[2], self._augment.size, on_device[3])
+        images = resample(memory.pictures.index_select(0, on_device[0]), on_device[2], self._augment.size, on_device[3])
         return Batch(images, on_device[1], bad)
 
     def _send(self, x: Tensor) -> Tensor:
@@ -200,28 +203,48 @@ class Augment:
 
 @dataclass(frozen=True)
 class _CroppedPictures:
-    """What a worker does with the sample numbers of a micro-batch: read, crop, flip, stack."""
+    """What a worker does with the indices and keys of a micro-batch: read, crop, flip, stack.
+
+    Pictures wait for their crop encoded where they can: 64 decoded photographs would take gigabytes.
+    """
 
     source: Source
-    stream: Stream
     augment: Augment
 
-    def __getitems__(self, samples: range) -> tuple[Tensor, Tensor, list[Report]] | BadPicture:
+    def __getitems__(self, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, list[Report]] | BadPicture:
         """Images, keys and reports; a fatal error is returned, since one raised here would lose its type."""
-        indices, keys = self.stream.draw(samples)
-        n = self.stream.length
+        indices, keys = (torch.from_numpy(x) for x in drawn)
+        places = list(zip(indices.tolist(), keys.tolist(), strict=True))
+        bad: list[Report] = []
         try:
-            read = [
-                read_or_replace(self.source.read, index, key, n)
-                for index, key in zip(indices.tolist(), keys.tolist(), strict=True)
+            opened = [self._open(index, key, bad) for index, key in places]
+            boxes, mirrored = self.augment.draw(keys, torch.tensor([picture.size for picture in opened]))
+            crops = [
+                self._crop(picture, box, flip, place, bad)
+                for picture, box, flip, place in zip(opened, boxes.tolist(), mirrored.tolist(), places, strict=True)
             ]
         except BadPicture as error:
             return error
-        pictures = [picture for picture, _ in read]
-        sides = torch.tensor([picture.shape[:2] for picture in pictures])
-        boxes, mirrored = self.augment.draw(keys, sides)
-        crops = map(crop_resize, pictures, boxes.tolist(), itertools.repeat(self.augment.size), mirrored.tolist())
-        return stack(list(crops)), keys, [report for _, bad in read for report in bad]
+        return stack(crops), keys, bad
+
+    def _open(self, index: int, key: int, bad: list[Report]) -> OpenPicture:
+        """The picture, or the one that takes its place."""
+        picture, reports = read_or_replace(self.source.open, index, key, len(self.source))
+        bad += reports
+        return picture
+
+    def _crop(
+        self, picture: OpenPicture, box: list[float], flip: bool, place: tuple[int, int], bad: list[Report]
+    ) -> Tensor:
+        """One crop; where a picture turns out to be damaged inside, that of the one that takes its place."""
+        try:
+            return crop_resize(*picture.read_for(box, self.augment.size), self.augment.size, flip)
+        except BadPicture:
+            index, key = place
+        whole, reports = read_or_replace(self.source.read, index, key, len(self.source))
+        bad += reports
+        boxes, _ = self.augment.draw(torch.tensor([key]), torch.tensor([whole.shape[:2]]))
+        return crop_resize(whole, boxes[0].tolist(), self.augment.size, flip)
 
 
 def stack(pictures: list[Tensor]) -> Tensor:

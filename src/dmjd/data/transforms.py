@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dmjd.resampling import resize_box
 from dmjd.tokens import STREAM_CROP, STREAM_FLIP, hash64, uniform
@@ -62,6 +63,9 @@ def flips(keys: Tensor) -> Tensor:
 def crop_resize(picture: np.ndarray, box: Sequence[float], size: tuple[int, int], flip: bool = False) -> Tensor:
     """Cut, resize (bicubic, antialiased) and mirror one picture.
 
+    8-bit pictures and boxes of whole numbers take torch's kernel for bytes, several times as fast as Pillow's; like
+    torchvision's RandomResizedCrop it looks at no pixel beside the box.
+
     Args:
         picture: [H, W, C] uint8 or float32 on the 0..255 scale.
         box: (top, left, height, width) in pixels. size: (h, w) of the result. flip: mirror left to right.
@@ -69,5 +73,11 @@ def crop_resize(picture: np.ndarray, box: Sequence[float], size: tuple[int, int]
     Returns:
         [C, h, w], data type of ``picture``.
     """
-    resized = resize_box(picture, box, size)
+    top, left, height, width = (int(x) for x in box)
+    if picture.dtype == np.uint8 and (top, left, height, width) == tuple(box):
+        cut = picture[top : top + height, left : left + width].copy()  # the kernel's own copy is slow
+        pixels = torch.from_numpy(cut).permute(2, 0, 1)[None]  # 1, C, height, width
+        resized = functional.interpolate(pixels, size, mode="bicubic", antialias=True)[0].contiguous()
+    else:
+        resized = resize_box(picture, box, size)
     return resized.flip(-1) if flip else resized
