@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,27 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     write_text(tmp_path / "f", "x")
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(tmp_path / "f")
+
+
+def test_the_lock_of_a_killed_owner_is_waited_for(tmp_path):
+    """Its reading processes inherit the lock and end a little later than it."""
+    program = """
+import os, sys, time
+from dmjd.checkpoint import RunFolder
+folder = RunFolder(sys.argv[1])
+if os.fork() == 0:
+    time.sleep(1.5)
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    started = time.monotonic()
+    RunFolder(tmp_path).close()
+    assert time.monotonic() - started > 0.5
+
+
+def test_the_lock_of_a_living_owner_is_refused_at_once(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="another process is training"):
+        RunFolder(tmp_path)
+    folder.close()
+    RunFolder(tmp_path).close()

@@ -8,8 +8,10 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from dmjd.encoders import METADATA_KEY
 FORMAT_VERSION = 1
 KEEP = 2  # step checkpoints; the final one is kept besides
 FINAL = "final.safetensors"
+ORPHANS_SECONDS = 30.0  # reading processes look every five seconds whether their owner is alive
 
 
 @contextlib.contextmanager
@@ -125,6 +128,20 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": entries, "param_groups": whole["param_groups"]})
 
 
+def _is_dead(owner: str) -> bool:
+    """Whether a lock file names a process of this machine that is no more."""
+    process, _, machine = owner.partition(" ")
+    if machine != platform.node() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # alive, someone else's
+        return False
+    return False
+
+
 class RunFolder:
     """One run's folder: configuration, lock, metrics, checkpoints.
 
@@ -145,14 +162,28 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a+", encoding="utf-8")  # keeps what another owner wrote
         except OSError as error:
             raise ValueError(f"--out {self.path} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self._locked():
             self._lock.close()
-            raise ValueError(f"another process is training in {self.path}; wait for it or give another --out") from None
+            raise ValueError(f"another process is training in {self.path}; wait for it or give another --out")
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()} {platform.node()}")
+        self._lock.flush()
+
+    def _locked(self) -> bool:
+        """Take the lock; where its owner was killed, wait for the reading processes it leaves behind."""
+        until = time.monotonic() + ORPHANS_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError:
+                self._lock.seek(0)
+                if time.monotonic() > until or not _is_dead(self._lock.read()):
+                    return False
+                time.sleep(0.1)
 
     def close(self) -> None:
         """Let go of the lock."""
