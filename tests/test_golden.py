@@ -52,7 +52,7 @@ def test_convit_pretraining_outputs(convit):
     model, values, masks = convit
     visible, masked = masks.visible.flatten(0, 1), masks.masked.flatten(0, 1)
     with torch.no_grad():
-        latent = model.encode(values["images"], masks.visible)["mim"]
+        latent = model.encode(values["images"], masks.visible)
         torch.testing.assert_close(latent, values["latent"], rtol=0, atol=1e-4)
         everything = model.decoder(latent, visible, masked, all_tokens=True)
         expected = gather_tokens(values["pred"], torch.cat([visible, masked], dim=1))
@@ -103,7 +103,7 @@ def test_mae():
     model = load_official(state, num_heads=config["num_heads"], decoder_heads=config["decoder_num_heads"])
     masks = dmjd.Masks.from_visible(values["ids_keep"], num_tokens=196)
     visible, masked = masks.visible[0], masks.masked[0]
-    latent = model.encode(values["images"], masks.visible)["mim"]
+    latent = model.encode(values["images"], masks.visible)
     torch.testing.assert_close(latent, values["latent"], rtol=0, atol=1e-4)
     everything = model.decoder(latent, visible, masked, all_tokens=True)
     expected = gather_tokens(values["pred"], torch.cat([visible, masked], dim=1))

@@ -59,7 +59,6 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         mim=config.mim,
         vis=config.vis,
         theta=config.theta,
-        vis_fusion=config.vis_fusion,
         mim_loss=config.mim_loss,
         vis_loss=config.vis_loss,
         hog_cell=config.hog_cell,

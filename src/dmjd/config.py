@@ -81,7 +81,6 @@ class PretrainConfig:
     mim: bool = option(True, "reconstruction of hidden tokens", "method")
     vis: bool = option(True, "distillation on visible tokens", "method")
     theta: float = option(1.0, "weight of the distillation loss", "method")
-    vis_fusion: bool = option(True, "distillation sees ConvViT's fused scales too, as published", "method")
     mim_loss: str = option("l2", "loss of the reconstruction branch", "method", choices=("l2", "smooth_l1"))
     vis_loss: str = option("smooth_l1", "loss of the distillation branch", "method", choices=("l2", "smooth_l1"))
     decoder_dim: int | None = option(None, "decoder width; default by the encoder's", "method")

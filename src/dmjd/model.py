@@ -39,7 +39,6 @@ class MaskedImageModel(nn.Module):
             (:func:`~dmjd.decoder.default_decoder`). decoder_mlp_ratio: None = the encoder's first.
         mim: build the reconstruction branch. vis: build the distillation branch.
         theta: weight of the distillation loss.
-        vis_fusion: the distillation branch, too, sees the fused scales of a ConvViT, as published.
         mim_loss, vis_loss: "l2" or "smooth_l1".
         hog_cell: side of a HOG cell in pixels; None = by the patch.
 
@@ -66,7 +65,6 @@ class MaskedImageModel(nn.Module):
         mim: bool = True,
         vis: bool = True,
         theta: float = 1.0,
-        vis_fusion: bool = True,
         mim_loss: str = "l2",
         vis_loss: str = "smooth_l1",
         hog_cell: int | None = None,
@@ -79,7 +77,6 @@ class MaskedImageModel(nn.Module):
         self.encoder = encoder
         self.num_views, self.mask_ratio, self.pred_ratio = num_views, mask_ratio, pred_ratio
         self.block_size = resolve_block_size(encoder.grid, block_size)
-        self.vis_fusion = vis_fusion
         self.disjoint, self.theta, self.mim_loss, self.vis_loss = disjoint, theta, mim_loss, vis_loss
         if not disjoint and pred_ratio is not None:
             raise ValueError("pred_ratio has no meaning with disjoint=False; leave one of them out")
@@ -150,18 +147,15 @@ class MaskedImageModel(nn.Module):
             keys=keys,
         )
 
-    def encode(self, normalised: Tensor, visible: Tensor) -> dict[str, Tensor]:
-        """Latent tokens of all views for each branch: images [B, c, H, W], ids [K, B, V] -> [R, prefix + V, D] each.
+    def encode(self, normalised: Tensor, visible: Tensor) -> Tensor:
+        """Latent tokens of all views: images [B, c, H, W], ids [K, B, V] -> [R, prefix + V, D].
 
         Multi-scale fusion and the last norm belong to pre-training only; the encoder itself runs as it does downstream.
-        Without ``vis_fusion`` the distillation branch sees the last stage alone, which is what is used downstream.
         """
         x, stages = self.encoder.forward_stages(normalised, visible.flatten(0, 1))  # R, prefix + V, D
-        if self.fusion is None:
-            latent = self.encoder.norm(x)
-            return {"mim": latent, "vis": latent}
-        fused = self.encoder.norm(x + self.fusion(stages))  # R, V, D (such encoders have no prefix)
-        return {"mim": fused, "vis": fused if self.vis_fusion else self.encoder.norm(x)}
+        if self.fusion is not None:
+            x = x + self.fusion(stages)  # R, V, D (such encoders have no prefix)
+        return self.encoder.norm(x)
 
     def predict(self, normalised: Tensor, masks: Masks) -> dict[str, Tensor]:
         """What each branch says of its own tokens.
@@ -171,13 +165,13 @@ class MaskedImageModel(nn.Module):
         """
         return self.branches(self.encode(normalised, masks.visible), masks)
 
-    def branches(self, latent: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-        """Predictions of :meth:`predict` from the latent tokens of :meth:`encode`."""
+    def branches(self, latent: Tensor, masks: Masks) -> dict[str, Tensor]:
+        """Predictions of :meth:`predict` from the latent tokens [R, prefix + V, D] of :meth:`encode`."""
         predictions = {}
         if self.decoder is not None:
-            predictions["mim"] = self.decoder(latent["mim"], masks.visible.flatten(0, 1), masks.masked.flatten(0, 1))
+            predictions["mim"] = self.decoder(latent, masks.visible.flatten(0, 1), masks.masked.flatten(0, 1))
         if self.distillation is not None:
-            predictions["vis"] = self.distillation(latent["vis"][:, self.encoder.num_prefix_tokens :])
+            predictions["vis"] = self.distillation(latent[:, self.encoder.num_prefix_tokens :])
         return predictions
 
     @torch.no_grad()
