@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dmjd.optim import parameter_groups, scaled_learning_rate, warmup_cosine
+from dmjd.optim import OPTIMIZERS, parameter_groups, scaled_learning_rate, warmup_cosine
 
 
 def test_scale_rule():
@@ -42,3 +43,25 @@ def test_no_decay_on_biases_and_norms_but_on_tokens():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert {tuple(p.shape) for p in decayed["params"]} == {(4, 3), (1, 1, 4)}
     assert len(plain["params"]) == 3
+
+
+def test_muon_orthogonalises_updates_of_matrices_and_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    models = {name: nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 1)) for name in OPTIMIZERS}
+    models["muon"].load_state_dict(models["adamw"].state_dict())
+    before = {key: value.clone() for key, value in models["muon"].state_dict().items()}
+    x = torch.randn(64, 32)
+    for name, model in models.items():
+        optimizer = OPTIMIZERS[name](model, 0.0)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.01
+        model(x).square().mean().backward()
+        optimizer.step()
+    update = models["muon"][0].weight - before["0.weight"]
+    values = torch.linalg.svdvals(update)[:-1]  # the norm takes one direction's gradient away
+    assert values[0] / values[-1] < 1.5  # all directions by about the same amount
+    values = torch.linalg.svdvals(models["adamw"][0].weight - before["0.weight"])[:-1]
+    assert values[0] / values[-1] > 4
+    for key in ("0.bias", "1.weight", "1.bias", "2.weight", "2.bias"):  # a matrix of one row has no directions
+        torch.testing.assert_close(
+            models["muon"].state_dict()[key], models["adamw"].state_dict()[key], atol=1e-4, rtol=0
+        )

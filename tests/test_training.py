@@ -105,7 +105,9 @@ RESUME = [*TINY, "--steps", 14, "--checkpoint-every", 5, "--batch-size", 10, "--
 
 
 @pytest.mark.parametrize(
-    "flags", [["--num-workers", 2, "--accumulate", 2], ["--num-workers", 0]], ids=["workers-accumulate", "plain"]
+    "flags",
+    [["--num-workers", 2, "--accumulate", 2], ["--num-workers", 0], ["--num-workers", 0, "--optimizer", "muon"]],
+    ids=["workers-accumulate", "plain", "muon"],
 )
 def test_kill_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, pictures, flags):
     """Killed between checkpoints, mid-epoch (24 pictures, batches of 10); resumed with another number of workers."""

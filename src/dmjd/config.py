@@ -98,7 +98,10 @@ class PretrainConfig:
     )
     accumulate: int = option(1, "parts a step's batch is computed in: less memory, same result", "training")
     blr: float = option(6e-4, "base learning rate: lr = blr * batch * (p / c) / 256", "training", common=True)
-    weight_decay: float = option(0.05, "of AdamW, not on biases and norms", "training")
+    optimizer: str = option(
+        "adamw", "adamw, or muon: far fewer steps for short runs", "training", choices=("adamw", "muon")
+    )
+    weight_decay: float = option(0.05, "not on biases and norms", "training")
     warmup: float = option(0.05, "share of the run with a rising learning rate", "training")
     clip_grad: float | None = option(None, "largest gradient norm; default no clipping", "training")
     seed: int = option(0, "of weights, order, crops and masks", "training", common=True)

@@ -133,7 +133,8 @@ class Engine:
     """The loop.
 
     Args:
-        fabric: launched. task: the plain module. optimizer: over its parameters; fused AdamW. A group with an
+        fabric: launched. task: the plain module. optimizer: over its parameters. A fused one, such as AdamW, costs
+            no wait for an accelerator to skip a step that is not finite; others cost one a step. A group with an
             "lr_scale" (timm's name for layer-wise decay) learns at that multiple of the rate.
         duration: length. peak_lr: learning rate at the schedule's top. schedule: share of the run -> factor on it.
         accumulate: micro-batches a step. clip_grad: largest gradient norm, or None. batch_size: pictures a step over
@@ -158,6 +159,7 @@ class Engine:
     def __post_init__(self) -> None:
         self._scaled = self.fabric._precision.precision == "16-mixed"
         self._eager = self.fabric.device.type == "cpu"  # looking at a value costs nothing
+        self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
         module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
@@ -249,7 +251,7 @@ class Engine:
             bad = self.fabric.all_reduce(bad, reduce_op="sum")  # type: ignore[assignment]
         first = (bad > 0) & (self._bad_step < 0)
         self._bad_step = torch.where(first, self.progress.step + 1, self._bad_step)
-        if self._eager or self._scaled:
+        if self._eager or self._scaled or not self._skips_on_device:
             self.check_finite()
         else:
             # Fused optimizers skip their update on the device where this is 1: no wait for the device.

@@ -1,8 +1,10 @@
 """Optimizer, learning-rate scale rule and schedule; schedules are functions of the share of the run that is done."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from timm.optim import Muon
 from torch import nn
 
 BETAS = (0.9, 0.95)
@@ -19,6 +21,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS) -> torch.optim.AdamW:
     """Fused AdamW over :func:`parameter_groups`; the engine sets its learning rate before every step."""
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
+
+
+def muon(model: nn.Module, weight_decay: float) -> Muon:
+    """Muon over :func:`parameter_groups`: updates of weight matrices are orthogonalised (Jordan et al. 2024).
+
+    timm's, which leaves tokens, biases, norms and depthwise kernels to AdamW and scales the updates of matrices to the
+    size of AdamW's (Liu et al. 2025), so that one learning rate, and the scale rule, serve both.
+    """
+    return Muon(parameter_groups(model, weight_decay), lr=0.0, betas=BETAS)
+
+
+# name in a configuration: maker(model, weight decay)
+OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 
 
 def requested_pred_ratio(num_views: int, mask_ratio: float, pred_ratio: float | None, disjoint: bool) -> float:

@@ -26,7 +26,7 @@ from dmjd.encoders import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.engine import Duration, Engine, Hook, Report, StopSignal, Task, make_fabric
 from dmjd.model import MaskedImageModel
 from dmjd.monitor import Monitor
-from dmjd.optim import adamw, scaled_learning_rate, warmup_cosine
+from dmjd.optim import OPTIMIZERS, scaled_learning_rate, warmup_cosine
 from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.progress import Console
 
@@ -150,7 +150,7 @@ def make_engine(
     return Engine(
         fabric=fabric,
         task=task,
-        optimizer=adamw(task, config.weight_decay),
+        optimizer=OPTIMIZERS[config.optimizer](task, config.weight_decay),
         duration=Duration(steps, config.minutes),
         peak_lr=scaled_learning_rate(
             config.blr, batch_size, config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint
