@@ -53,6 +53,11 @@ def test_json_round_trip(name):
         ({"disjoint": False, "pred_ratio": 0.9}, "pred_ratio has no meaning"),
         ({"img_size": (1, 2, 3)}, "img_size takes 1 or 2"),
         ({"crop_scale": (0.9, 0.1)}, "crop_scale must rise"),
+        ({"target": "teacher"}, "--teacher and target 'teacher'"),
+        ({"teacher": "runs/first"}, "--teacher and target 'teacher'"),
+        ({"vis_target": "teacher", "vis": False, "teacher": "runs/first"}, "--teacher and target 'teacher'"),
+        ({"ema_layers": 0}, "ema_layers must be at least 1"),
+        ({"ema_momentum": 1.1}, "ema_momentum must be between 0 and 1"),
         ({"seed": "x"}, "seed must be int"),
         ({"nonsense": 1}, "unknown setting: nonsense"),
     ],
@@ -81,6 +86,7 @@ def test_what_may_change_on_resume():
     assert not resume_differences(
         old, old.replace(steps=20, num_workers=3, checkpoint_every=1, device="cpu", max_bad=5)
     )
+    assert not resume_differences(*(old.replace(target="teacher", teacher=place) for place in ("runs/a", "runs/b")))
     assert "steps" in resume_differences(old, old.replace(steps=5))[0]
     assert "epochs" in "".join(resume_differences(old, old.replace(epochs=5)))
     assert resume_differences(old, old.replace(theta=0.5, seed=1)) == ["theta: 1.0 -> 0.5", "seed: 0 -> 1"]

@@ -39,9 +39,10 @@ def torchrun(processes: int, *arguments: object, check: bool = True) -> subproce
     return result
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(tmp_path, pictures, accumulate):
+@pytest.mark.parametrize(("accumulate", "target"), [(1, "hog"), (2, "ema")])
+def test_two_processes_equal_one(tmp_path, pictures, accumulate, target):
     common = ["pretrain", "folder", "--data", pictures, *TINY, "--steps", 5, "--batch-size", 8, "--num-views", 2]
+    common += ["--target", target, "--ema-momentum", 0.9]
     common += ["--num-workers", 1, "--blr", 0.01, "--checkpoint-every", 2]
     dmjd(*common, "--out", tmp_path / "one")
     torchrun(2, *common, "--accumulate", accumulate, "--out", tmp_path / "two")

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmjd import create_encoder
 from dmjd.targets import TARGETS, HogTarget, PixelTarget, Target, create_target, default_cell, hog, whiten
 
 
@@ -152,13 +153,15 @@ def test_pixel_target_of_a_flat_patch_is_zero():
 
 
 def test_targets_by_name():
-    assert set(TARGETS) >= {"hog", "pixel"}
+    assert set(TARGETS) >= {"hog", "pixel", "teacher", "ema"}
+    encoder = create_encoder("vit_tiny_patch8", img_size=16)
     for name in ("hog", "pixel"):
-        target = create_target(name, patch_size=8, in_chans=3)
+        target = create_target(name, encoder)
         assert isinstance(target, Target)
         assert target.name == name
         assert not target.state_dict()
-        assert create_target(target, patch_size=99, in_chans=99) is target
-    assert create_target("hog", patch_size=8, in_chans=3, cell_size=2).cell_size == 2
+        assert target.dim == {"hog": 108, "pixel": 192}[name]
+        assert create_target(target, create_encoder("vit_tiny_patch16", in_chans=1)) is target
+    assert create_target("hog", encoder, hog_cell=2, ema_layers=3).cell_size == 2
     with pytest.raises(ValueError, match=r"unknown target 'hogg'; did you mean 'hog'\?"):
-        create_target("hogg", patch_size=8, in_chans=3)
+        create_target("hogg", encoder)

@@ -12,6 +12,7 @@ from dmjd.data import Source, has_split, open_source
 from dmjd.encoders import Encoder, create_encoder
 from dmjd.model import MaskedImageModel
 from dmjd.pictures import Preprocess
+from dmjd.targets import create_target
 
 LISTING = "files.txt"  # a folder's sorted list of pictures, kept with the run
 
@@ -42,11 +43,11 @@ def build_encoder(config: PretrainConfig) -> Encoder:
 def build_model(config: PretrainConfig) -> MaskedImageModel:
     """The whole pre-training model of a configuration, weights from its seed."""
     torch.manual_seed(config.seed)
+    encoder = build_encoder(config)
     return MaskedImageModel(
-        build_encoder(config),
+        encoder,
         config.target,
-        mim_target=config.mim_target,
-        vis_target=config.vis_target,
+        **_build_targets(config, encoder),
         num_views=config.num_views,
         mask_ratio=config.mask_ratio,
         pred_ratio=config.pred_ratio,
@@ -61,8 +62,25 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         theta=config.theta,
         mim_loss=config.mim_loss,
         vis_loss=config.vis_loss,
-        hog_cell=config.hog_cell,
     )
+
+
+def _build_targets(config: PretrainConfig, encoder: Encoder) -> dict[str, Any]:
+    """The targets of the branches that are on, as the model's arguments; one target where both have the same name."""
+    names = config.branch_targets
+    made = {
+        name: create_target(
+            name,
+            encoder,
+            hog_cell=config.hog_cell,
+            teacher=config.teacher,
+            teacher_layers=config.teacher_layers,
+            ema_layers=config.ema_layers,
+            ema_momentum=config.ema_momentum,
+        )
+        for name in dict.fromkeys(names.values())
+    }
+    return {f"{branch}_target": made[name] for branch, name in names.items()}
 
 
 def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:
@@ -133,7 +151,8 @@ def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
     checkpoint, _ = RunFolder(run, owner=False).newest()
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint yet; wait for its first one (--checkpoint-every steps)")
-    config = PretrainConfig.from_json(json.dumps(checkpoint.state["config"]))
+    # A teacher may have moved since the checkpoint; that it is the same one is checked when the state is loaded.
+    config = PretrainConfig.from_json(json.dumps(checkpoint.state["config"])).replace(teacher=config.teacher)
     with torch.random.fork_rng(devices=[]):
         model = build_model(config)
     model.load_state_dict(checkpoint.part("model"))

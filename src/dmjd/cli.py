@@ -63,13 +63,17 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], de
     group.add_argument(flag, type=kind, **common)
 
 
+def _first_line(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").splitlines()[0].replace("``", "")
+
+
 def _pretrain_parser(recipe: str) -> _Parser:
     defaults = get_recipe(recipe)()
-    names = ", ".join(RECIPES)
+    lines = "\n".join(f"  {name:<15}{_first_line(function)}" for name, function in RECIPES.items())
     parser = _Parser(
         prog="dmjd pretrain",
         usage="dmjd pretrain [RECIPE] --data SOURCE --out DIR [flags]",
-        description=f"Pre-train an encoder on unlabelled pictures.\n\nrecipes: {names}; defaults below are those of "
+        description=f"Pre-train an encoder on unlabelled pictures.\n\nrecipes:\n{lines}\n\nDefaults below are those of "
         f"'{recipe}':\n  {inspect.getdoc(RECIPES[recipe])}",
         epilog="examples:\n"
         "  dmjd pretrain digits --out runs/first\n"

@@ -69,10 +69,16 @@ class PretrainConfig:
     num_heads: int | None = option(None, "attention heads; default by name", "encoder")
     mlp_ratio: tuple[float, ...] | None = option(None, "MLP ratio; three for ConvViT; default by name", "encoder")
 
-    target: str = option("hog", "learning target of both branches: hog or pixel", "method", common=True)
+    target: str = option("hog", "learning target of both branches: hog, pixel, teacher or ema", "method", common=True)
     mim_target: str | None = option(None, "target of the reconstruction branch; default --target", "method")
     vis_target: str | None = option(None, "target of the distillation branch; default --target", "method")
     hog_cell: int | None = option(None, "side of a HOG cell in pixels; default half the patch", "method")
+    teacher: str | None = option(
+        None, "of target teacher: a run folder, an encoder file or a timm model", "method", resume=True
+    )
+    teacher_layers: int = option(1, "last blocks of the teacher that are averaged", "method")
+    ema_layers: int | None = option(None, "of target ema: last blocks that are averaged; default half", "method")
+    ema_momentum: float = option(0.996, "of the ema copy at the start; rises to 1 over the run", "method")
     num_views: int = option(2, "masked views of each picture (K)", "method", common=True)
     mask_ratio: float = option(0.6, "share hidden in each view (c)", "method", common=True)
     pred_ratio: float | None = option(None, "share hidden in at least one view (p); default the most", "method")
@@ -143,11 +149,19 @@ class PretrainConfig:
             raise ValueError("both branches are off: leave --mim or --vis on")
         if not self.disjoint and self.pred_ratio is not None:
             raise ValueError("pred_ratio has no meaning without disjoint views: leave out one of them")
+        if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
+            raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the encoder's input."""
         return (self.img_size[0], self.img_size[-1])
+
+    @property
+    def branch_targets(self) -> dict[str, str]:
+        """Branch that is on, "mim" or "vis" -> name of its target."""
+        own = {"mim": self.mim_target, "vis": self.vis_target}
+        return {branch: name or self.target for branch, name in own.items() if getattr(self, branch)}
 
     def replace(self, **changes: Any) -> "PretrainConfig":
         """A copy with changes; a new duration takes the place of the old one. ValueError for unknown names."""
@@ -217,6 +231,9 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "num_heads": (1, math.inf, True),
     "mlp_ratio": (0, math.inf, False),
     "hog_cell": (1, math.inf, True),
+    "teacher_layers": (1, math.inf, True),
+    "ema_layers": (1, math.inf, True),
+    "ema_momentum": (0, 1, True),
     "num_views": (1, math.inf, True),
     "mask_ratio": (0, 1, False),
     "pred_ratio": (0, 1, True),

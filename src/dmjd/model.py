@@ -131,8 +131,7 @@ class MaskedImageModel(nn.Module):
         return self.branch_targets["vis" if "vis" in self.branch_targets else "mim"]  # type: ignore[return-value]
 
     def _target(self, target: str | Target, hog_cell: int | None) -> Target:
-        options = {"cell_size": hog_cell} if target == "hog" else {}
-        return create_target(target, patch_size=self.encoder.patch_size, in_chans=self.encoder.in_chans, **options)
+        return create_target(target, self.encoder, hog_cell=hog_cell)
 
     def draw_masks(self, keys: Tensor) -> Masks:
         """Masks of the model's own settings, a pure function of the image keys [B] int64."""
@@ -177,9 +176,13 @@ class MaskedImageModel(nn.Module):
     @torch.no_grad()
     def targets(self, normalised: Tensor, raw: Tensor) -> dict[str, Tensor]:
         """Targets of the branches that are on, once per image: [B, N, C] float32 each."""
-        with torch.autocast(normalised.device.type, enabled=False):
-            targets = {branch: target(normalised, raw) for branch, target in self.branch_targets.items()}
-            return targets | ({"vis": targets["mim"]} if self.vis and "vis" not in targets else {})
+        device = normalised.device.type
+        reduced, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        targets = {}
+        for branch, target in self.branch_targets.items():
+            with torch.autocast(device, dtype=dtype, enabled=reduced and bool(target.autocast)):
+                targets[branch] = target(normalised, raw)
+        return targets | ({"vis": targets["mim"]} if self.vis and "vis" not in targets else {})
 
     def forward(
         self,
@@ -197,13 +200,16 @@ class MaskedImageModel(nn.Module):
             keys: [B] int64, from which the model draws its masks; None = from torch's random state.
 
         Returns:
-            {"loss", "mim", "vis"}: scalars; a branch that is off has no entry.
+            {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Besides, what targets say of themselves.
         """
         if masks is None:
             masks = self._fresh_masks(images_normalised, keys)
         self._check_sizes(images_normalised, images_0_255, masks)
         targets = self.targets(images_normalised, images_0_255)
-        return self.losses(self.predict(images_normalised, masks), targets, masks)
+        out = self.losses(self.predict(images_normalised, masks), targets, masks)
+        for branch, target in self.branch_targets.items():
+            out |= target.scalars(targets[branch])  # type: ignore[operator]
+        return out
 
     def losses(self, predictions: dict[str, Tensor], targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
         """What :meth:`forward` returns, from :meth:`predict` and :meth:`targets`.
@@ -234,9 +240,10 @@ class MaskedImageModel(nn.Module):
             keys = torch.randint(-(2**63), 2**63 - 1, (images.shape[0],))
         return self.draw_masks(keys.to(images.device))
 
-    def after_step(self, step: int) -> None:
-        """Let the targets follow the encoder after optimizer step ``step``."""
+    def after_step(self, step: int, share: float = 0.0) -> None:
+        """Let the targets follow the encoder after optimizer step ``step``, when ``share`` of the run is done."""
         for target in self.branch_targets.values():
+            target.share = share  # type: ignore[assignment]
             target.after_step(self.encoder, step)  # type: ignore[operator]
 
     def flops(self) -> int:

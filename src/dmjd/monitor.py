@@ -2,7 +2,8 @@
 
 import json
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 from dmjd import evaluation, visualize
 from dmjd.build import open_test_data
@@ -13,6 +14,7 @@ from dmjd.encoders import ENCODER_FILE
 from dmjd.engine import Report
 from dmjd.model import MaskedImageModel
 from dmjd.progress import Console, Logger, open_loggers
+from dmjd.targets import Target
 
 LOOKS = 10  # pictures and online kNN in a run, where no cadence is given
 NUM_PICTURES = 3  # in the pictures a run makes of itself
@@ -38,6 +40,8 @@ class Monitor:
         self._knn: evaluation.OnlineKnn | None = None
         self._baselines: dict[str, float] = {}
         self._next_look = 0.0
+        self._warned: set[str] = set()  # targets whose warning has been shown
+        self._warnings: dict[str, str] = {}  # of targets, as the last line of metrics has it
 
     def open(self, step: int, share: float) -> None:
         """Before training: loggers, and pictures for online kNN where there are labels and a test set.
@@ -70,7 +74,16 @@ class Monitor:
         progress = report.progress
         epoch = progress.images / len(self.source)
         self._write(report, {"epoch": epoch, "seconds": progress.seconds} | report.scalars)
+        self._watch_targets(progress.step, report.scalars)
         self.console.progress(report.share, progress.step, epoch, progress.seconds, report.scalars)
+
+    def _watch_targets(self, step: int, scalars: dict[str, float]) -> None:
+        """Say once what is wrong with a target, such as a collapse."""
+        targets = cast(Iterable[Target], self.model.branch_targets.values())
+        self._warnings = {t.name: text for t in targets if (text := t.warning(scalars)) is not None}
+        for name in self._warnings.keys() - self._warned:
+            self.console.warn(f"step {step}: {self._warnings[name]}")
+        self._warned |= self._warnings.keys()
 
     def _write(self, report: Report, values: dict[str, float]) -> None:
         self.metrics = {"step": report.progress.step} | values
@@ -106,6 +119,8 @@ class Monitor:
             task -> the dict of ``evaluation/<task>.json``; a finished run started again reads what is there.
         """
         path = self.folder.path
+        for text in self._warnings.values():
+            self.console.warn(f"at the end of the run: {text}")
         self._picture("final.png")
         visualize.curves_picture(self.folder.metrics, path / "pictures" / "curves.png")
         self.console.say(f"encoder: {path / ENCODER_FILE}   pictures: {path / 'pictures'}")

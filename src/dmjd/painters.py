@@ -96,7 +96,7 @@ def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: T
         target: HOG becomes glyphs, pixels become a picture, features of any other target their first three
             principal components as colours.
         encoder: whose grid, patch and preprocessing apply.
-        images_0_255: [B, c, H, W] pictures. truth: [B, N, C], their target.
+        images_0_255: [B, c, H, W] pictures. truth: [b, N, C], the target of these or, for the components, of more.
 
     Returns:
         A function from tokens [B, N, C] of these pictures to RGB.
@@ -105,7 +105,7 @@ def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: T
         return lambda tokens: paint_hog(tokens, target, encoder.grid)
     if isinstance(target, PixelTarget):
         return lambda tokens: paint_pixels(tokens, encoder, images_0_255)
-    return _component_painter(truth, encoder.grid)
+    return component_painter(truth, encoder.grid)
 
 
 def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
@@ -146,37 +146,30 @@ def glow(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def component_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """:func:`component_painter` of the tokens [B, N, D], on the same: [B, h, w, 3]."""
+    return component_painter(tokens, grid)(tokens)
+
+
+def component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
     """The first three principal components of the tokens of all pictures as red, green and blue.
 
     Encoders trained by masking keep much of a token's place in it, which would paint every picture with the same
     gradient: the mean token of each place is taken away first, where there are several pictures.
 
     Args:
-        tokens: [B, N, D]. grid: (h, w).
+        truth: [B, N, D], from which mean, components and range are taken. grid: (h, w).
 
     Returns:
-        [B, h, w, 3].
+        A function from tokens [b, N, D] of any pictures to [b, h, w, 3].
     """
-    x = tokens.float()
-    x = x - (x.mean(dim=0) if len(x) > 1 else x.mean(dim=1, keepdim=True))  # B, N, D
-    rows = x.flatten(0, 1)
-    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(-1)[:, :3]  # D, 3
-    values = rows @ basis  # B * N, 3
-    scale = 4 * values.std(dim=0) + 1e-6  # +- 2 deviations fill the range
-    colours = (values / scale + 0.5).clamp(0, 1)
-    return colours.view(len(tokens), *grid, 3)
-
-
-def _component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
-    """The first three principal components of each picture's own true tokens as red, green and blue."""
     truth = truth.float()
-    mean = truth.mean(dim=1, keepdim=True)  # B, 1, C
-    rank = min(3, *truth.shape[1:])
-    basis = torch.linalg.svd(truth - mean, full_matrices=False).Vh[:, :rank].transpose(1, 2)  # B, C, rank
-    scale = 4 * ((truth - mean) @ basis).std(dim=1, keepdim=True) + 1e-6  # +- 2 deviations fill the range
+    mean = truth.mean(dim=0 if len(truth) > 1 else 1, keepdim=True)  # 1, N, D or 1, 1, D
+    rows = (truth - mean).flatten(0, 1)
+    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(-1)[:, :3]  # D, 3, or fewer of a narrow target
+    scale = 4 * (rows @ basis).std(dim=0) + 1e-6  # +- 2 deviations fill the range
 
     def paint(tokens: Tensor) -> Tensor:
-        colours = ((tokens.float() - mean) @ basis) / scale + 0.5  # B, N, rank
-        return _three(colours.clamp(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(1, grid)  # B, h, w, 3
+        colours = ((tokens.float() - mean) @ basis) / scale + 0.5  # b, N, 3
+        return _three(colours.clamp(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(1, grid)
 
     return paint

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ class PretrainTask(Task):
         super().__init__()
         self.model = model
         self.preprocess = preprocess
+        self.share: Callable[[], float] = lambda: 0.0  # of the run that is done; the engine's, once there is one
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss", "mim", "vis"}."""
@@ -66,16 +67,20 @@ class PretrainTask(Task):
 
     def after_step(self, step: int) -> None:
         """Let targets follow the encoder."""
-        self.model.after_step(step)
+        self.model.after_step(step, self.share())
 
 
-def pretrain(config: PretrainConfig) -> RunResult:
+def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, hooks: Sequence[Hook] = ()) -> RunResult:
     """Pre-train an encoder; started again with the same ``out``, go on where it stopped.
 
     On CPU a run that was interrupted and resumed ends with the same bits as one that was not.
 
     Args:
         config: from a recipe, e.g. ``dmjd.recipes.folder(data="pictures", out="runs/mine")``.
+        model: trained in place of the one that ``dmjd.build.build_model(config)`` makes, e.g. of a subclass; fresh,
+            with the same parameters.
+        hooks: called in the first process after every step, with :class:`~dmjd.engine.Report`; their time is not
+            training time.
 
     Returns:
         :class:`RunResult`; the encoder is in ``out`` for :func:`dmjd.load_encoder`.
@@ -89,14 +94,13 @@ def pretrain(config: PretrainConfig) -> RunResult:
     if config.out is None:
         raise ValueError("say where the run goes: --out DIR")
     # 1. the model: settings that cannot be are found before anything is touched
-    model = build_model(config)
+    model = build_model(config) if model is None else model
     # 2. devices and processes
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
     # 3. pictures; the sorted list of a folder is kept with the run and read from there on resume
-    config = config.replace(
-        data=absolute(config.data), test_data=absolute(config.test_data) if config.test_data is not None else None
-    )
+    places = {name: getattr(config, name) for name in ("data", "test_data", "teacher")}
+    config = config.replace(**{name: absolute(value) for name, value in places.items() if value is not None})
     assert config.data is not None
     assert config.out is not None
     out = Path(config.out).expanduser()
@@ -109,7 +113,7 @@ def pretrain(config: PretrainConfig) -> RunResult:
             folder.settle(config)
             source.save_listing(out / LISTING)
         fabric.barrier()
-        return _Run(config, model, fabric, console, source, batch_size, folder).run()
+        return _Run(config, model, fabric, console, source, batch_size, folder, hooks).run()
     finally:
         console.close()
         folder.close()
@@ -147,7 +151,7 @@ def make_engine(
     assert model.encoder.preprocess is not None
     model.encoder.set_grad_checkpointing(config.grad_checkpointing)
     task = PretrainTask(model, model.encoder.preprocess)
-    return Engine(
+    engine = Engine(
         fabric=fabric,
         task=task,
         optimizer=OPTIMIZERS[config.optimizer](task, config.weight_decay),
@@ -163,6 +167,8 @@ def make_engine(
         log_every=config.log_every,
         compile=config.compile,
     )
+    task.share = lambda: engine.duration.share(engine.progress)
+    return engine
 
 
 def make_loader(config: PretrainConfig, source: Source, fabric: Fabric, batch_size: int) -> TrainLoader:
@@ -194,9 +200,10 @@ class _Run:
         source: Source,
         batch_size: int,
         folder: RunFolder,
+        hooks: Sequence[Hook],
     ) -> None:
         self.config, self.model, self.fabric, self.console = config, model, fabric, console
-        self.source, self.batch_size, self.folder = source, batch_size, folder
+        self.source, self.batch_size, self.folder, self.hooks = source, batch_size, folder, hooks
         self.bad = BadPictures()
         self.fingerprint = source.fingerprint()
         self.monitor = Monitor(config, model, source, folder, console)
@@ -277,7 +284,7 @@ class _Run:
         hooks: list[Hook] = []
         if self.folder.owner:  # one process writes, looks and saves
             self.monitor.open(self.engine.progress.step, self.engine.duration.share(self.engine.progress))
-            hooks = [self.monitor.log, self._look, self._save]
+            hooks = [self.monitor.log, self._look, self._save, *self.hooks]
         with StopSignal() as stop:
             batches = self._watched(loader)
             try:

@@ -65,20 +65,25 @@ def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Fi
     return sheet(columns, [""] * B, note)
 
 
-def target_figure(model: MaskedImageModel, images_0_255: Tensor) -> Figure:
+def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int | None = None) -> Figure:
     """Each picture and the target of each branch that is on, for every token.
 
     Args:
-        model: whose encoder's ``preprocess`` is set. images_0_255: [B, c, H, W].
+        model: whose encoder's ``preprocess`` is set.
+        images_0_255: [B, c, H, W]; principal components of features are taken from all of them.
+        num_shown: how many are drawn; None = all.
     """
+    shown = images_0_255[:num_shown]
     with evaluating(model):
         normalised = known_preprocess(model.encoder).normalise(images_0_255)
         truths = model.targets(normalised, images_0_255.float())
-        columns: Columns = {"picture": list(picture_rgb(images_0_255))}
+        columns: Columns = {"picture": list(picture_rgb(shown))}
         for branches, target in _targets(model):
-            paint = painter_for(target, model.encoder, images_0_255, truths[branches[0]])
-            columns[_target_title(target, branches)] = list(paint(truths[branches[0]]))
-    return sheet(columns, [""] * len(images_0_255))
+            truth = truths[branches[0]]
+            paint = painter_for(target, model.encoder, shown, truth)
+            columns[_target_title(target, branches)] = list(paint(truth[: len(shown)]))
+    features = [target for _, target in _targets(model) if not isinstance(target, HogTarget | PixelTarget)]
+    return sheet(columns, [""] * len(shown), " ".join(_component_note(target) for target in features))
 
 
 def reconstruction_figure(
@@ -159,8 +164,15 @@ def _note(model: MaskedImageModel) -> str:
         elif isinstance(target, PixelTarget):
             notes.append(f"Pixel patches are {UNNORMALISED}.")
         else:
-            notes.append(f"{target.name}: colours are the first three principal components of the true tokens.")
+            notes.append(_component_note(target))
     return " ".join(notes)
+
+
+def _component_note(target: Target) -> str:
+    return (
+        f"{target.name}: colours are the first three principal components of the true tokens, tokens of one colour "
+        "being alike; the mean token of each place is taken away first."
+    )
 
 
 def _by_picture(views: Sequence[Tensor]) -> list[Tensor]:
@@ -267,14 +279,15 @@ def show(
 
 def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
     """One of ``MODEL_KINDS`` on some pictures of a set."""
-    raw, index = _some_pictures(source, known_preprocess(model.encoder), num_images, seed)
+    count = max(num_images, _FOR_COMPONENTS) if kind == "targets" else num_images
+    raw, index = _some_pictures(source, known_preprocess(model.encoder), count, seed)
     device = next(model.parameters()).device
     raw = raw.to(device)
     keys = image_keys(seed, torch.zeros_like(index), index).to(device)
     if kind == "masks":
         return mask_figure(raw, model.draw_masks(keys), model.encoder.grid)
     if kind == "targets":
-        return target_figure(model, raw)
+        return target_figure(model, raw, num_images)
     return reconstruction_figure(model, raw, keys=keys)
 
 

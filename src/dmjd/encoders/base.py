@@ -1,7 +1,7 @@
 """What every encoder offers, so that everything downstream is written once."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,11 @@ class Encoder(nn.Module):
         """N, patch tokens of an image of ``img_size``."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def depth(self) -> int:
+        """Transformer blocks."""
+        return len(cast(nn.ModuleList, self.blocks))
+
     def init_weights(self) -> None:
         """MAE's initialisation of every linear layer (see :func:`dmjd.layers.init_linear`)."""
         self.apply(init_linear)
@@ -79,6 +84,17 @@ class Encoder(nn.Module):
 
         Returns:
             tokens [R, prefix + V, D]; one [R, V, s, s, d] for each of ``scales``.
+        """
+        raise NotImplementedError
+
+    def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
+        """Patch tokens after each of the last ``count`` transformer blocks, before the norm.
+
+        Args:
+            images: [B, C, H, W] normalised. count: 1 to :attr:`depth`.
+
+        Returns:
+            [B, N, D] each, the last block's at the end.
         """
         raise NotImplementedError
 

@@ -97,9 +97,13 @@ class ConvViT(Encoder):
             x2 = self.run_block(block, x2, depthwise[1])
         return x1, x2
 
+    def _embed(self, x2: Tensor, positions: Tensor) -> Tensor:
+        """Stage 2's cells by token [R, V, 2, 2, d2] -> stage 3's input [R, V, D]."""
+        return self.patch_embed4(self.patch_embed3(x2).flatten(2, 4)) + positions
+
     def _transformer_stage(self, x2: Tensor, positions: Tensor) -> Tensor:
         """Stage 3: tokens [R, V, 2, 2, d2] -> [R, V, D]."""
-        x = self.patch_embed4(self.patch_embed3(x2).flatten(2, 4)) + positions
+        x = self._embed(x2, positions)
         for block in self.blocks:
             x = self.run_block(block, x)
         return x
@@ -182,6 +186,16 @@ class ConvViT(Encoder):
             maps.append((tokens if norm else x3).transpose(1, 2).unflatten(2, grid))
         outputs = [maps[i].contiguous() for i in take]
         return outputs if intermediates_only else (tokens, outputs)
+
+    def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
+        """Patch tokens of stage 3's last blocks; see :class:`Encoder`."""
+        grid = self.check_images(images)
+        x = self._embed(_to_tokens(self._dense_maps(images)[1], grid), self.positions(grid))
+        outputs = []
+        for block in self.blocks:
+            x = self.run_block(block, x)
+            outputs.append(x)
+        return outputs[-count:]
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True

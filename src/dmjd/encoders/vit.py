@@ -4,6 +4,7 @@ Parameter names equal timm's VisionTransformer, so state dicts move both ways wi
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,11 @@ class VisionTransformer(Encoder):
                 y = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
                 outputs.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, grid).contiguous())
         return outputs if intermediates_only else (self.norm(x), outputs)
+
+    def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
+        """Patch tokens of the last blocks; see :class:`Encoder`."""
+        outputs = self.forward_intermediates(images, count, output_fmt="NLC", intermediates_only=True)
+        return cast(list[Tensor], outputs)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True

@@ -2,27 +2,68 @@
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from dmjd.encoders import Encoder
 from dmjd.targets.base import Target, whiten
+from dmjd.targets.ema import MOMENTUM, EmaTarget
 from dmjd.targets.hog import HogTarget, default_cell, hog
 from dmjd.targets.pixel import PixelTarget
+from dmjd.targets.teacher import TeacherTarget
 
-__all__ = ["TARGETS", "HogTarget", "PixelTarget", "Target", "create_target", "default_cell", "hog", "whiten"]
+__all__ = [
+    "TARGETS",
+    "EmaTarget",
+    "HogTarget",
+    "PixelTarget",
+    "Target",
+    "TeacherTarget",
+    "create_target",
+    "default_cell",
+    "hog",
+    "whiten",
+]
 
-# name: maker(patch_size=, in_chans=, **options of that target)
-TARGETS: dict[str, Callable[..., Target]] = {"hog": HogTarget, "pixel": PixelTarget}
+
+def _hog(encoder: Encoder, *, hog_cell: int | None = None, **others: Any) -> Target:
+    return HogTarget(patch_size=encoder.patch_size, in_chans=encoder.in_chans, cell_size=hog_cell)
 
 
-def create_target(target: str | Target, *, patch_size: int, in_chans: int, **options: Any) -> Target:
+def _pixel(encoder: Encoder, **others: Any) -> Target:
+    return PixelTarget(patch_size=encoder.patch_size, in_chans=encoder.in_chans)
+
+
+def _teacher(
+    encoder: Encoder, *, teacher: str | Path | nn.Module | None = None, teacher_layers: int = 1, **others: Any
+) -> Target:
+    return TeacherTarget(encoder, teacher, layers=teacher_layers)
+
+
+def _ema(encoder: Encoder, *, ema_layers: int | None = None, ema_momentum: float = MOMENTUM, **others: Any) -> Target:
+    return EmaTarget(encoder, layers=ema_layers, momentum=ema_momentum)
+
+
+# name: maker(encoder, **settings of a run by the names of the configuration), which takes its own and leaves others
+TARGETS: dict[str, Callable[..., Target]] = {"hog": _hog, "pixel": _pixel, "teacher": _teacher, "ema": _ema}
+
+
+def create_target(target: str | Target, encoder: Encoder, **settings: Any) -> Target:
     """A target by name, or a ready one passed through.
 
+    Args:
+        target: a name of :data:`TARGETS`, or a target. encoder: the encoder that will learn from it.
+        settings: ``hog_cell``, ``teacher``, ``teacher_layers``, ``ema_layers``, ``ema_momentum``, as in
+            :class:`~dmjd.config.PretrainConfig`; those of other targets are left alone.
+
     Raises:
-        ValueError: unknown name; the nearest is suggested.
+        ValueError: unknown name (the nearest is suggested), or settings that cannot be.
     """
     if isinstance(target, Target):
         return target
     if target not in TARGETS:
         near = difflib.get_close_matches(target, TARGETS, n=1, cutoff=0.0)
         raise ValueError(f"unknown target '{target}'; did you mean '{near[0]}'? Targets: {', '.join(TARGETS)}")
-    return TARGETS[target](patch_size=patch_size, in_chans=in_chans, **options)
+    return TARGETS[target](encoder, **settings)

@@ -1,5 +1,8 @@
 """The protocol every target keeps; the model sees nothing else of it."""
 
+from collections.abc import Mapping, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,16 +14,33 @@ def whiten(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=WHITEN_EPS)
 
 
+def whitened_mean(layers: Sequence[Tensor]) -> Tensor:
+    """Features of one or more layers as one target: each whitened, so that none outweighs the others, then averaged.
+
+    Args:
+        layers: [B, N, C] each, of any floating type.
+
+    Returns:
+        [B, N, C] float32, whitened.
+    """
+    white = [whiten(layer.float()) for layer in layers]
+    return white[0] if len(white) == 1 else whiten(torch.stack(white).mean(dim=0))
+
+
 class Target(nn.Module):
     """Maps the unmasked image to one vector per token; no gradient flows through it.
 
     Attributes:
         name: the word users choose it by.
         dim: C, numbers per token.
+        autocast: whether it may compute in the run's reduced precision; its result is float32 either way.
+        share: how much of the run is done, 0 to 1; set before :meth:`after_step`, for schedules.
     """
 
     name: str
     dim: int
+    autocast = False
+    share = 0.0
 
     def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
         """The targets.
@@ -35,3 +55,11 @@ class Target(nn.Module):
 
     def after_step(self, encoder: nn.Module, step: int) -> None:
         """Called after optimizer step ``step`` (from 1); targets that follow the encoder override it."""
+
+    def scalars(self, features: Tensor) -> dict[str, Tensor]:
+        """What is to be logged of the targets [B, N, C] of a step: name -> scalar."""
+        return {}
+
+    def warning(self, scalars: Mapping[str, float]) -> str | None:
+        """What a user must be told, given the logged means of :meth:`scalars`; None where all is well."""
+        return None

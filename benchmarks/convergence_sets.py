@@ -1,0 +1,149 @@
+"""What ``convergence.py`` compares: named sets of variants, each a recipe of the library with a few changes."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmjd.build import build_model
+from dmjd.config import PretrainConfig
+from dmjd.masking import Masks
+from dmjd.model import MaskedImageModel
+from dmjd.tokens import hash64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a study.
+
+    Attributes:
+        recipe: of the library. overrides: its settings that differ.
+        misaligned: compare the visible branch with targets in the published order, see :class:`Misaligned`.
+        scale_rule: whether the rate follows p / c.
+        rate_of: the variant whose base rate it takes over; None = its own is searched.
+        teacher: the variant whose first run is its teacher.
+        share: of the study's time, for whole schedules that are shorter.
+    """
+
+    recipe: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    misaligned: bool = False
+    scale_rule: bool = True
+    rate_of: str | None = None
+    teacher: str | None = None
+    share: float = 1.0
+
+
+# The lite encoders learn something within minutes on one core.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "vit": {"encoder": "vit_tiny_patch4"},
+    "conv": {"encoder": "conv_vit_tiny_patch4"},
+    "vit_lite": {"encoder": "vit_tiny_patch4", "embed_dim": 128, "depth": 5, "num_heads": 4}
+    | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
+    "conv_lite": {"encoder": "conv_vit_tiny_patch4", "embed_dim": (32, 64, 128), "depth": (1, 1, 4), "num_heads": 4}
+    | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
+}
+SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "targets")
+
+
+def of_dmjd(**overrides: Any) -> Variant:
+    """The paper's recipe with changes, at the rate found for it."""
+    return Variant("dmjd", overrides, rate_of="dmjd")
+
+
+def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
+    """The variants of a set, the baseline first."""
+    pixels = "convmae" if convolutional else "mae"
+    own = {each: Variant(each) for each in ("maskfeat", "dm", "jd", "dmjd", "complementary", "independent")}
+    if name == "main":
+        ratios = {"mlp_ratio": (8, 8, 4), "decoder_mlp_ratio": 8}
+        fair = {"convmae_dmjd_ratios": Variant("convmae", ratios)} if convolutional else {}
+        return {pixels: Variant(pixels)} | fair | own
+    if name == "speed":
+        return {pixels: Variant(pixels), "maskfeat": own["maskfeat"]} | {
+            f"dmjd@{share}": Variant("dmjd", rate_of="dmjd", share=float(Fraction(share)))
+            for share in ("1", "10/18", "10/30", "10/37")
+        }
+    if name == "alignment":
+        misaligned = {f"{each}_misaligned": Variant(each, misaligned=True) for each in ("jd", "dmjd")}
+        return {each: own[each] for each in ("maskfeat", "dm", "jd", "dmjd")} | misaligned
+    if name == "rule":  # a rate that was found for one view, where the rule changes nothing
+        return {"jd": own["jd"]} | {
+            f"{recipe}{'' if rule else '_no_rule'}": Variant(recipe, scale_rule=rule, rate_of="jd")
+            for recipe in ("dmjd", "complementary")
+            for rule in (True, False)
+        }
+    if name == "targets":
+        by = {"pixel": ("pixel", "pixel"), "ema": ("ema", "ema"), "pixel_hog": ("pixel", "hog")}
+        by |= {"hog_pixel": ("hog", "pixel"), "hog_ema": ("hog", "ema")}
+        taught = {
+            "teacher": ("teacher", "teacher"),
+            "hog_teacher": ("hog", "teacher"),
+            "pixel_teacher": ("pixel", "teacher"),
+        }
+        return (
+            {"dmjd": own["dmjd"]}
+            | {key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}) for key, (mim, vis) in by.items()}
+            | {
+                key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}, teacher="dmjd")
+                for key, (mim, vis) in taught.items()
+            }
+        )
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
+        "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}
+        | {f"p_{p}": {"pred_ratio": p} for p in (0.6, 0.7, 0.8, 0.9)},
+        "block": {"block_1": {"block_size": 1}},
+        "theta": {f"theta_{theta:g}": {"theta": theta} for theta in (0.3, 3.0, 10.0)},
+        "hog": {f"cell_{cell}": {"hog_cell": cell} for cell in (1, 4)},
+    }
+    return {"dmjd": own["dmjd"]} | {key: of_dmjd(**change) for key, change in changes[name].items()}
+
+
+def with_share(name: str, known: dict[str, Variant]) -> Variant:
+    """``name`` or ``name@share`` (a number or a fraction such as 10/37): a variant of that share of the time.
+
+    Raises:
+        ValueError: for a name that is not known, or a share that is no number.
+    """
+    base, at, share = name.partition("@")
+    if name in known:
+        return known[name]
+    if base not in known:
+        raise ValueError(f"no variant '{base}' in this set; there are: {', '.join(known)}")
+    variant = known[base]
+    return (
+        dataclasses.replace(variant, share=float(Fraction(share)), rate_of=variant.rate_of or base) if at else variant
+    )
+
+
+class Misaligned(MaskedImageModel):
+    """The published order of the visible branch: tokens come shuffled, their targets by place.
+
+    So the prediction of each visible token is compared with the target of some other one. Reconstruction is left alone.
+    """
+
+    def draw_masks(self, keys: Tensor) -> Masks:
+        """The model's masks, the visible tokens of each view in random order."""
+        masks = super().draw_masks(keys)
+        K, B, V = masks.visible.shape
+        device = keys.device
+        views, places = (torch.arange(n, device=device) for n in (K, V))
+        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), places)  # K, B, V
+        return dataclasses.replace(masks, visible=masks.visible.gather(2, noise.argsort(dim=-1)))
+
+    def losses(self, predictions: dict[str, Tensor], targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+        """The model's losses, visible targets in raster order."""
+        raster = dataclasses.replace(masks, visible=masks.visible.sort(dim=-1).values)
+        return super().losses(predictions, targets, raster)
+
+
+def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
+    """The fresh model of a variant; both orders start from the same weights."""
+    model = build_model(config)
+    if variant.misaligned:
+        model.__class__ = Misaligned
+    return model

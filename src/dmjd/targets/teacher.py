@@ -1,0 +1,177 @@
+"""Targets from a frozen trained model: any timm model with feature maps, or the encoder of a previous run."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmjd.encoders import Encoder, load_encoder
+from dmjd.pictures import Preprocess
+from dmjd.targets.base import Target, whitened_mean
+
+_SOURCES = ("hf-hub:", "local-dir:")  # timm's own words for weights that are not in its list
+_HASH_DIGITS = 16
+LUMINANCE = (0.299, 0.587, 0.114)  # Rec. 601
+
+
+class TeacherTarget(Target):
+    """Dense features of a frozen model, resized to the token grid and whitened.
+
+    The teacher sees the picture as it was trained to: from the 0..255 scale through its own channels, size, mean and
+    deviation. A previous run gives its block outputs, as it does downstream; a timm model its maps after the final
+    norm. Prefix tokens are dropped. Its weights are in no checkpoint; their hash is, and is compared on resume.
+
+    Args:
+        encoder: the student, whose token grid and channels apply.
+        teacher: a run folder, an encoder file or checkpoint, a name of timm's (pretrained weights are fetched, or taken
+            from the cache), or a ready timm model or :class:`Encoder`, which is put into evaluation mode.
+        layers: last blocks that are averaged, each whitened first.
+
+    Raises:
+        ValueError: naming what is wrong with the teacher and the cure.
+    """
+
+    name = "teacher"
+    autocast = True
+
+    def __init__(self, encoder: Encoder, teacher: str | Path | nn.Module | None, *, layers: int = 1) -> None:
+        super().__init__()
+        if teacher is None:
+            raise ValueError("target 'teacher' needs a teacher: --teacher RUN, an encoder file or a timm model")
+        self.source = "the model given" if isinstance(teacher, nn.Module) else str(teacher)
+        model = teacher if isinstance(teacher, nn.Module) else load_teacher(str(teacher))
+        # In a tuple it is no submodule: it is not saved, not trained, not synchronised and never in training mode.
+        self._held = (model.eval(),)
+        self.layers, self.grid = layers, encoder.grid
+        self.preprocess = _preprocess_of(model, self.source)
+        self.fingerprint = _fingerprint(model, self.preprocess)
+        maps = self._try(encoder.in_chans)
+        if len({feature_map.shape[1] for feature_map in maps}) > 1:
+            raise ValueError(f"the last {layers} maps of teacher {self.source} differ in width: use --teacher-layers 1")
+        self.dim = maps[0].shape[1]
+
+    def _try(self, in_chans: int) -> list[Tensor]:
+        """Maps of an empty picture: what cannot work is found out here."""
+        wanted = self.preprocess.in_chans
+        if in_chans != wanted and not (in_chans in (1, 3, 4) and wanted in (1, 3)):
+            raise ValueError(
+                f"teacher {self.source} takes {wanted} channels, the run has {in_chans}: "
+                "give --in-chans as the teacher's, or another teacher"
+            )
+        with torch.no_grad():
+            return self._maps(torch.zeros(1, wanted, *self.preprocess.img_size))
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """Normalised pictures -> feature maps [B, C, h, w] of the last layers, in the teacher's own grid."""
+        model = self._held[0]
+        if isinstance(model, Encoder):
+            if self.layers > model.depth:
+                raise ValueError(f"--teacher-layers {self.layers}: the teacher has only {model.depth} blocks")
+            outputs = model.block_outputs(images, self.layers)
+            return [x.transpose(1, 2).unflatten(2, model.check_images(images)) for x in outputs]
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(f"teacher {self.source} gives no token grid or feature map (timm's forward_intermediates)")
+        try:
+            intermediates = cast(Callable[..., list[Tensor]], model.forward_intermediates)
+            return intermediates(images, indices=self.layers, norm=True, output_fmt="NCHW", intermediates_only=True)
+        except AssertionError:  # timm's way to say that there are not so many
+            raise ValueError(f"--teacher-layers {self.layers}: teacher {self.source} has fewer layers") from None
+
+    @torch.no_grad()
+    def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
+        """[B, c, H, W] on the 0..255 scale (``raw``) -> [B, N, C]."""
+        images = to_channels(raw.float(), self.preprocess.in_chans)
+        if images.shape[2:] != self.preprocess.img_size:
+            images = F.interpolate(images, self.preprocess.img_size, mode="bicubic", antialias=True).clamp(0, 255)
+        maps = self._maps(self.preprocess.normalise(images))
+        return whitened_mean([to_grid(x.float(), self.grid).flatten(2).transpose(1, 2) for x in maps])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherTarget":
+        """The teacher goes where the model goes."""
+        self._held[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def get_extra_state(self) -> Tensor:
+        """The hash of the teacher, for checkpoints: [16] uint8."""
+        return torch.tensor(list(self.fingerprint.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse to go on with another teacher than the run began with."""
+        if (saved := bytes(state.tolist()).decode()) != self.fingerprint:
+            raise ValueError(
+                f"--teacher {self.source} is not the teacher this run began with (its weights hash to "
+                f"{self.fingerprint}, those of the run to {saved}): give the former one, or another --out"
+            )
+
+
+def load_teacher(source: str) -> nn.Module:
+    """A trained model by the name users give; torch's random state is left alone.
+
+    Raises:
+        ValueError: when there is no such model, or its weights cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if Path(source).expanduser().exists():
+            return load_encoder(source)
+        if not (source.startswith(_SOURCES) or timm.is_model(source)):
+            near = difflib.get_close_matches(source, timm.list_models(), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"teacher {source} is no run folder, no encoder file and no model of timm{hint}")
+        try:
+            return timm.create_model(source, pretrained=True, num_classes=0)
+        # Networks, caches and timm itself fail in many ways; each means that the weights are not here.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise ValueError(
+                f"the weights of teacher {source} cannot be had ({reason}).\n"
+                "Without a network they must be in the Hugging Face cache, or in a folder: --teacher local-dir:FOLDER"
+            ) from None
+
+
+def _preprocess_of(model: nn.Module, source: str) -> Preprocess:
+    """What the teacher wants done to a picture."""
+    if isinstance(model, Encoder):
+        if model.preprocess is None:
+            raise ValueError(f"teacher {source} does not know its preprocessing: set its preprocess = Preprocess(...)")
+        return model.preprocess
+    data: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    channels, height, width = data["input_size"]
+    return Preprocess((height, width), channels, tuple(data["mean"]), tuple(data["std"]))
+
+
+def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
+    """Hexadecimal digits that change with weights, their names or the preprocessing."""
+    digest = hashlib.sha256(json.dumps(preprocess.to_dict(), sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:_HASH_DIGITS]
+
+
+def to_channels(raw: Tensor, in_chans: int) -> Tensor:
+    """Pictures [B, c, H, W] on the 0..255 scale with 1 or 3 channels, as pictures are read: grey, alpha over white."""
+    if raw.shape[1] == in_chans:
+        return raw
+    if raw.shape[1] == 4:
+        alpha = raw[:, 3:] / 255
+        raw = raw[:, :3] * alpha + 255 * (1 - alpha)
+    if raw.shape[1] == 3 and in_chans == 1:
+        return (raw * raw.new_tensor(LUMINANCE).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    return raw.expand(-1, in_chans, -1, -1)
+
+
+def to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Feature maps [B, C, h, w] on another grid: means of what falls into a cell, or bilinear where there is less."""
+    h, w = x.shape[2:]
+    if (h, w) == grid:
+        return x
+    if h >= grid[0] and w >= grid[1]:
+        return F.adaptive_avg_pool2d(x, grid)
+    return F.interpolate(x, size=grid, mode="bilinear", align_corners=False)

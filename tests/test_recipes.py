@@ -1,0 +1,94 @@
+"""Recipes: each differs from its neighbour only in what names it, and makes a model that trains."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from dmjd import recipes
+from dmjd.build import build_model
+from dmjd.config import PretrainConfig
+
+TINY = {"img_size": 32, "encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False}
+HYBRID = {
+    "img_size": 32,
+    "encoder": "conv_vit_tiny_patch4",
+    "embed_dim": (16, 16, 32),
+    "depth": (1, 1, 1),
+    "num_heads": 2,
+}
+
+
+def differences(name: str, base: str) -> dict:
+    one, other = (dataclasses.asdict(recipes.get_recipe(n)()) for n in (name, base))
+    return {key: value for key, value in one.items() if value != other[key] and key != "recipe"}
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "expected"),
+    [
+        ("maskfeat", "dmjd", {"num_views": 1, "vis": False}),
+        ("dm", "maskfeat", {"num_views": 2}),
+        ("jd", "maskfeat", {"vis": True}),
+        ("dmjd", "dm", {"vis": True}),
+        ("dmjd", "jd", {"num_views": 2}),
+        ("complementary", "dmjd", {"num_views": 4, "mask_ratio": 0.75, "block_size": 1}),
+        ("independent", "dmjd", {"disjoint": False}),
+        (
+            "convmae",
+            "mae",
+            {
+                "encoder": "conv_vit_base_patch16",
+                "class_token": False,
+                "mlp_ratio": (4.0, 4.0, 4.0),
+                "decoder_mlp_ratio": 4.0,
+                "epochs": 1600.0,
+            },
+        ),
+    ],
+)
+def test_only_what_names_it_differs(name, base, expected):
+    assert differences(name, base) == expected
+
+
+def test_the_papers_recipe_is_the_default_and_its_numbers_stand():
+    assert dataclasses.replace(PretrainConfig(), recipe="dmjd") == recipes.dmjd()
+    config = recipes.dmjd()
+    assert (config.num_views, config.mask_ratio, config.target, config.theta) == (2, 0.6, "hog", 1.0)
+    assert (config.epochs, config.blr, config.crop_scale, config.weight_decay) == (400.0, 6e-4, (0.5, 1.0), 0.05)
+    pixels = recipes.mae()
+    assert (pixels.target, pixels.num_views, pixels.mask_ratio, pixels.vis) == ("pixel", 1, 0.75, False)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_docstring_holds_the_command(name):
+    text = inspect.getdoc(recipes.RECIPES[name])
+    assert f"dmjd pretrain {'' if name == 'dmjd' else name + ' '}" in text
+    assert len(text.splitlines()[0]) < 105  # it stands in the help
+
+
+@pytest.mark.parametrize("name", ["mae", "maskfeat", "dm", "jd", "dmjd", "complementary", "independent"])
+def test_models_of_the_recipes(name):
+    model = build_model(recipes.get_recipe(name)(**TINY))
+    raw = torch.randint(0, 256, (4, 3, 32, 32)).float()
+    out = model(raw / 128 - 1, raw, keys=torch.arange(4))
+    assert set(out) == {"loss", "mim"} | ({"vis"} if name not in ("mae", "maskfeat", "dm") else set())
+    assert bool(out["loss"].isfinite())
+    visible = (~model.draw_masks(torch.arange(50)).mask).sum(dim=0)  # how often each token is visible
+    if name == "complementary":
+        assert bool((visible == 1).all())
+    if name in ("dm", "dmjd"):
+        assert int(visible.max()) == 1
+    if name == "independent":
+        assert int(visible.max()) == 2
+
+
+def test_convmaes_own_ratios_and_dmjds():
+    own = build_model(recipes.convmae(**HYBRID))
+    assert own.encoder.mlp_ratios == (4.0, 4.0, 4.0)
+    assert own.decoder.mlp_ratio == 4.0
+    same = build_model(recipes.convmae(mlp_ratio=(8, 8, 4), decoder_mlp_ratio=8, **HYBRID))
+    theirs = build_model(recipes.dmjd(**HYBRID))
+    assert same.encoder.mlp_ratios == theirs.encoder.mlp_ratios == (8.0, 8.0, 4.0)
+    assert same.decoder.mlp_ratio == theirs.decoder.mlp_ratio == 8.0
