@@ -14,7 +14,6 @@ NUM_BINS = 9
 _CPU_PIXELS, _DEVICE_PIXELS = 1 << 18, 1 << 25
 # The table of all gradients that differences of bytes can make; for more bins than this it would not pay.
 _TABLE_SIDE, _TABLE_BINS = 512, 32
-_TABLE_ZERO = 256 * _TABLE_SIDE + 256
 
 
 def default_cell(patch_size: int) -> int:
@@ -69,19 +68,24 @@ def _looked_up(planes: Tensor, cell: int, num_bins: int) -> Tensor:
     """[b, H, W] uint8 -> [b, H/cell, cell, W/cell, bins]: sums over rows of cells, by the table of all gradients."""
     b, H, W = planes.shape
     x = planes.int()
-    rows = torch.full_like(x, _TABLE_ZERO)
-    rows[:, 1:-1].add_(x[:, 2:], alpha=_TABLE_SIDE).sub_(x[:, :-2], alpha=_TABLE_SIDE)
-    rows[..., 1:-1].add_(x[..., 2:]).sub_(x[..., :-2])
-    sums = F.embedding_bag(rows.view(-1, cell), _gradient_table(num_bins), mode="sum")
+    at = torch.empty_like(x)  # 512 * row difference + column difference
+    at[:, :1], at[:, -1:] = 0, 0
+    torch.sub(x[:, 2:], x[:, :-2], out=at[:, 1:-1])
+    at[..., :: max(1, W - 1)].mul_(_TABLE_SIDE)  # the border, of no column difference
+    inner = at[..., 1:-1]
+    torch.add(x[..., 2:], inner, alpha=_TABLE_SIDE, out=inner).sub_(x[..., :-2])
+    sums = F.embedding_bag(at.abs_().view(-1, cell), _gradient_table(num_bins), mode="sum")
     return sums.view(b, H // cell, cell, W // cell, num_bins)
 
 
 @functools.lru_cache(maxsize=2)
 def _gradient_table(num_bins: int) -> Tensor:
-    """[512 * 512, bins] float32: row (row difference + 256) * 512 + column difference + 256 holds the gradient's
-    magnitude in its bin and zeros beside it. Differences of bytes are whole numbers, so these are all there are."""
-    d = torch.arange(-256.0, 256.0)
-    bins, magnitude = _polar(*torch.meshgrid(d, d, indexing="ij"), num_bins)
+    """[256 * 512, bins] float32: row |512 * row difference + column difference| holds the gradient's magnitude in its
+    bin and zeros beside it. Differences of bytes are whole, so these are all there are; a gradient and its opposite
+    share a row."""
+    rows = torch.arange(_TABLE_SIDE // 2 * _TABLE_SIDE)
+    down = (rows + _TABLE_SIDE // 2).div(_TABLE_SIDE, rounding_mode="floor")
+    bins, magnitude = _polar(down.float(), (rows - down * _TABLE_SIDE).float(), num_bins)
     return _one_hot(num_bins)[bins.flatten().long()] * magnitude.view(-1, 1)
 
 
