@@ -5,6 +5,7 @@
 Every side of the HOG comparison runs in a process of its own, several times in turn, on the same bytes mapped from a
 file. Its memory is how far the process's peak rises above what it held before; the peak is set back to that first, so
 that nothing earlier hides it. "kept" is the allocator setting of a training run (``keep_freed_memory``).
+``--only`` measures one part and leaves the others in the JSON file as they are.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from torch import Tensor
 
 import dmjd
 from dmjd.devices import keep_freed_memory
-from dmjd.speed import bench, machine, matmul_rate, wait
+from dmjd.speed import bench, machine, wait
 
 BATCH, SIZE = 64, 224
+PARTS = ("hog", "masks", "fp32", "bf16")  # the last two: share of a ViT-tiny step
 
 
 def one_hot_hog(images: Tensor, cell_size: int = 8, num_bins: int = 9) -> Tensor:
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="measured ViT-tiny steps")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -147,23 +150,22 @@ def main() -> None:
     if args.side:
         print(json.dumps(measure_side(args.side, args.file, device)))
         return
-    hog = compare_hog(args.rounds, device)
-    keys = torch.arange(1024, device=device)
-    keep_freed_memory(device)
-    masks = seconds_of(lambda: dmjd.disjoint_masks(1024, (14, 14), 2, 0.6, keys=keys), device)
-    recipe = dmjd.recipes.dmjd(encoder="vit_tiny_patch16", batch_size=BATCH)
-    share = {
-        precision: bench(recipe.replace(precision=precision), steps=args.steps)["parts"]["masks and targets"]
-        for precision in ("fp32", "bf16")
-    }
-    result = {
-        "hog": hog,
-        "masks_1024x196_k2_seconds": masks,
-        "share_of_vit_tiny_step": share,
-        "matmul_gflops": matmul_rate(device, torch.float32) / 1e9,
-        "machine": machine(device),
-        "versions": {"dmjd": dmjd.__version__, "torch": torch.__version__},
-    }
+    result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for part in (args.only,) if args.only else PARTS:
+        if part == "hog":
+            result[part] = compare_hog(args.rounds, device)
+            continue
+        keep_freed_memory(device)
+        if part == "masks":
+            keys = torch.arange(1024, device=device)
+            seconds = seconds_of(lambda: dmjd.disjoint_masks(1024, (14, 14), 2, 0.6, keys=keys), device)
+            result["masks_1024x196_k2_seconds"] = seconds
+        else:
+            config = dmjd.recipes.dmjd(encoder="vit_tiny_patch16", batch_size=BATCH, precision=part)
+            parts = bench(config, steps=args.steps)["parts"]
+            result.setdefault("share_of_vit_tiny_step", {})[part] = parts["masks and targets"]
+    result["machine"] = machine(device)
+    result["versions"] = {"dmjd": dmjd.__version__, "torch": torch.__version__}
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
