@@ -377,6 +377,14 @@ def test_preprocess_fits_any_picture(height, width, h, w):
     assert left + box_width <= width
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 32, 32), (3, 16, 16), (0, 3, 8, 8), (2, 2, 3, 8, 8), (3, 3, 300, 300)])
+def test_bytes_are_normalised_to_the_bits_of_floats(shape):
+    """Bytes are normalised in parts."""
+    raw = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    preprocess = Preprocess(shape[-2:], 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    assert torch.equal(preprocess.normalise(raw), preprocess.normalise(raw.float()))
+
+
 def test_preprocess_takes_any_picture_and_normalises(tmp_path):
     preprocess = Preprocess((8, 8))
     picture = colours(16, 24)

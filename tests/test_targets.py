@@ -46,6 +46,26 @@ def test_hog_takes_any_number_type(dtype):
     assert torch.equal(hog(images.to(dtype), 4), hog(images.float(), 4))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4, 7, 8]), st.sampled_from([1, 4, 9, 12, 40]), st.integers(1, 3), st.integers(1, 3),
+    st.integers(0, 2**32 - 1), st.sampled_from([2, 3, 256]),
+)  # fmt: skip
+def test_hog_of_bytes_has_the_bits_of_hog_of_floats(cell, bins, rows, columns, seed, levels):
+    """Bytes take another way; steep and flat gradients, borders of one and two pixels, more bins than it serves."""
+    values = np.random.default_rng(seed).integers(0, levels, (2, 2, rows * cell, columns * cell))
+    images = torch.from_numpy((values * (255 // (levels - 1))).astype(np.uint8))
+    assert torch.equal(hog(images, cell, bins), hog(images.float(), cell, bins))
+
+
+def test_hog_in_chunks_equals_hog_of_single_pictures():
+    """Pictures larger than one chunk, and a number of them that no chunk size divides."""
+    images = torch.randint(0, 256, (3, 1, 640, 512), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    assert torch.equal(hog(images), torch.cat([hog(image[None]) for image in images]))
+    small = images[:, :, :320, :96].reshape(-1, 1, 32, 32)[:, :, :24]
+    assert torch.equal(hog(small.repeat(5, 1, 1, 1))[-len(small) :], hog(small))
+
+
 @pytest.mark.parametrize(
     ("d_row", "d_col", "expected_bin"),
     [(0, 1, 0), (0, -1, 0), (1, 100, 0), (-1, -100, 0), (1, -100, 8), (-1, 100, 8), (1, 0, 4), (-1, 0, 4), (1, 1, 2)],

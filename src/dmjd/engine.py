@@ -109,6 +109,16 @@ def make_fabric(device: str, precision: str) -> Fabric:
     return fabric
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """What ``torch.manual_seed`` does, for the CPU and one device: that one asks every backend and, where CUDA has not
+    started, formats the call stack, which takes longer than the optimizer of a small model.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 class Task(nn.Module):
     """What is trained: ``forward(batch) -> {"loss": scalar, other scalars to log}``."""
 
@@ -213,7 +223,7 @@ class Engine:
             batch = next(batches)
             meter.waited += time.perf_counter() - waited
             # Seeding from the step makes dropout exact on resume without saving any generator.
-            torch.manual_seed(int(hash64(STREAM_STEP, self.seed, step, part, rank)) & (2**63 - 1))
+            seed_device(self.fabric.device, int(hash64(STREAM_STEP, self.seed, step, part, rank)) & (2**63 - 1))
             last = part == self.accumulate - 1
             with nullcontext() if last else self.fabric.no_backward_sync(self._model):
                 out = self._model(batch)

@@ -125,7 +125,7 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
             batch = next(batches)
         with fabric.autocast():
             with timed("masks and targets"):
-                raw = batch.images.float()
+                raw = batch.images
                 normalised = preprocess.normalise(raw)
                 masks = model.draw_masks(batch.keys)
                 targets = model.targets(normalised, raw)

@@ -62,8 +62,7 @@ class PretrainTask(Task):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss", "mim", "vis"}."""
-        raw = batch.images.float()
-        return self.model(self.preprocess.normalise(raw), raw, keys=batch.keys)
+        return self.model(self.preprocess.normalise(batch.images), batch.images, keys=batch.keys)
 
     def after_step(self, step: int) -> None:
         """Let targets follow the encoder."""

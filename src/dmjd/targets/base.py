@@ -46,7 +46,8 @@ class Target(nn.Module):
         """The targets.
 
         Args:
-            normalised: [B, c, H, W], the encoder's input. raw: [B, c, H, W] the same pictures on the 0..255 scale.
+            normalised: [B, c, H, W], the encoder's input.
+            raw: [B, c, H, W] the same pictures on the 0..255 scale, bytes (as they come from most sets) or float32.
 
         Returns:
             [B, N, C] float32.

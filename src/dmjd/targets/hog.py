@@ -1,5 +1,6 @@
 """HOG targets: histograms of oriented gradients, whitened (MaskFeat, Wei et al. 2022; DMJD's default)."""
 
+import functools
 import math
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 from dmjd.targets.base import Target, whiten
 
 NUM_BINS = 9
-_CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 25}
+# Pixels taken at a time: what lies between the passes stays in the cache of a CPU, and memory small elsewhere.
+_CPU_PIXELS, _DEVICE_PIXELS = 1 << 18, 1 << 25
+# The table of all gradients that differences of bytes can make; for more bins than this it would not pay.
+_TABLE_SIDE, _TABLE_BINS = 512, 32
 
 
 def default_cell(patch_size: int) -> int:
@@ -45,36 +49,83 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     B, C = images_0_255.shape[:2]
     if min(images_0_255.shape) == 0:
         return torch.zeros(B, C, H // cell_size, W // cell_size, num_bins, device=images_0_255.device)
-    # A few images at a time: what lies between the passes then stays in the cache of a CPU, and memory stays small.
-    most = _CHUNK_PIXELS.get(images_0_255.device.type, _CHUNK_PIXELS["cuda"])
-    chunks = images_0_255.split(max(1, most // (C * H * W)))
-    return torch.cat([_histograms(chunk.float().contiguous(), cell_size, num_bins) for chunk in chunks])
+    if images_0_255.device.type != "cpu":
+        # As many at a time as keep memory small; one pooling pass a bin.
+        chunks = images_0_255.split(max(1, _DEVICE_PIXELS // (C * H * W)))
+        return torch.cat([_pooled(chunk.float(), cell_size, num_bins) for chunk in chunks])
+    bytewise = images_0_255.dtype == torch.uint8 and num_bins <= _TABLE_BINS
+    histograms = _looked_up if bytewise else _computed
+    out = torch.empty(B * C, H // cell_size, W // cell_size, num_bins)
+    per_chunk = max(1, _CPU_PIXELS // (H * W))
+    planes = images_0_255.reshape(B * C, H, W)
+    for chunk, part in zip(planes.split(per_chunk), out.split(per_chunk), strict=True):
+        torch.sum(histograms(chunk, cell_size, num_bins), dim=2, out=part)
+        part.mul_(1 / cell_size**2)
+    return out.view(B, C, H // cell_size, W // cell_size, num_bins)
 
 
-def _histograms(x: Tensor, cell: int, num_bins: int) -> Tensor:
-    """[B, C, H, W] float32 -> [B, C, H/cell, W/cell, bins]."""
-    B, C, H, W = x.shape
+def _looked_up(planes: Tensor, cell: int, num_bins: int) -> Tensor:
+    """[b, H, W] uint8 -> [b, H/cell, cell, W/cell, bins]: sums over rows of cells, by the table of all gradients."""
+    b, H, W = planes.shape
+    x = planes.int()
+    at = torch.empty_like(x)  # 512 * row difference + column difference
+    at[:, :1], at[:, -1:] = 0, 0
+    torch.sub(x[:, 2:], x[:, :-2], out=at[:, 1:-1])
+    at[..., :: max(1, W - 1)].mul_(_TABLE_SIDE)  # the border, of no column difference
+    inner = at[..., 1:-1]
+    torch.add(x[..., 2:], inner, alpha=_TABLE_SIDE, out=inner).sub_(x[..., :-2])
+    sums = F.embedding_bag(at.abs_().view(-1, cell), _gradient_table(num_bins), mode="sum")
+    return sums.view(b, H // cell, cell, W // cell, num_bins)
+
+
+@functools.lru_cache(maxsize=2)
+def _gradient_table(num_bins: int) -> Tensor:
+    """[256 * 512, bins] float32: row |512 * row difference + column difference| holds the gradient's magnitude in its
+    bin and zeros beside it. Differences of bytes are whole, so these are all there are; a gradient and its opposite
+    share a row."""
+    rows = torch.arange(_TABLE_SIDE // 2 * _TABLE_SIDE)
+    down = (rows + _TABLE_SIDE // 2).div(_TABLE_SIDE, rounding_mode="floor")
+    bins, magnitude = _polar(down.float(), (rows - down * _TABLE_SIDE).float(), num_bins)
+    return _one_hot(num_bins)[bins.flatten().long()] * magnitude.view(-1, 1)
+
+
+def _one_hot(num_bins: int) -> Tensor:
+    """[2 n + 1, n]: the n bins of half a turn from those of a full turn and one for exactly 180 degrees."""
+    return torch.eye(num_bins).repeat(3, 1)[: 2 * num_bins + 1]
+
+
+def _computed(planes: Tensor, cell: int, num_bins: int) -> Tensor:
+    """The same from planes of any number type, the same bits for the same values."""
+    b, H, W = planes.shape
+    bins, magnitude = _polar(*_gradient(planes.float()), num_bins)
+    sums = F.embedding_bag(
+        bins.int().view(-1, cell), _one_hot(num_bins), per_sample_weights=magnitude.view(-1, cell), mode="sum"
+    )
+    return sums.view(b, H // cell, cell, W // cell, num_bins)
+
+
+def _pooled(x: Tensor, cell: int, num_bins: int) -> Tensor:
+    """[B, C, H, W] float32 -> [B, C, H/cell, W/cell, bins] without atomic additions, whose order would change the
+    sums from run to run."""
+    bins, magnitude = _polar(*_gradient(x), num_bins)
+    bins.remainder_(num_bins)
+    return torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(num_bins)], dim=-1)
+
+
+def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Centred differences of [..., H, W] along rows and along columns, zero across the border."""
     g_row, g_col = torch.zeros_like(x), torch.zeros_like(x)
-    torch.sub(x[:, :, 2:], x[:, :, :-2], out=g_row[:, :, 1:-1])
+    torch.sub(x[..., 2:, :], x[..., :-2, :], out=g_row[..., 1:-1, :])
     torch.sub(x[..., 2:], x[..., :-2], out=g_col[..., 1:-1])
-    # 2 n bins of the full turn and one for exactly 180 degrees, folded at the end. A few float32 steps up: an angle on
-    # the edge of two bins (45 degrees of 4 bins) must not be rounded below it on one device and not on another.
-    # Integer gradients come no nearer to an edge without lying on it.
-    n, all_bins = num_bins, 2 * num_bins + 1
-    bins = torch.atan2(g_row, g_col).mul_(n / math.pi).add_(n * (1 + 4e-7)).floor_()  # 0 .. 2 n
-    magnitude = g_row.mul_(g_row).addcmul_(g_col, g_col).sqrt_()
-    if x.device.type == "cpu":
-        bins += (torch.arange(W) // cell * all_bins).float()  # its place in the row of cells
-        rows = B * C * (H // cell)
-        sums = x.new_zeros(rows, W // cell * all_bins)
-        sums.scatter_add_(1, bins.long().view(rows, -1), magnitude.view(rows, -1))
-        full = sums.view(B, C, H // cell, W // cell, all_bins)
-        half = full[..., :n] + full[..., n : 2 * n]
-        half[..., 0] += full[..., -1]
-        return half.mul_(1 / cell**2)
-    bins.remainder_(n)
-    # One pooling pass a bin: no atomic additions, whose order would change the sums from run to run.
-    return torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(n)], dim=-1)
+    return g_row, g_col
+
+
+def _polar(g_row: Tensor, g_col: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Orientation, in bins of a full turn: 0 .. 2 n as float32; and magnitude."""
+    # A few float32 steps up: an angle on the edge of two bins (45 degrees of 4 bins) must not be rounded below it on
+    # one device and not on another. Integer gradients come no nearer to an edge without lying on it.
+    bins = torch.atan2(g_row, g_col).mul_(n / math.pi).add_(n * (1 + 4e-7)).floor_()
+    return bins, (g_row * g_row).addcmul_(g_col, g_col).sqrt_()
 
 
 class HogTarget(Target):
