@@ -3,13 +3,9 @@
 Arrays are [H, W, C] in their own data type: 1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha, or any number of channels.
 """
 
-import contextlib
 import io
 import logging
 import struct
-import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +49,8 @@ def open_stored(source: Picture, in_chans: int) -> np.ndarray | jpeg.PlainJpeg:
     if isinstance(source, np.ndarray):
         return _channels_last(source, in_chans)
     if isinstance(source, Image.Image):
-        return _from_pil(source)
+        with jpeg.no_warnings():
+            return _from_pil(source)
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         head = file.read(32)
         file.seek(0)
@@ -62,16 +59,22 @@ def open_stored(source: Picture, in_chans: int) -> np.ndarray | jpeg.PlainJpeg:
             if plain is not None and plain.height * plain.width <= MAX_PIXELS:
                 return plain
             file.seek(0)
-        return _decode(file, head, in_chans)
+        with jpeg.no_warnings():
+            return _decode(file, head, in_chans)
 
 
-def decode_plain(plain: jpeg.PlainJpeg) -> np.ndarray:
-    """[H, W, 1 or 3] uint8, contiguous; raises as :func:`open_stored`."""
-    array = jpeg.decode(plain)
+def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
+    """[ceil(H / factor), ceil(W / factor), 1 or 3] uint8, contiguous; raises as :func:`open_stored`.
+
+    Args:
+        plain: the picture. factor: 1, 2, 4 or 8, by how much smaller it is decoded.
+    """
+    array = jpeg.decode(plain, factor)
     if array is not None:
         return array
-    with Image.open(io.BytesIO(plain.data)) as image:
-        return _from_pil(image)
+    with jpeg.no_warnings(), Image.open(io.BytesIO(plain.data)) as image:
+        image.draft(image.mode, (plain.width // factor, plain.height // factor))
+        return np.ascontiguousarray(_from_pil(image))
 
 
 def _decode(file: Any, head: bytes, in_chans: int) -> np.ndarray:
@@ -182,27 +185,3 @@ def reason(error: Exception) -> str:
         return error.strerror.lower()
     text = " ".join(str(error).split())
     return f"damaged or unsupported ({text[:120] or type(error).__name__})"
-
-
-_warnings_lock = threading.Lock()
-_warnings_readers = 0
-_warnings_saved: warnings.catch_warnings | None = None
-
-
-@contextlib.contextmanager
-def no_warnings() -> Iterator[None]:
-    """Silence decoders' warnings. ``catch_warnings`` alone breaks when threads overlap: the last one out restores."""
-    global _warnings_readers, _warnings_saved
-    with _warnings_lock:
-        if _warnings_readers == 0:
-            _warnings_saved = warnings.catch_warnings()
-            _warnings_saved.__enter__()
-            warnings.simplefilter("ignore")
-        _warnings_readers += 1
-    try:
-        yield
-    finally:
-        with _warnings_lock:
-            _warnings_readers -= 1
-            if _warnings_readers == 0 and _warnings_saved is not None:
-                _warnings_saved.__exit__(None, None, None)

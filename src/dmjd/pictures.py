@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmjd import jpeg
-from dmjd.formats import MAX_PIXELS, BadPicture, Picture, decode_plain, no_warnings, open_stored, reason
+from dmjd.formats import MAX_PIXELS, BadPicture, Picture, decode_plain, open_stored, reason
 from dmjd.resampling import centre_box, resample, resize_box
 
 __all__ = [
@@ -114,16 +114,15 @@ class OpenPicture:
         if isinstance(self.stored, np.ndarray) or factor == 1:
             return self.read(), box
         with _naming(self.name):
-            reduced = _converted(jpeg.decode_reduced(self.stored, factor), self.in_chans, self.value_range)
+            reduced = _converted(decode_plain(self.stored, factor), self.in_chans, self.value_range)
         return reduced, [x / factor for x in box]
 
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a BadPicture of this name; decoders' warnings are silenced."""
+    """Whatever goes wrong inside is a BadPicture of this name."""
     try:
-        with no_warnings():
-            yield
+        yield
     except BadPicture as error:
         raise BadPicture(name, error.reason) from None
     # Decoders fail on damaged bytes with nearly every built-in exception; whatever it is, only this picture is lost.
@@ -138,11 +137,11 @@ def _converted(stored: np.ndarray, in_chans: int, value_range: tuple[float, floa
 
 def _to_255(array: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
     """Stored values -> the 0..255 scale: uint8 stays as it is, all else becomes float32."""
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint8 and value_range in (None, (0, 255)):
         return array
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind not in "uif":
         raise BadPicture("", f"values of type {array.dtype} are no pixels")
     if array.dtype.kind == "f" and not np.isfinite(array).all():

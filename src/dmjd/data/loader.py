@@ -248,7 +248,10 @@ class _CroppedPictures:
 
 
 def stack(pictures: list[Tensor]) -> Tensor:
-    """[C, h, w] pictures -> [b, C, h, w]; float32 if any of them is."""
+    """[C, h, w] pictures -> [b, C, h, w]; float32 if any of them is, channels last in memory if all of them are."""
     if len({picture.dtype for picture in pictures}) > 1:
         pictures = [picture.float() for picture in pictures]
+    channels_last = [picture.permute(1, 2, 0) for picture in pictures]
+    if all(picture.is_contiguous() for picture in channels_last):
+        return torch.stack(channels_last).permute(0, 3, 1, 2)
     return torch.stack(pictures)

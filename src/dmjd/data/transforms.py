@@ -71,13 +71,17 @@ def crop_resize(picture: np.ndarray, box: Sequence[float], size: tuple[int, int]
         box: (top, left, height, width) in pixels. size: (h, w) of the result. flip: mirror left to right.
 
     Returns:
-        [C, h, w], data type of ``picture``.
+        [C, h, w], data type of ``picture``; 8-bit colour lies in memory channels last, as decoded and as the kernel
+        leaves it.
     """
     top, left, height, width = (int(x) for x in box)
     if picture.dtype == np.uint8 and (top, left, height, width) == tuple(box):
-        cut = picture[top : top + height, left : left + width].copy()  # the kernel's own copy is slow
-        pixels = torch.from_numpy(cut).permute(2, 0, 1)[None]  # 1, C, height, width
-        resized = functional.interpolate(pixels, size, mode="bicubic", antialias=True)[0].contiguous()
+        H, W, C = picture.shape
+        cut = picture.reshape(H, W * C)[
+            top : top + height, C * left : C * (left + width)
+        ].copy()  # the kernel's is slow
+        pixels = torch.from_numpy(cut).view(1, height, width, C).permute(0, 3, 1, 2)
+        resized = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
     else:
-        resized = resize_box(picture, box, size)
-    return resized.flip(-1) if flip else resized
+        resized = resize_box(picture, box, size)[None]
+    return (resized.flip(-1) if flip else resized)[0]
