@@ -1,37 +1,40 @@
-"""What pre-training is worth on CIFAR-10: fine-tuning from a pre-trained ViT-tiny against from scratch, same schedule.
+"""What pre-training is worth on CIFAR-10: fine-tuning from a pre-trained ViT against from scratch, same schedule.
 
-    python benchmarks/transfer_cifar10.py --data cifar10 --out runs/transfer_cifar10
+    OMP_NUM_THREADS=1 python benchmarks/transfer_cifar10.py --data cifar10 --out runs/transfer_cifar10
 
 Three comparisons, each over several seeds (of subset, head, order and random weights):
 
 - 1 % and 10 % of the labels, the encoder pre-trained on all 50,000 pictures without labels;
 - all labels of a tenth of the pictures, the encoder pre-trained on that tenth only.
 
-Everything is resumable: started again, finished parts are read and the interrupted one goes on. All 10,000 test
-pictures are looked at once, at the end of each training.
+Lengths are in steps, so that a busy machine changes no result. Everything is resumable: started again, finished parts
+are read and the interrupted one goes on. All 10,000 test pictures are looked at once, at the end of each training.
 """
 
 import argparse
 import io
-import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
+from transfer_record import portable, training_seconds, write_record
 
 import dmjd
-from dmjd.checkpoint import atomic, write_text
+from dmjd.checkpoint import atomic
 from dmjd.data import Source, open_source
 from dmjd.data.subset import SubsetSource
+from dmjd.devices import pick_device
 from dmjd.evaluation.few_labels import FewLabels
+from dmjd.speed import machine
 
 PRETRAIN: dict[str, Any] = {
-    "encoder": "vit_tiny_patch4",
+    "encoder": "vit_tiny_patch8",
+    "depth": (6,),
+    "decoder_dim": 64,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
     "img_size": 32,
     "batch_size": 64,
     "blr": 3e-3,
@@ -40,12 +43,14 @@ PRETRAIN: dict[str, Any] = {
     "eval_every": 0,
     "final_eval": False,
 }
-# name: (whether the set is cut to a tenth, evaluation settings)
-COMPARISONS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "1 % of the labels": (False, {"label_fraction": 0.01}),
-    "10 % of the labels": (False, {"label_fraction": 0.1}),
-    "a tenth of the pictures": (True, {}),
+FINETUNE: dict[str, Any] = {"batch_size": 32, "eval_every": 0.0}
+# name: (whether the set is cut to a tenth, steps of each fine-tuning, evaluation settings)
+COMPARISONS: dict[str, tuple[bool, int, dict[str, Any]]] = {
+    "1 % of the labels": (False, 150, {"label_fraction": 0.01}),
+    "10 % of the labels": (False, 600, {"label_fraction": 0.1}),
+    "a tenth of the pictures": (True, 600, {}),
 }
+STARTS = ("result", "random_init")
 
 
 def labels_of(data: str) -> str:
@@ -65,7 +70,9 @@ def write_tenth(data: str, folder: Path) -> None:
             continue
         source: Source = open_source(data, split=split, labels=labels_of(data))
         if split == "train":
+            assert source.labels is not None
             source = SubsetSource(source, FewLabels(fraction=0.1).rows(source.labels, seed=0))
+        assert source.labels is not None
         rows = []
         for i in range(len(source)):
             buffer = io.BytesIO()
@@ -75,37 +82,44 @@ def write_tenth(data: str, folder: Path) -> None:
             pq.write_table(pa.Table.from_pylist(rows), temporary)
 
 
-def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Pre-train where that is not done, and fine-tune from both starts on every seed."""
-    tenth, options = COMPARISONS[name]
-    data, labels = arguments.data, labels_of(arguments.data)
+    tenth, steps, options = COMPARISONS[name]
+    data, labels = given.data, labels_of(given.data)
     if tenth:
-        data, labels = str(arguments.out / "tenth"), "column"
-        write_tenth(arguments.data, Path(data))
-    run = arguments.out / ("pretrained-tenth" if tenth else "pretrained-all")
+        data, labels = str(given.out / "tenth"), "column"
+        write_tenth(given.data, Path(data))
+    run = given.out / ("pretrained-tenth" if tenth else "pretrained-all")
     config = dmjd.recipes.dmjd(
         data=data,
         out=str(run),
         labels=labels,
-        minutes=arguments.minutes,
-        precision=arguments.precision,
-        device=arguments.device,
+        steps=given.tenth_steps if tenth else given.pretrain_steps,
+        precision=given.precision,
+        device=given.device,
         **PRETRAIN,
     )
-    if not dmjd.pretrain(config).finished:
+    pretrained = dmjd.pretrain(config)
+    if not pretrained.finished:
         raise SystemExit(0)
     result = dmjd.evaluate(
         "finetune",
         run,
-        seeds=arguments.seeds,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        eval_every=0.0,
-        precision=arguments.precision,
-        device=arguments.device,
+        seeds=given.seeds,
+        steps=given.steps or steps,
+        precision=given.precision,
+        device=given.device,
+        **FINETUNE,
         **options,
     )
-    return {key: result[key] for key in ("result", "random_init", "configuration", "data")}
+    folders = [run / one["folder"] for start in STARTS for one in result[start].get("per_seed", [result[start]])]
+    return {
+        "pretraining": {"steps": pretrained.step, "seconds": training_seconds(run)},
+        "finetuning": {"steps": given.steps or steps, "seconds": sum(map(training_seconds, folders))},
+        **{start: result[start] for start in STARTS},
+        "configuration": result["configuration"],
+        "data": portable(result["data"]),
+    }
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
@@ -123,28 +137,29 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer_cifar10"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/transfer_cifar10.json"))
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each pre-training")
-    parser.add_argument("--steps", type=int, default=150, help="of each fine-tuning")
-    parser.add_argument("--batch-size", type=int, default=64, help="of each fine-tuning")
+    parser.add_argument("--pretrain-steps", type=int, default=2000, help="on all pictures")
+    parser.add_argument("--tenth-steps", type=int, default=1000, help="of pre-training on a tenth of the pictures")
+    parser.add_argument("--steps", type=int, help="of each fine-tuning; default each comparison's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--comparisons", nargs="*", default=list(COMPARISONS), choices=list(COMPARISONS))
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     rows = {}
-    for name in arguments.comparisons:
+    for name in given.comparisons:
         try:
-            rows[name] = compare(name, arguments)
+            rows[name] = compare(name, given)
         except dmjd.evaluation.Stopped:
             raise SystemExit(0) from None
-    settings = {name: getattr(arguments, name) for name in ("minutes", "steps", "batch_size", "seeds", "precision")}
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    if torch.cuda.is_available() and arguments.device != "cpu":
-        machine["gpu"] = torch.cuda.get_device_name()
-    versions = {"dmjd": dmjd.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    content = {"settings": settings, "pretrain": PRETRAIN, "machine": machine, "versions": versions, "rows": rows}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.json, json.dumps(content, indent=2) + "\n")
+    settings = {name: getattr(given, name) for name in ("pretrain_steps", "tenth_steps", "seeds", "precision")}
+    content = {
+        "settings": settings,
+        "pretrain": PRETRAIN,
+        "machine": machine(pick_device(given.device)),
+        "versions": dmjd.evaluation.results.versions(),
+        "rows": rows,
+    }
+    write_record(given.json, content)
     show(rows)
 
 

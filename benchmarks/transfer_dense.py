@@ -1,44 +1,55 @@
 """What pre-training is worth for segmentation and detection: an encoder pre-trained on a set's own pictures, no labels.
 
-    python benchmarks/transfer_dense.py camvid --data DATA/camvid --out runs/transfer
-    python benchmarks/transfer_dense.py bccd --data DATA/bccd --out runs/transfer
+    OMP_NUM_THREADS=1 python benchmarks/transfer_dense.py camvid --data DATA/camvid --out runs/transfer
+    OMP_NUM_THREADS=1 python benchmarks/transfer_dense.py bccd --data DATA/bccd --out runs/transfer
 
 CamVid at 240 x 180 (mean IoU on the 233 test pictures), BCCD at 320 x 240 (AP50 on the 72 test pictures). One encoder
 is pre-trained on the training pictures; then, for each seed, a model is trained from it and one from random weights by
-the same schedule. Run again, it goes on where it stopped. Writes ``benchmarks/results/transfer_SET.json`` and prints a
-table.
+the same schedule. Lengths are in steps, so that a busy machine changes no result. Run again, it goes on where it
+stopped. Writes ``benchmarks/results/transfer_SET.json`` and prints a table.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from transfer_record import portable, training_seconds, write_record
 
 import dmjd
+from dmjd.devices import pick_device
+from dmjd.speed import machine
 
-ENCODER: dict[str, Any] = {"encoder": "conv_vit_tiny_patch16", "embed_dim": (32, 64, 128), "depth": (1, 1, 6)}
+PRETRAIN: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16",
+    "depth": (6,),
+    "decoder_dim": 64,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "theta": 4.0,
+    "clip_grad": 3.0,
+    "eval_every": 0,
+    "final_eval": False,
+}
 SETS: dict[str, dict[str, Any]] = {
     "camvid": {
         "task": "segmentation",
         "score": "miou",
         "pictures": "train/images",
-        "img_size": (180, 240),
-        "frame": (192, 240),  # what the patch divides
-        "options": {"ignore_index": 11, "batch_size": 8, "decoder_dim": 64},
+        "pretrain": {"img_size": (192, 240), "batch_size": 8, "blr": 1.2e-2},
+        "pretrain_steps": 1000,
+        "steps": 200,
+        "options": {"img_size": (180, 240), "ignore_index": 11, "batch_size": 8, "decoder_dim": 64},
     },
     "bccd": {
         "task": "detection",
         "score": "ap50",
         "pictures": "train",
-        "img_size": (240, 320),
-        "frame": (240, 320),
-        "options": {"batch_size": 4, "decoder_dim": 64},
+        "pretrain": {"img_size": (256, 320), "batch_size": 4, "blr": 2.4e-2},
+        "pretrain_steps": 1000,
+        "steps": 200,
+        "options": {"img_size": (240, 320), "batch_size": 4, "decoder_dim": 64},
     },
 }
 STARTS = ("result", "random_init")
@@ -51,50 +62,41 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pretrain-minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, default=300, help="of each training on the task")
+    parser.add_argument("--pretrain-steps", type=int, help="default the set's own")
+    parser.add_argument("--steps", type=int, help="of each training on the task; default the set's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="instead of the set's own")
+    parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     config = SETS[given.set]
     run = given.out / given.set
-    pretrained = dmjd.pretrain(pretraining(config, given, run))
+    shared = {"precision": given.precision, "device": given.device}
+    pretrained = dmjd.pretrain(
+        dmjd.recipes.folder(
+            data=str(given.data / config["pictures"]),
+            out=str(run),
+            steps=given.pretrain_steps or config["pretrain_steps"],
+            **shared,
+            **PRETRAIN,
+            **config["pretrain"],
+        )
+    )
     if not pretrained.finished:
         return
-    size = tuple(given.img_size or config["img_size"])
-    results = []
-    for seed in given.seeds:
-        options = {"data": given.data, "steps": given.steps, "img_size": size, "seed": seed, "device": given.device}
-        results.append(dmjd.evaluate(config["task"], run, **options, **config["options"]))
-    content = summary(config, given, pretrained.step, results)
-    file = given.json or Path("benchmarks/results") / f"transfer_{given.set}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    task = {"data": given.data, "steps": given.steps or config["steps"], "looks": 0, "pictures": 3}
+    try:
+        results = [
+            dmjd.evaluate(config["task"], run, seed=seed, **task, **shared, **config["options"]) for seed in given.seeds
+        ]
+    except dmjd.evaluation.Stopped:
+        return
+    content = summary(config, given, pretrained.step, run, results)
+    write_record(given.json or Path("benchmarks/results") / f"transfer_{given.set}.json", content)
     print_table(given.set, config["score"], content)
 
 
-def pretraining(config: Mapping[str, Any], given: argparse.Namespace, run: Path) -> dmjd.PretrainConfig:
-    """The run on the set's training pictures."""
-    frame = config["frame"]
-    if given.img_size:
-        frame = tuple(-(-side // 16) * 16 for side in given.img_size)
-    return dmjd.recipes.folder(
-        data=str(given.data / config["pictures"]),
-        out=str(run),
-        img_size=frame,
-        minutes=given.pretrain_minutes,
-        batch_size=16,
-        blr=3e-3,
-        eval_every=0,
-        final_eval=False,
-        device=given.device,
-        **ENCODER,
-    )
-
-
 def summary(
-    config: Mapping[str, Any], given: argparse.Namespace, steps: int, results: list[dict[str, Any]]
+    config: Mapping[str, Any], given: argparse.Namespace, steps: int, run: Path, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Scores of every seed, their mean and spread, and where they come from."""
     score = config["score"]
@@ -104,22 +106,20 @@ def summary(
         name: {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
         for name, values in (scores | {"gain": gains}).items()
     }
+    training = [training_seconds(run / result[start]["folder"]) for result in results for start in STARTS]
     return {
         "task": config["task"],
         "score": score,
         "seeds": given.seeds,
         "scores": scores,
         "spread": spread,
-        "pretraining": {"minutes": given.pretrain_minutes, "steps": steps, **{k: str(v) for k, v in ENCODER.items()}},
+        "pretraining": {"steps": steps, "seconds": training_seconds(run), **PRETRAIN, **config["pretrain"]},
+        "training_seconds": sum(training),
         "configuration": results[0]["configuration"],
-        "data": {k: results[0]["data"][k] for k in ("fingerprint", "num_train", "num_test", "classes")},
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() and given.device != "cpu" else None,
-        },
+        "data": {k: portable(results[0]["data"])[k] for k in ("fingerprint", "num_train", "num_test", "classes")},
+        "machine": machine(pick_device(given.device)),
         "versions": results[0]["versions"],
-        "results": results,
+        "results": [{start: result[start] for start in STARTS} for result in results],
     }
 
 

@@ -90,7 +90,8 @@ def test_a_bar_for_each_result_and_marks_for_its_baselines(runs):
     knn, linear, segmentation = figure.axes
     assert [patch.get_width() for patch in knn.patches] == [50, 25]
     assert [line.get_xdata()[0] for line in knn.lines] == [10, 30, 10, 30]
-    assert [label.get_text() for label in linear.get_yticklabels()] == ["x/run   75.0", "y/run   -"]
+    assert [label.get_text() for label in linear.get_yticklabels()] == ["x/run", "y/run"]
+    assert [text.get_text() for text in linear.texts] == ["75.0", "-"]  # each number once, at its bar
     assert [patch.get_width() for patch in segmentation.patches] == [40]
 
 

@@ -97,6 +97,16 @@ def test_anchors_lie_on_their_cells_and_follow_the_frame():
     assert [size[0] for size in task.rcnn.rpn.anchor_generator.sizes] == [4, 8, 16, 32, 64]
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch16"])
+def test_an_object_is_cropped_from_the_finest_map_on_which_it_spans_14_to_28_cells(name):
+    """In a frame of any size: a smaller frame has smaller objects, not coarser ones."""
+    pool = task_of(tiny(name, (64, 64))).rcnn.roi_heads.box_roi_pool
+    maps = {str(i): torch.full((1, 1, 256 // s, 256 // s), float(s)) for i, s in enumerate((4, 8, 16, 32))}
+    found = torch.tensor([[0.0, 0.0, side, side] for side in (16, 64, 111, 113, 225)])
+    strides = pool(maps, [found], [(256, 256)]).mean((1, 2, 3)).tolist()
+    assert strides == [4, 4, 4, 8, 16]
+
+
 def test_heads_are_float32_under_bf16():
     task = task_of(tiny()).train()
     with torch.autocast("cpu", torch.bfloat16):

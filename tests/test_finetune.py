@@ -291,7 +291,7 @@ def test_durations():
     [
         (["--epochs", 1, "--steps", 2], "--epochs or --steps, not both"),
         (["--epochs", 0], "epochs must be greater than 0"),
-        (["--mixup", -1], "mixup must lie between"),
+        (["--mixup", -1], "mixup must be at least 0"),
         (["--rand-augment", 11], "rand_augment must lie between 0 and 10"),
         (["--labels-per-class", 0], "labels_per_class must be at least 1"),
         (["--label-fraction", 0.1, "--labels-per-class", 3], "not both"),

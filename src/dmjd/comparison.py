@@ -196,22 +196,20 @@ def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Sco
     """The runs from top to bottom; one without a result keeps an empty place, so that colours mean the same run."""
     for place, run in enumerate(runs):
         parts = scores.get(run, {})
+        words, end = "-", 0.0  # what stands at the bar's end, right of its baselines
         if "result" in parts:
             score = parts["result"]
             spread = 100 * score.spread if score.spread is not None else None
             axes.barh(place, 100 * score.value, 0.62, color=f"C{place % 10}", xerr=spread)
-            highest = max(score.value + (score.spread or 0), *(s.value for s in parts.values()))
-            axes.annotate(
-                str(score), (100 * highest, place), (7, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            words, end = str(score), max(score.value + (score.spread or 0), *(s.value for s in parts.values()))
+        axes.annotate(words, (100 * end, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
         for part, (marker, colour) in _MARKS.items():
             if part in parts:
                 style: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markeredgewidth": 2.0}
                 axes.plot([100 * parts[part].value], [place], label=PARTS[part], markersize=11, **style)
-    names = [f"{run}   {scores[run]['result']}" if run in scores else f"{run}   -" for run in runs]
-    axes.set_yticks(range(len(runs)), names, fontsize=8)
+    axes.set_yticks(range(len(runs)), runs, fontsize=8)
     axes.set(ylim=(len(runs) - 0.5, -0.5))
-    axes.margins(x=0.05)
+    axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -67,7 +67,8 @@ class FinetuneConfig:
             value = getattr(self, name)
             for v in value if isinstance(value, tuple) else (value,) if value is not None else ():
                 if not (low <= v <= high and math.isfinite(v)):
-                    raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {v}")
+                    words = f"be at least {low:g}" if math.isinf(high) else f"lie between {low:g} and {high:g}"
+                    raise ValueError(f"{name} must {words}, got {v}")
         for name in ("epochs", "steps", "blr", "layer_decay", "test_crop", "ema", "clip_grad"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be greater than 0")

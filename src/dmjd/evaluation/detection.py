@@ -30,7 +30,7 @@ from dmjd.evaluation.pyramid import LEVELS, Pyramid, group_norm, strides_of
 from dmjd.evaluation.segmentation import fill_of
 
 ANCHOR_SHARE = 1 / 32  # side of the smallest anchors over the longer side of the frame: COCO's 32 of 1024 pixels
-ROIS_PER_IMAGE = 256  # proposals of a picture that the box head learns from
+ROIS_PER_IMAGE = 128  # proposals of a picture that the box head learns from (Ren et al. 2015)
 MASK_HEAD = 256  # width of torchvision's mask head
 SHOWN_SCORE = 0.5  # of boxes that are drawn
 MASK_THRESHOLD = 0.5
@@ -80,7 +80,7 @@ class DetectionTask(Task):
         sizes = tuple((round(smallest * 2**level, 1),) for level in range(LEVELS + 1))
         heads: dict[str, Any] = {}
         if masks:
-            heads["mask_roi_pool"] = _roi_pool(14, smallest)
+            heads["mask_roi_pool"] = _roi_pool(14)
             heads["mask_predictor"] = MaskRCNNPredictor(MASK_HEAD, dim, K)
         self.rcnn = (MaskRCNN if masks else FasterRCNN)(
             _Backbone(Pyramid(encoder, config.freeze), dim),
@@ -89,7 +89,7 @@ class DetectionTask(Task):
             fixed_size=self.frame[::-1],  # pictures come in frames: no resizing, no further padding
             size_divisible=1,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-            box_roi_pool=_roi_pool(7, smallest),
+            box_roi_pool=_roi_pool(7),
             box_head=TwoMLPHead(dim * 7 * 7, 4 * dim),
             box_predictor=FastRCNNPredictor(4 * dim, K),
             box_batch_size_per_image=ROIS_PER_IMAGE,
@@ -123,9 +123,12 @@ class DetectionTask(Task):
             return self.rcnn(list(images.float() / 255), targets)
 
 
-def _roi_pool(side: int, smallest_anchor: float) -> MultiScaleRoIAlign:
-    """Crops of objects from the level of their size. Sizes go with the anchors': 224 pixels where those start at 32."""
-    return MultiScaleRoIAlign(_LEVEL_NAMES, side, 2, canonical_scale=7 * smallest_anchor)
+def _roi_pool(side: int) -> MultiScaleRoIAlign:
+    """Crops of objects, each from the map on which it spans 14 to 28 cells, or the finest (Lin et al. 2017).
+
+    torchvision's rule goes by strides alone: 224 pixels are 14 cells of stride 16, in a frame of any size.
+    """
+    return MultiScaleRoIAlign(_LEVEL_NAMES, side, 2)
 
 
 def whole(picture: np.ndarray, size: tuple[int, int], frame: tuple[int, int]) -> Placement:
