@@ -57,7 +57,7 @@ def make_step(side: str, batch: int, device: torch.device, precision: str, compi
     else:
         module = mae_model() if side == "dmjd's mae" else dmjd_model()
         if side.endswith("checkpointing"):
-            module.encoder.set_grad_checkpointing()
+            module.set_grad_checkpointing()
         dense = side == "dense reference"
         model = DenseReference(module) if dense else module
 

@@ -91,17 +91,17 @@ class ConvViT(Encoder):
         """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` holds one form for each stage."""
         x1 = self.patch_embed1(x)
         for block in self.blocks1:
-            x1 = self.run_block(block, x1, depthwise[0])
+            x1 = block(x1, depthwise[0])
         x2 = self.patch_embed2(x1)
         for block in self.blocks2:
-            x2 = self.run_block(block, x2, depthwise[1])
+            x2 = block(x2, depthwise[1])
         return x1, x2
 
     def _transformer_stage(self, x2: Tensor, positions: Tensor) -> Tensor:
         """Stage 3: tokens [R, V, 2, 2, d2] -> [R, V, D]."""
         x = self.patch_embed4(self.patch_embed3(x2).flatten(2, 4)) + positions
         for block in self.blocks:
-            x = self.run_block(block, x)
+            x = block(x)
         return x
 
     def _dense_maps(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
