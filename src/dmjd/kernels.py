@@ -73,7 +73,14 @@ class _NormGradient:
         """From the gradient of the rows last normalised."""
         x = self.x[self._rows]
         grads = torch.ops.aten.native_layer_norm_backward(
-            grad.to(x.dtype), x, self.weight.shape, self._mean, self._rstd, self.weight, self.bias, [self.need_x, True, True]
+            grad.to(x.dtype),
+            x,
+            self.weight.shape,
+            self._mean,
+            self._rstd,
+            self.weight,
+            self.bias,
+            [self.need_x, True, True],
         )
         if self.grad_x is not None:
             self.grad_x[self._rows] = grads[0]
