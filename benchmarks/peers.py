@@ -3,12 +3,17 @@
 All give ``step()``: forward, backward and AdamW on made-up pictures that are already normalised.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dmjd
 from dmjd.encoders.conv_vit import CELLS, ConvViT
+from dmjd.kernels import attention
+from dmjd.layers import TransformerBlock
 from dmjd.tokens import gather_tokens
 
 IMG_SIZE = 224
@@ -19,12 +24,16 @@ class DenseReference(nn.Module):
 
     Each view embeds and convolves the whole picture under its mask, the scales are fused densely, the decoder and its
     head run on all tokens. Same weights, attention kernel, targets and precision as ours; channels last throughout,
-    which is faster than the published layout.
+    which is faster than the published layout. It keeps what plain layers keep for the backward pass, but for the GELU,
+    which is taken again: a little thriftier than the published code.
     """
 
     def __init__(self, model: dmjd.MaskedImageModel) -> None:
         super().__init__()
         self.model = model
+        for block in model.modules():
+            if isinstance(block, TransformerBlock):
+                block.forward = partial(_plain_block, block)
 
     def forward(self, images: Tensor, raw: Tensor, keys: Tensor) -> Tensor:
         """[B, 3, H, W] normalised and on the 0..255 scale, [B] keys -> loss."""
@@ -56,7 +65,7 @@ class DenseReference(nn.Module):
             for block in blocks:
                 y = block.conv1(block.norm1(x)) * keep
                 x = x + block.conv2(block.dwconv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-                x = x + block.mlp(block.norm2(x))
+                x = x + _plain_mlp(block.mlp, block.norm2(x))
             fused = fused + fusion(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)  # B, N, D
         tokens = encoder.patch_embed3(x).flatten(1, 2)  # B, N, D
         x = encoder.patch_embed4(tokens) + encoder.pos_embed
@@ -64,6 +73,34 @@ class DenseReference(nn.Module):
         for block in encoder.blocks:
             x = block(x)
         return encoder.norm(x + gather_tokens(fused, visible))
+
+
+def _plain_block(block: TransformerBlock, x: Tensor, skip: int = 0) -> Tensor:
+    assert not skip
+    qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
+    x = x + block.attn.proj(attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2))
+    return x + _plain_mlp(block.mlp, block.norm2(x))
+
+
+def _plain_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    hidden = mlp.fc1(x)
+    return _GeluLinear.apply(hidden, mlp.fc2.weight.to(hidden.dtype), mlp.fc2.bias.to(hidden.dtype))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward((rows @ weight).view_as(x), x)
+        return grad_x, rows.t() @ F.gelu(x).flatten(0, -2), rows.sum(0)
 
 
 class LightlyMAE(nn.Module):

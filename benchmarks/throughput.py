@@ -2,11 +2,14 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/throughput.py --json benchmarks/results/throughput_cpu.json
+    python benchmarks/throughput.py --json benchmarks/results/throughput_cpu.json --rounds 0 \
+      --picture docs/pictures/throughput.png                # draws what the file holds, measures nothing
 
 Every measurement runs in a process of its own, in shuffled order, several rounds; beside each stands the machine's
 matrix-multiply rate measured in that process. ``+ kept`` gives a peer our setting of the memory allocator as well
 (:func:`dmjd.devices.keep_freed_memory`), which it does not have by itself. A measurement that is in the JSON file
-already is not made again, so an interrupted comparison goes on.
+already is not made again, so an interrupted comparison goes on; ``--minutes 8`` begins no measurement after eight
+minutes, so that the whole can be made in slices.
 """
 
 import argparse
@@ -41,6 +44,7 @@ SIDES = {
     "lightly MAE": ("ViT-B, MAE", 16, False),
 }
 # GFLOP of a step and picture that count: visible cells in the convolution stages, all tokens in every decoder block
+COLOURS = {"dmjd": "tab:blue", "other": "tab:gray", "kept": "lightgray"}
 USEFUL_GFLOP = {"ConvViT-B, DMJD": 237.0, "ViT-B, MAE": 58.7}
 
 
@@ -57,7 +61,7 @@ def make_step(side: str, batch: int, device: torch.device, precision: str, compi
     else:
         module = mae_model() if side == "dmjd's mae" else dmjd_model()
         if side.endswith("checkpointing"):
-            module.encoder.set_grad_checkpointing()
+            module.set_grad_checkpointing()
         dense = side == "dense reference"
         model = DenseReference(module) if dense else module
 
@@ -121,30 +125,78 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summarise(result: dict[str, Any]) -> list[str]:
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a side and precision: medians over the rounds, and the rates of all of them."""
+    rows = []
+    for name, rounds in sorted(result["measurements"].items()):
+        if not rounds:
+            continue
+        precision, side, kept = name.split(" | ")
+        comparison, _, ours = SIDES[side]
+        median = {key: statistics.median(r[key] for r in rounds) for key in ("images_per_s", "matmul_gflops")}
+        rows.append(
+            {
+                "comparison": comparison,
+                "label": side if ours or kept != "kept" else f"{side} + kept",
+                "kind": "dmjd" if ours else "kept" if kept == "kept" else "other",
+                "precision": precision,
+                "rates": [r["images_per_s"] for r in rounds],
+                "share": statistics.median(
+                    r["images_per_s"] * USEFUL_GFLOP[comparison] / r["matmul_gflops"] for r in rounds
+                ),
+                "memory": statistics.median(r["peak_memory_gb"] for r in rounds),
+                **median,
+            }
+        )
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[str]:
     """The table, in Markdown."""
     lines = [
-        "| comparison | side | precision | images/s | matrix products | share of the arithmetic limit | peak memory |",
+        "| comparison | side | precision | images/s (of the rounds) | matrix products | share of the arithmetic limit "
+        "| peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, rounds in sorted(result["measurements"].items()):
-        precision, side, kept = name.split(" | ")
-        comparison = SIDES[side][0]
-        rate = statistics.median(r["images_per_s"] for r in rounds)
-        peak = statistics.median(r["matmul_gflops"] for r in rounds)
-        share = rate * USEFUL_GFLOP[comparison] / peak
-        spread = f"{min(r['images_per_s'] for r in rounds):.2f} to {max(r['images_per_s'] for r in rounds):.2f}"
-        memory = statistics.median(r["peak_memory_gb"] for r in rounds)
-        label = side if SIDES[side][2] or kept != "kept" else f"{side} + kept"
-        cells = (comparison, label, precision, f"{rate:.2f} ({spread})", f"{peak:.0f} GFLOP/s", f"{100 * share:.0f} %")
-        lines.append(f"| {' | '.join(cells)} | {memory:.1f} GB |")
+    for row in rows:
+        spread = f"{row['images_per_s']:.2f} ({min(row['rates']):.2f} to {max(row['rates']):.2f})"
+        cells = (row["comparison"], row["label"], row["precision"], spread, f"{row['matmul_gflops']:.0f} GFLOP/s")
+        lines.append(f"| {' | '.join(cells)} | {100 * row['share']:.0f} % | {row['memory']:.1f} GB |")
     return lines
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Bars of pictures a second, with the rounds as dots, and of memory: a row of panels for each comparison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(USEFUL_GFLOP), 4, figsize=(12, 5.2), layout="constrained", sharey="row")
+    for line, comparison in zip(axes, USEFUL_GFLOP, strict=True):
+        for start, precision in ((0, "fp32"), (2, "bf16")):
+            shown = [r for r in rows if (r["comparison"], r["precision"]) == (comparison, precision)]
+            shown.sort(key=lambda row: (row["kind"] == "dmjd", row["label"]))
+            colours, labels = [COLOURS[row["kind"]] for row in shown], [row["label"] for row in shown]
+            for axis, key in ((line[start], "images_per_s"), (line[start + 1], "memory")):
+                bars = axis.barh(labels, [row[key] for row in shown], color=colours)
+                axis.bar_label(bars, fmt="%.2f" if key == "images_per_s" else "%.1f", padding=4, fontsize=8)
+                axis.margins(x=0.22)
+                axis.tick_params(labelsize=8)
+                axis.set_xlabel("pictures a second" if key == "images_per_s" else "peak memory, GB", fontsize=8)
+                axis.set_title(f"{comparison}, {precision}", fontsize=9)
+            for place, row in enumerate(shown):
+                line[start].plot(row["rates"], [place] * len(row["rates"]), "k.", markersize=4)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="results, added to as they come")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--minutes", type=float, help="begin no measurement after so many; call again to go on")
+    parser.add_argument("--picture", type=Path, help="draw all that --json holds into this file")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--batch-size", type=int, help="default 8 for ConvViT-B and 16 for ViT-B")
@@ -162,33 +214,49 @@ def main() -> None:
     result: dict[str, Any] = {"measurements": {}}
     if file is not None and file.exists():
         result = json.loads(file.read_text())
-    result |= {"machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "versions": versions()}
+    if args.rounds:
+        result |= {
+            "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            "versions": versions(),
+        }
     jobs = [
         (precision, side, kept)
         for precision in args.precisions
         for side in args.sides
         for kept in (("kept",) if SIDES[side][2] else ("as it comes", "kept"))
     ]
+    until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     for number in range(args.rounds):
         random.Random(number).shuffle(jobs)
         for precision, side, kept in jobs:
             done = result["measurements"].setdefault(f"{precision} | {side} | {kept}", [])
             if len(done) > number:
                 continue
-            command = [sys.executable, __file__, "--side", side, "--precision", precision]
-            command += ["--kept"] if kept == "kept" else []
-            command += ["--compile"] if args.compile else []
-            command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
-            command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
-            answer = subprocess.run(command, capture_output=True, text=True, check=False)
-            if answer.returncode:
-                sys.exit(f"{side}: {answer.stderr[-2000:]}")
-            done.append(json.loads(answer.stdout.splitlines()[-1]))
+            if time.monotonic() > until:
+                print("time is up; the same command goes on")
+                return
+            done.append(measure_apart(side, precision, kept, args))
             print(f"round {number}: {precision} {side}, {kept}: {done[-1]['images_per_s']:.2f} images/s", flush=True)
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(summarise(result)))
+    rows = rows_of(result)
+    print("\n".join(summarise(rows)))
+    if args.picture:
+        draw(rows, args.picture)
+
+
+def measure_apart(side: str, precision: str, kept: str, args: argparse.Namespace) -> dict[str, Any]:
+    """:func:`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--precision", precision]
+    command += ["--kept"] if kept == "kept" else []
+    command += ["--compile"] if args.compile else []
+    command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
+    command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        sys.exit(f"{side}: {answer.stderr[-2000:]}")
+    return json.loads(answer.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

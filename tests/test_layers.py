@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dmjd import depthwise
+from dmjd import depthwise, kernels
 from dmjd.depthwise import cell_places, dense_depthwise, visible_depthwise
-from dmjd.layers import TransformerBlock, attention, mlp
+from dmjd.kernels import attention, norm_linear, norm_mlp
+from dmjd.layers import ConvBlock, TransformerBlock, set_checkpointing
 
 torch.set_num_threads(2)
 
@@ -88,26 +89,108 @@ def test_half_precision_depthwise_gradient_is_close_to_float32():
     assert (half - exact).abs().max() < 0.02 * exact.abs().max()
 
 
-def test_mlp_gradients_equal_the_plain_ones():
+def layers_and_input(dtype=torch.float32):
     torch.manual_seed(0)
-    fc1, fc2 = nn.Linear(6, 24), nn.Linear(24, 6)
-    x, direction = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
-    parameters = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    ours, plain = mlp(fc1, fc2, x), fc2(F.gelu(fc1(x)))
+    norm, fc1, fc2 = nn.LayerNorm(6, eps=1e-6), nn.Linear(6, 24), nn.Linear(24, 6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm, fc1, fc2, torch.randn(3, 5, 6, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("keep_hidden", [True, False])
+@pytest.mark.parametrize("chunk_bytes", [1 << 23, 4 * 24 * 4])  # all at once; four rows at a time, three in the last
+def test_norm_and_mlp_give_what_plain_layers_give(keep_hidden, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", chunk_bytes)
+    norm, fc1, fc2, x = layers_and_input()
+    parameters = (x, *norm.parameters(), *fc1.parameters(), *fc2.parameters())
+    ours, plain = norm_mlp(norm, fc1, fc2, x, keep_hidden), fc2(F.gelu(fc1(norm(x))))
     torch.testing.assert_close(ours, plain)
+    direction = torch.randn_like(plain)
     wanted = grads((plain * direction).sum(), *parameters)
     for got, want in zip(grads((ours * direction).sum(), *parameters), wanted, strict=True):
         torch.testing.assert_close(got, want)
     with torch.no_grad():
-        torch.testing.assert_close(mlp(fc1, fc2, x), plain)
+        torch.testing.assert_close(norm_mlp(norm, fc1, fc2, x), plain)
 
 
-def test_mlp_keeps_one_hidden_layer_for_the_backward_pass():
-    fc1, fc2 = nn.Linear(4, 512), nn.Linear(512, 4)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        mlp(fc1, fc2, torch.randn(7, 4, requires_grad=True))
-    assert kept.count(torch.Size([7, 512])) == 1
+@pytest.mark.parametrize("chunk_bytes", [1 << 23, 4 * 30 * 4])
+def test_norm_and_linear_give_what_plain_layers_give(chunk_bytes, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", chunk_bytes)
+    norm, linear, _, x = layers_and_input()
+    parameters = (x, *norm.parameters(), *linear.parameters())
+    ours, plain = norm_linear(norm, linear, x), linear(norm(x))
+    torch.testing.assert_close(ours, plain)
+    direction = torch.randn_like(plain)
+    wanted = grads((plain * direction).sum(), *parameters)
+    for got, want in zip(grads((ours * direction).sum(), *parameters), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_mlp_follow_autocast(dtype):
+    """Types of outputs and gradients are those of plain layers; values within the rounding of bfloat16."""
+    norm, fc1, fc2, x = layers_and_input(dtype)
+    parameters = (x, *norm.parameters(), *fc1.parameters(), *fc2.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = norm_mlp(norm, fc1, fc2, x), fc2(F.gelu(fc1(norm(x))))
+        linear = norm_linear(norm, fc1, x)
+        assert linear.dtype == fc1(norm(x)).dtype
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.02)
+    wanted = grads(plain.float().square().sum(), *parameters)
+    for got, want in zip(grads(ours.float().square().sum(), *parameters), wanted, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.03 * want.abs().max().item())
+
+
+def test_frozen_input_needs_no_gradient():
+    norm, fc1, fc2, x = layers_and_input()
+    loss = norm_mlp(norm, fc1, fc2, x.detach()).sum() + norm_linear(norm, fc1, x.detach()).sum()
+    wanted = torch.autograd.grad(fc2(F.gelu(fc1(norm(x)))).sum() + fc1(norm(x)).sum(), norm.weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, norm.weight)[0], wanted)
+
+
+def bytes_kept(block, *inputs):
+    """What a block keeps for the backward pass besides parameters and its input."""
+    known = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *inputs) if isinstance(t, torch.Tensor)}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = block(*inputs)
+    assert out.requires_grad
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
+
+
+def test_a_transformer_block_keeps_qkv_attention_and_one_hidden_layer():
+    torch.manual_seed(0)
+    rows, D = 4 * 64, 32
+    block, x = TransformerBlock(D, 4, 4.0), torch.randn(4, 64, D, requires_grad=True)
+    unit = rows * D * 4
+    kept = bytes_kept(block, x)
+    assert kept <= (3 + 1 + 1 + 4) * unit + rows * 4 * 8  # qkv, its attention, the sum after it, the hidden layer
+    set_checkpointing(block, True)
+    assert bytes_kept(block, x) <= 1.5 * unit
+
+
+@pytest.mark.parametrize("kind", ["transformer", "convolution"])
+def test_checkpointing_changes_no_gradient(kind):
+    torch.manual_seed(0)
+    if kind == "transformer":
+        block, x, rest = TransformerBlock(16, 4, 2.0), torch.randn(2, 9, 16, requires_grad=True), (3,)
+    else:
+        block, x, rest = ConvBlock(16, 2.0), torch.randn(2, 9, 7, 16, requires_grad=True), (dense_depthwise,)
+    direction, found = None, []
+    for checkpointing in (False, True):
+        set_checkpointing(block, checkpointing)
+        out = block(x, *rest)
+        direction = torch.randn_like(out) if direction is None else direction
+        found.append(grads((out * direction).sum(), x, *block.parameters()))
+    for plain, thrifty in zip(*found, strict=True):
+        torch.testing.assert_close(thrifty, plain)
 
 
 def test_skipped_tokens_are_attended_to_but_not_computed():
@@ -124,14 +207,22 @@ def test_skipped_tokens_are_attended_to_but_not_computed():
 
 
 @pytest.mark.parametrize("queries", [5, 9])
-def test_half_precision_attention_is_close_to_float32(queries):
+@pytest.mark.parametrize("chunk", [1, 1 << 21])
+def test_half_precision_attention_is_close_to_float32(queries, chunk, monkeypatch):
+    monkeypatch.setattr(kernels, "_ATTENTION_CHUNK", chunk)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8) for n in (queries, 9, 9))
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (queries, 9, 9))
     exact = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attention(q, k, v), exact)
     half = attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), exact, rtol=0.05, atol=0.03)
+    direction = torch.randn_like(exact)
+    wanted = grads((exact * direction).sum(), q, k, v)
+    for got, want in zip(grads((half * direction).sum(), q, k, v), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.06)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(q.bfloat16(), k.bfloat16(), v.bfloat16()), half)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is one of glibc's")

@@ -23,6 +23,7 @@ ORDER = [
     "pictures",
     "masking",
     "depthwise",
+    "kernels",
     "layers",
     "encoders",
     "decoder",

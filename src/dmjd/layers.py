@@ -7,19 +7,18 @@ or confined to one token, so it is written once for both forms.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from dmjd.kernels import attention, norm_linear, norm_mlp
 
 CONV_NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
-
-_MOST_ATTENTION_ELEMENTS = 1 << 27  # a quarter of a gigabyte in half precision
 
 TransformerNorm = partial(nn.LayerNorm, eps=TRANSFORMER_NORM_EPS)
 # How the 5 x 5 depthwise convolution is applied to a map of either form.
@@ -29,9 +28,14 @@ Depthwise = Callable[[nn.Conv2d, Tensor], Tensor]
 class TransformerBlock(Block):
     """timm's pre-norm block with MAE's settings (qkv bias, eps 1e-6) and its parameter names.
 
-    Its own forward pass, because the last block of a decoder is asked for the masked tokens only, and because CPU
-    attention in half precision has a faster form than the fused one.
+    Its own forward pass, because the last block of a decoder is asked for the masked tokens only, and because
+    :mod:`dmjd.kernels` keeps less for the backward pass.
+
+    Attributes:
+        checkpointing: whether attention and hidden layer are computed again in the backward pass instead of kept.
     """
+
+    checkpointing = False
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         if num_heads < 1 or dim % num_heads:
@@ -41,63 +45,25 @@ class TransformerBlock(Block):
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:  # type: ignore[override]
         """[B, N, D] -> [B, N - skip, D]: the first ``skip`` tokens are attended to, but not computed themselves."""
-        x, attended = x[:, skip:], self.norm1(x)
-        x = x + self.drop_path1(self._attend(attended, skip))
-        return x + self.drop_path2(mlp(cast(nn.Linear, self.mlp.fc1), cast(nn.Linear, self.mlp.fc2), self.norm2(x)))
+        x = x[:, skip:] + self.drop_path1(kept_or_again(self.checkpointing, self._attend, x, skip))
+        fc1, fc2 = cast(nn.Linear, self.mlp.fc1), cast(nn.Linear, self.mlp.fc2)
+        return x + self.drop_path2(norm_mlp(cast(nn.LayerNorm, self.norm2), fc1, fc2, x, not self.checkpointing))
 
     def _attend(self, x: Tensor, skip: int) -> Tensor:
-        qkv, heads = cast(nn.Linear, self.attn.qkv), self.attn.num_heads
+        norm, qkv, heads = cast(nn.LayerNorm, self.norm1), cast(nn.Linear, self.attn.qkv), self.attn.num_heads
         if skip:
-            D = x.shape[-1]
+            D, x = x.shape[-1], norm(x)
             q = F.linear(x[:, skip:], qkv.weight[:D], qkv.bias[:D]).unflatten(-1, (heads, -1)).transpose(1, 2)
             k, v = F.linear(x, qkv.weight[D:], qkv.bias[D:]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
         else:
-            q, k, v = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # B, heads, N, d each
+            q, k, v = norm_linear(norm, qkv, x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # B, heads, N, d
         project = cast(nn.Linear, self.attn.proj)
         return project(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def mlp(fc1: nn.Linear, fc2: nn.Linear, x: Tensor) -> Tensor:
-    """fc2(gelu(fc1(x))), [..., D] -> [..., D], keeping only fc1's output for the backward pass.
-
-    The hidden layer is the largest activation of a block; taking its GELU again costs a hundredth of the products.
-    """
-    hidden = fc1(x)
-    if not torch.is_grad_enabled():  # nothing to keep; plain operations are what exporters know
-        return fc2(F.gelu(hidden))
-    return _GeluLinear.apply(hidden, fc2.weight.to(hidden.dtype), fc2.bias.to(hidden.dtype))
-
-
-class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(x)) with the GELU taken again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = torch.ops.aten.gelu_backward((rows @ weight).view_as(x), x) if ctx.needs_input_grad[0] else None
-        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention: q [B, heads, N, d], k and v [B, heads, T, d] -> [B, heads, N, d].
-
-    Fused, but for half precision on the CPU: there PyTorch's fused backward pass takes three to ten times as long as
-    plain matrix products, which are used while the attention matrix is small. Its scores are then rounded to the half
-    precision before the softmax.
-    """
-    elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if q.device.type != "cpu" or q.dtype == torch.float32 or elements > _MOST_ATTENTION_ELEMENTS:
-        return F.scaled_dot_product_attention(q, k, v)
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # B, heads, N, T
-    return weights @ v
+def kept_or_again(again: bool, layers: Callable[..., Tensor], *args: object) -> Tensor:
+    """layers(*args), its activations kept for the backward pass or computed again there; nothing in it is random."""
+    return checkpoint(layers, *args, use_reentrant=False, preserve_rng_state=False) if again else layers(*args)
 
 
 def block_flops(num_tokens: int, dim: int, mlp_ratio: float, skip: int = 0) -> int:
@@ -115,23 +81,24 @@ class PointwiseConv(nn.Linear):
 
 
 class ConvMlp(nn.Module):
-    """MLP of 1 x 1 convolutions on channels-last maps: [..., D] -> [..., D]."""
+    """MLP of 1 x 1 convolutions on channels-last maps; :class:`ConvBlock` applies it together with the norm before."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = PointwiseConv(dim, hidden)
         self.fc2 = PointwiseConv(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape in and out."""
-        return mlp(self.fc1, self.fc2, x)
-
 
 class ConvBlock(nn.Module):
     """Masked convolution block of ConvMAE (Gao et al. 2022): x + conv1x1(dwconv5x5(visible * conv1x1(LN(x)))), MLP.
 
     The depthwise convolution sees visible values only, so masked positions never influence visible ones.
+
+    Attributes:
+        checkpointing: whether convolutions and hidden layer are computed again in the backward pass instead of kept.
     """
+
+    checkpointing = False
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -145,8 +112,18 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, depthwise: Depthwise) -> Tensor:
         """Same shape in and out, dense or visible, as ``depthwise`` understands it."""
-        x = x + self.drop_path(self.conv2(depthwise(self.dwconv, self.conv1(self.norm1(x)))))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(kept_or_again(self.checkpointing, self._convolve, x, depthwise))
+        return x + self.drop_path(norm_mlp(self.norm2, self.mlp.fc1, self.mlp.fc2, x, not self.checkpointing))
+
+    def _convolve(self, x: Tensor, depthwise: Depthwise) -> Tensor:
+        return self.conv2(depthwise(self.dwconv, norm_linear(self.norm1, self.conv1, x)))
+
+
+def set_checkpointing(module: nn.Module, enable: bool) -> None:
+    """Have every block in ``module`` compute its activations again in the backward pass, or keep them."""
+    for part in module.modules():
+        if isinstance(part, TransformerBlock | ConvBlock):
+            part.checkpointing = enable
 
 
 class PatchEmbed(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dmjd.decoder import DistillationHead, MultiScaleFusion, ReconstructionDecoder, default_decoder
 from dmjd.encoders import Encoder
+from dmjd.layers import set_checkpointing
 from dmjd.masking import Masks, disjoint_masks, mask_counts, resolve_block_size
 from dmjd.targets import Target, create_target
 from dmjd.tokens import gather_views
@@ -132,6 +133,10 @@ class MaskedImageModel(nn.Module):
 
     def _target(self, target: str | Target, hog_cell: int | None) -> Target:
         return create_target(target, self.encoder, hog_cell=hog_cell)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks' activations again in the backward pass, in encoder and decoder: less memory, slower."""
+        set_checkpointing(self, enable)
 
     def draw_masks(self, keys: Tensor) -> Masks:
         """Masks of the model's own settings, a pure function of the image keys [B] int64."""

@@ -148,7 +148,7 @@ def make_engine(
     if config.epochs is not None:
         steps = math.ceil(config.epochs * num_pictures / batch_size)
     assert model.encoder.preprocess is not None
-    model.encoder.set_grad_checkpointing(config.grad_checkpointing)
+    model.set_grad_checkpointing(config.grad_checkpointing)
     task = PretrainTask(model, model.encoder.preprocess)
     engine = Engine(
         fabric=fabric,

@@ -91,10 +91,10 @@ class ConvViT(Encoder):
         """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` holds one form for each stage."""
         x1 = self.patch_embed1(x)
         for block in self.blocks1:
-            x1 = self.run_block(block, x1, depthwise[0])
+            x1 = block(x1, depthwise[0])
         x2 = self.patch_embed2(x1)
         for block in self.blocks2:
-            x2 = self.run_block(block, x2, depthwise[1])
+            x2 = block(x2, depthwise[1])
         return x1, x2
 
     def _embed(self, x2: Tensor, positions: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class ConvViT(Encoder):
         """Stage 3: tokens [R, V, 2, 2, d2] -> [R, V, D]."""
         x = self._embed(x2, positions)
         for block in self.blocks:
-            x = self.run_block(block, x)
+            x = block(x)
         return x
 
     def _dense_maps(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ class ConvViT(Encoder):
         x = self._embed(_to_tokens(self._dense_maps(images)[1], grid), self.positions(grid))
         outputs = []
         for block in self.blocks:
-            x = self.run_block(block, x)
+            x = block(x)
             outputs.append(x)
         return outputs[-count:]
 

@@ -93,7 +93,7 @@ class VisionTransformer(Encoder):
         """Block outputs and no convolutional stages; see :class:`Encoder`."""
         x = self._embed(images, visible)
         for block in self.blocks:
-            x = self.run_block(block, x)
+            x = block(x)
         return x, []
 
     def forward_intermediates(
@@ -122,7 +122,7 @@ class VisionTransformer(Encoder):
         x = self._embed(x, None)
         outputs = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self.run_block(block, x)
+            x = block(x)
             if i in take:
                 y = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
                 outputs.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, grid).contiguous())
