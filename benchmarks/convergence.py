@@ -11,7 +11,7 @@ each part resumable and read where it is finished:
 - search: the same candidates of the base rate for every variant, short runs, best linear probe;
 - train: variants and seeds in shuffled order; kNN and linear probe at equal shares of the run;
 - test: once all are trained, kNN and linear probe by the library's own protocol on the test set, once;
-- report: JSON, figure, table.
+- report: JSON, and beside it a figure (.png) and the table (.md).
 
 ``name@share`` among ``--variants`` is a variant whose whole schedule lasts that share of the time: ``dmjd@10/37``.
 ``--slice-minutes 8`` saves and stops in time; the same command goes on.
@@ -207,7 +207,8 @@ class Study:
             self.rates[name] = max(blrs, key=lambda blr: found.get(blr, 0.0))
             if found:
                 listed = ", ".join(f"{blr:g}: {100 * found[blr]:.1f}" for blr in sorted(found))
-                edge = " (at the edge of the candidates)" if self.rates[name] in (min(blrs), max(blrs)) else ""
+                at_edge = len(blrs) > 2 and self.rates[name] in (min(blrs), max(blrs))
+                edge = " (at the edge of the candidates)" if at_edge else ""
                 self.console.say(f"{name}: base rate {self.rates[name]:g}{edge}; linear probe {listed}")
 
     def train(self, wave: dict[str, Variant]) -> list[dict[str, Any]]:
@@ -327,8 +328,10 @@ class Study:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(content, indent=1) + "\n")
         save_figure(curves_figure(runs, f"{given.set}, {given.encoder}, {length}"), file.with_suffix(".png"))
-        self.console.table(result_table(rows, self.baseline))
-        self.console.say(f"{file}, {file.with_suffix('.png')}")
+        table = result_table(rows, self.baseline)
+        write_text(file.with_suffix(".md"), table)
+        print(table)
+        self.console.say(f"{file}, and beside it the figure (.png) and the table (.md)")
 
 
 def _base(name: str) -> str:

@@ -2,13 +2,11 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
-from dmjd.sheets import DPI, save_figure
+from dmjd.sheets import DPI
 
 PROBES = {"linear": "linear probe", "knn": "kNN"}
 AXES = {"minutes": "minutes of training", "images": "pictures seen", "epochs": "epochs"}
@@ -65,12 +63,22 @@ def summarise(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Any]]:
         }
         if all(run.get("test") for run in own):
             rows[name]["test"] = {y: mean_and_spread([run["test"][y]["result"]["top1"] for run in own]) for y in PROBES}
+            rows[name]["untrained"] = {
+                who: {y: {"mean": own[0]["test"][y][who]["top1"]} for y in PROBES}
+                for who in ("random_init", "raw_pixels")
+            }
         for y in PROBES:
             if groups.get(baseline):
                 level = curve(groups[baseline], "minutes", y)[1][-1]
                 reached = time_to_reach(*curve(own, "minutes", y)[:2], level)
                 rows[name][f"minutes_to_baseline_{y}"] = reached
     return rows
+
+
+def _untrained(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """What needs no training, on the test set; the random encoder is the first variant's."""
+    found = next((row["untrained"] for row in rows.values() if "untrained" in row), None)
+    return {"random weights": found["random_init"], "raw pixels": found["raw_pixels"]} if found else {}
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
@@ -85,30 +93,25 @@ def _percent(value: dict[str, float] | None) -> str:
     return f"{100 * value['mean']:.1f}" + (f" ± {100 * value['std']:.1f}" if "std" in value else "")
 
 
-def result_table(rows: dict[str, dict[str, Any]], baseline: str) -> Table:
-    """:func:`summarise` for people."""
-    table = Table("variant", "seeds", "blr", "steps", "epochs", "minutes", "held-out kNN", "held-out linear")
-    for title in ("test kNN", "test linear", f"minutes to {baseline}'s linear", "times faster"):
-        table.add_column(title)
+def result_table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
+    """:func:`summarise` for people, in Markdown."""
+    titles = ["variant", "seeds", "blr", "steps", "epochs", "minutes", "held-out kNN", "held-out linear"]
+    titles += ["test kNN", "test linear", f"minutes to {baseline}'s linear", "times faster"]
+    lines = [titles, ["---"] * len(titles)]
+    whole = rows[baseline].get("minutes")
     for name, row in rows.items():
         if not row["seeds"]:
-            table.add_row(name, "diverged")
+            lines.append([name, "diverged", *[""] * (len(titles) - 2)])
             continue
-        reached, whole = row.get("minutes_to_baseline_linear"), rows[baseline].get("minutes")
-        test = row.get("test", {})
-        table.add_row(
-            name,
-            str(row["seeds"]),
-            f"{row['blr']:g}",
-            f"{row['step']:.0f}",
-            f"{row['epochs']:.2f}",
-            f"{row['minutes']:.2f}",
-            *(_percent(row["held_out"][y]) for y in ("knn", "linear")),
-            *(_percent(test.get(y)) for y in ("knn", "linear")),
-            f"{reached:.2f}" if reached is not None else "never",
-            f"{whole / reached:.1f}" if reached and whole else "",
-        )
-    return table
+        reached, test = row.get("minutes_to_baseline_linear"), row.get("test", {})
+        cells = [name, str(row["seeds"]), f"{row['blr']:g}", f"{row['step']:.0f}"]
+        cells += [f"{row['epochs']:.2f}", f"{row['minutes']:.2f}"]
+        cells += [_percent(scores.get(y)) for scores in (row["held_out"], test) for y in ("knn", "linear")]
+        cells += [f"{reached:.2f}" if reached is not None else "never"]
+        lines.append([*cells, f"{whole / reached:.2f}" if reached and whole else ""])
+    for title, scores in _untrained(rows).items():
+        lines.append([title, *[""] * 7, *(_percent(scores[y]) for y in ("knn", "linear")), "", ""])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def curves_figure(runs: Sequence[Run], title: str) -> Figure:
@@ -129,8 +132,3 @@ def curves_figure(runs: Sequence[Run], title: str) -> Figure:
     figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def save_report(runs: Sequence[Run], title: str, picture: Path) -> None:
-    """The figure as a file."""
-    save_figure(curves_figure(runs, title), picture)

@@ -24,7 +24,7 @@ class Variant:
         misaligned: compare the visible branch with targets in the published order, see :class:`Misaligned`.
         scale_rule: whether the rate follows p / c.
         rate_of: the variant whose base rate it takes over; None = its own is searched.
-        teacher: the variant whose first run is its teacher.
+        teacher: the variant whose first run is its teacher; that run's own time is not counted.
         share: of the study's time, for whole schedules that are shorter.
     """
 

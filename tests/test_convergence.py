@@ -80,13 +80,19 @@ def run(variant: str, seed: int, values: list[float], minutes: float, **changes)
 
 def test_the_table_compares_with_the_baselines_end():
     runs = [run("mae", s, [0.1, 0.2, 0.3 + s / 10], 8.0) for s in (0, 1)]
-    runs += [run("dmjd", 0, [0.1, 0.4, 0.5], 8.0), run("bad", 0, [0.1], 8.0, diverged=True)]
+    scores = {who: {"top1": value} for who, value in (("result", 0.5), ("random_init", 0.2), ("raw_pixels", 0.3))}
+    tested = {"test": {"knn": scores, "linear": scores}}
+    runs += [run("dmjd", 0, [0.1, 0.4, 0.5], 8.0, **tested), run("bad", 0, [0.1], 8.0, diverged=True)]
     rows = summarise(runs, "mae")
     assert rows["mae"]["held_out"]["linear"] == pytest.approx({"mean": 0.35, "std": 0.0707}, abs=1e-3)
     assert rows["mae"]["minutes_to_baseline_linear"] == pytest.approx(8.0)
     assert rows["dmjd"]["minutes_to_baseline_linear"] == pytest.approx(4 * 0.25 / 0.3)
     assert rows["bad"] == {"seeds": 0, "diverged": True}
-    assert result_table(rows, "mae").row_count == 3
+    table = result_table(rows, "mae").splitlines()
+    assert len(table) == 7
+    assert table[5].split("|")[9:11] == [" 20.0 ", " 20.0 "]  # random weights
+    assert len({line.count("|") for line in table}) == 1
+    assert table[3].endswith("| 50.0 | 50.0 | 3.33 | 2.40 |")  # 8 minutes against 3.33
     assert len(curves_figure(runs, "x").axes) == 6
 
 
