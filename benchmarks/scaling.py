@@ -66,6 +66,7 @@ def loader_sizes(turns: int = 5, batches: int = 30) -> list[dict[str, float]]:
         found.append({"count": count, "first_batch_s": time.perf_counter() - started, "images_per_s": 0.0})
     for _ in range(turns):
         for size, stream in zip(found, streams, strict=True):
+            next(stream)  # the order of the set's epoch is drawn again: only two are kept, and four sets take turns
             started = time.perf_counter()
             for _ in range(batches):
                 next(stream)
@@ -85,21 +86,28 @@ def step_views(device: torch.device, turns: int = 2) -> list[dict[str, float]]:
     return [{"num_views": k, "images_per_s": rate} for k, rate in best.items()]
 
 
-def memory_over_steps(steps: int) -> list[tuple[float, float]]:
-    """(seconds, resident MB) of a whole digits run of so many steps, with its checkpoints, looked at from outside."""
-    found: list[tuple[float, float]] = []
+def memory_over_steps(steps: int) -> list[tuple[int, float]]:
+    """(step, resident MB) of a whole digits run of so many steps, with its checkpoints, looked at from outside."""
+    found: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dmjd", "pretrain", "digits", "--out", f"{folder}/run", "--steps", str(steps)]
         command += ["--no-final-eval", "--eval-every", "0", "--checkpoint-every", "250"]
-        started = time.perf_counter()
         run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while run.poll() is None:
             pages = Path(f"/proc/{run.pid}/statm").read_text().split()
-            found.append((time.perf_counter() - started, int(pages[1]) * resource.getpagesize() / 1e6))
+            if step := last_step(Path(folder, "run", "metrics.jsonl")):
+                found.append((step, int(pages[1]) * resource.getpagesize() / 1e6))
             time.sleep(0.5)
     if run.returncode:
         sys.exit(f"the run ended with {run.returncode}")
     return found[:-1]
+
+
+def last_step(metrics: Path) -> int:
+    """The step a run has reported last, 0 before its first."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1]).get("step", 0) if whole else 0
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
@@ -111,7 +119,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     axes[1].plot([v["num_views"] for v in views], [1e3 / v["images_per_s"] for v in views], "o-")
     axes[1].set(xlabel="views of a picture", ylabel="step, ms a picture", ylim=(0, None), xticks=VIEWS)
     axes[2].plot(*zip(*result["memory"], strict=True))
-    axes[2].set(xlabel=f"seconds of a run of {result['steps']} steps", ylabel="resident memory, MB", ylim=(0, None))
+    axes[2].set(xlabel="training steps", ylabel="resident memory, MB", ylim=(0, None))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 

@@ -253,7 +253,7 @@ class Preprocess:
     def normalise(self, raw: Tensor) -> Tensor:
         """[..., C, H, W] on the 0..255 scale, uint8 or float -> float32 of the data's mean 0 and variance 1."""
         mean, std = _per_channel(self.mean, raw.device), _per_channel(self.std, raw.device)
-        if raw.dtype != torch.uint8 or raw.device.type != "cpu":
+        if raw.dtype != torch.uint8 or raw.device.type != "cpu" or torch.compiler.is_compiling():
             return (raw.float() / 255 - mean) / std
         pictures = raw.reshape(-1, *raw.shape[-3:])
         out = torch.empty(pictures.shape)

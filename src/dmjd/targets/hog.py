@@ -49,8 +49,8 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     B, C = images_0_255.shape[:2]
     if min(images_0_255.shape) == 0:
         return torch.zeros(B, C, H // cell_size, W // cell_size, num_bins, device=images_0_255.device)
-    if images_0_255.device.type != "cpu":
-        # As many at a time as keep memory small; one pooling pass a bin.
+    if images_0_255.device.type != "cpu" or torch.compiler.is_compiling():
+        # As many at a time as keep memory small; one pooling pass a bin, which compiles to a single graph.
         chunks = images_0_255.split(max(1, _DEVICE_PIXELS // (C * H * W)))
         return torch.cat([_pooled(chunk.float(), cell_size, num_bins) for chunk in chunks])
     bytewise = images_0_255.dtype == torch.uint8 and num_bins <= _TABLE_BINS
@@ -114,10 +114,8 @@ def _pooled(x: Tensor, cell: int, num_bins: int) -> Tensor:
 
 def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
     """Centred differences of [..., H, W] along rows and along columns, zero across the border."""
-    g_row, g_col = torch.zeros_like(x), torch.zeros_like(x)
-    torch.sub(x[..., 2:, :], x[..., :-2, :], out=g_row[..., 1:-1, :])
-    torch.sub(x[..., 2:], x[..., :-2], out=g_col[..., 1:-1])
-    return g_row, g_col
+    (H, W), g_row, g_col = x.shape[-2:], x[..., 2:, :] - x[..., :-2, :], x[..., 2:] - x[..., :-2]
+    return F.pad(g_row, (0, 0, 1, min(H - 1, 1))), F.pad(g_col, (1, min(W - 1, 1)))  # a picture may be a pixel wide
 
 
 def _polar(g_row: Tensor, g_col: Tensor, n: int) -> tuple[Tensor, Tensor]:
