@@ -31,6 +31,7 @@ import torch
 from peers import IMG_SIZE, DenseReference, LightlyMAE, dmjd_model, hugging_face_mae, mae_model
 
 from dmjd.devices import keep_freed_memory
+from dmjd.optim import reserve_state
 from dmjd.speed import machine, matmul_rate, peak_memory, wait
 from dmjd.tokens import image_keys
 
@@ -72,6 +73,8 @@ def make_step(side: str, batch: int, device: torch.device, precision: str, compi
         module = model
     module = module.to(device).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    if SIDES[side][2]:
+        reserve_state(optimizer)  # as our engine does
     run = torch.compile(module) if compiled else module
 
     def step() -> None:

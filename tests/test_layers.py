@@ -56,8 +56,10 @@ def test_large_maps_are_taken_in_tiles(monkeypatch):
     torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3])
 @pytest.mark.parametrize("large_kernels", [True, False])
-def test_visible_depthwise_is_the_dense_one_under_a_mask(large_kernels, monkeypatch):
+def test_visible_depthwise_is_the_dense_one_under_a_mask(large_kernels, rows_at_once, monkeypatch):
+    monkeypatch.setattr(depthwise, "_CHUNK_BYTES", rows_at_once * 6 * 8 * 6 * 4)
     monkeypatch.setattr(depthwise, "_fast_large_kernels", lambda x: large_kernels)
     torch.manual_seed(0)
     (h, w), s, dim = (3, 4), 2, 6

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dmjd.optim import OPTIMIZERS, parameter_groups, scaled_learning_rate, warmup_cosine
+from dmjd.optim import (
+    OPTIMIZERS,
+    adamw,
+    parameter_groups,
+    reserve_state,
+    scaled_learning_rate,
+    warmup_cosine,
+)
 
 
 def test_scale_rule():
@@ -65,3 +72,26 @@ def test_muon_orthogonalises_updates_of_matrices_and_leaves_the_rest_to_adamw():
         torch.testing.assert_close(
             models["muon"].state_dict()[key], models["adamw"].state_dict()[key], atol=1e-4, rtol=0
         )
+
+
+def test_reserved_state_is_that_of_the_first_step():
+    """Two steps from reserved state give the bits of two ordinary ones, and state dicts have the same entries."""
+    found = []
+    for reserve in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        optimizer = adamw(model, 0.1)
+        if reserve:
+            reserve_state(optimizer)
+        for _ in range(2):
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
+            model(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((list(model.parameters()), optimizer.state_dict()))
+    (ours, our_state), (plain, state) = found
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert our_state["param_groups"] == state["param_groups"]
+    for index, entries in state["state"].items():
+        assert list(entries) == list(our_state["state"][index])
+        assert all(torch.equal(a, our_state["state"][index][key]) for key, a in entries.items())

@@ -4,6 +4,7 @@ A *dense* map is [B, H, W, D]; a *visible* map is [R, V, s, s, D]: for each of R
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 # A convolution kernel of this side is the largest that the fast CPU routine was measured with.
 _LARGEST_TILE = 64
+_CHUNK_BYTES = 1 << 24  # of the map of some rows
 
 
 def dense_depthwise(conv: nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -62,7 +64,10 @@ def _parameters(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Depthwise(torch.autograd.Function):
-    """Convolution and gradients; only the visible values are kept for the backward pass, never the map with zeros."""
+    """Convolution and gradients; only the visible values are kept for the backward pass, never the map with zeros.
+
+    A few rows at a time on a CPU, so that no map of the whole batch is ever there.
+    """
 
     @staticmethod
     def forward(
@@ -70,21 +75,44 @@ class _Depthwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, places)
         ctx.size = size
-        return _gather(_convolve(_scatter(x, places, size), weight, bias), places, x.shape)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows in _row_chunks(x, size):
+            at = _places_of(places, rows, x.shape[0], size)
+            out[rows] = _gather(_convolve(_scatter(x[rows], at, size), weight, bias), at, x[rows].shape)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, places = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_map = _scatter(grad, places, ctx.size)
-        grad_x = grad_weight = None
-        if need_x:  # the transposed convolution: the same one with the kernel turned round
-            grad_x = _gather(_convolve(grad_map, weight.flip(-2, -1), None), places, x.shape)
-        if need_weight:
-            grad_weight = _weight_gradient(_scatter(x, places, ctx.size), grad_map, weight)
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for rows in _row_chunks(x, ctx.size):
+            at = _places_of(places, rows, x.shape[0], ctx.size)
+            grad_map = _scatter(grad[rows], at, ctx.size)
+            if grad_x is not None:  # the transposed convolution: the same one with the kernel turned round
+                grad_x[rows] = _gather(_convolve(grad_map, weight.flip(-2, -1), None), at, x[rows].shape)
+            if grad_weight is not None:
+                grad_weight += _weight_gradient(_scatter(x[rows], at, ctx.size), grad_map, weight)
         grad_bias = grad.flatten(0, -2).sum(0) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None, None
+
+
+def _row_chunks(x: Tensor, size: tuple[int, int]) -> Iterator[slice]:
+    """Equal parts of the rows whose maps fit the cache; all at once on other devices than a CPU."""
+    R = x.shape[0]
+    bytes_of_row = math.prod(size) * x.shape[-1] * x.element_size()
+    count = min(R, -(-R * bytes_of_row // _CHUNK_BYTES)) if x.device.type == "cpu" else 1
+    step = -(-R // max(1, count))
+    return (slice(start, min(start + step, R)) for start in range(0, R, max(1, step)))
+
+
+def _places_of(places: Tensor | None, rows: slice, count: int, size: tuple[int, int]) -> Tensor | None:
+    """The part of ``places`` that belongs to some of ``count`` rows, counted from the first of them."""
+    if places is None or rows.stop - rows.start == count:
+        return places
+    return places.view(count, -1)[rows].flatten() - rows.start * math.prod(size)
 
 
 def _scatter(x: Tensor, places: Tensor | None, size: tuple[int, int]) -> Tensor:
@@ -107,7 +135,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient [D, 1, k, k] of the kernel, from dense maps [B, H, W, D] of values and of output gradients.
+    """Gradient [D, 1, k, k] of the kernel in float32, from dense maps [B, H, W, D] of values and of output gradients.
 
     PyTorch's own routine for 5 x 5 kernels on CPU takes ten times as long as the convolution itself. The gradient is a
     correlation of the values with the output gradients, so the same fast routine does it when each image's and
@@ -118,7 +146,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     if not _fast_large_kernels(x):
         sides = ([1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], D, [False, True, False])
         nchw = (grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2))
-        return torch.ops.aten.convolution_backward(*nchw, weight, None, *sides)[1]
+        return torch.ops.aten.convolution_backward(*nchw, weight, None, *sides)[1].float()
     padded = F.pad(x.permute(0, 3, 1, 2), (k // 2,) * 4)  # B, D, H + k - 1, W + k - 1
     grad = grad.permute(0, 3, 1, 2)  # B, D, H, W
     total = torch.zeros(D, k, k, device=x.device)
@@ -129,7 +157,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
             values = padded[:, :, top : top + h + k - 1, left : left + w + k - 1]
             part = F.conv2d(values.reshape(1, B * D, h + k - 1, w + k - 1), kernel.reshape(-1, 1, h, w), groups=B * D)
             total += part.view(B, D, k, k).sum(0, dtype=torch.float32)
-    return total.unsqueeze(1).to(weight.dtype)
+    return total.unsqueeze(1)
 
 
 def _fast_large_kernels(x: Tensor) -> bool:

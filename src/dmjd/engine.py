@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from torch import Tensor, nn
 
 from dmjd.devices import keep_freed_memory, pick_device
+from dmjd.optim import reserve_state
 from dmjd.tokens import STREAM_STEP, hash64
 
 SYNC_EVERY = 10  # steps between looks at device-side flags on an accelerator, where each look waits for it
@@ -172,6 +173,8 @@ class Engine:
         self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
         module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
+        if self._eager and isinstance(self.optimizer, torch.optim.AdamW):
+            reserve_state(self.optimizer)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
 
     def run(self, batches: Iterator[Any], hooks: Sequence[Hook], stop: StopSignal) -> bool:

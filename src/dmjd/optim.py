@@ -65,3 +65,19 @@ def warmup_cosine(share: float, warmup: float, floor: float = 0.0) -> float:
         return share / warmup
     cosine = 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / max(1.0 - warmup, 1e-12)))
     return floor + (1.0 - floor) * cosine
+
+
+def reserve_state(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's state now, on the parameters' device, instead of in the first step; its values are the same.
+
+    Made in the first step it would lie in the gaps that activations left, and a process that keeps freed memory
+    (:func:`dmjd.devices.keep_freed_memory`) would need new memory for the activations of the next one.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                }
