@@ -39,8 +39,8 @@ SETS: dict[str, dict[str, Any]] = {
         "pictures": "train/images",
         "pretrain": {"img_size": (192, 240), "batch_size": 8, "blr": 1.2e-2},
         "pretrain_steps": 1000,
-        "steps": 200,
-        "options": {"img_size": (180, 240), "ignore_index": 11, "batch_size": 8, "decoder_dim": 64},
+        "steps": 150,
+        "options": {"img_size": (180, 240), "ignore_index": 11, "batch_size": 8, "blr": 1.6e-2, "decoder_dim": 64},
     },
     "bccd": {
         "task": "detection",
@@ -48,8 +48,8 @@ SETS: dict[str, dict[str, Any]] = {
         "pictures": "train",
         "pretrain": {"img_size": (256, 320), "batch_size": 4, "blr": 2.4e-2},
         "pretrain_steps": 1000,
-        "steps": 200,
-        "options": {"img_size": (240, 320), "batch_size": 4, "decoder_dim": 64},
+        "steps": 150,
+        "options": {"img_size": (240, 320), "batch_size": 4, "blr": 2.6e-2, "decoder_dim": 64},
     },
 }
 STARTS = ("result", "random_init")

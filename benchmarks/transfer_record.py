@@ -1,4 +1,4 @@
-"""What the transfer studies write down beside their scores: seconds of training, and results without a machine's paths."""
+"""What the transfer studies write down beside their scores: seconds of training, names of sets without their paths."""
 
 import json
 from pathlib import Path
