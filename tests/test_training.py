@@ -19,7 +19,7 @@ import dmjd as package
 from dmjd import recipes
 from dmjd.build import build_model
 from dmjd.encoders import encoder_bytes
-from dmjd.engine import Duration, Engine, NonFiniteLoss, StopSignal, Task, make_fabric
+from dmjd.engine import Duration, Engine, NonFiniteLoss, StopSignal, Task, make_fabric, seed_device
 from dmjd.optim import adamw, scaled_learning_rate, warmup_cosine
 
 TINY_FIELDS = {
@@ -252,3 +252,10 @@ def test_the_seed_alone_decides_the_weights():
     first, second = (encoder_bytes(build_model(recipes.digits(**TINY_FIELDS)).encoder) for _ in range(2))
     assert first == second
     assert encoder_bytes(build_model(recipes.digits(**TINY_FIELDS, seed=1)).encoder) != first
+
+
+def test_a_step_is_seeded_as_by_torch():
+    seed_device(torch.device("cpu"), 2**63 - 1)
+    drawn = torch.rand(5)
+    torch.manual_seed(2**63 - 1)
+    assert torch.equal(drawn, torch.rand(5))
