@@ -30,7 +30,7 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1" if "--kept" in sys.argv else "0"  # rea
 import torch
 from peers import IMG_SIZE, DenseReference, LightlyMAE, dmjd_model, hugging_face_mae, mae_model
 
-from dmjd.devices import keep_freed_memory
+from dmjd.devices import SMALL_BLOCK, keep_freed_memory
 from dmjd.optim import reserve_state
 from dmjd.speed import machine, matmul_rate, peak_memory, wait
 from dmjd.tokens import image_keys
@@ -63,6 +63,7 @@ def make_step(side: str, batch: int, device: torch.device, precision: str, compi
         module = mae_model() if side == "dmjd's mae" else dmjd_model()
         if side.endswith("checkpointing"):
             module.set_grad_checkpointing()
+            keep_freed_memory(device, up_to=SMALL_BLOCK)  # as a training run does
         dense = side == "dense reference"
         model = DenseReference(module) if dense else module
 

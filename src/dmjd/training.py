@@ -22,6 +22,7 @@ from dmjd.checkpoint import (
 )
 from dmjd.config import DEFAULT_BATCH_SIZE, PretrainConfig
 from dmjd.data import BadPictures, Batch, Source, TrainLoader, absolute, measure_stats
+from dmjd.devices import SMALL_BLOCK, keep_freed_memory
 from dmjd.encoders import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.engine import Duration, Engine, Hook, Report, StopSignal, Task, make_fabric
 from dmjd.model import MaskedImageModel
@@ -149,6 +150,8 @@ def make_engine(
         steps = math.ceil(config.epochs * num_pictures / batch_size)
     assert model.encoder.preprocess is not None
     model.set_grad_checkpointing(config.grad_checkpointing)
+    if config.grad_checkpointing:
+        keep_freed_memory(fabric.device, up_to=SMALL_BLOCK)
     task = PretrainTask(model, model.encoder.preprocess)
     engine = Engine(
         fabric=fabric,
