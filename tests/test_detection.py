@@ -213,6 +213,12 @@ def test_masks_are_learnt_where_every_object_has_one(tmp_path):
     assert again["result"] == result["result"]
 
 
+def test_boxes_keep_their_precision_in_a_training_of_less(boxes, tmp_path):
+    result = evaluate("detection", make_run(tmp_path / "run"), data=boxes, steps=1, precision="bf16", **QUICK)
+    assert result["configuration"]["precision"] == "bf16"
+    assert result["result"]["ap50"] is not None
+
+
 def test_one_class_is_enough(tmp_path):
     data = make_detection_set(tmp_path / "data", {"train": 4, "test": 2})
     for part in ("train", "test"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor, nn
 
@@ -98,12 +99,12 @@ def make_fabric(device: str, precision: str) -> Fabric:
     elif SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         nodes = int(os.environ.get("SLURM_NNODES", 1))
         devices = int(os.environ["SLURM_NTASKS"]) // nodes
-    word = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[precision]
+    word = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(precision)
     fabric = Fabric(
         accelerator=device,
         devices=devices,
         num_nodes=nodes,
-        precision=word,  # type: ignore[arg-type]
+        plugins=Autocast(word, device) if word else None,  # type: ignore[arg-type]
         strategy="ddp" if devices * nodes > 1 else "auto",
     )
     fabric.launch()
@@ -118,6 +119,14 @@ def seed_device(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+class Autocast(MixedPrecision):
+    """Lightning's mixed precision, but batches stay as they are: it would round boxes and raw pixels to 16 bits."""
+
+    def convert_input(self, data: Any) -> Any:
+        """The same."""
+        return data
 
 
 class Task(nn.Module):
