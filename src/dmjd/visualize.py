@@ -158,9 +158,8 @@ def _note(model: MaskedImageModel) -> str:
     notes = []
     for _, target in _targets(model):
         if isinstance(target, HogTarget):
-            notes.append(
-                "HOG: strokes lie along edges, brighter for larger whitened values; blue: true tokens, not predicted."
-            )
+            known = "; blue: true tokens, not predicted" if target is model.mim_target else ""
+            notes.append(f"HOG: strokes lie along edges, brighter for larger whitened values{known}.")
         elif isinstance(target, PixelTarget):
             notes.append(f"Pixel patches are {UNNORMALISED}.")
         else:
