@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Of what lies between two products of one chunk; the last cache of a CPU core holds this much.
-_CHUNK_BYTES = 1 << 23
+_CHUNK_BYTES = 1 << 25  # of what lies between two products; smaller chunks make the products slower
 _MOST_ATTENTION_ELEMENTS = 1 << 27  # a quarter of a gigabyte in half precision
-_ATTENTION_CHUNK = 1 << 21  # elements of an attention matrix taken at a time
 
 
 def norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
@@ -106,10 +104,10 @@ class _NormLinear(torch.autograd.Function):
         x, nw, nb, w = ctx.saved_tensors
         rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
         norm = _NormGradient(rows, nw, nb, ctx.eps, ctx.needs_input_grad[0])
-        grad_w = torch.zeros_like(w, dtype=nw.dtype)
+        grad_w = None
         for part in _chunks(len(rows), sum(w.shape), grad):
             g = grad[part]
-            _add_product(grad_w, g.t(), norm.forward(part, w.dtype))
+            grad_w = _plus_product(grad_w, g.t(), norm.forward(part, w.dtype), nw.dtype)
             norm.backward(g @ w)
         grad_x = None if norm.grad_x is None else norm.grad_x.view_as(x)
         return grad_x, norm.grad_weight, norm.grad_bias, None, grad_w, grad.sum(0, dtype=nw.dtype), None
@@ -155,15 +153,15 @@ class _NormMlp(torch.autograd.Function):
         x, nw, nb, w1, b1, w2, hidden = ctx.saved_tensors
         rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
         norm = _NormGradient(rows, nw, nb, ctx.eps, ctx.needs_input_grad[0])
-        grad_w1, grad_w2 = (torch.zeros_like(w, dtype=nw.dtype) for w in (w1, w2))
+        grad_w1 = grad_w2 = None
         grad_b1 = torch.zeros_like(b1, dtype=nw.dtype)
         for part in _chunks(len(rows), len(b1), w1):
             g, y = grad[part], norm.forward(part, w1.dtype)
             h = torch.addmm(b1, y, w1.t()) if hidden is None else hidden[part]
-            _add_product(grad_w2, g.t(), F.gelu(h))
+            grad_w2 = _plus_product(grad_w2, g.t(), F.gelu(h), nw.dtype)
             grad_h = torch.ops.aten.gelu_backward(g @ w2, h)
             del h
-            _add_product(grad_w1, grad_h.t(), y)
+            grad_w1 = _plus_product(grad_w1, grad_h.t(), y, nw.dtype)
             grad_b1 += grad_h.sum(0, dtype=nw.dtype)
             norm.backward(grad_h @ w1)
         grad_x = None if norm.grad_x is None else norm.grad_x.view_as(x)
@@ -171,12 +169,11 @@ class _NormMlp(torch.autograd.Function):
         return grad_x, norm.grad_weight, norm.grad_bias, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in the type of ``total``."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b, or the product alone, in ``dtype``; ``total`` is used up."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -190,43 +187,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cpu" or q.dtype == torch.float32 or elements > _MOST_ATTENTION_ELEMENTS:
         return F.scaled_dot_product_attention(q, k, v)
     if not torch.is_grad_enabled():
-        return _weights(q, k)[0] @ v
+        return _weights(q, k) @ v
     return _PlainAttention.apply(q, k, v)
 
 
-def _weights(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention matrix [B, heads, N, T] and the scaled queries."""
-    q = q * q.shape[-1] ** -0.5
-    return (q @ k.transpose(-2, -1)).softmax(-1), q
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """Attention matrix [B, heads, N, T]."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Attention by matrix products, a few rows at a time; the attention matrix is taken again in the backward pass."""
+    """Attention by matrix products that keeps its inputs and the attention matrix, and no rearranged copies of them."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        B, heads, N, d = q.shape
-        out = q.new_empty(B, N, heads, d).transpose(1, 2)  # as the projection after it wants it
-        with torch.autocast("cpu", enabled=False):
-            for part in _attention_chunks(q, k):
-                out[part] = _weights(q[part], k[part])[0] @ v[part]
-        return out
+        weights = _weights(q, k)
+        ctx.save_for_backward(q, k, v, weights)
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        return out.copy_(weights @ v)  # laid out as the projection after it wants it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x) for x in (q, k, v))
-        for part in _attention_chunks(q, k):
-            g, (weights, scaled) = grad[part], _weights(q[part], k[part])
-            grads[2][part] = weights.transpose(-2, -1) @ g
-            scores = torch._softmax_backward_data(g @ v[part].transpose(-2, -1), weights, -1, q.dtype)
-            grads[0][part] = (scores @ k[part]).mul_(q.shape[-1] ** -0.5)
-            grads[1][part] = scores.transpose(-2, -1) @ scaled
-        return grads
-
-
-def _attention_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    size = max(1, _ATTENTION_CHUNK // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
-    return (slice(start, start + size) for start in range(0, q.shape[0], size))
+        q, k, v, weights = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        grad_v = weights.transpose(-2, -1) @ grad
+        scores = torch._softmax_backward_data(grad @ v.transpose(-2, -1), weights, -1, q.dtype)
+        return (scores @ k).mul_(scale), (scores.transpose(-2, -1) @ q).mul_(scale), grad_v
