@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dmjd.kernels import keeps_activations
+
 # A convolution kernel of this side is the largest that the fast CPU routine was measured with.
 _LARGEST_TILE = 64
 _CHUNK_BYTES = 1 << 24  # of the map of some rows
@@ -21,7 +23,7 @@ def dense_depthwise(conv: nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> T
     """Depthwise convolution of a dense map [B, H, W, D]; ``mask`` [B, H, W] bool hides cells (True = masked)."""
     if mask is not None:
         x = x.masked_fill(mask.unsqueeze(-1), 0.0)
-    if not torch.is_grad_enabled():  # plain operations are what exporters know
+    if not keeps_activations():
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     weight, bias = _parameters(conv, x)
     return _Depthwise.apply(x, weight, bias, None, x.shape[1:3])

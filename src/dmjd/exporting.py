@@ -97,16 +97,15 @@ def _to_onnx(encoder: Encoder, out: Path) -> Exported:
     if missing:
         raise ValueError(f"the onnx format needs {' and '.join(missing)}: pip install 'dmjd[onnx]'")
     model = _TokensAndFeatures(encoder).eval()
-    with torch.no_grad():  # the plain operations of inference: those of training count rows while they are traced
-        program = torch.onnx.export(
-            model,
-            (_random_images(encoder, 2),),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["tokens", "features"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        model,
+        (_random_images(encoder, 2),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["tokens", "features"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
     assert program is not None
     program.model.metadata_props[METADATA_KEY] = json.dumps(encoder_metadata(encoder), sort_keys=True)
     with atomic(out) as temporary:

@@ -19,7 +19,7 @@ _MOST_ATTENTION_ELEMENTS = 1 << 27  # a quarter of a gigabyte in half precision
 
 def norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
     """linear(norm(x)), [..., D] -> [..., E], keeping only x for the backward pass."""
-    if not torch.is_grad_enabled():  # nothing to keep; plain operations are what exporters know
+    if not keeps_activations():
         return linear(norm(x))
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, _product_type(x))
 
@@ -32,10 +32,16 @@ def norm_mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, x: Tensor, keep
         keep_hidden: keep fc1's output for the backward pass, the largest activation of a block; else it is computed
             again: a sixth more arithmetic.
     """
-    if not torch.is_grad_enabled():
+    if not keeps_activations():
         return fc2(F.gelu(fc1(norm(x))))
     parameters = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return _NormMlp.apply(x, *parameters, norm.eps, _product_type(x), keep_hidden)
+
+
+def keeps_activations() -> bool:
+    """Whether a backward pass may follow. Exporters trace with gradients on, but know plain operations only, and would
+    take the number of rows in a chunk for a constant."""
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
 
 
 def _product_type(x: Tensor) -> torch.dtype:
@@ -186,7 +192,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.device.type != "cpu" or q.dtype == torch.float32 or elements > _MOST_ATTENTION_ELEMENTS:
         return F.scaled_dot_product_attention(q, k, v)
-    if not torch.is_grad_enabled():
+    if not keeps_activations():
         return _weights(q, k) @ v
     return _PlainAttention.apply(q, k, v)
 
