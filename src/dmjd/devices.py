@@ -29,8 +29,8 @@ def keep_freed_memory(device: torch.device | str, up_to: int | None = None) -> b
     By default the C library hands large blocks back to the system at once, which then has to find and clear them page
     by page for the next tensor: a quarter of a training step's time. Only with glibc; elsewhere nothing happens.
 
-    The price is gaps: a block of the same size often does not fit where the last one lay, since aligned memory is asked
-    for with room to spare.
+    The price is gaps: a block of the same size often does not fit where the last one lay, probably since aligned memory
+    is asked for with room to spare.
 
     Args:
         device: where the tensors are; nothing happens for others than the CPU.
