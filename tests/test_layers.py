@@ -100,7 +100,7 @@ def layers_and_input(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("keep_hidden", [True, False])
-@pytest.mark.parametrize("chunk_bytes", [1 << 25, 4 * 24 * 4])  # all at once; four rows at a time, three in the last
+@pytest.mark.parametrize("chunk_bytes", [1 << 24, 4 * 24 * 4])  # all at once; four rows at a time, three in the last
 def test_norm_and_mlp_give_what_plain_layers_give(keep_hidden, chunk_bytes, monkeypatch):
     monkeypatch.setattr(kernels, "_CHUNK_BYTES", chunk_bytes)
     norm, fc1, fc2, x = layers_and_input()
@@ -115,7 +115,7 @@ def test_norm_and_mlp_give_what_plain_layers_give(keep_hidden, chunk_bytes, monk
         torch.testing.assert_close(norm_mlp(norm, fc1, fc2, x), plain)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1 << 25, 4 * 30 * 4])
+@pytest.mark.parametrize("chunk_bytes", [1 << 24, 4 * 30 * 4])
 def test_norm_and_linear_give_what_plain_layers_give(chunk_bytes, monkeypatch):
     monkeypatch.setattr(kernels, "_CHUNK_BYTES", chunk_bytes)
     norm, linear, _, x = layers_and_input()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 1 << 25  # of what lies between two products; smaller chunks make the products slower
+_CHUNK_BYTES = 1 << 24  # of what lies between two products; smaller chunks make the products slower
 _MOST_ATTENTION_ELEMENTS = 1 << 27  # a quarter of a gigabyte in half precision
 
 

@@ -95,7 +95,7 @@ class ConvBlock(nn.Module):
     The depthwise convolution sees visible values only, so masked positions never influence visible ones.
 
     Attributes:
-        checkpointing: whether convolutions and hidden layer are computed again in the backward pass instead of kept.
+        checkpointing: whether the convolutions too are computed again in the backward pass, not only the hidden layer.
     """
 
     checkpointing = False
@@ -113,7 +113,8 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, depthwise: Depthwise) -> Tensor:
         """Same shape in and out, dense or visible, as ``depthwise`` understands it."""
         x = x + self.drop_path(kept_or_again(self.checkpointing, self._convolve, x, depthwise))
-        return x + self.drop_path(norm_mlp(self.norm2, self.mlp.fc1, self.mlp.fc2, x, not self.checkpointing))
+        # The hidden layer of the cells would be the largest activation of all; its product is a thirtieth of a step.
+        return x + self.drop_path(norm_mlp(self.norm2, self.mlp.fc1, self.mlp.fc2, x, keep_hidden=False))
 
     def _convolve(self, x: Tensor, depthwise: Depthwise) -> Tensor:
         return self.conv2(depthwise(self.dwconv, norm_linear(self.norm1, self.conv1, x)))
