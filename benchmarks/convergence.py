@@ -51,6 +51,7 @@ from dmjd.training import make_engine, make_loader
 
 PHASES = ("calibrate", "search", "train", "test", "report")
 SEARCH_SEED = 1000  # apart from the seeds of the runs
+PLACES = ("data", "out", "json", "encoders")  # folders and files of one machine, left out of the record
 ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_PICTURES = 3, 3, 10, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "img_size": SIDE,
@@ -214,12 +215,16 @@ class Study:
     def train(self, wave: dict[str, Variant]) -> list[dict[str, Any]]:
         """All runs of a wave, in shuffled order."""
         shares = [(i + 1) / self.arguments.probes for i in range(self.arguments.probes)]
-        jobs = shuffled([(name, seed) for name in wave for seed in range(self.arguments.seeds)])
+        jobs = shuffled([(name, seed) for name in wave for seed in range(self._seeds(name))])
         found = {
             (name, seed): self._job("train", name, wave[name], self.rates[wave[name].rate_of or name], seed, shares)
             for name, seed in jobs
         }
-        return [found[name, seed] for name in wave for seed in range(self.arguments.seeds)]
+        return [found[name, seed] for name in wave for seed in range(self._seeds(name))]
+
+    def _seeds(self, name: str) -> int:
+        given = self.arguments
+        return given.seeds if given.repeat is None or name in given.repeat else 1
 
     def _job(
         self, kind: str, name: str, variant: Variant, blr: float, seed: int, shares: list[float], share: float = 1.0
@@ -314,7 +319,7 @@ class Study:
         searches = [json.loads(file.read_text()) for file in sorted(self.jobs.glob(f"search-{given.encoder}-*.json"))]
         content = {
             "set": given.set,
-            "settings": {key: str(v) if isinstance(v, Path) else v for key, v in vars(given).items()},
+            "settings": {k: v for k, v in vars(given).items() if k not in PLACES} | {"data": Path(given.data).name},
             "baseline": self.baseline,
             "summary": rows,
             "seconds_per_step": self.seconds,
@@ -372,6 +377,7 @@ def main() -> None:
     length.add_argument("--epochs", type=float, help="for each run, instead of minutes")
     parser.add_argument("--clock", choices=("wall", "calibrated"), default="wall")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--repeat", nargs="+", help="variants that have all the seeds, others one; default all")
     parser.add_argument("--blrs", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3], help="one: no search")
     parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run, of a whole one")
     parser.add_argument("--probes", type=int, default=8, help="in each run")

@@ -46,7 +46,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "conv_lite": {"encoder": "conv_vit_tiny_patch4", "embed_dim": (32, 64, 128), "depth": (1, 1, 4), "num_heads": 4}
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
-SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "targets")
+SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "targets", "beyond")
 
 
 def of_dmjd(**overrides: Any) -> Variant:
@@ -92,13 +92,27 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
                 for key, (mim, vis) in taught.items()
             }
         )
+    if name == "beyond":
+        muon = {"optimizer": "muon"}
+        mixed = muon | {"mim_target": "pixel", "vis_target": "hog"}
+        hidden = mixed | {"mask_ratio": 0.75, "block_size": 1}
+        return {
+            pixels: Variant(pixels),
+            f"{pixels}_muon": Variant(pixels, muon),
+            "dmjd": own["dmjd"],
+            "dmjd_muon": Variant("dmjd", muon),
+            "pixel_hog_muon": Variant("dmjd", mixed),
+            "pixel_hog_muon_c75": Variant("dmjd", hidden | {"hog_cell": 4}),
+            "pixel_hog_muon_c75_one_view": Variant("jd", hidden | {"hog_cell": 4}),
+        }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}
         | {f"p_{p}": {"pred_ratio": p} for p in (0.6, 0.7, 0.8, 0.9)},
         "block": {"block_1": {"block_size": 1}},
         "theta": {f"theta_{theta:g}": {"theta": theta} for theta in (0.3, 3.0, 10.0)},
-        "hog": {f"cell_{cell}": {"hog_cell": cell} for cell in (1, 4)},
+        "hog": {f"cell_{cell}": {"hog_cell": cell} for cell in (1, 4)}
+        | {f"bins_{bins}": {"hog_bins": bins} for bins in (4, 18)},
     }
     return {"dmjd": own["dmjd"]} | {key: of_dmjd(**change) for key, change in changes[name].items()}
 

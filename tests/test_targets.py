@@ -183,5 +183,6 @@ def test_targets_by_name():
         assert target.dim == {"hog": 108, "pixel": 192}[name]
         assert create_target(target, create_encoder("vit_tiny_patch16", in_chans=1)) is target
     assert create_target("hog", encoder, hog_cell=2, ema_layers=3).cell_size == 2
+    assert create_target("hog", encoder, hog_bins=18).dim == 216
     with pytest.raises(ValueError, match=r"unknown target 'hogg'; did you mean 'hog'\?"):
         create_target("hogg", encoder)

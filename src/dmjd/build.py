@@ -73,6 +73,7 @@ def _build_targets(config: PretrainConfig, encoder: Encoder) -> dict[str, Any]:
             name,
             encoder,
             hog_cell=config.hog_cell,
+            hog_bins=config.hog_bins,
             teacher=config.teacher,
             teacher_layers=config.teacher_layers,
             ema_layers=config.ema_layers,

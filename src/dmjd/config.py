@@ -73,6 +73,7 @@ class PretrainConfig:
     mim_target: str | None = option(None, "target of the reconstruction branch; default --target", "method")
     vis_target: str | None = option(None, "target of the distillation branch; default --target", "method")
     hog_cell: int | None = option(None, "side of a HOG cell in pixels; default half the patch", "method")
+    hog_bins: int = option(9, "orientations of a HOG cell", "method")
     teacher: str | None = option(
         None, "of target teacher: a run folder, an encoder file or a timm model", "method", resume=True
     )
@@ -231,6 +232,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "num_heads": (1, math.inf, True),
     "mlp_ratio": (0, math.inf, False),
     "hog_cell": (1, math.inf, True),
+    "hog_bins": (1, 255, True),
     "teacher_layers": (1, math.inf, True),
     "ema_layers": (1, math.inf, True),
     "ema_momentum": (0, 1, True),

@@ -10,7 +10,7 @@ from torch import nn
 from dmjd.encoders import Encoder
 from dmjd.targets.base import Target, whiten
 from dmjd.targets.ema import MOMENTUM, EmaTarget
-from dmjd.targets.hog import HogTarget, default_cell, hog
+from dmjd.targets.hog import NUM_BINS, HogTarget, default_cell, hog
 from dmjd.targets.pixel import PixelTarget
 from dmjd.targets.teacher import TeacherTarget
 
@@ -28,8 +28,10 @@ __all__ = [
 ]
 
 
-def _hog(encoder: Encoder, *, hog_cell: int | None = None, **others: Any) -> Target:
-    return HogTarget(patch_size=encoder.patch_size, in_chans=encoder.in_chans, cell_size=hog_cell)
+def _hog(encoder: Encoder, *, hog_cell: int | None = None, hog_bins: int = NUM_BINS, **others: Any) -> Target:
+    return HogTarget(
+        patch_size=encoder.patch_size, in_chans=encoder.in_chans, cell_size=hog_cell, num_bins=hog_bins
+    )
 
 
 def _pixel(encoder: Encoder, **others: Any) -> Target:
@@ -55,7 +57,7 @@ def create_target(target: str | Target, encoder: Encoder, **settings: Any) -> Ta
 
     Args:
         target: a name of :data:`TARGETS`, or a target. encoder: the encoder that will learn from it.
-        settings: ``hog_cell``, ``teacher``, ``teacher_layers``, ``ema_layers``, ``ema_momentum``, as in
+        settings: ``hog_cell``, ``hog_bins``, ``teacher``, ``teacher_layers``, ``ema_layers``, ``ema_momentum``, as in
             :class:`~dmjd.config.PretrainConfig`; those of other targets are left alone.
 
     Raises:
