@@ -39,7 +39,7 @@ SETS: dict[str, dict[str, Any]] = {
         "pictures": "train/images",
         "pretrain": {"img_size": (192, 240), "batch_size": 8, "blr": 1.2e-2},
         "pretrain_steps": 1000,
-        "steps": 150,
+        "steps": 300,
         "options": {"img_size": (180, 240), "ignore_index": 11, "batch_size": 8, "blr": 1.6e-2, "decoder_dim": 64},
     },
     "bccd": {
