@@ -1,6 +1,7 @@
 """What every source of pictures is."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from dmjd.pictures import OpenPicture, Picture, open_picture
 
 
-class Source:
+class Source(ABC):
     """An indexed set of pictures, with labels or without; picklable, so that worker processes can have it.
 
     A new kind of source sets the attributes and defines ``__len__``, ``stored`` and ``describe``.
@@ -25,16 +26,17 @@ class Source:
     labels: np.ndarray | None = None
     classes: list[str]
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of pictures."""
 
+    @abstractmethod
     def stored(self, index: int) -> Picture:
         """Picture ``index`` as it is kept: a path, encoded bytes, a PIL picture or an array."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, index: int) -> str:
         """What messages call picture ``index``: its path, or "row 17 of x.parquet"."""
-        raise NotImplementedError
 
     def read(self, index: int) -> np.ndarray:
         """Picture ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale.
@@ -52,7 +54,7 @@ class Source:
         """
         return open_picture(self.stored(index), self.in_chans, self.value_range, self.describe(index))
 
-    def save_listing(self, file: Path) -> None:
+    def save_listing(self, file: Path) -> None:  # noqa: B027 (most sets have nothing to keep)
         """Keep what had to be searched for in a file of the run; nothing for sets that need no search."""
 
     def fingerprint(self) -> str:

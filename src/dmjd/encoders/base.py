@@ -1,5 +1,6 @@
 """What every encoder offers, so that everything downstream is written once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Base of the encoders: images in, tokens out, on all patches or on the visible ones only.
 
     Attributes:
@@ -73,6 +74,7 @@ class Encoder(nn.Module):
         """MAE's initialisation of every linear layer (see :func:`dmjd.layers.init_linear`)."""
         self.apply(init_linear)
 
+    @abstractmethod
     def forward_stages(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Block outputs before ``norm``, and the outputs of the convolutional stages for multi-scale fusion.
 
@@ -83,8 +85,8 @@ class Encoder(nn.Module):
         Returns:
             tokens [R, prefix + V, D]; one [R, V, s, s, d] for each of ``scales``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
         """Patch tokens after each of the last ``count`` transformer blocks, before the norm.
 
@@ -94,11 +96,10 @@ class Encoder(nn.Module):
         Returns:
             [B, N, D] each, the last block's at the end.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, num_visible: int | None = None) -> int:
         """Floating-point operations of one forward pass of one image, on ``num_visible`` patch tokens (default all)."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Block outputs, before the norm of pre-training.

@@ -29,9 +29,7 @@ __all__ = [
 
 
 def _hog(encoder: Encoder, *, hog_cell: int | None = None, hog_bins: int = NUM_BINS, **others: Any) -> Target:
-    return HogTarget(
-        patch_size=encoder.patch_size, in_chans=encoder.in_chans, cell_size=hog_cell, num_bins=hog_bins
-    )
+    return HogTarget(patch_size=encoder.patch_size, in_chans=encoder.in_chans, cell_size=hog_cell, num_bins=hog_bins)
 
 
 def _pixel(encoder: Encoder, **others: Any) -> Target:

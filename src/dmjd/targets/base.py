@@ -1,5 +1,6 @@
 """The protocol every target keeps; the model sees nothing else of it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,7 +28,7 @@ def whitened_mean(layers: Sequence[Tensor]) -> Tensor:
     return white[0] if len(white) == 1 else whiten(torch.stack(white).mean(dim=0))
 
 
-class Target(nn.Module):
+class Target(nn.Module, ABC):
     """Maps the unmasked image to one vector per token; no gradient flows through it.
 
     Attributes:
@@ -42,6 +43,7 @@ class Target(nn.Module):
     autocast = False
     share = 0.0
 
+    @abstractmethod
     def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
         """The targets.
 
@@ -52,7 +54,6 @@ class Target(nn.Module):
         Returns:
             [B, N, C] float32.
         """
-        raise NotImplementedError
 
     def after_step(self, encoder: nn.Module, step: int) -> None:
         """Called after optimizer step ``step`` (from 1); targets that follow the encoder override it."""
