@@ -22,6 +22,7 @@ from dmjd.evaluation import (
     results_table,
 )
 from dmjd.evaluation.features import accuracies, label_ranks, pooled, raw_pixels
+from dmjd.evaluation.results import write_result
 from dmjd.pictures import Preprocess
 
 SIZE = (16, 16)
@@ -246,6 +247,17 @@ def test_evaluate_measures_the_encoder_beside_both_baselines(run):
         "classes": 2,
     }
     assert set(result["versions"]) == {"dmjd", "torch", "python"}
+
+
+def test_an_earlier_result_is_never_lost(tmp_path):
+    for top1 in (0.1, 0.1, 0.2, 0.3):  # the same again is not kept twice
+        write_result(tmp_path, "knn", {"result": {"top1": top1}})
+
+    def top1(name):
+        return json.loads((tmp_path / "evaluation" / name).read_text())["result"]["top1"]
+
+    assert [top1(name) for name in ("earlier/knn-1.json", "earlier/knn-2.json", "knn.json")] == [0.1, 0.2, 0.3]
+    assert len(list((tmp_path / "evaluation" / "earlier").iterdir())) == 2
 
 
 def test_test_labels_follow_the_names_of_the_training_classes(run):

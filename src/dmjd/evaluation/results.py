@@ -1,6 +1,7 @@
 """What every evaluation does around its protocol: open the sets, keep results, show them."""
 
 import contextlib
+import itertools
 import json
 import platform
 from collections.abc import Mapping
@@ -88,9 +89,15 @@ def key_of(encoder: Encoder, *parts: Any) -> str:
 
 
 def write_result(folder: Path, task: str, result: Mapping[str, Any]) -> None:
-    """``evaluation/<task>.json`` of a run folder."""
-    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
-    write_text(folder / "evaluation" / f"{task}.json", json.dumps(result, indent=2) + "\n")
+    """``evaluation/<task>.json`` of a run folder; another result that was there is kept as ``earlier/<task>-<n>.json``."""
+    place = folder / "evaluation"
+    file, content = place / f"{task}.json", json.dumps(result, indent=2) + "\n"
+    place.mkdir(parents=True, exist_ok=True)
+    if file.exists() and (before := file.read_text(encoding="utf-8")) != content:
+        (place / "earlier").mkdir(exist_ok=True)
+        free = next(n for n in itertools.count(1) if not (place / "earlier" / f"{task}-{n}.json").exists())
+        write_text(place / "earlier" / f"{task}-{free}.json", before)
+    write_text(file, content)
 
 
 class Baselines:
