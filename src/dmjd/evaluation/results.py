@@ -89,7 +89,7 @@ def key_of(encoder: Encoder, *parts: Any) -> str:
 
 
 def write_result(folder: Path, task: str, result: Mapping[str, Any]) -> None:
-    """``evaluation/<task>.json`` of a run folder; another result that was there is kept as ``earlier/<task>-<n>.json``."""
+    """``evaluation/<task>.json`` of a run folder; another that was there is kept as ``earlier/<task>-<n>.json``."""
     place = folder / "evaluation"
     file, content = place / f"{task}.json", json.dumps(result, indent=2) + "\n"
     place.mkdir(parents=True, exist_ok=True)
