@@ -36,6 +36,24 @@ def differences(name: str, base: str) -> dict:
         ("complementary", "dmjd", {"num_views": 4, "mask_ratio": 0.75, "block_size": 1}),
         ("independent", "dmjd", {"disjoint": False}),
         (
+            "tiny_pictures",
+            "dmjd",
+            {
+                "img_size": (32,),
+                "encoder": "conv_vit_tiny_patch4",
+                "mim_target": "pixel",
+                "vis_target": "hog",
+                "hog_cell": 4,
+                "mask_ratio": 0.75,
+                "block_size": 1,
+                "optimizer": "muon",
+                "batch_size": 64,
+                "blr": 3e-3,
+                "clip_grad": 3.0,
+                "epochs": 200.0,
+            },
+        ),
+        (
             "convmae",
             "mae",
             {
