@@ -101,7 +101,7 @@ class Study:
                 self.search(wave)
             if until >= PHASES.index("train"):
                 runs += self.train(wave)
-        if until >= PHASES.index("test"):
+        if until >= PHASES.index("test") and not self.arguments.skip_test:
             self.test(runs)
         if until >= PHASES.index("report"):
             self.report(runs)
@@ -392,6 +392,7 @@ def main() -> None:
     parser.add_argument("--baseline", help="whose final accuracy is to be reached; default the first variant")
     parser.add_argument("--override", type=override, nargs="+", default=[], help="settings of all runs: theta=4")
     parser.add_argument("--slice-minutes", type=float, help="save and stop in time")
+    parser.add_argument("--skip-test", action="store_true", help="while choices are still to be made")
     parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")
     arguments = parser.parse_args()
     arguments.override = dict(arguments.override)
