@@ -93,17 +93,17 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
             }
         )
     if name == "beyond":
-        muon = {"optimizer": "muon"}
-        mixed = muon | {"mim_target": "pixel", "vis_target": "hog"}
-        hidden = mixed | {"mask_ratio": 0.75, "block_size": 1}
+        muon, mixed = {"optimizer": "muon"}, {"mim_target": "pixel", "vis_target": "hog"}
+        hidden = mixed | {"mask_ratio": 0.75, "block_size": 1, "hog_cell": 4}
         return {
             pixels: Variant(pixels),
             f"{pixels}_muon": Variant(pixels, muon),
             "dmjd": own["dmjd"],
             "dmjd_muon": Variant("dmjd", muon),
-            "pixel_hog_muon": Variant("dmjd", mixed),
-            "pixel_hog_muon_c75": Variant("dmjd", hidden | {"hog_cell": 4}),
-            "pixel_hog_muon_c75_one_view": Variant("jd", hidden | {"hog_cell": 4}),
+            "pixel_hog_muon": Variant("dmjd", mixed | muon),
+            "pixel_hog_c75": Variant("dmjd", hidden),
+            "pixel_hog_muon_c75": Variant("dmjd", hidden | muon),
+            "pixel_hog_muon_c75_one_view": Variant("jd", hidden | muon),
         }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
