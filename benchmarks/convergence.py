@@ -117,9 +117,9 @@ class Study:
         config = recipe(data=str(self.out / "data"), out=str(out), steps=1).replace(
             **COMMON
             | ENCODERS[given.encoder]
-            | own
             | {"batch_size": given.batch_size, "precision": given.precision, "device": given.device, "seed": seed}
             | given.override
+            | own
         )
         p = requested_pred_ratio(config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint)
         rule = 1.0 if variant.scale_rule else config.mask_ratio / p
@@ -390,7 +390,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--variants", nargs="+", help="of the set, also name@share; default all")
     parser.add_argument("--baseline", help="whose final accuracy is to be reached; default the first variant")
-    parser.add_argument("--override", type=override, nargs="+", default=[], help="settings of all runs: theta=4")
+    parser.add_argument(
+        "--override", type=override, nargs="+", default=[], help="settings of all runs, under a variant's own"
+    )
     parser.add_argument("--slice-minutes", type=float, help="save and stop in time")
     parser.add_argument("--skip-test", action="store_true", help="while choices are still to be made")
     parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")

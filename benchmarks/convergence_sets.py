@@ -46,7 +46,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "conv_lite": {"encoder": "conv_vit_tiny_patch4", "embed_dim": (32, 64, 128), "depth": (1, 1, 4), "num_heads": 4}
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
-SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "targets", "beyond")
+SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
+SETS += ("targets", "beyond")
 
 
 def of_dmjd(**overrides: Any) -> Variant:
@@ -104,6 +105,9 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
             "pixel_hog_c75": Variant("dmjd", hidden),
             "pixel_hog_muon_c75": Variant("dmjd", hidden | muon),
             "pixel_hog_muon_c75_one_view": Variant("jd", hidden | muon),
+            "pixel_hog_muon_c75_two_stage": Variant(
+                "dmjd", hidden | muon | {"vis_target": "teacher"}, teacher="pixel_hog_muon_c75"
+            ),
         }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
@@ -113,6 +117,8 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         "theta": {f"theta_{theta:g}": {"theta": theta} for theta in (0.3, 3.0, 10.0)},
         "hog": {f"cell_{cell}": {"hog_cell": cell} for cell in (1, 4)}
         | {f"bins_{bins}": {"hog_bins": bins} for bins in (4, 18)},
+        "projector": {f"projector_{depth}": {"projector_depth": depth} for depth in (1, 2, 5)},
+        "decode": {f"decode_{share}": {"decode_ratio": share} for share in (0.25, 0.5)},
     }
     return {"dmjd": own["dmjd"]} | {key: of_dmjd(**change) for key, change in changes[name].items()}
 

@@ -175,6 +175,30 @@ def test_masks_of_a_key_never_change():
     assert masks.visible[:, 0].tolist() == [[0, 5, 8, 11, 12, 14], [1, 2, 3, 4, 9, 13]]
 
 
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.99])
+def test_a_part_of_the_masked_tokens_is_drawn_anew_for_every_view(share):
+    """A sorted part of the masked tokens, any place as likely as another; a function of each view's mask alone."""
+    B, N = 4000, 30
+    masks = disjoint_masks(B, (5, 6), 2, 0.6, keys=keys_of(B))
+    asked = masks.asked(share)
+    assert torch.equal(asked.visible, masks.visible)
+    assert torch.equal(asked.mask, masks.mask)
+    assert asked.masked.shape[-1] == round(18 * share)
+    assert bool((asked.masked.diff(dim=-1) > 0).all())
+    assert bool(masks.mask.gather(-1, asked.masked).all())
+    counts = torch.zeros(2, N).scatter_add_(1, asked.masked.flatten(1), torch.ones(2, asked.masked[0].numel()))
+    q = asked.masked.shape[-1] / N
+    assert (counts / B - q).abs().max() < 5 * math.sqrt(q * (1 - q) / B)
+    alone = disjoint_masks(1, (5, 6), 2, 0.6, keys=keys_of(B)[7:8]).asked(share)
+    assert torch.equal(alone.masked[:, 0], asked.masked[:, 7])
+
+
+def test_asking_for_all_masked_tokens_changes_nothing_and_one_is_always_left():
+    masks = disjoint_masks(3, (4, 4), 2, 0.6, keys=keys_of(3))
+    assert torch.equal(masks.asked(1.0).masked, masks.masked)
+    assert masks.asked(0.001).masked.shape == (2, 3, 1)
+
+
 def test_images_and_views_differ():
     masks = disjoint_masks(200, (8, 8), 2, 0.5, 0.5, keys=keys_of(200))  # p = c: both views mask the same set
     assert torch.equal(masks.mask[0], masks.mask[1])

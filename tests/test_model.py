@@ -92,6 +92,22 @@ def test_loss_is_the_formula(name, options, mim_target, vis_target):
 
 
 @BOTH
+def test_a_decoder_asked_for_a_part_is_the_whole_method_with_fewer_masked_tokens(name):
+    """The loss is that of the tokens asked for; visible branch and full predictions are untouched."""
+    model, whole = make(name, decode_ratio=0.4).eval(), make(name).eval()
+    masks = model.draw_masks(KEYS)
+    asked = masks.asked(0.4)
+    assert asked.masked.shape[-1] == round(0.4 * masks.masked.shape[-1])
+    found, expected, all_asked = losses(model), losses(whole, masks=asked), losses(whole)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found["vis"] == pytest.approx(all_asked["vis"], rel=1e-6)
+    assert found["mim"] != pytest.approx(all_asked["mim"], rel=1e-4)
+    normalised, _ = pictures()
+    with torch.no_grad():
+        assert torch.equal(model.predict(normalised, masks)["mim"], whole.predict(normalised, masks)["mim"])
+
+
+@BOTH
 def test_loss_does_not_depend_on_the_order_of_visible_ids(name):
     """The trap of the published code: shuffled visible tokens against targets in raster order."""
     model = make(name).eval()
@@ -154,6 +170,8 @@ def test_training_fits_aligned_targets():
         {"decoder_depth": 2},
         {"decoder_heads": 4},
         {"decoder_mlp_ratio": 2.0},
+        {"decode_ratio": 0.5},
+        {"projector_depth": 1},
     ],
 )
 def test_every_setting_changes_the_loss(options):
@@ -420,6 +438,7 @@ def test_branches_with_targets_apart():
         ({"decoder_dim": 30}, "decoder_dim 30 must be divisible by 4"),
         ({"decoder_heads": 3}, "decoder_heads 3"),
         ({"decoder_depth": 0}, "decoder_depth 0 at least 1"),
+        ({"decode_ratio": 0.0}, "decode_ratio must be greater than 0 and at most 1, got 0.0"),
         ({"hog_cell": 3}, "hog_cell 3 does not divide the 8-pixel patch"),
     ],
 )
@@ -463,6 +482,7 @@ def counted_products() -> Iterator[FlopCounterMode]:
         ("vit_tiny_patch8", {}, {"vis": False, "num_views": 1, "mask_ratio": 0.75}),
         ("conv_vit_tiny_patch8", {}, {}),
         ("conv_vit_tiny_patch8", {}, {"mim": False}),
+        ("vit_tiny_patch8", {}, {"decode_ratio": 0.4, "projector_depth": 4}),
         ("conv_vit_tiny_patch16", {}, {"target": "pixel"}),
     ],
 )

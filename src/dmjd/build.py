@@ -57,6 +57,8 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         decoder_depth=config.decoder_depth,
         decoder_heads=config.decoder_heads,
         decoder_mlp_ratio=config.decoder_mlp_ratio,
+        decode_ratio=config.decode_ratio,
+        projector_depth=config.projector_depth,
         mim=config.mim,
         vis=config.vis,
         theta=config.theta,

@@ -94,6 +94,10 @@ class PretrainConfig:
     decoder_depth: int | None = option(None, "decoder blocks; default by the encoder's width", "method")
     decoder_heads: int | None = option(None, "decoder heads; default by the encoder's width", "method")
     decoder_mlp_ratio: float | None = option(None, "decoder MLP ratio; default the encoder's first", "method")
+    decode_ratio: float = option(
+        1.0, "share of the hidden tokens the decoder is asked for, at random: a cheaper step", "method"
+    )
+    projector_depth: int = option(3, "linear layers of the distillation branch's projector", "method")
 
     epochs: float | None = option(400.0, "length of the run", "training", resume=True, common=True)
     steps: int | None = option(None, "length of the run, instead of epochs", "training", resume=True, common=True)
@@ -245,6 +249,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "decoder_depth": (1, math.inf, True),
     "decoder_heads": (1, math.inf, True),
     "decoder_mlp_ratio": (0, math.inf, False),
+    "decode_ratio": (0, 1, True),
+    "projector_depth": (1, math.inf, True),
     "epochs": (0, math.inf, False),
     "steps": (1, math.inf, True),
     "minutes": (0, math.inf, False),

@@ -94,24 +94,19 @@ class ReconstructionDecoder(nn.Module):
 
 
 class DistillationHead(nn.Module):
-    """Visible distillation: a three-layer projector on each visible token and one linear predictor.
+    """Visible distillation: a projector on each visible token and one linear predictor.
 
     Args:
         encoder_dim: D. dim: width of the projector (the decoder's). out_dim: C, numbers predicted per token.
+        depth: linear layers of the projector; the paper's has three.
     """
 
-    def __init__(self, encoder_dim: int, dim: int, out_dim: int) -> None:
+    def __init__(self, encoder_dim: int, dim: int, out_dim: int, depth: int = 3) -> None:
         super().__init__()
-        self.projector = nn.Sequential(
-            nn.Linear(encoder_dim, dim),
-            TransformerNorm(dim),
-            nn.GELU(),
-            nn.Linear(dim, dim),
-            TransformerNorm(dim),
-            nn.GELU(),
-            nn.Linear(dim, dim),
-            nn.LayerNorm(dim, eps=TRANSFORMER_NORM_EPS, elementwise_affine=False),
-        )
+        layers: list[nn.Module] = [nn.Linear(encoder_dim, dim)]
+        for _ in range(depth - 1):
+            layers += [TransformerNorm(dim), nn.GELU(), nn.Linear(dim, dim)]
+        self.projector = nn.Sequential(*layers, nn.LayerNorm(dim, eps=TRANSFORMER_NORM_EPS, elementwise_affine=False))
         self.predictor = nn.Linear(dim, out_dim)
         self.apply(init_linear)
 

@@ -5,13 +5,13 @@ number of units; the disjoint regulation makes a new view prefer what earlier vi
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.tokens import STREAM_MASK, hash64
+from dmjd.tokens import STREAM_DECODE, STREAM_MASK, hash64
 
 # Places of unit, noise and count in a 64-bit sort key.
 _UNITS, _NOISE, _COUNTS = 1 << 20, 1 << 52, 1 << 11
@@ -56,6 +56,29 @@ class Masks:
         if not bool((mask.sum(-1) == num_tokens - V).all()):
             raise ValueError("visible ids must be distinct within each row")
         return cls(visible=visible, masked=_split(mask, V)[1], mask=mask)
+
+    def asked(self, share: float) -> "Masks":
+        """The same views with a part of their masked tokens: what a decoder is asked for (CrossMAE, Fu et al. 2024).
+
+        Args:
+            share: of the masked tokens, in (0, 1]; at least one is left.
+
+        Returns:
+            Masks with ``masked`` [K, B, A] int64, sorted, drawn at random: a pure function of the masks.
+        """
+        M = self.masked.shape[-1]
+        A = asked_count(M, share)
+        if A == M:
+            return self
+        row = hash64(STREAM_DECODE, self.masked).sum(dim=-1, keepdim=True)  # K, B, 1
+        noise = (hash64(STREAM_DECODE, row, self.masked) >> 12) & (_NOISE - _UNITS)
+        order = _sorted(noise | self.masked)[..., :A] & (_UNITS - 1)
+        return replace(self, masked=_sorted(order))
+
+
+def asked_count(num_masked: int, share: float) -> int:
+    """Masked tokens of a view that the decoder is asked for."""
+    return max(1, round(num_masked * share))
 
 
 def mask_counts(

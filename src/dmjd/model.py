@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmjd.decoder import DistillationHead, MultiScaleFusion, ReconstructionDecoder, default_decoder
 from dmjd.encoders import Encoder
 from dmjd.layers import set_checkpointing
-from dmjd.masking import Masks, disjoint_masks, mask_counts, resolve_block_size
+from dmjd.masking import Masks, asked_count, disjoint_masks, mask_counts, resolve_block_size
 from dmjd.targets import Target, create_target
 from dmjd.tokens import gather_views
 
@@ -38,6 +38,8 @@ class MaskedImageModel(nn.Module):
         disjoint: False draws the views independently (the ablation).
         decoder_dim, decoder_depth, decoder_heads: of the reconstruction decoder; None = by the encoder's width
             (:func:`~dmjd.decoder.default_decoder`). decoder_mlp_ratio: None = the encoder's first.
+        decode_ratio: share of the masked tokens that the decoder is asked for in training, drawn anew for each view.
+        projector_depth: linear layers of the distillation branch's projector.
         mim: build the reconstruction branch. vis: build the distillation branch.
         theta: weight of the distillation loss.
         mim_loss, vis_loss: "l2" or "smooth_l1".
@@ -63,6 +65,8 @@ class MaskedImageModel(nn.Module):
         decoder_depth: int | None = None,
         decoder_heads: int | None = None,
         decoder_mlp_ratio: float | None = None,
+        decode_ratio: float = 1.0,
+        projector_depth: int = 3,
         mim: bool = True,
         vis: bool = True,
         theta: float = 1.0,
@@ -81,6 +85,9 @@ class MaskedImageModel(nn.Module):
         self.disjoint, self.theta, self.mim_loss, self.vis_loss = disjoint, theta, mim_loss, vis_loss
         if not disjoint and pred_ratio is not None:
             raise ValueError("pred_ratio has no meaning with disjoint=False; leave one of them out")
+        if not 0 < decode_ratio <= 1:
+            raise ValueError(f"decode_ratio must be greater than 0 and at most 1, got {decode_ratio}")
+        self.decode_ratio = decode_ratio
         units = encoder.num_patches // self.block_size**2
         self.counts = tuple(n * self.block_size**2 for n in mask_counts(units, num_views, mask_ratio, pred_ratio))
         mim_target = target if mim_target is None else mim_target
@@ -117,7 +124,7 @@ class MaskedImageModel(nn.Module):
             )
         self.distillation = None
         if self.vis_target is not None:
-            self.distillation = DistillationHead(encoder.embed_dim, dim, self.vis_target.dim)
+            self.distillation = DistillationHead(encoder.embed_dim, dim, self.vis_target.dim, projector_depth)
 
     @property
     def mim_target(self) -> Target | None:
@@ -211,6 +218,7 @@ class MaskedImageModel(nn.Module):
             masks = self._fresh_masks(images_normalised, keys)
         self._check_sizes(images_normalised, images_0_255, masks)
         targets = self.targets(images_normalised, images_0_255)
+        masks = masks.asked(self.decode_ratio)
         out = self.losses(self.predict(images_normalised, masks), targets, masks)
         for branch, target in self.branch_targets.items():
             out |= target.scalars(targets[branch])  # type: ignore[operator]
@@ -258,5 +266,5 @@ class MaskedImageModel(nn.Module):
         for part in (self.fusion, self.distillation):
             view += part.flops(visible) if part is not None else 0
         if self.decoder is not None:
-            view += self.decoder.flops(visible, masked)
+            view += self.decoder.flops(visible, asked_count(masked, self.decode_ratio))
         return self.num_views * view

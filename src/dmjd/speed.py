@@ -129,6 +129,7 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
                 normalised = preprocess.normalise(raw)
                 masks = model.draw_masks(batch.keys)
                 targets = model.targets(normalised, raw)
+                masks = masks.asked(model.decode_ratio)
             with timed("encoder"):
                 latent = model.encode(normalised, masks.visible)
             with timed("branches"):
