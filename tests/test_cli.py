@@ -72,7 +72,6 @@ def test_mistakes_before_anything_heavy(capsys, arguments, message):
         (["--block-size", "3"], "does not divide the 4 x 4 token grid"),
         (["--pred-ratio", "0.3"], r"pred_ratio must lie in [0.5, 1]"),
         (["--mask-ratio", "0.99"], "leaves none of the 16 masking units visible"),
-        (["--batch-size", "20000"], "larger than the set of 12000"),
         (["--hog-cell", "3"], "hog_cell 3 does not divide"),
         (["--device", "cuda:9"], "device must be auto, cpu or cuda"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),

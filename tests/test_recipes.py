@@ -36,24 +36,6 @@ def differences(name: str, base: str) -> dict:
         ("complementary", "dmjd", {"num_views": 4, "mask_ratio": 0.75, "block_size": 1}),
         ("independent", "dmjd", {"disjoint": False}),
         (
-            "tiny_pictures",
-            "dmjd",
-            {
-                "img_size": (32,),
-                "encoder": "conv_vit_tiny_patch4",
-                "mim_target": "pixel",
-                "vis_target": "hog",
-                "hog_cell": 4,
-                "mask_ratio": 0.75,
-                "block_size": 1,
-                "optimizer": "muon",
-                "batch_size": 64,
-                "blr": 3e-3,
-                "clip_grad": 3.0,
-                "epochs": 200.0,
-            },
-        ),
-        (
             "convmae",
             "mae",
             {
@@ -68,6 +50,37 @@ def differences(name: str, base: str) -> dict:
 )
 def test_only_what_names_it_differs(name, base, expected):
     assert differences(name, base) == expected
+
+
+def test_folder_goes_by_the_size_of_the_pictures():
+    """Small pictures start from what the study found, larger ones from the paper's method; flags win over both."""
+    large = recipes.folder(img_size=(64, 80))
+    assert large == recipes.folder().replace(img_size=(64, 80))
+    assert (large.encoder, large.optimizer, large.branch_targets) == (
+        "conv_vit_tiny_patch16",
+        "adamw",
+        {"mim": "hog", "vis": "hog"},
+    )
+    for size in (32, (64,), [32, 64]):
+        small = recipes.folder(img_size=size)
+        changed = {
+            key: value
+            for key, value in dataclasses.asdict(small).items()
+            if key != "img_size" and value != getattr(large, key)
+        }
+        assert changed == {
+            "encoder": "conv_vit_tiny_patch4",
+            "mim_target": "pixel",
+            "vis_target": "hog",
+            "hog_cell": 4,
+            "mask_ratio": 0.75,
+            "block_size": 1,
+            "optimizer": "muon",
+            "batch_size": 64,
+            "blr": 3e-3,
+        }
+    assert recipes.folder(img_size=32, optimizer="adamw", blr=1e-3).optimizer == "adamw"
+    assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 
 def test_the_papers_recipe_is_the_default_and_its_numbers_stand():

@@ -208,12 +208,16 @@ def test_one_picture_trains_with_a_warning(tmp_path, pictures):
     shutil.copy(next(pictures.rglob("*.png")), data)
     result = dmjd("pretrain", "folder", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3)
     assert "only 1 picture(s)" in result.stderr
-    larger = dmjd(
-        *("pretrain", "folder", "--data", data, "--out", tmp_path / "b", *TINY, "--steps", 3, "--batch-size", 2),
-        check=False,
-    )
-    assert larger.returncode == 2
-    assert "larger than the set of 1" in larger.stderr
+    assert "--batch-size 64 is more than there are: 1 a step" in result.stderr  # the recipe's own
+
+
+def test_pictures_smaller_than_the_input_are_named(tmp_path, pictures):
+    """CIFAR at 224 pixels is the costly mistake of one who leaves --img-size out."""
+    rest = [*TINY, "--steps", 1, "--no-final-eval"]
+    result = dmjd("pretrain", "folder", "--data", pictures, "--out", tmp_path / "as_they_are", *rest)
+    assert "enlarged" not in result.stderr
+    result = dmjd("pretrain", "folder", "--data", pictures, "--out", tmp_path / "large", *rest, "--img-size", 256)
+    assert "to 256 x 256: a step works on" in result.stderr
 
 
 class _Explodes(Task):

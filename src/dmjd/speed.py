@@ -51,7 +51,7 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     source = open_data(config, config.data, "train") if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
     if source is not None:
-        batch_size = resolve_batch_size(config.replace(batch_size=min(batch_size, len(source))), len(source), 1)
+        batch_size = resolve_batch_size(config.replace(batch_size=batch_size), len(source), 1)
     config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=1 << 30)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)

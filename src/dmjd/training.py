@@ -21,7 +21,7 @@ from dmjd.checkpoint import (
     write_text,
 )
 from dmjd.config import DEFAULT_BATCH_SIZE, PretrainConfig
-from dmjd.data import BadPictures, Batch, Source, TrainLoader, absolute, measure_stats
+from dmjd.data import BadPictures, Batch, Source, TrainLoader, absolute, measure_stats, typical_size
 from dmjd.devices import SMALL_BLOCK, keep_freed_memory
 from dmjd.encoders import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.engine import Duration, Engine, Hook, Report, StopSignal, Task, make_fabric
@@ -32,6 +32,7 @@ from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.progress import Console
 
 FEW_PICTURES = 64
+ENLARGED = 4  # times the pixels from which a run says that its pictures are smaller than its input
 
 
 @dataclass(frozen=True)
@@ -120,20 +121,18 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
 
 
 def resolve_batch_size(config: PretrainConfig, num_pictures: int, world_size: int) -> int:
-    """B: the explicit one, or 256 shrunk to the set; a multiple of processes times accumulation.
+    """B: the given one or 256, no larger than the set; a multiple of processes times accumulation.
 
     Raises:
-        ValueError: more processes than pictures, a given size larger than the set, or one that cannot be shared out.
+        ValueError: more processes than pictures, or a given size that cannot be shared out.
     """
     parts = world_size * config.accumulate
     shares = f"{world_size} process(es) x --accumulate {config.accumulate}"
     if num_pictures < parts:
         raise ValueError(f"{num_pictures} picture(s) cannot be shared out to {shares}; use fewer")
-    batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, num_pictures) // parts * parts
-    if batch_size > num_pictures:
-        raise ValueError(
-            f"--batch-size {batch_size} is larger than the set of {num_pictures}; leave it out or lower it"
-        )
+    batch_size = config.batch_size or DEFAULT_BATCH_SIZE
+    if config.batch_size is None or batch_size > num_pictures:
+        batch_size = min(batch_size, num_pictures) // parts * parts
     if batch_size == 0 or batch_size % parts:
         raise ValueError(
             f"--batch-size {batch_size} cannot be shared out to {shares}: it must be a multiple of {parts}"
@@ -280,6 +279,21 @@ class _Run:
         )
         if len(self.source) < FEW_PICTURES:
             self.console.warn(f"only {len(self.source)} picture(s): the encoder will know little beyond them")
+        if (config.batch_size or 0) > self.batch_size:
+            self.console.warn(f"--batch-size {config.batch_size} is more than there are: {self.batch_size} a step")
+        if checkpoint is None and self.folder.owner:
+            self._warn_enlarged()
+
+    def _warn_enlarged(self) -> None:
+        """A step on enlarged pictures costs many times as much and shows nothing more."""
+        size = typical_size(self.source)
+        (H, W), (h, w) = self.config.size, size or self.config.size
+        times = H * W / (h * w)
+        if times > ENLARGED:
+            self.console.warn(
+                f"pictures of about {h} x {w} are enlarged to {H} x {W}: a step works on {times:.0f} times the pixels "
+                "they have; --img-size sets the side"
+            )
 
     def _train(self) -> bool:
         loader = make_loader(self.config, self.source, self.fabric, self.batch_size)

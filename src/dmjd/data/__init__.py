@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dmjd.data.sources import has_split as has_split
     from dmjd.data.sources import open_source as open_source
     from dmjd.data.stats import measure_stats as measure_stats
+    from dmjd.data.stats import typical_size as typical_size
 
 _HOMES = {
     "Source": "base",
@@ -28,6 +29,7 @@ _HOMES = {
     "has_split": "sources",
     "open_source": "sources",
     "measure_stats": "stats",
+    "typical_size": "stats",
 }
 __all__ = list(_HOMES)
 

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a set's channels, for sets that are unlike ImageNet."""
+"""What is measured on a set before a run: mean and standard deviation of its channels, size of its pictures."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -45,6 +45,16 @@ def measure_stats(source: Source, sample: int = 2048) -> Stats:
     # Rounded: they are written into every checkpoint, and a sixth digit says nothing.
     numbers = [tuple(round(float(x), 5) for x in values) for values in (mean, std)]
     return Stats(numbers[0], numbers[1], _range_warning(source, good))
+
+
+def typical_size(source: Source, sample: int = 5) -> tuple[int, int] | None:
+    """Median (height, width) in pixels of a few pictures evenly spread over a set; None where none can be read."""
+    pictures = [try_read(source, int(i)) for i in evenly_spaced(len(source), sample)]
+    shapes = [picture.shape[:2] for picture in pictures if isinstance(picture, np.ndarray)]
+    if not shapes:
+        return None
+    height, width = np.median(shapes, axis=0)
+    return int(height), int(width)
 
 
 class _Moments(NamedTuple):
