@@ -63,8 +63,12 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], de
     group.add_argument(flag, type=kind, **common)
 
 
+def _text(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").replace("``", "")
+
+
 def _first_line(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "").splitlines()[0].replace("``", "")
+    return _text(function).splitlines()[0]
 
 
 def _pretrain_parser(recipe: str) -> _Parser:
@@ -74,7 +78,7 @@ def _pretrain_parser(recipe: str) -> _Parser:
         prog="dmjd pretrain",
         usage="dmjd pretrain [RECIPE] --data SOURCE --out DIR [flags]",
         description=f"Pre-train an encoder on unlabelled pictures.\n\nrecipes:\n{lines}\n\nDefaults below are those of "
-        f"'{recipe}':\n  {inspect.getdoc(RECIPES[recipe])}",
+        f"'{recipe}':\n  {_text(RECIPES[recipe])}",
         epilog="examples:\n"
         "  dmjd pretrain digits --out runs/first\n"
         "  dmjd pretrain folder --data ~/pictures --out runs/mine\n"
