@@ -1,5 +1,7 @@
 """The study's parts: every variant can be built, the published order is what it says, tables read curves rightly."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,6 +96,24 @@ def test_the_table_compares_with_the_baselines_end():
     assert len({line.count("|") for line in table}) == 1
     assert table[3].endswith("| 50.0 | 50.0 | 3.33 | 2.40 |")  # 8 minutes against 3.33
     assert len(curves_figure(runs, "x").axes) == 6
+
+
+def test_sweeps_are_drawn_by_the_recipe_they_start_from(tmp_path):
+    files = []
+    for number, override in enumerate([{}, {}, {"theta": 4}]):
+        runs = [run(name, 0, [0.1, 0.2, value], 2.0) for name, value in (("dmjd", 0.4), (f"change_{number}", 0.5))]
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps({"settings": {"override": override}, "baseline": "dmjd", "runs": runs}))
+    script = Path(__file__).parents[1] / "benchmarks" / "sweeps_figure.py"
+
+    def drawn(*titles: str) -> subprocess.CompletedProcess:
+        arguments = [*map(str, files), "--titles", *titles, "--out", str(tmp_path / "sweeps.png")]
+        return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+
+    wrong = drawn("one")
+    assert wrong.stderr == "error: 2 panels, 1 titles\n"
+    assert drawn("DMJD", "DMJD, theta 4").returncode == 0
+    assert (tmp_path / "sweeps.png").stat().st_size > 5000
 
 
 def test_probes_after_an_interruption_are_made_again(tmp_path):
