@@ -80,6 +80,10 @@ def test_folder_goes_by_the_size_of_the_pictures():
             "blr": 3e-3,
         }
     assert recipes.folder(img_size=32, optimizer="adamw", blr=1e-3).optimizer == "adamw"
+    assert recipes.folder(img_size=32, target="ema").branch_targets == {"mim": "ema", "vis": "ema"}
+    assert recipes.folder(img_size=32, vis_target="ema").branch_targets == {"mim": "pixel", "vis": "ema"}
+    for patch in (2, 8):
+        assert build_model(recipes.folder(img_size=32, encoder=f"vit_tiny_patch{patch}")).vis_target is not None
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 

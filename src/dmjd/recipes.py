@@ -135,15 +135,16 @@ def folder(data: str | None = None, out: str | None = None, **overrides: Any) ->
     if max(config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).img_size) <= SMALL_SIDE:
         config = config.replace(
             encoder="conv_vit_tiny_patch4",
-            mim_target="pixel",
-            vis_target="hog",
-            hog_cell=4,
             mask_ratio=0.75,
             block_size=1,
             optimizer="muon",
             batch_size=64,
             blr=3e-3,
         )
+        if "target" not in overrides:  # a target that is asked for is meant for both branches
+            config = config.replace(mim_target="pixel", vis_target="hog")
+        if overrides.get("encoder", config.encoder).endswith("patch4"):
+            config = config.replace(hog_cell=4)  # one cell a token; of larger tokens the usual cell, half their side
     return config.replace(**overrides)
 
 
