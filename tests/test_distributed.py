@@ -42,7 +42,8 @@ def torchrun(processes: int, *arguments: object, check: bool = True) -> subproce
 @pytest.mark.parametrize(("accumulate", "target"), [(1, "hog"), (2, "ema")])
 def test_two_processes_equal_one(tmp_path, pictures, accumulate, target):
     common = ["pretrain", "folder", "--data", pictures, *TINY, "--steps", 5, "--batch-size", 8, "--num-views", 2]
-    common += ["--target", target, "--ema-momentum", 0.9]
+    # Muon orthogonalises in bf16, which makes the last bits of a sum large; gradients are what is compared here.
+    common += ["--target", target, "--ema-momentum", 0.9, "--optimizer", "adamw"]
     common += ["--num-workers", 1, "--blr", 0.01, "--checkpoint-every", 2]
     dmjd(*common, "--out", tmp_path / "one")
     torchrun(2, *common, "--accumulate", accumulate, "--out", tmp_path / "two")
