@@ -127,7 +127,7 @@ def folder(data: str | None = None, out: str | None = None, **overrides: Any) ->
     three quarters of single tokens hidden, pixels for hidden tokens and HOG for visible ones, Muon, ConvViT-tiny with
     4-pixel tokens, 64 pictures a step. CIFAR-10, one core of a server, ``--img-size 32 --minutes 20 --precision bf16``:
     linear probe 56.4 where random weights give 45.4 (README has the table). Larger: the defaults below, the paper's
-    method on a small encoder, clipping against the odd outlier; nothing was found to beat it there.
+    method on a small encoder, clipping against the odd outlier; our study does not reach there.
     """
     config = PretrainConfig(
         recipe="folder", data=data, out=out, encoder="conv_vit_tiny_patch16", epochs=200, blr=6e-4, clip_grad=3.0

@@ -11,7 +11,7 @@ from torch import Tensor
 # One stream per random decision, so that e.g. the crop of an image never shares bits with its mask.
 STREAM_EPOCH, STREAM_IMAGE, STREAM_CROP, STREAM_FLIP, STREAM_MASK, STREAM_REPLACE, STREAM_STEP = range(1, 8)
 STREAM_SUBSET, STREAM_HOLD_OUT, STREAM_AUGMENT, STREAM_MIX = range(8, 12)  # of evaluations
-STREAM_DECODE = 12
+STREAM_DECODE = 12  # which masked tokens the decoder is asked for
 STREAM_PLACE, STREAM_COLOUR = 16, 17  # of pictures with masks or boxes
 
 _MASK64 = (1 << 64) - 1
