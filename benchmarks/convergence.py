@@ -35,19 +35,19 @@ from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, w
 from transfer_cifar10 import labels_of
 
 import dmjd
-from dmjd.build import build_encoder
-from dmjd.checkpoint import write_bytes, write_text
-from dmjd.config import PretrainConfig, resume_differences
-from dmjd.data import open_source
-from dmjd.data.subset import SubsetSource
-from dmjd.devices import pick_device
-from dmjd.encoders import encoder_bytes, load_encoder
-from dmjd.engine import NonFiniteLoss, Progress, Report, StopSignal, make_fabric
-from dmjd.optim import requested_pred_ratio
-from dmjd.progress import Console
-from dmjd.sheets import save_figure
-from dmjd.speed import machine
-from dmjd.training import make_engine, make_loader
+from dmjd.config.pretrain import PretrainConfig, resume_differences
+from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.subset import SubsetSource
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.engine.console import Console
+from dmjd.engine.device import make_fabric, pick_device
+from dmjd.engine.loop import NonFiniteLoss, Progress, Report, StopSignal
+from dmjd.engine.optim import requested_pred_ratio
+from dmjd.figures.grid import save_figure
+from dmjd.files import write_bytes, write_text
+from dmjd.pretraining.bench import machine
+from dmjd.pretraining.run import make_engine, make_loader
+from dmjd.runs.build import build_encoder
 
 PHASES = ("calibrate", "search", "train", "test", "report")
 SEARCH_SEED = 1000  # apart from the seeds of the runs

@@ -14,14 +14,18 @@ from PIL import Image
 from torch import Tensor
 from transfer_cifar10 import labels_of
 
-from dmjd.checkpoint import atomic, write_text
-from dmjd.data import Source, open_source, read_all
-from dmjd.encoders import Encoder
-from dmjd.engine import Progress, Report
-from dmjd.evaluation import knn, linear_probe
-from dmjd.evaluation.features import Features, evaluating, pooled
-from dmjd.evaluation.few_labels import hold_out
-from dmjd.pictures import Preprocess
+from dmjd.data.eval_loader import read_all
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.base import Encoder
+from dmjd.engine.loop import Progress, Report
+from dmjd.evaluation.frozen.features import Features, pooled
+from dmjd.evaluation.frozen.knn import knn
+from dmjd.evaluation.frozen.linear import linear_probe
+from dmjd.evaluation.low_shot import hold_out
+from dmjd.files import atomic, write_text
+from dmjd.images.preprocess import Preprocess
+from dmjd.nn.modes import evaluating
 
 SIDE = 32  # of pictures, in pixels
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dmjd.sheets import DPI
+from dmjd.figures.grid import DPI
 
 PROBES = {"linear": "linear probe", "knn": "kNN"}
 AXES = {"minutes": "minutes of training", "images": "pictures seen", "epochs": "epochs"}

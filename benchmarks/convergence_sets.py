@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmjd.build import build_model
-from dmjd.config import PretrainConfig
+from dmjd.config.pretrain import PretrainConfig
 from dmjd.masking import Masks
 from dmjd.model import MaskedImageModel
-from dmjd.tokens import hash64
+from dmjd.rng import hash64
+from dmjd.runs.build import build_model
 
 
 @dataclass(frozen=True)

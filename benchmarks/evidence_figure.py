@@ -11,7 +11,7 @@ from pathlib import Path
 from convergence_report import Run, by_variant, curve
 from matplotlib.figure import Figure
 
-from dmjd.sheets import DPI, save_figure
+from dmjd.figures.grid import DPI, save_figure
 
 AXES = {"minutes": "minutes of training", "images": "pictures seen, thousands"}
 

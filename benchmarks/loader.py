@@ -32,12 +32,12 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dmjd.data.base import Source
-from dmjd.data.folder import FolderSource
-from dmjd.data.loader import TrainLoader, permutation
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.folder import FolderSource
+from dmjd.data.train_loader import TrainLoader, permutation
 from dmjd.data.transforms import crop_boxes, flips
-from dmjd.devices import keep_freed_memory
-from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.engine.device import keep_freed_memory
+from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 83
 BATCH = 64

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import dmjd
 from dmjd.encoders.conv_vit import CELLS, ConvViT
-from dmjd.kernels import attention
-from dmjd.layers import TransformerBlock
-from dmjd.tokens import gather_tokens
+from dmjd.nn.layers import TransformerBlock
+from dmjd.nn.recompute import attention
+from dmjd.nn.tokens import gather_tokens
 
 IMG_SIZE = 224
 

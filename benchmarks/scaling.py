@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 import dmjd
-from dmjd.data import Source, TrainLoader
-from dmjd.devices import keep_freed_memory
-from dmjd.speed import bench, machine
+from dmjd.data.sources.base import Source
+from dmjd.data.train_loader import TrainLoader
+from dmjd.engine.device import keep_freed_memory
+from dmjd.pretraining.bench import bench, machine
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 VIEWS = (1, 2, 3, 4)

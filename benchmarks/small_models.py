@@ -6,7 +6,7 @@
 The plain loop is what a careful person writes: fused AdamW, autocast, gradients set to None, the loss looked at every
 20 steps; its pictures come from a DataLoader with torchvision's transforms picture by picture. Beside it stands the
 same loop on ready batches, so that one sees what comes from the loader and what from the step. "kept" gives the plain
-loop our setting of the memory allocator (:func:`dmjd.devices.keep_freed_memory`), which cannot be taken back within a
+loop our setting of the memory allocator (:func:`dmjd.engine.device.keep_freed_memory`), which cannot be taken back in a
 process: the sides with and without it run in two processes, the sides of a process alternately.
 """
 
@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import dmjd
-from dmjd.build import build_model, open_data
-from dmjd.data import Batch, Source, TrainLoader
-from dmjd.devices import keep_freed_memory
-from dmjd.engine import Duration, Engine, StopSignal, make_fabric
-from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from dmjd.speed import machine, wait
-from dmjd.training import make_engine
+from dmjd.data.sources.base import Source
+from dmjd.data.train_loader import Batch, TrainLoader
+from dmjd.engine.device import keep_freed_memory, make_fabric
+from dmjd.engine.loop import Duration, Engine, StopSignal
+from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.pretraining.bench import machine, wait
+from dmjd.pretraining.run import make_engine
+from dmjd.runs.build import build_model, open_data
 
 Side = Callable[[int], None]
 

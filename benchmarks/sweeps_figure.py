@@ -14,7 +14,7 @@ from typing import Any
 from convergence_report import by_variant
 from matplotlib.figure import Figure
 
-from dmjd.sheets import DPI, save_figure
+from dmjd.figures.grid import DPI, save_figure
 
 ROW = 0.2  # inches
 

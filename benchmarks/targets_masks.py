@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dmjd
-from dmjd.devices import keep_freed_memory
-from dmjd.speed import bench, machine, wait
+from dmjd.engine.device import keep_freed_memory
+from dmjd.pretraining.bench import bench, machine, wait
 
 BATCH, SIZE = 64, 224
 PARTS = ("hog", "masks", "fp32", "bf16")  # the last two: share of a ViT-tiny step

@@ -7,7 +7,7 @@
 
 Every measurement runs in a process of its own, in shuffled order, several rounds; beside each stands the machine's
 matrix-multiply rate measured in that process. ``+ kept`` gives a peer our setting of the memory allocator as well
-(:func:`dmjd.devices.keep_freed_memory`), which it does not have by itself. A measurement that is in the JSON file
+(:func:`dmjd.engine.device.keep_freed_memory`), which it does not have by itself. A measurement that is in the JSON file
 already is not made again, so an interrupted comparison goes on; ``--minutes 8`` begins no measurement after eight
 minutes, so that the whole can be made in slices.
 """
@@ -30,10 +30,10 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1" if "--kept" in sys.argv else "0"  # rea
 import torch
 from peers import IMG_SIZE, DenseReference, LightlyMAE, dmjd_model, hugging_face_mae, mae_model
 
-from dmjd.devices import SMALL_BLOCK, keep_freed_memory
-from dmjd.optim import reserve_state
-from dmjd.speed import machine, matmul_rate, peak_memory, wait
-from dmjd.tokens import image_keys
+from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory
+from dmjd.engine.optim import reserve_state
+from dmjd.pretraining.bench import machine, matmul_rate, peak_memory, wait
+from dmjd.rng import image_keys
 
 # side: (comparison, batch on a CPU, ours)
 SIDES = {

@@ -22,12 +22,14 @@ from PIL import Image
 from transfer_record import portable, training_seconds, write_record
 
 import dmjd
-from dmjd.checkpoint import atomic
-from dmjd.data import Source, open_source
-from dmjd.data.subset import SubsetSource
-from dmjd.devices import pick_device
-from dmjd.evaluation.few_labels import FewLabels
-from dmjd.speed import machine
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.subset import SubsetSource
+from dmjd.engine.device import pick_device
+from dmjd.evaluation.low_shot import FewLabels
+from dmjd.evaluation.results import versions
+from dmjd.files import atomic
+from dmjd.pretraining.bench import machine
 
 PRETRAIN: dict[str, Any] = {
     "encoder": "vit_tiny_patch8",
@@ -165,7 +167,7 @@ def main() -> None:
         "settings": settings,
         "pretrain": PRETRAIN,
         "machine": machine(pick_device(given.device)),
-        "versions": dmjd.evaluation.results.versions(),
+        "versions": versions(),
         "rows": rows,
     }
     write_record(given.json, content)

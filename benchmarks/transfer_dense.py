@@ -18,8 +18,8 @@ from typing import Any
 from transfer_record import portable, training_seconds, write_record
 
 import dmjd
-from dmjd.devices import pick_device
-from dmjd.speed import machine
+from dmjd.engine.device import pick_device
+from dmjd.pretraining.bench import machine
 
 PRETRAIN: dict[str, Any] = {
     "encoder": "vit_tiny_patch16",

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes
-from dmjd.pictures import Preprocess
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.images.preprocess import Preprocess
 
 SIZE = (48, 64)  # of pictures: height, width
 KINDS = ("rectangle", "disc")

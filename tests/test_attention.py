@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
 
-from dmjd.attention import MOST_HEADS, attention_figure, last_attention
-from dmjd.data import open_source
-from dmjd.encoders import create_encoder
-from dmjd.neighbours import NUM_NEIGHBOURS, OTHER, SAME, nearest, neighbours_figure
-from dmjd.painters import component_colours, glow
-from dmjd.pictures import Preprocess
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.registry import create_encoder
+from dmjd.figures.attention import MOST_HEADS, attention_figure, last_attention
+from dmjd.figures.neighbours import NUM_NEIGHBOURS, OTHER, SAME, nearest, neighbours_figure
+from dmjd.figures.render import component_colours, glow
+from dmjd.images.preprocess import Preprocess
 
 
 def small(name="vit_tiny_patch8", size=(32, 48), chans=3, heads=2, **options):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmjd import recipes
-from dmjd.checkpoint import RunFolder, load_checkpoint, save_checkpoint, write_text
+from dmjd.config import recipes
+from dmjd.files import write_text
+from dmjd.runs.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 
 STATE = {"progress": {"step": 3, "images": 12, "seconds": 1.0}}
 
@@ -32,7 +33,7 @@ def test_a_full_disk_leaves_the_former_file(tmp_path):
     code = f"""
 import resource, signal, torch
 from pathlib import Path
-from dmjd.checkpoint import save_checkpoint
+from dmjd.runs.checkpoint import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
@@ -131,7 +132,7 @@ def test_the_lock_of_a_killed_owner_is_waited_for(tmp_path):
     """Its reading processes inherit the lock and end a little later than it."""
     program = """
 import os, sys, time
-from dmjd.checkpoint import RunFolder
+from dmjd.runs.checkpoint import RunFolder
 folder = RunFolder(sys.argv[1])
 if os.fork() == 0:
     time.sleep(1.5)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import TINY, dmjd
 
-from dmjd.cli import MAX_ERROR_LINES, main
+from dmjd.cli.main import MAX_ERROR_LINES, main
 
 
 def mistake(capsys, *arguments: object) -> str:
@@ -108,7 +108,11 @@ def as_somebody() -> Iterator[None]:
 
 
 def test_a_folder_without_permission(capsys, tmp_path):
-    for name in ("training", "data.sources", "data.loader"):  # while the interpreter's own files can be read
+    for name in (
+        "pretraining.run",
+        "data.sources.registry",
+        "data.train_loader",
+    ):  # while the interpreter's own files can be read
         importlib.import_module(f"dmjd.{name}")
     with tempfile.TemporaryDirectory() as root:
         os.chmod(root, 0o755)

@@ -5,9 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
-from dmjd.cli import main
-from dmjd.comparison import Score, compare, comparison_figure, comparison_tables
-from dmjd.config import PretrainConfig
+from dmjd.cli.main import main
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.evaluation.compare import Score, compare, comparison_figure, comparison_tables
 
 
 def result(top1: float, **changes) -> dict:

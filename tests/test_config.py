@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dmjd import recipes
-from dmjd.config import PretrainConfig, resume_differences
+from dmjd.config import recipes
+from dmjd.config.pretrain import PretrainConfig, resume_differences
 
 SOURCE = Path(__file__).parents[1] / "src" / "dmjd"
 

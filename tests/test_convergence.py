@@ -14,10 +14,10 @@ from convergence_probe import ProbeHook, split
 from convergence_report import curves_figure, result_table, summarise, time_to_reach
 from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
 
-from dmjd import recipes
-from dmjd.data import open_source
-from dmjd.engine import Progress, Report
-from dmjd.tokens import gather_views
+from dmjd.config import recipes
+from dmjd.data.sources.registry import open_source
+from dmjd.engine.loop import Progress, Report
+from dmjd.nn.tokens import gather_views
 
 
 def config(variant: Variant, encoder: str):

@@ -10,14 +10,15 @@ from dense_sets import KINDS, SIZE, make_detection_set, make_run
 from test_cli import mistake
 from torchvision.ops import box_iou
 
-from dmjd.data.coco import Instances, open_coco
-from dmjd.data.examples import ExampleBatch
-from dmjd.dense_config import DetectionConfig
-from dmjd.encoders import create_encoder
-from dmjd.evaluation import evaluate, results_table
-from dmjd.evaluation.detection import Detection, DetectionTask, predict
-from dmjd.evaluation.layers import layer_groups
-from dmjd.pictures import Preprocess
+from dmjd.config.dense import DetectionConfig
+from dmjd.data.dense_loader import ExampleBatch
+from dmjd.data.sources.coco import Instances, open_coco
+from dmjd.encoders.registry import create_encoder
+from dmjd.engine.layer_decay import layer_groups
+from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.supervised.detection import Detection, DetectionTask, predict
+from dmjd.evaluation.tables import results_table
+from dmjd.images.preprocess import Preprocess
 
 pytest.importorskip("pycocotools")
 

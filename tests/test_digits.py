@@ -3,8 +3,8 @@ import pickle
 
 import numpy as np
 
-from dmjd.data.digits import DigitsSource, render
-from dmjd.data.sources import open_source
+from dmjd.data.sources.digits import DigitsSource, render
+from dmjd.data.sources.registry import open_source
 
 
 def test_counts_labels_and_types():

@@ -7,12 +7,14 @@ import pytest
 import torch
 from test_training import TINY_FIELDS, assert_same_bits, metrics
 
-from dmjd import MaskedImageModel, create_encoder, pretrain, recipes
-from dmjd.build import build_model
-from dmjd.encoders import Encoder
-from dmjd.targets import EmaTarget, create_target, whiten
-from dmjd.targets.ema import COLLAPSED, feature_deviation
-from dmjd.visualize import show
+from dmjd import MaskedImageModel, create_encoder, pretrain
+from dmjd.config import recipes
+from dmjd.encoders.base import Encoder
+from dmjd.figures.show import show
+from dmjd.runs.build import build_model
+from dmjd.targets.base import whiten
+from dmjd.targets.ema import COLLAPSED, EmaTarget, feature_deviation
+from dmjd.targets.registry import create_target
 
 
 def encoder(name: str = "vit_tiny_patch8", **options) -> Encoder:

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import dmjd.embedding as embedding
-from dmjd.cli import main
-from dmjd.data import open_source
-from dmjd.embedding import embed, rows_file
-from dmjd.encoders import create_encoder, encoder_bytes, load_encoder
-from dmjd.evaluation import extract
-from dmjd.pictures import Preprocess
+import dmjd.interop.embed as embedding
+from dmjd.cli.main import main
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.evaluation.frozen.features import extract
+from dmjd.images.preprocess import Preprocess
+from dmjd.interop.embed import embed, rows_file
 
 SIZE = (16, 24)
 
@@ -93,7 +94,7 @@ def test_other_numbers_of_channels(chans, tmp_path):
 
 SLOWLY = """
 import sys
-from dmjd import embedding
+from dmjd.interop import embed as embedding
 embedding.PART_SECONDS = 0
 embedding.embed(sys.argv[1], data="digits", split="test", out=sys.argv[2], batch_size=16, device="cpu")
 """

@@ -14,14 +14,15 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dmjd.encoders import create_encoder, encoder_bytes, encoder_names, load_encoder
 from dmjd.encoders.base import drop_path_rates
-from dmjd.interop import from_timm, timm_arguments
-from dmjd.layers import PointwiseConv
+from dmjd.encoders.registry import create_encoder, encoder_names
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.images.preprocess import Preprocess
+from dmjd.interop.conversion import from_timm, timm_arguments
 from dmjd.masking import disjoint_masks
 from dmjd.model import MaskedImageModel
-from dmjd.pictures import Preprocess
-from dmjd.tokens import gather_tokens, sincos_positions
+from dmjd.nn.layers import PointwiseConv
+from dmjd.nn.tokens import gather_tokens, sincos_positions
 
 torch.set_num_threads(2)
 SMALL_VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}

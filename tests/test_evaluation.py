@@ -8,22 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from dmjd.config import PretrainConfig
-from dmjd.data import open_source
-from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes
-from dmjd.evaluation import (
-    Features,
-    OnlineKnn,
-    evaluate,
-    extract,
-    knn,
-    linear_probe,
-    read_result,
-    results_table,
-)
-from dmjd.evaluation.features import accuracies, label_ranks, pooled, raw_pixels
-from dmjd.evaluation.results import write_result
-from dmjd.pictures import Preprocess
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.evaluation.frozen.features import Features, extract, pooled, raw_pixels
+from dmjd.evaluation.frozen.knn import knn
+from dmjd.evaluation.frozen.linear import linear_probe
+from dmjd.evaluation.frozen.online_knn import OnlineKnn
+from dmjd.evaluation.metrics import accuracies, label_ranks
+from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.results import read_result, write_result
+from dmjd.evaluation.tables import results_table
+from dmjd.images.preprocess import Preprocess
 
 SIZE = (16, 16)
 
@@ -355,8 +352,8 @@ def test_online_knn_is_the_same_measure_and_leaves_the_encoder_alone(pictures):
 
 
 def test_online_knn_takes_an_even_part_of_large_sets(monkeypatch):
-    monkeypatch.setattr("dmjd.evaluation.online.NUM_TRAIN", 300)
-    monkeypatch.setattr("dmjd.evaluation.online.NUM_TEST", 100)
+    monkeypatch.setattr("dmjd.evaluation.frozen.online_knn.NUM_TRAIN", 300)
+    monkeypatch.setattr("dmjd.evaluation.frozen.online_knn.NUM_TEST", 100)
     online = OnlineKnn(open_source("digits"), open_source("digits", split="test"), Preprocess((32, 32)))
     encoder = create_encoder("vit_tiny_patch8", img_size=32, embed_dim=32, depth=1, num_heads=2)
     assert 0.02 < online(encoder) < 0.5

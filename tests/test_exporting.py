@@ -6,10 +6,11 @@ import pytest
 import timm
 import torch
 
-from dmjd.cli import main
-from dmjd.encoders import create_encoder, encoder_bytes, encoder_metadata, load_encoder
-from dmjd.exporting import _check_onnx, _TokensAndFeatures, export
-from dmjd.pictures import Preprocess
+from dmjd.cli.main import main
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
+from dmjd.images.preprocess import Preprocess
+from dmjd.interop.export import _check_onnx, _TokensAndFeatures, export
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import _one_thread, blobs, features, run, tiny_encoder  # noqa: F401
 
-from dmjd.data import open_source
-from dmjd.data.subset import SubsetSource
-from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes
-from dmjd.evaluation import evaluate, evaluate_all, linear_sweep
-from dmjd.evaluation.features import pooled
-from dmjd.evaluation.few_labels import FewLabels, hold_out, summarise
-from dmjd.evaluation.sweep import RATES, SweepFeatures
+from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.subset import SubsetSource
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.evaluation.frozen.features import pooled
+from dmjd.evaluation.frozen.linear_sweep import RATES, SweepFeatures, linear_sweep
+from dmjd.evaluation.frozen.protocol import evaluate_all
+from dmjd.evaluation.low_shot import FewLabels, hold_out, summarise
+from dmjd.evaluation.registry import evaluate
 
 label_sets = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
 

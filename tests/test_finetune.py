@@ -18,17 +18,18 @@ from test_cli import mistake
 from test_evaluation import _one_thread  # noqa: F401, a fixture
 
 import dmjd as package
-from dmjd.config import PretrainConfig
-from dmjd.data import open_source
-from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes
-from dmjd.engine import Task
-from dmjd.evaluation import finetune
-from dmjd.evaluation.augment import Augmentation, LabelledBatches
-from dmjd.evaluation.classifier import PictureClassifier
-from dmjd.evaluation.finetune import layer_groups
-from dmjd.evaluation.fit import FitSettings, fit, num_steps
-from dmjd.finetune_config import FinetuneConfig
-from dmjd.pictures import Preprocess
+from dmjd.config.finetune import FinetuneConfig
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.labelled_loader import Augmentation, LabelledBatches
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.classifier import PictureClassifier
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.engine.layer_decay import layer_groups
+from dmjd.engine.loop import Task
+from dmjd.evaluation.supervised.finetune import finetune
+from dmjd.evaluation.supervised.trainer import FitSettings, fit, num_steps
+from dmjd.images.preprocess import Preprocess
 
 SIZE = (16, 16)
 EVERYTHING = {"rand_augment": 9, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "ema": 0.9}

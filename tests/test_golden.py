@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dmjd
-from dmjd.interop import Classifier, load_official, to_ours
-from dmjd.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.encoders.classifier import Classifier
+from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.interop.conversion import load_official, to_ours
+from dmjd.nn.tokens import gather_tokens
 from dmjd.targets import hog
-from dmjd.tokens import gather_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 

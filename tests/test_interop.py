@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmjd.encoders import create_encoder, encoder_bytes, load_encoder
-from dmjd.interop import Classifier, from_timm, load_official, timm_arguments, to_ours, to_published
+from dmjd.encoders.classifier import Classifier
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.interop.conversion import from_timm, load_official, timm_arguments, to_ours, to_published
 from dmjd.masking import disjoint_masks
 from dmjd.model import MaskedImageModel
-from dmjd.tokens import sincos_positions
+from dmjd.nn.tokens import sincos_positions
 
 torch.set_num_threads(2)
 GOLDEN = Path(__file__).parent / "golden"

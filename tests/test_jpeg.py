@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmjd import jpeg
-from dmjd.data.folder import FolderSource
-from dmjd.data.loader import TrainLoader
+from dmjd.data.sources.folder import FolderSource
+from dmjd.data.train_loader import TrainLoader
 from dmjd.data.transforms import crop_resize
-from dmjd.pictures import BadPicture, open_picture, read_picture
-from dmjd.resampling import resize_box
+from dmjd.images import jpeg
+from dmjd.images.decoding import BadPicture
+from dmjd.images.reading import open_picture, read_picture
+from dmjd.images.resampling import resize_box
 
 
 def natural(height, width, channels=3, seed=0):

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dmjd import depthwise, kernels
-from dmjd.depthwise import cell_places, dense_depthwise, visible_depthwise
-from dmjd.kernels import attention, norm_linear, norm_mlp
-from dmjd.layers import ConvBlock, TransformerBlock, set_checkpointing
+from dmjd.nn import depthwise
+from dmjd.nn import recompute as kernels
+from dmjd.nn.depthwise import cell_places, dense_depthwise, visible_depthwise
+from dmjd.nn.layers import ConvBlock, TransformerBlock, set_checkpointing
+from dmjd.nn.recompute import attention, norm_linear, norm_mlp
 
 torch.set_num_threads(2)
 
@@ -230,7 +231,7 @@ def test_freed_memory_stays_with_the_process():
     """Once memory is the process's, tensors of the same sizes cost no new pages; by default each costs its own."""
     program = """
 import resource, sys, torch
-from dmjd.devices import keep_freed_memory
+from dmjd.engine.device import keep_freed_memory
 if sys.argv[1] != "default":
     assert keep_freed_memory("cpu")
     assert not keep_freed_memory("cuda")

@@ -5,8 +5,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from test_evaluation import _one_thread, blobs, features  # noqa: F401, a fixture
 
-from dmjd.data import open_source
-from dmjd.evaluation import linear_probe, probe_schedule
+from dmjd.data.sources.registry import open_source
+from dmjd.evaluation.frozen.linear import linear_probe, probe_schedule
 
 
 @pytest.mark.parametrize("n", [40, 400, 3000])

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmjd.data.bad import read_or_replace, replace_unreadable, replacement
-from dmjd.data.base import Source
-from dmjd.data.digits import DigitsSource
-from dmjd.data.folder import FolderSource
-from dmjd.data.loader import Stream, TrainLoader, permutation
-from dmjd.data.memory import load_to_memory
-from dmjd.pictures import BadPicture
-from dmjd.tokens import image_keys
+from dmjd.data.cache import load_to_memory
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.digits import DigitsSource
+from dmjd.data.sources.folder import FolderSource
+from dmjd.data.train_loader import Stream, TrainLoader, permutation
+from dmjd.data.unreadable import read_or_replace, replace_unreadable, replacement
+from dmjd.images.decoding import BadPicture
+from dmjd.rng import image_keys
 
 
 class Arrays(Source):
@@ -278,8 +278,8 @@ def test_closing_ends_the_workers_and_interrupts_do_not(noise_folder):
 
 SCRIPT = """
 import sys
-from dmjd.data.folder import FolderSource
-from dmjd.data.loader import TrainLoader
+from dmjd.data.sources.folder import FolderSource
+from dmjd.data.train_loader import TrainLoader
 from pathlib import Path
 batches = TrainLoader(FolderSource(Path(sys.argv[1])), img_size=(8, 8), batch_size=4, num_workers=2).batches(0)
 next(batches)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from dmjd.masking import Masks, disjoint_masks, mask_counts, resolve_block_size
-from dmjd.tokens import image_keys
+from dmjd.rng import image_keys
 
 
 def keys_of(n: int, seed: int = 0) -> torch.Tensor:

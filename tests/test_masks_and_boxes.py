@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmjd.data.coco import Instances, open_coco
-from dmjd.data.examples import BoxAugment, ExampleLoader, MaskAugment, read_examples
-from dmjd.data.placement import (
+from dmjd.data.dense_loader import BoxAugment, ExampleLoader, MaskAugment, read_examples
+from dmjd.data.dense_transforms import (
     IGNORE,
     Placement,
     boxes_to_picture,
@@ -27,8 +26,9 @@ from dmjd.data.placement import (
     random_placement,
     scaled,
 )
-from dmjd.data.segmentation import open_segmentation, read_mask, settle_classes
-from dmjd.pictures import BadPicture
+from dmjd.data.sources.coco import Instances, open_coco
+from dmjd.data.sources.segmentation_masks import open_segmentation, read_mask, settle_classes
+from dmjd.images.decoding import BadPicture
 
 GREY = (128.0, 128.0, 128.0)
 

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmjd.encoders import create_encoder
+from dmjd.encoders.registry import create_encoder
 from dmjd.masking import Masks, disjoint_masks
 from dmjd.model import MaskedImageModel
-from dmjd.targets import HogTarget, PixelTarget, Target
-from dmjd.tokens import gather_views
+from dmjd.nn.tokens import gather_views
+from dmjd.targets.base import Target
+from dmjd.targets.hog import HogTarget
+from dmjd.targets.pixel import PixelTarget
 
 torch.set_num_threads(2)
 SIZES = {

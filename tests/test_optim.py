@@ -8,14 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dmjd.optim import (
-    OPTIMIZERS,
-    adamw,
-    parameter_groups,
-    reserve_state,
-    scaled_learning_rate,
-    warmup_cosine,
-)
+from dmjd.engine.optim import OPTIMIZERS, adamw, parameter_groups, reserve_state, scaled_learning_rate, warmup_cosine
 
 
 def test_scale_rule():

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmjd.pictures import IMAGENET_MEAN, BadPicture, Preprocess, read_picture, resample
-from dmjd.resampling import centre_box, resize_box
+from dmjd.images.decoding import BadPicture
+from dmjd.images.preprocess import IMAGENET_MEAN, Preprocess
+from dmjd.images.reading import read_picture
+from dmjd.images.resampling import centre_box, resample, resize_box
 
 RNG = np.random.default_rng(0)
 

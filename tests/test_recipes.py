@@ -6,9 +6,9 @@ import inspect
 import pytest
 import torch
 
-from dmjd import recipes
-from dmjd.build import build_model
-from dmjd.config import PretrainConfig
+from dmjd.config import recipes
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.runs.build import build_model
 
 TINY = {"img_size": 32, "encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False}
 HYBRID = {

@@ -12,17 +12,20 @@ from dense_sets import make_run, make_segmentation_set
 from PIL import Image
 from test_cli import mistake
 
-from dmjd.data.examples import ExampleBatch, ExampleLoader
-from dmjd.data.placement import IGNORE
-from dmjd.dense_config import SegmentationConfig
-from dmjd.encoders import create_encoder, load_encoder
-from dmjd.evaluation import evaluate, results_table
-from dmjd.evaluation.dense import encoder_for, rounded_up
-from dmjd.evaluation.layers import layer_groups
-from dmjd.evaluation.pyramid import LastMap, Pyramid, UPerNet
-from dmjd.evaluation.segmentation import SegmentationTask, iou_scores, predict, starts
-from dmjd.pictures import Preprocess
-from dmjd.tokens import sincos_positions
+from dmjd.config.dense import SegmentationConfig
+from dmjd.data.dense_loader import ExampleBatch, ExampleLoader
+from dmjd.data.dense_transforms import IGNORE
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import load_encoder
+from dmjd.engine.layer_decay import layer_groups
+from dmjd.evaluation.metrics import iou_scores
+from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.supervised.dense_task import encoder_for, rounded_up
+from dmjd.evaluation.supervised.pyramid import LastMap, Pyramid, UPerNet
+from dmjd.evaluation.supervised.segmentation import SegmentationTask, predict, starts
+from dmjd.evaluation.tables import results_table
+from dmjd.images.preprocess import Preprocess
+from dmjd.nn.tokens import sincos_positions
 
 QUICK = {"decoder_dim": 32, "batch_size": 4, "num_workers": 0, "device": "cpu", "looks": 0, "pictures": 2}
 FLAGS = ("--decoder-dim", 32, "--batch-size", 4, "--num-workers", 0, "--device", "cpu", "--looks", 1)
@@ -276,7 +279,7 @@ def test_a_crash_changes_nothing(shapes, tmp_path, monkeypatch):
 
 
 def test_a_frozen_encoder_is_the_trained_one(shapes, tmp_path):
-    from dmjd.checkpoint import FINAL, load_checkpoint
+    from dmjd.runs.checkpoint import FINAL, load_checkpoint
 
     run = make_run(tmp_path / "run")
     result = evaluate("segmentation", run, data=shapes, steps=3, freeze=True, decoder="linear", img_size=32, **QUICK)

@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dmjd.data.bad import BadPictures
-from dmjd.data.evaluation import EvalLoader, read_all
-from dmjd.data.folder import FolderSource
-from dmjd.data.sources import align_labels, has_split, open_source
-from dmjd.data.stats import measure_stats
-from dmjd.pictures import BadPicture, Preprocess
+from dmjd.data.eval_loader import EvalLoader, read_all
+from dmjd.data.sources.folder import FolderSource
+from dmjd.data.sources.registry import align_labels, has_split, open_source
+from dmjd.data.statistics import measure_stats
+from dmjd.data.unreadable import BadPictures
+from dmjd.images.decoding import BadPicture
+from dmjd.images.preprocess import Preprocess
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 

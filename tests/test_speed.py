@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import dmjd
-from dmjd.cli import main
-from dmjd.speed import PARTS, bench, matmul_rate
+from dmjd.cli.main import main
+from dmjd.pretraining.bench import PARTS, bench, matmul_rate
 
 TINY = {"embed_dim": (16,), "depth": (1,), "num_heads": 2, "batch_size": 8}
 

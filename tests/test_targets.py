@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmjd import create_encoder
-from dmjd.targets import TARGETS, HogTarget, PixelTarget, Target, create_target, default_cell, hog, whiten
+from dmjd.targets import hog
+from dmjd.targets.base import Target, whiten
+from dmjd.targets.hog import HogTarget, default_cell
+from dmjd.targets.pixel import PixelTarget
+from dmjd.targets.registry import TARGETS, create_target
 
 
 def slow_hog(images: np.ndarray, cell: int, bins: int) -> np.ndarray:

@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_training import TINY_FIELDS
 
-from dmjd import MaskedImageModel, create_encoder, pretrain, recipes
-from dmjd.build import load_model
-from dmjd.encoders import Encoder, encoder_bytes, load_encoder
-from dmjd.pictures import Preprocess
-from dmjd.targets import TeacherTarget, create_target, whiten
-from dmjd.targets.teacher import to_channels, to_grid
-from dmjd.visualize import show
+from dmjd import MaskedImageModel, create_encoder, pretrain
+from dmjd.config import recipes
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.figures.show import show
+from dmjd.images.preprocess import Preprocess
+from dmjd.runs.build import load_model
+from dmjd.targets.base import whiten
+from dmjd.targets.registry import create_target
+from dmjd.targets.teacher import TeacherTarget, to_channels, to_grid
 
 OWN = Preprocess((32, 32), 3, (0.3, 0.4, 0.5), (0.2, 0.2, 0.3))
 

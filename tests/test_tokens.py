@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from dmjd import tokens
-from dmjd.tokens import gather_tokens, gather_views, hash64, image_keys, patchify, sincos_positions, uniform, unpatchify
+from dmjd import rng
+from dmjd.nn.tokens import gather_tokens, gather_views, patchify, sincos_positions, unpatchify
+from dmjd.rng import hash64, image_keys, uniform
 
-STREAMS = [getattr(tokens, name) for name in dir(tokens) if name.startswith("STREAM_")]
+STREAMS = [getattr(rng, name) for name in dir(rng) if name.startswith("STREAM_")]
 any_int64 = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -28,7 +29,7 @@ def test_hash_of_one_integer_is_splitmix64():
 def test_hash_values_never_change():
     """Masks, crops and orders of every earlier run hang on these."""
     expected = [5333494879278683184, -1682474248906643037]
-    assert hash64(tokens.STREAM_MASK, torch.tensor([0, -1]), 3, torch.tensor(7)).tolist() == expected
+    assert hash64(rng.STREAM_MASK, torch.tensor([0, -1]), 3, torch.tensor(7)).tolist() == expected
 
 
 @given(st.lists(st.integers(-(2**63), 2**64 - 1), min_size=1, max_size=5), st.data())
@@ -55,7 +56,7 @@ def test_hash_broadcasts_and_depends_on_order():
 
 def test_hash_is_uniform_in_every_byte():
     """Successive counters, the worst input for a weak hash: a chi-square test on each of the eight bytes."""
-    values = hash64(tokens.STREAM_MASK, 0, torch.arange(1 << 16))
+    values = hash64(rng.STREAM_MASK, 0, torch.arange(1 << 16))
     for byte in range(8):
         observed = torch.bincount((values >> (8 * byte)) & 255, minlength=256).double()
         statistic = ((observed - 256) ** 2 / 256).sum().item()

@@ -16,11 +16,12 @@ from conftest import TINY, dmjd
 from safetensors.torch import load_file
 
 import dmjd as package
-from dmjd import recipes
-from dmjd.build import build_model
-from dmjd.encoders import encoder_bytes
-from dmjd.engine import Duration, Engine, NonFiniteLoss, StopSignal, Task, make_fabric, seed_device
-from dmjd.optim import adamw, scaled_learning_rate, warmup_cosine
+from dmjd.config import recipes
+from dmjd.encoders.weights import encoder_bytes
+from dmjd.engine.device import make_fabric, seed_device
+from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, StopSignal, Task
+from dmjd.engine.optim import adamw, scaled_learning_rate, warmup_cosine
+from dmjd.runs.build import build_model
 
 TINY_FIELDS = {
     "encoder": "vit_tiny_patch8",

@@ -7,27 +7,22 @@ import torch
 from matplotlib import colors
 from PIL import Image
 
-import dmjd.painters as painters
-from dmjd.build import build_model
-from dmjd.checkpoint import RunFolder
-from dmjd.config import PretrainConfig
-from dmjd.data import open_source
-from dmjd.encoders import ENCODER_FILE, create_encoder, encoder_bytes, encoder_metadata
+import dmjd.figures.render as painters
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata
+from dmjd.figures.curves import curves_figure
+from dmjd.figures.grid import save_figure
+from dmjd.figures.reconstruction import UNNORMALISED, mask_figure, reconstruction_figure, target_figure
+from dmjd.figures.show import KINDS, run_picture, show
+from dmjd.images.preprocess import Preprocess
 from dmjd.masking import Masks, disjoint_masks
 from dmjd.model import MaskedImageModel
-from dmjd.pictures import Preprocess
-from dmjd.targets import Target, hog
-from dmjd.visualize import (
-    KINDS,
-    UNNORMALISED,
-    curves_figure,
-    mask_figure,
-    reconstruction_figure,
-    run_picture,
-    save_figure,
-    show,
-    target_figure,
-)
+from dmjd.runs.build import build_model
+from dmjd.runs.checkpoint import RunFolder
+from dmjd.targets import hog
+from dmjd.targets.base import Target
 
 
 def model_for(patch=8, size=(32, 32), chans=3, **options) -> MaskedImageModel:

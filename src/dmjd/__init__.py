@@ -12,20 +12,30 @@ _NAMES = {
     "MaskedImageModel": "dmjd.model",
     "Masks": "dmjd.masking",
     "PretrainConfig": "dmjd.config",
-    "bench": "dmjd.speed",
-    "compare": "dmjd.comparison",
+    "bench": "dmjd.pretraining.bench",
+    "compare": "dmjd.evaluation.compare",
     "create_encoder": "dmjd.encoders",
     "disjoint_masks": "dmjd.masking",
-    "embed": "dmjd.embedding",
-    "evaluate": "dmjd.evaluation",
-    "export": "dmjd.exporting",
+    "embed": "dmjd.interop.embed",
+    "evaluate": "dmjd.evaluation.registry",
+    "export": "dmjd.interop.export",
     "hog": "dmjd.targets",
-    "load_classifier": "dmjd.evaluation",
+    "load_classifier": "dmjd.encoders",
     "load_encoder": "dmjd.encoders",
-    "pretrain": "dmjd.training",
-    "show": "dmjd.visualize",
+    "pretrain": "dmjd.pretraining.run",
+    "show": "dmjd.figures.show",
 }
-_MODULES = ("config", "data", "encoders", "evaluation", "interop", "masking", "recipes", "targets", "visualize")
+_MODULES = {
+    "config": "dmjd.config",
+    "data": "dmjd.data",
+    "encoders": "dmjd.encoders",
+    "evaluation": "dmjd.evaluation",
+    "figures": "dmjd.figures",
+    "interop": "dmjd.interop",
+    "masking": "dmjd.masking",
+    "recipes": "dmjd.config.recipes",
+    "targets": "dmjd.targets",
+}
 __all__ = [*_NAMES, *_MODULES]
 
 
@@ -33,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"dmjd.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'dmjd' has no attribute '{name}'")
 
 

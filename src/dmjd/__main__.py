@@ -2,6 +2,6 @@
 
 import sys
 
-from dmjd.cli import main
+from dmjd.cli.main import main
 
 sys.exit(main())

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.tokens import STREAM_DECODE, STREAM_MASK, hash64
+from dmjd.rng import STREAM_DECODE, STREAM_MASK, hash64
 
 # Places of unit, noise and count in a 64-bit sort key.
 _UNITS, _NOISE, _COUNTS = 1 << 20, 1 << 52, 1 << 11
+
 _TOLERANCE = 1e-6  # so that e.g. 49 * (1 - 0.6) = 19.6 and 50 * (1 - 0.6) = 20.0 never lose a unit to rounding
 
 

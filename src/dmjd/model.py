@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.decoder import DistillationHead, MultiScaleFusion, ReconstructionDecoder, default_decoder
-from dmjd.encoders import Encoder
-from dmjd.layers import set_checkpointing
+from dmjd.branches import DistillationHead, MultiScaleFusion, ReconstructionDecoder, default_decoder
+from dmjd.encoders.base import Encoder
 from dmjd.masking import Masks, asked_count, disjoint_masks, mask_counts, resolve_block_size
-from dmjd.targets import Target, create_target
-from dmjd.tokens import gather_views
+from dmjd.nn.layers import set_checkpointing
+from dmjd.nn.tokens import gather_views
+from dmjd.targets.base import Target
+from dmjd.targets.registry import create_target
 
 LOSSES = ("l2", "smooth_l1")
+
 SMOOTH_L1_BETA = 2.0
 
 
@@ -31,13 +33,13 @@ class MaskedImageModel(nn.Module):
 
     Args:
         encoder: the encoder to pre-train.
-        target: name of the learning target of both branches, or a ready :class:`~dmjd.targets.Target`.
+        target: name of the learning target of both branches, or a ready :class:`~dmjd.targets.base.Target`.
         mim_target, vis_target: targets of the branches apart; None = ``target``.
         num_views: K. mask_ratio: c. pred_ratio: p, None = as disjoint as possible.
         block_size: masking block in tokens; None = 2 where it divides the grid, else 1.
         disjoint: False draws the views independently (the ablation).
         decoder_dim, decoder_depth, decoder_heads: of the reconstruction decoder; None = by the encoder's width
-            (:func:`~dmjd.decoder.default_decoder`). decoder_mlp_ratio: None = the encoder's first.
+            (:func:`~dmjd.branches.default_decoder`). decoder_mlp_ratio: None = the encoder's first.
         decode_ratio: share of the masked tokens that the decoder is asked for in training, drawn anew for each view.
         projector_depth: linear layers of the distillation branch's projector.
         mim: build the reconstruction branch. vis: build the distillation branch.

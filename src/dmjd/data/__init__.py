@@ -1,35 +1,21 @@
-"""Pictures in: sources, crops and the resumable stream. Names are loaded when first used."""
+"""Sources of images, crops and the resumable stream. Names are loaded when first used."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dmjd.data.bad import BadPictures as BadPictures
-    from dmjd.data.base import Source as Source
-    from dmjd.data.evaluation import EvalLoader as EvalLoader
-    from dmjd.data.evaluation import read_all as read_all
-    from dmjd.data.loader import Batch as Batch
-    from dmjd.data.loader import TrainLoader as TrainLoader
-    from dmjd.data.sources import absolute as absolute
-    from dmjd.data.sources import align_labels as align_labels
-    from dmjd.data.sources import has_split as has_split
-    from dmjd.data.sources import open_source as open_source
-    from dmjd.data.stats import measure_stats as measure_stats
-    from dmjd.data.stats import typical_size as typical_size
+from typing import Any
 
 _HOMES = {
-    "Source": "base",
-    "EvalLoader": "evaluation",
-    "read_all": "evaluation",
-    "BadPictures": "bad",
-    "Batch": "loader",
-    "TrainLoader": "loader",
-    "absolute": "sources",
-    "align_labels": "sources",
-    "has_split": "sources",
-    "open_source": "sources",
-    "measure_stats": "stats",
-    "typical_size": "stats",
+    "BadPictures": "unreadable",
+    "Batch": "train_loader",
+    "EvalLoader": "eval_loader",
+    "Source": "sources.base",
+    "TrainLoader": "train_loader",
+    "absolute": "sources.registry",
+    "align_labels": "sources.registry",
+    "has_split": "sources.registry",
+    "measure_stats": "statistics",
+    "open_source": "sources.registry",
+    "read_all": "eval_loader",
+    "typical_size": "statistics",
 }
 __all__ = list(_HOMES)
 

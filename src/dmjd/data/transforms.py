@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dmjd.resampling import resize_box
-from dmjd.tokens import STREAM_CROP, STREAM_FLIP, hash64, uniform
+from dmjd.images.resampling import resize_box
+from dmjd.rng import STREAM_CROP, STREAM_FLIP, hash64, uniform
 
 _TRIES = 10
 

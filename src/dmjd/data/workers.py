@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 _MOST_WORKERS = 8
+
 _PREFETCH = 2  # batches per worker; they lie in shared memory, which containers keep small
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.layers import TRANSFORMER_NORM_EPS, init_linear, set_checkpointing
-from dmjd.pictures import Preprocess
-from dmjd.tokens import gather_views, patchify, sincos_positions
+from dmjd.images.preprocess import Preprocess
+from dmjd.nn.layers import TRANSFORMER_NORM_EPS, init_linear, set_checkpointing
+from dmjd.nn.tokens import gather_views, patchify, sincos_positions
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
@@ -71,7 +71,7 @@ class Encoder(nn.Module, ABC):
         return len(cast(nn.ModuleList, self.blocks))
 
     def init_weights(self) -> None:
-        """MAE's initialisation of every linear layer (see :func:`dmjd.layers.init_linear`)."""
+        """MAE's initialisation of every linear layer (see :func:`dmjd.nn.layers.init_linear`)."""
         self.apply(init_linear)
 
     @abstractmethod
@@ -188,3 +188,10 @@ def as_indices(indices: int | Sequence[int] | None) -> int | list[int] | None:
 
 def _nearest(pixels: int, patch_size: int) -> int:
     return max(1, round(pixels / patch_size)) * patch_size
+
+
+def known_preprocess(encoder: Encoder) -> Preprocess:
+    """``encoder.preprocess``; ValueError where it is not known."""
+    if encoder.preprocess is None:
+        raise ValueError(f"{encoder.name} does not know its preprocessing: set encoder.preprocess = Preprocess(...)")
+    return encoder.preprocess

@@ -12,9 +12,9 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dmjd.depthwise import cell_places, dense_depthwise, visible_depthwise
 from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
-from dmjd.layers import (
+from dmjd.nn.depthwise import cell_places, dense_depthwise, visible_depthwise
+from dmjd.nn.layers import (
     ConvBlock,
     Depthwise,
     PatchEmbed,
@@ -23,7 +23,7 @@ from dmjd.layers import (
     block_flops,
     init_flattened,
 )
-from dmjd.tokens import gather_tokens, sincos_positions
+from dmjd.nn.tokens import gather_tokens, sincos_positions
 
 # name: (widths, depths, heads); base and large are DMJD's, small and tiny ours
 CONV_VIT_SIZES = {
@@ -32,6 +32,7 @@ CONV_VIT_SIZES = {
     "base": ((256, 384, 768), (2, 2, 11), 12),
     "large": ((384, 768, 1024), (2, 2, 23), 16),
 }
+
 CELLS = (4, 2)  # cells per token side in stages 1 and 2
 
 

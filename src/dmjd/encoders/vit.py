@@ -12,8 +12,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
-from dmjd.layers import TransformerBlock, TransformerNorm, block_flops, init_flattened
-from dmjd.tokens import gather_tokens, sincos_positions
+from dmjd.nn.layers import TransformerBlock, TransformerNorm, block_flops, init_flattened
+from dmjd.nn.tokens import gather_tokens, sincos_positions
 
 # name: (width, depth, heads)
 VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}

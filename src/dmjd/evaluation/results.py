@@ -1,4 +1,4 @@
-"""What every evaluation does around its protocol: open the sets, keep results, show them."""
+"""Results of evaluations as files of a run."""
 
 import contextlib
 import itertools
@@ -9,66 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from torch import Tensor
 
 from dmjd import __version__
-from dmjd.build import LISTING, open_data, open_test_data, read_config
-from dmjd.checkpoint import write_text
-from dmjd.config import PretrainConfig
-from dmjd.data import Source, align_labels
-from dmjd.data.base import short_hash
-from dmjd.encoders import Encoder, create_encoder, encoder_metadata, weights_hash
-from dmjd.evaluation.features import check_labels, known_preprocess
+from dmjd.data.sources.base import Source, short_hash
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.weights import encoder_metadata, weights_hash
+from dmjd.files import write_text
 
 BASELINES = "baselines.json"
-
-
-def config_of(run: Path) -> PretrainConfig:
-    """A run folder's configuration; the default one for an encoder file, which has no data of its own."""
-    return read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
-
-
-def given_data(data: str | Path | None, test_data: str | Path | None, labels: str | None) -> dict[str, str]:
-    """What the caller says about the data, without what is left to the run."""
-    given = {"data": data, "test_data": test_data, "labels": labels}
-    return {name: str(value) for name, value in given.items() if value is not None}
-
-
-def open_sets(
-    config: PretrainConfig, run: Path, encoder: Encoder, given: Mapping[str, Any]
-) -> tuple[Source, Source, Tensor]:
-    """Training and test set, and the test labels [n] as indices into the training set's classes.
-
-    Raises:
-        ValueError: for data that is missing, unlabelled, has one class or no test part.
-    """
-    preprocess = known_preprocess(encoder)
-    config = config.replace(
-        labels=given.get("labels", config.labels), in_chans=preprocess.in_chans, value_range=preprocess.value_range
-    )
-    own = "data" not in given
-    data = given.get("data", config.data)
-    if data is None:
-        raise ValueError(f"{run} is no run folder, so it has no data of its own: pass --data")
-    test_data = given.get("test_data", config.test_data if own else None)
-    train = open_data(config, data, "train", listing=run / LISTING if own else None)
-    test = open_test_data(config, data, test_data)
-    if test is None:
-        raise ValueError(f"{data} has no test part: pass --test-data")
-    test_labels = torch.from_numpy(align_labels(train, test))
-    check_labels(torch.as_tensor(train.labels), test_labels)
-    return train, test, test_labels
-
-
-def fresh_encoder(encoder: Encoder, seed: int, drop_path: float = 0.0) -> Encoder:
-    """The same architecture with random weights, in evaluation mode; torch's own random state is left alone."""
-    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in encoder.options.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = create_encoder(encoder.name, **options | {"drop_path": drop_path}).eval()
-    fresh.preprocess = encoder.preprocess
-    return fresh
 
 
 def data_fingerprint(train: Source, test: Source) -> str:
@@ -138,56 +86,3 @@ def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or not written by this version: it is made anew
     return result if same else None
-
-
-ROWS = {"result": "this encoder", "random_init": "random initialisation", "raw_pixels": "raw pixels"}
-
-
-def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Top-1 accuracies in percent: a row for the encoder and each baseline, a column for each task.
-
-    Of segmentation and detection all scores: a row for each, a column for the encoder and its baseline.
-
-    Args:
-        results: task -> what :func:`dmjd.evaluate` returned.
-    """
-    for task, result in results.items():
-        if "top1" not in result["result"]:
-            return _scores_table(task, result)
-    table = Table("top-1 accuracy, %")
-    for task, result in results.items():
-        seeds = len(result["result"].get("per_seed", ()))
-        table.add_column(f"{task}, {seeds} seeds" if seeds else task, justify="right")
-    for name, label in ROWS.items():
-        if any(name in result for result in results.values()):
-            table.add_row(label, *(_cell(result.get(name)) for result in results.values()))
-    return table
-
-
-def _scores_table(task: str, result: Mapping[str, Any]) -> Table:
-    table = Table(f"{task}, %")
-    rows = {name: _flat(result[name]) for name in ROWS if name in result}
-    for name in rows:
-        table.add_column(ROWS[name], justify="right")
-    for score in rows["result"]:
-        values = [scores.get(score) for scores in rows.values()]
-        table.add_row(score, *("-" if value is None else f"{100 * value:.1f}" for value in values))
-    return table
-
-
-def _flat(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """Scores by name, those of classes and masks with the group before; what is no score left out."""
-    flat: dict[str, float | None] = {}
-    for name, value in scores.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name} {key}": v for key, v in _flat(value).items()}
-        elif value is None or isinstance(value, float):
-            flat[name] = value
-    return flat
-
-
-def _cell(scores: Mapping[str, Any] | None) -> str:
-    if scores is None:
-        return "-"
-    spread = f" ± {100 * scores['top1_std']:.1f}" if "top1_std" in scores else ""
-    return f"{100 * scores['top1']:.1f}{spread}"

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dmjd.encoders import Encoder
+from dmjd.encoders.base import Encoder
 from dmjd.targets.base import Target, whitened_mean
 
 MOMENTUM = 0.996
+
 COLLAPSED = 0.02  # of ``target_std``; healthy encoders, random ones too, lie many times above it
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from dmjd.targets.base import Target, whiten
 
 NUM_BINS = 9
+
 # Pixels taken at a time: what lies between the passes stays in the cache of a CPU, and memory small elsewhere.
 _CPU_PIXELS, _DEVICE_PIXELS = 1 << 18, 1 << 25
+
 # The table of all gradients that differences of bytes can make; for more bins than this it would not pay.
 _TABLE_SIDE, _TABLE_BINS = 512, 32
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from dmjd.nn.tokens import patchify
 from dmjd.targets.base import Target
-from dmjd.tokens import patchify
 
 PIXEL_EPS = 1e-6
 

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from dmjd.cli.main import main
+
+__all__ = ["main"]

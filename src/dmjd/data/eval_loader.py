@@ -1,0 +1,109 @@
+"""Pictures in their own order, preprocessed as the encoder wants them: for evaluation and embedding."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmjd.data.cache import try_read
+from dmjd.data.sources.base import Source
+from dmjd.data.train_loader import stack
+from dmjd.data.unreadable import Report
+from dmjd.data.workers import auto_workers, read_batches
+from dmjd.images.preprocess import Preprocess
+
+_FEW = 4096  # pictures that are read before workers would have started
+
+
+@dataclass
+class Pictures:
+    """Readable pictures of a set.
+
+    Attributes:
+        raw: [b, C, h, w] uint8 or float32 on the 0..255 scale. labels: [b] int64, or None for an unlabelled set.
+        index: [b] int64, places in the set. bad: (name, reason) of those left out.
+    """
+
+    raw: Tensor
+    labels: Tensor | None
+    index: Tensor
+    bad: list[Report]
+
+
+class EvalLoader:
+    """Batches of a set in its own order, resized and centre-cropped, unreadable pictures left out.
+
+    Args:
+        source: the set. preprocess: of the encoder. batch_size: the most pictures in a batch.
+        num_workers: reading processes; None: none for few pictures, else this machine's cores, at most 8.
+        indices: the pictures wanted, in this order; None: all.
+
+    Attributes:
+        bad: (name, reason) of the pictures left out so far; it starts anew with each iteration.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Preprocess,
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        self._pictures = _FittedPictures(source, preprocess)
+        self._indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self._batch_size = batch_size
+        few = len(self._indices) <= _FEW
+        self.num_workers = (0 if few else auto_workers()) if num_workers is None else num_workers
+        self.bad: list[Report] = []
+
+    def __len__(self) -> int:
+        """The number of pictures, unreadable ones included."""
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Pictures]:
+        self.bad = []
+        requests = [self._indices[i : i + self._batch_size] for i in range(0, len(self), self._batch_size)]
+        labels = self._pictures.source.labels
+        for raw, index, bad in read_batches(self._pictures, requests, self.num_workers):
+            self.bad += bad
+            if len(index):
+                yield Pictures(raw, None if labels is None else torch.from_numpy(labels[index.numpy()]), index, bad)
+
+
+@dataclass(frozen=True)
+class _FittedPictures:
+    """What a worker does with the indices of a batch."""
+
+    source: Source
+    preprocess: Preprocess
+
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, list[Report]]:
+        read = [(int(i), try_read(self.source, int(i))) for i in indices]
+        good = [(i, self.preprocess.fit(p)) for i, p in read if isinstance(p, np.ndarray)]
+        bad = [p for _, p in read if not isinstance(p, np.ndarray)]
+        raw = stack([p for _, p in good]) if good else torch.empty(0)
+        return raw, torch.tensor([i for i, _ in good], dtype=torch.int64), bad
+
+
+def read_all(
+    source: Source,
+    preprocess: Preprocess,
+    indices: Sequence[int] | np.ndarray | None = None,
+    num_workers: int | None = None,
+) -> Pictures:
+    """All pictures of an :class:`EvalLoader` at once.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    loader = EvalLoader(source, preprocess, num_workers=num_workers, indices=indices)
+    batches = list(loader)
+    if not batches:
+        name, reason = loader.bad[0] if loader.bad else (source.name, "it is empty")
+        raise ValueError(f"no picture of {source.name} can be read; {name}: {reason}")
+    index = torch.cat([batch.index for batch in batches])
+    labels = None if source.labels is None else torch.from_numpy(source.labels[index.numpy()])
+    return Pictures(torch.cat([batch.raw for batch in batches]), labels, index, loader.bad)

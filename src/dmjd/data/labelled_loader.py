@@ -1,0 +1,206 @@
+"""Labelled training batches of a classifier: crops, RandAugment, erasing, mixing; functions of a picture's key.
+
+timm's augmentations draw from the global generators of Python, NumPy and torch. Here these are seeded for each picture
+and put back afterwards, so a batch follows from its step alone, whatever ran before and in whichever process.
+"""
+
+import contextlib
+import itertools
+import random
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from dmjd.config.finetune import FinetuneConfig
+from dmjd.data.cache import load_to_memory
+from dmjd.data.sources.base import Source
+from dmjd.data.train_loader import Augment, Stream
+from dmjd.data.transforms import crop_resize
+from dmjd.data.unreadable import BadPictures, Report, read_or_replace
+from dmjd.data.workers import auto_workers, read_batches
+from dmjd.images.decoding import BadPicture
+from dmjd.images.preprocess import Preprocess
+from dmjd.rng import STREAM_AUGMENT, STREAM_MIX, hash64
+
+_MOST_PIXELS_IN_MEMORY = 96 * 96  # larger pictures take longer to augment than to hand over from workers
+
+_MOST_MAGNITUDE = 9.99  # at 10 timm asks for 0 bits a channel, which Pillow refuses
+
+_PIL_CHANNELS = {1: "L", 3: "RGB"}  # of 8-bit pictures; RandAugment's colour operations know no others
+
+
+@contextlib.contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """The global generators of Python, NumPy and torch (CPU) seeded by a key; put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(key)
+        np.random.seed(key % 2**32)
+        torch.manual_seed(key)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+class Augmentation:
+    """What is done to one picture besides crop and flip, as :class:`FinetuneConfig` says.
+
+    Args:
+        config: resolved. preprocess: of the encoder.
+    """
+
+    def __init__(self, config: FinetuneConfig, preprocess: Preprocess) -> None:
+        assert config.crop_scale is not None
+        self.preprocess = preprocess
+        self.draw = Augment(preprocess.img_size, (config.crop_scale[0], config.crop_scale[1]), config.flip).draw
+        self.mode = _PIL_CHANNELS.get(preprocess.in_chans)
+        grey = tuple(round(255 * m) for m in preprocess.mean)
+        hparams = {
+            "img_mean": grey[0] if self.mode == "L" else grey,
+            "translate_const": int(0.45 * min(preprocess.img_size)),
+            "interpolation": Image.Resampling.BICUBIC,
+            "magnitude_max": _MOST_MAGNITUDE,
+        }
+        self._rand_augment = None
+        if config.rand_augment and self.mode is not None:
+            text = f"rand-m{config.rand_augment:g}-mstd0.5-inc1"
+            self._rand_augment = rand_augment_transform(text, hparams)
+        self._erase = RandomErasing(config.erase, mode="pixel", device="cpu") if config.erase else None
+
+    def __call__(self, picture: np.ndarray, box: list[float], mirrored: bool, key: int) -> Tensor:
+        """[H, W, C] uint8 or float32 -> normalised [C, h, w] float32.
+
+        Pictures that are not 8-bit, or of other than 1 or 3 channels, are cropped, flipped and erased only.
+        """
+        image = crop_resize(picture, box, self.preprocess.img_size, mirrored)  # C, h, w
+        with seeded(int(hash64(STREAM_AUGMENT, key)) & (2**63 - 1)):
+            if self._rand_augment is not None and image.dtype == torch.uint8:
+                image = self._colours(image)
+            normalised = self.preprocess.normalise(image[None].float())[0]
+            return normalised if self._erase is None else self._erase(normalised)
+
+    def _colours(self, image: Tensor) -> Tensor:
+        assert self._rand_augment is not None
+        array = image.permute(1, 2, 0).numpy()
+        pil = Image.fromarray(array[:, :, 0] if self.mode == "L" else array)
+        augmented = np.array(self._rand_augment(pil)).reshape(array.shape)
+        return torch.from_numpy(augmented).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class _LabelledCrops:
+    """What a worker does with the sample numbers of a micro-batch."""
+
+    source: Source
+    pictures: np.ndarray | None  # n, H, W, C: the decoded set, where it is held in memory
+    stream: Stream
+    augmentation: Augmentation
+
+    def __getitems__(self, samples: range) -> tuple[Tensor, Tensor, list[Report]] | BadPicture:
+        """Images [b, C, h, w], labels [b] and reports; a fatal error is returned, as one raised would lose its type."""
+        indices, keys = self.stream.draw(samples)
+        bad: list[Report] = []
+        pictures, labels = [], []
+        assert self.source.labels is not None
+        for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
+            try:
+                (picture, place), reports = read_or_replace(self._read, index, key, self.stream.length)
+            except BadPicture as error:
+                return error
+            bad += reports
+            pictures.append(picture)
+            labels.append(int(self.source.labels[place]))
+        sides = torch.tensor([picture.shape[:2] for picture in pictures])
+        boxes, mirrored = self.augmentation.draw(keys, sides)
+        crops = map(self.augmentation, pictures, boxes.tolist(), mirrored.tolist(), keys.tolist())
+        return torch.stack(list(crops)), torch.tensor(labels), bad
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        """The picture and its place, for its label: of a replacement both change."""
+        return (self.source.read(index) if self.pictures is None else self.pictures[index]), index
+
+
+class LabelledBatches:
+    """Endless batches (images [b, C, h, w] normalised, targets [b, classes]) on the device, from any step on.
+
+    Args:
+        source: labelled. config: resolved. preprocess: of the encoder. num_classes: classes.
+        seed: of order and augmentation. num_workers: reading processes; None: by the machine, none for small pictures
+            that fit into memory.
+
+    Attributes:
+        bad: pictures found unreadable, each named once in a warning.
+
+    Raises:
+        ValueError: for a batch that can't be shared out to ``accumulate``, or to pairs for mixing.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: FinetuneConfig,
+        preprocess: Preprocess,
+        num_classes: int,
+        seed: int,
+        num_workers: int | None = None,
+    ) -> None:
+        self.source, self.config, self.seed, self.num_workers = source, config, seed, num_workers
+        self.num_classes = num_classes
+        self.augmentation = Augmentation(config, preprocess)
+        self.bad = BadPictures()
+        self._mix = None
+        assert config.batch_size is not None
+        self._stream = Stream(len(source), config.batch_size, config.accumulate, seed)
+        if config.mixup or config.cutmix:
+            if config.batch_size // config.accumulate % 2:
+                raise ValueError(
+                    f"mixup and cutmix lay pictures together in pairs: batch_size {config.batch_size} over accumulate "
+                    f"{config.accumulate} must be even, or both off (--mixup 0 --cutmix 0)"
+                )
+            self._mix = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                switch_prob=config.switch,
+                label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, start_step: int, fabric: Fabric) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Micro-batches from a step on; closing the iterator ends its workers."""
+        memory = load_to_memory(self.source, _MOST_PIXELS_IN_MEMORY)
+        held = memory.pictures.permute(0, 2, 3, 1).numpy() if memory is not None and not memory.bad else None
+        crops = _LabelledCrops(self.source, held, self._stream, self.augmentation)
+        workers = self.num_workers if self.num_workers is not None else 0 if held is not None else auto_workers()
+        results = read_batches(crops, self._stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
+        try:
+            for number, result in zip(itertools.count(start_step * self.config.accumulate), results, strict=False):
+                if isinstance(result, BadPicture):
+                    raise result
+                images, labels, bad = result
+                for name, reason in self.bad.add(bad):
+                    warnings.warn(f"unreadable, another picture takes its place: {name}: {reason}", stacklevel=2)
+                images, labels = (x.to(fabric.device, non_blocking=True) for x in (images, labels))
+                yield self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
+        finally:
+            results.close()  # type: ignore[attr-defined]
+
+    def _mixed(self, images: Tensor, labels: Tensor, key: int) -> tuple[Tensor, Tensor]:
+        """Images and soft targets [b, classes], two pictures of the batch laid together where that is on."""
+        if self._mix is not None:
+            with seeded(key):
+                return self._mix(images, labels)
+        smoothing = self.config.label_smoothing
+        one_hot = F.one_hot(labels, self.num_classes).to(images.dtype)
+        return images, one_hot * (1 - smoothing) + smoothing / self.num_classes

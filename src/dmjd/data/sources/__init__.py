@@ -1,0 +1,1 @@
+"""Sources of images: folders, tables, named sets, and sets with masks or boxes."""

@@ -1,0 +1,299 @@
+"""Pictures with boxes, and masks where there are some, in COCO's JSON form.
+
+What can be put right without guessing (a box that reaches out of its picture, a box without area) is put right or left
+out, and counted; what can't is an error that names the entry.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmjd.data.sources.base import Source, short_hash
+from dmjd.images.decoding import BadPicture
+
+LEAST_SIDE = 1e-3  # pixels; narrower boxes have no area
+
+_PARTS = {"train": ("train", "train2017"), "test": ("test", "val", "valid", "val2017")}
+
+# Where the JSON of a part and its pictures lie below the root.
+_FORMS = (
+    ("{part}.json", "{part}"),
+    ("annotations/{part}.json", "{part}"),
+    ("annotations/instances_{part}.json", "{part}"),
+    ("annotations/instances_{part}.json", "images/{part}"),
+    ("{part}/_annotations.coco.json", "{part}"),  # Roboflow's export
+)
+
+
+@dataclass
+class Instances:
+    """The objects of one picture.
+
+    Attributes:
+        boxes: [n, 4] float32 (left, top, right, bottom) in pixels. labels: [n] int64 from 0.
+        crowd: [n] bool, regions of many objects, which count neither for nor against a detector.
+        masks: [n, H, W] uint8 of 0 and 1, or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    masks: Tensor | None = None
+
+    def keep(self, which: Tensor) -> "Instances":
+        """The objects chosen by [n] bool."""
+        masks = self.masks[which] if self.masks is not None else None
+        return Instances(self.boxes[which], self.labels[which], self.crowd[which], masks)
+
+
+class CocoSource(Source):
+    """Pictures of a folder with the boxes that a COCO JSON file gives them.
+
+    Args:
+        file: the JSON. folder: of the pictures. classes: names of the classes to use, in order; None: the file's own,
+            by their ids. in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
+
+    Attributes:
+        notes: what was put right or left out, and how often. has_masks: whether every object has its outline.
+
+    Raises:
+        ValueError: naming what is wrong with the file.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        folder: Path,
+        classes: list[str] | None = None,
+        in_chans: int = 3,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
+        self.name, self.file, self.folder = str(file), file, folder
+        self.in_chans, self.value_range = in_chans, value_range
+        content = _read_json(file)
+        used = {annotation.get("category_id") for annotation in content["annotations"]}
+        label_of = self._categories(content["categories"], classes, used)
+        self._entries: list[dict[str, Any]] = content["images"]
+        self._sizes = [_picture_size(entry, file, folder) for entry in self._entries]
+        self._sort(content["annotations"], label_of)
+
+    def _categories(
+        self, categories: list[dict[str, Any]], classes: list[str] | None, used: set[Any]
+    ) -> dict[Any, int]:
+        """Category id -> class from 0, of those that can be used."""
+        names: dict[Any, str] = {c.get("id"): str(c.get("name", c.get("id"))) for c in categories}
+        if lost := sorted(str(i) for i in used - set(names)):
+            known = ", ".join(f"{i} {name}" for i, name in list(names.items())[:10]) or "none"
+            raise ValueError(
+                f"{self.file}: annotations have category_id {', '.join(lost[:10])}, which 'categories' does not list; "
+                f"it lists: {known}"
+            )
+        self.classes = classes if classes is not None else [names[i] for i in sorted(names)]
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"{self.file}: two categories have the same name: {', '.join(self.classes[:10])}")
+        place = {name: k for k, name in enumerate(self.classes)}
+        if strange := sorted(names[i] for i in used if names[i] not in place):
+            raise ValueError(
+                f"{self.file} has objects of {', '.join(strange[:10])}, which the training set does not have; "
+                f"it has {', '.join(self.classes[:10])}"
+            )
+        return {i: place[name] for i, name in names.items() if name in place}
+
+    def _sort(self, annotations: list[dict[str, Any]], label_of: dict[int, int]) -> None:
+        """Objects by picture, put right where they can be."""
+        place = {entry["id"]: i for i, entry in enumerate(self._entries)}
+        self._objects: list[list[dict[str, Any]]] = [[] for _ in self._entries]
+        counted: Counter[str] = Counter()
+        for annotation in annotations:
+            if annotation.get("image_id") not in place:
+                raise ValueError(
+                    f"{self.file}: annotation {annotation.get('id')} has image_id {annotation.get('image_id')}, which "
+                    "'images' does not list"
+                )
+            index = place[annotation["image_id"]]
+            box, note = _corners(annotation, self._sizes[index], self.file)
+            counted[note] += 1
+            if box is not None:
+                label = label_of[annotation["category_id"]]
+                crowd, outline = bool(annotation.get("iscrowd")), annotation.get("segmentation") or None
+                self._objects[index].append({"box": box, "label": label, "crowd": crowd, "outline": outline})
+        self.notes = [f"{count} of {len(annotations)} boxes {note}" for note, count in counted.items() if note]
+        outlined = sum(o["outline"] is not None for o in self._all())
+        self.has_masks = 0 < outlined == self.num_objects
+        if 0 < outlined < self.num_objects:
+            without = self.num_objects - outlined
+            self.notes.append(f"{without} of {self.num_objects} objects have no outline: boxes only")
+
+    def _all(self) -> Iterable[dict[str, Any]]:
+        return (o for objects in self._objects for o in objects)
+
+    @property
+    def num_objects(self) -> int:
+        """Objects of all pictures."""
+        return sum(map(len, self._objects))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def stored(self, index: int) -> Path:
+        """The picture's path."""
+        return self.folder / self._entries[index]["file_name"]
+
+    def describe(self, index: int) -> str:
+        """The picture's path."""
+        return str(self.stored(index))
+
+    def read_example(self, index: int) -> tuple[np.ndarray, Instances]:
+        """Picture [H, W, C] on the 0..255 scale and its objects.
+
+        Raises:
+            BadPicture: for a picture that can't be read, or is not of the size that the JSON says.
+        """
+        picture, size = self.read(index), self._sizes[index]
+        if picture.shape[:2] != size:
+            found = f"{picture.shape[1]} x {picture.shape[0]} pixels, {self.file.name} says {size[1]} x {size[0]}"
+            raise BadPicture(self.describe(index), f"the picture has {found} (width x height)")
+        objects = self._objects[index]
+        masks = None
+        if self.has_masks:
+            masks = torch.zeros(0, *size, dtype=torch.uint8)
+            if objects:
+                masks = torch.stack([outline_mask(o["outline"], size, self.describe(index)) for o in objects])
+        boxes = torch.tensor([o["box"] for o in objects], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([o["label"] for o in objects], dtype=torch.int64)
+        return picture, Instances(boxes, labels, torch.tensor([o["crowd"] for o in objects], dtype=torch.bool), masks)
+
+    def _identity(self) -> Iterable[str]:
+        yield from (entry["file_name"] for entry in self._entries)
+        yield short_hash(json.dumps(o, sort_keys=True) for o in self._all())
+
+
+def outline_mask(outline: Any, size: tuple[int, int], name: str) -> Tensor:
+    """A COCO "segmentation" (polygons or run lengths) as [H, W] uint8 of 0 and 1.
+
+    Raises:
+        BadPicture: for an outline that can't be read.
+    """
+    from pycocotools import mask as coco_mask  # an extra
+
+    try:
+        if isinstance(outline, dict) and isinstance(outline.get("counts"), list):
+            outline = coco_mask.frPyObjects(outline, *size)
+        if isinstance(outline, list):
+            outline = coco_mask.merge(coco_mask.frPyObjects(outline, *size))
+        mask = coco_mask.decode(outline)
+    except Exception as error:  # the C library's own many
+        raise BadPicture(name, f"an object's outline can't be read ({str(error)[:100]})") from None
+    if mask.shape != size:
+        raise BadPicture(name, f"an object's outline is made for {mask.shape[1]} x {mask.shape[0]} pixels")
+    return torch.from_numpy(np.ascontiguousarray(mask))
+
+
+def open_coco(
+    data: str | Path,
+    split: str,
+    *,
+    classes: list[str] | None = None,
+    in_chans: int = 3,
+    value_range: tuple[float, float] | None = None,
+) -> CocoSource:
+    """Open pictures with boxes.
+
+    Args:
+        data: a folder with ``train/`` and ``train.json``, COCO's own ``train2017/`` and
+            ``annotations/instances_train2017.json``, or ``train/_annotations.coco.json``; the same for test or val.
+        split: "train" or "test". classes, in_chans, value_range: see :class:`CocoSource`.
+
+    Raises:
+        ValueError: for data of no such form.
+    """
+    found = find_coco(data, split)
+    if found is None:
+        root = Path(data).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"there is no folder {data}: give one with train/ and train.json in COCO form")
+        if split == "test" and find_coco(data, "train") is not None:
+            raise ValueError(f"{data} has no test part (test/ and test.json, or val/ and val.json): pass --test-data")
+        raise ValueError(
+            f"{data} holds no pictures with boxes: give a folder with train/ and train.json in COCO form "
+            "(or train2017/ and annotations/instances_train2017.json)"
+        )
+    return CocoSource(*found, classes, in_chans, value_range)
+
+
+def find_coco(data: str | Path, split: str) -> tuple[Path, Path] | None:
+    """JSON file and picture folder of a part, or None."""
+    root = Path(data).expanduser()
+    for part in _PARTS[split]:
+        for file, folder in _FORMS:
+            found = root / file.format(part=part), root / folder.format(part=part)
+            if found[0].is_file() and found[1].is_dir():
+                return found
+    return None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The parsed file; ValueError for what is no COCO annotation."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} can't be read as JSON ({str(error)[:120]})") from None
+    lists = ("images", "annotations", "categories")
+    lost = [name for name in lists if not isinstance(content, dict) or not isinstance(content.get(name), list)]
+    if lost:
+        raise ValueError(f"{file} has no list {' and no list '.join(map(repr, lost))}: it is not in COCO's form")
+    if not content["images"] or not content["categories"]:
+        empty = "images" if not content["images"] else "categories"
+        raise ValueError(f"{file}: the list '{empty}' is empty")
+    ids = [entry.get("id") for entry in content["images"]]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i, count in Counter(ids).items() if count > 1)
+        raise ValueError(f"{file}: two images have the id {twice}")
+    return content
+
+
+def _picture_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int, int]:
+    """(height, width) as the JSON says, else as the picture's own header does."""
+    if not isinstance(entry.get("file_name"), str):
+        raise ValueError(f"{file}: image {entry.get('id')} has no file_name")
+    if not (folder / entry["file_name"]).is_file():
+        raise ValueError(f"{file} lists {entry['file_name']}, which is not in {folder}")
+    size = entry.get("height"), entry.get("width")
+    if all(isinstance(side, int) and side > 0 for side in size):
+        return size  # type: ignore[return-value]
+    try:
+        with Image.open(folder / entry["file_name"]) as image:
+            return image.height, image.width
+    except OSError:
+        raise ValueError(f"{file}: image {entry['file_name']} has no height and width, and can't be opened") from None
+
+
+def _corners(annotation: dict[str, Any], size: tuple[int, int], file: Path) -> tuple[list[float] | None, str]:
+    """(left, top, right, bottom) inside the picture, or None where nothing is left; and what had to be done."""
+    box = annotation.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(v) for v in box)):
+        raise ValueError(f"{file}: annotation {annotation.get('id')} needs a bbox of four numbers, it has {box}")
+    left, top, width, height = map(float, box)
+    if min(width, height) < LEAST_SIDE:
+        return None, "of no area were left out"
+    whole = left, top, left + width, top + height
+    ends = size[1], size[0], size[1], size[0]
+    inside = [min(max(value, 0.0), float(end)) for value, end in zip(whole, ends, strict=True)]
+    if min(inside[2] - inside[0], inside[3] - inside[1]) < LEAST_SIDE:
+        return None, "wholly outside of their picture were left out"
+    # Up to a pixel goes without saying: tools differ in where the last one ends.
+    changed = max(abs(a - b) for a, b in zip(inside, whole, strict=True)) > 1.0
+    return inside, "that reach out of their picture were cut off at its edge" if changed else ""
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,321 @@
+"""Pictures with index masks: two folders (CamVid and ADE20K forms), parquet files and Hugging Face sets.
+
+A mask is a picture of one number a pixel: PNG in grey or palette form, TIFF, BMP, GIF or .npy. The classes are the
+numbers 0, 1, 2, ... without those that are ignored.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dmjd.data.dense_transforms import IGNORE
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.folder import FolderSource
+from dmjd.data.sources.registry import has_split, open_source
+from dmjd.data.workers import available_cores
+from dmjd.images.decoding import BadPicture, Picture
+
+MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # none that loses values
+
+CLASS_NAMES = "classes.txt"
+
+NO_LABEL = 255  # what a mask says where it says nothing, unless the caller knows better
+
+_MOST_NUMBERS = 1 << 16
+
+_MOST_BAD_SHARE = 0.01
+
+_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+
+# Where pictures and masks of a part lie below the root.
+_FORMS: tuple[Callable[[str], tuple[str, str]], ...] = (
+    lambda part: (f"{part}/images", f"{part}/masks"),
+    lambda part: (f"{part}/images", f"{part}/labels"),
+    lambda part: (f"images/{part}", f"masks/{part}"),
+    lambda part: (f"images/{part}", f"annotations/{part}"),  # ADE20K
+    lambda part: (f"images/{part}", f"labels/{part}"),
+    lambda part: (part, f"{part}annot"),  # CamVid as SegNet's authors gave it out
+)
+
+_PLAIN_FORMS = (("images", "masks"), ("images", "annotations"), ("images", "labels"))
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Which numbers of the masks are which classes.
+
+    Attributes:
+        names: of the K classes. ignored: numbers that mean "no label".
+    """
+
+    names: tuple[str, ...]
+    ignored: tuple[int, ...] = (NO_LABEL,)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The number that stands for each class in the masks."""
+        return class_numbers(len(self.names), self.ignored)
+
+    def table(self) -> np.ndarray:
+        """[65536] int16: number -> class, IGNORE, or IGNORE - 1 where it is neither."""
+        table = np.full(_MOST_NUMBERS, IGNORE - 1, np.int16)
+        table[self.numbers] = np.arange(len(self.names))
+        table[[number for number in self.ignored if 0 <= number < _MOST_NUMBERS]] = IGNORE
+        return table
+
+
+def class_numbers(count: int, ignored: Sequence[int]) -> list[int]:
+    """The first ``count`` numbers from 0 on that are not ignored."""
+    return [number for number in range(count + len(ignored)) if number not in ignored][:count]
+
+
+class SegmentationSource(Source):
+    """Pictures and their masks.
+
+    Args:
+        pictures, masks: sources. places: [n] int64, which mask belongs to each picture; None: the same place.
+
+    Attributes:
+        known: what :meth:`set_classes` was told.
+    """
+
+    def __init__(self, pictures: Source, masks: Source, places: np.ndarray | None = None) -> None:
+        self.name, self.in_chans, self.value_range = pictures.name, pictures.in_chans, pictures.value_range
+        self.pictures, self.masks = pictures, masks
+        self._places = np.arange(len(masks)) if places is None else places
+        self.known: Classes | None = None
+        self._table: np.ndarray | None = None
+
+    def set_classes(self, classes: Classes) -> None:
+        """Say which numbers are which classes; needed before :meth:`read_example`."""
+        self.known, self.classes = classes, list(classes.names)
+        self._table = classes.table()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def stored(self, index: int) -> Picture:
+        """The picture as it is kept."""
+        return self.pictures.stored(index)
+
+    def describe(self, index: int) -> str:
+        """As the picture's source does."""
+        return self.pictures.describe(index)
+
+    def read_numbers(self, index: int) -> np.ndarray:
+        """The mask as it is stored: [H, W] of whole numbers.
+
+        Raises:
+            BadPicture: if it can't be used.
+        """
+        place = int(self._places[index])
+        return read_mask(self.masks.stored(place), f"mask {self.masks.describe(place)}")
+
+    def read_example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Picture [H, W, C] on the 0..255 scale and mask [H, W] int16 of classes and IGNORE.
+
+        Raises:
+            BadPicture: for either that can't be read, or where their sizes differ.
+        """
+        assert self._table is not None, "set_classes comes first"
+        picture, mask = self.read(index), self._table[self.read_numbers(index)]
+        if picture.shape[:2] != mask.shape:
+            sizes = f"{picture.shape[0]} x {picture.shape[1]} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
+            raise BadPicture(self.describe(index), f"the picture has {sizes}")
+        return picture, mask
+
+    def fingerprint(self) -> str:
+        """Of pictures and masks."""
+        return f"{self.pictures.fingerprint()}-{self.masks.fingerprint()}"
+
+
+def read_mask(stored: Picture, name: str) -> np.ndarray:
+    """Decode an index mask: [H, W] of whole numbers from 0 to 65535. A palette's colours are not looked at.
+
+    Raises:
+        BadPicture: for what is no mask of one number a pixel.
+    """
+    try:
+        array = _mask_values(stored)
+    except BadPicture as error:
+        raise BadPicture(name, error.reason) from None
+    except Exception as error:  # decoders fail with nearly every built-in exception
+        raise BadPicture(name, f"damaged or unsupported ({str(error)[:120] or type(error).__name__})") from None
+    if array.ndim == 3 and (array[..., :1] == array[..., : min(3, array.shape[2])]).all():
+        array = array[..., 0]  # one number, kept in three equal channels
+    if array.ndim != 2:
+        raise BadPicture(name, "it is in colour: a mask needs one number a pixel, as grey or palette PNG holds it")
+    if array.dtype.kind not in "uib" or int(array.min()) < 0 or int(array.max()) >= _MOST_NUMBERS:
+        raise BadPicture(name, f"values of type {array.dtype} outside 0..{_MOST_NUMBERS - 1} number no classes")
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def _mask_values(stored: Picture) -> np.ndarray:
+    if isinstance(stored, np.ndarray):
+        return stored
+    if isinstance(stored, Image.Image):
+        return np.asarray(stored)
+    if not isinstance(stored, bytes) and str(stored).lower().endswith(".npy"):
+        return np.load(stored, allow_pickle=False)
+    with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
+        if image.format == "JPEG":
+            raise BadPicture("", "it is a JPEG, which changes the numbers: masks need a format without loss, as PNG")
+        values = np.asarray(image)
+    return values[..., :-1] if image.mode in ("LA", "RGBA") else values
+
+
+def open_segmentation(
+    data: str | Path, split: str, *, in_chans: int = 3, value_range: tuple[float, float] | None = None
+) -> SegmentationSource:
+    """Open pictures with masks.
+
+    Args:
+        data: a folder with ``train/images`` and ``train/masks`` (CamVid form), ``images/training`` and
+            ``annotations/training`` (ADE20K form), ``train`` and ``trainannot``, or ``images`` and ``masks``, the
+            names of a pair equal but for the ending; or a table of two columns of pictures: parquet or hub.
+        split: "train" or "test". in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
+
+    Raises:
+        ValueError: for data of no such form, or pictures without masks.
+    """
+    options = {"in_chans": in_chans, "value_range": value_range}
+    root = Path(data).expanduser()
+    folders = _find_folders(root, split)
+    if folders is not None:
+        pictures = FolderSource(folders[0], **options)  # type: ignore[arg-type]
+        masks = FolderSource(folders[1], extensions=MASK_EXTENSIONS)
+        return SegmentationSource(pictures, masks, _pair(pictures, masks))
+    if root.is_dir() and split == "test" and _find_folders(root, "train") is not None:
+        raise ValueError(f"{data} has no test part (test/ or val/ beside train/): pass --test-data")
+    mask_table = open_source(data, split=split, masks=True)  # says what is missing where there is none
+    return SegmentationSource(open_source(data, split=split, **options), mask_table)  # type: ignore[arg-type]
+
+
+def has_segmentation_split(data: str | Path, split: str) -> bool:
+    """Whether :func:`open_segmentation` finds this part."""
+    root = Path(data).expanduser()
+    forms = [_find_folders(root, name) for name in ("train", "test")]
+    return forms[split == "test"] is not None if any(forms) else has_split(data, split)
+
+
+def _find_folders(root: Path, split: str) -> tuple[Path, Path] | None:
+    """The folders of pictures and masks of a part, or None; without parts all is for training."""
+    for part in _FOLDERS[split]:
+        for form in _FORMS:
+            pictures, masks = (root / folder for folder in form(part))
+            if pictures.is_dir() and masks.is_dir():
+                return pictures, masks
+    for plain in _PLAIN_FORMS if split == "train" else ():
+        if all((root / folder).is_dir() for folder in plain):
+            return root / plain[0], root / plain[1]
+    return None
+
+
+def _pair(pictures: FolderSource, masks: FolderSource) -> np.ndarray:
+    """[n] int64: for each picture the mask of the same relative path, endings aside."""
+    place = {_stem(masks, i): i for i in range(len(masks))}
+    stems = [_stem(pictures, i) for i in range(len(pictures))]
+    if len(place) < len(masks):
+        raise ValueError(f"{masks.root} holds masks whose names differ only in the ending: keep one of each")
+    lost = [i for i, stem in enumerate(stems) if stem not in place]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(pictures)} pictures have no mask in {masks.root}, {pictures.describe(lost[0])} for "
+            "one: a mask has its picture's name, with .png at the end"
+        )
+    return np.array([place[stem] for stem in stems], dtype=np.int64)
+
+
+def _stem(source: FolderSource, index: int) -> str:
+    return source.stored(index).relative_to(source.root).with_suffix("").as_posix()
+
+
+def count_numbers(source: SegmentationSource) -> tuple[np.ndarray, dict[int, int]]:
+    """Look at every mask, in threads.
+
+    Returns:
+        [65536] int64, pixels of each number; and of each number the first picture that has it.
+
+    Raises:
+        ValueError: when more than 1 % of the masks (and more than ten) can't be read.
+    """
+    pixels = np.zeros(_MOST_NUMBERS, np.int64)
+    first: dict[int, int] = {}
+    bad: list[BadPicture] = []
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for index, counted in enumerate(pool.map(lambda i: _count(source, i), range(len(source)))):
+            if isinstance(counted, BadPicture):
+                bad.append(counted)
+                continue
+            pixels[: len(counted)] += counted
+            for number in np.flatnonzero(counted):
+                first.setdefault(int(number), index)
+    if len(bad) > max(10, _MOST_BAD_SHARE * len(source)) or len(bad) == len(source):
+        raise ValueError(f"{len(bad)} of {len(source)} masks of {source.name} can't be used; {bad[0]}")
+    return pixels, first
+
+
+def _count(source: SegmentationSource, index: int) -> np.ndarray | BadPicture:
+    try:
+        return np.bincount(source.read_numbers(index).ravel())
+    except BadPicture as error:
+        return error
+
+
+def settle_classes(
+    train: SegmentationSource, test: SegmentationSource, num_classes: int | None, ignored: Sequence[int]
+) -> Classes:
+    """Find the classes of a training set, check every mask of both sets against them, and tell both.
+
+    Args:
+        train, test: the sets. num_classes: None: the lines of ``classes.txt`` beside the folders, else by the largest
+            number in the training masks. ignored: numbers that mean "no label".
+
+    Raises:
+        ValueError: numbers past the classes (naming a mask), nothing labelled, or a single class.
+    """
+    counted = [(source, *count_numbers(source)) for source in (train, test)]
+    present = [number for number in sorted(counted[0][2]) if number not in ignored]
+    if len(present) < 2:
+        what = f"the number {present[0]} alone" if present else "no number but ignored ones"
+        raise ValueError(f"the masks of {train.name} hold {what}: segmentation needs at least two classes")
+    names = _names(train, num_classes, present[-1] + 1 - sum(number <= present[-1] for number in ignored), ignored)
+    classes = Classes(names, tuple(ignored))
+    for source, _, first in counted:
+        _check_numbers(source, first, classes)
+        source.set_classes(classes)
+    return classes
+
+
+def _names(train: SegmentationSource, given: int | None, found: int, ignored: Sequence[int]) -> tuple[str, ...]:
+    """Class names: of the file, else the numbers."""
+    file = next(_class_files(train), None)
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] if file else []
+    if lines and given is not None and len(lines) != given:
+        raise ValueError(f"{file} names {len(lines)} classes, --num-classes says {given}: make them agree")
+    if given is not None and given < 2:
+        raise ValueError(f"num_classes must be at least 2, got {given}")
+    return tuple(lines) or tuple(map(str, class_numbers(given or found, ignored)))
+
+
+def _class_files(train: SegmentationSource) -> Iterator[Path]:
+    """``classes.txt`` in the folder of the pictures or up to two above it."""
+    if isinstance(train.pictures, FolderSource):
+        folder = train.pictures.root
+        yield from (place / CLASS_NAMES for place in (folder, *folder.parents[:2]) if (place / CLASS_NAMES).is_file())
+
+
+def _check_numbers(source: SegmentationSource, first: dict[int, int], classes: Classes) -> None:
+    numbers = set(classes.numbers) | set(classes.ignored)
+    wrong = [number for number in sorted(first) if number not in numbers]
+    if wrong:
+        last = classes.numbers[-1]
+        raise ValueError(
+            f"the mask of {source.describe(first[wrong[0]])} holds the number {wrong[0]}; the {len(classes.names)} "
+            f"classes are numbered up to {last}. Pass --num-classes, or --ignore-index {wrong[0]} if it means no label"
+        )

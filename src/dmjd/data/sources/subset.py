@@ -1,0 +1,40 @@
+"""Some pictures of a set, as a set: all training tasks with few labels go through it."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dmjd.data.sources.base import Source
+from dmjd.images.decoding import Picture
+
+
+class SubsetSource(Source):
+    """The pictures ``rows`` of a source, with the source's classes.
+
+    Args:
+        source: the whole set. rows: [m] indices into it, in the order wanted.
+    """
+
+    def __init__(self, source: Source, rows: Sequence[int] | np.ndarray) -> None:
+        self.source, self.rows = source, np.asarray(rows, dtype=np.int64)
+        self.name, self.in_chans, self.value_range = source.name, source.in_chans, source.value_range
+        self.classes = source.classes
+        self.labels = None if source.labels is None else source.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def stored(self, index: int) -> Picture:
+        """Picture ``rows[index]`` as the source keeps it."""
+        return self.source.stored(int(self.rows[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        """Picture ``rows[index]``, decoded as the source does it."""
+        return self.source.read(int(self.rows[index]))
+
+    def describe(self, index: int) -> str:
+        """What messages call picture ``rows[index]``."""
+        return self.source.describe(int(self.rows[index]))
+
+    def _identity(self) -> Iterable[str]:
+        return [self.source.fingerprint(), self.rows.tobytes().hex()]

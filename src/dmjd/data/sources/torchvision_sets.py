@@ -1,0 +1,77 @@
+"""Sets that torchvision knows how to download, under short names."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dmjd.data.sources.base import Source
+
+# Name -> torchvision class, and the arguments of its training and test parts.
+NAMED_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "dtd": ("DTD", {"split": "train"}, {"split": "test"}),
+    "fashion_mnist": ("FashionMNIST", {"train": True}, {"train": False}),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
+    "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
+}
+
+
+class NamedSource(Source):
+    """A torchvision set, downloaded to ``$XDG_CACHE_HOME/dmjd`` (default ``~/.cache/dmjd``) at first use; labelled.
+
+    Raises:
+        ValueError: if it can't be downloaded.
+    """
+
+    def __init__(
+        self, name: str, split: str = "train", in_chans: int = 3, value_range: tuple[float, float] | None = None
+    ) -> None:
+        self.name, self.split, self.in_chans, self.value_range = name, split, in_chans, value_range
+        self._data = _download(name, split)
+        self.labels = np.array(_targets(self._data), dtype=np.int64)
+        named = getattr(self._data, "classes", None)
+        self.classes = [str(c) for c in named] if named else [str(c) for c in range(self.labels.max() + 1)]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def stored(self, index: int) -> Image.Image:
+        """The picture as torchvision gives it."""
+        return self._data[index][0]
+
+    def describe(self, index: int) -> str:
+        """Index, name and split."""
+        return f"picture {index} of {self.name} ({self.split})"
+
+    def _identity(self) -> list[str]:
+        return [self.name, self.split]
+
+
+def _targets(data: Any) -> Any:
+    """The labels, which torchvision's classes keep under different names."""
+    for field in ("targets", "labels", "_labels"):
+        if hasattr(data, field):
+            return getattr(data, field)
+    return [data[i][1] for i in range(len(data))]
+
+
+def _download(name: str, split: str) -> Any:
+    import torchvision.datasets  # slow to import
+
+    kind, train, test = NAMED_SETS[name]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmjd" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return getattr(torchvision.datasets, kind)(folder, download=True, **(train if split == "train" else test))
+    except Exception as error:  # network, disk or a damaged archive, each with types of its own
+        raise ValueError(
+            f"{name} can't be had from {folder} or the network ({str(error) or type(error).__name__}): "
+            "check the network, or give --data a folder or a .parquet file"
+        ) from None

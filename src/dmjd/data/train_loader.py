@@ -1,0 +1,258 @@
+"""The resumable stream of training pictures.
+
+Per-epoch permutations form one endless stream that is cut into batches. Sample ``s`` is place ``s % n`` of epoch
+``s // n``, so what a step sees follows from its number alone: nothing has to be saved to go on from any step, and the
+number of workers and processes changes nothing.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmjd.data.cache import PicturesInMemory, load_to_memory
+from dmjd.data.sources.base import Source
+from dmjd.data.transforms import crop_boxes, crop_resize, flips
+from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
+from dmjd.data.workers import auto_workers, read_batches
+from dmjd.images.decoding import BadPicture
+from dmjd.images.reading import OpenPicture
+from dmjd.images.resampling import resample
+from dmjd.rng import STREAM_EPOCH, hash64, image_keys
+
+# On the CPU, cropping larger pictures in batches costs more than workers need to decode and crop them one by one.
+_MOST_PIXELS_IN_CPU_BATCHES = 96 * 96
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int) -> Tensor:
+    """The order of an epoch: [n] int64. The last two are kept; do not write to the result."""
+    return hash64(STREAM_EPOCH, seed, epoch, torch.arange(n)).argsort()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Which pictures a process sees at which step.
+
+    Attributes:
+        length: pictures in the set. batch_size: unique pictures of one optimizer step, over all processes.
+        accumulate: micro-batches per step. seed: of all random choices. rank, world_size: of this process.
+
+    Raises:
+        ValueError: where a batch can't be shared out evenly.
+    """
+
+    length: int
+    batch_size: int
+    accumulate: int = 1
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.accumulate * self.world_size
+        if self.batch_size < 1 or parts < 1 or self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} can't be shared evenly by {self.accumulate} micro-batches on "
+                f"{self.world_size} processes: make it a multiple of {max(parts, 1)}"
+            )
+
+    def micro_batches(self, start_step: int) -> Iterator[range]:
+        """This process's sample numbers of each micro-batch, from a step on, without end."""
+        per_slice = self.batch_size // self.accumulate
+        share = per_slice // self.world_size
+        for slice_number in itertools.count(start_step * self.accumulate):
+            first = slice_number * per_slice + self.rank * share
+            yield range(first, first + share)
+
+    def draw(self, samples: range) -> tuple[Tensor, Tensor]:
+        """Sample numbers -> [b] int64 indices into the set and [b] int64 keys of the images."""
+        numbers = torch.arange(samples.start, samples.stop)
+        epochs, places = numbers // self.length, numbers % self.length
+        indices = torch.empty_like(numbers)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            indices[here] = permutation(self.seed, epoch, self.length)[places[here]]
+        return indices, image_keys(self.seed, epochs, indices)
+
+
+@dataclass
+class Batch:
+    """A micro-batch, cropped and flipped, not normalised.
+
+    Attributes:
+        images: [b, C, h, w] uint8 or float32 on the 0..255 scale. keys: [b] int64, from which masks follow.
+        bad: (name, reason) of pictures that could not be read and were replaced.
+    """
+
+    images: Tensor
+    keys: Tensor
+    bad: list[Report] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from page-locked memory without waiting."""
+        return Batch(self.images.to(device, non_blocking=True), self.keys.to(device, non_blocking=True), self.bad)
+
+
+class TrainLoader:
+    """Endless micro-batches of random crops, bit-identical for any number of workers and any step to start from.
+
+    Sets of equal pictures that take at most 1 GiB are held in memory and augmented in batches on the device (on the
+    CPU only pictures of up to 96 x 96); others are read by worker processes. The place of an unreadable picture is
+    taken by the one that its key names.
+
+    Args:
+        source: the set. img_size: (h, w) of the crops.
+        batch_size, accumulate, seed, rank, world_size: see :class:`Stream`.
+        num_workers: reading processes; None: cores / local processes, at most 8; none for a set in memory.
+        crop_scale: range of the crop's area. flip: mirror one half of the images.
+        device: where batches are wanted.
+
+    Attributes:
+        in_memory: whether the set is. bad: (name, reason) of pictures found unreadable while taking it to memory.
+
+    Raises:
+        ValueError: where a batch can't be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        img_size: tuple[int, int],
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int | None = None,
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        flip: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size)
+        self.device = device or torch.device("cpu")
+        self._augment = Augment(img_size, crop_scale, flip)
+        self._source = source
+        on_cpu = self.device.type == "cpu"
+        self._memory = load_to_memory(source, _MOST_PIXELS_IN_CPU_BATCHES if on_cpu else None)
+        if self._memory is not None:
+            self._memory.pictures = self._memory.pictures.to(self.device)
+            num_workers = 0
+        self.num_workers = auto_workers(world_size) if num_workers is None else num_workers
+        self.bad = list(self._memory.bad.values()) if self._memory is not None else []
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the whole set is held in memory."""
+        return self._memory is not None
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Micro-batches from a step on, without end; closing the iterator ends its workers.
+
+        Raises:
+            BadPicture: where a hundred pictures in a row can't be read.
+        """
+        requests = self.stream.micro_batches(start_step)
+        if self._memory is not None:
+            for samples in requests:
+                yield self._from_memory(self._memory, samples)
+            return
+        # Drawn here, so that no worker needs the permutation, 8 bytes a picture and epoch.
+        drawn = (tuple(x.numpy() for x in self.stream.draw(samples)) for samples in requests)
+        crops = _CroppedPictures(self._source, self._augment)
+        for result in read_batches(crops, drawn, self.num_workers, self._pinned):
+            if isinstance(result, BadPicture):
+                raise result
+            yield Batch(*result).to(self.device)
+
+    @property
+    def _pinned(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _from_memory(self, memory: PicturesInMemory, samples: range) -> Batch:
+        drawn, keys = self.stream.draw(samples)
+        indices = replace_unreadable(drawn, keys, memory.readable)
+        bad = [memory.bad[int(i)] for i in drawn[~memory.readable[drawn]]] if memory.bad else []
+        sides = torch.tensor(memory.pictures.shape[2:]).expand(len(keys), 2)
+        boxes, mirrored = self._augment.draw(keys, sides)
+        on_device = [self._send(x) for x in (indices, keys, boxes, mirrored)]
+        images = resample(memory.pictures.index_select(0, on_device[0]), on_device[2], self._augment.size, on_device[3])
+        return Batch(images, on_device[1], bad)
+
+    def _send(self, x: Tensor) -> Tensor:
+        """To the device, from page-locked memory so that the host does not wait for the GPU."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self._pinned else x
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crops of one size and flips; ``draw`` gives [b, 4] boxes and [b] bool from [b] keys and [b, 2] sides."""
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    flip: bool
+
+    def draw(self, keys: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (top, left, height, width) float64 and which images to mirror."""
+        return crop_boxes(keys, sides, self.scale), flips(keys) & self.flip
+
+
+@dataclass(frozen=True)
+class _CroppedPictures:
+    """What a worker does with the indices and keys of a micro-batch: read, crop, flip, stack.
+
+    Pictures wait for their crop encoded where they can: 64 decoded photographs would take gigabytes.
+    """
+
+    source: Source
+    augment: Augment
+
+    def __getitems__(self, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, list[Report]] | BadPicture:
+        """Images, keys and reports; a fatal error is returned, since one raised here would lose its type."""
+        indices, keys = (torch.from_numpy(x) for x in drawn)
+        places = list(zip(indices.tolist(), keys.tolist(), strict=True))
+        bad: list[Report] = []
+        try:
+            opened = [self._open(index, key, bad) for index, key in places]
+            boxes, mirrored = self.augment.draw(keys, torch.tensor([picture.size for picture in opened]))
+            crops = [
+                self._crop(picture, box, flip, place, bad)
+                for picture, box, flip, place in zip(opened, boxes.tolist(), mirrored.tolist(), places, strict=True)
+            ]
+        except BadPicture as error:
+            return error
+        return stack(crops), keys, bad
+
+    def _open(self, index: int, key: int, bad: list[Report]) -> OpenPicture:
+        """The picture, or the one that takes its place."""
+        picture, reports = read_or_replace(self.source.open, index, key, len(self.source))
+        bad += reports
+        return picture
+
+    def _crop(
+        self, picture: OpenPicture, box: list[float], flip: bool, place: tuple[int, int], bad: list[Report]
+    ) -> Tensor:
+        """One crop; where a picture turns out to be damaged inside, that of the one that takes its place."""
+        try:
+            return crop_resize(*picture.read_for(box, self.augment.size), self.augment.size, flip)
+        except BadPicture:
+            index, key = place
+        whole, reports = read_or_replace(self.source.read, index, key, len(self.source))
+        bad += reports
+        boxes, _ = self.augment.draw(torch.tensor([key]), torch.tensor([whole.shape[:2]]))
+        return crop_resize(whole, boxes[0].tolist(), self.augment.size, flip)
+
+
+def stack(pictures: list[Tensor]) -> Tensor:
+    """[C, h, w] pictures -> [b, C, h, w]; float32 if any of them is, channels last in memory if all of them are."""
+    if len({picture.dtype for picture in pictures}) > 1:
+        pictures = [picture.float() for picture in pictures]
+    channels_last = [picture.permute(1, 2, 0) for picture in pictures]
+    if all(picture.is_contiguous() for picture in channels_last):
+        return torch.stack(channels_last).permute(0, 3, 1, 2)
+    return torch.stack(pictures)

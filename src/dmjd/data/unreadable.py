@@ -1,0 +1,117 @@
+"""What happens to pictures that can't be used: another takes the place, and each is counted once."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dmjd.images.decoding import BadPicture
+from dmjd.rng import STREAM_REPLACE, hash64
+
+_ATTEMPTS = 100
+
+_SHOWN = 10
+
+Report = tuple[str, str]  # name and reason
+
+T = TypeVar("T")
+
+
+def replacement(keys: Tensor, attempt: int, num_pictures: int) -> Tensor:
+    """[B] int64 keys -> [B] int64: the picture that takes the place of an unreadable one at this attempt (from 0)."""
+    return hash64(STREAM_REPLACE, keys, attempt) % num_pictures
+
+
+def read_or_replace(read: Callable[[int], T], index: int, key: int, num_pictures: int) -> tuple[T, list[Report]]:
+    """Picture ``index`` as ``read`` gives it, or the first readable one of those that its key names.
+
+    Returns:
+        What ``read`` gives and (name, reason) of each that could not be read.
+
+    Raises:
+        BadPicture: if none of a hundred can be read.
+    """
+    bad: list[Report] = []
+    for attempt in range(_ATTEMPTS):
+        try:
+            return read(index), bad
+        except BadPicture as error:
+            bad.append((error.name, error.reason))
+        index = int(replacement(torch.tensor([key]), attempt, num_pictures))
+    raise _nothing_readable(bad)
+
+
+def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
+    """The same rule for many places at once, where it is known what can be read.
+
+    Args:
+        indices: [B] int64. keys: [B] int64. readable: [n] bool.
+
+    Returns:
+        [B] int64, all readable.
+    """
+    for attempt in range(_ATTEMPTS):
+        wrong = ~readable[indices]
+        if not wrong.any():
+            return indices
+        indices = torch.where(wrong, replacement(keys, attempt, len(readable)), indices)
+    raise _nothing_readable([])
+
+
+def _nothing_readable(bad: list[Report]) -> BadPicture:
+    name, reason = bad[0] if bad else ("the set", "")
+    return BadPicture(name, f"{reason}; and every picture tried in its place is unreadable".lstrip("; "))
+
+
+class BadPictures:
+    """The unreadable pictures of a run, each counted once.
+
+    Args:
+        known: (name, reason) pairs to begin with, as ``reports`` of an earlier run.
+    """
+
+    def __init__(self, known: Iterable[Report] = ()) -> None:
+        self._reasons = dict(known)
+
+    @property
+    def reports(self) -> list[Report]:
+        """(name, reason) of each, in the order of their discovery."""
+        return list(self._reasons.items())
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._reasons)
+
+    def add(self, reports: Iterable[Report]) -> list[Report]:
+        """Take reports in; returns those that are new."""
+        new = []
+        for name, reason in reports:
+            if name not in self._reasons:
+                self._reasons[name] = reason
+                new.append((name, reason))
+        return new
+
+    def check(self, max_bad: int | None, num_pictures: int) -> None:
+        """Stop a run that loses too many of its pictures.
+
+        Args:
+            max_bad: how many may be bad; None: the larger of 10 and 1 % of the set.
+            num_pictures: size of the set.
+
+        Raises:
+            ValueError: listing the first ten.
+        """
+        allowed = max(10, math.ceil(num_pictures / 100)) if max_bad is None else max_bad
+        if self.count <= allowed:
+            return
+        lines = [f"  {name}: {reason}" for name, reason in self.reports[:_SHOWN]]
+        if self.count > _SHOWN:
+            lines.append(f"  and {self.count - _SHOWN} more")
+        raise ValueError(
+            f"{self.count} of {num_pictures} pictures can't be read, more than max_bad = {allowed}:\n"
+            + "\n".join(lines)
+            + "\nRepair or remove them, or raise --max-bad."
+        )

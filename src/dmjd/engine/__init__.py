@@ -1,0 +1,1 @@
+"""The training loop and what it needs of a machine; it knows no method."""

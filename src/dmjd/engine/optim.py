@@ -1,0 +1,83 @@
+"""Optimizer, learning-rate scale rule and schedule; schedules are functions of the share of the run that is done."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from timm.optim import Muon
+from torch import nn
+
+BETAS = (0.9, 0.95)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: weight decay on matrices and tokens, none on 1-D ones (biases, norms)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim > 1]
+    plain = [p for p in trainable if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS) -> torch.optim.AdamW:
+    """Fused AdamW over :func:`parameter_groups`; the engine sets its learning rate before every step."""
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
+
+
+def muon(model: nn.Module, weight_decay: float) -> Muon:
+    """Muon over :func:`parameter_groups`: updates of weight matrices are orthogonalised (Jordan et al. 2024).
+
+    timm's, which leaves tokens, biases, norms and depthwise kernels to AdamW and scales the updates of matrices to the
+    size of AdamW's (Liu et al. 2025), so that one learning rate, and the scale rule, serve both.
+    """
+    return Muon(parameter_groups(model, weight_decay), lr=0.0, betas=BETAS)
+
+
+# name in a configuration: maker(model, weight decay)
+OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
+
+
+def requested_pred_ratio(num_views: int, mask_ratio: float, pred_ratio: float | None, disjoint: bool) -> float:
+    """p of the scale rule: the requested one, else the most K views can reach, or expected of independent ones."""
+    if not disjoint:
+        return 1.0 - (1.0 - mask_ratio) ** num_views
+    return pred_ratio if pred_ratio is not None else min(1.0, num_views * mask_ratio)
+
+
+def scaled_learning_rate(
+    blr: float, batch_size: int, num_views: int, mask_ratio: float, pred_ratio: float | None, disjoint: bool
+) -> float:
+    """Adaptive learning-rate scale rule (DMJD): lr = blr * B * (p / c) / 256.
+
+    More tokens predicted per picture mean more gradient signal per picture.
+
+    Args:
+        blr: base rate. batch_size: B, unique pictures per optimizer step (views not counted).
+        num_views, mask_ratio, pred_ratio, disjoint: as *requested*.
+    """
+    p = requested_pred_ratio(num_views, mask_ratio, pred_ratio, disjoint)
+    return blr * batch_size * (p / mask_ratio) / 256
+
+
+def warmup_cosine(share: float, warmup: float, floor: float = 0.0) -> float:
+    """Factor on the peak rate: linear from 0 over the first ``warmup`` of the run, then half a cosine to ``floor``."""
+    share = min(max(share, 0.0), 1.0)
+    if share < warmup:
+        return share / warmup
+    cosine = 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / max(1.0 - warmup, 1e-12)))
+    return floor + (1.0 - floor) * cosine
+
+
+def reserve_state(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's state now, on the parameters' device, instead of in the first step; its values are the same.
+
+    Made in the first step it would lie in the gaps that activations left, and a process that keeps freed memory
+    (:func:`dmjd.engine.device.keep_freed_memory`) would need new memory for the activations of the next one.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                }

@@ -1,0 +1,220 @@
+"""Runs side by side: what their evaluations gave, and in which settings they differ."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from dmjd.config.pretrain import DURATIONS, PretrainConfig
+from dmjd.figures.grid import DPI, save_figure
+
+# part of evaluation/<task>.json -> what the table and the picture call it
+PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
+
+_NO_RESULTS = ("baselines.json",)  # what evaluations keep beside their results
+
+_MARKS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
+
+# Settings that change a run's look or comfort, not what it learns.
+_UNIMPORTANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]} - set(DURATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One number with its spread over seeds, where there are several."""
+
+    value: float
+    spread: float | None = None
+
+    def __str__(self) -> str:
+        """In percent."""
+        return f"{100 * self.value:.1f}" + (f" ± {100 * self.spread:.1f}" if self.spread is not None else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Evaluations of several runs.
+
+    Attributes:
+        runs: the last parts of their paths, as many as tell them apart.
+        scores: (task, metric) -> run -> part of :data:`PARTS` -> score; runs and parts that have none are absent.
+        differences: setting -> its value in each run, of settings that are not the same everywhere; those of an
+            evaluation are called ``task.setting``.
+    """
+
+    runs: list[str]
+    scores: dict[tuple[str, str], dict[str, dict[str, Score]]]
+    differences: dict[str, list[str]]
+
+
+def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
+    """Read ``evaluation/*.json`` of run folders and set them side by side.
+
+    Args:
+        runs: run folders. out: file of a bar picture; None = no picture.
+
+    Raises:
+        ValueError: for no runs, a folder without evaluations, a file that cannot be read, or an ending of ``out`` that
+            is no picture format.
+    """
+    if not runs:
+        raise ValueError("give at least one run folder to compare")
+    folders = list(dict.fromkeys(Path(os.path.abspath(Path(run).expanduser())) for run in runs))
+    names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
+    scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
+    for name, tasks in zip(names, evaluations, strict=True):
+        for task, content in tasks.items():
+            metric = _headline(content["result"], task, name)
+            found = {part: _score(content.get(part), metric) for part in PARTS}
+            parts = {part: score for part, score in found.items() if score is not None}
+            scores.setdefault((task, metric), {})[name] = parts
+    settings = [_settings(folder, tasks) for folder, tasks in zip(folders, evaluations, strict=True)]
+    comparison = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations))
+    if out is not None:
+        save_figure(comparison_figure(comparison), out)
+    return comparison
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of different paths, as many as tell them apart."""
+    count = 1
+    while len({folder.parts[-count:] for folder in folders}) < len(folders):
+        count += 1
+    return ["/".join(folder.parts[-count:]) for folder in folders]
+
+
+def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """task -> content of each file of results in a run folder."""
+    files = sorted(file for file in (run / "evaluation").glob("*.json") if file.name not in _NO_RESULTS)
+    if not files:
+        raise ValueError(f"{run} holds no evaluation/*.json: make one with dmjd evaluate knn {run}")
+    found = {}
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content["result"], dict):
+                raise ValueError("its result is no table of numbers")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no result of dmjd evaluate ({error}): delete it, or evaluate again") from None
+        found[file.stem] = content
+    return found
+
+
+def _headline(result: Mapping[str, Any], task: str, run: str) -> str:
+    """The number by which a task is judged: the first of its result."""
+    for name, value in result.items():
+        if _is_number(value):
+            return name
+    raise ValueError(f"evaluation/{task}.json of {run} has no number in its result: evaluate again")
+
+
+def _score(part: Mapping[str, Any] | None, metric: str) -> Score | None:
+    if not part or not _is_number(part.get(metric)):
+        return None
+    return Score(float(part[metric]), part.get(f"{metric}_std"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All settings of a run and of its evaluations, flat."""
+    file = run / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a run's configuration ({error})") from None
+    found = {name: value for name, value in config.items() if name not in _UNIMPORTANT}
+    for task, content in tasks.items():
+        own = {**content.get("configuration", {}), "seed": content.get("seed")}
+        own["data"] = content.get("data", {}).get("fingerprint")
+        found |= {f"{task}.{name}": value for name, value in own.items()}
+    return found
+
+
+def _differences(
+    settings: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> dict[str, list[str]]:
+    """Settings with more than one value; those of a task only among the runs that have it."""
+    found = {}
+    for name in dict.fromkeys(name for one in settings for name in one):
+        task = name.split(".")[0]
+        asked = [one for one, tasks in zip(settings, evaluations, strict=True) if "." not in name or task in tasks]
+        if len({json.dumps(one.get(name)) for one in asked}) > 1:
+            found[name] = [_text(one[name]) if name in one else "-" for one in settings]
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def comparison_tables(found: Comparison) -> list[Table]:
+    """Scores in percent, a row for each task and run; and the settings that differ, where any do."""
+    scores = Table("task", "metric, %", title="evaluations", title_justify="left")
+    scores.add_column("run", overflow="fold")
+    for label in PARTS.values():
+        scores.add_column(label, justify="right")
+    for (task, metric), runs in found.scores.items():
+        for run, parts in runs.items():
+            scores.add_row(task, metric, run, *(str(parts.get(part, "-")) for part in PARTS))
+        scores.add_section()
+    if not found.differences:
+        return [scores]
+    settings = Table(title="settings that differ", title_justify="left")
+    for label in ("setting", *found.runs):
+        settings.add_column(label, overflow="fold")
+    for name, values in found.differences.items():
+        settings.add_row(name, *values)
+    return [scores, settings]
+
+
+def comparison_figure(found: Comparison) -> Figure:
+    """A panel for each task: a bar for each run, marks for its baselines."""
+    tasks = list(found.scores)
+    height = 0.36 * len(found.runs) + 0.9
+    figure = Figure(figsize=(7.5, height * len(tasks) + 0.4), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+    for axes, (task, metric) in zip(panels, tasks, strict=True):
+        _bars(axes, found.runs, found.scores[task, metric])
+        axes.set_title(f"{task}: {metric}, %", fontsize=9, loc="left")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+    return figure
+
+
+def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> None:
+    """The runs from top to bottom; one without a result keeps an empty place, so that colours mean the same run."""
+    for place, run in enumerate(runs):
+        parts = scores.get(run, {})
+        words, end = "-", 0.0  # what stands at the bar's end, right of its baselines
+        if "result" in parts:
+            score = parts["result"]
+            spread = 100 * score.spread if score.spread is not None else None
+            axes.barh(place, 100 * score.value, 0.62, color=f"C{place % 10}", xerr=spread)
+            words, end = str(score), max(score.value + (score.spread or 0), *(s.value for s in parts.values()))
+        axes.annotate(words, (100 * end, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
+        for part, (marker, colour) in _MARKS.items():
+            if part in parts:
+                style: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markeredgewidth": 2.0}
+                axes.plot([100 * parts[part].value], [place], label=PARTS[part], markersize=11, **style)
+    axes.set_yticks(range(len(runs)), runs, fontsize=8)
+    axes.set(ylim=(len(runs) - 0.5, -0.5))
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", labelsize=8)

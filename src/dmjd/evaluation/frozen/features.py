@@ -1,0 +1,168 @@
+"""One pass over a set of pictures, from which every evaluator on frozen features draws.
+
+Shapes: n pictures, D width of a feature, C image channels, H, W picture sides.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmjd.data.eval_loader import EvalLoader
+from dmjd.data.sources.base import Source
+from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.images.preprocess import Preprocess
+from dmjd.nn.modes import evaluating
+
+PRECISIONS = ("fp32", "bf16")
+
+RAW_PIXEL_VALUES = 32 * 32 * 3  # most numbers a raw-pixel feature has
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of a set of pictures, on the CPU.
+
+    Attributes:
+        x: [n, D] float32. labels: [n] int64, -1 where the source has none.
+        rows: [n] int64, which pictures of the source they belong to; ascending.
+        bad: (name, reason) of the pictures that could not be read.
+    """
+
+    x: Tensor
+    labels: Tensor
+    rows: Tensor
+    bad: tuple[tuple[str, str], ...] = ()
+
+
+# Maps a batch of pictures, normalised [b, C, H, W] on the device, to features [b, D].
+Extractor = Callable[[Tensor], Tensor]
+
+
+def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
+    """The downstream feature of an encoder: normalised [b, C, H, W] -> [b, D] float32.
+
+    Args:
+        encoder: the encoder. precision: "fp32", or "bf16" for autocast in its blocks; pooling is float32.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got '{precision}'")
+
+    def extract_features(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            tokens = encoder(images)
+        return encoder.pool(tokens.float())
+
+    return extract_features
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """Pictures as they are: normalised [b, C, H, W] -> [b, C*h*w], reduced by area to at most 3,072 values."""
+    _, C, H, W = images.shape
+    if C * H * W > RAW_PIXEL_VALUES:
+        scale = math.sqrt(RAW_PIXEL_VALUES / (C * H * W))
+        images = F.interpolate(images, size=(max(1, int(H * scale)), max(1, int(W * scale))), mode="area")
+    return images.flatten(1)
+
+
+def extract_all(
+    extractors: Mapping[str, Extractor],
+    source: Source,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    num_workers: int | None = None,
+) -> dict[str, Features]:
+    """Several kinds of features in one pass, so that each picture is read and decoded once.
+
+    Args:
+        extractors: name -> function; each runs on the same batches, without gradients.
+        source: pictures in their own order; unreadable ones are left out and listed.
+        preprocess: how pictures become tensors. batch_size: pictures at once.
+        device: where the functions run. num_workers: decoding processes; None = by the machine.
+
+    Returns:
+        The features under the same names.
+
+    Raises:
+        ValueError: for a batch size that is not positive, or if no picture can be read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    loader = EvalLoader(source, preprocess, batch_size=batch_size, num_workers=num_workers)
+    parts: dict[str, list[Tensor]] = {name: [] for name in extractors}
+    labels, rows = [], []
+    with torch.inference_mode():
+        for batch in loader:
+            images = preprocess.normalise(batch.raw.to(device))  # b, C, H, W
+            for name, extractor in extractors.items():
+                parts[name].append(extractor(images).float().cpu())  # b, D
+            labels.append(batch.labels if batch.labels is not None else torch.full_like(batch.index, -1))
+            rows.append(batch.index)
+    if not rows:
+        raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read")
+    bad = tuple(loader.bad)
+    return {name: Features(torch.cat(xs), torch.cat(labels), torch.cat(rows), bad) for name, xs in parts.items()}
+
+
+def extract(
+    encoder: Encoder,
+    source: Source,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    num_workers: int | None = None,
+) -> Features:
+    """Pooled features ``encoder.pool(encoder(images))`` of every picture, in the source's order.
+
+    Args:
+        encoder: moved to ``device``, in evaluation mode for the pass; its ``preprocess`` must be set.
+        source, batch_size, device, num_workers: as in :func:`extract_all`.
+
+    Raises:
+        ValueError: if the encoder knows no preprocessing, or no picture can be read.
+    """
+    preprocess = known_preprocess(encoder)
+    reading: dict[str, Any] = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
+    with evaluating(encoder.to(device)):
+        return extract_all({"x": pooled(encoder)}, source, preprocess, **reading)["x"]
+
+
+def check_labels(train: Tensor, test: Tensor) -> int:
+    """The number of classes of two sets of labels, [n] int64 each.
+
+    Raises:
+        ValueError: for sets that are empty or unlabelled, or a single class to train on.
+    """
+    for name, labels in (("training", train), ("test", test)):
+        if len(labels) == 0:
+            raise ValueError(f"the {name} set is empty")
+        if bool((labels < 0).any()):
+            raise ValueError(f"the {name} set has no labels: pass --labels folder or --labels column")
+    if len(train.unique()) < 2:
+        raise ValueError("all training pictures have the same label: a classifier needs at least two classes")
+    return int(max(train.max(), test.max())) + 1
+
+
+def check_features(train: Features, test: Features) -> int:
+    """The number of classes of two sets of features that a classifier can be trained and tested on.
+
+    Raises:
+        ValueError: for labels that can't be used, values that are not finite, or sets of different widths.
+    """
+    for name, features in (("training", train), ("test", test)):
+        if len(features.x) != len(features.labels):
+            raise ValueError(f"the {name} set has {len(features.x)} features and {len(features.labels)} labels")
+        if not bool(features.x.isfinite().all()):
+            raise ValueError(f"features of the {name} set are not finite: the encoder's weights may have diverged")
+    if train.x.shape[1] != test.x.shape[1]:
+        raise ValueError(f"training features have {train.x.shape[1]} values, test features {test.x.shape[1]}")
+    return check_labels(train.labels, test.labels)

@@ -1,0 +1,79 @@
+"""kNN now and then while pre-training goes on, on a part of the pictures that is read once."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmjd.data.eval_loader import read_all
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.registry import align_labels
+from dmjd.encoders.base import Encoder
+from dmjd.evaluation.frozen.features import Features, check_labels, raw_pixels
+from dmjd.evaluation.frozen.knn import knn
+from dmjd.images.preprocess import Preprocess
+from dmjd.nn.modes import evaluating
+
+NUM_TRAIN, NUM_TEST = 5_000, 2_000
+
+_MAX_BYTES = 1 << 30
+
+
+class OnlineKnn:
+    """Accuracy of a weighted kNN on at most 5,000 training and 2,000 test pictures, evenly spaced over their sets.
+
+    They are read when it is made and kept, preprocessed, on the CPU; of large pictures fewer, to stay within 1 GiB.
+
+    Args:
+        train, test: labelled sources. preprocess: the encoder's. device: where encoder and products run.
+        batch_size: pictures at once. num_workers: reading processes; None = by the machine.
+
+    Raises:
+        ValueError: for sources without labels, with a single class, or whose classes differ.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        test: Source,
+        preprocess: Preprocess,
+        device: torch.device | str = "cpu",
+        *,
+        batch_size: int = 256,
+        num_workers: int | None = None,
+    ) -> None:
+        self._preprocess, self._device, self._batch_size = preprocess, device, batch_size
+        labels = align_labels(train, test)
+        height, width = preprocess.img_size
+        share = min(1.0, _MAX_BYTES / ((NUM_TRAIN + NUM_TEST) * height * width * preprocess.in_chans))
+        rows = [_evenly(len(s), max(1, int(n * share))) for s, n in ((train, NUM_TRAIN), (test, NUM_TEST))]
+        kept = [read_all(s, preprocess, r, num_workers) for s, r in zip((train, test), rows, strict=True)]
+        assert kept[0].labels is not None
+        self._raw = [pictures.raw for pictures in kept]
+        self._labels = [kept[0].labels, torch.from_numpy(labels[kept[1].index.numpy()])]
+        check_labels(*self._labels)
+
+    def baselines(self, fresh: Encoder) -> dict[str, float]:
+        """Top-1 accuracies by the same protocol: of an encoder with fresh weights, and of raw pixels."""
+        pixels = (
+            Features(raw_pixels(self._preprocess.normalise(raw)), labels, torch.arange(len(labels)))
+            for raw, labels in zip(self._raw, self._labels, strict=True)
+        )
+        return {"knn_random_init": self(fresh), "knn_raw_pixels": knn(*pixels, device=self._device)["top1"]}
+
+    def __call__(self, encoder: Encoder) -> float:
+        """Top-1 accuracy, 0 to 1, of the encoder as it is now; its mode is restored afterwards."""
+        with evaluating(encoder):
+            xs = [self._features(encoder, raw) for raw in self._raw]
+        train, test = (Features(x, y, torch.arange(len(y))) for x, y in zip(xs, self._labels, strict=True))
+        return knn(train, test, device=self._device)["top1"]
+
+    def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
+        """[n, C, H, W] on the 0..255 scale -> [n, D] float32 on the CPU."""
+        batches = (self._preprocess.normalise(part.to(self._device)) for part in raw.split(self._batch_size))
+        return torch.cat([encoder.pool(encoder(images)).float().cpu() for images in batches])
+
+
+def _evenly(length: int, count: int) -> np.ndarray:
+    """At most ``count`` indices below ``length``, evenly spaced and in order."""
+    count = min(length, count)
+    return np.arange(count) * length // count

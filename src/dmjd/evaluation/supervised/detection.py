@@ -1,0 +1,290 @@
+"""Detection with a trained encoder (Faster R-CNN, Mask R-CNN), beside the same training from random weights."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from dmjd.config.dense import DetectionConfig
+from dmjd.data.dense_loader import Augmentation, BoxAugment, ExampleBatch
+from dmjd.data.dense_transforms import Placement, boxes_to_picture, fitting, place_picture, scaled
+from dmjd.data.sources.coco import CocoSource, Instances, find_coco, open_coco
+from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.engine.loop import Task
+from dmjd.evaluation.metrics import average_precisions
+from dmjd.evaluation.supervised.dense_task import DenseEvaluation, compare, open_encoder, rounded_up
+from dmjd.evaluation.supervised.pyramid import LEVELS, Pyramid, group_norm, strides_of
+from dmjd.evaluation.supervised.segmentation import fill_of
+from dmjd.figures.overlays import detection_panels, save_overlays
+
+ANCHOR_SHARE = 1 / 32  # side of the smallest anchors over the longer side of the frame: COCO's 32 of 1024 pixels
+
+ROIS_PER_IMAGE = 128  # proposals of a picture that the box head learns from (Ren et al. 2015)
+
+MASK_HEAD = 256  # width of torchvision's mask head
+
+SHOWN_SCORE = 0.5  # of boxes that are drawn
+
+MASK_THRESHOLD = 0.5
+
+_LEVEL_NAMES = [str(level) for level in range(LEVELS)]
+
+
+class _Backbone(nn.Module):
+    """Encoder and feature pyramid as torchvision's detectors want them: float32 maps by name, for any autocast."""
+
+    def __init__(self, pyramid: Pyramid, dim: int) -> None:
+        super().__init__()
+        self.pyramid, self.out_channels = pyramid, dim
+        self.fpn = FeaturePyramidNetwork(pyramid.widths, dim, LastLevelMaxPool(), norm_layer=group_norm)
+        self.autocast = False
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """[B, C, H, W] normalised -> name -> [B, dim, h, w]."""
+        dtype = torch.get_autocast_dtype(images.device.type)
+        with torch.autocast(images.device.type, dtype, enabled=self.autocast):
+            maps = self.pyramid(images)
+            named = self.fpn(OrderedDict(zip(_LEVEL_NAMES, maps, strict=True)))
+        return OrderedDict((name, x.float()) for name, x in named.items())
+
+
+class DetectionTask(Task):
+    """Faster R-CNN (Ren et al. 2015) or Mask R-CNN (He et al. 2017) of torchvision on an encoder's pyramid.
+
+    Args:
+        encoder: for the frame's size. config: resolved. num_classes: of objects. masks: learn them too.
+    """
+
+    def __init__(self, encoder: Encoder, config: DetectionConfig, num_classes: int, masks: bool) -> None:
+        super().__init__()
+        self.config, self.preprocess, self.masks = config, known_preprocess(encoder), masks
+        self.frame = encoder.img_size
+        dim, K = config.decoder_dim, num_classes + 1  # torchvision counts the background as class 0
+        smallest = max(self.frame) * ANCHOR_SHARE
+        sizes = tuple((round(smallest * 2**level, 1),) for level in range(LEVELS + 1))
+        heads: dict[str, Any] = {}
+        if masks:
+            heads["mask_roi_pool"] = _roi_pool(14)
+            heads["mask_predictor"] = MaskRCNNPredictor(MASK_HEAD, dim, K)
+        self.rcnn = (MaskRCNN if masks else FasterRCNN)(
+            _Backbone(Pyramid(encoder, config.freeze), dim),
+            image_mean=list(self.preprocess.mean),
+            image_std=list(self.preprocess.std),
+            fixed_size=self.frame[::-1],  # pictures come in frames: no resizing, no further padding
+            size_divisible=1,
+            rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+            box_roi_pool=_roi_pool(7),
+            box_head=TwoMLPHead(dim * 7 * 7, 4 * dim),
+            box_predictor=FastRCNNPredictor(4 * dim, K),
+            box_batch_size_per_image=ROIS_PER_IMAGE,
+            **heads,
+        )
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder in it."""
+        return self.rcnn.backbone.pyramid.encoder
+
+    def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
+        """{"loss", and the parts it is the sum of}."""
+        targets = []
+        for one in batch.targets:
+            target = {"boxes": one.boxes, "labels": one.labels + 1}
+            targets.append(target | ({"masks": one.masks} if self.masks else {}))
+        losses = self._run(batch.images, targets)
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """[B, C, h, w] frames on the 0..255 scale -> of each boxes [n, 4], scores, labels from 0 (and masks)."""
+        found = self._run(images, None)
+        return [one | {"labels": one["labels"] - 1} for one in found]
+
+    def _run(self, images: Tensor, targets: list[dict[str, Tensor]] | None) -> Any:
+        """torchvision's heads in float32, whatever the encoder runs in."""
+        kind = images.device.type
+        self.rcnn.backbone.autocast = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False):
+            return self.rcnn(list(images.float() / 255), targets)
+
+
+def _roi_pool(side: int) -> MultiScaleRoIAlign:
+    """Crops of objects, each from the map on which it spans 14 to 28 cells, or the finest (Lin et al. 2017).
+
+    torchvision's rule goes by strides alone: 224 pixels are 14 cells of stride 16, in a frame of any size.
+    """
+    return MultiScaleRoIAlign(_LEVEL_NAMES, side, 2)
+
+
+def whole(picture: np.ndarray, size: tuple[int, int], frame: tuple[int, int]) -> Placement:
+    """The whole picture, as large as it fits into ``size``, in the upper left of a frame."""
+    sides = (picture.shape[0], picture.shape[1])
+    return Placement(sides, scaled(sides, fitting(sides, size)), frame)
+
+
+def predict(task: DetectionTask, pictures: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
+    """Objects in pictures as they are.
+
+    Args:
+        task: in evaluation mode. pictures: [H, W, C] on the 0..255 scale, of any sizes.
+
+    Returns:
+        for each on the CPU: "boxes" [n, 4] (left, top, right, bottom) in the picture's pixels, "scores" [n], "labels"
+        [n] from 0 and, of Mask R-CNN, "masks" [n, H, W] bool.
+    """
+    device = next(task.parameters()).device
+    placements = [whole(picture, task.config.size, task.frame) for picture in pictures]
+    fill = fill_of(task.preprocess)
+    frames = [place_picture(p, placement, fill).float() for p, placement in zip(pictures, placements, strict=True)]
+    results = []
+    for found, placement in zip(task.detect(torch.stack(frames).to(device)), placements, strict=True):
+        result = {name: value.cpu() for name, value in found.items()}
+        result["boxes"] = boxes_to_picture(result["boxes"], placement)
+        if "masks" in result:
+            result["masks"] = _masks_to_picture(result["masks"], placement)
+        results.append(result)
+    return results
+
+
+def _masks_to_picture(masks: Tensor, placement: Placement) -> Tensor:
+    """Shares [n, 1, h, w] in the frame -> [n, H, W] bool in the picture."""
+    if not len(masks):
+        return torch.zeros(0, *placement.picture, dtype=torch.bool)
+    own = masks[..., : placement.resized[0], : placement.resized[1]]
+    return F.interpolate(own, size=placement.picture, mode="bilinear", align_corners=False)[:, 0] > MASK_THRESHOLD
+
+
+class Detection(DenseEvaluation):
+    """What :func:`dmjd.evaluation.supervised.dense_task.compare` wants to know of detection."""
+
+    name = "detection"
+    score = "ap50"
+    config: DetectionConfig
+    train: CocoSource
+    test: CocoSource
+
+    @property
+    def masks(self) -> bool:
+        """Whether outlines are learnt and measured."""
+        return self.config.outlines and self.train.has_masks and self.test.has_masks
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Divisible by the cells of the coarsest map, the RPN's own: so no anchor lies beside its cell."""
+        return rounded_up(self.config.size, int(2 * strides_of(self.encoder)[-1]))
+
+    def build(self, encoder: Encoder) -> DetectionTask:
+        """The task of an encoder."""
+        return DetectionTask(encoder, self.config, len(self.train.classes), self.masks)
+
+    def augment(self) -> Augmentation:
+        """Of training pictures and objects."""
+        config = self.config
+        fill = fill_of(known_preprocess(self.encoder))
+        return BoxAugment(self.frame, config.size, fill, (config.scale[0], config.scale[1]), config.flip)
+
+    def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """COCO's average precision on test pictures ``rows`` (all), in their own pixels."""
+        assert isinstance(task, DetectionTask)
+        kinds: Any = ("bbox", "segm") if task.masks else ("bbox",)
+        metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, backend="pycocotools")
+        for examples in self.read(rows):
+            found = predict(task, [example.picture for example in examples])
+            metric.update(found, [_truth(example.target) for example in examples])
+        values = metric.compute()
+        result = average_precisions(values, "bbox_" if task.masks else "", self.train.classes)
+        return result | ({"mask": average_precisions(values, "segm_", self.train.classes)} if task.masks else {})
+
+    def draw(self, task: Task, rows: np.ndarray, file: Path) -> None:
+        """Pictures, their boxes and what is found."""
+        assert isinstance(task, DetectionTask)
+        panels = []
+        for examples in self.read(rows):
+            found = predict(task, [example.picture for example in examples])
+            sure = [{k: v[one["scores"] >= SHOWN_SCORE] for k, v in one.items()} for one in found]
+            panels += [(e.picture, e.target, one) for e, one in zip(examples, sure, strict=True)]
+        save_overlays(detection_panels(panels, self.train.classes), file)
+
+    def describe(self) -> dict[str, Any]:
+        """Classes, objects and corrections, for the result."""
+        return {
+            "classes": self.train.classes,
+            "num_objects": [self.train.num_objects, self.test.num_objects],
+            "masks": self.masks,
+            "notes": [*self.train.notes, *self.test.notes],
+        }
+
+
+def _truth(target: Instances) -> dict[str, Tensor]:
+    truth = {"boxes": target.boxes, "labels": target.labels, "iscrowd": target.crowd.long()}
+    return truth | ({"masks": target.masks.bool()} if target.masks is not None else {})
+
+
+def detection(
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    test_data: str | Path | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    num_workers: int | None = None,
+    precision: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a detector from a trained encoder, and one from random weights by the same schedule.
+
+    Every training has a folder of its own under ``evaluation/detection/``, named by what it depends on: called again,
+    it goes on where it stopped, and what is finished is not trained again.
+
+    Args:
+        run: a run folder; or an encoder file or checkpoint, with ``out``.
+        data: see :func:`~dmjd.data.sources.coco.open_coco`. test_data: None = the test part of ``data``.
+        out: folder for ``evaluation/``; None = the run. seed: of heads, order, augmentation and random weights.
+        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
+        precision: "auto", "fp32", "bf16" or "fp16", of encoder and pyramid; the heads are float32.
+        options: settings of :class:`~dmjd.config.dense.DetectionConfig`.
+
+    Returns:
+        What is written to ``evaluation/detection.json``: "result" and "random_init" with "ap" (0.5 to 0.95), "ap50",
+        "ap75", "per_class" (and the same under "mask"), all of the last step on the whole test set; configuration,
+        data (what was put right under "notes"), ...
+
+    Raises:
+        Stopped: after a signal, everything saved.
+        ValueError: for anything the caller can mend, before training.
+    """
+    config = DetectionConfig.of("detection", options)
+    try:
+        import pycocotools  # noqa: F401
+    except ImportError:
+        raise ValueError("detection needs pycocotools: pip install 'dmjd[detection]'") from None
+    encoder, folder = open_encoder(run, out)
+    if data is None:
+        raise ValueError("say which pictures and boxes: --data FOLDER (with train/ and train.json in COCO form)")
+    if encoder.patch_size & (encoder.patch_size - 1):
+        raise ValueError(f"detection needs a patch of 2, 4, 8, 16, ... pixels, {encoder.name} has {encoder.patch_size}")
+    preprocess = known_preprocess(encoder)
+    reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
+    train = open_coco(data, "train", **reading)
+    if train.num_objects == 0:
+        raise ValueError(f"{train.name} has no boxes: there is nothing to learn")
+    place = test_data if test_data is not None else data
+    alone = test_data is not None and find_coco(test_data, "test") is None  # a set of its own, all for the test
+    test = open_coco(place, "train" if alone else "test", classes=train.classes, **reading)
+    config = config.resolve(encoder.img_size, len(train))
+    evaluation = Detection(config, encoder, train, test, device, precision, num_workers, seed)
+    for note in (f"{source.name}: {note}" for source in (train, test) for note in source.notes):
+        evaluation.console.warn(note)
+    return compare(evaluation, folder, options)

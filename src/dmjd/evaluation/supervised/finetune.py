@@ -1,0 +1,278 @@
+"""Fine-tuning as a classifier: the paper's recipe (MAE's), beside the same schedule from random weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmjd.config.finetune import FinetuneConfig
+from dmjd.data.cache import evenly_spaced
+from dmjd.data.eval_loader import EvalLoader
+from dmjd.data.labelled_loader import LabelledBatches
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.subset import SubsetSource
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.classifier import CLASSIFIER_FILE, PictureClassifier, classifier_bytes
+from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.engine.layer_decay import layer_groups
+from dmjd.engine.loop import Task
+from dmjd.evaluation.low_shot import FewLabels, summarise
+from dmjd.evaluation.metrics import accuracies, label_ranks
+from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
+from dmjd.evaluation.setup import config_of, fresh_encoder, given_data, open_sets
+from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit, num_steps
+from dmjd.figures.confusion import confusion_picture
+from dmjd.files import write_bytes, write_text
+
+BEST_FILE = "best.safetensors"  # a classifier like the other
+
+LOOK_PICTURES = 2_000  # of the test set, at looks while training
+
+MOST_WARMUP = 0.2  # of a run too short for the published five epochs
+
+SCRATCH_LAYER_DECAY = 1.0
+
+INITS = {"result": "pre-trained", "random_init": "from scratch"}
+
+
+class FinetuneTask(Task):
+    """Cross-entropy of a classifier against soft targets."""
+
+    def __init__(self, classifier: PictureClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """(images [b, C, H, W] normalised, targets [b, classes]) -> {"loss"}."""
+        images, targets = batch
+        return {"loss": nn.functional.cross_entropy(self.classifier(images).float(), targets)}
+
+
+def finetune(
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    test_data: str | Path | None = None,
+    labels: str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    num_workers: int | None = None,
+    precision: str = "auto",
+    labels_per_class: int | None = None,
+    label_fraction: float | None = None,
+    seeds: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Fine-tune a trained encoder as a classifier, and one with random weights by the same schedule.
+
+    Each training lies in a folder of its own under ``evaluation/finetune/``, named by what it depends on: called
+    again, it goes on where it stopped, and what is finished (the random baseline too) is not trained again.
+
+    From scratch, only layer-wise decay of the rate is off: it presumes that early layers know something. The result is
+    that of the *last* step. "best" in it was chosen on at most 2,000 test pictures, so it is flattered.
+
+    Args:
+        run: a run folder; or an encoder file or checkpoint, with ``data`` and ``out``.
+        data, test_data, labels: as in :func:`dmjd.evaluate`. out: folder for ``evaluation/``; None = the run.
+        seed: of the head, order, augmentation and random weights. device, num_workers: as in :func:`dmjd.evaluate`.
+        precision: "auto", "fp32", "bf16" or "fp16", of training and test.
+        labels_per_class, label_fraction, seeds: see :class:`~dmjd.evaluation.low_shot.FewLabels`.
+        options: settings of :class:`~dmjd.config.finetune.FinetuneConfig`.
+
+    Returns:
+        What is written to ``evaluation/finetune.json``: "result" and "random_init" with "top1", "top5", "best", ...
+
+    Raises:
+        Stopped: after a signal, everything saved.
+        ValueError: for anything the caller can mend, before training.
+    """
+    few = FewLabels(labels_per_class, label_fraction, seeds)
+    run = Path(run).expanduser()
+    if out is None and not run.is_dir() and run.exists():
+        raise ValueError(f"{run} is a file: say where the classifier goes with --out DIR")
+    folder = Path(out).expanduser() if out is not None else run
+    given = given_data(data, test_data, labels)
+    run_config = config_of(run)
+    config = FinetuneConfig.from_options({"flip": run_config.flip} | options)
+    encoder = load_encoder(run)
+    train, test, test_labels = open_sets(run_config, run, encoder, given)
+    trainings = _Trainings(config, encoder, train, test, test_labels, folder, device, num_workers, precision)
+    found: dict[str, list[dict[str, Any]]] = {init: [] for init in INITS}
+    for each in few.seeds_from(seed):
+        assert train.labels is not None
+        rows = few.rows(train.labels, each)
+        for init in INITS:
+            found[init].append(trainings.run(init, rows, each))
+    first = found["result"][0]
+    classifier = folder / "evaluation" / "finetune" / CLASSIFIER_FILE
+    write_bytes(classifier, (folder / first["folder"] / CLASSIFIER_FILE).read_bytes())
+    result = {
+        "task": "finetune",
+        **{init: summarise([_scores_of(r) for r in results], few.seeds_from(seed)) for init, results in found.items()},
+        "configuration": first["configuration"],
+        "overrides": given | few.describe() | dict(options) | ({} if precision == "auto" else {"precision": precision}),
+        "data": first["data"],
+        "encoder": weights_hash(encoder),
+        "seed": seed,
+        "versions": versions(),
+    }
+    write_result(folder, "finetune", result)
+    return result
+
+
+def _scores_of(result: dict[str, Any]) -> dict[str, Any]:
+    """A training's result without what the evaluation says once for all."""
+    return {name: value for name, value in result.items() if name not in ("configuration", "data")}
+
+
+class _Trainings:
+    """All trainings of one evaluation: both starts, every seed."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        encoder: Encoder,
+        train: Source,
+        test: Source,
+        test_labels: Tensor,
+        folder: Path,
+        device: str,
+        num_workers: int | None,
+        precision: str,
+    ) -> None:
+        self.config, self.encoder, self.train, self.test = config, encoder, train, test
+        self.test_labels, self.folder, self.device = test_labels, folder, device
+        self.num_workers, self.precision = num_workers, precision
+
+    def run(self, init: str, rows: np.ndarray, seed: int) -> dict[str, Any]:
+        """The result of one training; a finished one is read."""
+        source = SubsetSource(self.train, rows)
+        config = self.config.resolve(len(source), self.encoder.img_size, self.encoder.embed_dim)
+        identity = {
+            "init": init,
+            "seed": seed,
+            "encoder": weights_hash(self.encoder) if init == "result" else key_of(self.encoder),
+            "data": data_fingerprint(source, self.test),
+            "configuration": config.identity() | {"precision": self.precision},
+        }
+        place = f"evaluation/finetune/{INITS[init].replace(' ', '-')}-seed{seed}-{key_of(self.encoder, identity)}"
+        done = self.folder / place / "result.json"
+        if done.exists():
+            return json.loads(done.read_text(encoding="utf-8"))
+        model = self._classifier(config, init, seed)
+        assert self.encoder.preprocess is not None
+        classes = len(self.train.classes)
+        batches = LabelledBatches(source, config, self.encoder.preprocess, classes, seed, self.num_workers)
+        fitted = self._fit(model, config, source, batches, init, seed, self.folder / place, identity)
+        result = self._verdict(fitted, source, batches.bad.count, keep=init == "result")
+        result |= {"folder": place, "configuration": identity["configuration"]}
+        write_text(done, json.dumps(result, indent=2) + "\n")
+        shutil.rmtree(fitted.folder / "checkpoints")  # what is worth keeping has a file of its own
+        return result
+
+    def _classifier(self, config: FinetuneConfig, init: str, seed: int) -> PictureClassifier:
+        assert config.drop_path is not None
+        assert config.test_crop is not None
+        encoder = fresh_encoder(self.encoder, seed, config.drop_path)
+        if init == "result":
+            encoder.load_state_dict(self.encoder.state_dict())
+        model = PictureClassifier(encoder, self.train.classes, config.test_crop)
+        model.init_head(seed)
+        return model
+
+    def _fit(
+        self,
+        model: PictureClassifier,
+        config: FinetuneConfig,
+        source: Source,
+        batches: LabelledBatches,
+        init: str,
+        seed: int,
+        folder: Path,
+        identity: dict[str, Any],
+    ) -> FitResult:
+        assert config.batch_size is not None
+        assert config.blr is not None
+        assert config.layer_decay is not None
+        steps = num_steps(config.epochs, config.steps, len(source), config.batch_size)
+        epochs = steps * config.batch_size / len(source)
+        settings = FitSettings(
+            steps=steps,
+            batch_size=config.batch_size,
+            lr=config.blr * config.batch_size / 256,
+            min_lr=config.min_lr,
+            warmup=min(MOST_WARMUP, config.warmup_epochs / epochs),
+            accumulate=config.accumulate,
+            clip_grad=config.clip_grad,
+            ema=config.ema,
+            seed=seed,
+            precision=self.precision,
+            looks=round(1 / config.eval_every) if config.eval_every else 0,
+            device=self.device,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+        )
+        rows = evenly_spaced(len(self.test), LOOK_PICTURES)
+        return fit(
+            FinetuneTask(model),
+            batches,
+            layer_groups(model, config.weight_decay, config.layer_decay if init == "result" else SCRATCH_LAYER_DECAY),
+            settings,
+            folder,
+            validate=lambda task: accuracies(self._scores(task, rows)[0]),
+            identity=identity,
+            num_pictures=len(source),
+            name=f"fine-tuning, {INITS[init]}, seed {seed}",
+        )
+
+    def _scores(self, task: nn.Module, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rank of the truth, first guess and truth, [n] int64 each, of the readable test pictures ``rows`` (all)."""
+        model = task.classifier
+        assert isinstance(model, PictureClassifier)
+        device = model.head.weight.device
+        preprocess = model.test_preprocess
+        ranks, guesses, truths = [], [], []
+        for batch in EvalLoader(self.test, preprocess, num_workers=self.num_workers, indices=rows):
+            images = model.crop(preprocess.normalise(batch.raw.to(device)))
+            truth = self.test_labels[batch.index]
+            scores = model(images).float().cpu()  # b, classes
+            ranks.append(label_ranks(scores, truth))
+            guesses.append(scores.argmax(1))
+            truths.append(truth)
+        if not ranks:
+            raise ValueError(f"none of the {len(self.test)} pictures of {self.test.name} can be read")
+        return torch.cat(ranks), torch.cat(guesses), torch.cat(truths)
+
+    def _verdict(self, fitted: FitResult, source: Source, num_bad: int, keep: bool) -> dict[str, Any]:
+        """Last and best model on the whole test set; a picture of confusions and, with ``keep``, the two as files."""
+        model = fitted.model.classifier
+        assert isinstance(model, PictureClassifier)
+        with fitted.testing():
+            ranks, guesses, truths = self._scores(fitted.model)
+        if keep:
+            write_bytes(fitted.folder / CLASSIFIER_FILE, classifier_bytes(model))
+        confusion_picture(truths, guesses, self.train.classes, fitted.folder / "confusion.png")
+        last = best = accuracies(ranks)
+        with fitted.best_weights(), fitted.testing():
+            if fitted.best["step"] < fitted.step:  # else it is the last one, which was just tested
+                best = accuracies(self._scores(fitted.model)[0])
+            if keep:
+                write_bytes(fitted.folder / BEST_FILE, classifier_bytes(model))
+        return last | {
+            "best": {"step": fitted.best["step"], **best},
+            "steps": fitted.step,
+            "data": {
+                "train": self.train.name,
+                "test": self.test.name,
+                "fingerprint": data_fingerprint(source, self.test),
+                "num_train": len(source),
+                "num_test": len(ranks),
+                "num_bad": num_bad + len(self.test) - len(ranks),
+                "classes": len(self.train.classes),
+            },
+        }

@@ -1,0 +1,254 @@
+"""Semantic segmentation with a trained encoder, beside the same training from random weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from dmjd.config.dense import SegmentationConfig
+from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, MaskAugment
+from dmjd.data.dense_transforms import IGNORE, Placement, covering, place_picture, scaled
+from dmjd.data.sources.segmentation_masks import (
+    SegmentationSource,
+    has_segmentation_split,
+    open_segmentation,
+    settle_classes,
+)
+from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.engine.loop import Task
+from dmjd.evaluation.metrics import iou_scores
+from dmjd.evaluation.supervised.dense_task import DenseEvaluation, compare, open_encoder, rounded_up
+from dmjd.evaluation.supervised.pyramid import EncoderMaps, LastMap, LinearDecoder, Pyramid, UPerNet
+from dmjd.figures.overlays import save_overlays, segmentation_panels
+from dmjd.images.preprocess import Preprocess
+
+OVERLAP = 1 / 3  # of sliding windows, as is usual
+
+_WINDOWS_AT_ONCE = 8
+
+
+class SegmentationTask(Task):
+    """Encoder, decoder and cross-entropy over the labelled pixels.
+
+    Args:
+        encoder: for the frame's size. config: resolved. num_classes: K.
+    """
+
+    def __init__(self, encoder: Encoder, config: SegmentationConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.preprocess = config, known_preprocess(encoder)
+        self.decoder: nn.Module
+        if config.decoder == "linear":
+            self.maps: EncoderMaps = LastMap(encoder, config.freeze)
+            self.decoder = LinearDecoder(encoder.embed_dim, num_classes)
+        else:
+            pyramid = Pyramid(encoder, config.freeze)
+            self.maps, self.decoder = pyramid, UPerNet(pyramid.widths, config.decoder_dim, num_classes)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder in it."""
+        return self.maps.encoder
+
+    def logits(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] on the 0..255 scale, sides divisible by the patch -> [B, K, H, W] float32."""
+        logits = self.decoder(self.maps(self.preprocess.normalise(images))).float()
+        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+    def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
+        """{"loss"}: mean over the labelled pixels; 0 where a batch has none."""
+        target = batch.targets.long()
+        total = F.cross_entropy(self.logits(batch.images), target, ignore_index=IGNORE, reduction="sum")
+        return {"loss": total / (target != IGNORE).sum().clamp(min=1)}
+
+
+def predict(task: SegmentationTask, pictures: Sequence[np.ndarray]) -> list[Tensor]:
+    """The class of every pixel of pictures as they are.
+
+    A picture is resized to cover ``config.covered``, filled up to what the patch divides, and the scores of the
+    picture's own part are resized back: what was filled up touches no result.
+
+    Args:
+        task: in evaluation mode. pictures: [H, W, C] on the 0..255 scale, of any sizes.
+
+    Returns:
+        [H, W] int64 each, on the task's device.
+    """
+    device = next(task.parameters()).device
+    placements = [_whole(picture, task) for picture in pictures]
+    images = [
+        place_picture(picture, placement, fill_of(task.preprocess)).float()
+        for picture, placement in zip(pictures, placements, strict=True)
+    ]
+    logits: list[Tensor | None] = [None] * len(images)
+    for shape in {image.shape for image in images}:  # those of one shape go together
+        rows = [i for i, image in enumerate(images) if image.shape == shape]
+        together = torch.stack([images[i] for i in rows]).to(device)
+        for i, one in zip(rows, _scores(task, together), strict=True):
+            logits[i] = one
+    found = []
+    for one, placement in zip(logits, placements, strict=True):
+        assert one is not None
+        own = one[None, :, : placement.resized[0], : placement.resized[1]]
+        found.append(F.interpolate(own, size=placement.picture, mode="bilinear", align_corners=False)[0].argmax(0))
+    return found
+
+
+def _whole(picture: np.ndarray, task: SegmentationTask) -> Placement:
+    """The whole picture at the size it is tested at, in a frame that the patch (and a window) fits into."""
+    size, config, patch = (picture.shape[0], picture.shape[1]), task.config, _patch(task)
+    resized = scaled(size, covering(size, config.covered))
+    frame = rounded_up(resized, patch)
+    if config.inference == "slide":
+        window = rounded_up(config.size, patch)
+        frame = (max(frame[0], window[0]), max(frame[1], window[1]))
+    return Placement(size, resized, frame)
+
+
+def _patch(task: SegmentationTask) -> int:
+    return task.encoder.patch_size
+
+
+def _scores(task: SegmentationTask, images: Tensor) -> Tensor:
+    """[B, C, H, W] on the 0..255 scale -> [B, K, H, W]: at once, or the mean over overlapping windows."""
+    if task.config.inference == "whole":
+        return task.logits(images)
+    window = rounded_up(task.config.size, _patch(task))
+    places = [(top, left) for top in starts(images.shape[2], window[0]) for left in starts(images.shape[3], window[1])]
+    total, times = None, images.new_zeros(1, 1, *images.shape[2:])
+    for first in range(0, len(places), _WINDOWS_AT_ONCE):
+        part = places[first : first + _WINDOWS_AT_ONCE]
+        cuts = torch.cat([images[..., t : t + window[0], n : n + window[1]] for t, n in part])
+        logits = task.logits(cuts).unflatten(0, (len(part), len(images)))
+        if total is None:
+            total = logits.new_zeros(len(images), logits.shape[2], *images.shape[2:])
+        for (t, n), one in zip(part, logits, strict=True):
+            total[..., t : t + window[0], n : n + window[1]] += one
+            times[..., t : t + window[0], n : n + window[1]] += 1
+    assert total is not None
+    return total / times
+
+
+def starts(length: int, window: int) -> list[int]:
+    """Where windows begin that together cover ``length``, each overlapping the next by at least a third."""
+    stride = max(1, int(window * (1 - OVERLAP)))
+    return sorted({min(start, length - window) for start in range(0, length - window + stride, stride)})
+
+
+def fill_of(preprocess: Preprocess) -> tuple[float, ...]:
+    """What a frame shows where there is no picture, per channel on the 0..255 scale: 0 once it is normalised."""
+    return tuple(255 * mean for mean in preprocess.mean)
+
+
+class Segmentation(DenseEvaluation):
+    """What :func:`dmjd.evaluation.supervised.dense_task.compare` wants to know of segmentation."""
+
+    name = "segmentation"
+    score = "miou"
+    config: SegmentationConfig
+    train: SegmentationSource
+    test: SegmentationSource
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Of training crops."""
+        return rounded_up(self.config.size, self.encoder.patch_size)
+
+    def build(self, encoder: Encoder) -> SegmentationTask:
+        """The task of an encoder."""
+        return SegmentationTask(encoder, self.config, len(self.train.classes))
+
+    def augment(self) -> Augmentation:
+        """Of training pictures and masks."""
+        config = self.config
+        scale = (config.scale[0], config.scale[1])
+        fill = fill_of(known_preprocess(self.encoder))
+        return MaskAugment(self.frame, config.covered, fill, scale, config.flip, config.colours)
+
+    def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """Scores on test pictures ``rows`` (all), at their own size."""
+        assert isinstance(task, SegmentationTask)
+        metric = MulticlassConfusionMatrix(len(self.train.classes), ignore_index=IGNORE, validate_args=False)
+        for examples in self.read(rows):
+            found = predict(task, [example.picture for example in examples])
+            for example, classes in zip(examples, found, strict=True):
+                metric.update(classes.cpu(), torch.from_numpy(example.target).long())
+        confusion = metric.compute()
+        if int(confusion.sum()) == 0:
+            raise ValueError(f"no pixel of the pictures of {self.test.name} has a label")
+        return iou_scores(confusion, self.train.classes)
+
+    def draw(self, task: Task, rows: np.ndarray, file: Path) -> None:
+        """Pictures, their masks and what is found."""
+        assert isinstance(task, SegmentationTask)
+        panels = []
+        for examples in self.read(rows):
+            found = predict(task, [example.picture for example in examples])
+            panels += [_panel(example, classes) for example, classes in zip(examples, found, strict=True)]
+        save_overlays(segmentation_panels(panels, self.train.classes), file)
+
+    def describe(self) -> dict[str, Any]:
+        """Classes and what is ignored, for the result."""
+        assert self.train.known is not None
+        known = self.train.known
+        return {"classes": list(known.names), "numbers": known.numbers, "ignored": list(known.ignored)}
+
+
+def _panel(example: Example, classes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return example.picture, example.target, classes.cpu().numpy()
+
+
+def segmentation(
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    test_data: str | Path | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    num_workers: int | None = None,
+    precision: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a segmentation model from a trained encoder, and one from random weights by the same schedule.
+
+    Every training has a folder of its own under ``evaluation/segmentation/``, named by what it depends on: called
+    again, it goes on where it stopped, and what is finished is not trained again.
+
+    Args:
+        run: a run folder; or an encoder file or checkpoint, with ``out``.
+        data: see :func:`~dmjd.data.sources.segmentation_masks.open_segmentation`.
+        test_data: None = the test part of ``data``.
+        out: folder for ``evaluation/``; None = the run. seed: of decoder, order, augmentation and random weights.
+        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
+        precision: "auto", "fp32", "bf16" or "fp16". options: settings of
+            :class:`~dmjd.config.dense.SegmentationConfig`.
+
+    Returns:
+        What is written to ``evaluation/segmentation.json``: "result" and "random_init" with "miou", "iou" by class,
+        "pixel_accuracy", "mean_accuracy", all of the last step on the whole test set; configuration, data, ...
+
+    Raises:
+        Stopped: after a signal, everything saved.
+        ValueError: for anything the caller can mend, before training.
+    """
+    config = SegmentationConfig.of("segmentation", options)
+    encoder, folder = open_encoder(run, out)
+    if data is None:
+        raise ValueError("say which pictures and masks: --data FOLDER (with train/images and train/masks)")
+    preprocess = known_preprocess(encoder)
+    reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
+    train = open_segmentation(data, "train", **reading)
+    place = test_data if test_data is not None else data
+    # A set of its own without parts is all for the test.
+    alone = test_data is not None and not has_segmentation_split(test_data, "test")
+    test = open_segmentation(place, "train" if alone else "test", **reading)
+    settle_classes(train, test, config.num_classes, config.ignore_index)
+    config = config.resolve(encoder.img_size, len(train))
+    evaluation = Segmentation(config, encoder, train, test, device, precision, num_workers, seed)
+    return compare(evaluation, folder, options)

@@ -1,0 +1,58 @@
+"""Training curves."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dmjd.figures.grid import DPI, save_figure
+
+# panel -> scalars of metrics.jsonl it draws
+_CURVES = {
+    "loss": ("loss", "mim", "vis"),
+    "learning rate": ("lr",),
+    "online kNN, top-1": ("knn_top1", "knn_random_init", "knn_raw_pixels"),
+}
+
+
+def curves_figure(metrics: str | Path) -> Figure:
+    """Training curves: the loss and its parts, the learning rate, and online kNN where there was one.
+
+    Args:
+        metrics: ``metrics.jsonl`` of a run; half a last line, as a kill leaves it, is passed over.
+
+    Raises:
+        ValueError: if there is nothing in it to draw.
+    """
+    lines = _read_metrics(Path(metrics))
+    panels = {
+        title: {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+        for title, names in _CURVES.items()
+    }
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
+    if not panels:
+        raise ValueError(f"{metrics} holds no curves yet: give it a run's metrics.jsonl after its first logged step")
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), dpi=DPI, layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 20 else "")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return [line for line in lines if "step" in line]
+
+
+def curves_picture(metrics: str | Path, path: str | Path) -> Path:
+    """:func:`curves_figure` as a file."""
+    return save_figure(curves_figure(metrics), path)

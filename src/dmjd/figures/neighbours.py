@@ -1,0 +1,104 @@
+"""Pictures and those that an encoder finds most like them.
+
+Shapes: n candidate pictures, D width of a feature.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dmjd.data.eval_loader import EvalLoader, read_all
+from dmjd.data.sources.base import Source
+from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.figures.grid import Columns, sheet
+from dmjd.figures.render import picture_rgb
+from dmjd.nn.modes import evaluating
+
+NUM_NEIGHBOURS = 7
+
+SAME, OTHER = "#2a9d3a", "#d1495b"  # frames of neighbours of the query's class and of others
+
+_MOST_LETTERS = 12  # of a class name below a picture
+
+
+def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most similar candidates of some of them, themselves left out.
+
+    Args:
+        features: [n, D]. queries: [q] int64 rows. count: how many neighbours; at most n - 1.
+
+    Returns:
+        cosines [q, count], descending, and rows [q, count] int64.
+    """
+    unit = F.normalize(features.float(), dim=1)
+    cosines = unit[queries] @ unit.T  # q, n
+    cosines[torch.arange(len(queries)), queries] = -torch.inf
+    best = cosines.topk(count, dim=1)
+    return best.values, best.indices
+
+
+def neighbours_figure(
+    encoder: Encoder, source: Source, *, num_images: int = 4, num_candidates: int = 2000, seed: int = 0
+) -> Figure:
+    """Queries in the first column, each with its nearest pictures by cosine of pooled features.
+
+    Args:
+        encoder: whose ``preprocess`` is set; left as it was. source: the pictures; with labels, frames tell whether
+            a neighbour has the query's class.
+        num_images: queries. num_candidates: how many pictures are searched, evenly spaced over the set.
+        seed: of the choice of queries.
+
+    Raises:
+        ValueError: if fewer than two pictures can be read.
+    """
+    count = min(len(source), num_candidates)
+    features, places = _features(encoder, source, np.arange(count) * len(source) // count)
+    if len(places) < 2:
+        raise ValueError(f"{source.name} has fewer than two readable pictures: there are no neighbours to show")
+    queries = torch.from_numpy(np.random.default_rng(seed).permutation(len(places))[:num_images].copy())
+    cosines, rows = nearest(features, queries, min(NUM_NEIGHBOURS, len(places) - 1))
+    shown = places[torch.cat([queries.unsqueeze(1), rows], dim=1)]  # q, 1 + k
+    pictures = read_all(source, known_preprocess(encoder), shown.flatten().numpy(), num_workers=0)
+    rgb = picture_rgb(pictures.raw).unflatten(0, shown.shape)  # q, 1 + k, H, W, 3
+    columns: Columns = {"query" if i == 0 else f"neighbour {i}": list(rgb[:, i]) for i in range(rgb.shape[1])}
+    figure = sheet(columns, [""] * len(queries), _note(source, len(places)))
+    axes = np.array(figure.axes).reshape(tuple(shown.shape))
+    for row, (panels, ids, cosine) in enumerate(zip(axes, shown.numpy(), cosines.tolist(), strict=True)):
+        _label(panels[0], _class_name(source, ids[0]))
+        for panel, place, value in zip(panels[1:], ids[1:], cosine, strict=True):
+            _label(panel, f"{value:.3f}  {_class_name(source, place)}".rstrip())
+            if source.labels is not None:
+                _frame(panel, SAME if source.labels[place] == source.labels[shown[row, 0]] else OTHER)
+    return figure
+
+
+def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Pooled features [n, D] of the readable pictures among ``indices`` and their places [n] in the set."""
+    preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
+    features, places = [torch.empty(0, encoder.embed_dim)], [torch.empty(0, dtype=torch.int64)]
+    with evaluating(encoder):
+        for batch in EvalLoader(source, preprocess, batch_size=64, indices=indices):
+            images = preprocess.normalise(batch.raw.to(device))
+            features.append(encoder.pool(encoder(images)).cpu())
+            places.append(batch.index)
+    return torch.cat(features), torch.cat(places)
+
+
+def _class_name(source: Source, place: int) -> str:
+    return source.classes[source.labels[place]][:_MOST_LETTERS] if source.labels is not None else ""
+
+
+def _label(axes: Axes, text: str) -> None:
+    axes.set_xlabel(text, fontsize=8, labelpad=3)
+
+
+def _frame(axes: Axes, colour: str) -> None:
+    axes.spines[:].set(visible=True, color=colour, linewidth=2.5)
+
+
+def _note(source: Source, num_candidates: int) -> str:
+    frames = " Green frame: the query's class; red: another." if source.labels is not None else ""
+    return f"Nearest of {num_candidates} pictures by cosine similarity (the numbers) of pooled features.{frames}"

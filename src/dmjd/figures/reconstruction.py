@@ -1,0 +1,154 @@
+"""Figures of the method: masks, targets, and what the model predicts."""
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dmjd.encoders.base import known_preprocess
+from dmjd.figures.grid import Columns, sheet
+from dmjd.figures.render import HEAT, hide, painter_for, picture_rgb, spread, tint
+from dmjd.masking import Masks
+from dmjd.model import MaskedImageModel
+from dmjd.nn.modes import evaluating
+from dmjd.targets.base import Target
+from dmjd.targets.hog import HogTarget
+from dmjd.targets.pixel import PixelTarget
+
+UNNORMALISED = "un-normalised with the true patch mean and std"
+
+
+def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
+    """Each picture, what each view shows of it, and how often each token is masked.
+
+    Args:
+        images_0_255: [B, c, H, W] of any number type, any channels.
+        masks: of these pictures. grid: (h, w) tokens.
+    """
+    rgb = picture_rgb(images_0_255).cpu()  # B, H, W, 3
+    mask = masks.mask.cpu()  # K, B, N
+    K, B, N = mask.shape
+    columns: Columns = {"picture": list(rgb)}
+    for k in range(K):
+        columns[f"view {k + 1}\n{int(mask[k, 0].sum())} of {N} masked"] = list(hide(rgb, mask[k], grid))
+    times = mask.sum(dim=0)  # B, N
+    heat = spread(times, grid, rgb).unsqueeze(-1) / K  # B, H, W, 1
+    columns["times masked"] = list(1 - heat * (1 - rgb.new_tensor(HEAT)))
+    union = (times > 0).float().mean().item()
+    note = f"Grey: masked. Times masked: white 0, darkest {K}. Masked in at least one view: {union:.0%} of all tokens."
+    return sheet(columns, [""] * B, note)
+
+
+def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int | None = None) -> Figure:
+    """Each picture and the target of each branch that is on, for every token.
+
+    Args:
+        model: whose encoder's ``preprocess`` is set.
+        images_0_255: [B, c, H, W]; principal components of features are taken from all of them.
+        num_shown: how many are drawn; None = all.
+    """
+    shown = images_0_255[:num_shown]
+    with evaluating(model):
+        normalised = known_preprocess(model.encoder).normalise(images_0_255)
+        truths = model.targets(normalised, images_0_255.float())
+        columns: Columns = {"picture": list(picture_rgb(shown))}
+        for branches, target in _targets(model):
+            truth = truths[branches[0]]
+            paint = painter_for(target, model.encoder, shown, truth)
+            columns[_target_title(target, branches)] = list(paint(truth[: len(shown)]))
+    features = [target for _, target in _targets(model) if not isinstance(target, HogTarget | PixelTarget)]
+    return sheet(columns, [""] * len(shown), " ".join(_component_note(target) for target in features))
+
+
+def reconstruction_figure(
+    model: MaskedImageModel, images_0_255: Tensor, *, masks: Masks | None = None, keys: Tensor | None = None
+) -> Figure:
+    """One row for each view: the visible tokens, the target, and what each branch that is on predicts.
+
+    The reconstruction shows predictions in the masked places, among the true tokens (in blue for HOG); the
+    distillation shows predictions in the visible places. The model is left as it was.
+
+    Args:
+        model: whose encoder's ``preprocess`` is set. images_0_255: [B, c, H, W] on the model's device.
+        masks: of these pictures; None = the model's own for ``keys`` [B] int64 (default 0, 1, ...).
+    """
+    B, device, encoder = len(images_0_255), images_0_255.device, model.encoder
+    with evaluating(model):
+        if masks is None:
+            masks = model.draw_masks(torch.arange(B, device=device) if keys is None else keys.to(device))
+        K = len(masks.mask)
+        normalised = known_preprocess(encoder).normalise(images_0_255)
+        truths = model.targets(normalised, images_0_255.float())
+        predictions = {name: x.float().unflatten(0, (K, B)) for name, x in model.predict(normalised, masks).items()}
+        rgb = picture_rgb(images_0_255)
+        columns: Columns = {
+            "picture": _by_picture([rgb] * K),
+            "visible tokens": _by_picture([hide(rgb, mask, encoder.grid) for mask in masks.mask]),
+        }
+        for branches, target in _targets(model):
+            truth = truths[branches[0]]
+            paint = painter_for(target, encoder, images_0_255, truth)
+            columns[_target_title(target, branches)] = _by_picture([paint(truth)] * K)
+            for branch in branches:
+                ids = masks.masked if branch == "mim" else masks.visible  # K, B, M or V
+                views = [paint(_placed(x, i, truth)) for x, i in zip(predictions[branch], ids, strict=True)]
+                columns[_BRANCH_TITLES[branch]] = _by_picture(_mark(branch, target, views, masks, encoder.grid))
+    labels = [f"view {k + 1}" if K > 1 else "" for _ in range(B) for k in range(K)]
+    return sheet(columns, labels, _note(model))
+
+
+_BRANCH_TITLES = {"mim": "reconstruction\nof masked tokens", "vis": "distillation\nof visible tokens"}
+
+
+def _placed(predictions: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
+    """Predicted tokens [B, n, C] in their places ids [B, n], among the true ones [B, N, C]."""
+    return truth.scatter(1, ids.unsqueeze(-1).expand_as(predictions), predictions)
+
+
+def _mark(branch: str, target: Target, views: list[Tensor], masks: Masks, grid: tuple[int, int]) -> list[Tensor]:
+    """Set the tokens of each view's picture apart that the branch did not predict."""
+    if branch == "vis":
+        return [hide(view, mask, grid) for view, mask in zip(views, masks.mask, strict=True)]
+    if isinstance(target, HogTarget):  # glyphs have no colour of their own to lose
+        return [tint(view, ~mask, grid) for view, mask in zip(views, masks.mask, strict=True)]
+    return views
+
+
+def _targets(model: MaskedImageModel) -> list[tuple[list[str], Target]]:
+    """The model's targets with the branches that learn them: one entry where both share one."""
+    targets = {"mim": model.mim_target, "vis": model.vis_target}
+    on = [(branch, target) for branch, target in targets.items() if target is not None]
+    if len(on) == 2 and on[0][1] is on[1][1]:
+        return [(["mim", "vis"], on[0][1])]
+    return [([branch], target) for branch, target in on]
+
+
+def _target_title(target: Target, branches: list[str]) -> str:
+    return f"target '{target.name}'" + ("" if len(branches) == 2 else f"\nof {branches[0]}")
+
+
+def _note(model: MaskedImageModel) -> str:
+    """What a reader of the figure must know about how the targets are drawn."""
+    notes = []
+    for _, target in _targets(model):
+        if isinstance(target, HogTarget):
+            known = "; blue: true tokens, not predicted" if target is model.mim_target else ""
+            notes.append(f"HOG: strokes lie along edges, brighter for larger whitened values{known}.")
+        elif isinstance(target, PixelTarget):
+            notes.append(f"Pixel patches are {UNNORMALISED}.")
+        else:
+            notes.append(_component_note(target))
+    return " ".join(notes)
+
+
+def _component_note(target: Target) -> str:
+    return (
+        f"{target.name}: colours are the first three principal components of the true tokens, tokens of one colour "
+        "being alike; the mean token of each place is taken away first."
+    )
+
+
+def _by_picture(views: Sequence[Tensor]) -> list[Tensor]:
+    """K times [B, H, W, 3] -> rows of a figure, the views of a picture below each other."""
+    return [picture for pictures in zip(*views, strict=True) for picture in pictures]

@@ -1,0 +1,179 @@
+"""From tensors to pixels: pictures, masked pictures and learning targets as RGB arrays that a figure can show.
+
+Shapes: B image, N token, C target entries, H, W picture sides, h, w token grid; RGB pictures are [B, H, W, 3] in 0..1.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from torch import Tensor
+
+from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.nn.tokens import patchify, unpatchify
+from dmjd.targets.base import Target
+from dmjd.targets.hog import HogTarget
+from dmjd.targets.pixel import PixelTarget
+
+GREY = 0.55  # of a hidden token: apart from black, white and most pictures
+
+KNOWN_TINT = (0.25, 0.45, 0.9)  # of target tokens that are shown for orientation only
+
+HEAT = (0.05, 0.15, 0.4)  # of a token masked in every view, where counts are shown
+
+_SHEET_SIDE = 448  # pixels of a sheet of glyphs, about; more than a panel of a figure has
+
+# Maps target tokens [B, N, C], true or predicted, to RGB pictures.
+Painter = Callable[[Tensor], Tensor]
+
+
+def picture_rgb(images_0_255: Tensor) -> Tensor:
+    """Pictures [B, c, H, W] of any number type on the 0..255 scale -> RGB [B, H, W, 3].
+
+    The first three channels are taken as red, green and blue; of one or two channels the first is shown in grey.
+    """
+    return (_three(images_0_255.float()) / 255).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def _three(x: Tensor) -> Tensor:
+    """[B, c, ...] -> [B, 3, ...] by the rule of :func:`picture_rgb`."""
+    return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, *x.shape[2:])
+
+
+def spread(tokens: Tensor, grid: tuple[int, int], rgb: Tensor) -> Tensor:
+    """One value per token, [B, N], as a map over the pixels of pictures [B, H, W, 3]: [B, H, W]."""
+    _, H, W, _ = rgb.shape
+    rows = torch.arange(H, device=tokens.device) * grid[0] // H
+    columns = torch.arange(W, device=tokens.device) * grid[1] // W
+    return tokens.unflatten(1, grid)[:, rows][:, :, columns]
+
+
+def hide(rgb: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cover tokens of RGB pictures with grey: hidden [B, N] bool."""
+    return torch.where(spread(hidden, grid, rgb).unsqueeze(-1), GREY, rgb)
+
+
+def tint(rgb: Tensor, known: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Set tokens of white-on-black RGB pictures back in dim blue: known [B, N] bool."""
+    dim = rgb.mean(-1, keepdim=True) * rgb.new_tensor(KNOWN_TINT)
+    return torch.where(spread(known, grid, rgb).unsqueeze(-1), dim, rgb)
+
+
+def hog_glyphs(weights: Tensor, side: int) -> Tensor:
+    """Draw histograms of gradient orientation as stars of strokes, each along the edge it stands for.
+
+    Args:
+        weights: [..., rows, columns, bins], the brightness of each stroke, clipped to 0..1. Bin b holds unsigned
+            gradients from b to b + 1 times 180 / bins degrees, measured from rightwards to downwards. An edge is
+            perpendicular to its gradient, so bin 0 is a stroke that is upright to within one bin.
+        side: pixels of a cell.
+
+    Returns:
+        [..., rows * side, columns * side] in 0..1; where strokes cross, the brighter one shows.
+    """
+    rows, columns, bins = weights.shape[-3:]
+    strokes = _strokes(bins, side).to(weights.device)  # bins, side, side
+    canvas = weights.new_zeros(*weights.shape[:-3], rows, side, columns, side)
+    for weight, stroke in zip(weights.clamp(0, 1).unbind(-1), strokes, strict=True):
+        canvas = torch.maximum(canvas, weight[..., :, None, :, None] * stroke[:, None, :])
+    return canvas.flatten(-4, -3).flatten(-2, -1)
+
+
+def _strokes(bins: int, side: int) -> Tensor:
+    """One antialiased stroke through the middle of a cell for each orientation: [bins, side, side] in 0..1."""
+    gradient = (torch.arange(bins) + 0.5) * math.pi / bins
+    cos, sin = gradient.cos().view(-1, 1, 1), gradient.sin().view(-1, 1, 1)
+    place = torch.arange(side) - (side - 1) / 2
+    row, column = place.view(1, -1, 1), place.view(1, 1, -1)
+    across = (column * cos + row * sin).abs()  # distance from the edge's line
+    along = (row * cos - column * sin).abs()
+    half_width, half_length = max(0.5, side / 24), (side - 1) / 2
+    return (half_width + 0.5 - across).clamp(0, 1) * (half_length + 0.5 - along).clamp(0, 1)
+
+
+def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: Tensor) -> Painter:
+    """How the tokens of a target are drawn.
+
+    Args:
+        target: HOG becomes glyphs, pixels become a picture, features of any other target their first three
+            principal components as colours.
+        encoder: whose grid, patch and preprocessing apply.
+        images_0_255: [B, c, H, W] pictures. truth: [b, N, C], the target of these or, for the components, of more.
+
+    Returns:
+        A function from tokens [B, N, C] of these pictures to RGB.
+    """
+    if isinstance(target, HogTarget):
+        return lambda tokens: paint_hog(tokens, target, encoder.grid)
+    if isinstance(target, PixelTarget):
+        return lambda tokens: paint_pixels(tokens, encoder, images_0_255)
+    return component_painter(truth, encoder.grid)
+
+
+def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
+    """HOG tokens [B, N, C] as glyphs on black; colour channels in their colours.
+
+    Of the whitened values the positive ones are drawn. Brightness grows with their square root, so that cautious
+    predictions stay visible; it is full for the value of a cell whose gradients all lie in one bin.
+    """
+    (h, w), s = grid, target.cells
+    x = tokens.float().reshape(len(tokens), h, w, s, s, target.num_bins, -1)  # B, h, w, s, s, bins, c
+    x = x.permute(0, 6, 1, 3, 2, 4, 5).reshape(
+        len(tokens), -1, h * s, w * s, target.num_bins
+    )  # B, c, rows, columns, bins
+    side = min(48, max(12, _SHEET_SIDE // (s * max(grid)))) | 1  # odd, so that strokes have a middle row of pixels
+    brightest = math.sqrt(max(1, target.num_bins - 1))
+    return hog_glyphs((_three(x) / brightest).clamp(min=0).sqrt(), side).permute(0, 2, 3, 1)
+
+
+def paint_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:
+    """Normalised-pixel tokens [B, N, C] as pictures, each patch un-normalised with its true mean and deviation."""
+    preprocess = known_preprocess(encoder)
+    patches = patchify(preprocess.normalise(images_0_255), encoder.patch_size)  # B, N, P*P*c
+    mean, std = PixelTarget.patch_statistics(patches)  # B, N, 1 each
+    images = unpatchify(tokens.float() * std + mean, encoder.grid, encoder.patch_size)  # B, c, H, W normalised
+    return picture_rgb(preprocess.denormalise(images))
+
+
+def glow(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """RGB pictures [B, H, W, 3] in dim grey that glow where tokens have large values, [B, N], each on its own scale.
+
+    The values are interpolated between the middles of tokens, so that blocks do not hide the picture.
+    """
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    shares = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid).unsqueeze(1)  # B, 1, h, w
+    heat = F.interpolate(shares, size=rgb.shape[1:3], mode="bilinear").squeeze(1)  # B, H, W
+    colours = torch.from_numpy(colormaps["plasma"](heat.cpu().numpy())[..., :3]).to(rgb)
+    return torch.lerp(0.75 * rgb.mean(-1, keepdim=True), colours, 0.85 * heat.unsqueeze(-1))
+
+
+def component_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """:func:`component_painter` of the tokens [B, N, D], on the same: [B, h, w, 3]."""
+    return component_painter(tokens, grid)(tokens)
+
+
+def component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
+    """The first three principal components of the tokens of all pictures as red, green and blue.
+
+    Encoders trained by masking keep much of a token's place in it, which would paint every picture with the same
+    gradient: the mean token of each place is taken away first, where there are several pictures.
+
+    Args:
+        truth: [B, N, D], from which mean, components and range are taken. grid: (h, w).
+
+    Returns:
+        A function from tokens [b, N, D] of any pictures to [b, h, w, 3].
+    """
+    truth = truth.float()
+    mean = truth.mean(dim=0 if len(truth) > 1 else 1, keepdim=True)  # 1, N, D or 1, 1, D
+    rows = (truth - mean).flatten(0, 1)
+    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(-1)[:, :3]  # D, 3, or fewer of a narrow target
+    scale = 4 * (rows @ basis).std(dim=0) + 1e-6  # +- 2 deviations fill the range
+
+    def paint(tokens: Tensor) -> Tensor:
+        colours = ((tokens.float() - mean) @ basis) / scale + 0.5  # b, N, 3
+        return _three(colours.clamp(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(1, grid)
+
+    return paint

@@ -1,0 +1,1 @@
+"""From a file to a tensor: decoding, channel policy, resampling, preprocessing."""

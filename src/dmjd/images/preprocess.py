@@ -1,0 +1,106 @@
+"""How images become an encoder's input; it travels with the weights."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmjd.images.decoding import Picture
+from dmjd.images.reading import read_picture
+from dmjd.images.resampling import centre_box, resize_box
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_CACHED_VALUES = 1 << 18  # of float32, so that they lie in a core's second-level cache
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1] float32; kept, since making it anew would stop the host at every training step."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What an encoder wants done to a picture; it is stored with the weights.
+
+    Attributes:
+        img_size: (h, w) in pixels. in_chans: number of channels, see :func:`read_picture` for the policy.
+        mean, std: one number per channel, on the 0..1 scale.
+        value_range: (lo, hi) of stored values that become 0 and 255; None: the range of the data type.
+    """
+
+    img_size: tuple[int, int]
+    in_chans: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != self.in_chans or len(self.std) != self.in_chans:
+            counts = f"{len(self.mean)} means and {len(self.std)} standard deviations"
+            raise ValueError(f"{counts} for {self.in_chans} channels: give one of each per channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range must be (lo, hi) with lo < hi, got {self.value_range}")
+
+    def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
+        """Pictures (paths, bytes, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalised.
+
+        The shorter side is resized (bicubic, antialiased) to the image size and the centre cut out.
+
+        Raises:
+            BadPicture: naming the picture that can't be used.
+        """
+        return self.normalise(self.raw(picture))
+
+    def raw(self, picture: Picture | Sequence[Picture]) -> Tensor:
+        """The same before normalising: [B, C, h, w] float32 on the 0..255 scale."""
+        if isinstance(picture, str | Path | bytes | Image.Image | np.ndarray):
+            picture = [picture]
+        arrays = [read_picture(one, self.in_chans, self.value_range) for one in picture]
+        return torch.stack([self.fit(array).float() for array in arrays])
+
+    def fit(self, array: np.ndarray) -> Tensor:
+        """What :func:`read_picture` gave -> [C, h, w] of the image size, 0..255 scale, same data type."""
+        return resize_box(array, centre_box(array.shape[0], array.shape[1], self.img_size), self.img_size)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """[..., C, H, W] on the 0..255 scale, uint8 or float -> float32 of the data's mean 0 and variance 1."""
+        mean, std = _per_channel(self.mean, raw.device), _per_channel(self.std, raw.device)
+        if raw.dtype != torch.uint8 or raw.device.type != "cpu" or torch.compiler.is_compiling():
+            return (raw.float() / 255 - mean) / std
+        pictures = raw.reshape(-1, *raw.shape[-3:])
+        out = torch.empty(pictures.shape)
+        # A few at a time: the passes after the first find them in the cache.
+        few = max(1, _CACHED_VALUES // max(1, raw.shape[-3:].numel()))
+        for part, done in zip(pictures.split(few), out.split(few), strict=True):
+            torch.div(part, 255, out=done).sub_(mean).div_(std)
+        return out.view(raw.shape)
+
+    def denormalise(self, normalised: Tensor) -> Tensor:
+        """Inverse of :meth:`normalise`: [..., C, H, W] -> float32 on the 0..255 scale, not clamped."""
+        device = normalised.device
+        return (normalised.float() * _per_channel(self.std, device) + _per_channel(self.mean, device)) * 255
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for :meth:`from_dict`."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
+        """Inverse of :meth:`to_dict`."""
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)

@@ -1,0 +1,312 @@
+"""Weights of other programs: published DMJD, ConvMAE and MAE by key tables read both ways, and timm models."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from timm.models import vision_transformer as timm_vit
+from torch import Tensor, nn
+
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.classifier import Classifier
+from dmjd.encoders.conv_vit import ConvViT
+from dmjd.encoders.registry import encoder_names
+from dmjd.encoders.vit import VIT_SIZES, VisionTransformer
+from dmjd.model import MaskedImageModel
+from dmjd.nn.layers import TRANSFORMER_NORM_EPS
+
+# (published prefix, ours); the first match counts. Keys that match none keep their name.
+DECODER_KEYS = (
+    ("decoder_embed.", "decoder.embed."),
+    ("decoder_pos_embed", "decoder.pos_embed"),
+    ("decoder_blocks.", "decoder.blocks."),
+    ("decoder_norm.", "decoder.norm."),
+    ("decoder_pred.", "decoder.head."),
+    ("mask_token", "decoder.mask_token"),
+    ("proj_embed.", "distillation.projector."),
+    ("predictor.0.", "distillation.predictor."),
+    ("stage1_output_decode.", "fusion.convs.0."),
+    ("stage2_output_decode.", "fusion.convs.1."),
+    ("fc_norm.", "fc_norm."),
+    ("head.", "head."),
+)
+
+CONV_VIT_KEYS = (("blocks3.", "encoder.blocks."),)
+
+ENCODER_KEYS = (("", "encoder."),)
+
+# The depthwise convolution is called "attn" in the published convolution stages.
+_DEPTHWISE = (re.compile(r"^(blocks[12]\.\d+)\.attn\."), r"\1.dwconv.")
+
+_DEPTHWISE_BACK = (re.compile(r"^(encoder\.blocks[12]\.\d+)\.dwconv\."), r"\1.attn.")
+
+_POINTWISE = re.compile(r"blocks[12]\.\d+\.(conv[12]|mlp\.fc[12])\.weight$")
+
+# Published heads by width: what the tensors do not show.
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+
+
+def to_ours(key: str, conv_vit: bool) -> str:
+    """Our name of a published parameter."""
+    key = _DEPTHWISE[0].sub(_DEPTHWISE[1], key)
+    table = DECODER_KEYS + (CONV_VIT_KEYS if conv_vit else ()) + ENCODER_KEYS
+    theirs, ours = next(pair for pair in table if key.startswith(pair[0]))
+    return ours + key[len(theirs) :]
+
+
+def to_published(key: str, conv_vit: bool) -> str:
+    """The published name of one of our parameters: the inverse of :func:`to_ours`."""
+    key = _DEPTHWISE_BACK[0].sub(_DEPTHWISE_BACK[1], key)
+    table = DECODER_KEYS + (CONV_VIT_KEYS if conv_vit else ()) + ENCODER_KEYS
+    theirs, ours = next(pair for pair in table if key.startswith(pair[1]))
+    return theirs + key[len(ours) :]
+
+
+def load_official(
+    source: str | Path | Mapping[str, Tensor], num_heads: int | None = None, decoder_heads: int | None = None
+) -> MaskedImageModel | Classifier:
+    """Published DMJD, ConvMAE or MAE weights as our model.
+
+    Kind and sizes are inferred from the tensors: convolutional stages make a ConvViT, ``proj_embed`` DMJD's visible
+    branch, ``head.*`` a :class:`Classifier`. The target follows the width of the prediction: normalised pixels where it
+    is P*P*C, HOG else.
+
+    Args:
+        source: a ``.pth`` or ``.safetensors`` file (``model`` or ``state_dict`` in it is looked into), or a state dict.
+        num_heads: attention heads of the encoder; None = the published number for its width.
+        decoder_heads: heads of the decoder; None = 16.
+
+    Returns:
+        :class:`MaskedImageModel`, or :class:`Classifier`; in evaluation mode.
+
+    Raises:
+        ValueError: naming keys that are unknown or missing, tensors of wrong shape, or a file that is none.
+    """
+    state = _State(source if isinstance(source, Mapping) else _read_state(Path(source)))
+    conv_vit = any(key.startswith("blocks3.") for key in state)
+    needed = ["pos_embed"] + (["patch_embed1.proj.weight"] if conv_vit else ["patch_embed.proj.weight"])
+    if lacking := [key for key in needed if key not in state]:
+        raise ValueError(f"these are no DMJD, ConvMAE or MAE weights: {', '.join(lacking)} missing")
+    encoder = (_conv_vit if conv_vit else _vit)(state, num_heads)
+    model: MaskedImageModel | Classifier
+    if "head.weight" in state:
+        model = Classifier(encoder, state["head.weight"].shape[0])
+        allowed = {"encoder.norm.weight", "encoder.norm.bias"}  # of pre-training; fine-tuned classifiers drop it
+    else:
+        model, allowed = _pretraining_model(state, encoder, decoder_heads), set()
+    ours = {}
+    for key, value in state.items():
+        flat = value.flatten(1) if conv_vit and _POINTWISE.search(key) else value
+        ours[to_ours(key, conv_vit)] = flat
+    _load_strictly(model, ours, allowed, partial(to_published, conv_vit=conv_vit))
+    return model.eval()
+
+
+class _State(dict[str, Tensor]):
+    """A state dict whose sizes are read key by key: a key that is not there is the file's fault."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(f"the weights do not fit (missing: {key})")
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} could not be read as plain weights ({first}). Nothing in a file is ever executed: re-save it as "
+            "safetensors, or with torch.save of a dict of tensors"
+        ) from None
+    for name in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return dict(state)
+
+
+def _depth(keys: Iterable[str], prefix: str) -> int:
+    indices = [int(key[len(prefix) :].split(".")[0]) for key in keys if key.startswith(prefix)]
+    return max(indices) + 1 if indices else 0
+
+
+def _square_grid(num_patches: int) -> tuple[int, int]:
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise ValueError(f"a position table of {num_patches} patches is not square; published weights always are")
+    return side, side
+
+
+def _heads(dim: int, num_heads: int | None, word: str) -> int:
+    heads = num_heads if num_heads is not None else _HEADS.get(dim, 0)
+    if heads < 1 or dim % heads:
+        raise ValueError(f"{word} cannot be told from a width of {dim}: pass {word}=, a divisor of it")
+    return heads
+
+
+def _name_of(encoder: Encoder, family: str, patch_size: int) -> str:
+    """The size whose width is nearest; the exact sizes are in the options."""
+    sizes = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+    size = sizes[min(sizes, key=lambda dim: abs(dim - encoder.embed_dim))]
+    return f"{family}_{size}_patch{patch_size}"
+
+
+def _vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
+    dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+    class_token = "cls_token" in state
+    h, w = _square_grid(state["pos_embed"].shape[1] - int(class_token))
+    options: dict[str, Any] = {
+        "img_size": (h * patch, w * patch),
+        "in_chans": in_chans,
+        "embed_dim": dim,
+        "depth": _depth(state, "blocks."),
+        "num_heads": _heads(dim, num_heads, "num_heads"),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "class_token": class_token,
+    }
+    encoder = VisionTransformer(patch_size=patch, **options)
+    return _named(encoder, _name_of(encoder, "vit", patch), options)
+
+
+def _conv_vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
+    d1, in_chans, stride, _ = state["patch_embed1.proj.weight"].shape
+    d2, d3 = state["patch_embed2.proj.weight"].shape[0], state["patch_embed3.proj.weight"].shape[0]
+    h, w = _square_grid(state["pos_embed"].shape[1])
+    patch = 4 * stride
+    options: dict[str, Any] = {
+        "img_size": (h * patch, w * patch),
+        "in_chans": in_chans,
+        "embed_dims": (d1, d2, d3),
+        "depths": (_depth(state, "blocks1."), _depth(state, "blocks2."), _depth(state, "blocks3.")),
+        "num_heads": _heads(d3, num_heads, "num_heads"),
+        "mlp_ratios": tuple(
+            state[f"blocks{i}.0.mlp.fc1.weight"].shape[0] / dim for i, dim in ((1, d1), (2, d2), (3, d3))
+        ),
+    }
+    encoder = ConvViT(patch_size=patch, **options)
+    return _named(encoder, _name_of(encoder, "conv_vit", patch), options)
+
+
+def _named(encoder: Encoder, name: str, options: dict[str, Any]) -> Encoder:
+    """Give it the name and options that make it again with ``create_encoder``."""
+    assert name in encoder_names() or name.startswith("vit_")
+    encoder.name = name
+    encoder.options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    return encoder
+
+
+def _pretraining_model(state: Mapping[str, Tensor], encoder: Encoder, decoder_heads: int | None) -> MaskedImageModel:
+    if "decoder_embed.weight" not in state:
+        raise ValueError("these weights hold neither a decoder (decoder_embed.weight) nor a classifier (head.weight)")
+    dim = state["decoder_embed.weight"].shape[0]
+    out_dim = state["decoder_pred.weight"].shape[0]
+    vis = "proj_embed.0.weight" in state
+    pixels = encoder.patch_size**2 * encoder.in_chans
+    return MaskedImageModel(
+        encoder,
+        "pixel" if out_dim == pixels else "hog",
+        vis=vis,
+        num_views=2 if vis else 1,
+        mask_ratio=0.6 if vis else 0.75,
+        block_size=None if vis else 1,
+        decoder_dim=dim,
+        decoder_depth=_depth(state, "decoder_blocks."),
+        decoder_heads=decoder_heads if decoder_heads is not None else 16,
+        decoder_mlp_ratio=state["decoder_blocks.0.mlp.fc1.weight"].shape[0] / dim,
+    )
+
+
+def _load_strictly(
+    model: nn.Module, state: dict[str, Tensor], allowed_missing: set[str], published: Callable[[str], str]
+) -> None:
+    """Load, or name what does not fit in the words of the file (``published``: our key -> its key)."""
+    expected = model.state_dict()
+    unknown = sorted(published(key) for key in set(state) - set(expected))
+    missing = sorted(published(key) for key in set(expected) - set(state) - allowed_missing)
+    wrong = [
+        f"{published(key)} is {list(state[key].shape)}, expected {list(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    problems = [("unknown", unknown), ("missing", missing), ("of wrong shape", wrong)]
+    if text := "; ".join(f"{word}: {', '.join(keys)}" for word, keys in problems if keys):
+        raise ValueError(f"the weights do not fit ({text})")
+    model.load_state_dict(state, strict=not allowed_missing)
+
+
+def from_timm(model: nn.Module) -> Encoder:
+    """A timm ``VisionTransformer`` (any pre-trained one with learnt or fixed positions) as our encoder.
+
+    Raises:
+        ValueError: for parts our ViT does not have (registers, layer scale, a pre-norm), by name; for other classes
+            of model (rotary positions, parallel blocks), activations or norms.
+    """
+    if not isinstance(model, timm_vit.VisionTransformer) or type(model.blocks[0]) is not timm_vit.Block:
+        raise ValueError(f"{type(model).__name__} is no timm VisionTransformer of plain blocks")
+    act, eps = model.blocks[0].mlp.act, model.blocks[0].norm1.eps
+    if getattr(act, "approximate", "") != "none" or eps != TRANSFORMER_NORM_EPS:
+        raise ValueError(
+            f"this ViT has {act} and norms of eps {eps}; ours has exact GELU and eps {TRANSFORMER_NORM_EPS}"
+        )
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("head.", "fc_norm."))}
+    options: dict[str, Any] = {
+        "img_size": tuple(model.patch_embed.img_size),
+        "in_chans": state["patch_embed.proj.weight"].shape[1],
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / model.embed_dim,
+        "class_token": model.num_prefix_tokens == 1,
+    }
+    patch = model.patch_embed.patch_size[0]
+    encoder = VisionTransformer(patch_size=patch, **options)
+    if isinstance(model.norm, nn.Identity):  # timm's average-pooled form moves the norm behind the pooling
+        state |= {f"norm.{k}": v for k, v in model.fc_norm.state_dict().items()}
+    _load_strictly(encoder, state, set(), str)  # the names are the same
+    return _named(encoder, _name_of(encoder, "vit", patch), options).eval()
+
+
+def timm_arguments(encoder: Encoder) -> dict[str, Any]:
+    """Arguments of ``timm.create_model("vit_tiny_patch16_224", ...)`` that fit this ViT's state dict strictly."""
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError("timm has no ConvViT; only vit_* encoders move to timm")
+    return {
+        "img_size": encoder.img_size,
+        "patch_size": encoder.patch_size,
+        "in_chans": encoder.in_chans,
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": encoder.num_heads,
+        "mlp_ratio": encoder.mlp_ratio,
+        "num_classes": 0,
+    } | ({} if encoder.num_prefix_tokens else {"class_token": False, "global_pool": "avg", "fc_norm": False})
+
+
+def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of ``timm.create_model`` that make this ViT: only those that the name does not imply.
+
+    ``pretrained_cfg_overlay`` tells timm's own transforms the preprocessing, where it is known.
+    """
+    arguments = timm_arguments(encoder)
+    size = encoder.name.split("_")[1]
+    dim, depth, heads = VIT_SIZES[size]
+    implied = {"img_size": (224, 224), "patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0}
+    implied |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
+    call = {key: value for key, value in arguments.items() if implied.get(key) != value}
+    if (known := encoder.preprocess) is not None:
+        size_and_fit = {"input_size": (known.in_chans, *known.img_size), "crop_pct": 1.0, "interpolation": "bicubic"}
+        call["pretrained_cfg_overlay"] = {"mean": known.mean, "std": known.std} | size_and_fit
+    return f"vit_{size}_patch16_224", call

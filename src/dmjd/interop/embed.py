@@ -1,0 +1,370 @@
+"""Features of every picture of a set as a table: streamed to finished parts, so that a kill loses little.
+
+Shapes: b pictures of a batch, N patch token, D width.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from dmjd.data.eval_loader import EvalLoader
+from dmjd.data.sources.base import Source
+from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.engine.console import Console, duration_text
+from dmjd.engine.device import keep_freed_memory, pick_device
+from dmjd.evaluation.frozen.features import Extractor, pooled
+from dmjd.files import METADATA_KEY, atomic, write_text
+from dmjd.nn.modes import evaluating
+from dmjd.runs.build import open_pictures
+
+ENDINGS = (".parquet", ".npy")
+
+ROWS_ENDING = ".rows.parquet"  # beside features.npy: what each of its rows is
+
+PART_SECONDS = 20.0  # the most work a kill loses, besides a batch
+
+PART_BYTES = 64 << 20  # the most that waits in memory
+
+_SHOWN = 10  # bad pictures named on the terminal; the file lists all
+
+Bad = list[tuple[str, str]]  # name and reason
+
+
+def embed(
+    run: str | Path,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    split: str = "train",
+    labels: str | None = None,
+    tokens: bool = False,
+    half: bool = False,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    device: str = "auto",
+    num_workers: int | None = None,
+) -> Path:
+    """Write the features of every picture of a set to a file.
+
+    Rows follow the set's order; pictures that cannot be read are left out and named. Finished parts lie in
+    ``<out>.parts`` until the file is whole: after a kill the same call goes on from them.
+
+    Args:
+        run: a run folder; or an encoder file or checkpoint, together with ``data``.
+        out: ``.parquet`` for columns ``index`` (place in the set), ``path``, with labels ``label`` (int64) and
+            ``class``, and ``features``; ``.npy`` for the features alone, with the other columns in
+            ``<name>.rows.parquet`` beside it.
+        data: the pictures; None = what the run was pre-trained on. split: "train" or "test", of data that has both.
+        labels: "none", "folder" or "column"; None = as the run.
+        tokens: the encoder's block outputs of all patch tokens, [N, D] in raster order, not the pooled feature [D].
+        half: store float16, not float32.
+        batch_size: pictures at once. precision: of the computation, "fp32" or "bf16" (autocast).
+        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
+
+    Returns:
+        The file. The schema of the parquet file keeps, under ``dmjd``, settings and unreadable pictures as JSON.
+
+    Raises:
+        ValueError: before anything is computed: another ending, a file or parts of other settings, data that cannot
+            be opened; later: no readable picture, or features that are not finite.
+    """
+    out = _checked_out(out)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    place = pick_device(device)
+    keep_freed_memory(place)
+    encoder = load_encoder(Path(run).expanduser(), place)
+    source = open_pictures(run, known_preprocess(encoder), data, split, labels=labels)
+    extract = _extractor(encoder, tokens, precision)
+    settings = {
+        "encoder": weights_hash(encoder),
+        "data": source.fingerprint(),
+        "num_pictures": len(source),
+        "labels": source.labels is not None,
+        "tokens": tokens,
+        "half": half,
+        "precision": precision,
+    }
+    console = Console()
+    if out.exists():
+        _check_same(settings, _settings_of(out), out)
+        console.say(f"{out} is finished already")
+        return out
+    shape = (encoder.num_patches, encoder.embed_dim) if tokens else (encoder.embed_dim,)
+    schema = _schema(source, shape, half)
+    with _Parts(out, settings, schema) as parts:
+        _fill(parts, encoder, source, extract, console, batch_size, num_workers)
+        bad = parts.bad()
+        if not parts.num_rows:
+            parts.drop()
+            raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read; {': '.join(bad[0])}")
+        parts.merge({"settings": settings, "grid": encoder.grid, "bad": bad})
+    _name_bad(console, bad)
+    return out
+
+
+def _checked_out(out: str | Path) -> Path:
+    """A file that can be written; missing folders are made."""
+    out = Path(out).expanduser()
+    if out.suffix not in ENDINGS:
+        raise ValueError(f"--out {out}: end it in {' or '.join(ENDINGS)}")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+    return out
+
+
+def _extractor(encoder: Encoder, tokens: bool, precision: str) -> Extractor:
+    """Normalised pictures [b, C, H, W] -> [b, D], or [b, N, D] of the patch tokens; float32."""
+    pool = pooled(encoder, precision)
+
+    def patch_tokens(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return encoder(images)[:, encoder.num_prefix_tokens :].float()
+
+    return patch_tokens if tokens else pool
+
+
+def _schema(source: Source, shape: tuple[int, ...], half: bool) -> pa.Schema:
+    value: pa.DataType = pa.float16() if half else pa.float32()
+    for side in reversed(shape):
+        value = pa.list_(value, side)
+    fields = [("index", pa.int64()), ("path", pa.string())]
+    if source.labels is not None:
+        fields += [("label", pa.int64()), ("class", pa.string())]
+    return pa.schema([*fields, ("features", value)])
+
+
+def _rows(source: Source, index: Tensor, features: Tensor, schema: pa.Schema) -> pa.Table:
+    """One batch as a table.
+
+    Raises:
+        ValueError: for features that are not finite in the type they are stored in.
+    """
+    half = pa.types.is_float16(_value_type(schema))
+    x = features.to(torch.float16 if half else torch.float32).cpu().numpy()
+    if not np.isfinite(x).all():
+        cure = "they may be too large for float16: leave --half out" if half else "its weights may have diverged"
+        raise ValueError(
+            f"features of {source.describe(int(index[0]))} or the pictures after it are not finite; {cure}"
+        )
+    values: pa.Array = pa.array(x.reshape(-1))
+    for side in x.shape[:0:-1]:
+        values = pa.FixedSizeListArray.from_arrays(values, side)
+    places = index.tolist()
+    columns: list[Any] = [places, [_text(source.describe(i)) for i in places]]
+    if source.labels is not None:
+        labels = source.labels[places]
+        columns += [labels, [source.classes[label] for label in labels]]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)] + [values], schema=schema)
+
+
+def _text(name: str) -> str:
+    """Any string as valid UTF-8, which parquet wants."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _value_type(schema: pa.Schema) -> pa.DataType:
+    """The number type inside the lists of the features."""
+    kind = schema.field("features").type
+    while pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _fill(
+    parts: "_Parts",
+    encoder: Encoder,
+    source: Source,
+    extract: Extractor,
+    console: Console,
+    batch_size: int,
+    num_workers: int | None,
+) -> None:
+    """Compute what is missing, in the set's order."""
+    first, began = parts.done, time.monotonic()
+    preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
+    loader = EvalLoader(source, preprocess, batch_size, num_workers, np.arange(first, len(source)))
+    if first:
+        console.say(f"going on from picture {first} of {len(source)}")
+    with evaluating(encoder), contextlib.closing(console):
+        for batch in loader:
+            x = extract(preprocess.normalise(batch.raw.to(device)))
+            parts.add(_rows(source, batch.index, x, parts.schema), loader.bad)
+            end = first + ((int(batch.index[0]) - first) // batch_size + 1) * batch_size  # of the batch's stretch
+            stop = min(len(source), end)
+            parts.save_if_due(stop)
+            rate = (stop - first) / max(1e-9, time.monotonic() - began)
+            left = duration_text((len(source) - stop) / rate)
+            console.line(f"{stop} of {len(source)} pictures  {rate:.0f} images/s  left {left}", stop / len(source))
+        parts.note_bad(loader.bad)
+        if parts.done < len(source):
+            parts.save(len(source))
+
+
+class _Parts:
+    """Finished stretches of the set, each a parquet file named after the places it covers, and the file they make.
+
+    Args:
+        out: the file in the end. settings: what all parts must share. schema: of their rows.
+
+    Attributes:
+        done: the first place that no part covers.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
+        self.out, self.schema, self.folder = out, schema, out.with_name(out.name + ".parts")
+        self._settings, self._file = settings, self.folder / "settings.json"
+        self._rows: list[pa.Table] = []
+        self._bad: Bad = []
+        self._named = 0  # of the loader's bad pictures, those that are in parts
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> "_Parts":
+        """Take the folder: one process at a time, and only for the settings its parts were made with."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(f"{self.folder} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(f"another process is writing {self.out}; wait for it or give another --out") from None
+        try:
+            if self._file.exists():
+                _check_same(self._settings, json.loads(self._file.read_text()), self.folder)
+            else:
+                write_text(self._file, json.dumps(self._settings))
+        except ValueError:
+            self._lock.close()
+            raise
+        self.done = max((int(file.stem.rsplit("-", 1)[1]) for file in self.files()), default=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def files(self) -> list[Path]:
+        """Finished parts, in the set's order."""
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the finished parts."""
+        return sum(pq.read_metadata(file).num_rows for file in self.files())
+
+    def add(self, rows: pa.Table, bad: Bad) -> None:
+        """Take a batch in; ``bad`` are all unreadable pictures that the loader has met."""
+        self._rows.append(rows)
+        self.note_bad(bad)
+
+    def note_bad(self, bad: Bad) -> None:
+        """Remember those of the loader's unreadable pictures that are new."""
+        self._bad += bad[self._named :]
+        self._named = len(bad)
+
+    def save_if_due(self, stop: int) -> None:
+        """Finish a part when it holds enough work or memory."""
+        waiting = sum(rows.nbytes for rows in self._rows)
+        if waiting >= PART_BYTES or time.monotonic() - self._saved >= PART_SECONDS:
+            self.save(stop)
+
+    def save(self, stop: int) -> None:
+        """Finish a part that reaches to place ``stop``."""
+        bad = {METADATA_KEY: json.dumps(self._bad)}
+        table = pa.concat_tables([self.schema.empty_table(), *self._rows]).replace_schema_metadata(bad)
+        with atomic(self.folder / f"part-{self.done:012d}-{stop:012d}.parquet") as temporary:
+            pq.write_table(table, temporary)
+        self._rows, self._bad, self.done, self._saved = [], [], stop, time.monotonic()
+
+    def bad(self) -> Bad:
+        """The unreadable pictures of all finished parts."""
+        lists = (json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()]) for file in self.files())
+        return [(name, reason) for part in lists for name, reason in part]
+
+    def merge(self, metadata: dict[str, Any]) -> None:
+        """Write the whole file, part by part, then drop the parts."""
+        schema = self.schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
+        if self.out.suffix == ".npy":
+            rows = schema.remove(schema.get_field_index("features"))
+            _write_parquet(self._tables(rows.names), rows, rows_file(self.out))
+            _write_npy(self._tables(["features"]), self.num_rows, self.schema, self.out)
+        else:
+            _write_parquet(self._tables(schema.names), schema, self.out)
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove the parts."""
+        shutil.rmtree(self.folder)
+
+    def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        return (pq.read_table(file, columns=columns) for file in self.files())
+
+
+def rows_file(npy: Path) -> Path:
+    """What lies beside ``features.npy`` and says what its rows are."""
+    return npy.with_name(npy.stem + ROWS_ENDING)
+
+
+def _write_parquet(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
+
+
+def _write_npy(tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, path: Path) -> None:
+    """The features of the tables below each other as one array."""
+    kind, shape = schema.field("features").type, []
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    dtype = np.dtype(kind.to_pandas_dtype())
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_rows, *shape)}
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for table in tables:
+            values = table["features"].combine_chunks()
+            for _ in shape:
+                values = values.flatten()
+            file.write(values.to_numpy(zero_copy_only=False).tobytes())
+
+
+def _settings_of(out: Path) -> dict[str, Any]:
+    """The settings that a finished file was made with; empty for a file of another origin."""
+    file = rows_file(out) if out.suffix == ".npy" else out
+    try:
+        return json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()])["settings"]
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are both of the first kinds
+        return {}
+
+
+def _check_same(settings: dict[str, Any], old: dict[str, Any], place: Path) -> None:
+    """Refuse to write over, or go on with, features of another kind."""
+    if different := [name for name, value in settings.items() if old.get(name) != value]:
+        raise ValueError(
+            f"{place} was made with other settings ({', '.join(different)}): delete it, or give another --out"
+        )
+
+
+def _name_bad(console: Console, bad: Bad) -> None:
+    for name, reason in bad[:_SHOWN]:
+        console.warn(f"left out {name}: {reason}")
+    if len(bad) > _SHOWN:
+        console.warn(f"left out {len(bad) - _SHOWN} more; the file's metadata lists them all")

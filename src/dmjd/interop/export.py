@@ -1,0 +1,160 @@
+"""A trained encoder as a file for other programs; what was written is compared with the encoder before it is kept."""
+
+import difflib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
+from dmjd.files import METADATA_KEY, atomic, write_bytes
+from dmjd.interop.conversion import timm_call
+
+FORMATS = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx"}
+
+TOLERANCE = 1e-4  # absolute, and relative where values are above 1
+
+_BATCHES = (1, 3)  # the export itself sees two pictures: a batch size that were built in would show
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file, and how it is used: lines of Python."""
+
+    path: Path
+    usage: str
+
+
+def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
+    """Write a run's encoder for another program.
+
+    Args:
+        run: a run folder, an encoder file or a checkpoint.
+        format: "timm": weights that ``timm.create_model`` loads strictly with the arguments in ``usage`` (ViT only);
+            "safetensors": the encoder with its configuration and preprocessing, for :func:`load_encoder`;
+            "onnx": images [B, C, H, W], normalised, of any number B -> ``tokens`` [B, prefix + N, D] as
+            ``encoder(images)`` and ``features`` [B, D] as ``encoder.pool(tokens)``.
+        out: the file, ending in ``.safetensors`` or ``.onnx``.
+
+    Raises:
+        ValueError: for what cannot be exported, an ending that does not fit, or outputs that differ from the
+            encoder's by more than 1e-4; there is no file then.
+    """
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.0)
+        raise ValueError(f"cannot export '{format}'; did you mean '{near[0]}'? There are: {', '.join(FORMATS)}")
+    out = Path(out).expanduser()
+    if out.suffix != FORMATS[format]:
+        raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")
+    encoder = load_encoder(Path(run).expanduser())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+    return {"timm": _to_timm, "safetensors": _to_safetensors, "onnx": _to_onnx}[format](encoder, out)
+
+
+def _to_safetensors(encoder: Encoder, out: Path) -> Exported:
+    write_bytes(out, encoder_bytes(encoder))
+    return Exported(out, f'import dmjd\n\nencoder = dmjd.load_encoder("{out}")')
+
+
+def _to_timm(encoder: Encoder, out: Path) -> Exported:
+    """Our ViT has timm's parameter names, so its file is timm's file too."""
+    name, arguments = timm_call(encoder)
+    model = cast(VisionTransformer, timm.create_model(name, **arguments)).eval()
+    model.load_state_dict(encoder.state_dict())
+    images = _random_images(encoder, 2)
+    with torch.inference_mode():
+        pair = model.forward_features(images), encoder.forward_features(images)
+    _check_close("timm's tokens", *(x.numpy() for x in pair))
+    write_bytes(out, encoder_bytes(encoder))
+    lines = [f"    {name!r},", f"    checkpoint_path={str(out)!r},"]
+    lines += [f"    {key}={value!r}," for key, value in arguments.items()]
+    return Exported(out, "\n".join(["import timm", "", "model = timm.create_model(", *lines, ")"]))
+
+
+class _TokensAndFeatures(nn.Module):
+    """What an ONNX file computes."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] -> [B, prefix + N, D], [B, D]."""
+        tokens = self.encoder(images)
+        return tokens, self.encoder.pool(tokens)
+
+
+def _to_onnx(encoder: Encoder, out: Path) -> Exported:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the onnx format needs {' and '.join(missing)}: pip install 'dmjd[onnx]'")
+    model = _TokensAndFeatures(encoder).eval()
+    program = torch.onnx.export(
+        model,
+        (_random_images(encoder, 2),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["tokens", "features"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props[METADATA_KEY] = json.dumps(encoder_metadata(encoder), sort_keys=True)
+    with atomic(out) as temporary:
+        program.save(temporary, external_data=False)
+        _check_onnx(temporary, model)
+    lines = [
+        "import onnxruntime",
+        "",
+        f'session = onnxruntime.InferenceSession("{out}")',
+        f"# images: float32 [B, {encoder.in_chans}, {encoder.img_size[0]}, {encoder.img_size[1]}]{_scaling(encoder)}",
+        'tokens, features = session.run(None, {"images": images})',
+    ]
+    return Exported(out, "\n".join(lines))
+
+
+def _scaling(encoder: Encoder) -> str:
+    """What has to be done to pixel values, in words; nothing where it is not known."""
+    if (known := encoder.preprocess) is None:
+        return ""
+    mean, std = ([round(value, 4) for value in values] for values in (known.mean, known.std))
+    return f": 0..255, divided by 255, minus {mean}, divided by {std}"
+
+
+def _check_onnx(file: Path, model: _TokensAndFeatures) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for batch in _BATCHES:
+        images = _random_images(model.encoder, batch)
+        with torch.inference_mode():
+            expected = model(images)
+        for name, ours, theirs in zip(
+            ("tokens", "features"), expected, session.run(None, {"images": images.numpy()}), strict=True
+        ):
+            _check_close(f"the ONNX file's {name}", np.asarray(theirs), ours.numpy())
+
+
+def _check_close(name: str, theirs: np.ndarray, ours: np.ndarray) -> None:
+    if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE):
+        gap = (
+            f"by up to {np.abs(theirs - ours).max():.1e}" if theirs.shape == ours.shape else f"in shape {theirs.shape}"
+        )
+        raise ValueError(f"{name} differ from the encoder's {gap}; nothing was written")
+
+
+def _random_images(encoder: Encoder, batch: int) -> Tensor:
+    """Normalised pictures, the same at each call; torch's own random state is left alone."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=generator)

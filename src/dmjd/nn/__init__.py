@@ -1,0 +1,1 @@
+"""Layers and functions on tokens that know no encoder and no method."""

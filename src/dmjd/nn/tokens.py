@@ -1,0 +1,63 @@
+"""Pure functions on tokens: patches, positions, gathering by id.
+
+Shape legend of the whole package: B image, K view, N token, V visible, M masked, D width, C channel or target entry,
+H, W image sides, h, w grid sides, P patch side.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, C, h*P, w*P] -> [B, h*w, P*P*C], raster order; entries in the order (row, column, channel)."""
+    B, C, H, W = images.shape
+    P = patch_size
+    if H % P or W % P:
+        raise ValueError(f"image of {H} x {W} pixels is not divisible into patches of {P} x {P}")
+    x = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1)  # B, h, w, P, P, C
+    return x.reshape(B, (H // P) * (W // P), P * P * C)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Inverse of :func:`patchify`: [B, h*w, P*P*C] -> [B, C, h*P, w*P]."""
+    B, N, E = patches.shape
+    (h, w), P = grid, patch_size
+    if h * w != N or E % (P * P):
+        raise ValueError(f"{N} patches of {E} values do not form a {h} x {w} grid of {P} x {P}-pixel patches")
+    x = patches.reshape(B, h, w, P, P, E // (P * P)).permute(0, 5, 1, 3, 2, 4)  # B, C, h, P, w, P
+    return x.reshape(B, -1, h * P, w * P)
+
+
+def sincos_positions(dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Tensor:
+    """Fixed 2-D sine-cosine position table (MAE, He et al. 2022), computed in float64.
+
+    The first half of the channels encodes the column, the second half the row; each half is [sin..., cos...] with
+    frequencies 10000^(-i / (dim / 4)).
+
+    Returns:
+        [1, num_prefix + h*w, dim] float32; prefix positions are zero.
+
+    Raises:
+        ValueError: if ``dim`` is not divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions need a width divisible by 4, got {dim}")
+    h, w = grid
+    omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    rows, columns = np.meshgrid(np.arange(h, dtype=np.float64), np.arange(w, dtype=np.float64), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # N, D/4 each
+    table = np.concatenate([part for a in angles for part in (np.sin(a), np.cos(a))], axis=1)  # N, D
+    table = np.concatenate([np.zeros((num_prefix, dim)), table])
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Pick tokens by id: x [B, N, D], ids [B, V] int64 -> [B, V, D]."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def gather_views(x: Tensor, ids: Tensor) -> Tensor:
+    """Pick tokens of images for all their views: x [B, N, D], ids [R, V] with R = K * B, view-major -> [R, V, D]."""
+    image = torch.arange(ids.shape[0], device=ids.device) % x.shape[0]  # R
+    return x[image.unsqueeze(1), ids]

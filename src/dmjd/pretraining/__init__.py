@@ -1,0 +1,1 @@
+"""``pretrain(config)`` and ``bench(config)``."""
