@@ -2,7 +2,7 @@
 
     python benchmarks/convergence.py main --encoder vit_lite --data cifar10 --minutes 8 --seeds 3 --out runs/convergence
 
-A tenth of the training pictures is held out: no encoder sees them, and every choice is made on them. In this order,
+A tenth of the training images is held out: no encoder sees them, and every choice is made on them. In this order,
 each part resumable and read where it is finished:
 
 - calibrate (with ``--clock calibrated``): seconds a step of each variant, the fastest of rounds that alternate. Runs
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from convergence_probe import SIDE, Probe, ProbeHook, split
-from convergence_report import curves_figure, result_table, summarise
+from convergence_report import curves_figure, result_table, summarize
 from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
 from transfer_cifar10 import labels_of
 
@@ -41,7 +41,7 @@ from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric, pick_device
-from dmjd.engine.loop import NonFiniteLoss, Progress, Report, StopSignal
+from dmjd.engine.loop import NonFiniteLoss, Report, StopSignal, TrainState
 from dmjd.engine.optim import requested_pred_ratio
 from dmjd.figures.grid import save_figure
 from dmjd.files import write_bytes, write_text
@@ -52,7 +52,7 @@ from dmjd.runs.build import build_encoder
 PHASES = ("calibrate", "search", "train", "test", "report")
 SEARCH_SEED = 1000  # apart from the seeds of the runs
 PLACES = ("data", "out", "json", "encoders")  # folders and files of one machine, left out of the record
-ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_PICTURES = 3, 3, 10, 2048  # of the calibration
+ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_IMAGES = 3, 3, 10, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "img_size": SIDE,
     "class_token": False,
@@ -81,7 +81,7 @@ class Study:
         self.jobs = self.out / "jobs"
         self.jobs.mkdir(parents=True, exist_ok=True)
         split(arguments.data, self.out / "data", arguments.held_out)
-        self.num_pictures = len(open_source(str(self.out / "data"), split="train", labels="column"))
+        self.num_images = len(open_source(str(self.out / "data"), split="train", labels="column"))
         self.features = "bf16" if arguments.precision == "bf16" else "fp32"
         counts = (arguments.probe_train, arguments.probe_test)
         self.probe = Probe(self.out / "data", *counts, self.device, self.features)
@@ -175,7 +175,7 @@ class Study:
     def _step_seconds(self, name: str, variant: Variant) -> float:
         config = self.config(name, variant, 1e-4, 0, self.out, 1.0).replace(steps=WARMUP_STEPS + TIMED_STEPS)
         source = open_source(str(self.out / "data"), split="train", labels="column")
-        source = SubsetSource(source, range(min(TIMED_PICTURES, len(source))))
+        source = SubsetSource(source, range(min(TIMED_IMAGES, len(source))))
         model = make_model(variant, config)
         model.encoder.preprocess = self.probe.preprocess
         fabric = make_fabric(config.device, config.precision)
@@ -183,7 +183,7 @@ class Study:
         stamps: list[float] = []
 
         def stamp(report: Report) -> None:
-            if report.progress.step in (WARMUP_STEPS, WARMUP_STEPS + TIMED_STEPS):
+            if report.state.step in (WARMUP_STEPS, WARMUP_STEPS + TIMED_STEPS):
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 stamps.append(time.perf_counter())
@@ -197,7 +197,7 @@ class Study:
         return {name: self.trained.get(name) or self.known.get(name) or Variant(name) for name in sorted(names)}
 
     def search(self, wave: dict[str, Variant]) -> None:
-        """The best base rate of each variant: equal candidates, equal time, best linear probe on held-out pictures."""
+        """The best base rate of each variant: equal candidates, equal time, best linear probe on held-out images."""
         blrs, share = self.arguments.blrs, self.arguments.search_share
         wanted = {name: variant for name, variant in self._searched(wave).items() if name not in self.rates}
         scores: dict[str, dict[float, float]] = {name: {} for name in wanted}
@@ -244,7 +244,7 @@ class Study:
         hook = ProbeHook(model.encoder, self.probe, shares, self.jobs / f"{key}.jsonl")
         if kind == "train" and not hook.lines:
             model.to(self.device)
-            hook.write(0.0, Progress())
+            hook.write(0.0, TrainState())
         diverged = False
         try:
             finished = dmjd.pretrain(config, model=model, hooks=[hook, self._guard]).finished
@@ -263,7 +263,7 @@ class Study:
         """A probe with its place on the axes of the figures."""
         seconds = line["step"] * self.seconds[_base(name)] if self.seconds else line["seconds"]
         values = {key: line[key] for key in ("share", "step", "images", "knn", "linear")}
-        return values | {"minutes": seconds / 60, "epochs": line["images"] / self.num_pictures}
+        return values | {"minutes": seconds / 60, "epochs": line["images"] / self.num_images}
 
     def _tidy(self, kind: str, folder: Path) -> None:
         """Of a finished run the encoder is kept, of the search nothing."""
@@ -315,7 +315,7 @@ class Study:
     def report(self, runs: list[dict[str, Any]]) -> None:
         """JSON and figure beside it, table on the terminal."""
         given = self.arguments
-        rows = summarise(runs, self.baseline)
+        rows = summarize(runs, self.baseline)
         searches = [json.loads(file.read_text()) for file in sorted(self.jobs.glob(f"search-{given.encoder}-*.json"))]
         content = {
             "set": given.set,
@@ -350,7 +350,7 @@ def _score(record: dict[str, Any]) -> float:
 
 
 def shuffled(jobs: list[Any]) -> list[Any]:
-    """In an order that is the same whenever the study goes on, so that a drifting machine favours no variant."""
+    """In an order that is the same whenever the study goes on, so that a drifting machine favors no variant."""
     return random.Random(0).sample(jobs, len(jobs))
 
 
@@ -368,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--encoder", choices=list(ENCODERS), default="vit_lite")
-    parser.add_argument("--data", default="cifar10", help="pictures with labels and a test part")
+    parser.add_argument("--data", default="cifar10", help="images with labels and a test part")
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
     parser.add_argument("--json", type=Path, help="result; the figure lies beside it")
     parser.add_argument("--encoders", type=Path, help="folder that gets the trained encoders in half precision")
@@ -381,9 +381,9 @@ def main() -> None:
     parser.add_argument("--blrs", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3], help="one: no search")
     parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run, of a whole one")
     parser.add_argument("--probes", type=int, default=8, help="in each run")
-    parser.add_argument("--probe-train", type=int, default=5000, help="pictures")
-    parser.add_argument("--probe-test", type=int, default=2500, help="held-out pictures")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the training pictures")
+    parser.add_argument("--probe-train", type=int, default=5000, help="images")
+    parser.add_argument("--probe-test", type=int, default=2500, help="held-out images")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of the training images")
     parser.add_argument("--label-fraction", type=float, help="of the labels the last probes use; default all")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")

@@ -1,4 +1,4 @@
-"""Held-out pictures of a training set, and probes of an encoder on them while it trains, for ``convergence.py``."""
+"""Held-out images of a training set, and probes of an encoder on them while it trains, for ``convergence.py``."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from dmjd.data.eval_loader import read_all
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.base import Encoder
-from dmjd.engine.loop import Progress, Report
+from dmjd.engine.loop import Report, TrainState
 from dmjd.evaluation.frozen.features import Features, pooled
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe
@@ -27,11 +27,11 @@ from dmjd.files import atomic, write_text
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
 
-SIDE = 32  # of pictures, in pixels
+SIDE = 32  # of images, in pixels
 
 
 def split(data: str, folder: Path, share: float) -> None:
-    """Training pictures without a held-out part as train.parquet, and that part as test.parquet; written once."""
+    """Training images without a held-out part as train.parquet, and that part as test.parquet; written once."""
     files = {name: folder / f"{name}.parquet" for name in ("train", "test")}
     if all(file.exists() for file in files.values()):
         return
@@ -44,7 +44,7 @@ def split(data: str, folder: Path, share: float) -> None:
 
 
 def _row(source: Source, index: int) -> dict[str, Any]:
-    """A picture as Hugging Face's schema has it; encoded bytes are kept as they are."""
+    """An image as Hugging Face's schema has it; encoded bytes are kept as they are."""
     stored = source.stored(index)
     if not isinstance(stored, bytes):
         buffer = io.BytesIO()
@@ -54,10 +54,10 @@ def _row(source: Source, index: int) -> dict[str, Any]:
 
 
 class Probe:
-    """kNN and linear probe of an encoder, on a fixed part of the training pictures and of the held-out ones.
+    """kNN and linear probe of an encoder, on a fixed part of the training images and of the held-out ones.
 
     Args:
-        data: folder of :func:`split`. num_train, num_test: pictures, evenly spaced.
+        data: folder of :func:`split`. num_train, num_test: images, evenly spaced.
         device: where the encoder runs. precision: of features, "fp32" or "bf16".
     """
 
@@ -78,7 +78,7 @@ class Probe:
     def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
         extract = pooled(encoder, self.precision)
         with evaluating(encoder):
-            parts = [extract(self.preprocess.normalise(part.to(self.device))).cpu() for part in raw.split(512)]
+            parts = [extract(self.preprocess.normalize(part.to(self.device))).cpu() for part in raw.split(512)]
         return torch.cat(parts)
 
 
@@ -97,14 +97,14 @@ class ProbeHook:
     def __call__(self, report: Report) -> None:
         """One line where a share is crossed."""
         if not self._began:  # after an interruption: what came later than the checkpoint is made again
-            self.lines = [line for line in self.lines if line["step"] < report.progress.step]
+            self.lines = [line for line in self.lines if line["step"] < report.state.step]
             self._began = True
         last = self.lines[-1]["share"] if self.lines else -1.0
-        due = [share for share in self.shares if last < share <= report.share]
+        due = [share for share in self.shares if last < share <= report.progress]
         if due:
-            self.write(due[-1], report.progress)
+            self.write(due[-1], report.state)
 
-    def write(self, share: float, progress: Progress) -> None:
+    def write(self, share: float, progress: TrainState) -> None:
         """Probe now."""
         self.lines.append({"share": share} | asdict(progress) | self.probe(self.encoder))
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))

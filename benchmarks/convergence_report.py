@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from dmjd.figures.grid import DPI
 
 PROBES = {"linear": "linear probe", "knn": "kNN"}
-AXES = {"minutes": "minutes of training", "images": "pictures seen", "epochs": "epochs"}
+AXES = {"minutes": "minutes of training", "images": "images seen", "epochs": "epochs"}
 Run = dict[str, Any]  # variant, seed, blr, probes: [{share, step, images, minutes, epochs, knn, linear}], test
 
 
@@ -41,10 +41,10 @@ def time_to_reach(xs: Sequence[float], ys: Sequence[float], level: float) -> flo
     return None
 
 
-def summarise(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Any]]:
+def summarize(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Any]]:
     """Variant -> rate, length, accuracies (mean, spread of a sample), and the time to the baseline's final accuracy.
 
-    Times are read off probes on held-out pictures along one long schedule. A schedule that is short as a whole
+    Times are read off probes on held-out images along one long schedule. A schedule that is short as a whole
     (``name@share``) decays sooner and is the fairer test of a speed-up.
     """
     groups = by_variant(runs)
@@ -94,7 +94,7 @@ def _percent(value: dict[str, float] | None) -> str:
 
 
 def result_table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
-    """:func:`summarise` for people, in Markdown."""
+    """:func:`summarize` for people, in Markdown."""
     titles = ["variant", "seeds", "blr", "steps", "epochs", "minutes", "held-out kNN", "held-out linear"]
     titles += ["test kNN", "test linear", f"minutes to {baseline}'s linear", "times faster"]
     lines = [titles, ["---"] * len(titles)]
@@ -115,7 +115,7 @@ def result_table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
 
 
 def curves_figure(runs: Sequence[Run], title: str) -> Figure:
-    """Accuracy on held-out pictures against time, pictures and epochs; bands from the lowest to the highest seed."""
+    """Accuracy on held-out images against time, images and epochs; bands from the lowest to the highest seed."""
     figure = Figure(figsize=(4.4 * len(AXES), 3.6 * len(PROBES) + 0.6), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(PROBES), len(AXES), squeeze=False)
     groups = {name: own for name, own in by_variant(runs).items() if own}
@@ -126,7 +126,7 @@ def curves_figure(runs: Sequence[Run], title: str) -> Figure:
                 style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
                 axes.plot(xs, [100 * v for v in mean], marker=".", linewidth=1.2, label=name, **style)
                 axes.fill_between(xs, [100 * v for v in low], [100 * v for v in high], alpha=0.15, color=style["color"])
-            axes.set(xlabel=x_title, ylabel=f"{y_title}, top-1 in % (held-out pictures)")
+            axes.set(xlabel=x_title, ylabel=f"{y_title}, top-1 in % (held-out images)")
             axes.grid(alpha=0.3)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), fontsize=8)

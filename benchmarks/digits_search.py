@@ -2,7 +2,7 @@
 
     python benchmarks/digits_search.py --minutes 1 --out runs/search --json benchmarks/results/digits_search.json
 
-Variants run one after the other in shuffled order, so that a drifting machine favours none; finished ones are not run
+Variants run one after the other in shuffled order, so that a drifting machine favors none; finished ones are not run
 again. Each is evaluated by the run's own protocol: kNN and linear probe on the 2,000 test renderings.
 """
 

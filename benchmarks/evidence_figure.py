@@ -1,7 +1,7 @@
-"""The figure of docs/evidence.md: linear probe against minutes and against pictures, from results of convergence.py.
+"""The figure of docs/evidence.md: linear probe against minutes and against images, from results of convergence.py.
 
     python benchmarks/evidence_figure.py benchmarks/results/convergence_{main,beyond}_vit_lite_6min.json \
-      --variants mae maskfeat dmjd --out docs/pictures/evidence.png
+      --variants mae maskfeat dmjd --out docs/figures/evidence.png
 """
 
 import argparse
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dmjd.figures.grid import DPI, save_figure
 
-AXES = {"minutes": "minutes of training", "images": "pictures seen, thousands"}
+AXES = {"minutes": "minutes of training", "images": "images seen, thousands"}
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def draw(groups: dict[str, list[Run]]) -> Figure:
         axes.grid(alpha=0.3)
         axes.set(xlabel=title)
     first = figure.axes[0]
-    first.set(ylabel="linear probe, top-1 in %\n(held-out pictures)")
+    first.set(ylabel="linear probe, top-1 in %\n(held-out images)")
     first.legend(fontsize=8, loc="lower right")
     return figure
 

@@ -1,10 +1,10 @@
-"""How fast pictures come: JPEGs from disk, small sets from memory, and the list of a large folder.
+"""How fast images come: JPEGs from disk, small sets from memory, and the list of a large folder.
 
     python benchmarks/loader.py --json benchmarks/results/loader.json
 
 One core. What counts is the processor time of this process, and all rows of a table are measured in turns within one
-run, the best turn of each: other work on the machine favours none. The JPEGs are made here: 500 x 375 pixels, smooth
-colours with texture, about 60 KB each. First our crops are compared with Pillow's of the same boxes; the run stops
+run, the best turn of each: other work on the machine favors none. The JPEGs are made here: 500 x 375 pixels, smooth
+colors with texture, about 60 KB each. First our crops are compared with Pillow's of the same boxes; the run stops
 where they differ by more than resampling does.
 """
 
@@ -44,13 +44,13 @@ BATCH = 64
 CIFAR_BATCH = 256
 
 
-def picture(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Smooth colours on four scales and fine grain: [height, width, 3] uint8."""
+def image(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Smooth colors on four scales and fine grain: [height, width, 3] uint8."""
     rng = np.random.default_rng(seed)
     total = np.full((height, width, 3), 128, np.float32)
     for cells, strength in ((4, 65), (12, 42), (40, 26), (120, 14)):
-        grey = rng.standard_normal((cells, cells + 2, 1), np.float32)
-        coarse = grey + 0.5 * rng.standard_normal((cells, cells + 2, 3), np.float32)
+        gray = rng.standard_normal((cells, cells + 2, 1), np.float32)
+        coarse = gray + 0.5 * rng.standard_normal((cells, cells + 2, 3), np.float32)
         planes = [Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
         total += strength * np.stack([np.asarray(plane) for plane in planes], -1)
     total += rng.uniform(4, 14) * rng.standard_normal((height, width, 1), np.float32)
@@ -58,9 +58,9 @@ def picture(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 
 def make_jpegs(folder: Path, count: int, height: int = HEIGHT, width: int = WIDTH) -> list[bytes]:
-    """Write that many pictures into a folder; returns their bytes."""
+    """Write that many images into a folder; returns their bytes."""
     for seed in range(count):
-        Image.fromarray(picture(seed, height, width)).save(folder / f"{seed:05d}.jpg", quality=QUALITY)
+        Image.fromarray(image(seed, height, width)).save(folder / f"{seed:05d}.jpg", quality=QUALITY)
     return [(folder / f"{seed:05d}.jpg").read_bytes() for seed in range(count)]
 
 
@@ -81,7 +81,7 @@ def difference(loader: TrainLoader, pillows: Callable[[int, list[float]], Image.
     """Mean, 99th percentile and largest difference, in levels of 255, between a batch and Pillow's own crops.
 
     Args:
-        loader: ours. pillows: index of a picture and its box (top, left, height, width) -> Pillow's crop, not mirrored.
+        loader: ours. pillows: index of an image and its box (top, left, height, width) -> Pillow's crop, not mirrored.
     """
     batch = next(loader.batches())
     indices, keys = loader.stream.draw(next(loader.stream.micro_batches(0)))
@@ -103,7 +103,7 @@ def check(found: dict[str, float], mean: float) -> dict[str, float]:
 
 
 def ordinary_transform(size: int) -> transforms.Compose:
-    """What training scripts usually do to each picture."""
+    """What training scripts usually do to each image."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, (0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -114,13 +114,13 @@ def ordinary_transform(size: int) -> transforms.Compose:
     )
 
 
-def each(function: Callable[[bytes], Any], pictures: list[bytes]) -> Callable[[], int]:
-    """One turn of a way that takes pictures one by one."""
+def each(function: Callable[[bytes], Any], images: list[bytes]) -> Callable[[], int]:
+    """One turn of a way that takes images one by one."""
 
     def turn() -> int:
-        for encoded in pictures:
+        for encoded in images:
             function(encoded)
-        return len(pictures)
+        return len(images)
 
     return turn
 
@@ -136,13 +136,13 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
     }
 
 
-def ours(loader: TrainLoader, batches: int, normalised: bool = False) -> Callable[[], int]:
-    """One turn of our loader, with or without the normalisation that a run leaves to its device."""
+def ours(loader: TrainLoader, batches: int, normalized: bool = False) -> Callable[[], int]:
+    """One turn of our loader, with or without the normalization that a run leaves to its device."""
     endless, preprocess = loader.batches(), Preprocess(loader._augment.size)
 
     def take() -> Tensor:
         images = next(endless).images
-        return preprocess.normalise(images) if normalised else images
+        return preprocess.normalize(images) if normalized else images
 
     return lambda: sum(len(take()) for _ in range(batches))
 
@@ -176,54 +176,54 @@ def jpeg_ways(folder: Path, encoded: list[bytes]) -> dict[str, Callable[[], int]
         return len(files)
 
     bare = {name: each(function, encoded) for name, function in decoders().items()}
-    rows = {"dmjd": False, "dmjd, normalised": True}
+    rows = {"dmjd": False, "dmjd, normalized": True}
     mine = {name: ours(folder_loader(folder, BATCH), len(files) // BATCH, flag) for name, flag in rows.items()}
     return {"ordinary pipeline": ordinary} | bare | mine
 
 
 @functools.lru_cache
-def random_pictures(count: int) -> np.ndarray:
+def random_images(count: int) -> np.ndarray:
     """[count, 32, 32, 3] uint8."""
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
 class Arrays(Source):
-    """Random pictures of CIFAR's size and number, already in memory."""
+    """Random images of CIFAR's size and number, already in memory."""
 
     name = "random"
 
     def __init__(self, count: int = 50_000) -> None:
-        self.pictures = random_pictures(count)
+        self.images = random_images(count)
         self.classes = []
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def stored(self, index: int) -> np.ndarray:
         """An array."""
-        return self.pictures[index]
+        return self.images[index]
 
     def describe(self, index: int) -> str:
         """Its number."""
-        return f"picture {index}"
+        return f"image {index}"
 
 
 def memory_ways() -> dict[str, Callable[[], int]]:
-    """Batches of 256 crops of 32 x 32: torchvision picture by picture, and ours."""
+    """Batches of 256 crops of 32 x 32: torchvision image by image, and ours."""
     source = Arrays()
     transform = ordinary_transform(32)
     chunks = itertools.cycle(range(0, len(source) - CIFAR_BATCH, CIFAR_BATCH))
 
     def ordinary() -> int:
         first = next(chunks)
-        torch.stack([transform(Image.fromarray(source.pictures[first + i])) for i in range(CIFAR_BATCH)])
+        torch.stack([transform(Image.fromarray(source.images[first + i])) for i in range(CIFAR_BATCH)])
         return CIFAR_BATCH
 
     loader = memory_loader(source)
     return {
         "per-sample torchvision": ordinary,
         "dmjd": ours(loader, 10),
-        "dmjd, normalised": ours(loader, 10, normalised=True),
+        "dmjd, normalized": ours(loader, 10, normalized=True),
     }
 
 
@@ -233,14 +233,14 @@ def memory_loader(source: Arrays) -> TrainLoader:
 
 
 def pillows_small_crop(index: int, box: list[float]) -> Image.Image:
-    """Pillow's crop of one of the random pictures; it sees pixels beside the box, as our batches do."""
+    """Pillow's crop of one of the random images; it sees pixels beside the box, as our batches do."""
     top, left, height, width = box
-    picture = Image.fromarray(Arrays().pictures[index])
-    return picture.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    image = Image.fromarray(Arrays().images[index])
+    return image.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
 
 
 def photograph_ways(folder: Path) -> dict[str, Callable[[], int]]:
-    """12-megapixel pictures: the ordinary pipeline and ours, which decodes them at a fraction of their size."""
+    """12-megapixel images: the ordinary pipeline and ours, which decodes them at a fraction of their size."""
     files = sorted(folder.iterdir())
     transform = ordinary_transform(224)
 
@@ -279,7 +279,7 @@ def orders() -> dict[str, float]:
     """Seconds for the order of an epoch."""
     seconds: dict[str, float] = {}
     for n in (10**6, 10**7):
-        with took(seconds, f"order of {n:,} pictures"):
+        with took(seconds, f"order of {n:,} images"):
             permutation(0, 0, n)
     permutation.cache_clear()
     return seconds
@@ -315,7 +315,7 @@ def main() -> None:
     """Measure, print tables, write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the numbers go")
-    parser.add_argument("--pictures", type=int, default=128, help="JPEGs, a multiple of 64")
+    parser.add_argument("--images", type=int, default=128, help="JPEGs, a multiple of 64")
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--files", type=int, default=1_000_000, help="files of the folder that is listed")
     parser.add_argument("--temp", type=Path, help="where files are made; default: the system's temporary folder")
@@ -326,7 +326,7 @@ def main() -> None:
         folders = [Path(temp) / name for name in ("jpegs", "photographs", "listing")]
         for folder in folders:
             folder.mkdir()
-        encoded = make_jpegs(folders[0], arguments.pictures)
+        encoded = make_jpegs(folders[0], arguments.images)
         kilobytes = sum(map(len, encoded)) / len(encoded) / 1000
         make_jpegs(folders[1], 4, 3000, 4000)
         levels = {
@@ -342,7 +342,7 @@ def main() -> None:
     table(f"{WIDTH} x {HEIGHT} JPEGs of {kilobytes:.0f} KB, crops of 224", jpegs, "ordinary pipeline")
     print(f"  dmjd: {jpegs['dmjd'] / bare:.0%} of the fastest bare decoder")
     table("4000 x 3000 JPEGs, crops of 224", photographs, "ordinary pipeline")
-    table("32 x 32 pictures in memory", memory, "per-sample torchvision")
+    table("32 x 32 images in memory", memory, "per-sample torchvision")
     print("\nDifference to Pillow's crops of the same boxes, in levels of 255")
     for name, found in levels.items():
         print(f"  {name:15s}" + "".join(f"  {what} {value:.3f}" for what, value in found.items()))

@@ -1,6 +1,6 @@
 """The other side of the speed comparisons: training steps of the same work in other software, each as it comes.
 
-All give ``step()``: forward, backward and AdamW on made-up pictures that are already normalised.
+All give ``step()``: forward, backward and AdamW on made-up images that are already normalized.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ IMG_SIZE = 224
 class DenseReference(nn.Module):
     """DMJD with ConvViT the way the published code computes it: every position of both views, then pick.
 
-    Each view embeds and convolves the whole picture under its mask, the scales are fused densely, the decoder and its
+    Each view embeds and convolves the whole image under its mask, the scales are fused densely, the decoder and its
     head run on all tokens. Same weights, attention kernel, targets and precision as ours; channels last throughout,
     which is faster than the published layout. It keeps what plain layers keep for the backward pass, but for the GELU,
     which is taken again: a little thriftier than the published code.
@@ -36,7 +36,7 @@ class DenseReference(nn.Module):
                 block.forward = partial(_plain_block, block)
 
     def forward(self, images: Tensor, raw: Tensor, keys: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised and on the 0..255 scale, [B] keys -> loss."""
+        """[B, 3, H, W] normalized and on the 0..255 scale, [B] keys -> loss."""
         model = self.model
         masks = model.draw_masks(keys)
         targets = model.targets(images, raw)
@@ -125,7 +125,7 @@ class LightlyMAE(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, 224, 224] -> loss, on normalised pixels."""
+        """[B, 3, 224, 224] -> loss, on normalized pixels."""
         from lightly.models import utils
 
         B, length = images.shape[0], self.backbone.sequence_length
@@ -140,7 +140,7 @@ class LightlyMAE(nn.Module):
 
 
 def hugging_face_mae() -> nn.Module:
-    """ViTMAEForPreTraining of transformers in MAE's configuration: ViT-B/16, decoder 512 x 8, normalised pixels."""
+    """ViTMAEForPreTraining of transformers in MAE's configuration: ViT-B/16, decoder 512 x 8, normalized pixels."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     class Loss(nn.Module):

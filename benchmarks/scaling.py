@@ -1,8 +1,8 @@
-"""Cost grows as it should: flat in the number of pictures, linear in views, memory flat over thousands of steps.
+"""Cost grows as it should: flat in the number of images, linear in views, memory flat over thousands of steps.
 
-    python benchmarks/scaling.py --json benchmarks/results/scaling_cpu.json --picture docs/pictures/scaling.png
+    python benchmarks/scaling.py --json benchmarks/results/scaling_cpu.json --figure docs/figures/scaling.png
 
-``--only pictures`` (or views, or memory) measures one part and leaves the others in the JSON file as they are.
+``--only images`` (or views, or memory) measures one part and leaves the others in the JSON file as they are.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from dmjd.pretraining.bench import bench, machine
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 VIEWS = (1, 2, 3, 4)
-PARTS = ("pictures", "views", "memory")
+PARTS = ("images", "views", "memory")
 ENCODER = {"encoder": "vit_tiny_patch4", "img_size": (32,), "batch_size": 16}
 
 
 class Generated(Source):
-    """Any number of small pictures that take no space, of two sizes, so that they are not all held in memory."""
+    """Any number of small images that take no space, of two sizes, so that they are not all held in memory."""
 
     def __init__(self, count: int) -> None:
         self.name, self.count = f"generated {count}", count
@@ -44,7 +44,7 @@ class Generated(Source):
         return self.count
 
     def stored(self, index: int) -> np.ndarray:
-        """One of 256 pictures, as an array."""
+        """One of 256 images, as an array."""
         return np.full((40 + index % 2, 40, 3), index % 256, np.uint8)
 
     def describe(self, index: int) -> str:
@@ -53,7 +53,7 @@ class Generated(Source):
 
 
 def loader_sizes(turns: int = 5, batches: int = 30) -> list[dict[str, float]]:
-    """Of the loader alone, for each size of the set: seconds to the first batch, pictures a second read one by one.
+    """Of the loader alone, for each size of the set: seconds to the first batch, images/s read one by one.
 
     The sizes take turns; each keeps its best.
     """
@@ -77,7 +77,7 @@ def loader_sizes(turns: int = 5, batches: int = 30) -> list[dict[str, float]]:
 
 
 def step_views(device: torch.device, turns: int = 2) -> list[dict[str, float]]:
-    """Pictures a second of a training step for each number of views, in turns; each keeps its best."""
+    """Images/s of a training step for each number of views, in turns; each keeps its best."""
     keep_freed_memory(device)
     best = dict.fromkeys(VIEWS, 0.0)
     for _ in range(turns):
@@ -113,12 +113,12 @@ def last_step(metrics: Path) -> int:
 
 def draw(result: dict[str, Any], file: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    sizes = result["pictures"]
+    sizes = result["images"]
     axes[0].semilogx([s["count"] for s in sizes], [1e3 / s["images_per_s"] for s in sizes], "o-")
-    axes[0].set(xlabel="pictures in the set", ylabel="loader, ms a picture")
+    axes[0].set(xlabel="images in the set", ylabel="loader, ms an image")
     views = result["views"]
     axes[1].plot([v["num_views"] for v in views], [1e3 / v["images_per_s"] for v in views], "o-")
-    axes[1].set(xlabel="views of a picture", ylabel="step, ms a picture", xticks=VIEWS)
+    axes[1].set(xlabel="views of an image", ylabel="step, ms an image", xticks=VIEWS)
     axes[2].plot(*zip(*result["memory"], strict=True))
     axes[2].set(xlabel="training steps", ylabel="resident memory, MB")
     for axis in axes:
@@ -130,14 +130,14 @@ def draw(result: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--figure", type=Path)
     parser.add_argument("--steps", type=int, default=2000, help="of the memory curve")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for part in (args.only,) if args.only else PARTS:
-        if part == "pictures":
+        if part == "images":
             result[part] = loader_sizes()
         elif part == "views":
             result[part] = step_views(device)
@@ -148,8 +148,8 @@ def main() -> None:
     print(json.dumps({name: value for name, value in result.items() if name != "memory"}, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.picture and set(PARTS) <= set(result):
-        draw(result, args.picture)
+    if args.image and set(PARTS) <= set(result):
+        draw(result, args.image)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Small models: `dmjd`'s loop beside a plain PyTorch loop over the same model, on 32-pixel pictures.
+"""Small models: `dmjd`'s loop beside a plain PyTorch loop over the same model, on 32-pixel images.
 
     python benchmarks/small_models.py --json benchmarks/results/small_models_cpu.json
     python benchmarks/small_models.py --data cifar10_train.parquet
 
 The plain loop is what a careful person writes: fused AdamW, autocast, gradients set to None, the loss looked at every
-20 steps; its pictures come from a DataLoader with torchvision's transforms picture by picture. Beside it stands the
+20 steps; its images come from a DataLoader with torchvision's transforms image by image. Beside it stands the
 same loop on ready batches, so that one sees what comes from the loader and what from the step. "kept" gives the plain
 loop our setting of the memory allocator (:func:`dmjd.engine.device.keep_freed_memory`), which cannot be taken back in a
 process: the sides with and without it run in two processes, the sides of a process alternately.
@@ -43,19 +43,19 @@ LOG_EVERY = 20
 READY = 8  # batches made beforehand
 
 
-class PlainPictures(Dataset):
-    """A set as people wrap one: a PIL picture at a time through torchvision's transforms."""
+class PlainImages(Dataset):
+    """A set as people wrap one: a PIL image at a time through torchvision's transforms."""
 
     def __init__(self, source: Source) -> None:
-        self._pictures = [Image.fromarray(source.read(i)) for i in range(min(len(source), 12_000))]
+        self._images = [Image.fromarray(source.read(i)) for i in range(min(len(source), 12_000))]
         crop = transforms.RandomResizedCrop(32, scale=(0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
         self._transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._transform(self._pictures[index])
+        return self._transform(self._images[index])
 
 
 class PlainLoop:
@@ -89,7 +89,7 @@ class PlainLoop:
 def plain_batches(source: Source, batch_size: int, workers: int) -> Iterator[Tensor]:
     """Endless batches of a shuffled DataLoader."""
     loader = DataLoader(
-        PlainPictures(source),
+        PlainImages(source),
         batch_size,
         shuffle=True,
         num_workers=workers,
@@ -106,12 +106,12 @@ def our_engine(config: Any) -> Engine:
     model = build_model(config)
     model.encoder.preprocess = Preprocess((32, 32), 3, IMAGENET_MEAN, IMAGENET_STD)
     fabric = make_fabric(config.device, config.precision)
-    return make_engine(config, model, fabric, config.batch_size, num_pictures=config.batch_size)
+    return make_engine(config, model, fabric, config.batch_size, num_images=config.batch_size)
 
 
 def run_engine(engine: Engine, batches: Iterator[Batch], steps: int) -> None:
     """Some steps of the real loop."""
-    engine.duration = Duration(steps=engine.progress.step + steps)
+    engine.duration = Duration(steps=engine.state.step + steps)
     engine.run(batches, [], StopSignal())
 
 
@@ -134,7 +134,7 @@ def make_sides(config: Any, source: Source, kept: bool, workers: int, device: to
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Pictures a second of every side of this process, a number for each turn."""
+    """Images/s of every side of this process, a number for each turn."""
     if args.kept:
         keep_freed_memory(device)
     config = dmjd.recipes.dmjd(
@@ -174,9 +174,9 @@ def summary(turns: dict[str, list[float]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="measurements that are in it already are not made again")
-    parser.add_argument("--data", default="digits", help="the generated digits, or a set of 32-pixel pictures")
+    parser.add_argument("--data", default="digits", help="the generated digits, or a set of 32-pixel images")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="a turn at 64 pictures a step")
+    parser.add_argument("--steps", type=int, default=8, help="a turn at 64 images a step")
     parser.add_argument("--workers", type=int, default=2, help="of the plain DataLoader")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
@@ -191,7 +191,7 @@ def main() -> None:
         return
     result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"cases": {}}
     for precision, batch in itertools.product(args.precisions, args.batches):
-        case = f"{precision}, {batch} pictures a step" + ", compiled" * args.compile
+        case = f"{precision}, {batch} images a step" + ", compiled" * args.compile
         if case not in result["cases"]:
             turns = {n: r for kept in (False, True) for n, r in measure_apart(args, batch, precision, kept).items()}
             result["cases"][case] = summary(turns)

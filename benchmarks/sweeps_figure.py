@@ -1,7 +1,7 @@
 """The figure of the sweeps in docs/evidence.md: what each change does to a recipe, from results of convergence.py.
 
     python benchmarks/sweeps_figure.py benchmarks/results/convergence_{ratio,views,targets}_vit_lite_2min.json \
-      --out docs/pictures/sweeps.png
+      --out docs/figures/sweeps.png
 
 Results that share their starting recipe (``--override``) share a panel; the dashed line is that recipe itself.
 """
@@ -51,7 +51,7 @@ def draw(panels: dict[str, dict[str, Any]]) -> Figure:
         axes.set_yticks(range(len(panel)), list(panel))
         axes.invert_yaxis()
         axes.grid(axis="both", alpha=0.3)
-        axes.set(xlabel="top-1 in % (held-out pictures)", title=title)
+        axes.set(xlabel="top-1 in % (held-out images)", title=title)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=9)
     return figure

@@ -61,7 +61,7 @@ SIDES: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype, bool]] = {
 }
 
 
-def pictures() -> Tensor:
+def make_images() -> Tensor:
     """[64, 3, 224, 224] uint8: smooth noise."""
     generator = torch.Generator().manual_seed(0)
     smooth = torch.rand(BATCH, 3, SIZE // 8, SIZE // 8, generator=generator) * 255
@@ -88,8 +88,8 @@ def measure_side(side: str, file: str, device: torch.device) -> dict[str, float]
     images = torch.from_file(file, shared=False, size=BATCH * 3 * SIZE * SIZE, dtype=torch.uint8)
     images = images.view(BATCH, 3, SIZE, SIZE).to(device, dtype)
     histogram(images[:1, :, :32, :32].float())  # libraries loaded; our table for bytes is not made yet
-    for picture in images:
-        picture.amax()  # the file's pages are in memory
+    for image in images:
+        image.amax()  # the file's pages are in memory
     memory = extra_memory(lambda: histogram(images), device)
     return {"seconds": seconds_of(lambda: histogram(images), device), "extra_memory_mb": memory / 1e6}
 
@@ -119,7 +119,7 @@ def draw_masks(keys: Tensor) -> None:
 
 def compare_hog(rounds: int, device: torch.device) -> dict[str, Any]:
     """All sides in turn, medians; stops where the values differ."""
-    images = pictures()
+    images = make_images()
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # borders are treated differently
     ours, theirs = (hog(images[:8].to(device))[inner] for hog in (dmjd.hog, one_hot_hog))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

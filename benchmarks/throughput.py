@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/throughput.py --json benchmarks/results/throughput_cpu.json
     python benchmarks/throughput.py --json benchmarks/results/throughput_cpu.json --rounds 0 \
-      --picture docs/pictures/throughput.png                # draws what the file holds, measures nothing
+      --figure docs/figures/throughput.png                # draws what the file holds, measures nothing
 
 Every measurement runs in a process of its own, in shuffled order, several rounds; beside each stands the machine's
 matrix-multiply rate measured in that process. ``+ kept`` gives a peer our setting of the memory allocator as well
@@ -44,13 +44,13 @@ SIDES = {
     "transformers ViTMAE": ("ViT-B, MAE", 16, False),
     "lightly MAE": ("ViT-B, MAE", 16, False),
 }
-# GFLOP of a step and picture that count: visible cells in the convolution stages, all tokens in every decoder block
-COLOURS = {"dmjd": "tab:blue", "other": "tab:gray", "kept": "lightgray"}
+# GFLOP of a step and image that count: visible cells in the convolution stages, all tokens in every decoder block
+COLORS = {"dmjd": "tab:blue", "other": "tab:gray", "kept": "lightgray"}
 USEFUL_GFLOP = {"ConvViT-B, DMJD": 237.0, "ViT-B, MAE": 58.7}
 
 
 def make_step(side: str, batch: int, device: torch.device, precision: str, compiled: bool) -> Callable[[], None]:
-    """A whole training step of a side; the pictures are made up, masks are drawn anew each time."""
+    """A whole training step of a side; the images are made up, masks are drawn anew each time."""
     torch.manual_seed(0)
     raw = torch.randint(0, 256, (batch, 3, IMG_SIZE, IMG_SIZE), device=device).float()
     images = (raw / 255 - 0.45) / 0.225
@@ -155,7 +155,7 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[str]:
+def summarize(rows: list[dict[str, Any]]) -> list[str]:
     """The table, in Markdown."""
     lines = [
         "| comparison | side | precision | images/s (of the rounds) | matrix products | share of the arithmetic limit "
@@ -170,7 +170,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Bars of pictures a second, with the rounds as dots, and of memory: a row of panels for each comparison."""
+    """Bars of images/s, with the rounds as dots, and of memory: a row of panels for each comparison."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,13 +181,13 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         for start, precision in ((0, "fp32"), (2, "bf16")):
             shown = [r for r in rows if (r["comparison"], r["precision"]) == (comparison, precision)]
             shown.sort(key=lambda row: (row["kind"] == "dmjd", row["label"]))
-            colours, labels = [COLOURS[row["kind"]] for row in shown], [row["label"] for row in shown]
+            colors, labels = [COLORS[row["kind"]] for row in shown], [row["label"] for row in shown]
             for axis, key in ((line[start], "images_per_s"), (line[start + 1], "memory")):
-                bars = axis.barh(labels, [row[key] for row in shown], color=colours)
+                bars = axis.barh(labels, [row[key] for row in shown], color=colors)
                 axis.bar_label(bars, fmt="%.2f" if key == "images_per_s" else "%.1f", padding=4, fontsize=8)
                 axis.margins(x=0.22)
                 axis.tick_params(labelsize=8)
-                axis.set_xlabel("pictures a second" if key == "images_per_s" else "peak memory, GB", fontsize=8)
+                axis.set_xlabel("images/s" if key == "images_per_s" else "peak memory, GB", fontsize=8)
                 axis.set_title(f"{comparison}, {precision}", fontsize=9)
             for place, row in enumerate(shown):
                 line[start].plot(row["rates"], [place] * len(row["rates"]), "k.", markersize=4)
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="results, added to as they come")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, help="begin no measurement after so many; call again to go on")
-    parser.add_argument("--picture", type=Path, help="draw all that --json holds into this file")
+    parser.add_argument("--figure", type=Path, help="draw all that --json holds into this file")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--batch-size", type=int, help="default 8 for ConvViT-B and 16 for ViT-B")
@@ -245,9 +245,9 @@ def main() -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(result, indent=1) + "\n")
     rows = rows_of(result)
-    print("\n".join(summarise(rows)))
-    if args.picture:
-        draw(rows, args.picture)
+    print("\n".join(summarize(rows)))
+    if args.image:
+        draw(rows, args.image)
 
 
 def measure_apart(side: str, precision: str, kept: str, args: argparse.Namespace) -> dict[str, Any]:

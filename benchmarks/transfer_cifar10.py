@@ -4,11 +4,11 @@
 
 Three comparisons, each over several seeds (of subset, head, order and random weights):
 
-- 1 % and 10 % of the labels, the encoder pre-trained on all 50,000 pictures without labels;
-- all labels of a tenth of the pictures, the encoder pre-trained on that tenth only.
+- 1 % and 10 % of the labels, the encoder pre-trained on all 50,000 images without labels;
+- all labels of a tenth of the images, the encoder pre-trained on that tenth only.
 
 Lengths are in steps, so that a busy machine changes no result. Everything is resumable: started again, finished parts
-are read and the interrupted one goes on. All 10,000 test pictures are looked at once, at the end of each training.
+are read and the interrupted one goes on. All 10,000 test images are looked at once, at the end of each training.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.engine.device import pick_device
-from dmjd.evaluation.low_shot import FewLabels
+from dmjd.evaluation.low_shot import LowShot
 from dmjd.evaluation.results import versions
 from dmjd.files import atomic
 from dmjd.pretraining.bench import machine
@@ -46,7 +46,7 @@ PRETRAIN: dict[str, Any] = {
     "final_eval": False,
 }
 # Few epochs leave nothing to overfit, so crops and flips alone. The rate lies between the default, 2.8e-3, and four
-# times as much, which on held-out training pictures was better for the pre-trained start and worse for the other.
+# times as much, which on held-out training images was better for the pre-trained start and worse for the other.
 FINETUNE: dict[str, Any] = {
     "batch_size": 32,
     "blr": 5e-3,
@@ -59,7 +59,7 @@ FINETUNE: dict[str, Any] = {
 COMPARISONS: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "1 % of the labels": (False, 200, {"label_fraction": 0.01}),
     "10 % of the labels": (False, 400, {"label_fraction": 0.1}),
-    "a tenth of the pictures": (True, 400, {}),
+    "a tenth of the images": (True, 400, {}),
 }
 STARTS = ("result", "random_init")
 
@@ -82,7 +82,7 @@ def write_tenth(data: str, folder: Path) -> None:
         source: Source = open_source(data, split=split, labels=labels_of(data))
         if split == "train":
             assert source.labels is not None
-            source = SubsetSource(source, FewLabels(fraction=0.1).rows(source.labels, seed=0))
+            source = SubsetSource(source, LowShot(fraction=0.1).rows(source.labels, seed=0))
         assert source.labels is not None
         rows = []
         for i in range(len(source)):
@@ -148,8 +148,8 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer_cifar10"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/transfer_cifar10.json"))
-    parser.add_argument("--pretrain-steps", type=int, default=1500, help="on all pictures")
-    parser.add_argument("--tenth-steps", type=int, default=800, help="of pre-training on a tenth of the pictures")
+    parser.add_argument("--pretrain-steps", type=int, default=1500, help="on all images")
+    parser.add_argument("--tenth-steps", type=int, default=800, help="of pre-training on a tenth of the images")
     parser.add_argument("--steps", type=int, help="of each fine-tuning; default each comparison's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", default="bf16")

@@ -1,10 +1,10 @@
-"""What pre-training is worth for segmentation and detection: an encoder pre-trained on a set's own pictures, no labels.
+"""What pre-training is worth for segmentation and detection: an encoder pre-trained on a set's own images, no labels.
 
     OMP_NUM_THREADS=1 python benchmarks/transfer_dense.py camvid --data DATA/camvid --out runs/transfer
     OMP_NUM_THREADS=1 python benchmarks/transfer_dense.py bccd --data DATA/bccd --out runs/transfer
 
-CamVid at 240 x 180 (mean IoU on the 233 test pictures), BCCD at 320 x 240 (AP50 on the 72 test pictures). One encoder
-is pre-trained on the training pictures; then, for each seed, a model is trained from it and one from random weights by
+CamVid at 240 x 180 (mean IoU on the 233 test images), BCCD at 320 x 240 (AP50 on the 72 test images). One encoder
+is pre-trained on the training images; then, for each seed, a model is trained from it and one from random weights by
 the same schedule. Lengths are in steps, so that a busy machine changes no result. Run again, it goes on where it
 stopped. Writes ``benchmarks/results/transfer_SET.json`` and prints a table.
 """
@@ -36,7 +36,7 @@ SETS: dict[str, dict[str, Any]] = {
     "camvid": {
         "task": "segmentation",
         "score": "miou",
-        "pictures": "train/images",
+        "images": "train/images",
         "pretrain": {"img_size": (192, 240), "batch_size": 8, "blr": 1.2e-2},
         "pretrain_steps": 1000,
         "steps": 300,
@@ -45,7 +45,7 @@ SETS: dict[str, dict[str, Any]] = {
     "bccd": {
         "task": "detection",
         "score": "ap50",
-        "pictures": "train",
+        "images": "train",
         "pretrain": {"img_size": (256, 320), "batch_size": 4, "blr": 2.4e-2},
         "pretrain_steps": 1000,
         "steps": 150,
@@ -73,7 +73,7 @@ def main() -> None:
     shared = {"precision": given.precision, "device": given.device}
     pretrained = dmjd.pretrain(
         dmjd.recipes.folder(
-            data=str(given.data / config["pictures"]),
+            data=str(given.data / config["images"]),
             out=str(run),
             steps=given.pretrain_steps or config["pretrain_steps"],
             **shared,
@@ -83,7 +83,7 @@ def main() -> None:
     )
     if not pretrained.finished:
         return
-    task = {"data": given.data, "steps": given.steps or config["steps"], "looks": 0, "pictures": 3}
+    task = {"data": given.data, "steps": given.steps or config["steps"], "num_evals": 0, "num_images": 3}
     try:
         results = [
             dmjd.evaluate(config["task"], run, seed=seed, **task, **shared, **config["options"]) for seed in given.seeds

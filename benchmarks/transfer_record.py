@@ -6,7 +6,7 @@ from typing import Any
 
 
 def training_seconds(folder: Path) -> float:
-    """Seconds of optimizer steps of the training in a folder, waiting for pictures included, tests not."""
+    """Seconds of optimizer steps of the training in a folder, waiting for images included, tests not."""
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return float([line["seconds"] for line in lines if "seconds" in line][-1])
 

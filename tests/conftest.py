@@ -1,4 +1,4 @@
-"""Shared pieces: a folder of pictures, tiny settings, and the command line run as a user runs it."""
+"""Shared pieces: a folder of images, tiny settings, and the command line run as a user runs it."""
 
 import os
 import subprocess
@@ -60,9 +60,9 @@ def dmjd(*arguments: object, check: bool = True, timeout: float = 240) -> subpro
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """24 pictures of different sizes in two class folders."""
-    root = tmp_path_factory.mktemp("my pictures é")
+def image_folder(tmp_path_factory) -> Path:
+    """24 images of different sizes in two class folders."""
+    root = tmp_path_factory.mktemp("my images é")
     rng = np.random.default_rng(0)
     for i in range(24):
         folder = root / ("cats" if i % 2 else "dogs")

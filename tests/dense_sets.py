@@ -11,7 +11,7 @@ from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 from dmjd.images.preprocess import Preprocess
 
-SIZE = (48, 64)  # of pictures: height, width
+SIZE = (48, 64)  # of images: height, width
 KINDS = ("rectangle", "disc")
 
 
@@ -19,8 +19,8 @@ Objects = list[tuple[int, list[int]]]  # kind, [left, top, width, height]
 
 
 def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Objects]:
-    """A picture, its mask (0 background, 1 rectangle, 2 disc) and its two objects."""
-    picture = rng.integers(90, 150, (*SIZE, 3)).astype(np.uint8)
+    """An image, its mask (0 background, 1 rectangle, 2 disc) and its two objects."""
+    image = rng.integers(90, 150, (*SIZE, 3)).astype(np.uint8)
     mask = np.zeros(SIZE, np.uint8)
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     found = []
@@ -28,14 +28,14 @@ def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Object
         side = int(rng.integers(14, 20))
         left = int(rng.integers(0, SIZE[1] // 2 - side)) + kind * SIZE[1] // 2  # never over each other
         top = int(rng.integers(0, SIZE[0] - side))
-        centre = top + (side - 1) / 2, left + (side - 1) / 2
+        center = top + (side - 1) / 2, left + (side - 1) / 2
         box = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
-        disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= (side / 2) ** 2
+        disc = (rows - center[0]) ** 2 + (columns - center[1]) ** 2 <= (side / 2) ** 2
         inside = box & disc if kind else box
-        picture[inside] = (230, 220, 60) if kind else (20, 30, 120)
+        image[inside] = (230, 220, 60) if kind else (20, 30, 120)
         mask[inside] = kind + 1
         found.append((kind, [left, top, side, side]))
-    return picture, mask, found
+    return image, mask, found
 
 
 def make_segmentation_set(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
@@ -45,28 +45,28 @@ def make_segmentation_set(root: Path, counts: dict[str, int], seed: int = 0) -> 
         for folder in ("images", "masks"):
             (root / part / folder).mkdir(parents=True)
         for i in range(count):
-            picture, mask, _ = make_scene(rng)
+            image, mask, _ = make_scene(rng)
             mask[:2] = 255
-            Image.fromarray(picture).save(root / part / "images" / f"{i:02d}.png")
+            Image.fromarray(image).save(root / part / "images" / f"{i:02d}.png")
             Image.fromarray(mask).save(root / part / "masks" / f"{i:02d}.png")
     return root
 
 
-def make_detection_set(root: Path, counts: dict[str, int], outlines: bool = False, seed: int = 0) -> Path:
+def make_detection_set(root: Path, counts: dict[str, int], instance_masks: bool = False, seed: int = 0) -> Path:
     """``{part}/*.png`` and ``{part}.json``; outlines as polygons of the box's corners, which suits rectangles."""
     rng = np.random.default_rng(seed)
     for part, count in counts.items():
         (root / part).mkdir(parents=True)
         images, annotations = [], []
         for i in range(count):
-            picture, _, objects = make_scene(rng)
-            Image.fromarray(picture).save(root / part / f"{i:02d}.png")
+            image, _, objects = make_scene(rng)
+            Image.fromarray(image).save(root / part / f"{i:02d}.png")
             images.append({"id": i, "file_name": f"{i:02d}.png", "height": SIZE[0], "width": SIZE[1]})
             for kind, box in objects:
                 x, y, w, h = box
                 entry = {"id": len(annotations), "image_id": i, "category_id": 10 * (kind + 1), "bbox": box}
                 entry |= {"area": w * h, "iscrowd": 0}
-                if outlines:
+                if instance_masks:
                     entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
                 annotations.append(entry)
         categories = [{"id": 10 * (k + 1), "name": name} for k, name in enumerate(KINDS)]

@@ -1,4 +1,4 @@
-"""Attention of the last block, tokens as colours, nearest pictures: the encoder's own values, drawn in their places."""
+"""Attention of the last block, tokens as colors, nearest images: the encoder's own values, drawn in their places."""
 
 import shutil
 
@@ -11,8 +11,8 @@ from matplotlib.colors import to_rgba
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.registry import create_encoder
 from dmjd.figures.attention import MOST_HEADS, attention_figure, last_attention
-from dmjd.figures.neighbours import NUM_NEIGHBOURS, OTHER, SAME, nearest, neighbours_figure
-from dmjd.figures.render import component_colours, glow
+from dmjd.figures.neighbors import NUM_NEIGHBORS, OTHER, SAME, nearest, neighbors_figure
+from dmjd.figures.render import component_colors, glow
 from dmjd.images.preprocess import Preprocess
 
 
@@ -70,27 +70,27 @@ def test_attention_figure_has_a_panel_for_each_head_there_is_room_for(name, size
     assert ("of 8 heads" in figure.get_supxlabel()) == (heads > MOST_HEADS)
 
 
-def test_the_picture_glows_where_values_are_large():
+def test_the_image_glows_where_values_are_large():
     values = torch.zeros(1, 6)
     values[0, 4] = 7.0  # row 1, column 1 of 2 x 3
     drawn = glow(torch.full((1, 20, 30, 3), 0.5), values, (2, 3))[0]
-    colourful = drawn.amax(-1) - drawn.amin(-1)
-    assert colourful[15, 15] > 0.5
-    assert [side // 10 for side in divmod(int(colourful.argmax()), 30)] == [1, 1]
-    assert colourful[:5].max() < 0.01
+    colorful = drawn.amax(-1) - drawn.amin(-1)
+    assert colorful[15, 15] > 0.5
+    assert [side // 10 for side in divmod(int(colorful.argmax()), 30)] == [1, 1]
+    assert colorful[:5].max() < 0.01
     flat = glow(torch.full((1, 20, 30, 3), 0.5), torch.ones(1, 6), (2, 3))
     assert flat.isfinite().all()
 
 
-def test_tokens_of_one_kind_have_one_colour_whatever_their_place():
+def test_tokens_of_one_kind_have_one_color_whatever_their_place():
     torch.manual_seed(0)
     places, kinds = 5 * torch.randn(6, 16), torch.randn(2, 16)
     which = torch.randint(0, 2, (40, 6))
-    colours = component_colours(places + kinds[which] + 0.01 * torch.randn(40, 6, 16), (2, 3))
-    first, second = (colours.view(40, 6, 3)[which == kind][:, 0] for kind in (0, 1))
+    colors = component_colors(places + kinds[which] + 0.01 * torch.randn(40, 6, 16), (2, 3))
+    first, second = (colors.view(40, 6, 3)[which == kind][:, 0] for kind in (0, 1))
     assert abs(first.mean() - second.mean()) > 0.3
     assert max(first.std(), second.std()) < 0.1
-    assert component_colours(torch.randn(1, 6, 16), (2, 3)).shape == (1, 2, 3, 3)
+    assert component_colors(torch.randn(1, 6, 16), (2, 3)).shape == (1, 2, 3, 3)
 
 
 def test_nearest_leaves_the_query_itself_out():
@@ -101,22 +101,22 @@ def test_nearest_leaves_the_query_itself_out():
 
 
 @pytest.mark.parametrize("labels", ["folder", "none"])
-def test_the_copy_of_a_picture_is_its_nearest_neighbour(labels, pictures, tmp_path):
-    for folder in pictures.iterdir():
+def test_the_copy_of_a_image_is_its_nearest_neighbor(labels, image_folder, tmp_path):
+    for folder in image_folder.iterdir():
         (tmp_path / folder.name).mkdir()
         for path in folder.iterdir():
             shutil.copy(path, tmp_path / folder.name / path.name)
             shutil.copy(path, tmp_path / folder.name / f"{path.stem}-copy.png")
-    (tmp_path / "cats" / "broken.png").write_text("no picture")
-    figure = neighbours_figure(small(), open_source(tmp_path, labels=labels), num_images=3)
-    assert titles(figure) == ["query", *(f"neighbour {i + 1}" for i in range(NUM_NEIGHBOURS))]
-    rows = np.array(figure.axes).reshape(3, 1 + NUM_NEIGHBOURS)
+    (tmp_path / "cats" / "broken.png").write_text("no image")
+    figure = neighbors_figure(small(), open_source(tmp_path, labels=labels), num_images=3)
+    assert titles(figure) == ["query", *(f"neighbor {i + 1}" for i in range(NUM_NEIGHBORS))]
+    rows = np.array(figure.axes).reshape(3, 1 + NUM_NEIGHBORS)
     for query, first, *others in rows:
         np.testing.assert_array_equal(*(np.asarray(axes.images[0].get_array()) for axes in (query, first)))
         assert first.get_xlabel().startswith("1.000")
-        colour = first.spines["top"].get_edgecolor()
+        color = first.spines["top"].get_edgecolor()
         assert (
-            (colour == to_rgba(SAME) and query.get_xlabel() in ("cats", "dogs"))
+            (color == to_rgba(SAME) and query.get_xlabel() in ("cats", "dogs"))
             if labels == "folder"
             else (not first.spines["top"].get_visible())
         )
@@ -125,11 +125,11 @@ def test_the_copy_of_a_picture_is_its_nearest_neighbour(labels, pictures, tmp_pa
             assert axes.spines["top"].get_edgecolor() == to_rgba(SAME if same else OTHER)
 
 
-def test_neighbours_of_a_part_of_the_set(pictures, tmp_path):
-    source = open_source(pictures)
-    figure = neighbours_figure(small(), source, num_images=9, num_candidates=4)
-    assert len(figure.axes) == 4 * 4  # of four pictures each is a query, and the others are its neighbours
-    assert "of 4 pictures" in figure.get_supxlabel()
+def test_neighbors_of_a_part_of_the_set(image_folder, tmp_path):
+    source = open_source(image_folder)
+    figure = neighbors_figure(small(), source, num_images=9, num_candidates=4)
+    assert len(figure.axes) == 4 * 4  # of four images each is a query, and the others are its neighbors
+    assert "of 4 images" in figure.get_supxlabel()
     shutil.copy(source.stored(0), tmp_path / "one.png")
     with pytest.raises(ValueError, match="fewer than two"):
-        neighbours_figure(small(), open_source(tmp_path))
+        neighbors_figure(small(), open_source(tmp_path))

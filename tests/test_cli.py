@@ -53,7 +53,7 @@ def test_help_is_quick_and_ends_with_an_example():
         (["pretrain"], "--data FOLDER"),
         (["evaluate", "kn", "x"], "did you mean 'knn'"),
         (["show", "mask", "x"], "did you mean 'masks'"),
-        (["show", "neighbors", "x"], "did you mean 'neighbours'"),
+        (["show", "neighbours", "x"], "did you mean 'neighbors'"),
         (["embed", "x"], "required: --out"),
         (["export", "x", "--format", "tim", "--out", "x"], "did you mean 'timm'"),
         (["compare"], "required: RUN"),
@@ -88,7 +88,7 @@ def test_data_that_is_none(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.jpg").write_text("x")
     common = ["--out", tmp_path / "run", *TINY, "--steps", 1]
-    assert "no pictures" in mistake(capsys, "pretrain", "folder", "--data", tmp_path / "empty", *common)
+    assert "no images" in mistake(capsys, "pretrain", "folder", "--data", tmp_path / "empty", *common)
     error = mistake(capsys, "pretrain", "folder", "--data", tmp_path / "emty", *common)
     assert "empty" in error
     assert not (tmp_path / "run").exists()
@@ -133,16 +133,26 @@ def test_folders_that_are_no_runs(capsys, tmp_path):
     assert "is a file" in mistake(capsys, "pretrain", "digits", "--out", tmp_path / "file", *TINY, "--steps", 1)
 
 
-def test_the_whole_way(tmp_path, pictures):
-    """Folder -> encoder -> evaluation with folder labels -> pictures, each by the command a user types."""
+def test_the_whole_way(tmp_path, image_folder):
+    """Folder -> encoder -> evaluation with folder labels -> images, each by the command a user types."""
     run = tmp_path / "run"
-    dmjd("pretrain", "folder", "--data", pictures, "--out", run, *TINY, "--steps", 3, "--batch-size", 8)
+    dmjd("pretrain", "folder", "--data", image_folder, "--out", run, *TINY, "--steps", 3, "--batch-size", 8)
     table = dmjd(
-        "evaluate", "knn", run, "--data", pictures, "--test-data", pictures, "--labels", "folder", "--device", "cpu"
+        "evaluate",
+        "knn",
+        run,
+        "--data",
+        image_folder,
+        "--test-data",
+        image_folder,
+        "--labels",
+        "folder",
+        "--device",
+        "cpu",
     )
     assert "random" in table.stdout.lower()
     assert (run / "evaluation" / "knn.json").exists()
-    for kind in ("masks", "targets", "reconstructions", "attention", "neighbours"):
+    for kind in ("masks", "targets", "reconstructions", "attention", "neighbors"):
         dmjd("show", kind, run, "--out", tmp_path / f"{kind}.png", "--num-images", 2)
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     table = dmjd("compare", run, run, "--out", tmp_path / "bars.png").stdout
@@ -155,7 +165,17 @@ def test_the_whole_way(tmp_path, pictures):
     exec(usage.partition("Load it by:")[2].strip(), found)
     assert found["model"].num_features == 32
     one_class = dmjd(
-        *("evaluate", "knn", run, "--data", pictures / "cats", "--test-data", pictures / "cats", "--labels", "folder"),
+        *(
+            "evaluate",
+            "knn",
+            run,
+            "--data",
+            image_folder / "cats",
+            "--test-data",
+            image_folder / "cats",
+            "--labels",
+            "folder",
+        ),
         check=False,
     )
     assert one_class.returncode == 2

@@ -84,7 +84,7 @@ def test_a_new_duration_replaces_the_recipes():
 def test_what_may_change_on_resume():
     old = recipes.dmjd(steps=10)
     assert not resume_differences(
-        old, old.replace(steps=20, num_workers=3, checkpoint_every=1, device="cpu", max_bad=5)
+        old, old.replace(steps=20, num_workers=3, checkpoint_every=1, device="cpu", max_unreadable=5)
     )
     assert not resume_differences(*(old.replace(target="teacher", teacher=place) for place in ("runs/a", "runs/b")))
     assert "steps" in resume_differences(old, old.replace(steps=5))[0]

@@ -11,12 +11,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from convergence import COMMON
 from convergence_probe import ProbeHook, split
-from convergence_report import curves_figure, result_table, summarise, time_to_reach
+from convergence_report import curves_figure, result_table, summarize, time_to_reach
 from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
 
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
-from dmjd.engine.loop import Progress, Report
+from dmjd.engine.loop import Report, TrainState
 from dmjd.nn.tokens import gather_views
 
 
@@ -85,7 +85,7 @@ def test_the_table_compares_with_the_baselines_end():
     scores = {who: {"top1": value} for who, value in (("result", 0.5), ("random_init", 0.2), ("raw_pixels", 0.3))}
     tested = {"test": {"knn": scores, "linear": scores}}
     runs += [run("dmjd", 0, [0.1, 0.4, 0.5], 8.0, **tested), run("bad", 0, [0.1], 8.0, diverged=True)]
-    rows = summarise(runs, "mae")
+    rows = summarize(runs, "mae")
     assert rows["mae"]["held_out"]["linear"] == pytest.approx({"mean": 0.35, "std": 0.0707}, abs=1e-3)
     assert rows["mae"]["minutes_to_baseline_linear"] == pytest.approx(8.0)
     assert rows["dmjd"]["minutes_to_baseline_linear"] == pytest.approx(4 * 0.25 / 0.3)
@@ -127,20 +127,20 @@ def test_probes_after_an_interruption_are_made_again(tmp_path):
         return ProbeHook(None, probe, [0.25, 0.5, 1.0], tmp_path / "lines.jsonl")
 
     first = hook()
-    first.write(0.0, Progress())
+    first.write(0.0, TrainState())
     for step in range(1, 7):
-        first(Report(Progress(step, step, step), step / 10, None))
+        first(Report(TrainState(step, step, step), step / 10, None))
     assert [line["step"] for line in first.lines] == [0, 3, 5]
     again = hook()  # from a checkpoint at step 3
     for step in range(4, 11):
-        again(Report(Progress(step, step, step), step / 10, None))
+        again(Report(TrainState(step, step, step), step / 10, None))
     assert [line["step"] for line in again.lines] == [0, 3, 5, 10]
     assert hook().lines == again.lines
     assert len(asked) == 5
 
 
-def test_held_out_pictures_are_apart(tmp_path, pictures):
-    split(str(pictures), tmp_path / "data", 0.25)
+def test_held_out_images_are_apart(tmp_path, image_folder):
+    split(str(image_folder), tmp_path / "data", 0.25)
     train, test = (open_source(str(tmp_path / "data"), split=part, labels="column") for part in ("train", "test"))
     assert (len(train), len(test)) == (18, 6)
     assert sorted(test.labels.tolist()) == [0, 0, 0, 1, 1, 1]

@@ -22,8 +22,8 @@ from dmjd.images.preprocess import Preprocess
 
 pytest.importorskip("pycocotools")
 
-QUICK = {"decoder_dim": 32, "batch_size": 4, "num_workers": 0, "device": "cpu", "looks": 0, "pictures": 2}
-FLAGS = ("--decoder-dim", 32, "--batch-size", 4, "--num-workers", 0, "--device", "cpu", "--looks", 1)
+QUICK = {"decoder_dim": 32, "batch_size": 4, "num_workers": 0, "device": "cpu", "num_evals": 0, "num_images": 2}
+FLAGS = ("--decoder-dim", 32, "--batch-size", 4, "--num-workers", 0, "--device", "cpu", "--num-evals", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +56,9 @@ def task_of(encoder, masks: bool = False) -> DetectionTask:
 
 def batch_of(masks: bool = False) -> ExampleBatch:
     found = torch.tensor([[4.0, 4.0, 24.0, 24.0], [30.0, 20.0, 60.0, 60.0]])
-    outlines = torch.zeros(2, 64, 64, dtype=torch.uint8)
-    outlines[0, 4:24, 4:24] = outlines[1, 20:60, 30:60] = 1
-    one = Instances(found, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool), outlines if masks else None)
+    instance_masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    instance_masks[0, 4:24, 4:24] = instance_masks[1, 20:60, 30:60] = 1
+    one = Instances(found, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool), instance_masks if masks else None)
     nothing = one.keep(torch.zeros(2, dtype=torch.bool))
     return ExampleBatch(torch.rand(2, 3, 64, 64) * 255, [one, nothing])
 
@@ -82,7 +82,7 @@ def test_every_trained_parameter_gets_a_gradient(name, masks):
     assert all(p.grad is not None for p in trained)
 
 
-def test_pictures_without_objects_are_learnt_from():
+def test_images_without_objects_are_learned_from():
     task = task_of(tiny()).train()
     batch = batch_of()
     batch.targets = [batch.targets[1]] * 2
@@ -116,8 +116,8 @@ def test_heads_are_float32_under_bf16():
     assert torch.isfinite(losses["loss"])
 
 
-def test_found_objects_are_in_the_pixels_of_their_own_picture():
-    """Pictures that differ only in size: what is found in one lies in the same place in the other."""
+def test_found_objects_are_in_the_pixels_of_their_own_image():
+    """Images that differ only in size: what is found in one lies in the same place in the other."""
     task = task_of(tiny(), masks=True).eval()
     rows, columns = np.mgrid[:32, :48]
     small = np.stack([rows * 8, columns * 5, (rows + columns) * 3], axis=2).astype(np.uint8)
@@ -147,7 +147,7 @@ def measured(source, found) -> dict:
 
 
 def answers(source, scale: float) -> list[dict[str, torch.Tensor]]:
-    """The truth as a detector would say it of frames ``scale`` times the picture."""
+    """The truth as a detector would say it of frames ``scale`` times the image."""
     said = []
     for i in range(len(source)):
         target = source.read_example(i)[1]
@@ -201,15 +201,15 @@ def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
     assert results_table({"detection": result}).row_count == 8
 
 
-def test_masks_are_learnt_where_every_object_has_one(tmp_path):
-    data = make_detection_set(tmp_path / "data", {"train": 4, "val": 2}, outlines=True)
+def test_masks_are_learned_where_every_object_has_one(tmp_path):
+    data = make_detection_set(tmp_path / "data", {"train": 4, "val": 2}, instance_masks=True)
     run = make_run(tmp_path / "run")
     options = {"data": data, "steps": 2, "img_size": 32, **QUICK}
     result = evaluate("detection", run, **options)
     assert result["data"]["masks"] is True
     assert {"ap", "ap50", "mask"} <= set(result["result"])
     assert "ap50" in result["result"]["mask"]
-    assert "mask" not in evaluate("detection", run, outlines=False, **options)["result"]
+    assert "mask" not in evaluate("detection", run, instance_masks=False, **options)["result"]
     again = evaluate("detection", run, **options)  # read, not trained
     assert again["result"] == result["result"]
 
@@ -239,21 +239,21 @@ def test_as_a_user_runs_it(tmp_path):
     (data / "train.json").write_text(json.dumps(content))
     done = dmjd("evaluate", "detection", run, "--data", data, "--steps", 2, "--img-size", 32, *FLAGS)
     assert "ap50" in done.stdout
-    assert "random initialisation" in done.stdout
-    assert "1 of 6 boxes that reach out of their picture were cut off at its edge" in done.stderr
+    assert "random initialization" in done.stdout
+    assert "1 of 6 boxes that reach out of their image were cut off at its edge" in done.stderr
     assert "Traceback" not in done.stderr
     result = json.loads((run / "evaluation" / "detection.json").read_text())
     assert "cut off" in result["data"]["notes"][0]
 
 
-def test_mistakes_say_what_to_do_before_anything_is_trained(capsys, boxes, tmp_path, pictures):
+def test_mistakes_say_what_to_do_before_anything_is_trained(capsys, boxes, tmp_path, image_folder):
     run = make_run(tmp_path / "run")
 
     def said(*arguments) -> str:
         return mistake(capsys, "evaluate", "detection", *arguments, "--device", "cpu")
 
-    assert "say which pictures and boxes: --data" in said(run)
-    assert "holds no pictures with boxes" in said(run, "--data", pictures)
+    assert "say which images and boxes: --data" in said(run)
+    assert "holds no images with boxes" in said(run, "--data", image_folder)
     assert "there is no folder" in said(run, "--data", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no encoder.safetensors" in said(tmp_path / "empty", "--data", boxes)

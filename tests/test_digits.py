@@ -14,33 +14,33 @@ def test_counts_labels_and_types():
         assert source.classes == list("0123456789")
         assert source.labels.dtype == np.int64
         assert np.bincount(source.labels).min() > count / 15
-        picture = source.read(count - 1)
-        assert picture.shape == (32, 32, 3)
-        assert picture.dtype == np.uint8
+        image = source.read(count - 1)
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == np.uint8
 
 
 def test_rendering_is_a_function_of_the_seed():
-    pictures, labels = render("test")
+    images, labels = render("test")
     render.cache_clear()
     again, same = render("test")
-    assert (pictures == again).all()
+    assert (images == again).all()
     assert (labels == same).all()
-    assert (render("test", seed=1)[0] != pictures).any()
+    assert (render("test", seed=1)[0] != images).any()
 
 
 def test_rendering_is_what_the_published_numbers_were_measured_on():
-    """A change of the pictures needs a new rendering number, or old results would be compared with new."""
+    """A change of the images needs a new rendering number, or old results would be compared with new."""
     digest = hashlib.sha256(render("test")[0].tobytes()).hexdigest()[:16]
     assert (digest, DigitsSource("test").fingerprint()) == ("1fdec7e9d16a22b6", "768006d98931")
 
 
 def test_digits_are_visible():
-    pictures = render("test")[0].astype(float)
-    assert pictures.std((1, 2)).max(-1).min() > 15  # no picture is plain in all channels
+    images = render("test")[0].astype(float)
+    assert images.std((1, 2)).max(-1).min() > 15  # no image is plain in all channels
 
 
 def test_raw_pixels_say_little():
-    """Weighted 20-nearest-neighbours on pixels stays far below what plain digits give (98 %)."""
+    """Weighted 20-nearest-neighbors on pixels stays far below what plain digits give (98 %)."""
     (train, y), (test, z) = render("train"), render("test")
     a, b = (x.reshape(len(x), -1) / 127.5 - 1 for x in (train, test[:500]))
     similarity = (b @ a.T) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)[:, None])

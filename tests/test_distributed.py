@@ -1,4 +1,4 @@
-"""Two processes (gloo, torchrun) against one: same pictures, same gradients, same weights after several steps."""
+"""Two processes (gloo, torchrun) against one: same images, same gradients, same weights after several steps."""
 
 import json
 import os
@@ -40,9 +40,9 @@ def torchrun(processes: int, *arguments: object, check: bool = True) -> subproce
 
 
 @pytest.mark.parametrize(("accumulate", "target"), [(1, "hog"), (2, "ema")])
-def test_two_processes_equal_one(tmp_path, pictures, accumulate, target):
-    common = ["pretrain", "folder", "--data", pictures, *TINY, "--steps", 5, "--batch-size", 8, "--num-views", 2]
-    # Muon orthogonalises in bf16, which makes the last bits of a sum large; gradients are what is compared here.
+def test_two_processes_equal_one(tmp_path, image_folder, accumulate, target):
+    common = ["pretrain", "folder", "--data", image_folder, *TINY, "--steps", 5, "--batch-size", 8, "--num-views", 2]
+    # Muon orthogonalizes in bf16, which makes the last bits of a sum large; gradients are what is compared here.
     common += ["--target", target, "--ema-momentum", 0.9, "--optimizer", "adamw"]
     common += ["--num-workers", 1, "--blr", 0.01, "--checkpoint-every", 2]
     dmjd(*common, "--out", tmp_path / "one")
@@ -62,10 +62,10 @@ def test_two_processes_equal_one(tmp_path, pictures, accumulate, target):
         assert b["epoch"] == a["epoch"]
 
 
-def test_more_processes_than_pictures(tmp_path, pictures):
+def test_more_processes_than_images(tmp_path, image_folder):
     data = tmp_path / "one"
     data.mkdir()
-    os.link(next(pictures.rglob("*.png")), data / "a.png")
+    os.link(next(image_folder.rglob("*.png")), data / "a.png")
     result = torchrun(
         2, "pretrain", "folder", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 2, check=False
     )

@@ -49,10 +49,10 @@ def features_of(path) -> np.ndarray:
     return np.stack([np.array(value) for value in pq.read_table(path)["features"].to_pylist()])
 
 
-def test_rows_are_the_encoders_pooled_features_with_path_and_label(file, pictures, tmp_path):
-    out = embed(file, data=pictures, labels="folder", out=tmp_path / "new" / "f.parquet", batch_size=7)
+def test_rows_are_the_encoders_pooled_features_with_path_and_label(file, image_folder, tmp_path):
+    out = embed(file, data=image_folder, labels="folder", out=tmp_path / "new" / "f.parquet", batch_size=7)
     table = pq.read_table(out)
-    source = open_source(pictures, labels="folder")
+    source = open_source(image_folder, labels="folder")
     assert table.column_names == ["index", "path", "label", "class", "features"]
     assert table["index"].to_pylist() == list(range(24))
     assert table["path"].to_pylist() == [str(source.stored(i)) for i in range(24)]
@@ -66,10 +66,10 @@ def test_rows_are_the_encoders_pooled_features_with_path_and_label(file, picture
 @pytest.mark.parametrize(
     ("name", "options"), [("vit_tiny_patch8", {"class_token": True}), ("conv_vit_tiny_patch8", {})]
 )
-def test_tokens_in_half_precision_pool_to_the_same_features(name, options, pictures, tmp_path):
+def test_tokens_in_half_precision_pool_to_the_same_features(name, options, image_folder, tmp_path):
     file = encoder_file(tmp_path, name, **options)
-    pooled = features_of(embed(file, data=pictures, out=tmp_path / "pooled.parquet"))
-    out = embed(file, data=pictures, out=tmp_path / "tokens.npy", tokens=True, half=True)
+    pooled = features_of(embed(file, data=image_folder, out=tmp_path / "pooled.parquet"))
+    out = embed(file, data=image_folder, out=tmp_path / "tokens.npy", tokens=True, half=True)
     tokens = np.load(out)
     assert tokens.dtype == np.float16
     assert tokens.shape == (24, 6, 16)
@@ -78,7 +78,7 @@ def test_tokens_in_half_precision_pool_to_the_same_features(name, options, pictu
     rows = pq.read_table(rows_file(out))
     assert rows.column_names == ["index", "path"]
     assert len(rows) == 24
-    parquet = embed(file, data=pictures, out=tmp_path / "tokens.parquet", tokens=True, half=True)
+    parquet = embed(file, data=image_folder, out=tmp_path / "tokens.parquet", tokens=True, half=True)
     np.testing.assert_array_equal(features_of(parquet).astype(np.float16), tokens)
 
 
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_from_its_finished_parts(file, ending, tmp_path, ca
     assert {part: part.stat().st_mtime_ns for part in finished} == finished
     options = {"data": "digits", "split": "test", "batch_size": 16}
     embed(file, out=out, **options)
-    assert f"going on from picture {16 * len(finished)} of 2000" in capfd.readouterr().err
+    assert f"going on from image {16 * len(finished)} of 2000" in capfd.readouterr().err
     assert not parts.exists()
     whole = embed(file, out=tmp_path / f"whole.{ending}", **options)
     assert (
@@ -129,11 +129,11 @@ def test_a_killed_run_goes_on_from_its_finished_parts(file, ending, tmp_path, ca
     )
 
 
-def test_unreadable_pictures_are_left_out_and_named(file, pictures, tmp_path, capfd):
+def test_unreadable_images_are_left_out_and_named(file, image_folder, tmp_path, capfd):
     data = tmp_path / "data"
-    shutil.copytree(pictures, data)
+    shutil.copytree(image_folder, data)
     for name in ("cats/00a.png", "dogs/99.png", "dogs/999.png"):  # the last two fill the last batch
-        (data / name).write_text("no picture")
+        (data / name).write_text("no image")
     out = embed(file, data=data, out=tmp_path / "f.parquet", batch_size=5)
     table = pq.read_table(out)
     assert len(table) == 24
@@ -143,51 +143,51 @@ def test_unreadable_pictures_are_left_out_and_named(file, pictures, tmp_path, ca
     messages = capfd.readouterr().err
     assert all(name in messages for name, _ in bad)
     assert table["index"].to_pylist() == list(range(1, 25))
-    whole = embed(file, data=pictures, out=tmp_path / "whole.parquet")
+    whole = embed(file, data=image_folder, out=tmp_path / "whole.parquet")
     np.testing.assert_allclose(features_of(out), features_of(whole), atol=1e-5)
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    (tmp_path / "none" / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match="none of the 1 images"):
         embed(file, data=tmp_path / "none", out=tmp_path / "none.parquet")
     assert not list(tmp_path.glob("none.*"))
 
 
-def test_a_finished_file_is_kept_and_never_overwritten(file, pictures, tmp_path):
+def test_a_finished_file_is_kept_and_never_overwritten(file, image_folder, tmp_path):
     for ending in ("parquet", "npy"):
-        out = embed(file, data=pictures, out=tmp_path / f"f.{ending}")
+        out = embed(file, data=image_folder, out=tmp_path / f"f.{ending}")
         before = out.stat().st_mtime_ns
-        assert embed(file, data=pictures, out=out) == out
+        assert embed(file, data=image_folder, out=out) == out
         assert out.stat().st_mtime_ns == before
         with pytest.raises(ValueError, match=r"made with other settings \(tokens\): delete it, or give another --out"):
-            embed(file, data=pictures, out=out, tokens=True)
+            embed(file, data=image_folder, out=out, tokens=True)
         out.write_bytes(b"somebody's own file")
         if ending == "parquet":
             with pytest.raises(ValueError, match="made with other settings"):
-                embed(file, data=pictures, out=out)
+                embed(file, data=image_folder, out=out)
             assert out.read_bytes() == b"somebody's own file"
 
 
-def test_one_process_writes_a_file(file, pictures, tmp_path):
-    out, schema = tmp_path / "f.parquet", embedding._schema(open_source(pictures), (16,), half=False)
+def test_one_process_writes_a_file(file, image_folder, tmp_path):
+    out, schema = tmp_path / "f.parquet", embedding._schema(open_source(image_folder), (16,), half=False)
     with (
         embedding._Parts(out, {}, schema),
         pytest.raises(ValueError, match="another process is writing"),
     ):
-        embed(file, data=pictures, out=out)
+        embed(file, data=image_folder, out=out)
 
 
-def test_features_that_do_not_fit_half_precision(tmp_path, pictures):
+def test_features_that_do_not_fit_half_precision(tmp_path, image_folder):
     file = encoder_file(tmp_path)
     encoder = load_encoder(file)
     with torch.no_grad():
         encoder.pos_embed.fill_(1e6)
     file.write_bytes(encoder_bytes(encoder))
     with pytest.raises(ValueError, match="leave --half out"):
-        embed(file, data=pictures, out=tmp_path / "f.npy", tokens=True, half=True)
-    assert np.load(embed(file, data=pictures, out=tmp_path / "g.npy", tokens=True)).max() > 1e5
+        embed(file, data=image_folder, out=tmp_path / "f.npy", tokens=True, half=True)
+    assert np.load(embed(file, data=image_folder, out=tmp_path / "g.npy", tokens=True)).max() > 1e5
 
 
-def test_wrong_calls_say_what_to_do(file, pictures, tmp_path, capsys):
+def test_wrong_calls_say_what_to_do(file, image_folder, tmp_path, capsys):
     (tmp_path / "folder.npy").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     for arguments, message in [
@@ -200,7 +200,7 @@ def test_wrong_calls_say_what_to_do(file, pictures, tmp_path, capsys):
         (["--out", file / "f.npy"], "cannot be written"),
         (["--out", tmp_path / "f.npy", "--tokenz"], "did you mean --tokens?"),
     ]:
-        assert main(["embed", str(file), "--data", str(pictures), *map(str, arguments)]) == 2
+        assert main(["embed", str(file), "--data", str(image_folder), *map(str, arguments)]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) <= 2

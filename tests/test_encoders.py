@@ -109,7 +109,7 @@ def test_weights_move_to_timm_and_back(class_token, img_size, in_chans):
         torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=0, atol=1e-5)
 
     torch.manual_seed(1)
-    fresh = timm.create_model("vit_tiny_patch16_224", **timm_arguments(ours)).eval()  # positions learnt, not fixed
+    fresh = timm.create_model("vit_tiny_patch16_224", **timm_arguments(ours)).eval()  # positions learned, not fixed
     back = from_timm(fresh)
     ours.load_state_dict(fresh.state_dict(), strict=True)
     with torch.no_grad():
@@ -206,8 +206,8 @@ def test_masked_positions_never_influence_visible_ones(name):
         assert not torch.allclose(encoder(other, visible=masks.visible)[1], before[1])
 
 
-def test_a_visible_conv_token_sees_its_visible_neighbours():
-    """The depthwise convolution crosses token borders: two neighbours together differ from each alone."""
+def test_a_visible_conv_token_sees_its_visible_neighbors():
+    """The depthwise convolution crosses token borders: two neighbors together differ from each alone."""
     encoder = small("conv_vit_tiny_patch8", img_size=32)
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_another_image_size_recomputes_fixed_positions(name):
 
 
 @pytest.mark.parametrize("grid", [(6, 3), (8, 8), (2, 2)])
-def test_learnt_positions_are_resized_by_2d_bicubic(grid):
+def test_learned_positions_are_resized_by_2d_bicubic(grid):
     encoder = small("vit_tiny_patch8", img_size=(32, 40), class_token=True)
     nn.init.normal_(encoder.pos_embed, std=0.5)
     expected = resample_abs_pos_embed(encoder.pos_embed, list(grid), [4, 5], num_prefix_tokens=1)
@@ -315,8 +315,8 @@ def test_pooling_is_the_normed_mean_of_patch_tokens(name):
         tokens = encoder(torch.randn(2, 3, 32, 32))
     P = encoder.num_prefix_tokens
     mean = tokens[:, P:].mean(1)
-    centred = mean - mean.mean(-1, keepdim=True)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centerd = mean - mean.mean(-1, keepdim=True)
+    expected = centerd / (centerd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(encoder.pool(tokens), expected, rtol=1e-5, atol=1e-6)
     tokens[:, :P] += 100.0
     torch.testing.assert_close(encoder.pool(tokens), expected, rtol=1e-5, atol=1e-6)
@@ -368,7 +368,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(name):
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=key)
 
 
-# ---- initialisation (method, section 5)
+# ---- initialization (method, section 5)
 
 
 def assert_uniform(weight: torch.Tensor, bound: float, key: str) -> None:
@@ -380,7 +380,7 @@ def assert_uniform(weight: torch.Tensor, bound: float, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16", "conv_vit_tiny_patch16"])
-def test_initialisation(name):
+def test_initialization(name):
     torch.manual_seed(0)
     depth = {"depths": (1, 1, 1)} if name.startswith("conv") else {"depth": 1, "class_token": True}
     model = MaskedImageModel(create_encoder(name, img_size=64, **depth))

@@ -41,11 +41,11 @@ def features(x, labels) -> Features:
 
 def blobs(n: int, classes: int, dim: int, noise: float, seed: int) -> Features:
     """Gaussian clouds around directions that do not depend on the seed."""
-    centres = np.random.default_rng(99).normal(size=(classes, dim))
+    centers = np.random.default_rng(99).normal(size=(classes, dim))
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=n)
     labels[:classes] = np.arange(classes)
-    return features(centres[labels] + noise * rng.normal(size=(n, dim)), labels)
+    return features(centers[labels] + noise * rng.normal(size=(n, dim)), labels)
 
 
 def tiny_encoder(seed: int = 0):
@@ -56,11 +56,11 @@ def tiny_encoder(seed: int = 0):
 
 
 @pytest.fixture
-def run(tmp_path, pictures):
-    """A run folder as pre-training leaves it, with pictures in two class folders and a test part."""
+def run(tmp_path, image_folder):
+    """A run folder as pre-training leaves it, with images in two class folders and a test part."""
     data = tmp_path / "my data"
-    shutil.copytree(pictures, data / "train")
-    shutil.copytree(pictures / "cats", data / "test" / "cats")
+    shutil.copytree(image_folder, data / "train")
+    shutil.copytree(image_folder / "cats", data / "test" / "cats")
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ENCODER_FILE).write_bytes(encoder_bytes(tiny_encoder()))
@@ -107,7 +107,7 @@ def brute_force_knn(train: Features, test: Features, k: int, temperature: float)
     temperature=st.sampled_from([0.07, 0.5]),
     seed=st.integers(0, 10**6),
 )
-def test_knn_equals_brute_force_also_with_more_neighbours_than_pictures(n, classes, dim, k, temperature, seed):
+def test_knn_equals_brute_force_also_with_more_neighbors_than_images(n, classes, dim, k, temperature, seed):
     train, test = blobs(max(n, classes), classes, dim, 1.0, seed), blobs(20, classes, dim, 1.0, seed + 1)
     result = knn(train, test, k=k, temperature=temperature)
     by_k = result.pop("top1_by_k")
@@ -162,15 +162,15 @@ def test_knn_refuses_settings_that_cannot_be(bad):
 # --- features
 
 
-def test_extract_gives_pooled_features_in_order_and_reports_bad_pictures(pictures, tmp_path):
+def test_extract_gives_pooled_features_in_order_and_reports_bad_images(image_folder, tmp_path):
     folder = tmp_path / "some"
-    shutil.copytree(pictures, folder)
-    (folder / "cats" / "00.jpg").write_text("no picture")
+    shutil.copytree(image_folder, folder)
+    (folder / "cats" / "00.jpg").write_text("no image")
     source = open_source(folder, labels="folder")
     encoder = tiny_encoder().train()
     got = extract(encoder, source, batch_size=7)
     assert encoder.training
-    assert [name for name, _ in got.bad] == [source.describe(0)]
+    assert [name for name, _ in got.unreadable] == [source.describe(0)]
     assert got.rows.tolist() == list(range(1, 25))
     assert got.labels.tolist() == source.labels[1:].tolist()
     encoder.eval()
@@ -181,14 +181,14 @@ def test_extract_gives_pooled_features_in_order_and_reports_bad_pictures(picture
     assert torch.allclose(got.x, expected, atol=1e-5)
 
 
-def test_features_do_not_depend_on_workers(pictures):
-    source = open_source(pictures)
+def test_features_do_not_depend_on_workers(image_folder):
+    source = open_source(image_folder)
     one, two = (extract(tiny_encoder(), source, batch_size=5, num_workers=n) for n in (0, 2))
     assert torch.equal(one.x, two.x)
     assert one.labels.tolist() == [-1] * 24
 
 
-def test_raw_pixels_are_the_picture_and_never_more_than_3072_values():
+def test_raw_pixels_are_the_image_and_never_more_than_3072_values():
     small = torch.rand(2, 3, 32, 32)
     assert torch.equal(raw_pixels(small), small.flatten(1))
     for shape in ((2, 3, 224, 224), (2, 1, 64, 300), (2, 5, 48, 80), (1, 3, 33, 33)):
@@ -200,16 +200,16 @@ def test_raw_pixels_are_the_picture_and_never_more_than_3072_values():
 
 
 def test_nothing_readable_is_an_error(tmp_path):
-    (tmp_path / "a.jpg").write_text("no picture")
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="none of the 1 images"):
         extract(tiny_encoder(), open_source(tmp_path))
 
 
-def test_an_encoder_without_preprocessing_is_refused(pictures):
+def test_an_encoder_without_preprocessing_is_refused(image_folder):
     encoder = tiny_encoder()
     encoder.preprocess = None
     with pytest.raises(ValueError, match="preprocess"):
-        extract(encoder, open_source(pictures))
+        extract(encoder, open_source(image_folder))
 
 
 def test_bf16_features_are_close_to_fp32_and_other_words_are_refused():
@@ -240,7 +240,7 @@ def test_evaluate_measures_the_encoder_beside_both_baselines(run):
         "fingerprint": "",
         "num_train": 24,
         "num_test": 12,
-        "num_bad": 0,
+        "num_unreadable": 0,
         "classes": 2,
     }
     assert set(result["versions"]) == {"dmjd", "torch", "python"}
@@ -258,7 +258,7 @@ def test_an_earlier_result_is_never_lost(tmp_path):
 
 
 def test_test_labels_follow_the_names_of_the_training_classes(run):
-    """The test part has cats alone, which are its class 0; with each test picture in the training set kNN is right."""
+    """The test part has cats alone, which are its class 0; with each test image in the training set kNN is right."""
     shutil.rmtree(run.parent / "my data" / "test")
     shutil.copytree(run.parent / "my data" / "train" / "dogs", run.parent / "my data" / "test" / "dogs")
     assert evaluate("knn", run, k=1)["result"]["top1"] == 1.0
@@ -287,32 +287,32 @@ def test_an_earlier_result_counts_for_the_same_weights_and_default_settings_only
     assert read_result(file, tiny_encoder()) is None
 
 
-def test_other_data_and_another_folder(run, pictures, tmp_path):
-    evaluate("knn", run, data=pictures, test_data=pictures, labels="folder", out=tmp_path / "elsewhere")
+def test_other_data_and_another_folder(run, image_folder, tmp_path):
+    evaluate("knn", run, data=image_folder, test_data=image_folder, labels="folder", out=tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "evaluation" / "knn.json").exists()
     assert not (run / "evaluation").exists()
 
 
-def test_an_encoder_file_needs_data(run, pictures):
+def test_an_encoder_file_needs_data(run, image_folder):
     with pytest.raises(ValueError, match="pass --data"):
         evaluate("knn", run / ENCODER_FILE)
-    result = evaluate("knn", run / ENCODER_FILE, data=pictures, test_data=pictures, labels="folder", k=1)
+    result = evaluate("knn", run / ENCODER_FILE, data=image_folder, test_data=image_folder, labels="folder", k=1)
     assert result["result"]["top1"] == 1.0
 
 
-def test_grey_pictures_for_a_one_channel_encoder(run, tmp_path):
+def test_gray_images_for_a_one_channel_encoder(run, tmp_path):
     encoder = create_encoder("vit_tiny_patch8", img_size=SIZE, in_chans=1, embed_dim=32, depth=1, num_heads=2)
     encoder.preprocess = Preprocess(SIZE, 1, (0.5,), (0.2,))
-    (tmp_path / "grey.safetensors").write_bytes(encoder_bytes(encoder))
-    result = evaluate("knn", tmp_path / "grey.safetensors", data=run.parent / "my data", labels="folder")
+    (tmp_path / "gray.safetensors").write_bytes(encoder_bytes(encoder))
+    result = evaluate("knn", tmp_path / "gray.safetensors", data=run.parent / "my data", labels="folder")
     assert result["data"]["num_train"] == 24
 
 
-def test_wrong_calls_say_what_to_do(run, pictures, tmp_path):
+def test_wrong_calls_say_what_to_do(run, image_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     one_class = tmp_path / "one"
-    shutil.copytree(pictures / "cats", one_class / "train" / "cats")
-    shutil.copytree(pictures / "cats", one_class / "test" / "cats")
+    shutil.copytree(image_folder / "cats", one_class / "train" / "cats")
+    shutil.copytree(image_folder / "cats", one_class / "test" / "cats")
     for call, message in [
         (lambda: evaluate("kn", run), "did you mean 'knn'"),
         (lambda: evaluate("knn", run, epochs=3), "does not take epochs"),
@@ -321,7 +321,7 @@ def test_wrong_calls_say_what_to_do(run, pictures, tmp_path):
         (lambda: evaluate("knn", tmp_path / "nowhere"), "is no run folder"),
         (lambda: evaluate("knn", run, labels="none"), "pass --labels folder or --labels column"),
         (lambda: evaluate("knn", run, data=one_class), "at least two classes"),
-        (lambda: evaluate("knn", run, data=pictures), "pass --test-data"),
+        (lambda: evaluate("knn", run, data=image_folder), "pass --test-data"),
         (lambda: evaluate("knn", run, batch_size=0), "batch_size must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -340,8 +340,8 @@ def test_the_table_has_a_row_for_each_encoder_and_a_column_for_each_task(run):
 # --- while pre-training goes on
 
 
-def test_online_knn_is_the_same_measure_and_leaves_the_encoder_alone(pictures):
-    source = open_source(pictures, labels="folder")
+def test_online_knn_is_the_same_measure_and_leaves_the_encoder_alone(image_folder):
+    source = open_source(image_folder, labels="folder")
     encoder = tiny_encoder().train()
     online = OnlineKnn(source, source, encoder.preprocess)
     state = {name: value.clone() for name, value in encoder.state_dict().items()}
@@ -359,7 +359,7 @@ def test_online_knn_takes_an_even_part_of_large_sets(monkeypatch):
     assert 0.02 < online(encoder) < 0.5
 
 
-def test_online_knn_refuses_a_single_class_before_anything_is_trained(pictures):
-    source = open_source(pictures / "cats", labels="none")
+def test_online_knn_refuses_a_single_class_before_anything_is_trained(image_folder):
+    source = open_source(image_folder / "cats", labels="none")
     with pytest.raises(ValueError, match="has no labels"):
         OnlineKnn(source, source, Preprocess(SIZE))

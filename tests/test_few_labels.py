@@ -17,7 +17,7 @@ from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 from dmjd.evaluation.frozen.features import pooled
 from dmjd.evaluation.frozen.linear_sweep import RATES, SweepFeatures, linear_sweep
 from dmjd.evaluation.frozen.protocol import evaluate_all
-from dmjd.evaluation.low_shot import FewLabels, hold_out, summarise
+from dmjd.evaluation.low_shot import LowShot, hold_out, summarize
 from dmjd.evaluation.registry import evaluate
 
 label_sets = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
@@ -26,32 +26,32 @@ label_sets = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
 @settings(deadline=None, max_examples=50)
 @given(labels=label_sets, seed=st.integers(0, 10**6), n=st.integers(1, 20))
 def test_subsets_by_number_are_stratified_and_nested(labels, seed, n):
-    rows = FewLabels(per_class=n).rows(labels, seed)
+    rows = LowShot(per_class=n).rows(labels, seed)
     assert len(set(rows.tolist())) == len(rows)
     for label in np.unique(labels):
         assert (labels[rows] == label).sum() == min(n, (labels == label).sum())
-    assert set(rows) <= set(FewLabels(per_class=n + 1).rows(labels, seed))
+    assert set(rows) <= set(LowShot(per_class=n + 1).rows(labels, seed))
 
 
 @settings(deadline=None, max_examples=50)
 @given(labels=label_sets, seed=st.integers(0, 10**6), share=st.floats(0.01, 1), more=st.floats(0, 1))
 def test_subsets_by_share_are_stratified_and_nested(labels, seed, share, more):
-    rows = FewLabels(fraction=share).rows(labels, seed)
+    rows = LowShot(fraction=share).rows(labels, seed)
     for label in np.unique(labels):
         expected = share * (labels == label).sum()
         assert max(1, expected - 0.5) <= (labels[rows] == label).sum() <= max(1, expected + 0.5)
-    assert set(rows) <= set(FewLabels(fraction=min(1.0, share + more)).rows(labels, seed))
+    assert set(rows) <= set(LowShot(fraction=min(1.0, share + more)).rows(labels, seed))
 
 
-def test_other_seeds_draw_other_pictures_and_the_same_seed_the_same():
+def test_other_seeds_draw_other_images_and_the_same_seed_the_same():
     labels = np.arange(1000) % 10
-    first, second = (FewLabels(fraction=0.1).rows(labels, seed) for seed in (0, 1))
+    first, second = (LowShot(fraction=0.1).rows(labels, seed) for seed in (0, 1))
     assert 0 < len(set(first) & set(second)) < 40  # 10 expected by chance
-    assert (first == FewLabels(fraction=0.1).rows(labels, 0)).all()
-    assert len(FewLabels().rows(labels, 0)) == 1000
+    assert (first == LowShot(fraction=0.1).rows(labels, 0)).all()
+    assert len(LowShot().rows(labels, 0)) == 1000
 
 
-def test_a_held_out_part_takes_of_each_class_but_never_its_last_picture():
+def test_a_held_out_part_takes_of_each_class_but_never_its_last_image():
     labels = np.array([0] * 100 + [1] * 10 + [2] * 2 + [3])
     held = hold_out(labels, 0.1, seed=0)
     assert [int(held[labels == c].sum()) for c in range(4)] == [10, 1, 1, 0]
@@ -61,16 +61,16 @@ def test_a_held_out_part_takes_of_each_class_but_never_its_last_picture():
 
 def test_the_summary_is_mean_and_spread_of_a_sample():
     results = [{"top1": 0.5, "by": {"1": 0.2}, "word": "a"}, {"top1": 0.7, "by": {"1": 0.4}, "word": "b"}]
-    summary = summarise(results, [3, 4])
+    summary = summarize(results, [3, 4])
     assert summary["top1"] == pytest.approx(0.6)
     assert summary["top1_std"] == pytest.approx(0.1 * 2**0.5)
     assert summary["by"] == {"1": pytest.approx(0.3)}
     assert summary["per_seed"] == [{"seed": 3, **results[0]}, {"seed": 4, **results[1]}]
-    assert summarise(results[:1], [3]) == results[0]
+    assert summarize(results[:1], [3]) == results[0]
 
 
-def test_a_subset_is_a_source_of_its_own(pictures):
-    whole = open_source(pictures, labels="folder")
+def test_a_subset_is_a_source_of_its_own(image_folder):
+    whole = open_source(image_folder, labels="folder")
     part = SubsetSource(whole, [3, 20])
     assert (part.read(1) == whole.read(20)).all()
     assert part.labels.tolist() == whole.labels[[3, 20]].tolist()
@@ -78,7 +78,7 @@ def test_a_subset_is_a_source_of_its_own(pictures):
     assert len({part.fingerprint(), whole.fingerprint(), SubsetSource(whole, [3, 21]).fingerprint()}) == 3
 
 
-def test_few_labels_read_only_what_they_draw(run, monkeypatch):
+def test_low_shot_read_only_what_they_draw(run, monkeypatch):
     read = []
     plain = SubsetSource.read
     monkeypatch.setattr(SubsetSource, "read", lambda self, i: read.append(int(self.rows[i])) or plain(self, i))
@@ -86,15 +86,15 @@ def test_few_labels_read_only_what_they_draw(run, monkeypatch):
     assert len(result["result"]["per_seed"]) == 3
     assert result["data"]["num_train"] == 4
     labels = open_source(run.parent / "my data", labels="folder").labels
-    drawn = {int(row) for seed in range(3) for row in FewLabels(per_class=2).rows(labels, seed)}
+    drawn = {int(row) for seed in range(3) for row in LowShot(per_class=2).rows(labels, seed)}
     assert set(read) == drawn
     assert 4 < len(drawn) <= 12
 
 
-def test_few_labels_measure_the_subset_alone(run):
-    """Neighbours outside of the subset would vote too."""
+def test_low_shot_measure_the_subset_alone(run):
+    """Neighbors outside of the subset would vote too."""
     few = evaluate("knn", run, labels_per_class=1, seeds=1, device="cpu")["result"]
-    assert few["top1"] == few["top1_by_k"]["1"]  # only two pictures vote, and the nearest weighs more
+    assert few["top1"] == few["top1_by_k"]["1"]  # only two images vote, and the nearest weighs more
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_few_labels_measure_the_subset_alone(run):
         ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )
-def test_few_labels_that_cannot_be(run, flags, message):
+def test_low_shot_that_cannot_be(run, flags, message):
     with pytest.raises(ValueError, match=message):
         evaluate("knn", run, **flags)
 
@@ -136,7 +136,7 @@ def side_by_side(*parts):
     return features(x, parts[0].labels)
 
 
-def test_the_sweep_chooses_on_held_out_pictures_and_never_on_the_test():
+def test_the_sweep_chooses_on_held_out_images_and_never_on_the_test():
     """The first part tells the class in training only, the second everywhere but less well: honest choice fails."""
     fair_train, fair_test = blobs(600, 4, 16, 2.0, 1), blobs(500, 4, 16, 2.0, 2)
     clear = blobs(600, 4, 16, 0.02, 3)
@@ -161,8 +161,8 @@ def test_the_sweep_finds_the_part_that_knows():
     assert result == linear_sweep(train, test, parts=("known", "noise"), epochs=20)
 
 
-def test_a_sweep_without_anything_to_hold_out_is_refused_before_pictures_are_read(run, monkeypatch):
-    monkeypatch.setattr(SubsetSource, "read", lambda *_: pytest.fail("a picture was read"))
+def test_a_sweep_without_anything_to_hold_out_is_refused_before_images_are_read(run, monkeypatch):
+    monkeypatch.setattr(SubsetSource, "read", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(ValueError, match="no part of the training set can be held out: use more labels"):
         evaluate("linear_sweep", run, labels_per_class=1)
 

@@ -20,9 +20,9 @@ from test_evaluation import _one_thread  # noqa: F401, a fixture
 import dmjd as package
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.data.labelled_loader import Augmentation, LabelledBatches
+from dmjd.data.labeled_loader import Augmentation, LabeledBatches
 from dmjd.data.sources.registry import open_source
-from dmjd.encoders.classifier import PictureClassifier
+from dmjd.encoders.classifier import ImageClassifier
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 from dmjd.engine.layer_decay import layer_groups
@@ -44,7 +44,7 @@ def encoder_of(seed: int = 0):
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Noisy stripes, lying or standing: 40 pictures to learn from, 30 to test."""
+    """Noisy stripes, lying or standing: 40 images to learn from, 30 to test."""
     root = tmp_path_factory.mktemp("stripes")
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 30)):
@@ -52,9 +52,9 @@ def stripes(tmp_path_factory):
             name = ("lying", "standing")[i % 2]
             (root / split / name).mkdir(parents=True, exist_ok=True)
             wave = 128 + 100 * np.sin(np.arange(20) * 0.8 + rng.uniform(0, 6))
-            picture = np.broadcast_to(wave[:, None, None], (20, 20, 3)) + rng.normal(0, 20, (20, 20, 3))
-            picture = picture if name == "lying" else picture.transpose(1, 0, 2)
-            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(root / split / name / f"{i:02d}.png")
+            image = np.broadcast_to(wave[:, None, None], (20, 20, 3)) + rng.normal(0, 20, (20, 20, 3))
+            image = image if name == "lying" else image.transpose(1, 0, 2)
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / split / name / f"{i:02d}.png")
     return root
 
 
@@ -75,10 +75,10 @@ def test_fine_tuning_learns_and_leaves_a_classifier(run, stripes):
     folder = run / result["result"]["folder"]
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    looks = [line["top1"] for line in lines if "top1" in line]
-    assert len(looks) == 10
-    assert looks[0] < result["result"]["top1"]
-    assert result["result"]["best"]["top1"] == max(looks)  # all 30 test pictures are looked at
+    num_evals = [line["top1"] for line in lines if "top1" in line]
+    assert len(num_evals) == 10
+    assert num_evals[0] < result["result"]["top1"]
+    assert result["result"]["best"]["top1"] == max(num_evals)  # all 30 test images are looked at
     classifier = package.load_classifier(run)
     assert classifier.classes == ["lying", "standing"]
     test = open_source(stripes, split="test", labels="folder")
@@ -103,7 +103,7 @@ def test_what_is_finished_is_not_trained_again(run):
     assert third["random_init"]["folder"] != first["random_init"]["folder"]
 
 
-def test_few_labels_and_seeds(run):
+def test_low_shot_and_seeds(run):
     result = finetune(run, steps=2, labels_per_class=3, seeds=2, device="cpu")
     assert result["data"]["num_train"] == 6
     for name in ("result", "random_init"):
@@ -154,7 +154,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, tmp_path):
 
 def test_layer_ids_and_decay():
     encoder = encoder_of()
-    groups = layer_groups(PictureClassifier(encoder, ["a", "b"]), 0.05, 0.5)
+    groups = layer_groups(ImageClassifier(encoder, ["a", "b"]), 0.05, 0.5)
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert found[id(encoder.pos_embed)] == (0.125, 0.0)
     assert found[id(encoder.patch_embed.proj.weight)] == (0.125, 0.05)
@@ -163,7 +163,7 @@ def test_layer_ids_and_decay():
     assert id(encoder.norm.weight) not in found
     assert max(found.values()) == (1.0, 0.05)
     conv = create_encoder("conv_vit_tiny_patch4", img_size=16)
-    scales = {g["lr_scale"] for g in layer_groups(PictureClassifier(conv, ["a", "b"]), 0.05, 0.5)}
+    scales = {g["lr_scale"] for g in layer_groups(ImageClassifier(conv, ["a", "b"]), 0.05, 0.5)}
     assert scales == {0.5**i for i in range(13)}  # stages 1 and 2, eleven blocks, head
 
 
@@ -179,7 +179,7 @@ def test_a_group_learns_at_its_own_rate(tmp_path):
     task = Two()
     groups = [{"params": [p], "weight_decay": 0.0, "lr_scale": s} for p, s in ((task.slow, 0.1), (task.fast, 1.0))]
     nothing = (0 for _ in iter(int, 1))
-    options = {"validate": lambda model: {"top1": 0.0}, "identity": {}, "num_pictures": 1}
+    options = {"validate": lambda model: {"top1": 0.0}, "identity": {}, "num_images": 1}
     settings = FitSettings(steps=5, batch_size=1, lr=0.1, warmup=0, device="cpu", precision="fp32")
     fit(task, lambda start, fabric: nothing, groups, settings, tmp_path / "x", **options)
     slow, fast = (1 - float(p.detach()) for p in (task.slow, task.fast))
@@ -198,18 +198,18 @@ def test_the_published_recipe_and_what_small_sets_get():
     assert (few.batch_size, few.test_crop, few.mixup, few.cutmix) == (16, 1.0, 0.2, 0.0)
 
 
-def test_the_test_crop_is_the_centre_of_a_larger_picture():
-    model = PictureClassifier(encoder_of(), ["a", "b"], test_crop=0.8)
-    picture = np.zeros((20, 20, 3), np.uint8)
-    picture[2:18, 2:18] = 255
-    seen = model.crop(model.test_preprocess.raw(picture))
+def test_the_test_crop_is_the_center_of_a_larger_image():
+    model = ImageClassifier(encoder_of(), ["a", "b"], test_crop=0.8)
+    image = np.zeros((20, 20, 3), np.uint8)
+    image[2:18, 2:18] = 255
+    seen = model.crop(model.test_preprocess.raw(image))
     assert seen.shape == (1, 3, 16, 16)
     assert (seen == 255).all()
 
 
 def batches(source, start, count, seed=0, workers=0, **options):
     config = FinetuneConfig(batch_size=4, **options).resolve(len(source), SIZE, 32)
-    stream = LabelledBatches(source, config, Preprocess(SIZE), 2, seed, workers)(start, Fabric(accelerator="cpu"))
+    stream = LabeledBatches(source, config, Preprocess(SIZE), 2, seed, workers)(start, Fabric(accelerator="cpu"))
     taken = list(islice(stream, count))
     stream.close()
     return taken
@@ -235,14 +235,14 @@ def test_batches_follow_from_the_step_alone(stripes):
 
 
 @pytest.mark.parametrize("option", [{"rand_augment": 9}, {"erase": 1.0}, {"mixup": 0.8}, {"cutmix": 1.0}])
-def test_every_augmentation_changes_pictures(stripes, option):
+def test_every_augmentation_changes_images(stripes, option):
     source = open_source(stripes, labels="folder")
     off = {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0}
     plain, changed = (torch.cat([x for x, _ in batches(source, 0, 5, **o)]) for o in (off, off | option))
     assert not torch.equal(plain, changed)
 
 
-def test_the_picture_in_place_of_an_unreadable_one_brings_its_label(tmp_path):
+def test_the_image_in_place_of_an_unreadable_one_brings_its_label(tmp_path):
     for i in range(6):
         name, level = ("dark", 20) if i % 2 else ("light", 235)
         (tmp_path / name).mkdir(exist_ok=True)
@@ -261,16 +261,16 @@ def test_pairs_need_an_even_batch(stripes):
     source = open_source(stripes, labels="folder")
     config = FinetuneConfig(batch_size=6, accumulate=2, mixup=0.8).resolve(40, SIZE, 32)
     with pytest.raises(ValueError, match="must be even, or both off"):
-        LabelledBatches(source, config, Preprocess(SIZE), 2, seed=0)
+        LabeledBatches(source, config, Preprocess(SIZE), 2, seed=0)
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (3, np.float32), (5, np.uint8)])
 def test_any_channels_are_augmented(channels, dtype):
     preprocess = Preprocess(SIZE, channels, (0.5,) * channels, (0.2,) * channels)
     config = FinetuneConfig(rand_augment=9, erase=0.5).resolve(40, SIZE, 32)
-    picture = np.random.default_rng(0).integers(0, 256, (20, 20, channels)).astype(dtype)
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, channels)).astype(dtype)
     augment = Augmentation(config, preprocess)
-    crops = [augment(picture, [0, 0, 16, 16], False, key) for key in range(30)]
+    crops = [augment(image, [0, 0, 16, 16], False, key) for key in range(30)]
     assert {crop.shape for crop in crops} == {(channels, 16, 16)}
     assert all(crop.isfinite().all() for crop in crops)
     assert len({crop.sum().item() for crop in crops}) > 5  # they differ by key
@@ -329,5 +329,5 @@ def test_sets_and_folders_that_cannot_be(capsys, run, stripes, tmp_path):
 def test_the_command_prints_a_table(run):
     done = dmjd("evaluate", "finetune", run, "--steps", 2, "--device", "cpu")
     assert "this encoder" in done.stdout
-    assert "random initialisation" in done.stdout
+    assert "random initialization" in done.stdout
     assert "raw pixels" not in done.stdout

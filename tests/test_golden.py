@@ -25,7 +25,7 @@ def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], d
         values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
     raw = load_file(GOLDEN / "photographs.safetensors")["images_u8"]
-    values |= {"images_u8": raw, "images": Preprocess((224, 224), 3, IMAGENET_MEAN, IMAGENET_STD).normalise(raw)}
+    values |= {"images_u8": raw, "images": Preprocess((224, 224), 3, IMAGENET_MEAN, IMAGENET_STD).normalize(raw)}
     state = {key.removeprefix("state."): values.pop(key) for key in list(values) if key.startswith("state.")}
     return values, state, config
 

@@ -15,13 +15,13 @@ from dmjd.data.sources.folder import FolderSource
 from dmjd.data.train_loader import TrainLoader
 from dmjd.data.transforms import crop_resize
 from dmjd.images import jpeg
-from dmjd.images.decoding import BadPicture
-from dmjd.images.reading import open_picture, read_picture
+from dmjd.images.decoding import UnreadableImage
+from dmjd.images.reading import open_image, read_image
 from dmjd.images.resampling import resize_box
 
 
 def natural(height, width, channels=3, seed=0):
-    """Smooth colours with some grain, far from black and white."""
+    """Smooth colors with some grain, far from black and white."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(60, 196, (7, 9, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
@@ -73,10 +73,10 @@ def exif_of(orientation):
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
-def test_turned_pictures_are_left_to_pillow(orientation):
+def test_turned_images_are_left_to_pillow(orientation):
     data = encoded(natural(16, 24), exif=exif_of(orientation))
     assert jpeg.plain_jpeg(data) is None
-    assert open_picture(data).size == ((24, 16) if orientation > 4 else (16, 24))
+    assert open_image(data).size == ((24, 16) if orientation > 4 else (16, 24))
 
 
 def test_rotation_named_by_xmp_is_seen():
@@ -84,7 +84,7 @@ def test_rotation_named_by_xmp_is_seen():
     data = encoded(natural(16, 24))
     segment = b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp
     assert jpeg.plain_jpeg(data[:2] + segment + data[2:]) is None
-    assert read_picture(data[:2] + segment + data[2:]).shape == (24, 16, 3)
+    assert read_image(data[:2] + segment + data[2:]).shape == (24, 16, 3)
 
 
 def test_upright_exif_is_plain():
@@ -109,16 +109,16 @@ def test_bomb_is_refused_before_it_is_unpacked():
     frame = good.index(b"\xff\xc0")
     bomb = good[: frame + 5] + struct.pack(">HH", 60_000, 60_000) + good[frame + 9 :]
     assert jpeg.plain_jpeg(bomb) is not None
-    with pytest.raises(BadPicture, match="pixels"):
-        open_picture(bomb, name="bomb")
+    with pytest.raises(UnreadableImage, match="pixels"):
+        open_image(bomb, name="bomb")
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0, 1), st.booleans())
 def test_whatever_is_cut_short_is_bad(share, progressive):
     data = encoded(natural(60, 80), progressive=progressive)
-    with pytest.raises(BadPicture):
-        read_picture(data[: int(share * (len(data) - 40))])
+    with pytest.raises(UnreadableImage):
+        read_image(data[: int(share * (len(data) - 40))])
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,10 +132,10 @@ def test_damage_inside_is_judged_as_pillow_does(share, wrong, missing):
     try:
         expected = by_pillow(data)
     except Exception:
-        with pytest.raises(BadPicture):
-            read_picture(data)
+        with pytest.raises(UnreadableImage):
+            read_image(data)
     else:
-        assert np.abs(read_picture(data).astype(int) - expected).max() <= 3
+        assert np.abs(read_image(data).astype(int) - expected).max() <= 3
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
@@ -145,8 +145,8 @@ def test_channel_policy_is_that_of_every_format(channels, in_chans):
     png = io.BytesIO()
     pixels = jpeg.decode(jpeg.plain_jpeg(data))
     Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(png, "PNG")
-    assert np.array_equal(read_picture(data, in_chans), read_picture(png.getvalue(), in_chans))
-    assert np.array_equal(read_picture(data, in_chans, (0, 51)), read_picture(png.getvalue(), in_chans, (0, 51)))
+    assert np.array_equal(read_image(data, in_chans), read_image(png.getvalue(), in_chans))
+    assert np.array_equal(read_image(data, in_chans, (0, 51)), read_image(png.getvalue(), in_chans, (0, 51)))
 
 
 regions = st.tuples(st.integers(30, 400), st.integers(30, 400)).flatmap(
@@ -163,7 +163,7 @@ regions = st.tuples(st.integers(30, 400), st.integers(30, 400)).flatmap(
 def test_fast_crop_is_pillows(region, size, flip):
     (height, width), (top, box_height), (left, box_width) = region
     data, box = encoded(natural(height, width)), (top, left, box_height, box_width)
-    fast = crop_resize(*open_picture(data).read_for(box, size), size, flip).numpy()[..., :: -1 if flip else 1]
+    fast = crop_resize(*open_image(data).read_for(box, size), size, flip).numpy()[..., :: -1 if flip else 1]
     if jpeg.reduction(box, size) == 1:  # torch's kernel: like torchvision, it looks at no pixel beside the box
         cut = Image.open(io.BytesIO(data)).crop((left, top, left + box_width, top + box_height))
         slow = np.asarray(cut.resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
@@ -171,7 +171,7 @@ def test_fast_crop_is_pillows(region, size, flip):
         assert difference.max() <= 2
         assert (difference > 1).mean() < 0.02
     else:  # fewer frequencies decoded
-        slow = resize_box(read_picture(data), box, size).numpy()
+        slow = resize_box(read_image(data), box, size).numpy()
         difference = np.abs(fast.astype(int) - slow)
         assert difference.mean() < 1.2
         assert np.quantile(difference, 0.99) <= 6
@@ -193,18 +193,18 @@ def test_reduction_leaves_the_box_twice_as_large_as_the_result(box, factor):
 
 @pytest.mark.parametrize("side", [(99, 161), (8, 9), (500, 11), (15, 15)])
 @pytest.mark.parametrize("factor", [2, 4, 8])
-def test_reduced_pictures_have_the_size_they_should(side, factor):
+def test_reduced_images_have_the_size_they_should(side, factor):
     for channels in (1, 3):
         reduced = jpeg.decode(jpeg.plain_jpeg(encoded(natural(*side, channels))), factor)
         assert reduced.shape == (-(-side[0] // factor), -(-side[1] // factor), channels)
 
 
-def test_crops_of_large_pictures_lie_where_they_should():
-    """A reduced picture has fractional boxes: none may be off by half a pixel."""
+def test_crops_of_large_images_lie_where_they_should():
+    """A reduced image has fractional boxes: none may be off by half a pixel."""
     data = encoded(natural(640, 800))
     for box in [(1, 3, 401, 333), (239, 467, 401, 333), (0, 0, 640, 800)]:
-        exact = resize_box(read_picture(data), box, (32, 32)).int()
-        pixels, inner = open_picture(data).read_for(box, (32, 32))
+        exact = resize_box(read_image(data), box, (32, 32)).int()
+        pixels, inner = open_image(data).read_for(box, (32, 32))
         assert pixels.shape[0] < 640
         assert (crop_resize(pixels, inner, (32, 32)).int() - exact).abs().float().mean() < 1
 
@@ -224,14 +224,14 @@ def folder(tmp_path):
 
 
 def test_loader_replaces_what_is_damaged_inside(folder):
-    """Such pictures have a size and are found out only when their crop is decoded."""
+    """Such images have a size and are found out only when their crop is decoded."""
     taken = {}
     for workers in (0, 2):
         loader = TrainLoader(folder, img_size=(24, 20), batch_size=10, num_workers=workers)
         batches = loader.batches()
         taken[workers] = list(itertools.islice(batches, 4))
         batches.close()
-    bad = [{name.rsplit("/", 1)[1] for b in batches for name, _ in b.bad} for batches in taken.values()]
+    bad = [{name.rsplit("/", 1)[1] for b in batches for name, _ in b.unreadable} for batches in taken.values()]
     assert bad == [{"17.jpg", "18.jpg", "19.jpg"}] * 2
     for a, b in zip(taken[0], taken[2], strict=True):
         assert torch.equal(a.images, b.images)

@@ -80,8 +80,8 @@ def test_probe_on_cifar10_pixels_reaches_logistic_regression():
     parts = {}
     for split, count in (("train", 2000), ("test", 2000)):  # the files are shuffled
         source = open_source(folder, split=split, labels="column")
-        pictures = torch.stack([torch.tensor(source.read(i)) for i in range(count)]).permute(0, 3, 1, 2).float()
-        small = torch.nn.functional.avg_pool2d(pictures, 8).flatten(1) / 255
+        images = torch.stack([torch.tensor(source.read(i)) for i in range(count)]).permute(0, 3, 1, 2).float()
+        small = torch.nn.functional.avg_pool2d(images, 8).flatten(1) / 255
         parts[split] = features(small, source.labels[:count])
     scaler = StandardScaler().fit(parts["train"].x)
     reference = LogisticRegression(max_iter=1000).fit(scaler.transform(parts["train"].x), parts["train"].labels)

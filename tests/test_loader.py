@@ -19,27 +19,34 @@ from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.train_loader import Stream, TrainLoader, permutation
 from dmjd.data.unreadable import read_or_replace, replace_unreadable, replacement
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 from dmjd.rng import image_keys
 
 
 class Arrays(Source):
-    """Pictures that tell their index: every pixel of picture i is i; those in ``bad`` can't be read."""
+    """Images that tell their index: every pixel of image i is i; those in ``bad`` can't be read."""
 
     def __init__(self, count, bad=(), shapes=((12, 12),), dtype=np.uint8):
-        self.name, self.classes, self.count, self.bad, self.shapes, self.dtype = "arrays", [], count, bad, shapes, dtype
+        self.name, self.classes, self.count, self.unreadable, self.shapes, self.dtype = (
+            "arrays",
+            [],
+            count,
+            bad,
+            shapes,
+            dtype,
+        )
 
     def __len__(self):
         return self.count
 
     def stored(self, index):
-        if index in self.bad:
-            raise BadPicture(self.describe(index), "made so")
+        if index in self.unreadable:
+            raise UnreadableImage(self.describe(index), "made so")
         scale = 1 if self.dtype == np.uint8 else 1 / 255
         return np.full((*self.shapes[index % len(self.shapes)], 3), index % 256 * scale, self.dtype)
 
     def describe(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
 
 MIXED = ((12, 12), (9, 15), (20, 11))  # sizes that keep a set out of memory
@@ -103,7 +110,7 @@ def test_ranks_and_micro_batches_join_to_the_one_stream(length, per_process, acc
 
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(1, 50), batch_size=st.integers(1, 60))
-def test_no_picture_is_lost_or_doubled_in_an_epoch(length, batch_size):
+def test_no_image_is_lost_or_doubled_in_an_epoch(length, batch_size):
     stream = Stream(length, batch_size)
     steps = -(-3 * length // batch_size)
     indices, drawn_keys = zip(*map(stream.draw, itertools.islice(stream.micro_batches(0), steps)), strict=True)
@@ -146,7 +153,7 @@ def test_same_bits_for_any_workers_and_any_start(noise_folder):
         resumed = take(loader(workers), 16 - 2 * start, start)
         assert torch.equal(images(resumed), images(straight[2 * start :]))
         assert torch.equal(keys(resumed), keys(straight[2 * start :]))
-        assert [b.bad for b in resumed] == [b.bad for b in straight[2 * start :]]
+        assert [b.unreadable for b in resumed] == [b.unreadable for b in straight[2 * start :]]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -163,7 +170,7 @@ def test_ranks_and_accumulation_give_the_images_of_one_process(in_memory, noise_
 
 
 class Noise(Arrays):
-    """Pictures in which a crop and its mirror image differ."""
+    """Images in which a crop and its mirror image differ."""
 
     def stored(self, index):
         return np.random.default_rng(index).integers(0, 256, (12, 12, 3), dtype=np.uint8)
@@ -179,7 +186,7 @@ def test_half_of_the_images_are_mirrored_unless_flip_is_off():
 
 
 @pytest.mark.parametrize("shapes", [((12, 12),), MIXED])
-def test_bad_pictures_are_replaced_by_what_their_key_names(shapes):
+def test_bad_images_are_replaced_by_what_their_key_names(shapes):
     bad = (3, 4, 17)
     batches = take(TrainLoader(Arrays(20, bad, shapes), img_size=(8, 8), batch_size=10, num_workers=0), 4)
     seen, all_keys = images(batches)[:, 0, 4, 4].long(), keys(batches)
@@ -191,8 +198,8 @@ def test_bad_pictures_are_replaced_by_what_their_key_names(shapes):
             index = int(replacement(key[None], attempt, 20))
             attempt += 1
         assert shown == index
-    reported = Counter(name for b in batches for name, _ in b.bad)
-    assert set(reported) == {"picture 3", "picture 4", "picture 17"}
+    reported = Counter(name for b in batches for name, _ in b.unreadable)
+    assert set(reported) == {"image 3", "image 4", "image 17"}
 
 
 def test_both_replacement_rules_are_one():
@@ -202,7 +209,7 @@ def test_both_replacement_rules_are_one():
 
     def read(index):
         if not readable[index]:
-            raise BadPicture(str(index), "made so")
+            raise UnreadableImage(str(index), "made so")
         return np.array(index)
 
     one_by_one = [
@@ -214,29 +221,29 @@ def test_both_replacement_rules_are_one():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_readable_is_an_error_and_not_a_hang(workers):
     loader = TrainLoader(Arrays(5, bad=range(5)), img_size=(8, 8), batch_size=2, num_workers=workers)
-    with pytest.raises(BadPicture, match="made so; and every picture tried in its place is unreadable"):
+    with pytest.raises(UnreadableImage, match="made so; and every image tried in its place is unreadable"):
         next(loader.batches(0))
 
 
-def test_in_memory_reports_bad_pictures_up_front():
+def test_in_memory_reports_bad_images_up_front():
     loader = TrainLoader(Arrays(200, bad=[0, 7]), img_size=(8, 8), batch_size=2)
     assert loader.in_memory
-    assert loader.bad == [("picture 0", "made so"), ("picture 7", "made so")]
+    assert loader.unreadable == [("image 0", "made so"), ("image 7", "made so")]
 
 
-def test_one_odd_picture_keeps_the_set_out_of_memory():
+def test_one_odd_image_keeps_the_set_out_of_memory():
     source = Arrays(2000)
     source.shapes = [(12, 12)] * 1999 + [(12, 13)]
     assert load_to_memory(source) is None
 
 
-def test_large_pictures_are_held_in_memory_only_for_a_gpu():
+def test_large_images_are_held_in_memory_only_for_a_gpu():
     source = Arrays(3, shapes=((100, 100),))
     assert load_to_memory(source) is not None
     assert not TrainLoader(source, img_size=(8, 8), batch_size=3, num_workers=0).in_memory
 
 
-def test_one_picture():
+def test_one_image():
     (batch,) = take(TrainLoader(Arrays(1), img_size=(8, 8), batch_size=4), 1)
     assert batch.images.shape == (4, 3, 8, 8)
     assert len(set(batch.keys.tolist())) == 4

@@ -1,4 +1,4 @@
-"""Pictures with masks and boxes: how they are placed in frames, read from disk, and what is said of wrong ones."""
+"""Images with masks and boxes: how they are placed in frames, read from disk, and what is said of wrong ones."""
 
 import json
 import shutil
@@ -16,21 +16,21 @@ from dmjd.data.dense_loader import BoxAugment, ExampleLoader, MaskAugment, read_
 from dmjd.data.dense_transforms import (
     IGNORE,
     Placement,
-    boxes_to_picture,
+    boxes_to_image,
     covering,
     fitting,
-    jitter_colours,
+    jitter_colors,
     place_boxes,
+    place_image,
     place_masks,
-    place_picture,
     random_placement,
     scaled,
 )
 from dmjd.data.sources.coco import Instances, open_coco
 from dmjd.data.sources.segmentation_masks import open_segmentation, read_mask, settle_classes
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 
-GREY = (128.0, 128.0, 128.0)
+GRAY = (128.0, 128.0, 128.0)
 
 
 # --- placement
@@ -39,13 +39,13 @@ sides = st.tuples(st.integers(3, 60), st.integers(3, 60))
 
 
 @settings(max_examples=60, deadline=None)
-@given(picture=sides, frame=sides, key=st.integers(-(2**63), 2**63 - 1), low=st.floats(0.3, 1.0), flip=st.booleans())
-def test_pixels_masks_and_boxes_move_together(picture, frame, key, low, flip):
-    """A picture that says of every pixel where it is: what the frame shows agrees with mask and box."""
-    H, W = picture
-    placement = random_placement(key, picture, frame, fitting(picture, frame), (low, 2.0), flip)
+@given(image=sides, frame=sides, key=st.integers(-(2**63), 2**63 - 1), low=st.floats(0.3, 1.0), flip=st.booleans())
+def test_pixels_masks_and_boxes_move_together(image, frame, key, low, flip):
+    """An image that says of every pixel where it is: what the frame shows agrees with mask and box."""
+    H, W = image
+    placement = random_placement(key, image, frame, fitting(image, frame), (low, 2.0), flip)
     box = torch.tensor([[W * 0.25, H * 0.25, W * 0.75, H * 0.75]])
-    inside = np.zeros(picture, np.uint8)
+    inside = np.zeros(image, np.uint8)
     inside[int(H * 0.25) : int(np.ceil(H * 0.75)), int(W * 0.25) : int(np.ceil(W * 0.75))] = 1
     mask = place_masks(inside, placement, IGNORE & 0xFF)
     moved = place_boxes(box, placement)[0]
@@ -60,16 +60,16 @@ def test_pixels_masks_and_boxes_move_together(picture, frame, key, low, flip):
 
 
 @settings(max_examples=30, deadline=None)
-@given(picture=sides, key=st.integers(0, 2**62))
-def test_the_filled_part_of_picture_and_mask_is_the_same(picture, key):
-    placement = random_placement(key, picture, (40, 40), fitting(picture, (40, 40)), (0.5, 1.5), True)
-    white = np.full((*picture, 3), 255, np.uint8)
-    image = place_picture(white, placement, (0.0, 0.0, 0.0))
-    mask = place_masks(np.zeros(picture, np.int16), placement, IGNORE)
-    assert torch.equal(image[0] == 255, mask != IGNORE)
+@given(image=sides, key=st.integers(0, 2**62))
+def test_the_filled_part_of_image_and_mask_is_the_same(image, key):
+    placement = random_placement(key, image, (40, 40), fitting(image, (40, 40)), (0.5, 1.5), True)
+    white = np.full((*image, 3), 255, np.uint8)
+    canvas = place_image(white, placement, (0.0, 0.0, 0.0))
+    mask = place_masks(np.zeros(image, np.int16), placement, IGNORE)
+    assert torch.equal(canvas[0] == 255, mask != IGNORE)
 
 
-def test_a_small_picture_stays_inside_the_frame_and_a_large_one_fills_it():
+def test_a_small_image_stays_inside_the_frame_and_a_large_one_fills_it():
     for key in range(40):
         small = random_placement(key, (10, 20), (32, 32), 1.0, (1.0, 1.0), False)
         assert -22 <= small.top <= 0
@@ -84,14 +84,14 @@ def test_a_small_picture_stays_inside_the_frame_and_a_large_one_fills_it():
 def test_boxes_come_back_from_the_frame():
     placement = Placement((37, 61), scaled((37, 61), fitting((37, 61), (48, 64))), (48, 64))
     boxes = torch.tensor([[1.0, 2.0, 30.0, 36.5], [0.0, 0.0, 61.0, 37.0]])
-    torch.testing.assert_close(boxes_to_picture(place_boxes(boxes, placement), placement), boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(boxes_to_image(place_boxes(boxes, placement), placement), boxes, atol=1e-4, rtol=0)
 
 
-def test_whole_pictures_are_placed_without_change_where_sizes_agree():
-    picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
-    placed = place_picture(picture, Placement(SIZE, SIZE, SIZE), GREY)
-    assert torch.equal(placed, torch.from_numpy(picture).permute(2, 0, 1))
-    mirrored = place_picture(picture, Placement(SIZE, SIZE, SIZE, flip=True), GREY)
+def test_whole_images_are_placed_without_change_where_sizes_agree():
+    image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+    placed = place_image(image, Placement(SIZE, SIZE, SIZE), GRAY)
+    assert torch.equal(placed, torch.from_numpy(image).permute(2, 0, 1))
+    mirrored = place_image(image, Placement(SIZE, SIZE, SIZE, flip=True), GRAY)
     assert torch.equal(mirrored, placed.flip(-1))
 
 
@@ -100,17 +100,17 @@ def test_covering_and_fitting():
     assert scaled((100, 200), fitting((100, 200), (50, 50))) == (25, 50)
 
 
-def test_colours_change_by_the_key_alone_and_stay_in_range():
-    picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
-    changed = [jitter_colours(picture, key) for key in range(12)]
-    assert all(torch.equal(jitter_colours(picture, key), changed[key]) for key in range(12))
+def test_colors_change_by_the_key_alone_and_stay_in_range():
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    changed = [jitter_colors(image, key) for key in range(12)]
+    assert all(torch.equal(jitter_colors(image, key), changed[key]) for key in range(12))
     assert len({tuple(c.flatten().tolist()) for c in changed}) > 6
     assert all(c.dtype == torch.uint8 for c in changed)
-    floats = jitter_colours(picture.float(), 3)
+    floats = jitter_colors(image.float(), 3)
     assert 0 <= float(floats.min()) <= float(floats.max()) <= 255
-    assert jitter_colours(picture[:1], 3).shape == (1, 8, 8)
+    assert jitter_colors(image[:1], 3).shape == (1, 8, 8)
     seven = torch.rand(7, 8, 8)
-    assert torch.equal(jitter_colours(seven, 3), seven)
+    assert torch.equal(jitter_colors(seven, 3), seven)
 
 
 # --- masks
@@ -130,8 +130,8 @@ def test_masks_become_classes_and_ignore(camvid_form):
     train, test, classes = opened(camvid_form)
     assert classes.names == ("0", "1", "2")
     assert (len(train), len(test)) == (5, 3)
-    picture, mask = train.read_example(0)
-    assert picture.shape == (*SIZE, 3)
+    image, mask = train.read_example(0)
+    assert image.shape == (*SIZE, 3)
     assert set(np.unique(mask)) == {IGNORE, 0, 1, 2}
     assert (mask[:2] == IGNORE).all()
 
@@ -164,7 +164,7 @@ def test_names_of_classes_come_from_a_file(camvid_form):
         opened(camvid_form, num_classes=4)
 
 
-def test_a_table_of_pictures_and_masks(camvid_form, tmp_path):
+def test_a_table_of_images_and_masks(camvid_form, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [open_segmentation(camvid_form, "train").stored(i).name for i in range(5)]
     folders = {name: camvid_form / "train" / name for name in ("images", "masks")}
@@ -189,27 +189,27 @@ def test_masks_in_other_formats_hold_the_same_numbers(tmp_path):
     palette.save(tmp_path / "palette.png")
     Image.fromarray(numbers.astype(np.uint16)).save(tmp_path / "sixteen.png")
     Image.fromarray(np.repeat(numbers[..., None], 3, 2)).save(tmp_path / "rgb.png")
-    Image.fromarray(numbers).save(tmp_path / "grey.tif")
+    Image.fromarray(numbers).save(tmp_path / "gray.tif")
     np.save(tmp_path / "array.npy", numbers.astype(np.int64))
     for file in sorted(tmp_path.iterdir()):
         assert np.array_equal(read_mask(file, file.name), numbers), file
 
 
 def test_what_is_no_mask_says_why(tmp_path):
-    colour = np.random.default_rng(0).integers(0, 255, (4, 5, 3)).astype(np.uint8)
-    Image.fromarray(colour).save(tmp_path / "colour.png")
-    Image.fromarray(colour[..., 0]).save(tmp_path / "lossy.jpg")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "colour.png").read_bytes()[:60])
-    np.save(tmp_path / "floats.npy", colour[..., 0] / 255)
-    np.save(tmp_path / "negative.npy", colour[..., 0].astype(int) - 300)
+    color = np.random.default_rng(0).integers(0, 255, (4, 5, 3)).astype(np.uint8)
+    Image.fromarray(color).save(tmp_path / "color.png")
+    Image.fromarray(color[..., 0]).save(tmp_path / "lossy.jpg")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "color.png").read_bytes()[:60])
+    np.save(tmp_path / "floats.npy", color[..., 0] / 255)
+    np.save(tmp_path / "negative.npy", color[..., 0].astype(int) - 300)
     for name, reason in [
-        ("colour.png", "it is in colour"),
+        ("color.png", "it is in color"),
         ("lossy.jpg", "JPEG"),
         ("cut.png", "damaged"),
         ("floats.npy", "number no classes"),
         ("negative.npy", "number no classes"),
     ]:
-        with pytest.raises(BadPicture, match=f"{name}.*{reason}"):
+        with pytest.raises(UnreadableImage, match=f"{name}.*{reason}"):
             read_mask(tmp_path / name, name)
 
 
@@ -231,7 +231,7 @@ def test_wrong_masks_are_named(camvid_form):
     assert "--ignore-index 7" in message()
     assert opened(camvid_form, ignored=(7, 255))[2].names == ("0", "1", "2")
     (camvid_form / "train" / "masks" / "03.png").unlink()
-    assert "1 of 5 pictures have no mask" in message()
+    assert "1 of 5 images have no mask" in message()
     for i in range(5):
         write_mask(camvid_form, "train", f"{i:02d}.png", np.full(SIZE, 1, np.uint8))
     assert "the number 1 alone: segmentation needs at least two classes" in message()
@@ -240,13 +240,13 @@ def test_wrong_masks_are_named(camvid_form):
             camvid_form / "train" / "masks" / f"{i:02d}.png"
         )
     assert "5 of 5 masks" in message()
-    assert "it is in colour" in message()
+    assert "it is in color" in message()
 
 
-def test_folders_without_masks_say_what_is_wanted(tmp_path, pictures):
-    with pytest.raises(ValueError, match="holds no pictures with masks: give a folder with train/images"):
-        open_segmentation(pictures, "train")
-    with pytest.raises(ValueError, match="holds no pictures with masks"):
+def test_folders_without_masks_say_what_is_wanted(tmp_path, image_folder):
+    with pytest.raises(ValueError, match="holds no images with masks: give a folder with train/images"):
+        open_segmentation(image_folder, "train")
+    with pytest.raises(ValueError, match="holds no images with masks"):
         open_segmentation("digits", "train")
     make_segmentation_set(tmp_path / "one part", {"train": 2})
     with pytest.raises(ValueError, match="has no test part"):
@@ -257,7 +257,7 @@ def test_a_mask_of_another_size_counts_as_unreadable(camvid_form):
     write_mask(camvid_form, "train", "02.png", np.ones((5, 6), np.uint8))
     train = opened(camvid_form)[0]
     bad: list = []
-    read = [e.index for batch in read_examples(train, batch_size=2, bad=bad) for e in batch]
+    read = [e.index for batch in read_examples(train, batch_size=2, unreadable=bad) for e in batch]
     assert read == [0, 1, 3, 4]
     assert len(bad) == 1
     assert "48 x 64 pixels, its mask 5 x 6" in bad[0][1]
@@ -268,7 +268,7 @@ def test_a_mask_of_another_size_counts_as_unreadable(camvid_form):
 
 @pytest.fixture
 def coco_form(tmp_path) -> Path:
-    return make_detection_set(tmp_path / "boxes", {"train": 4, "val": 2}, outlines=True)
+    return make_detection_set(tmp_path / "boxes", {"train": 4, "val": 2}, instance_masks=True)
 
 
 def change(root: Path, part: str, **lists) -> None:
@@ -280,13 +280,13 @@ def content(root: Path, part: str = "train") -> dict:
     return json.loads((root / f"{part}.json").read_text())
 
 
-def test_objects_of_a_picture(coco_form):
+def test_objects_of_a_image(coco_form):
     source = open_coco(coco_form, "train")
     assert source.classes == list(KINDS)
     assert source.has_masks
     assert source.notes == []
-    picture, target = source.read_example(1)
-    assert picture.shape == (*SIZE, 3)
+    image, target = source.read_example(1)
+    assert image.shape == (*SIZE, 3)
     assert target.labels.tolist() == [0, 1]
     x, y, w, h = content(coco_form)["annotations"][2]["bbox"]
     assert target.boxes[0].tolist() == [x, y, x + w, y + h]
@@ -318,17 +318,17 @@ def test_boxes_are_put_right_and_counted(coco_form):
     change(coco_form, "train", annotations=annotations)
     source = open_coco(coco_form, "train")
     assert source.notes == [
-        "2 of 8 boxes that reach out of their picture were cut off at its edge",
+        "2 of 8 boxes that reach out of their image were cut off at its edge",
         "1 of 8 boxes of no area were left out",
-        "1 of 8 boxes wholly outside of their picture were left out",
+        "1 of 8 boxes wholly outside of their image were left out",
     ]
     assert source.num_objects == 6
     assert source.read_example(0)[1].boxes.tolist() == [[0, 3, 15, 13], [60, 40, 64, 48]]
-    picture, target = source.read_example(1)  # both its boxes are gone: a picture without objects
+    image, target = source.read_example(1)  # both its boxes are gone: an image without objects
     assert len(target.boxes) == 0
     assert target.boxes.shape == (0, 4)
     assert target.masks.shape == (0, *SIZE)
-    assert picture is not None
+    assert image is not None
 
 
 def test_wrong_json_is_named(coco_form):
@@ -361,15 +361,15 @@ def test_wrong_json_is_named(coco_form):
     assert "has objects of disc, which the training set does not have" in message("val", classes=["rectangle"])
 
 
-def test_a_json_without_sizes_takes_those_of_the_pictures(coco_form):
+def test_a_json_without_sizes_takes_those_of_the_images(coco_form):
     images = [
         {k: v for k, v in image.items() if k not in ("height", "width")} for image in content(coco_form)["images"]
     ]
     change(coco_form, "train", images=images)
     assert open_coco(coco_form, "train").read_example(0)[0].shape[:2] == SIZE
-    images[2] |= {"height": 64, "width": 48}  # a picture that was turned after it was annotated
+    images[2] |= {"height": 64, "width": 48}  # an image that was turned after it was annotated
     change(coco_form, "train", images=images)
-    with pytest.raises(BadPicture, match=r"has 64 x 48 pixels, train.json says 48 x 64"):
+    with pytest.raises(UnreadableImage, match=r"has 64 x 48 pixels, train.json says 48 x 64"):
         open_coco(coco_form, "train").read_example(2)
 
 
@@ -381,7 +381,7 @@ def test_forms_of_folders(coco_form, tmp_path):
             (root / form.format(part)).parent.mkdir(exist_ok=True)
             shutil.copy(coco_form / f"{part}.json", root / form.format(part))
         assert [len(open_coco(root, split)) for split in ("train", "test")] == [4, 2]
-    with pytest.raises(ValueError, match="holds no pictures with boxes: give a folder with train/"):
+    with pytest.raises(ValueError, match="holds no images with boxes: give a folder with train/"):
         open_coco(tmp_path, "train")
     (coco_form / "val.json").unlink()
     with pytest.raises(ValueError, match="has no test part"):
@@ -392,7 +392,7 @@ def test_forms_of_folders(coco_form, tmp_path):
 
 
 def mask_loader(root: Path, workers: int = 0) -> ExampleLoader:
-    augment = MaskAugment((32, 40), (24, 32), GREY)
+    augment = MaskAugment((32, 40), (24, 32), GRAY)
     return ExampleLoader(opened(root)[0], augment, batch_size=3, seed=1, num_workers=workers)
 
 
@@ -414,10 +414,10 @@ def test_batches_follow_from_the_step_whatever_the_workers(camvid_form):
     assert not torch.equal(one[0].images, one[1].images)
 
 
-def test_an_unreadable_picture_is_replaced_and_named_once(camvid_form):
-    (camvid_form / "train" / "images" / "01.png").write_bytes(b"no picture")
+def test_an_unreadable_image_is_replaced_and_named_once(camvid_form):
+    (camvid_form / "train" / "images" / "01.png").write_bytes(b"no image")
     said: list[str] = []
-    augment = MaskAugment((32, 40), (24, 32), GREY)
+    augment = MaskAugment((32, 40), (24, 32), GRAY)
     loader = ExampleLoader(opened(camvid_form)[0], augment, batch_size=5, seed=1, num_workers=0, warn=said.append)
     stream = loader.batches()
     shown = [next(stream).images for _ in range(3)]
@@ -428,13 +428,13 @@ def test_an_unreadable_picture_is_replaced_and_named_once(camvid_form):
 
 def test_objects_that_leave_the_frame_and_crowds_are_dropped():
     rng = np.random.default_rng(0)
-    picture, _, objects = make_scene(rng)
+    image, _, objects = make_scene(rng)
     boxes = torch.tensor([[x, y, x + w, y + h] for _, (x, y, w, h) in objects], dtype=torch.float32)
     target = Instances(boxes, torch.tensor([0, 1]), torch.tensor([False, True]))
-    augment = BoxAugment((32, 32), (96, 128), GREY, (0.9, 1.1))  # a frame far smaller than the picture
-    seen = [augment(picture, target, key) for key in range(30)]
+    augment = BoxAugment((32, 32), (96, 128), GRAY, (0.9, 1.1))  # a frame far smaller than the image
+    seen = [augment(image, target, key) for key in range(30)]
     assert {len(one.boxes) for _, one in seen} == {0, 1}
-    for image, one in seen:
-        assert image.shape == (3, 32, 32)
+    for crop, one in seen:
+        assert crop.shape == (3, 32, 32)
         assert (one.labels == 0).all()
         assert ((one.boxes[:, 2:] - one.boxes[:, :2]) >= 1).all()

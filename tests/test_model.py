@@ -34,8 +34,8 @@ def make(name: str = "vit_tiny_patch8", encoder: dict | None = None, **options) 
     )
 
 
-def pictures(B: int = 3, channels: int = 3, size: tuple[int, int] = (32, 32)) -> tuple[Tensor, Tensor]:
-    """(normalised, raw) of smooth random images."""
+def make_images(B: int = 3, channels: int = 3, size: tuple[int, int] = (32, 32)) -> tuple[Tensor, Tensor]:
+    """(normalized, raw) of smooth random images."""
     generator = torch.Generator().manual_seed(B)
     coarse = torch.rand(B, channels, 5, 5, generator=generator)
     raw = (F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1) * 255).round()
@@ -47,7 +47,7 @@ KEYS = torch.tensor([3, 14, 159])
 
 def losses(model: MaskedImageModel, **arguments) -> dict[str, float]:
     with torch.no_grad():
-        return {k: v.item() for k, v in model(*pictures(), **{"keys": KEYS} | arguments).items()}
+        return {k: v.item() for k, v in model(*make_images(), **{"keys": KEYS} | arguments).items()}
 
 
 # ---- the formula
@@ -78,13 +78,13 @@ def loss_token_by_token(kind: str, prediction: Tensor, target: Tensor, ids: Tens
 )
 def test_loss_is_the_formula(name, options, mim_target, vis_target):
     model = make(name, **options).eval()
-    normalised, raw = pictures()
+    normalized, raw = make_images()
     masks = model.draw_masks(KEYS)
     with torch.no_grad():
-        out = model(normalised, raw, keys=KEYS)
-        predictions = model.predict(normalised, masks)
+        out = model(normalized, raw, keys=KEYS)
+        predictions = model.predict(normalized, masks)
     sizes = {"patch_size": 8, "in_chans": 3}
-    mim_truth, vis_truth = mim_target(**sizes)(normalised, raw), vis_target(**sizes)(normalised, raw)
+    mim_truth, vis_truth = mim_target(**sizes)(normalized, raw), vis_target(**sizes)(normalized, raw)
     mim = loss_token_by_token(options.get("mim_loss", "l2"), predictions["mim"], mim_truth, masks.masked)
     vis = loss_token_by_token(options.get("vis_loss", "smooth_l1"), predictions["vis"], vis_truth, masks.visible)
     assert out["mim"].item() == pytest.approx(mim, rel=1e-4)
@@ -104,9 +104,9 @@ def test_a_decoder_asked_for_a_part_is_the_whole_method_with_fewer_masked_tokens
     assert found == pytest.approx(expected, rel=1e-6)
     assert found["vis"] == pytest.approx(all_asked["vis"], rel=1e-6)
     assert found["mim"] != pytest.approx(all_asked["mim"], rel=1e-4)
-    normalised, _ = pictures()
+    normalized, _ = make_images()
     with torch.no_grad():
-        assert torch.equal(model.predict(normalised, masks)["mim"], whole.predict(normalised, masks)["mim"])
+        assert torch.equal(model.predict(normalized, masks)["mim"], whole.predict(normalized, masks)["mim"])
 
 
 @BOTH
@@ -120,10 +120,10 @@ def test_loss_does_not_depend_on_the_order_of_visible_ids(name):
     expected, found = losses(model, masks=sorted_masks), losses(model, masks=shuffled)
     assert found == pytest.approx(expected, rel=1e-5)
 
-    normalised, raw = pictures()
+    normalized, raw = make_images()
     with torch.no_grad():
-        prediction = model.predict(normalised, shuffled)["vis"]
-        target = model.targets(normalised, raw)["vis"]
+        prediction = model.predict(normalized, shuffled)["vis"]
+        target = model.targets(normalized, raw)["vis"]
     misaligned = F.smooth_l1_loss(prediction, gather_views(target, sorted_masks.visible.flatten(0, 1)), beta=2.0).item()
     assert abs(misaligned - found["vis"]) > 1e-4 * found["vis"]  # such a mistake would be seen here
 
@@ -131,17 +131,17 @@ def test_loss_does_not_depend_on_the_order_of_visible_ids(name):
 def test_training_fits_aligned_targets():
     """A few steps on one batch with ids out of order: predictions come near to the target of their own token."""
     model = make(target="pixel", num_views=2, mask_ratio=0.5, mim=False)
-    normalised, raw = pictures()
+    normalized, raw = make_images()
     drawn = model.draw_masks(KEYS)
     masks = Masks.from_visible(drawn.visible.flip(-1), num_tokens=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        model(normalised, raw, masks=masks)["loss"].backward()
+        model(normalized, raw, masks=masks)["loss"].backward()
         optimizer.step()
     with torch.no_grad():
-        prediction = model.predict(normalised, masks)["vis"]
-        target = model.targets(normalised, raw)["vis"]
+        prediction = model.predict(normalized, masks)["vis"]
+        target = model.targets(normalized, raw)["vis"]
     own = F.mse_loss(prediction, gather_views(target, masks.visible.flatten(0, 1)))
     raster = F.mse_loss(prediction, gather_views(target, drawn.visible.flatten(0, 1)))
     assert own < 0.7 * raster
@@ -199,7 +199,7 @@ def test_a_branch_switched_off_is_not_built(name, off, gone):
     assert getattr(model, gone) is None
     assert getattr(model, f"{off}_target") is None
     assert not [key for key in model.state_dict() if key.startswith(gone)]
-    out = model(*pictures(), keys=KEYS)
+    out = model(*make_images(), keys=KEYS)
     kept = "mim" if off == "vis" else "vis"
     assert set(out) == {"loss", kept}
     assert torch.equal(out["loss"], out[kept] if kept == "mim" else model.theta * out[kept])
@@ -212,7 +212,7 @@ def test_theta_0_gives_the_gradient_of_reconstruction_alone(name):
     both, alone = make(name, theta=0.0), make(name, vis=False)
     both.load_state_dict(alone.state_dict(), strict=False)
     for model in (both, alone):
-        model(*pictures(), keys=KEYS)["loss"].backward()
+        model(*make_images(), keys=KEYS)["loss"].backward()
     gradients = {key: p.grad for key, p in both.named_parameters() if p.requires_grad}
     assert not any(gradient.any() for key, gradient in gradients.items() if key.startswith("distillation"))
     for key, parameter in alone.named_parameters():
@@ -223,7 +223,7 @@ def test_theta_0_gives_the_gradient_of_reconstruction_alone(name):
 @BOTH
 def test_every_trainable_parameter_gets_a_gradient(name):
     model = make(name)
-    model(*pictures(), keys=KEYS)["loss"].backward()
+    model(*make_images(), keys=KEYS)["loss"].backward()
     assert [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
     frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"encoder.pos_embed", "decoder.pos_embed"}
@@ -236,26 +236,26 @@ def test_every_trainable_parameter_gets_a_gradient(name):
 @pytest.mark.parametrize("K", [1, 4])
 def test_number_of_views(name, K):
     model = make(name, num_views=K, mask_ratio=0.5)
-    normalised, raw = pictures()
+    normalized, raw = make_images()
     masks = model.draw_masks(KEYS)
-    predictions = model.predict(normalised, masks)
+    predictions = model.predict(normalized, masks)
     assert predictions["mim"].shape == (K * 3, 8, model.mim_target.dim)
     assert predictions["vis"].shape == (K * 3, 8, model.vis_target.dim)
-    assert model(normalised, raw, keys=KEYS)["loss"].isfinite()
+    assert model(normalized, raw, keys=KEYS)["loss"].isfinite()
 
 
 @BOTH
 def test_views_and_images_are_independent_of_each_other(name):
     """View-major rows: what the model says of view k of image b is what it says of it alone."""
     model = make(name).eval()
-    normalised, _ = pictures()
+    normalized, _ = make_images()
     masks = model.draw_masks(KEYS)
     with torch.no_grad():
-        together = model.predict(normalised, masks)
+        together = model.predict(normalized, masks)
         for k in range(2):
             for b in range(3):
                 alone = model.predict(
-                    normalised[b : b + 1], Masks.from_visible(masks.visible[k : k + 1, b : b + 1], num_tokens=16)
+                    normalized[b : b + 1], Masks.from_visible(masks.visible[k : k + 1, b : b + 1], num_tokens=16)
                 )
                 for branch, prediction in alone.items():
                     torch.testing.assert_close(prediction[0], together[branch][k * 3 + b], rtol=1e-4, atol=1e-5)
@@ -264,11 +264,11 @@ def test_views_and_images_are_independent_of_each_other(name):
 def test_reconstruction_predicts_each_place_apart():
     """Positions tell the mask tokens apart, and predictions come in the order of the masked ids."""
     model = make().eval()
-    normalised, _ = pictures()
+    normalized, _ = make_images()
     masks = model.draw_masks(KEYS)
     swapped = Masks(masks.visible, masks.masked.flip(-1), masks.mask)
     with torch.no_grad():
-        a, b = model.predict(normalised, masks)["mim"], model.predict(normalised, swapped)["mim"]
+        a, b = model.predict(normalized, masks)["mim"], model.predict(normalized, swapped)["mim"]
     torch.testing.assert_close(a.flip(1), b, rtol=1e-4, atol=1e-5)
     assert (a[:, 0] - a[:, 1]).abs().max() > 1e-3
 
@@ -295,12 +295,12 @@ def test_the_callers_masks_override_the_models_own():
 
 def test_class_token_passes_through_and_is_never_predicted():
     model = make(encoder={"class_token": True}).eval()
-    normalised, raw = pictures()
+    normalized, raw = make_images()
     masks = model.draw_masks(KEYS)
     with torch.no_grad():
-        latent = model.encode(normalised, masks.visible)
+        latent = model.encode(normalized, masks.visible)
         assert latent.shape[1] == 1 + masks.visible.shape[-1]
-        predictions = model.predict(normalised, masks)
+        predictions = model.predict(normalized, masks)
         assert predictions["vis"].shape[1] == masks.visible.shape[-1]
         assert predictions["mim"].shape[1] == masks.masked.shape[-1]
         visible, masked = masks.visible.flatten(0, 1), masks.masked.flatten(0, 1)
@@ -313,7 +313,7 @@ def test_class_token_passes_through_and_is_never_predicted():
     assert everything.shape[1] == 16
     torch.testing.assert_close(everything[:, visible.shape[1] :], predictions["mim"])
     assert not model.decoder.pos_embed[:, 0].any()
-    out = model(normalised, raw, keys=KEYS)
+    out = model(normalized, raw, keys=KEYS)
     out["loss"].backward()
     assert model.encoder.cls_token.grad.any()
 
@@ -323,7 +323,7 @@ def test_autocast_bf16(name):
     model = make(name)
     expected = losses(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(*pictures(), keys=KEYS)
+        out = model(*make_images(), keys=KEYS)
     assert all(value.dtype == torch.float32 for value in out.values())
     assert {k: v.item() for k, v in out.items()} == pytest.approx(expected, rel=0.02)
     out["loss"].backward()
@@ -334,7 +334,7 @@ def test_autocast_bf16(name):
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_channels_and_shapes(name, channels):
     model = make(name, encoder={"in_chans": channels, "img_size": (16, 40)}, block_size=1)
-    out = model(*pictures(2, channels, (16, 40)), keys=KEYS[:2])
+    out = model(*make_images(2, channels, (16, 40)), keys=KEYS[:2])
     assert out["loss"].isfinite()
 
 
@@ -362,24 +362,24 @@ def test_fusion_belongs_to_pretraining_only():
     assert {key for key in model.state_dict() if key.startswith("fusion")} == {
         f"fusion.convs.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")
     }
-    normalised, _ = pictures()
+    normalized, _ = make_images()
     masks = model.draw_masks(KEYS)
     with torch.no_grad():
-        x, (x1, x2) = model.encoder.forward_stages(normalised, masks.visible.flatten(0, 1))
+        x, (x1, x2) = model.encoder.forward_stages(normalized, masks.visible.flatten(0, 1))
         for conv, stage in zip(model.fusion.convs, (x1, x2), strict=True):
             R, V, s, _, d = stage.shape
             x = x + conv(stage.reshape(R * V, s, s, d).permute(0, 3, 1, 2)).reshape(R, V, -1)
-        latent = model.encode(normalised, masks.visible)
+        latent = model.encode(normalized, masks.visible)
         torch.testing.assert_close(latent, model.encoder.norm(x), rtol=1e-4, atol=1e-5)
 
 
 # ---- targets of the caller's own
 
 
-class MeanColour(Target):
+class MeanColor(Target):
     """A target as a user would add it: the mean of each patch's channels, and a count of its uses."""
 
-    name = "mean_colour"
+    name = "mean_color"
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
@@ -387,21 +387,21 @@ class MeanColour(Target):
         self.uses = 0
         self.steps: list[int] = []
 
-    def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
+    def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
         self.uses += 1
         assert not torch.is_grad_enabled()
         assert not torch.is_autocast_enabled("cpu")  # targets are float32 whatever the model runs in
-        return F.avg_pool2d(normalised, 8).flatten(2).transpose(1, 2)
+        return F.avg_pool2d(normalized, 8).flatten(2).transpose(1, 2)
 
-    def after_step(self, encoder: nn.Module, step: int) -> None:
+    def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
         self.steps.append(step)
 
 
 def test_a_target_of_ones_own_is_computed_once_for_both_branches():
-    target = MeanColour()
+    target = MeanColor()
     model = make(target=target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(*pictures(), keys=KEYS)
+        out = model(*make_images(), keys=KEYS)
     assert out["loss"].requires_grad
     assert target.uses == 1
     model.after_step(7)
@@ -410,9 +410,9 @@ def test_a_target_of_ones_own_is_computed_once_for_both_branches():
 
 
 def test_branches_with_targets_apart():
-    mim, vis = MeanColour(), MeanColour()
+    mim, vis = MeanColor(), MeanColor()
     model = make(mim_target=mim, vis_target=vis)
-    model(*pictures(), keys=KEYS)
+    model(*make_images(), keys=KEYS)
     model.after_step(1)
     assert (mim.uses, vis.uses, mim.steps, vis.steps) == (1, 1, [1], [1])
     mixed = make(mim_target="pixel", vis_target="hog", hog_cell=2)
@@ -451,19 +451,19 @@ def test_settings_that_cannot_be(options, message):
 
 def test_inputs_that_do_not_belong_together():
     model = make()
-    normalised, raw = pictures()
+    normalized, raw = make_images()
     with pytest.raises(ValueError, match="masks are for 25 tokens, the model has 16"):
-        model(normalised, raw, masks=disjoint_masks(3, (5, 5)))
-    with pytest.raises(ValueError, match=r"images_normalised must be \[2, 3, 32, 32\] .* got \[3, 3, 32, 32\]"):
-        model(normalised, raw, masks=disjoint_masks(2, (4, 4)))
-    with pytest.raises(ValueError, match=r"images_normalised must be \[3, 3, 32, 32\] .* got \[3, 3, 64, 64\]"):
-        model(*pictures(3, 3, (64, 64)), keys=KEYS)
-    with pytest.raises(ValueError, match=r"images_normalised .* got \[3, 3, 16, 64\]"):
-        model(*pictures(3, 3, (16, 64)), keys=KEYS)
+        model(normalized, raw, masks=disjoint_masks(3, (5, 5)))
+    with pytest.raises(ValueError, match=r"images_normalized must be \[2, 3, 32, 32\] .* got \[3, 3, 32, 32\]"):
+        model(normalized, raw, masks=disjoint_masks(2, (4, 4)))
+    with pytest.raises(ValueError, match=r"images_normalized must be \[3, 3, 32, 32\] .* got \[3, 3, 64, 64\]"):
+        model(*make_images(3, 3, (64, 64)), keys=KEYS)
+    with pytest.raises(ValueError, match=r"images_normalized .* got \[3, 3, 16, 64\]"):
+        model(*make_images(3, 3, (16, 64)), keys=KEYS)
     with pytest.raises(ValueError, match="images_0_255 must be"):
-        model(normalised, pictures(3, 3, (64, 64))[1], keys=KEYS)
-    with pytest.raises(ValueError, match=r"keys must be \[3\] int64|images_normalised must be"):
-        model(normalised, raw, keys=KEYS.float())
+        model(normalized, make_images(3, 3, (64, 64))[1], keys=KEYS)
+    with pytest.raises(ValueError, match=r"keys must be \[3\] int64|images_normalized must be"):
+        model(normalized, raw, keys=KEYS.float())
 
 
 # ---- arithmetic
@@ -494,7 +494,7 @@ def test_flops_are_what_runs(name, encoder, options):
     channels = encoder.get("in_chans", 3)
     model = MaskedImageModel(create_encoder(name, img_size=64, **encoder), **options).eval()
     with torch.no_grad(), counted_products() as counter:
-        model(*pictures(1, channels, (64, 64)), keys=KEYS[:1])
+        model(*make_images(1, channels, (64, 64)), keys=KEYS[:1])
     assert model.flops() == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 

@@ -45,7 +45,7 @@ def test_no_decay_on_biases_and_norms_but_on_tokens():
     assert len(plain["params"]) == 3
 
 
-def test_muon_orthogonalises_updates_of_matrices_and_leaves_the_rest_to_adamw():
+def test_muon_orthogonalizes_updates_of_matrices_and_leaves_the_rest_to_adamw():
     torch.manual_seed(0)
     models = {name: nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 1)) for name in OPTIMIZERS}
     models["muon"].load_state_dict(models["adamw"].state_dict())

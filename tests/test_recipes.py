@@ -1,4 +1,4 @@
-"""Recipes: each differs from its neighbour only in what names it, and makes a model that trains."""
+"""Recipes: each differs from its neighbor only in what names it, and makes a model that trains."""
 
 import dataclasses
 import inspect
@@ -52,8 +52,8 @@ def test_only_what_names_it_differs(name, base, expected):
     assert differences(name, base) == expected
 
 
-def test_folder_goes_by_the_size_of_the_pictures():
-    """Small pictures start from what the study found, larger ones from the paper's method; flags win over both."""
+def test_folder_goes_by_the_size_of_the_images():
+    """Small images start from what the study found, larger ones from the paper's method; flags win over both."""
     large = recipes.folder(img_size=(64, 80))
     assert large == recipes.folder().replace(img_size=(64, 80))
     assert (large.encoder, large.optimizer, large.branch_targets) == (

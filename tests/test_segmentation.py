@@ -27,8 +27,8 @@ from dmjd.evaluation.tables import results_table
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.tokens import sincos_positions
 
-QUICK = {"decoder_dim": 32, "batch_size": 4, "num_workers": 0, "device": "cpu", "looks": 0, "pictures": 2}
-FLAGS = ("--decoder-dim", 32, "--batch-size", 4, "--num-workers", 0, "--device", "cpu", "--looks", 1)
+QUICK = {"decoder_dim": 32, "batch_size": 4, "num_workers": 0, "device": "cpu", "num_evals": 0, "num_images": 2}
+FLAGS = ("--decoder-dim", 32, "--batch-size", 4, "--num-workers", 0, "--device", "cpu", "--num-evals", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_a_frozen_encoder_stays_in_evaluation_mode():
     assert isinstance(task_of(tiny(), decoder="linear").maps, LastMap)
 
 
-def test_unlabelled_pixels_count_in_no_loss():
+def test_unlabeled_pixels_count_in_no_loss():
     task = task_of(tiny()).eval()
     images = torch.rand(2, 3, 32, 48) * 255
     target = torch.randint(0, 3, (2, 32, 48), dtype=torch.int16)
@@ -145,7 +145,7 @@ def test_positions_of_a_frame_that_is_not_square(name):
     images = torch.randn(2, 3, 24, 64)
     torch.testing.assert_close(copy(images), encoder(images))
     with torch.no_grad():
-        encoder.pos_embed += torch.randn_like(encoder.pos_embed)  # learnt ones
+        encoder.pos_embed += torch.randn_like(encoder.pos_embed)  # learned ones
     copy = encoder_for(encoder, (24, 64), None, 0.0).eval()
     torch.testing.assert_close(copy(images), encoder(images))
     fresh = [encoder_for(encoder, (24, 64), seed, 0.0).state_dict() for seed in (1, 1, 2)]
@@ -164,29 +164,29 @@ def test_windows_cover_everything_and_overlap():
         assert all(b - a <= 16 for a, b in itertools.pairwise(places))
 
 
-def pictures_of(*sizes):
+def images_of(*sizes):
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
 
 
 def test_every_pixel_gets_a_class_whatever_the_size_and_company():
     task = task_of(tiny()).eval()
-    pictures = pictures_of((32, 48), (31, 50), (100, 30), (32, 48), (5, 7))
+    images = images_of((32, 48), (31, 50), (100, 30), (32, 48), (5, 7))
     with torch.no_grad():
-        together, alone = predict(task, pictures), [predict(task, [picture])[0] for picture in pictures]
-    for picture, one, other in zip(pictures, together, alone, strict=True):
-        assert tuple(one.shape) == picture.shape[:2]
+        together, alone = predict(task, images), [predict(task, [image])[0] for image in images]
+    for image, one, other in zip(images, together, alone, strict=True):
+        assert tuple(one.shape) == image.shape[:2]
         assert (one == other).float().mean() > 0.99  # sums in batches round differently
 
 
-def test_sliding_over_a_picture_of_one_window_is_the_whole_picture():
+def test_sliding_over_a_image_of_one_window_is_the_whole_image():
     torch.manual_seed(1)
     whole, slide = task_of(tiny()).eval(), task_of(tiny(), inference="slide").eval()
     slide.load_state_dict(whole.state_dict())
-    picture = pictures_of((64, 96))
+    image = images_of((64, 96))
     with torch.no_grad():
-        assert torch.equal(predict(whole, picture)[0], predict(slide, picture)[0])
-        long = pictures_of((32, 200))  # covers 32 x 48 at its own size: five windows
+        assert torch.equal(predict(whole, image)[0], predict(slide, image)[0])
+        long = images_of((32, 200))  # covers 32 x 48 at its own size: five windows
         assert not torch.equal(predict(whole, long)[0], predict(slide, long)[0])
 
 
@@ -196,11 +196,11 @@ def test_what_is_filled_up_touches_no_result():
     for block in task.encoder.blocks:
         block.attn.proj.weight.data.zero_()  # no token hears of another
         block.attn.proj.bias.data.zero_()
-    picture = pictures_of((31, 48))[0]
+    image = images_of((31, 48))[0]
     with torch.no_grad():
-        found = predict(task, [picture])[0]
+        found = predict(task, [image])[0]
         fill = np.array([m * 255 for m in task.preprocess.mean]).round().astype(np.uint8)
-        full = np.concatenate([picture, np.broadcast_to(fill, (1, 48, 3))])
+        full = np.concatenate([image, np.broadcast_to(fill, (1, 48, 3))])
         expected = task.logits(torch.from_numpy(full).permute(2, 0, 1)[None].float())[0, :, :31].argmax(0)
     assert torch.equal(found, expected)
 
@@ -231,7 +231,7 @@ def test_intersection_over_union_equals_counting():
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
 def test_a_few_steps_learn_the_shapes(name, shapes, tmp_path):
     run = make_run(tmp_path / "run", name)
-    options = {"steps": 80, "img_size": (48, 64), "blr": 0.1, "scale": (0.8, 1.2), "colours": False}
+    options = {"steps": 80, "img_size": (48, 64), "blr": 0.1, "scale": (0.8, 1.2), "color_jitter": False}
     result = evaluate("segmentation", run, data=shapes, **options, **QUICK)
     assert json.loads((run / "evaluation" / "segmentation.json").read_text()) == result
     for start in ("result", "random_init"):  # saying "ground" everywhere gives 0.27
@@ -288,14 +288,14 @@ def test_a_frozen_encoder_is_the_trained_one(shapes, tmp_path):
         assert torch.equal(final[f"maps.encoder.{name}"], value)
 
 
-def test_grey_pictures_and_grey_encoders(shapes, tmp_path):
-    grey = tmp_path / "grey"
-    shutil.copytree(shapes, grey)
-    for file in grey.rglob("images/*.png"):
+def test_gray_images_and_gray_encoders(shapes, tmp_path):
+    gray = tmp_path / "gray"
+    shutil.copytree(shapes, gray)
+    for file in gray.rglob("images/*.png"):
         Image.open(file).convert("L").save(file)
     for channels in (1, 3):
         run = make_run(tmp_path / f"run{channels}", in_chans=channels)
-        result = evaluate("segmentation", run, data=grey, steps=2, **QUICK)
+        result = evaluate("segmentation", run, data=gray, steps=2, **QUICK)
         assert 0 <= result["result"]["miou"] <= 1
 
 
@@ -311,7 +311,7 @@ def test_as_a_user_runs_it(shapes, tmp_path):
     run = make_run(tmp_path / "run")
     done = dmjd("evaluate", "segmentation", run, "--data", shapes, "--steps", 2, "--img-size", 24, 32, *FLAGS)
     assert "miou" in done.stdout
-    assert "random initialisation" in done.stdout
+    assert "random initialization" in done.stdout
     assert "3 classes: 0, 1, 2" in done.stderr
     assert "Traceback" not in done.stderr
     assert (run / "evaluation" / "segmentation.json").exists()
@@ -324,9 +324,9 @@ def test_mistakes_say_what_to_do_before_anything_is_trained(capsys, shapes, tmp_
     def said(*arguments) -> str:
         return mistake(capsys, "evaluate", "segmentation", *arguments, "--device", "cpu")
 
-    assert "say which pictures and masks: --data" in said(run)
+    assert "say which images and masks: --data" in said(run)
     assert "holds the number 2; the 2 classes" in said(run, "--data", shapes, "--num-classes", 2)
-    assert "holds no pictures with masks" in said(run, "--data", "digits")
+    assert "holds no images with masks" in said(run, "--data", "digits")
     assert "decoder must be one of upernet, linear" in said(run, "--data", shapes, "--decoder", "upernets")
     assert "scale must lie between" in said(run, "--data", shapes, "--scale", 0, 1)
     assert "give --epochs or --steps, not both" in said(run, "--data", shapes, "--epochs", 1, "--steps", 1)

@@ -14,8 +14,8 @@ from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.registry import align_labels, has_split, open_source
 from dmjd.data.statistics import measure_stats
-from dmjd.data.unreadable import BadPictures
-from dmjd.images.decoding import BadPicture
+from dmjd.data.unreadable import UnreadableImages
+from dmjd.images.decoding import UnreadableImage
 from dmjd.images.preprocess import Preprocess
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -56,7 +56,7 @@ class TestFolder:
     def test_sorted_nested_and_hidden(self, tmp_path):
         for i, name in enumerate(["b/x.png", "a/z.JPG", "a.png", "a/b/c.bmp", ".hidden/x.png", "a/.x.png"]):
             save(tmp_path / name, i)
-        (tmp_path / "notes.txt").write_text("no picture")
+        (tmp_path / "notes.txt").write_text("no image")
         source = open_source(tmp_path)
         names = [os.path.relpath(source.describe(i), tmp_path) for i in range(len(source))]
         assert names == ["a.png", "a/b/c.bmp", "a/z.JPG", "b/x.png"]
@@ -70,7 +70,7 @@ class TestFolder:
         assert source.classes == ["cat", "dog"]
         assert source.labels.tolist() == [0, 0, 1]
         save(tmp_path / "loose.png")
-        with pytest.raises(ValueError, match=r"1 of 4 pictures lie in no class folder, .*loose\.png"):
+        with pytest.raises(ValueError, match=r"1 of 4 images lie in no class folder, .*loose\.png"):
             open_source(tmp_path, labels="folder")
 
     def test_spaces_unicode_and_bytes_that_are_no_text(self, tmp_path):
@@ -86,7 +86,7 @@ class TestFolder:
     def test_listing_is_kept_and_read_again(self, tmp_path):
         for i in range(3):
             save(tmp_path / "set" / f"{i}.png", i)
-        listing = tmp_path / "run" / "pictures.json"
+        listing = tmp_path / "run" / "images.json"
         listing.parent.mkdir()
         first = open_source(tmp_path / "set", listing=listing)
         assert not listing.exists()
@@ -96,9 +96,9 @@ class TestFolder:
         assert first_values(again) == first_values(first) == [0, 1, 2]
         assert again.fingerprint() == first.fingerprint()
         assert open_source(tmp_path / "set").fingerprint() != first.fingerprint()
-        assert os.listdir(listing.parent) == ["pictures.json"]
+        assert os.listdir(listing.parent) == ["images.json"]
         listing.write_text("{")
-        with pytest.raises(ValueError, match="no list of pictures: delete it"):
+        with pytest.raises(ValueError, match="no list of images: delete it"):
             open_source(tmp_path / "set", listing=listing)
 
     def test_links_in_a_circle_end(self, tmp_path):
@@ -107,7 +107,7 @@ class TestFolder:
         assert len(open_source(tmp_path)) == 1
 
     def test_empty(self, tmp_path):
-        with pytest.raises(ValueError, match=r"no pictures found in .*; known extensions: \.jpg"):
+        with pytest.raises(ValueError, match=r"no images found in .*; known extensions: \.jpg"):
             open_source(tmp_path)
 
     @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -131,7 +131,7 @@ class TestFolder:
         assert test.labels.tolist() == [0]
         assert align_labels(train, test).tolist() == [1]
         save(tmp_path / "loose.png")
-        with pytest.warns(UserWarning, match="1 pictures beside"):
+        with pytest.warns(UserWarning, match="1 images beside"):
             open_source(tmp_path)
 
     def test_a_class_named_train_makes_no_split(self, tmp_path):
@@ -170,13 +170,13 @@ class TestTables:
         assert train.describe(2) == "row 0 of train-00001-of-00002.parquet"
         assert not has_split(tmp_path / "data" / "train-00000-of-00002.parquet", "test")
 
-    def test_unreadable_rows_are_bad_pictures(self, tmp_path):
-        images = pa.array([{"bytes": png(1)}, {"bytes": b"no picture"}, {"bytes": None}])
-        pq.write_table(pa.table({"picture": images}), tmp_path / "x.parquet")
+    def test_unreadable_rows_are_bad_images(self, tmp_path):
+        images = pa.array([{"bytes": png(1)}, {"bytes": b"no image"}, {"bytes": None}])
+        pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
         source = open_source(tmp_path / "x.parquet")
         assert source.read(0).shape == (5, 6, 3)
         for row in (1, 2):
-            with pytest.raises(BadPicture, match=f"row {row} of x.parquet"):
+            with pytest.raises(UnreadableImage, match=f"row {row} of x.parquet"):
                 source.read(row)
 
     def test_binary_column_and_paths(self, tmp_path):
@@ -197,7 +197,7 @@ class TestTables:
         for name, labels, message in [
             ("x", "column", "no label column .*; it has image, other"),
             ("x", "folder", "which is a table: pass --labels column"),
-            ("plain", "none", "no column of encoded pictures .*; it has a"),
+            ("plain", "none", "no column of encoded images .*; it has a"),
             ("holes", "column", "some rows have no label in column 'label'"),
             ("cut", "none", "can't be read as parquet"),
         ]:
@@ -220,11 +220,11 @@ class TestTables:
 class TestNames:
     def test_suggestions(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        (tmp_path / "pictures").mkdir()
-        for wrong, right in [("pictuers", "pictures"), ("cifr10", "cifar10"), ("digit", "digits")]:
+        (tmp_path / "images").mkdir()
+        for wrong, right in [("imagse", "images"), ("cifr10", "cifar10"), ("digit", "digits")]:
             with pytest.raises(ValueError, match=f"there is no {wrong}: did you mean {right}"):
                 open_source(wrong)
-        for wrong in ["/nowhere/at all", "nothing.parquet", "pictures/no", "~/not here/x"]:
+        for wrong in ["/nowhere/at all", "nothing.parquet", "images/no", "~/not here/x"]:
             with pytest.raises(ValueError, match=f"there is no {wrong}"):
                 open_source(wrong)
 
@@ -239,7 +239,7 @@ class TestNames:
             ({"split": "val"}, "split must be one of train, test"),
             ({"labels": "colum"}, "labels must be one of none, folder, column"),
             ({"in_chans": 0}, "in_chans must be at least 1"),
-            ({"labels": "column"}, "which is a folder of pictures: pass --labels folder"),
+            ({"labels": "column"}, "which is a folder of images: pass --labels folder"),
         ],
     )
     def test_options(self, tmp_path, options, message):
@@ -247,7 +247,7 @@ class TestNames:
         with pytest.raises(ValueError, match=message):
             open_source(tmp_path, **options)
 
-    @pytest.mark.parametrize("name", ["nobody-/no-such-set-", "nosuchsetofpictures"])
+    @pytest.mark.parametrize("name", ["nobody-/no-such-set-", "nosuchsetofimages"])
     def test_sets_that_the_hub_does_not_give(self, name):
         with pytest.raises(ValueError, match=r"the Hugging Face hub did not give it .*check the name and the network"):
             open_source(name)
@@ -291,31 +291,31 @@ class TestEvaluation:
             assert index == [0, 2, 3, 4, 5, 6]
             assert [int(p[0, 4, 4]) for b in batches for p in b.raw] == [0, 40, 60, 10, 30, 50]
             assert [x for b in batches for x in b.labels.tolist()] == source.labels[index].tolist()
-            assert [name.endswith("2.png") for name, _ in loader.bad] == [True]
+            assert [name.endswith("2.png") for name, _ in loader.unreadable] == [True]
 
     def test_read_all_of_some(self, tmp_path):
-        pictures = read_all(self.folder(tmp_path), Preprocess((8, 8)), indices=[6, 1, 0])
-        assert pictures.index.tolist() == [6, 0]
-        assert pictures.raw.shape == (2, 3, 8, 8)
-        assert pictures.labels.tolist() == [1, 0]
-        assert len(pictures.bad) == 1
+        images = read_all(self.folder(tmp_path), Preprocess((8, 8)), indices=[6, 1, 0])
+        assert images.index.tolist() == [6, 0]
+        assert images.raw.shape == (2, 3, 8, 8)
+        assert images.labels.tolist() == [1, 0]
+        assert len(images.unreadable) == 1
 
     def test_nothing_readable(self, tmp_path):
         (tmp_path / "1.png").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"no picture of .* can be read; .*1\.png: the file is empty"):
+        with pytest.raises(ValueError, match=r"no image of .* can be read; .*1\.png: the file is empty"):
             read_all(FolderSource(tmp_path), Preprocess((8, 8)))
-        with pytest.raises(ValueError, match=r"none of 1 pictures .* the file is empty"):
+        with pytest.raises(ValueError, match=r"none of 1 images .* the file is empty"):
             measure_stats(FolderSource(tmp_path))
 
 
-def test_bad_pictures_are_counted_once():
-    bad = BadPictures()
+def test_bad_images_are_counted_once():
+    bad = UnreadableImages()
     assert bad.add([("a", "cut"), ("b", "cut")]) == [("a", "cut"), ("b", "cut")]
     assert bad.add([("a", "cut"), ("c", "cut")]) == [("c", "cut")]
-    assert BadPictures(bad.reports).count == bad.count == 3
+    assert UnreadableImages(bad.reports).count == bad.count == 3
     bad.check(3, 5)
     bad.check(None, 5)
-    with pytest.raises(ValueError, match=r"3 of 5 pictures can't be read, more than max_bad = 2:\n  a: cut"):
+    with pytest.raises(ValueError, match=r"3 of 5 images can't be read, more than max_unreadable = 2:\n  a: cut"):
         bad.check(2, 5)
     bad.add((str(i), "cut") for i in range(8))
     with pytest.raises(ValueError, match=r"11 of 900 .*= 10"):

@@ -36,7 +36,7 @@ def slow_hog(images: np.ndarray, cell: int, bins: int) -> np.ndarray:
     st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 256]),
 )  # fmt: skip
 def test_hog_equals_the_slow_reference(cell, bins, channels, rows, columns, seed, levels):
-    """Few grey levels make flat places and exact 0, 45, 90, 135 and 180 degrees frequent."""
+    """Few gray levels make flat places and exact 0, 45, 90, 135 and 180 degrees frequent."""
     values = np.random.default_rng(seed).integers(0, levels, (1, channels, rows * cell, columns * cell))
     images = (values * (255 // (levels - 1))).astype(np.uint8)
     found = hog(torch.from_numpy(images), cell, bins)
@@ -62,8 +62,8 @@ def test_hog_of_bytes_has_the_bits_of_hog_of_floats(cell, bins, rows, columns, s
     assert torch.equal(hog(images, cell, bins), hog(images.float(), cell, bins))
 
 
-def test_hog_in_chunks_equals_hog_of_single_pictures():
-    """Pictures larger than one chunk, and a number of them that no chunk size divides."""
+def test_hog_in_chunks_equals_hog_of_single_images():
+    """Images larger than one chunk, and a number of them that no chunk size divides."""
     images = torch.randint(0, 256, (3, 1, 640, 512), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     assert torch.equal(hog(images), torch.cat([hog(image[None]) for image in images]))
     small = images[:, :, :320, :96].reshape(-1, 1, 32, 32)[:, :, :24]
@@ -78,9 +78,9 @@ def test_orientation_is_unsigned_and_180_degrees_is_0(d_row, d_col, expected_bin
     """Plane ramps: the inner cell holds one orientation; rising and falling ramps are the same."""
     i, j = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     cells = hog((1000 + d_row * i + d_col * j)[None, None], cell_size=3)[0, 0]
-    centre = cells[1, 1]
-    assert centre.nonzero().flatten().tolist() == [expected_bin]
-    assert centre[expected_bin].item() == pytest.approx(2 * math.hypot(d_row, d_col), rel=1e-5)
+    center = cells[1, 1]
+    assert center.nonzero().flatten().tolist() == [expected_bin]
+    assert center[expected_bin].item() == pytest.approx(2 * math.hypot(d_row, d_col), rel=1e-5)
 
 
 def test_hog_ignores_a_constant_and_scales_with_contrast():
@@ -124,7 +124,7 @@ def test_hog_target_order_and_whitening(patch, cell, bins, channels, grid):
     assert target.dim == s * s * bins * channels
     shape = (2, channels, grid[0] * patch, grid[1] * patch)
     raw = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    found = target(torch.full(shape, float("nan")), raw)  # the normalised picture plays no part
+    found = target(torch.full(shape, float("nan")), raw)  # the normalized image plays no part
     assert found.shape == (2, grid[0] * grid[1], target.dim)
     assert found.dtype == torch.float32
     cells = slow_hog(raw.numpy(), side, bins)
@@ -162,7 +162,7 @@ def test_pixel_target_equals_maes_formula(channels, patch, h, w, seed):
     x = torch.einsum("nchpwq->nhwpqc", x).reshape(2, h * w, patch * patch * channels)
     expected = (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, keepdim=True) + 1.0e-6) ** 0.5
     target = PixelTarget(patch_size=patch, in_chans=channels)
-    found = target(images, torch.full_like(images, float("nan")))  # the raw picture plays no part
+    found = target(images, torch.full_like(images, float("nan")))  # the raw image plays no part
     assert found.shape[-1] == target.dim
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     mean, std = target.patch_statistics(x)

@@ -45,29 +45,29 @@ def timm_vit(in_chans: int = 3) -> torch.nn.Module:
     return timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=data, in_chans=in_chans, **small)
 
 
-def pictures(channels: int = 3, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
+def make_images(channels: int = 3, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
     return torch.randint(0, 256, (4, channels, *size), generator=torch.Generator().manual_seed(0)).float()
 
 
-NOISE = torch.full((4, 3, 32, 32), float("nan"))  # the student's own normalised pictures play no part
+NOISE = torch.full((4, 3, 32, 32), float("nan"))  # the student's own normalized images play no part
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
 def test_a_runs_encoder_gives_its_own_whitened_features_on_the_same_grid(tmp_path, name):
     teacher = own_teacher(name)
     (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(teacher))
-    raw = pictures()
+    raw = make_images()
     for source in (teacher, str(tmp_path), tmp_path / "encoder.safetensors"):
         target = TeacherTarget(student(), source)
         found = target(NOISE, raw)
         with torch.no_grad():
-            expected = whiten(teacher(OWN.normalise(raw))[:, teacher.num_prefix_tokens :])
+            expected = whiten(teacher(OWN.normalize(raw))[:, teacher.num_prefix_tokens :])
         assert target.dim == 48
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_timm_model_gives_its_normed_patch_tokens():
-    teacher, raw = timm_vit(), pictures()
+    teacher, raw = timm_vit(), make_images()
     teacher.norm.weight.data.uniform_(0.5, 2.0)
     found = TeacherTarget(student(), teacher)(NOISE, raw)
     mean, std = (torch.tensor(teacher.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -78,8 +78,8 @@ def test_a_timm_model_gives_its_normed_patch_tokens():
 
 
 def test_several_layers_are_whitened_averaged_and_whitened():
-    teacher, raw = own_teacher(), pictures()
-    x, outputs = teacher._embed(OWN.normalise(raw), None), []
+    teacher, raw = own_teacher(), make_images()
+    x, outputs = teacher._embed(OWN.normalize(raw), None), []
     with torch.no_grad():
         for block in teacher.blocks:
             x = block(x)
@@ -89,9 +89,9 @@ def test_several_layers_are_whitened_averaged_and_whitened():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, TeacherTarget(student(), teacher)(NOISE, raw), atol=0.01)
     convolutional = own_teacher("conv_vit_tiny_patch8")
-    last = convolutional.block_outputs(OWN.normalise(raw), 2)
+    last = convolutional.block_outputs(OWN.normalize(raw), 2)
     assert len(last) == 2
-    torch.testing.assert_close(last[-1], convolutional(OWN.normalise(raw)))
+    torch.testing.assert_close(last[-1], convolutional(OWN.normalize(raw)))
 
 
 @pytest.mark.parametrize(("patch", "size"), [(4, (32, 32)), (16, (32, 32)), (8, (16, 48))])
@@ -99,11 +99,11 @@ def test_other_grids_and_sizes_are_resized(patch, size):
     """The teacher sees its own 32 x 32 pixels and its 4 x 4 tokens come in the student's grid."""
     teacher = own_teacher()
     target = TeacherTarget(student(patch, size=size), teacher)
-    raw = pictures(size=size)
+    raw = make_images(size=size)
     found = target(raw, raw)
-    images = F.interpolate(raw, (32, 32), mode="bicubic", antialias=True).clamp(0, 255) if size != (32, 32) else raw
+    resized = F.interpolate(raw, (32, 32), mode="bicubic", antialias=True).clamp(0, 255) if size != (32, 32) else raw
     with torch.no_grad():
-        tokens = teacher(OWN.normalise(images))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+        tokens = teacher(OWN.normalize(resized))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     h, w = size[0] // patch, size[1] // patch
     if (h, w) == (2, 2):
         expected = F.avg_pool2d(tokens, 2)
@@ -116,7 +116,7 @@ def test_other_grids_and_sizes_are_resized(patch, size):
 def test_feature_maps_of_a_convolutional_network():
     network = timm.create_model("resnet10t", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     target = TeacherTarget(student(), network)
-    assert target(pictures(), pictures()).shape == (4, 16, 512)
+    assert target(make_images(), make_images()).shape == (4, 16, 512)
     with pytest.raises(ValueError, match="differ in width: use --teacher-layers 1"):
         TeacherTarget(student(), network, layers=2)
 
@@ -129,15 +129,15 @@ def test_to_grid_keeps_what_is_there():
 
 
 def test_channels_become_the_teachers():
-    grey, colour = pictures(1), pictures(3)
-    assert torch.equal(to_channels(grey, 3), grey.expand(-1, 3, -1, -1))
+    gray, color = make_images(1), make_images(3)
+    assert torch.equal(to_channels(gray, 3), gray.expand(-1, 3, -1, -1))
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    torch.testing.assert_close(to_channels(colour, 1), (colour * weights).sum(1, keepdim=True))
-    clear = torch.cat([colour, torch.zeros(4, 1, 32, 32)], dim=1)
-    assert torch.equal(to_channels(clear, 3), torch.full_like(colour, 255))
-    assert to_channels(clear, 1).shape == grey.shape
+    torch.testing.assert_close(to_channels(color, 1), (color * weights).sum(1, keepdim=True))
+    clear = torch.cat([color, torch.zeros(4, 1, 32, 32)], dim=1)
+    assert torch.equal(to_channels(clear, 3), torch.full_like(color, 255))
+    assert to_channels(clear, 1).shape == gray.shape
     target = TeacherTarget(student(in_chans=1), own_teacher())
-    assert target(grey, grey).shape == (4, 16, 48)
+    assert target(gray, gray).shape == (4, 16, 48)
 
 
 def test_the_teacher_is_frozen_and_outside_the_model():
@@ -149,8 +149,8 @@ def test_the_teacher_is_frozen_and_outside_the_model():
     teacher.register_forward_hook(lambda *_: passes.append(1))
     teacher.blocks[-1].register_forward_hook(lambda *_: passes.append(1))
     model.train()
-    raw = pictures()
-    out = model(OWN.normalise(raw), raw, keys=torch.arange(4))
+    raw = make_images()
+    out = model(OWN.normalize(raw), raw, keys=torch.arange(4))
     out["loss"].backward()
     assert set(out) == {"loss", "mim", "vis"}
     assert len(passes) == 1  # one pass for four views and both branches
@@ -201,8 +201,8 @@ def test_timm_weights_from_a_folder(tmp_path):
     student()
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
-        expected = whiten(teacher.eval().forward_features((pictures() / 255 - 0.5) / 0.25)[:, 1:])
-    torch.testing.assert_close(target(NOISE, pictures()), expected, rtol=1e-4, atol=1e-5)
+        expected = whiten(teacher.eval().forward_features((make_images() / 255 - 0.5) / 0.25)[:, 1:])
+    torch.testing.assert_close(target(NOISE, make_images()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,9 @@ def test_teachers_that_cannot_be(teacher, options, message):
         TeacherTarget(student(), teacher, **options)
 
 
-def test_a_run_teaches_the_next_one(tmp_path, pictures):
+def test_a_run_teaches_the_next_one(tmp_path, image_folder):
     """Two stages: resumed with a moved teacher, shown, loaded; refused with another or a missing teacher."""
-    fields = TINY_FIELDS | {"data": str(pictures), "batch_size": 8}
+    fields = TINY_FIELDS | {"data": str(image_folder), "batch_size": 8}
     first, second = tmp_path / "first", tmp_path / "second"
     pretrain(recipes.folder(out=str(first), steps=3, **fields))
     taught = recipes.folder(out=str(second), steps=2, target="teacher", teacher=str(first), **fields)

@@ -1,4 +1,4 @@
-"""Runs: they learn, resume bit for bit after any interruption, stop cleanly, and survive bad pictures."""
+"""Runs: they learn, resume bit for bit after any interruption, stop cleanly, and survive unreadable images."""
 
 import json
 import os
@@ -78,26 +78,26 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"no step {step} in time: {process.communicate()[1]}")
 
 
-def test_a_run_learns_and_leaves_everything_behind(tmp_path, pictures):
+def test_a_run_learns_and_leaves_everything_behind(tmp_path, image_folder):
     run = tmp_path / "run"
-    result = package.pretrain(recipes.folder(pictures, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
+    result = package.pretrain(recipes.folder(image_folder, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
     assert result.finished
     assert result.step == 30
     losses = [m["loss"] for m in metrics(run)]
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     names = {p.name for p in run.iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "encoder.safetensors", "pictures", "files.txt"} <= names
+    assert {"config.json", "metrics.jsonl", "checkpoints", "encoder.safetensors", "figures", "files.txt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     encoder = package.load_encoder(run)
     assert not encoder.training
-    tokens = encoder(encoder.preprocess(str(next(pictures.rglob("*.png")))))
+    tokens = encoder(encoder.preprocess(str(next(image_folder.rglob("*.png")))))
     assert tokens.shape == (1, 16, 32)
     again = package.load_encoder(run / "checkpoints" / "final.safetensors")
     assert encoder_bytes(again) == encoder_bytes(encoder)
     # A finished run started again says so and changes nothing.
     before = (run / "encoder.safetensors").stat().st_mtime_ns
-    result = package.pretrain(recipes.folder(pictures, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
+    result = package.pretrain(recipes.folder(image_folder, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
     assert result.finished
     assert (run / "encoder.safetensors").stat().st_mtime_ns == before
 
@@ -110,9 +110,9 @@ RESUME = [*TINY, "--steps", 14, "--checkpoint-every", 5, "--batch-size", 10, "--
     [["--num-workers", 2, "--accumulate", 2], ["--num-workers", 0], ["--num-workers", 0, "--optimizer", "muon"]],
     ids=["workers-accumulate", "plain", "muon"],
 )
-def test_kill_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, pictures, flags):
-    """Killed between checkpoints, mid-epoch (24 pictures, batches of 10); resumed with another number of workers."""
-    common = ["pretrain", "folder", "--data", pictures, *RESUME, *flags]
+def test_kill_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, image_folder, flags):
+    """Killed between checkpoints, mid-epoch (24 images, batches of 10); resumed with another number of workers."""
+    common = ["pretrain", "folder", "--data", image_folder, *RESUME, *flags]
     dmjd(*common, "--out", tmp_path / "straight")
     process = start(*common, "--out", tmp_path / "killed")
     wait_for_step(tmp_path / "killed", 7, process)
@@ -154,8 +154,8 @@ def test_minutes_and_a_longer_duration(tmp_path):
         assert after["lr"] == pytest.approx(peak * warmup_cosine(before["seconds"] / 2.4, config.warmup), abs=1e-9)
 
 
-def test_a_damaged_newest_checkpoint_falls_back(tmp_path, pictures):
-    common = ["pretrain", "folder", "--data", pictures, *TINY, "--batch-size", 8, "--checkpoint-every", 3]
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, image_folder):
+    common = ["pretrain", "folder", "--data", image_folder, *TINY, "--batch-size", 8, "--checkpoint-every", 3]
     dmjd(*common, "--steps", 8, "--out", tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "final.safetensors").unlink()
@@ -182,42 +182,54 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         process.communicate()
 
 
-def test_bad_pictures_are_replaced_counted_and_named_once(tmp_path, pictures):
+def test_bad_images_are_replaced_counted_and_named_once(tmp_path, image_folder):
     data = tmp_path / "data"
-    shutil.copytree(pictures, data)
-    (data / "text.jpg").write_text("no picture")
+    shutil.copytree(image_folder, data)
+    (data / "text.jpg").write_text("no image")
     (data / "empty.png").write_bytes(b"")
     run = tmp_path / "run"
     result = dmjd("pretrain", "folder", "--data", data, "--out", run, *TINY, "--steps", 12, "--batch-size", 13)
     assert result.stderr.count("text.jpg") == 1
-    assert "2 unreadable picture(s)" in result.stderr
-    assert sorted(Path(line.split("\t")[0]).name for line in (run / "bad_files.txt").read_text().splitlines()) == [
+    assert "2 unreadable image(s)" in result.stderr
+    assert sorted(Path(line.split("\t")[0]).name for line in (run / "unreadable.txt").read_text().splitlines()) == [
         "empty.png",
         "text.jpg",
     ]
     strict = dmjd(
-        *("pretrain", "folder", "--data", data, "--out", tmp_path / "strict", *TINY, "--steps", 12, "--max-bad", 1),
+        *(
+            "pretrain",
+            "folder",
+            "--data",
+            data,
+            "--out",
+            tmp_path / "strict",
+            *TINY,
+            "--steps",
+            12,
+            "--max-unreadable",
+            1,
+        ),
         check=False,
     )
     assert strict.returncode == 2
     assert "text.jpg" in strict.stderr
 
 
-def test_one_picture_trains_with_a_warning(tmp_path, pictures):
+def test_one_image_trains_with_a_warning(tmp_path, image_folder):
     data = tmp_path / "one"
     data.mkdir()
-    shutil.copy(next(pictures.rglob("*.png")), data)
+    shutil.copy(next(image_folder.rglob("*.png")), data)
     result = dmjd("pretrain", "folder", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3)
-    assert "only 1 picture(s)" in result.stderr
+    assert "only 1 image(s)" in result.stderr
     assert "--batch-size 64 is more than there are: 1 a step" in result.stderr  # the recipe's own
 
 
-def test_pictures_smaller_than_the_input_are_named(tmp_path, pictures):
+def test_images_smaller_than_the_input_are_named(tmp_path, image_folder):
     """CIFAR at 224 pixels is the costly mistake of one who leaves --img-size out."""
     rest = [*TINY, "--steps", 1, "--no-final-eval"]
-    result = dmjd("pretrain", "folder", "--data", pictures, "--out", tmp_path / "as_they_are", *rest)
+    result = dmjd("pretrain", "folder", "--data", image_folder, "--out", tmp_path / "as_they_are", *rest)
     assert "enlarged" not in result.stderr
-    result = dmjd("pretrain", "folder", "--data", pictures, "--out", tmp_path / "large", *rest, "--img-size", 256)
+    result = dmjd("pretrain", "folder", "--data", image_folder, "--out", tmp_path / "large", *rest, "--img-size", 256)
     assert "to 256 x 256: a step works on" in result.stderr
 
 
@@ -244,13 +256,13 @@ def test_a_non_finite_loss_stops_before_the_step(eager):
     seen = {}
 
     def keep(report) -> None:
-        seen[report.progress.step] = task.weight.detach().clone()
+        seen[report.state.step] = task.weight.detach().clone()
 
     with pytest.raises(NonFiniteLoss, match="at step 4"), StopSignal() as stop:
         engine.run(iter(lambda: torch.ones(3, 3), None), [keep], stop)
     assert torch.equal(task.weight, seen[3])
     assert not torch.equal(seen[2], seen[3])
-    assert engine.progress.step == (3 if eager else 6)
+    assert engine.state.step == (3 if eager else 6)
 
 
 def test_the_seed_alone_decides_the_weights():

@@ -16,7 +16,7 @@ KEYS = torch.arange(20_000) * 7919
     st.floats(0.01, 1).flatmap(lambda lo: st.tuples(st.just(lo), st.floats(lo, 1))),
     st.integers(-(2**63), 2**63 - 30),
 )
-def test_boxes_are_whole_and_inside_the_picture(sizes, scale, first_key):
+def test_boxes_are_whole_and_inside_the_image(sizes, scale, first_key):
     sides = torch.tensor(sizes)
     boxes = crop_boxes(torch.arange(len(sizes)) + first_key, sides, scale)
     assert boxes.dtype == torch.float64
@@ -43,8 +43,8 @@ def test_a_box_follows_from_its_key_alone(order, cut):
 def test_same_distribution_as_torchvision(height, width):
     torch.manual_seed(0)
     crop, n = RandomResizedCrop(8, scale=(0.5, 1.0)), 3000
-    picture = torch.empty(3, height, width)
-    theirs = torch.tensor([crop.get_params(picture, crop.scale, crop.ratio) for _ in range(n)]).double()
+    image = torch.empty(3, height, width)
+    theirs = torch.tensor([crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)]).double()
     ours = crop_boxes(KEYS[:n], torch.tensor([[height, width]]).expand(n, 2))
     for column in range(4):
         a, b = (np.sort(x[:, column].numpy()) for x in (theirs, ours))
@@ -53,7 +53,7 @@ def test_same_distribution_as_torchvision(height, width):
         assert distance < 0.05  # Kolmogorov-Smirnov: 0.05 is passed by chance once in a thousand
 
 
-def test_where_no_crop_fits_the_centre_is_taken():
+def test_where_no_crop_fits_the_center_is_taken():
     boxes = crop_boxes(KEYS[:1], torch.tensor([[10, 1000]]))
     assert boxes.tolist() == [[0, 493, 10, 13]]
     assert crop_boxes(KEYS[:1], torch.tensor([[1000, 10]])).tolist() == [[493, 0, 13, 10]]
@@ -69,13 +69,13 @@ def test_half_of_the_flips_are_true_and_independent_of_the_crop():
 @pytest.mark.parametrize("channels", [1, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_crop_resize_keeps_type_and_mirrors(channels, dtype):
-    picture = np.random.default_rng(0).integers(0, 256, (20, 30, channels)).astype(dtype)
-    plain = crop_resize(picture, (2, 3, 15, 20), (8, 9))
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, channels)).astype(dtype)
+    plain = crop_resize(image, (2, 3, 15, 20), (8, 9))
     assert plain.shape == (channels, 8, 9)
     assert plain.numpy().dtype == dtype
-    assert torch.equal(crop_resize(picture, (2, 3, 15, 20), (8, 9), flip=True), plain.flip(-1))
+    assert torch.equal(crop_resize(image, (2, 3, 15, 20), (8, 9), flip=True), plain.flip(-1))
 
 
-def test_crop_of_the_whole_picture_at_its_size_is_the_picture():
-    picture = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
-    assert (crop_resize(picture, (0, 0, 12, 10), (12, 10)).permute(1, 2, 0).numpy() == picture).all()
+def test_crop_of_the_whole_image_at_its_size_is_the_image():
+    image = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    assert (crop_resize(image, (0, 0, 12, 10), (12, 10)).permute(1, 2, 0).numpy() == image).all()

@@ -15,7 +15,7 @@ from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.figures.curves import curves_figure
 from dmjd.figures.grid import save_figure
 from dmjd.figures.reconstruction import UNNORMALISED, mask_figure, reconstruction_figure, target_figure
-from dmjd.figures.show import KINDS, run_picture, show
+from dmjd.figures.show import KINDS, save_reconstruction_figure, show
 from dmjd.images.preprocess import Preprocess
 from dmjd.masking import Masks, disjoint_masks
 from dmjd.model import MaskedImageModel
@@ -32,7 +32,7 @@ def model_for(patch=8, size=(32, 32), chans=3, **options) -> MaskedImageModel:
     return MaskedImageModel(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2, **options)
 
 
-def pictures_of(size=(32, 32), chans=3, count=2) -> torch.Tensor:
+def images_of(size=(32, 32), chans=3, count=2) -> torch.Tensor:
     return torch.randint(0, 256, (count, chans, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -60,7 +60,7 @@ def stroke_angle(glyph: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("picture", "upright"),
+    ("image", "upright"),
     [
         (lambda y, x: x, 90),  # grows rightwards: edges stand upright
         (lambda y, x: y, 0),
@@ -68,9 +68,9 @@ def stroke_angle(glyph: torch.Tensor) -> float:
         (lambda y, x: x - y, 45),
     ],
 )
-def test_strokes_lie_along_the_edges_of_the_picture(picture, upright):
+def test_strokes_lie_along_the_edges_of_the_image(image, upright):
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    cells = hog(picture(y, x)[None, None].float(), cell_size=8)[0, 0]  # 4, 4, bins
+    cells = hog(image(y, x)[None, None].float(), cell_size=8)[0, 0]  # 4, 4, bins
     glyphs = painters.hog_glyphs(cells / cells.max(), 25)
     middle = glyphs[25:50, 25:50]
     difference = abs((stroke_angle(middle) - upright + 90) % 180 - 90)
@@ -106,9 +106,9 @@ def test_hog_cells_of_a_token_are_drawn_in_their_places():
 
 
 @pytest.mark.parametrize("chans", [1, 2, 3, 4, 5])
-def test_pictures_of_any_channels_become_rgb(chans):
-    images = pictures_of(chans=chans)
-    rgb = painters.picture_rgb(images)
+def test_images_of_any_channels_become_rgb(chans):
+    images = images_of(chans=chans)
+    rgb = painters.to_rgb(images)
     assert rgb.shape == (2, 32, 32, 3)
     red = images[:, 0] / 255
     assert torch.allclose(rgb[..., 0], red)
@@ -116,20 +116,20 @@ def test_pictures_of_any_channels_become_rgb(chans):
 
 
 @pytest.mark.parametrize(("patch", "size", "chans"), [(4, (16, 32), 1), (8, (32, 32), 3), (16, (64, 48), 5)])
-def test_true_pixel_targets_paint_the_very_picture(patch, size, chans):
+def test_true_pixel_targets_paint_the_very_image(patch, size, chans):
     model = model_for(patch, size, chans, target="pixel")
-    images = pictures_of(size, chans)
-    target = model.mim_target(model.encoder.preprocess.normalise(images), images)
+    images = images_of(size, chans)
+    target = model.mim_target(model.encoder.preprocess.normalize(images), images)
     painted = painters.paint_pixels(target, model.encoder, images)
-    assert torch.allclose(painted, painters.picture_rgb(images), atol=1e-4)
+    assert torch.allclose(painted, painters.to_rgb(images), atol=1e-4)
 
 
 def test_hiding_covers_exactly_the_hidden_tokens():
     hidden = torch.tensor([[True, False, False, False, False, True]])
     rgb = painters.hide(torch.zeros(1, 8, 12, 3), hidden, (2, 3))[0, ..., 0]
-    assert (rgb[:4, :4] == painters.GREY).all()
-    assert (rgb[4:, 8:] == painters.GREY).all()
-    assert (rgb == painters.GREY).sum() == 32
+    assert (rgb[:4, :4] == painters.GRAY).all()
+    assert (rgb[4:, 8:] == painters.GRAY).all()
+    assert (rgb == painters.GRAY).sum() == 32
 
 
 # --- figures
@@ -141,13 +141,13 @@ def test_hiding_covers_exactly_the_hidden_tokens():
 )
 def test_mask_figure_shows_each_view_and_how_often_tokens_are_masked(views, grid, size, chans):
     masks = disjoint_masks(2, grid, views, 0.5, keys=torch.arange(2))
-    columns = panels(mask_figure(pictures_of(size, chans), masks, grid))
+    columns = panels(mask_figure(images_of(size, chans), masks, grid))
     assert len(columns) == views + 2
     for k, shown in enumerate(list(columns.values())[1:-1]):
         for b in range(2):
             tokens = shown[b][:: size[0] // grid[0], :: size[1] // grid[1]]
-            grey = np.isclose(tokens, painters.GREY).all(-1)
-            assert (grey.ravel() == masks.mask[k, b].numpy()).all()
+            gray = np.isclose(tokens, painters.GRAY).all(-1)
+            assert (gray.ravel() == masks.mask[k, b].numpy()).all()
     heat = columns["times masked"][1][:: size[0] // grid[0], :: size[1] // grid[1], 0].ravel()
     times = masks.mask[:, 1].sum(0).numpy()
     assert (np.argsort(-heat, kind="stable") == np.argsort(times, kind="stable")).all()
@@ -160,7 +160,7 @@ def test_mask_figure_shows_each_view_and_how_often_tokens_are_masked(views, grid
 )
 def test_reconstruction_figure_has_a_row_for_each_view(views, patch, size, chans, target):
     model = model_for(patch, size, chans, target=target, num_views=views, mask_ratio=0.5)
-    figure = reconstruction_figure(model, pictures_of(size, chans))
+    figure = reconstruction_figure(model, images_of(size, chans))
     columns = panels(figure)
     assert len(columns) == 5
     assert all(len(rows) == 2 * views for rows in columns.values())
@@ -170,27 +170,27 @@ def test_reconstruction_figure_has_a_row_for_each_view(views, patch, size, chans
     assert (UNNORMALISED in words(figure)) == (target == "pixel")
 
 
-def test_predictions_stand_in_the_masked_places_and_the_picture_in_the_others():
+def test_predictions_stand_in_the_masked_places_and_the_image_in_the_others():
     model = model_for(target="pixel", num_views=2)
-    images, masks = pictures_of(), model.draw_masks(torch.arange(2))
+    images, masks = images_of(), model.draw_masks(torch.arange(2))
     columns = panels(reconstruction_figure(model, images, masks=masks))
     pasted = columns["reconstruction\nof masked tokens"]
     distilled = columns["distillation\nof visible tokens"]
-    truth = painters.picture_rgb(images).numpy()
+    truth = painters.to_rgb(images).numpy()
     for b in range(2):
         for k in range(2):
             masked = painters.spread(masks.mask[k], (4, 4), torch.zeros(1, 32, 32, 3))[b].numpy()
             row = 2 * b + k
             assert np.allclose(pasted[row][~masked], truth[b][~masked], atol=1e-4)
             assert not np.allclose(pasted[row][masked], truth[b][masked], atol=0.05)
-            assert np.allclose(distilled[row][masked], painters.GREY)
+            assert np.allclose(distilled[row][masked], painters.GRAY)
             assert not np.allclose(distilled[row][~masked], truth[b][~masked], atol=0.05)
 
 
 def test_known_hog_tokens_are_tinted():
     model = model_for()
     masks = model.draw_masks(torch.arange(2))
-    shown = panels(reconstruction_figure(model, pictures_of(), masks=masks))["reconstruction\nof masked tokens"][0]
+    shown = panels(reconstruction_figure(model, images_of(), masks=masks))["reconstruction\nof masked tokens"][0]
     masked = painters.spread(masks.mask[0], (4, 4), torch.zeros(1, *shown.shape))[0].numpy()
     hue = colors.rgb_to_hsv(np.clip(shown, 0, 1))
     lit = shown.max(-1) > 0.05
@@ -214,14 +214,14 @@ def test_known_hog_tokens_are_tinted():
     ],
 )
 def test_only_the_branches_that_are_on_are_shown(options, titles):
-    columns = panels(reconstruction_figure(model_for(**options), pictures_of()))
-    assert list(columns) == ["picture", "visible tokens", *titles]
+    columns = panels(reconstruction_figure(model_for(**options), images_of()))
+    assert list(columns) == ["image", "visible tokens", *titles]
 
 
 def test_a_callers_own_masks_are_shown():
     masks = Masks.from_visible(torch.tensor([[[0, 5], [1, 2]]]), num_tokens=16)
-    columns = panels(reconstruction_figure(model_for(), pictures_of(), masks=masks))
-    assert (columns["visible tokens"][1] != painters.GREY).any(-1).mean() == pytest.approx(2 / 16, abs=0.01)
+    columns = panels(reconstruction_figure(model_for(), images_of(), masks=masks))
+    assert (columns["visible tokens"][1] != painters.GRAY).any(-1).mean() == pytest.approx(2 / 16, abs=0.01)
 
 
 class Edges(Target):
@@ -229,13 +229,13 @@ class Edges(Target):
 
     name, dim = "edges", 5
 
-    def forward(self, normalised, raw):
+    def forward(self, normalized, raw):
         tokens = torch.nn.functional.avg_pool2d(raw.float(), 8).flatten(2).transpose(1, 2)
         return torch.cat([tokens, tokens[..., :2] ** 2], dim=-1)
 
 
 def test_a_new_target_is_shown_by_its_principal_components():
-    figure = reconstruction_figure(model_for(target=Edges()), pictures_of())
+    figure = reconstruction_figure(model_for(target=Edges()), images_of())
     assert "principal components" in words(figure)
     assert panels(figure)["target 'edges'"][0].shape == (4, 4, 3)
 
@@ -245,12 +245,12 @@ def test_figures_leave_the_model_as_it_was():
     model.decoder.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    reconstruction_figure(model, pictures_of())
-    target_figure(model, pictures_of())
+    reconstruction_figure(model, images_of())
+    target_figure(model, images_of())
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    images = pictures_of()
-    model(model.encoder.preprocess.normalise(images), images.float())["loss"].backward()  # still trains
+    images = images_of()
+    model(model.encoder.preprocess.normalize(images), images.float())["loss"].backward()  # still trains
 
 
 def test_conv_vit_models_are_drawn_too():
@@ -258,7 +258,7 @@ def test_conv_vit_models_are_drawn_too():
     encoder = create_encoder("conv_vit_tiny_patch8", 32, embed_dims=(16, 32, 48), depths=(1, 1, 1), num_heads=3)
     encoder.preprocess = Preprocess((32, 32))
     model = MaskedImageModel(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2)
-    assert len(panels(reconstruction_figure(model, pictures_of()))) == 5
+    assert len(panels(reconstruction_figure(model, images_of()))) == 5
 
 
 # --- files
@@ -282,7 +282,7 @@ def test_curves_of_nothing_are_an_error(tmp_path):
 
 
 def test_figures_are_saved_whole_in_the_format_of_their_name(tmp_path):
-    figure = mask_figure(pictures_of(), disjoint_masks(2, (4, 4), 2, 0.5, keys=torch.arange(2)), (4, 4))
+    figure = mask_figure(images_of(), disjoint_masks(2, (4, 4), 2, 0.5, keys=torch.arange(2)), (4, 4))
     with Image.open(save_figure(figure, tmp_path / "new folder" / "ä.png")) as png:
         assert png.format == "PNG"
     with Image.open(save_figure(figure, tmp_path / "a.jpg")) as jpeg:
@@ -296,9 +296,9 @@ def test_figures_are_saved_whole_in_the_format_of_their_name(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, pictures):
+def run(tmp_path, image_folder):
     config = PretrainConfig(
-        data=str(pictures), img_size=(32, 48), encoder="vit_tiny_patch8", embed_dim=(32,), depth=(1,), num_heads=2,
+        data=str(image_folder), img_size=(32, 48), encoder="vit_tiny_patch8", embed_dim=(32,), depth=(1,), num_heads=2,
         decoder_dim=32, decoder_depth=1, decoder_heads=2,
     )  # fmt: skip
     model = build_model(config)
@@ -324,14 +324,14 @@ def test_show_draws_a_run_again_and_again_the_same(run, kind, tmp_path):
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
 
 
-def test_show_passes_over_unreadable_pictures(run, pictures, tmp_path):
+def test_show_passes_over_unreadable_images(run, image_folder, tmp_path):
     few = tmp_path / "few"
     few.mkdir()
     for i in range(20):
-        (few / f"bad{i}.jpg").write_text("no picture")
-    with pytest.raises(ValueError, match="no picture"):
+        (few / f"bad{i}.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="no image"):
         show("masks", run, data=few, out=tmp_path / "a.png")
-    shutil.copy(next(pictures.rglob("*.png")), few / "good.png")
+    shutil.copy(next(image_folder.rglob("*.png")), few / "good.png")
     assert show("masks", run, data=few, out=tmp_path / "a.png").exists()
 
 
@@ -341,7 +341,7 @@ def test_wrong_calls_say_what_to_do(run, tmp_path):
         (lambda: show("mask", run), "did you mean 'masks'"),
         (lambda: show("masks", tmp_path / "empty"), "is no run folder"),
         (lambda: show("masks", run, num_images=0), "num_images"),
-        (lambda: show("neighbours", run, num_candidates=1), "num_candidates"),
+        (lambda: show("neighbors", run, num_candidates=1), "num_candidates"),
         (lambda: show("attention", tmp_path / "empty"), "holds no encoder.safetensors"),
         (lambda: show("attention", run / ENCODER_FILE), "pass --data"),
     ]:
@@ -353,8 +353,8 @@ def test_wrong_calls_say_what_to_do(run, tmp_path):
         show("masks", run)
 
 
-def test_a_run_draws_itself(pictures, tmp_path):
+def test_a_run_draws_itself(image_folder, tmp_path):
     model = model_for()
-    path = run_picture(model, open_source(pictures), tmp_path / "pictures" / "step.png", num_images=3)
-    with Image.open(path) as picture:
-        assert min(picture.size) > 300
+    path = save_reconstruction_figure(model, open_source(image_folder), tmp_path / "images" / "step.png", num_images=3)
+    with Image.open(path) as image:
+        assert min(image.size) > 300

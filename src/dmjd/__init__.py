@@ -1,4 +1,4 @@
-"""DMJD: pre-train vision encoders on your own unlabelled images by masked image modelling.
+"""DMJD: pre-train vision encoders on your own unlabeled images by masked image modeling.
 
 Public names are loaded when first used, so that importing the package costs little more than Python itself.
 """

@@ -1,4 +1,4 @@
-"""The two light branches on the shared encoder (DMJD, section III-B): reconstruction of hidden tokens, distillation on
+"""The two light branches on the shared encoder (DMJD, section III-B): reconstruction of masked tokens, distillation on
 visible ones.
 """
 

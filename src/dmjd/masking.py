@@ -25,7 +25,7 @@ class Masks:
 
     Attributes:
         visible: [K, B, V] int64 ids the encoder sees, sorted (in the caller's order when made by ``from_visible``).
-        masked: [K, B, M] int64 ids that are hidden, sorted.
+        masked: [K, B, M] int64 ids that are masked, sorted.
         mask: [K, B, N] bool, True = masked.
     """
 
@@ -156,8 +156,8 @@ def disjoint_masks(
         batch_size: B images.
         grid: (h, w) tokens.
         num_views: K.
-        mask_ratio: share of an image hidden in each view.
-        pred_ratio: share hidden in at least one view; None = as much as K views can.
+        mask_ratio: share of an image masked in each view.
+        pred_ratio: share masked in at least one view; None = as much as K views can.
         block_size: side in tokens of the square block that is masked as one; None = 2 where it divides, else 1.
         disjoint: False draws the views independently of each other (the ablation).
         keys: [B] int64, one per image; the masks are a pure function of them, the same on every device.

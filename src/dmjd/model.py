@@ -160,23 +160,23 @@ class MaskedImageModel(nn.Module):
             keys=keys,
         )
 
-    def encode(self, normalised: Tensor, visible: Tensor) -> Tensor:
+    def encode(self, normalized: Tensor, visible: Tensor) -> Tensor:
         """Latent tokens of all views: images [B, c, H, W], ids [K, B, V] -> [R, prefix + V, D].
 
         Multi-scale fusion and the last norm belong to pre-training only; the encoder itself runs as it does downstream.
         """
-        x, stages = self.encoder.forward_stages(normalised, visible.flatten(0, 1))  # R, prefix + V, D
+        x, stages = self.encoder.forward_stages(normalized, visible.flatten(0, 1))  # R, prefix + V, D
         if self.fusion is not None:
             x = x + self.fusion(stages)  # R, V, D (such encoders have no prefix)
         return self.encoder.norm(x)
 
-    def predict(self, normalised: Tensor, masks: Masks) -> dict[str, Tensor]:
+    def predict(self, normalized: Tensor, masks: Masks) -> dict[str, Tensor]:
         """What each branch says of its own tokens.
 
         Returns:
             "mim": [R, M, C] in the order of ``masks.masked``; "vis": [R, V, C] in the order of ``masks.visible``.
         """
-        return self.branches(self.encode(normalised, masks.visible), masks)
+        return self.branches(self.encode(normalized, masks.visible), masks)
 
     def branches(self, latent: Tensor, masks: Masks) -> dict[str, Tensor]:
         """Predictions of :meth:`predict` from the latent tokens [R, prefix + V, D] of :meth:`encode`."""
@@ -188,19 +188,19 @@ class MaskedImageModel(nn.Module):
         return predictions
 
     @torch.no_grad()
-    def targets(self, normalised: Tensor, raw: Tensor) -> dict[str, Tensor]:
+    def targets(self, normalized: Tensor, raw: Tensor) -> dict[str, Tensor]:
         """Targets of the branches that are on, once per image: [B, N, C] float32 each."""
-        device = normalised.device.type
+        device = normalized.device.type
         reduced, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         targets = {}
         for branch, target in self.branch_targets.items():
             with torch.autocast(device, dtype=dtype, enabled=reduced and bool(target.autocast)):
-                targets[branch] = target(normalised, raw)
+                targets[branch] = target(normalized, raw)
         return targets | ({"vis": targets["mim"]} if self.vis and "vis" not in targets else {})
 
     def forward(
         self,
-        images_normalised: Tensor,
+        images_normalized: Tensor,
         images_0_255: Tensor,
         masks: Masks | None = None,
         keys: Tensor | None = None,
@@ -208,8 +208,8 @@ class MaskedImageModel(nn.Module):
         """One pass: loss = mim + theta * vis.
 
         Args:
-            images_normalised: [B, c, H, W], the encoder's input.
-            images_0_255: [B, c, H, W], the same pictures on the 0..255 scale (HOG is taken from these).
+            images_normalized: [B, c, H, W], the encoder's input.
+            images_0_255: [B, c, H, W], the same images on the 0..255 scale (HOG is taken from these).
             masks: the caller's own masks, of any K; they override the model's.
             keys: [B] int64, from which the model draws its masks; None = from torch's random state.
 
@@ -217,11 +217,11 @@ class MaskedImageModel(nn.Module):
             {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Besides, what targets say of themselves.
         """
         if masks is None:
-            masks = self._fresh_masks(images_normalised, keys)
-        self._check_sizes(images_normalised, images_0_255, masks)
-        targets = self.targets(images_normalised, images_0_255)
+            masks = self._fresh_masks(images_normalized, keys)
+        self._check_sizes(images_normalized, images_0_255, masks)
+        targets = self.targets(images_normalized, images_0_255)
         masks = masks.asked(self.decode_ratio)
-        out = self.losses(self.predict(images_normalised, masks), targets, masks)
+        out = self.losses(self.predict(images_normalized, masks), targets, masks)
         for branch, target in self.branch_targets.items():
             out |= target.scalars(targets[branch])  # type: ignore[operator]
         return out
@@ -246,7 +246,7 @@ class MaskedImageModel(nn.Module):
         expected = (masks.visible.shape[1], self.encoder.in_chans, *self.encoder.img_size)
         if masks.mask.shape[-1] != self.encoder.num_patches:
             raise ValueError(f"masks are for {masks.mask.shape[-1]} tokens, the model has {self.encoder.num_patches}")
-        for name, got in (("images_normalised", images.shape), ("images_0_255", raw.shape)):
+        for name, got in (("images_normalized", images.shape), ("images_0_255", raw.shape)):
             if tuple(got) != expected:
                 raise ValueError(f"{name} must be {list(expected)} for these masks and this model, got {list(got)}")
 
@@ -255,11 +255,10 @@ class MaskedImageModel(nn.Module):
             keys = torch.randint(-(2**63), 2**63 - 1, (images.shape[0],))
         return self.draw_masks(keys.to(images.device))
 
-    def after_step(self, step: int, share: float = 0.0) -> None:
-        """Let the targets follow the encoder after optimizer step ``step``, when ``share`` of the run is done."""
+    def after_step(self, step: int, progress: float = 0.0) -> None:
+        """Let the targets follow the encoder after optimizer step ``step``, at ``progress`` of the run (0 to 1)."""
         for target in self.branch_targets.values():
-            target.share = share  # type: ignore[assignment]
-            target.after_step(self.encoder, step)  # type: ignore[operator]
+            target.after_step(self.encoder, step, progress)  # type: ignore[operator]
 
     def flops(self) -> int:
         """Floating-point operations of one forward pass of one unique image with its K views; training takes 3 x."""

@@ -10,7 +10,7 @@ STREAM_SUBSET, STREAM_HOLD_OUT, STREAM_AUGMENT, STREAM_MIX = range(8, 12)  # of 
 
 STREAM_DECODE = 12  # which masked tokens the decoder is asked for
 
-STREAM_PLACE, STREAM_COLOUR = 16, 17  # of pictures with masks or boxes
+STREAM_PLACE, STREAM_COLOR = 16, 17  # of images with masks or boxes
 
 _MASK64 = (1 << 64) - 1
 

@@ -7,28 +7,28 @@ from dmjd.cli.parser import Parser, add_run_arguments
 from dmjd.cli.parser import Parser as _Parser
 from dmjd.cli.parser import add_run_arguments as _add_run_arguments
 
-KINDS = ("masks", "targets", "reconstructions", "attention", "neighbours")
+KINDS = ("masks", "targets", "reconstructions", "attention", "neighbors")
 
 
 def _show(arguments: Sequence[str]) -> None:
     parser = _Parser(
         prog="dmjd show",
-        usage="dmjd show {masks,targets,reconstructions,attention,neighbours} RUN --out PICTURE.png [flags]",
+        usage="dmjd show {masks,targets,reconstructions,attention,neighbors} RUN --out FIGURE.png [flags]",
         description="Draw what a run's model sees, is asked for and answers; what its encoder attends to;\n"
-        "which pictures it finds alike.",
+        "which images it finds alike.",
         epilog="examples:\n"
-        "  dmjd show neighbours runs/first --out neighbours.png\n"
-        "  dmjd show reconstructions runs/first --out picture.png",
+        "  dmjd show neighbors runs/first --out neighbors.png\n"
+        "  dmjd show reconstructions runs/first --out figure.png",
     )
-    parser.add_argument("kind", metavar="KIND", help="masks, targets, reconstructions, attention or neighbours")
+    parser.add_argument("kind", metavar="KIND", help="masks, targets, reconstructions, attention or neighbors")
     _add_run_arguments(parser, "run folder")
-    parser.add_argument("--out", metavar="FILE", default="picture.png", help="where the picture goes (picture.png)")
-    parser.add_argument("--num-images", type=int, default=4, metavar="N", help="pictures, or queries (4)")
-    parser.add_argument("--labels", choices=("none", "folder", "column"), help="neighbours: of classes (the run's)")
+    parser.add_argument("--out", metavar="FILE", default="figure.png", help="where the image goes (figure.png)")
+    parser.add_argument("--num-images", type=int, default=4, metavar="N", help="images, or queries (4)")
+    parser.add_argument("--labels", choices=("none", "folder", "column"), help="neighbors: of classes (the run's)")
     parser.add_argument(
-        "--num-candidates", type=int, default=2000, metavar="N", help="neighbours: pictures searched (2000)"
+        "--num-candidates", type=int, default=2000, metavar="N", help="neighbors: images searched (2000)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of pictures and masks (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of images and masks (0)")
     given = vars(parser.parse(arguments))
     kind = given.pop("kind")
     if kind not in KINDS:
@@ -47,10 +47,10 @@ def run_embed(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="dmjd embed",
         usage="dmjd embed RUN --data SOURCE --out FILE.parquet|FILE.npy [flags]",
-        description="Write the features of every picture to a table; after a kill the same command goes on.",
+        description="Write the features of every image to a table; after a kill the same command goes on.",
         epilog="examples:\n"
         "  dmjd embed runs/first --out features.parquet\n"
-        "  dmjd embed runs/mine --data ~/pictures --out tokens.npy --tokens --half",
+        "  dmjd embed runs/mine --data ~/images --out tokens.npy --tokens --half",
     )
     add_run_arguments(parser, _ENCODER_SOURCE)
     parser.add_argument("--out", metavar="FILE", required=True, help="FILE.parquet, or FILE.npy and FILE.rows.parquet")
@@ -58,9 +58,9 @@ def run_embed(arguments: Sequence[str]) -> None:
         "--split", default="train", choices=("train", "test"), help="part of data that has both (train)"
     )
     parser.add_argument("--labels", choices=("none", "folder", "column"), help="where labels come from (the run's)")
-    parser.add_argument("--tokens", action="store_true", help="all patch tokens, not one pooled feature a picture")
+    parser.add_argument("--tokens", action="store_true", help="all patch tokens, not one pooled feature an image")
     parser.add_argument("--half", action="store_true", help="store float16: half the disk")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="pictures at a time (256)")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (256)")
     parser.add_argument("--precision", default="fp32", metavar="{fp32,bf16}", help="of the computation (fp32)")
     parser.add_argument("--num-workers", type=int, metavar="N", help="loader processes (by the cores)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu or cuda (auto)")
@@ -94,12 +94,12 @@ def run_compare(arguments: Sequence[str]) -> None:
     """``dmjd compare``: see :func:`dmjd.evaluation.compare.compare`."""
     parser = Parser(
         prog="dmjd compare",
-        usage="dmjd compare RUN RUN ... [--out PICTURE.png]",
+        usage="dmjd compare RUN RUN ... [--out FIGURE.png]",
         description="Set the evaluations of several runs, and the settings in which they differ, side by side.",
         epilog="example:\n  dmjd compare runs/first runs/second --out compare.png",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder with evaluation/*.json")
-    parser.add_argument("--out", metavar="FILE", help="bar picture (none)")
+    parser.add_argument("--out", metavar="FILE", help="bar image (none)")
     given = vars(parser.parse(arguments))
     from dmjd.engine.console import Console
     from dmjd.evaluation.compare import compare, comparison_tables

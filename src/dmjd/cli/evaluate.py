@@ -16,7 +16,7 @@ from dmjd.config.finetune import FinetuneConfig
 
 def _knn_flags(parser: _Parser) -> None:
     _common_evaluation_flags(parser)
-    parser.add_argument("--k", type=int, metavar="N", help="neighbours (20); 1, 5, 10, 20 are always reported")
+    parser.add_argument("--k", type=int, metavar="N", help="neighbors (20); 1, 5, 10, 20 are always reported")
     parser.add_argument("--temperature", type=float, metavar="X", help="of the votes (0.07)")
     _feature_flags(parser)
 
@@ -36,7 +36,7 @@ def _frozen_flags(parser: _Parser) -> None:
 
 
 def _feature_flags(parser: _Parser) -> None:
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at a time (256)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (256)")
     parser.add_argument("--precision", metavar="{fp32,bf16}", help="of the features (fp32)")
 
 
@@ -69,7 +69,7 @@ def _place_flags(parser: _Parser) -> None:
 
 def _common_evaluation_flags(parser: _Parser) -> None:
     _add_run_arguments(parser, "run folder, encoder.safetensors or checkpoint")
-    parser.add_argument("--test-data", metavar="SOURCE", help="labelled test set (the test part of --data)")
+    parser.add_argument("--test-data", metavar="SOURCE", help="labeled test set (the test part of --data)")
     parser.add_argument("--labels", choices=("none", "folder", "column"), help="where labels come from (the run's)")
     _place_flags(parser)
     parser.add_argument("--labels-per-class", type=int, metavar="N", help="use this many labels of each class")
@@ -78,9 +78,9 @@ def _common_evaluation_flags(parser: _Parser) -> None:
 
 
 EVALUATIONS: dict[str, tuple[Callable[[_Parser], None], str]] = {
-    "knn": (_knn_flags, "nearest neighbours in the frozen features"),
+    "knn": (_knn_flags, "nearest neighbors in the frozen features"),
     "linear": (_linear_flags, "linear probe on the frozen features"),
-    "frozen": (_frozen_flags, "kNN, linear probe and sweep in one pass over the pictures"),
+    "frozen": (_frozen_flags, "kNN, linear probe and sweep in one pass over the images"),
     "finetune": (_finetune_flags, "train the whole encoder as a classifier"),
     "segmentation": (
         partial(_dense_flags, config=SegmentationConfig(), form="folder with train/images and train/masks, or table"),
@@ -101,7 +101,7 @@ def _evaluation_overview() -> str:
         [
             "usage: dmjd evaluate TASK RUN [flags]",
             "",
-            "Measure an encoder on labelled pictures, beside a randomly initialised one.",
+            "Measure an encoder on labeled images, beside a randomly initialized one.",
             "",
             *lines,
             "",
@@ -126,7 +126,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser = _Parser(
         prog=f"dmjd evaluate {task}",
         usage=f"dmjd evaluate {task} RUN [flags]",
-        description=text[0].upper() + text[1:] + ", beside a randomly initialised encoder.",
+        description=text[0].upper() + text[1:] + ", beside a randomly initialized encoder.",
         epilog=f"example:\n  dmjd evaluate {task} runs/first --data {EXAMPLE_DATA.get(task, 'cifar10')}",
         argument_default=argparse.SUPPRESS,
     )

@@ -21,10 +21,10 @@ def _short(message: str) -> str:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "pretrain": (_pretrain, "train an encoder on unlabelled pictures"),
+    "pretrain": (_pretrain, "train an encoder on unlabeled images"),
     "evaluate": (_evaluate, "kNN, linear probe, fine-tuning, segmentation, detection"),
-    "show": (_show, "pictures of masks, targets, reconstructions, attention, neighbours"),
-    "embed": (run_embed, "features of every picture as a table"),
+    "show": (_show, "images of masks, targets, reconstructions, attention, neighbors"),
+    "embed": (run_embed, "features of every image as a table"),
     "export": (run_export, "the encoder for timm, ONNX or as one file"),
     "compare": (run_compare, "evaluations of several runs side by side"),
     "bench": (_bench, "speed, memory and share of this machine's own limit"),
@@ -35,7 +35,7 @@ def _overview() -> str:
     lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            f"dmjd {__version__}: pre-train vision encoders on your own unlabelled pictures",
+            f"dmjd {__version__}: pre-train vision encoders on your own unlabeled images",
             "",
             "usage: dmjd COMMAND [flags]",
             "",

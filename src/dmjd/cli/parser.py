@@ -59,6 +59,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_run_arguments(parser: Parser, run_help: str) -> None:
-    """RUN and ``--data``, as all commands that look at pictures have them."""
+    """RUN and ``--data``, as all commands that look at images have them."""
     parser.add_argument("run", metavar="RUN", help=run_help)
-    parser.add_argument("--data", metavar="SOURCE", help="pictures to use (the run's own)")
+    parser.add_argument("--data", metavar="SOURCE", help="images to use (the run's own)")

@@ -36,11 +36,11 @@ def _pretrain_parser(recipe: str) -> _Parser:
     parser = _Parser(
         prog="dmjd pretrain",
         usage="dmjd pretrain [RECIPE] --data SOURCE --out DIR [flags]",
-        description=f"Pre-train an encoder on unlabelled pictures.\n\nrecipes:\n{lines}\n\nDefaults below are those of "
+        description=f"Pre-train an encoder on unlabeled images.\n\nrecipes:\n{lines}\n\nDefaults below are those of "
         f"'{recipe}':\n  {_text(RECIPES[recipe])}",
         epilog="examples:\n"
         "  dmjd pretrain digits --out runs/first\n"
-        "  dmjd pretrain folder --data ~/pictures --out runs/mine\n"
+        "  dmjd pretrain folder --data ~/images --out runs/mine\n"
         "  torchrun --nproc-per-node 8 -m dmjd pretrain --data imagenet/train --out runs/in1k --batch-size 512",
     )
     fields = [f for f in dataclasses.fields(PretrainConfig) if f.name != "recipe"]
@@ -74,7 +74,7 @@ def _bench(arguments: Sequence[str]) -> None:
     parser.prog = "dmjd bench"
     parser.usage = "dmjd bench [RECIPE] [flags]"
     parser.description = (
-        "Measure how fast a recipe trains on this machine: pictures a second with and without the loader (--data), "
+        "Measure how fast a recipe trains on this machine: images/s with and without the loader (--data), "
         "memory,\nshare of the machine's own matrix-multiply rate, and where the time goes. Takes the flags of "
         "dmjd pretrain;\n--steps is the number of measured steps (10), and nothing is written but --json."
     )

@@ -15,7 +15,7 @@ INFERENCE = ("whole", "slide")
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """What both tasks are told: how long and how to train, and in which frame pictures are seen.
+    """What both tasks are told: how long and how to train, and in which frame images are seen.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -24,9 +24,9 @@ class DenseConfig:
     epochs: float | None = option(None, "length of each training; default 50", "dense")
     steps: int | None = option(None, "length, instead of epochs", "dense")
     img_size: tuple[int, ...] | None = option(
-        None, "side or height and width that a picture is resized to; default the encoder's", "dense"
+        None, "side or height and width that an image is resized to; default the encoder's", "dense"
     )
-    batch_size: int = option(16, "pictures per step", "dense")
+    batch_size: int = option(16, "images per step", "dense")
     accumulate: int = option(1, "parts a step's batch is computed in: less memory", "dense")
     blr: float | None = option(None, "base rate, lr = blr * batch / 256; default 1e-3 times sqrt(256 / batch)", "dense")
     min_lr: float = option(1e-6, "rate at the end", "dense")
@@ -38,8 +38,8 @@ class DenseConfig:
     freeze: bool = option(False, "train the decoder alone, on the encoder as it is", "dense")
     decoder_dim: int = option(256, "width of decoder or pyramid", "dense")
     flip: bool = option(True, "random left-right flips", "dense")
-    pictures: int = option(6, "test pictures drawn with what is found in them", "dense")
-    looks: int = option(4, "tests on some pictures while training", "dense")
+    num_images: int = option(6, "test images drawn with what is found in them", "dense")
+    num_evals: int = option(4, "tests on some images while training", "dense")
     checkpoint_every: int = option(200, "steps between checkpoints", "dense")
     log_every: int = option(20, "steps between lines of metrics.jsonl", "dense")
 
@@ -71,15 +71,15 @@ class DenseConfig:
             raise ValueError(f"'{task}' does not take {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
         return cls(**options)
 
-    def resolve(self, img_size: tuple[int, int], num_pictures: int) -> Self:
+    def resolve(self, img_size: tuple[int, int], num_images: int) -> Self:
         """All settings for an encoder of ``img_size`` and a training set: what was given, the rest by the help texts.
 
         The rate follows the root of the batch, because AdamW's steps do not shrink with the gradient: 2.5e-4 at 16.
         A batch is never larger than the set.
         """
-        batch = min(self.batch_size, num_pictures // self.accumulate * self.accumulate)
+        batch = min(self.batch_size, num_images // self.accumulate * self.accumulate)
         if batch == 0:
-            raise ValueError(f"{num_pictures} training picture(s) are too few for --accumulate {self.accumulate}")
+            raise ValueError(f"{num_images} training image(s) are too few for --accumulate {self.accumulate}")
         size = self.img_size or img_size
         return dataclasses.replace(
             self,
@@ -97,7 +97,7 @@ class DenseConfig:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) that pictures are resized to; of a resolved configuration."""
+        """(height, width) that images are resized to; of a resolved configuration."""
         assert self.img_size is not None
         return self.img_size[0], self.img_size[-1]
 
@@ -108,33 +108,31 @@ class DenseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(DenseConfig):
-    """Semantic segmentation. Pictures cover ``resize``; training crops and sliding windows are ``img_size``."""
+    """Semantic segmentation. Images cover ``resize``; training crops and sliding windows are ``img_size``."""
 
     decoder: str = option("upernet", "upernet, or linear: one layer on the last map", "dense", choices=DECODERS)
     resize: tuple[int, ...] | None = option(
-        None, "side or height and width that pictures cover before they are cropped; default --img-size", "dense"
+        None, "side or height and width that images cover before they are cropped; default --img-size", "dense"
     )
     scale: tuple[float, ...] = option((0.5, 2.0), "range of the random scale in training", "dense")
-    colours: bool = option(True, "random brightness, contrast, saturation and hue", "dense")
-    inference: str = option(
-        "whole", "whole picture at once, or slide: windows of --img-size", "dense", choices=INFERENCE
-    )
+    color_jitter: bool = option(True, "random brightness, contrast, saturation and hue", "dense")
+    inference: str = option("whole", "whole image at once, or slide: windows of --img-size", "dense", choices=INFERENCE)
     num_classes: int | None = option(None, "default: lines of classes.txt, else by the training masks", "dense")
     ignore_index: tuple[int, ...] = option((255,), "numbers in the masks that mean no label", "dense")
 
     @property
     def covered(self) -> tuple[int, int]:
-        """(height, width) that pictures cover; of a resolved configuration."""
+        """(height, width) that images cover; of a resolved configuration."""
         return (self.resize[0], self.resize[-1]) if self.resize is not None else self.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionConfig(DenseConfig):
-    """Detection by Faster R-CNN, or Mask R-CNN where every object has its outline. Pictures fit into ``img_size``."""
+    """Detection by Faster R-CNN, or Mask R-CNN where every object has its outline. Images fit into ``img_size``."""
 
-    batch_size: int = option(8, "pictures per step", "dense")
+    batch_size: int = option(8, "images per step", "dense")
     scale: tuple[float, ...] = option((0.5, 1.5), "range of the random scale in training", "dense")
-    outlines: bool = option(True, "learn masks where the data has them (Mask R-CNN)", "dense")
+    instance_masks: bool = option(True, "learn masks where the data has them (Mask R-CNN)", "dense")
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -155,8 +153,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "scale": (0.05, 20),
     "num_classes": (2, 30_000),
     "ignore_index": (0, 65_535),
-    "pictures": (0, 1000),
-    "looks": (0, 1000),
+    "num_images": (0, 1000),
+    "num_evals": (0, 1000),
     "checkpoint_every": (1, math.inf),
     "log_every": (1, math.inf),
 }

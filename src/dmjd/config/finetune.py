@@ -12,9 +12,9 @@ from typing import Any
 
 from dmjd.config.fields import check_types, option
 
-SMALL_SIDE = 96  # pixels; smaller pictures lose their objects in crops of 8 % of the area
+SMALL_SIDE = 96  # pixels; smaller images lose their objects in crops of 8 % of the area
 
-MANY_PICTURES = 1_000_000  # shown over a run: from here on a network overfits before it underfits strong augmentation
+MANY_IMAGES = 1_000_000  # shown over a run: from here on a network overfits before it underfits strong augmentation
 
 LARGE_WIDTH = 1024  # of the encoders the paper calls large
 
@@ -31,7 +31,7 @@ class FinetuneConfig:
 
     epochs: float | None = option(None, "length; default 100, or 50 for a large encoder", "finetune")
     steps: int | None = option(None, "length, instead of epochs", "finetune")
-    batch_size: int | None = option(None, "pictures per step; default a 32nd of the set, 16 to 1024", "finetune")
+    batch_size: int | None = option(None, "images per step; default a 32nd of the set, 16 to 1024", "finetune")
     accumulate: int = option(1, "parts a step's batch is computed in: less memory, same result", "finetune")
     blr: float | None = option(
         None, "base rate, lr = blr * batch / 256; default 5e-4, times sqrt(1024 / batch) below 1024", "finetune"
@@ -80,28 +80,28 @@ class FinetuneConfig:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give --epochs or --steps, not both")
 
-    def resolve(self, num_pictures: int, img_size: tuple[int, int], embed_dim: int) -> "FinetuneConfig":
+    def resolve(self, num_images: int, img_size: tuple[int, int], embed_dim: int) -> "FinetuneConfig":
         """All settings for a training set: what was given, the rest by these rules.
 
-        - batch: a 32nd of the set, even (mixing pairs pictures), 16 to 1024, so that small sets get enough steps;
+        - batch: a 32nd of the set, even (mixing pairs images), 16 to 1024, so that small sets get enough steps;
         - rate: the published one at the published batch of 1024, below with the root of the batch: AdamW's steps do
           not shrink with the gradient, and the linear rule would leave hardly any rate for a batch of 16;
-        - pictures below 96 pixels: crops of at least half the area, and the whole picture at test;
-        - runs that show fewer than a million pictures: no mixing and erasing, RandAugment 5 instead of 9. A network
+        - images below 96 pixels: crops of at least half the area, and the whole image at test;
+        - runs that show fewer than a million images: no mixing and erasing, RandAugment 5 instead of 9. A network
           sees each label too rarely to fit targets that are mixed;
         - large encoders: the paper's 50 epochs, layer decay 0.75, drop path 0.2.
 
         Args:
-            num_pictures: of the training set. img_size: (H, W) of the encoder. embed_dim: its width.
+            num_images: of the training set. img_size: (H, W) of the encoder. embed_dim: its width.
 
         Returns:
             a configuration without None but for ``clip_grad``, ``ema``, and one of ``epochs`` and ``steps``.
         """
         large, small = embed_dim >= LARGE_WIDTH, min(img_size) < SMALL_SIDE
-        batch = self.batch_size or max(MIN_BATCH, min(MAX_BATCH, num_pictures // BATCHES_PER_EPOCH // 2 * 2))
+        batch = self.batch_size or max(MIN_BATCH, min(MAX_BATCH, num_images // BATCHES_PER_EPOCH // 2 * 2))
         epochs = self.epochs if self.epochs is not None or self.steps is not None else (50.0 if large else 100.0)
-        shown = self.steps * batch if self.steps is not None else (epochs or 0.0) * num_pictures
-        strong = shown >= MANY_PICTURES
+        shown = self.steps * batch if self.steps is not None else (epochs or 0.0) * num_images
+        strong = shown >= MANY_IMAGES
         defaults: dict[str, Any] = {
             "epochs": epochs,
             "batch_size": batch,

@@ -16,6 +16,7 @@ DEFAULT_BATCH_SIZE = 256
 DURATIONS = ("epochs", "steps", "minutes")
 
 FORMAT_VERSION = 1
+RENAMED = {"max_bad": "max_unreadable"}  # settings of former versions, for their run folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +29,17 @@ class PretrainConfig:
 
     recipe: str = option("dmjd", "name of the recipe the run started from", "run")
     data: str | None = option(
-        None, "folder of pictures, .parquet file or folder of them, set name, hub name, or digits", "data", common=True
+        None, "folder of images, .parquet file or folder of them, set name, hub name, or digits", "data", common=True
     )
     out: str | None = option(None, "run folder", "run", resume=True, common=True)
-    test_data: str | None = option(None, "labelled test set for kNN while training", "data", resume=True)
+    test_data: str | None = option(None, "labeled test set for kNN while training", "data", resume=True)
     labels: str = option(
         "none",
         "where labels for evaluation come from; never used to train",
         "data",
         choices=("none", "folder", "column"),
     )
-    img_size: tuple[int, ...] = option((224,), "picture side in pixels, or height and width", "data", common=True)
+    img_size: tuple[int, ...] = option((224,), "image side in pixels, or height and width", "data", common=True)
     in_chans: int = option(3, "channels the encoder takes", "data")
     mean: tuple[float, ...] | None = option(
         None, "per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured", "data"
@@ -47,10 +48,10 @@ class PretrainConfig:
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255; default the data type's own range", "data"
     )
-    crop_scale: tuple[float, ...] = option((0.5, 1.0), "share of the picture's area a random crop takes", "data")
+    crop_scale: tuple[float, ...] = option((0.5, 1.0), "share of the image's area a random crop takes", "data")
     flip: bool = option(True, "random left-right flips", "data")
-    max_bad: int | None = option(
-        None, "unreadable pictures tolerated; default the larger of 10 and 1 %%", "data", resume=True
+    max_unreadable: int | None = option(
+        None, "unreadable images tolerated; default the larger of 10 and 1 %%", "data", resume=True
     )
     num_workers: int | None = option(None, "loader processes; default by the cores", "data", resume=True)
 
@@ -73,12 +74,12 @@ class PretrainConfig:
     teacher_layers: int = option(1, "last blocks of the teacher that are averaged", "method")
     ema_layers: int | None = option(None, "of target ema: last blocks that are averaged; default half", "method")
     ema_momentum: float = option(0.996, "of the ema copy at the start; rises to 1 over the run", "method")
-    num_views: int = option(2, "masked views of each picture (K)", "method", common=True)
-    mask_ratio: float = option(0.6, "share hidden in each view (c)", "method", common=True)
-    pred_ratio: float | None = option(None, "share hidden in at least one view (p); default the most", "method")
+    num_views: int = option(2, "masked views of each image (K)", "method", common=True)
+    mask_ratio: float = option(0.6, "share masked in each view (c)", "method", common=True)
+    pred_ratio: float | None = option(None, "share masked in at least one view (p); default the most", "method")
     block_size: int | None = option(None, "side of a masking block in tokens; default 2 where it divides", "method")
     disjoint: bool = option(True, "views avoid each other's masks", "method")
-    mim: bool = option(True, "reconstruction of hidden tokens", "method")
+    mim: bool = option(True, "reconstruction of masked tokens", "method")
     vis: bool = option(True, "distillation on visible tokens", "method")
     theta: float = option(1.0, "weight of the distillation loss", "method")
     mim_loss: str = option("l2", "loss of the reconstruction branch", "method", choices=("l2", "smooth_l1"))
@@ -88,7 +89,7 @@ class PretrainConfig:
     decoder_heads: int | None = option(None, "decoder heads; default by the encoder's width", "method")
     decoder_mlp_ratio: float | None = option(None, "decoder MLP ratio; default the encoder's first", "method")
     decode_ratio: float = option(
-        1.0, "share of the hidden tokens the decoder is asked for, at random: a cheaper step", "method"
+        1.0, "share of the masked tokens the decoder is asked for, at random: a cheaper step", "method"
     )
     projector_depth: int = option(3, "linear layers of the distillation branch's projector", "method")
 
@@ -98,7 +99,7 @@ class PretrainConfig:
         None, "length of the run; the schedule follows the clock", "training", resume=True, common=True
     )
     batch_size: int | None = option(
-        None, "pictures per step over all processes; default 256, or the whole set if smaller", "training", common=True
+        None, "images per step over all processes; default 256, or the whole set if smaller", "training", common=True
     )
     accumulate: int = option(1, "parts a step's batch is computed in: less memory, same result", "training")
     blr: float = option(6e-4, "base learning rate: lr = blr * batch * (p / c) / 256", "training", common=True)
@@ -122,7 +123,7 @@ class PretrainConfig:
     checkpoint_every: int = option(500, "steps between checkpoints", "run", resume=True)
     log_every: int = option(20, "steps between lines of metrics.jsonl", "run", resume=True)
     eval_every: int | None = option(
-        None, "steps between pictures and online kNN; default ten times a run; 0 never", "run", resume=True
+        None, "steps between images and online kNN; default ten times a run; 0 never", "run", resume=True
     )
     final_eval: bool = option(True, "kNN and linear probe at the end where there are labels", "run", resume=True)
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)
@@ -181,6 +182,7 @@ class PretrainConfig:
             raise ValueError(
                 f"config.json is not of format {FORMAT_VERSION}: it was written by another version of dmjd"
             )
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
         if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
             raise ValueError(f"config.json holds unknown settings: {', '.join(sorted(unknown))}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -191,7 +193,7 @@ class PretrainConfig:
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "in_chans": (1, math.inf, True),
     "img_size": (1, math.inf, True),
-    "max_bad": (0, math.inf, True),
+    "max_unreadable": (0, math.inf, True),
     "num_workers": (0, math.inf, True),
     "drop_path": (0, 1, True),
     "embed_dim": (4, math.inf, True),
@@ -255,8 +257,8 @@ def _check_ranges(config: PretrainConfig) -> None:
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
     """Settings that may not change when a run is resumed but did, as "name: old -> new".
 
-    What may change is marked ``resume`` in the fields above: workers, device, logging, cadence, tolerance of bad files,
-    test data, and a duration in the same unit that is not shorter.
+    What may change is marked ``resume`` in the fields above: workers, device, logging, cadence, tolerance of unreadable
+    images, test data, and a duration in the same unit that is not shorter.
     """
     lines = []
     for field in dataclasses.fields(old):

@@ -15,14 +15,14 @@ def dmjd(data: str | None = None, out: str | None = None, **overrides: Any) -> P
     """The paper's recipe: two disjoint views, both branches, HOG.
 
     ``dmjd pretrain --data imagenet/train --out runs/dmjd --batch-size 512``. Published for ConvViT-B on ImageNet-1K,
-    400 epochs at 512 pictures a step: fine-tuning 85.2, linear probe 76.7, 101 hours on 8 A100-40GB (Ma et al. 2023;
+    400 epochs at 512 images a step: fine-tuning 85.2, linear probe 76.7, 101 hours on 8 A100-40GB (Ma et al. 2023;
     not measured by us). Large: ``--encoder conv_vit_large_patch16 --clip-grad 3``.
     """
     return PretrainConfig(recipe="dmjd", data=data, out=out).replace(**overrides)
 
 
 def mae(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """Masked auto-encoding: one view, three quarters hidden, pixels, class token.
+    """Masked auto-encoding: one view, three quarters masked, pixels, class token.
 
     ``dmjd pretrain mae --data imagenet/train --out runs/mae --batch-size 4096``. Published for ViT-B on ImageNet-1K,
     1600 epochs: fine-tuning 83.6, linear probe 67.8 (He et al. 2022; not measured by us).
@@ -73,11 +73,11 @@ def convmae(data: str | None = None, out: str | None = None, **overrides: Any) -
 
 
 def maskfeat(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """``dmjd`` without its two parts: HOG, one view, hidden tokens (MaskFeat).
+    """``dmjd`` without its two parts: HOG, one view, masked tokens (MaskFeat).
 
     ``dmjd pretrain maskfeat --encoder vit_base_patch16 --data imagenet/train --out runs/maskfeat --epochs 1600``.
     Published for ViT-B on ImageNet-1K, 1600 epochs: fine-tuning 84.0, linear probe 68.5, 240 hours on 8 GPUs (as Ma et
-    al. 2023 report it; MaskFeat's own HOG, Wei et al. 2022, is normalised by blocks; not measured by us).
+    al. 2023 report it; MaskFeat's own HOG, Wei et al. 2022, is normalized by blocks; not measured by us).
     """
     return dmjd(data, out, **{"recipe": "maskfeat", "num_views": 1, "vis": False} | overrides)
 
@@ -101,7 +101,7 @@ def jd(data: str | None = None, out: str | None = None, **overrides: Any) -> Pre
 
 
 def complementary(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """``dmjd`` with four views whose visible quarters partition the picture.
+    """``dmjd`` with four views whose visible quarters partition the image.
 
     ``dmjd pretrain complementary --data imagenet/train --out runs/complementary``. Single-token masks, since only they
     divide by four. The masks are FastConvMAE's, for which 84.4 fine-tuning in 50 epochs is published with pixel targets
@@ -122,11 +122,11 @@ def independent(data: str | None = None, out: str | None = None, **overrides: An
 
 
 def folder(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """A person's own pictures on one machine: what our study found best for their size.
+    """A person's own images on one machine: what our study found best for their size.
 
-    ``dmjd pretrain folder --data ~/pictures --out runs/mine``. With ``--img-size`` up to 64: two disjoint views with
-    three quarters of single tokens hidden, pixels for hidden tokens and HOG for visible ones, Muon, ConvViT-tiny with
-    4-pixel tokens, 64 pictures a step. CIFAR-10, one core of a server, ``--img-size 32 --minutes 20 --precision bf16``:
+    ``dmjd pretrain folder --data ~/images --out runs/mine``. With ``--img-size`` up to 64: two disjoint views with
+    three quarters of single tokens masked, pixels for masked tokens and HOG for visible ones, Muon, ConvViT-tiny with
+    4-pixel tokens, 64 images a step. CIFAR-10, one core of a server, ``--img-size 32 --minutes 20 --precision bf16``:
     linear probe 56.4 where random weights give 45.4 (README has the table). Larger: the defaults below, the paper's
     method on a small encoder, clipping against the odd outlier; our study does not reach there.
     """
@@ -150,7 +150,7 @@ def folder(data: str | None = None, out: str | None = None, **overrides: Any) ->
 
 
 def digits(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """The embedded default: handwritten digits on coloured gradients, 32 x 32, nothing to download.
+    """The embedded default: handwritten digits on colored gradients, 32 x 32, nothing to download.
 
     ``dmjd pretrain digits --out runs/first``: under three minutes on 2 cores. README has the measured table.
     """

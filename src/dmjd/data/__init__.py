@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "BadPictures": "unreadable",
+    "UnreadableImages": "unreadable",
     "Batch": "train_loader",
     "EvalLoader": "eval_loader",
     "Source": "sources.base",

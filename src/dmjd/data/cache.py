@@ -1,4 +1,4 @@
-"""Small sets of equal pictures, decoded once and kept in memory."""
+"""Small sets of equal images, decoded once and kept in memory."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report
 from dmjd.data.workers import available_cores
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 
 MAX_BYTES = 1 << 30
 
@@ -19,17 +19,17 @@ _PROBES = 32
 
 
 @dataclass
-class PicturesInMemory:
+class ImagesInMemory:
     """A whole set.
 
     Attributes:
-        pictures: [n, C, H, W] uint8 or float32 on the 0..255 scale; unreadable ones are zero.
+        images: [n, C, H, W] uint8 or float32 on the 0..255 scale; unreadable ones are zero.
         readable: [n] bool. bad: index -> (name, reason) of the unreadable.
     """
 
-    pictures: Tensor
+    images: Tensor
     readable: Tensor
-    bad: dict[int, Report] = field(default_factory=dict)
+    unreadable: dict[int, Report] = field(default_factory=dict)
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:
@@ -38,21 +38,21 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
 
 
 def try_read(source: Source, index: int) -> np.ndarray | Report:
-    """The picture, or (name, reason)."""
+    """The image, or (name, reason)."""
     try:
         return source.read(index)
-    except BadPicture as error:
+    except UnreadableImage as error:
         return error.name, error.reason
 
 
-def load_to_memory(source: Source, max_pixels: int | None = None) -> PicturesInMemory | None:
-    """Decode a set of pictures that are all of one size and type and take at most 1 GiB.
+def load_to_memory(source: Source, max_pixels: int | None = None) -> ImagesInMemory | None:
+    """Decode a set of images that are all of one size and type and take at most 1 GiB.
 
     Args:
-        source: the set. max_pixels: of one picture; None: no limit.
+        source: the set. max_pixels: of one image; None: no limit.
 
     Returns:
-        The pictures, or None where the set does not qualify. A few spread over the set are looked at first, so that
+        The images, or None where the set does not qualify. A few spread over the set are looked at first, so that
         a large or mixed set is found out at once.
     """
     n = len(source)
@@ -64,18 +64,18 @@ def load_to_memory(source: Source, max_pixels: int | None = None) -> PicturesInM
     too_large = max_pixels is not None and max_pixels < H * W
     if too_large or n * H * W * C * dtype.itemsize > MAX_BYTES:
         return None
-    pictures = np.zeros((n, C, H, W), dtype)
-    bad: dict[int, Report] = {}
+    images = np.zeros((n, C, H, W), dtype)
+    unreadable: dict[int, Report] = {}
     with ThreadPoolExecutor(available_cores()) as pool:
         indices = iter(range(n))
-        while block := list(islice(indices, 1024)):  # blocks, so that an odd picture stops the reading soon
-            for i, picture in zip(block, pool.map(lambda i: try_read(source, i), block), strict=True):
-                if not isinstance(picture, np.ndarray):
-                    bad[i] = picture
-                elif (picture.shape, picture.dtype) != ((H, W, C), dtype):
+        while block := list(islice(indices, 1024)):  # blocks, so that an odd image stops the reading soon
+            for i, image in zip(block, pool.map(lambda i: try_read(source, i), block), strict=True):
+                if not isinstance(image, np.ndarray):
+                    unreadable[i] = image
+                elif (image.shape, image.dtype) != ((H, W, C), dtype):
                     return None
                 else:
-                    pictures[i] = picture.transpose(2, 0, 1)
+                    images[i] = image.transpose(2, 0, 1)
     readable = torch.ones(n, dtype=torch.bool)
-    readable[list(bad)] = False
-    return PicturesInMemory(torch.from_numpy(pictures), readable, bad)
+    readable[list(unreadable)] = False
+    return ImagesInMemory(torch.from_numpy(images), readable, unreadable)

@@ -1,4 +1,4 @@
-"""Streams of pictures with their masks or objects: in frames for training, as they are for evaluation."""
+"""Streams of images with their masks or objects: in frames for training, as they are for evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,47 +12,47 @@ from dmjd.data.dense_transforms import (
     IGNORE,
     covering,
     fitting,
-    jitter_colours,
+    jitter_colors,
     place_boxes,
+    place_image,
     place_masks,
-    place_picture,
     random_placement,
 )
 from dmjd.data.sources.coco import Instances
 from dmjd.data.train_loader import Stream, stack
-from dmjd.data.unreadable import BadPictures, Report, read_or_replace
+from dmjd.data.unreadable import Report, UnreadableImages, read_or_replace
 from dmjd.data.workers import auto_workers, read_batches
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 
 LEAST_VISIBLE = 1.0  # pixels in the frame; objects narrower than this are not trained on
 
-_FEW = 256  # pictures that are read before workers would have started
+_FEW = 256  # images that are read before workers would have started
 
 
 class ExampleSource(Protocol):
-    """A source of pictures with targets."""
+    """A source of images with targets."""
 
     name: str
 
     def __len__(self) -> int: ...
 
     def read_example(self, index: int) -> tuple[np.ndarray, Any]:
-        """Picture [H, W, C] on the 0..255 scale, and its target; BadPicture where there is none."""
+        """Image [H, W, C] on the 0..255 scale, and its target; UnreadableImage where there is none."""
 
 
 @dataclass
 class ExampleBatch:
-    """A micro-batch in frames of one size, not normalised.
+    """A micro-batch in frames of one size, not normalized.
 
     Attributes:
         images: [b, C, h, w] uint8 or float32 on the 0..255 scale.
         targets: masks [b, h, w] int16 of classes and IGNORE, or a list of b :class:`Instances`.
-        bad: (name, reason) of pictures that could not be read and were replaced.
+        bad: (name, reason) of images that could not be read and were replaced.
     """
 
     images: Tensor
     targets: Any
-    bad: list[Report] = field(default_factory=list)
+    unreadable: list[Report] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "ExampleBatch":
         """The same on a device."""
@@ -61,7 +61,7 @@ class ExampleBatch:
             targets = targets.to(device, non_blocking=True)
         else:
             targets = [_instances_to(one, device) for one in targets]
-        return ExampleBatch(self.images.to(device, non_blocking=True), targets, self.bad)
+        return ExampleBatch(self.images.to(device, non_blocking=True), targets, self.unreadable)
 
 
 def _instances_to(one: Instances, device: torch.device) -> Instances:
@@ -71,11 +71,11 @@ def _instances_to(one: Instances, device: torch.device) -> Instances:
 
 @dataclass(frozen=True)
 class MaskAugment:
-    """Random scale, crop, flip and colours of a picture and its mask.
+    """Random scale, crop, flip and colors of an image and its mask.
 
     Attributes:
-        frame: (h, w) of the result. base: (h, w) that pictures cover before the random scale. scale: its range.
-        flip, colours: whether. fill: per channel, on the 0..255 scale, where a frame shows no picture.
+        frame: (h, w) of the result. base: (h, w) that images cover before the random scale. scale: its range.
+        flip, colors: whether. fill: per channel, on the 0..255 scale, where a frame shows no image.
     """
 
     frame: tuple[int, int]
@@ -83,25 +83,25 @@ class MaskAugment:
     fill: tuple[float, ...]
     scale: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
-    colours: bool = True
+    color_jitter: bool = True
 
-    def __call__(self, picture: np.ndarray, target: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: np.ndarray, target: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
         """[H, W, C] and [H, W] -> [C, h, w] and [h, w]."""
-        size = (picture.shape[0], picture.shape[1])
+        size = (image.shape[0], image.shape[1])
         base = covering(size, self.base)
         placement = random_placement(key, size, self.frame, base, self.scale, self.flip)
-        image = place_picture(picture, placement, self.fill)
-        image = jitter_colours(image, key) if self.colours else image
-        return image, place_masks(target, placement, IGNORE)
+        crop = place_image(image, placement, self.fill)
+        crop = jitter_colors(crop, key) if self.color_jitter else crop
+        return crop, place_masks(target, placement, IGNORE)
 
 
 @dataclass(frozen=True)
 class BoxAugment:
-    """Random scale, place and flip of a picture and its objects; crowds and what falls out of the frame are dropped.
+    """Random scale, place and flip of an image and its objects; crowds and what falls out of the frame are dropped.
 
     Attributes:
-        frame: (h, w) of the result. base: (h, w) that pictures fit into before the random scale. scale: its range.
-        flip: whether. fill: per channel, on the 0..255 scale, where the frame shows no picture.
+        frame: (h, w) of the result. base: (h, w) that images fit into before the random scale. scale: its range.
+        flip: whether. fill: per channel, on the 0..255 scale, where the frame shows no image.
     """
 
     frame: tuple[int, int]
@@ -110,9 +110,9 @@ class BoxAugment:
     scale: tuple[float, float] = (0.5, 1.5)
     flip: bool = True
 
-    def __call__(self, picture: np.ndarray, target: Instances, key: int) -> tuple[Tensor, Instances]:
+    def __call__(self, image: np.ndarray, target: Instances, key: int) -> tuple[Tensor, Instances]:
         """[H, W, C] and its objects -> [C, h, w] and the objects in the frame."""
-        size = (picture.shape[0], picture.shape[1])
+        size = (image.shape[0], image.shape[1])
         placement = random_placement(key, size, self.frame, fitting(size, self.base), self.scale, self.flip)
         boxes = place_boxes(target.boxes, placement)
         masks = place_masks(target.masks.numpy(), placement, 0) if target.masks is not None else None
@@ -120,7 +120,7 @@ class BoxAugment:
         visible = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= LEAST_VISIBLE
         if masks is not None:
             visible &= masks.flatten(1).bool().any(1)
-        return place_picture(picture, placement, self.fill), moved.keep(visible & ~target.crowd)
+        return place_image(image, placement, self.fill), moved.keep(visible & ~target.crowd)
 
 
 Augmentation = Callable[[np.ndarray, Any, int], tuple[Tensor, Any]]
@@ -129,13 +129,13 @@ Augmentation = Callable[[np.ndarray, Any, int], tuple[Tensor, Any]]
 class ExampleLoader:
     """Endless micro-batches, bit-identical for any number of workers and any step to start from.
 
-    The place of an unreadable picture is taken by the one that its key names, as in pre-training.
+    The place of an unreadable image is taken by the one that its key names, as in pre-training.
 
     Args:
-        source: the set. augment: picture, target and key -> the same in the frame.
+        source: the set. augment: image, target and key -> the same in the frame.
         batch_size, accumulate, seed, rank, world_size: see :class:`~dmjd.data.train_loader.Stream`.
         num_workers: reading processes; None: by the machine. device: where batches are wanted.
-        warn: told the name and reason of each unreadable picture, once.
+        warn: told the name and reason of each unreadable image, once.
     """
 
     def __init__(
@@ -156,26 +156,26 @@ class ExampleLoader:
         self.device = device or torch.device("cpu")
         self.num_workers = auto_workers(world_size) if num_workers is None else num_workers
         self._reader = _Frames(source, augment, self.stream)
-        self._bad, self._warn = BadPictures(), warn
+        self._unreadable, self._warn = UnreadableImages(), warn
 
     def batches(self, start_step: int = 0) -> Iterator[ExampleBatch]:
         """Micro-batches from a step on, without end; closing the iterator ends its workers.
 
         Raises:
-            BadPicture: where a hundred pictures in a row can't be read.
-            ValueError: where more than 1 % of the pictures (and more than ten) can't be read.
+            UnreadableImage: where a hundred images in a row can't be read.
+            ValueError: where more than 1 % of the images (and more than ten) can't be read.
         """
         pinned = self.device.type == "cuda"
         for result in read_batches(self._reader, self.stream.micro_batches(start_step), self.num_workers, pinned):
-            if isinstance(result, BadPicture):
+            if isinstance(result, UnreadableImage):
                 raise result
-            images, targets, bad = result
-            for name, reason in self._bad.add(bad):
-                self._warn(f"unreadable, another picture takes its place: {name}: {reason}")
-            self._bad.check(None, self.stream.length)
+            images, targets, unreadable = result
+            for name, reason in self._unreadable.add(unreadable):
+                self._warn(f"unreadable, another image takes its place: {name}: {reason}")
+            self._unreadable.check(None, self.stream.length)
             if isinstance(targets[0], Tensor):
                 targets = torch.stack(targets)
-            yield ExampleBatch(images, targets, bad).to(self.device)
+            yield ExampleBatch(images, targets, unreadable).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -186,27 +186,27 @@ class _Frames:
     augment: Augmentation
     stream: Stream
 
-    def __getitems__(self, samples: range) -> tuple[Tensor, list[Any], list[Report]] | BadPicture:
+    def __getitems__(self, samples: range) -> tuple[Tensor, list[Any], list[Report]] | UnreadableImage:
         indices, keys = self.stream.draw(samples)
-        images, targets, reports = [], [], []
+        crops, targets, reports = [], [], []
         for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
             try:
-                (picture, target), bad = read_or_replace(self.source.read_example, index, key, self.stream.length)
-            except BadPicture as error:
+                (image, target), unreadable = read_or_replace(self.source.read_example, index, key, self.stream.length)
+            except UnreadableImage as error:
                 return error
-            image, moved = self.augment(picture, target, key)
-            images.append(image)
+            crop, moved = self.augment(image, target, key)
+            crops.append(crop)
             targets.append(moved)
-            reports += bad
-        return stack(images), targets, reports
+            reports += unreadable
+        return stack(crops), targets, reports
 
 
 @dataclass
 class Example:
-    """A picture [H, W, C] on the 0..255 scale with its target, and its place in the set."""
+    """An image [H, W, C] on the 0..255 scale with its target, and its place in the set."""
 
     index: int
-    picture: np.ndarray
+    image: np.ndarray
     target: Any
 
 
@@ -216,20 +216,20 @@ def read_examples(
     batch_size: int,
     num_workers: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
-    bad: list[Report] | None = None,
+    unreadable: list[Report] | None = None,
 ) -> Iterator[list[Example]]:
-    """Pictures as they are, in the order of the set, by the batch; unreadable ones are left out.
+    """Images as they are, in the order of the set, by the batch; unreadable ones are left out.
 
     Args:
-        source: the set. batch_size: the most pictures at a time. num_workers: reading processes; None: by the number.
-        indices: the pictures wanted; None: all. bad: gets (name, reason) of those left out.
+        source: the set. batch_size: the most images at a time. num_workers: reading processes; None: by the number.
+        indices: the images wanted; None: all. bad: gets (name, reason) of those left out.
     """
     wanted = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     workers = (0 if len(wanted) <= _FEW else auto_workers()) if num_workers is None else num_workers
     requests = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
     for examples, reports in read_batches(_AsTheyAre(source), requests, workers):
-        if bad is not None:
-            bad += reports
+        if unreadable is not None:
+            unreadable += reports
         if examples:
             yield examples
 
@@ -241,10 +241,10 @@ class _AsTheyAre:
     source: ExampleSource
 
     def __getitems__(self, indices: np.ndarray) -> tuple[list[Example], list[Report]]:
-        examples, bad = [], []
+        examples, unreadable = [], []
         for index in map(int, indices):
             try:
                 examples.append(Example(index, *self.source.read_example(index)))
-            except BadPicture as error:
-                bad.append((error.name, error.reason))
-        return examples, bad
+            except UnreadableImage as error:
+                unreadable.append((error.name, error.reason))
+        return examples, unreadable

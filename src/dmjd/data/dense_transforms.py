@@ -1,7 +1,7 @@
-"""Where a picture lies in a frame of fixed size: random scale and place, flip and colours; masks and boxes follow it.
+"""Where an image lies in a frame of fixed size: random scale and place, flip and colors; masks and boxes follow it.
 
-Everything drawn is a pure function of the image's key. Shapes: H, W picture sides, h, w frame sides, C channels,
-n boxes or instances of one picture.
+Everything drawn is a pure function of the image's key. Shapes: H, W image sides, h, w frame sides, C channels,
+n boxes or instances of one image.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmjd.data.transforms import flips
 from dmjd.images.resampling import resize_box
-from dmjd.rng import STREAM_COLOUR, STREAM_PLACE, hash64, uniform
+from dmjd.rng import STREAM_COLOR, STREAM_PLACE, hash64, uniform
 
 IGNORE = -1  # class of a pixel that counts in no loss and no metric
 
@@ -22,15 +22,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Placement:
-    """A picture of ``picture`` (H, W) pixels, resized to ``resized`` and looked at through a frame.
+    """An image of ``image`` (H, W) pixels, resized to ``resized`` and looked at through a frame.
 
     Attributes:
-        picture, resized: (height, width). frame: (h, w) of the result.
-        top, left: the frame's corner in the resized picture; negative where the frame begins outside of it.
+        image, resized: (height, width). frame: (h, w) of the result.
+        top, left: the frame's corner in the resized image; negative where the frame begins outside of it.
         flip: mirrored left to right.
     """
 
-    picture: Size
+    image: Size
     resized: Size
     frame: Size
     top: int = 0
@@ -38,7 +38,7 @@ class Placement:
     flip: bool = False
 
     def spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows and columns of the resized picture that the frame shows: (first, behind the last) of each."""
+        """Rows and columns of the resized image that the frame shows: (first, behind the last) of each."""
         rows, columns = (
             (max(0, start), min(length, start + side))
             for start, length, side in zip((self.top, self.left), self.resized, self.frame, strict=True)
@@ -46,34 +46,34 @@ class Placement:
         return rows, columns
 
 
-def covering(picture: Size, frame: Size) -> float:
-    """The scale at which a picture just covers a frame, keeping its proportions."""
-    return max(frame[0] / picture[0], frame[1] / picture[1])
+def covering(image: Size, frame: Size) -> float:
+    """The scale at which an image just covers a frame, keeping its proportions."""
+    return max(frame[0] / image[0], frame[1] / image[1])
 
 
-def fitting(picture: Size, frame: Size) -> float:
-    """The scale at which a picture just fits into a frame, keeping its proportions."""
-    return min(frame[0] / picture[0], frame[1] / picture[1])
+def fitting(image: Size, frame: Size) -> float:
+    """The scale at which an image just fits into a frame, keeping its proportions."""
+    return min(frame[0] / image[0], frame[1] / image[1])
 
 
-def scaled(picture: Size, scale: float) -> Size:
-    """Whole sides of a picture at a scale; at least one pixel each."""
-    return max(1, round(picture[0] * scale)), max(1, round(picture[1] * scale))
+def scaled(image: Size, scale: float) -> Size:
+    """Whole sides of an image at a scale; at least one pixel each."""
+    return max(1, round(image[0] * scale)), max(1, round(image[1] * scale))
 
 
 def random_placement(
-    key: int, picture: Size, frame: Size, base: float, scale: tuple[float, float], flip: bool
+    key: int, image: Size, frame: Size, base: float, scale: tuple[float, float], flip: bool
 ) -> Placement:
-    """A random scale (uniform in ``base * scale``), place (uniform; all of a smaller picture stays inside) and flip.
+    """A random scale (uniform in ``base * scale``), place (uniform; all of a smaller image stays inside) and flip.
 
     Args:
-        key: of the image. picture, frame: (height, width). base: scale that ``scale`` multiplies.
+        key: of the image. image, frame: (height, width). base: scale that ``scale`` multiplies.
         flip: whether one half of the images is mirrored.
     """
     u = uniform(hash64(STREAM_PLACE, key, torch.arange(3))).tolist()
-    resized = scaled(picture, base * (scale[0] + (scale[1] - scale[0]) * u[0]))
+    resized = scaled(image, base * (scale[0] + (scale[1] - scale[0]) * u[0]))
     top, left = (_offset(v, length - side) for v, length, side in zip(u[1:], resized, frame, strict=True))
-    return Placement(picture, resized, frame, top, left, flip and bool(flips(torch.tensor(key))))
+    return Placement(image, resized, frame, top, left, flip and bool(flips(torch.tensor(key))))
 
 
 def _offset(u: float, excess: int) -> int:
@@ -81,11 +81,11 @@ def _offset(u: float, excess: int) -> int:
     return math.floor(u * (excess + 1)) if excess >= 0 else -math.floor(u * (1 - excess))
 
 
-def place_picture(picture: np.ndarray, placement: Placement, fill: tuple[float, ...]) -> Tensor:
+def place_image(image: np.ndarray, placement: Placement, fill: tuple[float, ...]) -> Tensor:
     """[H, W, C] on the 0..255 scale -> [C, h, w] of the same type: bicubic, ``fill`` per channel outside."""
     (r0, r1), (c0, c1) = placement.spans()
-    (H, W), (h, w) = placement.picture, placement.resized
-    part = resize_box(picture, (r0 * H / h, c0 * W / w, (r1 - r0) * H / h, (c1 - c0) * W / w), (r1 - r0, c1 - c0))
+    (H, W), (h, w) = placement.image, placement.resized
+    part = resize_box(image, (r0 * H / h, c0 * W / w, (r1 - r0) * H / h, (c1 - c0) * W / w), (r1 - r0, c1 - c0))
     level = torch.tensor(fill, dtype=torch.float32)
     level = level.round().to(part.dtype) if part.dtype == torch.uint8 else level.to(part.dtype)
     canvas = level.view(-1, 1, 1).repeat(1, *placement.frame)
@@ -94,9 +94,9 @@ def place_picture(picture: np.ndarray, placement: Placement, fill: tuple[float, 
 
 
 def place_masks(masks: np.ndarray, placement: Placement, fill: int) -> Tensor:
-    """[..., H, W] whole numbers -> [..., h, w] of the same type: nearest neighbour, ``fill`` outside."""
+    """[..., H, W] whole numbers -> [..., h, w] of the same type: nearest neighbor, ``fill`` outside."""
     (r0, r1), (c0, c1) = placement.spans()
-    (H, W), (h, w) = placement.picture, placement.resized
+    (H, W), (h, w) = placement.image, placement.resized
     rows = ((np.arange(r0, r1) + 0.5) * H / h).astype(np.int64)
     columns = ((np.arange(c0, c1) + 0.5) * W / w).astype(np.int64)
     canvas = np.full((*masks.shape[:-2], *placement.frame), fill, masks.dtype)
@@ -107,8 +107,8 @@ def place_masks(masks: np.ndarray, placement: Placement, fill: int) -> Tensor:
 
 
 def place_boxes(boxes: Tensor, placement: Placement) -> Tensor:
-    """[n, 4] (left, top, right, bottom) in picture pixels -> the same in the frame, cut off at its edges."""
-    (H, W), (h, w), side = placement.picture, placement.resized, placement.frame
+    """[n, 4] (left, top, right, bottom) in image pixels -> the same in the frame, cut off at its edges."""
+    (H, W), (h, w), side = placement.image, placement.resized, placement.frame
     scale = boxes.new_tensor([w / W, h / H]).repeat(2)
     shift = boxes.new_tensor([placement.left, placement.top]).repeat(2)
     moved = boxes * scale - shift
@@ -119,37 +119,37 @@ def place_boxes(boxes: Tensor, placement: Placement) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, size: Size) -> Tensor:
-    """[n, 4] boxes cut off at the edges of a picture of (height, width) pixels."""
+    """[n, 4] boxes cut off at the edges of an image of (height, width) pixels."""
     return boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0], size[1], size[0]]))
 
 
-def boxes_to_picture(boxes: Tensor, placement: Placement) -> Tensor:
-    """Inverse of :func:`place_boxes` for a placement without flip: frame pixels -> picture pixels, cut off there."""
-    (H, W), (h, w) = placement.picture, placement.resized
+def boxes_to_image(boxes: Tensor, placement: Placement) -> Tensor:
+    """Inverse of :func:`place_boxes` for a placement without flip: frame pixels -> image pixels, cut off there."""
+    (H, W), (h, w) = placement.image, placement.resized
     shift = boxes.new_tensor([placement.left, placement.top]).repeat(2)
-    return clip_boxes((boxes + shift) * boxes.new_tensor([W / w, H / h]).repeat(2), placement.picture)
+    return clip_boxes((boxes + shift) * boxes.new_tensor([W / w, H / h]).repeat(2), placement.image)
 
 
-def jitter_colours(picture: Tensor, key: int) -> Tensor:
+def jitter_colors(image: Tensor, key: int) -> Tensor:
     """Random brightness, contrast, saturation and hue, each in one half of the images (as SSD, Liu et al. 2016).
 
     Brightness changes by up to 12.5 % of the range, contrast and saturation by up to one half, hue by up to 18
-    degrees; grey pictures have no saturation and hue, pictures of other than 1 or 3 channels are left as they are.
+    degrees; gray images have no saturation and hue, images of other than 1 or 3 channels are left as they are.
 
     Args:
-        picture: [C, h, w] uint8 or float32 on the 0..255 scale. key: of the image.
+        image: [C, h, w] uint8 or float32 on the 0..255 scale. key: of the image.
     """
     from torchvision.transforms.v2 import functional as tv  # takes a second to import
 
-    C = picture.shape[0]
+    C = image.shape[0]
     if C not in (1, 3):
-        return picture
-    u = (2 * uniform(hash64(STREAM_COLOUR, key, torch.arange(4))) - 1).tolist()
-    use = (hash64(STREAM_COLOUR, key, torch.arange(4, 8)) < 0).tolist()
-    x = picture.float() / 255
+        return image
+    u = (2 * uniform(hash64(STREAM_COLOR, key, torch.arange(4))) - 1).tolist()
+    use = (hash64(STREAM_COLOR, key, torch.arange(4, 8)) < 0).tolist()
+    x = image.float() / 255
     x = (x + 0.125 * u[0]).clamp(0, 1) if use[0] else x
     x = tv.adjust_contrast(x, 1 + 0.5 * u[1]) if use[1] else x
     if C == 3:
         x = tv.adjust_saturation(x, 1 + 0.5 * u[2]) if use[2] else x
         x = tv.adjust_hue(x, 0.05 * u[3]) if use[3] else x
-    return (255 * x).round().to(torch.uint8) if picture.dtype == torch.uint8 else 255 * x
+    return (255 * x).round().to(torch.uint8) if image.dtype == torch.uint8 else 255 * x

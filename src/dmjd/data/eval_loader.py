@@ -1,4 +1,4 @@
-"""Pictures in their own order, preprocessed as the encoder wants them: for evaluation and embedding."""
+"""Images in their own order, preprocessed as the encoder wants them: for evaluation and embedding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,34 +14,34 @@ from dmjd.data.unreadable import Report
 from dmjd.data.workers import auto_workers, read_batches
 from dmjd.images.preprocess import Preprocess
 
-_FEW = 4096  # pictures that are read before workers would have started
+_FEW = 4096  # images that are read before workers would have started
 
 
 @dataclass
-class Pictures:
-    """Readable pictures of a set.
+class EvalBatch:
+    """Readable images of a set.
 
     Attributes:
-        raw: [b, C, h, w] uint8 or float32 on the 0..255 scale. labels: [b] int64, or None for an unlabelled set.
+        raw: [b, C, h, w] uint8 or float32 on the 0..255 scale. labels: [b] int64, or None for an unlabeled set.
         index: [b] int64, places in the set. bad: (name, reason) of those left out.
     """
 
     raw: Tensor
     labels: Tensor | None
     index: Tensor
-    bad: list[Report]
+    unreadable: list[Report]
 
 
 class EvalLoader:
-    """Batches of a set in its own order, resized and centre-cropped, unreadable pictures left out.
+    """Batches of a set in its own order, resized and center-cropped, unreadable images left out.
 
     Args:
-        source: the set. preprocess: of the encoder. batch_size: the most pictures in a batch.
-        num_workers: reading processes; None: none for few pictures, else this machine's cores, at most 8.
-        indices: the pictures wanted, in this order; None: all.
+        source: the set. preprocess: of the encoder. batch_size: the most images in a batch.
+        num_workers: reading processes; None: none for few images, else this machine's cores, at most 8.
+        indices: the images wanted, in this order; None: all.
 
     Attributes:
-        bad: (name, reason) of the pictures left out so far; it starts anew with each iteration.
+        bad: (name, reason) of the images left out so far; it starts anew with each iteration.
     """
 
     def __init__(
@@ -52,29 +52,31 @@ class EvalLoader:
         num_workers: int | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
     ) -> None:
-        self._pictures = _FittedPictures(source, preprocess)
+        self._images = _FittedImages(source, preprocess)
         self._indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
         self._batch_size = batch_size
         few = len(self._indices) <= _FEW
         self.num_workers = (0 if few else auto_workers()) if num_workers is None else num_workers
-        self.bad: list[Report] = []
+        self.unreadable: list[Report] = []
 
     def __len__(self) -> int:
-        """The number of pictures, unreadable ones included."""
+        """The number of images, unreadable ones included."""
         return len(self._indices)
 
-    def __iter__(self) -> Iterator[Pictures]:
-        self.bad = []
+    def __iter__(self) -> Iterator[EvalBatch]:
+        self.unreadable = []
         requests = [self._indices[i : i + self._batch_size] for i in range(0, len(self), self._batch_size)]
-        labels = self._pictures.source.labels
-        for raw, index, bad in read_batches(self._pictures, requests, self.num_workers):
-            self.bad += bad
+        labels = self._images.source.labels
+        for raw, index, unreadable in read_batches(self._images, requests, self.num_workers):
+            self.unreadable += unreadable
             if len(index):
-                yield Pictures(raw, None if labels is None else torch.from_numpy(labels[index.numpy()]), index, bad)
+                yield EvalBatch(
+                    raw, None if labels is None else torch.from_numpy(labels[index.numpy()]), index, unreadable
+                )
 
 
 @dataclass(frozen=True)
-class _FittedPictures:
+class _FittedImages:
     """What a worker does with the indices of a batch."""
 
     source: Source
@@ -83,9 +85,9 @@ class _FittedPictures:
     def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, list[Report]]:
         read = [(int(i), try_read(self.source, int(i))) for i in indices]
         good = [(i, self.preprocess.fit(p)) for i, p in read if isinstance(p, np.ndarray)]
-        bad = [p for _, p in read if not isinstance(p, np.ndarray)]
+        unreadable = [p for _, p in read if not isinstance(p, np.ndarray)]
         raw = stack([p for _, p in good]) if good else torch.empty(0)
-        return raw, torch.tensor([i for i, _ in good], dtype=torch.int64), bad
+        return raw, torch.tensor([i for i, _ in good], dtype=torch.int64), unreadable
 
 
 def read_all(
@@ -93,8 +95,8 @@ def read_all(
     preprocess: Preprocess,
     indices: Sequence[int] | np.ndarray | None = None,
     num_workers: int | None = None,
-) -> Pictures:
-    """All pictures of an :class:`EvalLoader` at once.
+) -> EvalBatch:
+    """All images of an :class:`EvalLoader` at once.
 
     Raises:
         ValueError: if none can be read.
@@ -102,8 +104,8 @@ def read_all(
     loader = EvalLoader(source, preprocess, num_workers=num_workers, indices=indices)
     batches = list(loader)
     if not batches:
-        name, reason = loader.bad[0] if loader.bad else (source.name, "it is empty")
-        raise ValueError(f"no picture of {source.name} can be read; {name}: {reason}")
+        name, reason = loader.unreadable[0] if loader.unreadable else (source.name, "it is empty")
+        raise ValueError(f"no image of {source.name} can be read; {name}: {reason}")
     index = torch.cat([batch.index for batch in batches])
     labels = None if source.labels is None else torch.from_numpy(source.labels[index.numpy()])
-    return Pictures(torch.cat([batch.raw for batch in batches]), labels, index, loader.bad)
+    return EvalBatch(torch.cat([batch.raw for batch in batches]), labels, index, loader.unreadable)

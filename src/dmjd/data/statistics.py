@@ -1,4 +1,4 @@
-"""What is measured on a set before a run: mean and standard deviation of its channels, size of its pictures."""
+"""What is measured on a set before a run: mean and standard deviation of its channels, size of its images."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _DARK = 255 / 8
 
 
 class Stats(NamedTuple):
-    """Per channel on the 0..1 scale, and advice where the pictures use little of their range."""
+    """Per channel on the 0..1 scale, and advice where the images use little of their range."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -27,10 +27,10 @@ class Stats(NamedTuple):
 
 
 def measure_stats(source: Source, sample: int = 2048) -> Stats:
-    """Mean and standard deviation over the pixels of pictures evenly spread over a set, each counting the same.
+    """Mean and standard deviation over the pixels of images evenly spread over a set, each counting the same.
 
     Args:
-        source: the set. sample: the most pictures to read; each is resized to at most 64 pixels.
+        source: the set. sample: the most images to read; each is resized to at most 64 pixels.
 
     Raises:
         ValueError: if none of them can be read.
@@ -40,7 +40,7 @@ def measure_stats(source: Source, sample: int = 2048) -> Stats:
     good = [r for r in results if isinstance(r, _Moments)]
     if not good:
         name, reason = next(r for r in results if not isinstance(r, _Moments))
-        raise ValueError(f"none of {len(results)} pictures of {source.name} can be read; {name}: {reason}")
+        raise ValueError(f"none of {len(results)} images of {source.name} can be read; {name}: {reason}")
     mean = np.mean([m.mean for m in good], axis=0)
     variance = np.mean([m.square for m in good], axis=0) - mean**2
     std = np.sqrt(variance.clip(min=0)).clip(min=_SMALLEST_STD)
@@ -50,9 +50,9 @@ def measure_stats(source: Source, sample: int = 2048) -> Stats:
 
 
 def typical_size(source: Source, sample: int = 5) -> tuple[int, int] | None:
-    """Median (height, width) in pixels of a few pictures evenly spread over a set; None where none can be read."""
-    pictures = [try_read(source, int(i)) for i in evenly_spaced(len(source), sample)]
-    shapes = [picture.shape[:2] for picture in pictures if isinstance(picture, np.ndarray)]
+    """Median (height, width) in pixels of a few images evenly spread over a set; None where none can be read."""
+    images = [try_read(source, int(i)) for i in evenly_spaced(len(source), sample)]
+    shapes = [image.shape[:2] for image in images if isinstance(image, np.ndarray)]
     if not shapes:
         return None
     height, width = np.median(shapes, axis=0)
@@ -60,7 +60,7 @@ def typical_size(source: Source, sample: int = 5) -> tuple[int, int] | None:
 
 
 class _Moments(NamedTuple):
-    """One picture: [C] mean and mean square on the 0..1 scale, its largest value on 0..255, whether it is 8-bit."""
+    """One image: [C] mean and mean square on the 0..1 scale, its largest value on 0..255, whether it is 8-bit."""
 
     mean: np.ndarray
     square: np.ndarray
@@ -69,23 +69,23 @@ class _Moments(NamedTuple):
 
 
 def _moments(source: Source, index: int) -> "_Moments | tuple[str, str]":
-    picture = try_read(source, index)
-    if not isinstance(picture, np.ndarray):
-        return picture
-    values = _small(picture).double() / 255
+    image = try_read(source, index)
+    if not isinstance(image, np.ndarray):
+        return image
+    values = _small(image).double() / 255
     return _Moments(
         values.mean((1, 2)).numpy(),
         values.square().mean((1, 2)).numpy(),
-        float(picture.max()),
-        picture.dtype == np.uint8,
+        float(image.max()),
+        image.dtype == np.uint8,
     )
 
 
-def _small(picture: np.ndarray) -> Tensor:
+def _small(image: np.ndarray) -> Tensor:
     """[C, h, w] with no side above 64 pixels."""
-    H, W = picture.shape[:2]
+    H, W = image.shape[:2]
     scale = min(1.0, _LONGEST_SIDE / max(H, W))
-    return resize_box(picture, (0, 0, H, W), (max(1, round(H * scale)), max(1, round(W * scale))))
+    return resize_box(image, (0, 0, H, W), (max(1, round(H * scale)), max(1, round(W * scale))))
 
 
 def _range_warning(source: Source, moments: list[_Moments]) -> str | None:
@@ -93,6 +93,6 @@ def _range_warning(source: Source, moments: list[_Moments]) -> str | None:
     if largest is None or largest >= _DARK:
         return None
     return (
-        f"the pictures of {source.name} are not 8-bit and use only {largest / 255:.1%} of their range: "
+        f"the images of {source.name} are not 8-bit and use only {largest / 255:.1%} of their range: "
         "give value_range=(lo, hi), the stored values that are to become black and white"
     )

@@ -1,4 +1,4 @@
-"""The resumable stream of training pictures.
+"""The resumable stream of training images.
 
 Per-epoch permutations form one endless stream that is cut into batches. Sample ``s`` is place ``s % n`` of epoch
 ``s // n``, so what a step sees follows from its number alone: nothing has to be saved to go on from any step, and the
@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.data.cache import PicturesInMemory, load_to_memory
+from dmjd.data.cache import ImagesInMemory, load_to_memory
 from dmjd.data.sources.base import Source
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
 from dmjd.data.workers import auto_workers, read_batches
-from dmjd.images.decoding import BadPicture
-from dmjd.images.reading import OpenPicture
+from dmjd.images.decoding import UnreadableImage
+from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
 from dmjd.rng import STREAM_EPOCH, hash64, image_keys
 
-# On the CPU, cropping larger pictures in batches costs more than workers need to decode and crop them one by one.
+# On the CPU, cropping larger images in batches costs more than workers need to decode and crop them one by one.
 _MOST_PIXELS_IN_CPU_BATCHES = 96 * 96
 
 
@@ -36,10 +36,10 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Stream:
-    """Which pictures a process sees at which step.
+    """Which images a process sees at which step.
 
     Attributes:
-        length: pictures in the set. batch_size: unique pictures of one optimizer step, over all processes.
+        length: images in the set. batch_size: unique images of one optimizer step, over all processes.
         accumulate: micro-batches per step. seed: of all random choices. rank, world_size: of this process.
 
     Raises:
@@ -82,27 +82,29 @@ class Stream:
 
 @dataclass
 class Batch:
-    """A micro-batch, cropped and flipped, not normalised.
+    """A micro-batch, cropped and flipped, not normalized.
 
     Attributes:
         images: [b, C, h, w] uint8 or float32 on the 0..255 scale. keys: [b] int64, from which masks follow.
-        bad: (name, reason) of pictures that could not be read and were replaced.
+        bad: (name, reason) of images that could not be read and were replaced.
     """
 
     images: Tensor
     keys: Tensor
-    bad: list[Report] = field(default_factory=list)
+    unreadable: list[Report] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; from page-locked memory without waiting."""
-        return Batch(self.images.to(device, non_blocking=True), self.keys.to(device, non_blocking=True), self.bad)
+        return Batch(
+            self.images.to(device, non_blocking=True), self.keys.to(device, non_blocking=True), self.unreadable
+        )
 
 
 class TrainLoader:
     """Endless micro-batches of random crops, bit-identical for any number of workers and any step to start from.
 
-    Sets of equal pictures that take at most 1 GiB are held in memory and augmented in batches on the device (on the
-    CPU only pictures of up to 96 x 96); others are read by worker processes. The place of an unreadable picture is
+    Sets of equal images that take at most 1 GiB are held in memory and augmented in batches on the device (on the
+    CPU only images of up to 96 x 96); others are read by worker processes. The place of an unreadable image is
     taken by the one that its key names.
 
     Args:
@@ -113,7 +115,7 @@ class TrainLoader:
         device: where batches are wanted.
 
     Attributes:
-        in_memory: whether the set is. bad: (name, reason) of pictures found unreadable while taking it to memory.
+        in_memory: whether the set is. bad: (name, reason) of images found unreadable while taking it to memory.
 
     Raises:
         ValueError: where a batch can't be shared out evenly.
@@ -141,10 +143,10 @@ class TrainLoader:
         on_cpu = self.device.type == "cpu"
         self._memory = load_to_memory(source, _MOST_PIXELS_IN_CPU_BATCHES if on_cpu else None)
         if self._memory is not None:
-            self._memory.pictures = self._memory.pictures.to(self.device)
+            self._memory.images = self._memory.images.to(self.device)
             num_workers = 0
         self.num_workers = auto_workers(world_size) if num_workers is None else num_workers
-        self.bad = list(self._memory.bad.values()) if self._memory is not None else []
+        self.unreadable = list(self._memory.unreadable.values()) if self._memory is not None else []
 
     @property
     def in_memory(self) -> bool:
@@ -155,18 +157,18 @@ class TrainLoader:
         """Micro-batches from a step on, without end; closing the iterator ends its workers.
 
         Raises:
-            BadPicture: where a hundred pictures in a row can't be read.
+            UnreadableImage: where a hundred images in a row can't be read.
         """
         requests = self.stream.micro_batches(start_step)
         if self._memory is not None:
             for samples in requests:
                 yield self._from_memory(self._memory, samples)
             return
-        # Drawn here, so that no worker needs the permutation, 8 bytes a picture and epoch.
+        # Drawn here, so that no worker needs the permutation, 8 bytes an image and epoch.
         drawn = (tuple(x.numpy() for x in self.stream.draw(samples)) for samples in requests)
-        crops = _CroppedPictures(self._source, self._augment)
+        crops = _CroppedImages(self._source, self._augment)
         for result in read_batches(crops, drawn, self.num_workers, self._pinned):
-            if isinstance(result, BadPicture):
+            if isinstance(result, UnreadableImage):
                 raise result
             yield Batch(*result).to(self.device)
 
@@ -174,15 +176,15 @@ class TrainLoader:
     def _pinned(self) -> bool:
         return self.device.type == "cuda"
 
-    def _from_memory(self, memory: PicturesInMemory, samples: range) -> Batch:
+    def _from_memory(self, memory: ImagesInMemory, samples: range) -> Batch:
         drawn, keys = self.stream.draw(samples)
         indices = replace_unreadable(drawn, keys, memory.readable)
-        bad = [memory.bad[int(i)] for i in drawn[~memory.readable[drawn]]] if memory.bad else []
-        sides = torch.tensor(memory.pictures.shape[2:]).expand(len(keys), 2)
+        unreadable = [memory.unreadable[int(i)] for i in drawn[~memory.readable[drawn]]] if memory.unreadable else []
+        sides = torch.tensor(memory.images.shape[2:]).expand(len(keys), 2)
         boxes, mirrored = self._augment.draw(keys, sides)
         on_device = [self._send(x) for x in (indices, keys, boxes, mirrored)]
-        images = resample(memory.pictures.index_select(0, on_device[0]), on_device[2], self._augment.size, on_device[3])
-        return Batch(images, on_device[1], bad)
+        images = resample(memory.images.index_select(0, on_device[0]), on_device[2], self._augment.size, on_device[3])
+        return Batch(images, on_device[1], unreadable)
 
     def _send(self, x: Tensor) -> Tensor:
         """To the device, from page-locked memory so that the host does not wait for the GPU."""
@@ -203,56 +205,58 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class _CroppedPictures:
+class _CroppedImages:
     """What a worker does with the indices and keys of a micro-batch: read, crop, flip, stack.
 
-    Pictures wait for their crop encoded where they can: 64 decoded photographs would take gigabytes.
+    Images wait for their crop encoded where they can: 64 decoded photographs would take gigabytes.
     """
 
     source: Source
     augment: Augment
 
-    def __getitems__(self, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, list[Report]] | BadPicture:
+    def __getitems__(
+        self, drawn: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[Tensor, Tensor, list[Report]] | UnreadableImage:
         """Images, keys and reports; a fatal error is returned, since one raised here would lose its type."""
         indices, keys = (torch.from_numpy(x) for x in drawn)
         places = list(zip(indices.tolist(), keys.tolist(), strict=True))
-        bad: list[Report] = []
+        unreadable: list[Report] = []
         try:
-            opened = [self._open(index, key, bad) for index, key in places]
-            boxes, mirrored = self.augment.draw(keys, torch.tensor([picture.size for picture in opened]))
+            opened = [self._open(index, key, unreadable) for index, key in places]
+            boxes, mirrored = self.augment.draw(keys, torch.tensor([image.size for image in opened]))
             crops = [
-                self._crop(picture, box, flip, place, bad)
-                for picture, box, flip, place in zip(opened, boxes.tolist(), mirrored.tolist(), places, strict=True)
+                self._crop(image, box, flip, place, unreadable)
+                for image, box, flip, place in zip(opened, boxes.tolist(), mirrored.tolist(), places, strict=True)
             ]
-        except BadPicture as error:
+        except UnreadableImage as error:
             return error
-        return stack(crops), keys, bad
+        return stack(crops), keys, unreadable
 
-    def _open(self, index: int, key: int, bad: list[Report]) -> OpenPicture:
-        """The picture, or the one that takes its place."""
-        picture, reports = read_or_replace(self.source.open, index, key, len(self.source))
-        bad += reports
-        return picture
+    def _open(self, index: int, key: int, unreadable: list[Report]) -> OpenImage:
+        """The image, or the one that takes its place."""
+        image, reports = read_or_replace(self.source.open, index, key, len(self.source))
+        unreadable += reports
+        return image
 
     def _crop(
-        self, picture: OpenPicture, box: list[float], flip: bool, place: tuple[int, int], bad: list[Report]
+        self, image: OpenImage, box: list[float], flip: bool, place: tuple[int, int], unreadable: list[Report]
     ) -> Tensor:
-        """One crop; where a picture turns out to be damaged inside, that of the one that takes its place."""
+        """One crop; where an image turns out to be damaged inside, that of the one that takes its place."""
         try:
-            return crop_resize(*picture.read_for(box, self.augment.size), self.augment.size, flip)
-        except BadPicture:
+            return crop_resize(*image.read_for(box, self.augment.size), self.augment.size, flip)
+        except UnreadableImage:
             index, key = place
         whole, reports = read_or_replace(self.source.read, index, key, len(self.source))
-        bad += reports
+        unreadable += reports
         boxes, _ = self.augment.draw(torch.tensor([key]), torch.tensor([whole.shape[:2]]))
         return crop_resize(whole, boxes[0].tolist(), self.augment.size, flip)
 
 
-def stack(pictures: list[Tensor]) -> Tensor:
-    """[C, h, w] pictures -> [b, C, h, w]; float32 if any of them is, channels last in memory if all of them are."""
-    if len({picture.dtype for picture in pictures}) > 1:
-        pictures = [picture.float() for picture in pictures]
-    channels_last = [picture.permute(1, 2, 0) for picture in pictures]
-    if all(picture.is_contiguous() for picture in channels_last):
+def stack(images: list[Tensor]) -> Tensor:
+    """[C, h, w] images -> [b, C, h, w]; float32 if any of them is, channels last in memory if all of them are."""
+    if len({image.dtype for image in images}) > 1:
+        images = [image.float() for image in images]
+    channels_last = [image.permute(1, 2, 0) for image in images]
+    if all(image.is_contiguous() for image in channels_last):
         return torch.stack(channels_last).permute(0, 3, 1, 2)
-    return torch.stack(pictures)
+    return torch.stack(images)

@@ -1,4 +1,4 @@
-"""Random resized crop and flip: what is drawn is a pure function of the image key; CPU workers apply it per picture."""
+"""Random resized crop and flip: what is drawn is a pure function of the image key; CPU workers apply it per image."""
 
 import math
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ def crop_boxes(
 ) -> Tensor:
     """Boxes distributed as those of torchvision's RandomResizedCrop, each drawn from its image's key.
 
-    Up to ten times an area (uniform) and proportions (log-uniform) are drawn; the first that fits the picture is put
-    in a uniform place. Where none fits, the largest centred box of allowed proportions is taken.
+    Up to ten times an area (uniform) and proportions (log-uniform) are drawn; the first that fits the image is put
+    in a uniform place. Where none fits, the largest centerd box of allowed proportions is taken.
 
     Args:
-        keys: [B] int64. sizes: [B, 2] (H, W) of the pictures.
-        scale: range of the area, as a share of the picture's. ratio: range of width / height.
+        keys: [B] int64. sizes: [B, 2] (H, W) of the images.
+        scale: range of the area, as a share of the image's. ratio: range of width / height.
 
     Returns:
-        [B, 4] float64 of whole numbers: (top, left, height, width), inside the picture, at least one pixel.
+        [B, 4] float64 of whole numbers: (top, left, height, width), inside the image, at least one pixel.
     """
     tries = torch.arange(_TRIES, device=keys.device)[:, None]
     draws = torch.arange(4, device=keys.device)
@@ -45,11 +45,11 @@ def crop_boxes(
     boxes = torch.stack([top, left, height, width], dim=-1)  # B, 10, 4
     first = fits.to(torch.uint8).argmax(1)
     drawn = boxes[torch.arange(len(keys), device=keys.device), first]  # B, 4
-    return torch.where(fits.any(1, keepdim=True), drawn, _centred_boxes(H[:, 0], W[:, 0], ratio))
+    return torch.where(fits.any(1, keepdim=True), drawn, _centerd_boxes(H[:, 0], W[:, 0], ratio))
 
 
-def _centred_boxes(H: Tensor, W: Tensor, ratio: tuple[float, float]) -> Tensor:
-    """[B, 4]: the picture, cut at both ends of its longer side to the nearest allowed proportions."""
+def _centerd_boxes(H: Tensor, W: Tensor, ratio: tuple[float, float]) -> Tensor:
+    """[B, 4]: the image, cut at both ends of its longer side to the nearest allowed proportions."""
     width = torch.minimum(W, (H * ratio[1]).round().clamp(min=1))
     height = torch.minimum(H, (W / ratio[0]).round().clamp(min=1))
     return torch.stack([((H - height) / 2).floor(), ((W - width) / 2).floor(), height, width], dim=-1)
@@ -60,28 +60,26 @@ def flips(keys: Tensor) -> Tensor:
     return hash64(STREAM_FLIP, keys) < 0
 
 
-def crop_resize(picture: np.ndarray, box: Sequence[float], size: tuple[int, int], flip: bool = False) -> Tensor:
-    """Cut, resize (bicubic, antialiased) and mirror one picture.
+def crop_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, int], flip: bool = False) -> Tensor:
+    """Cut, resize (bicubic, antialiased) and mirror one image.
 
-    8-bit pictures and boxes of whole numbers take torch's kernel for bytes, several times as fast as Pillow's; like
+    8-bit images and boxes of whole numbers take torch's kernel for bytes, several times as fast as Pillow's; like
     torchvision's RandomResizedCrop it looks at no pixel beside the box.
 
     Args:
-        picture: [H, W, C] uint8 or float32 on the 0..255 scale.
+        image: [H, W, C] uint8 or float32 on the 0..255 scale.
         box: (top, left, height, width) in pixels. size: (h, w) of the result. flip: mirror left to right.
 
     Returns:
-        [C, h, w], data type of ``picture``; 8-bit colour lies in memory channels last, as decoded and as the kernel
+        [C, h, w], data type of ``image``; 8-bit color lies in memory channels last, as decoded and as the kernel
         leaves it.
     """
     top, left, height, width = (int(x) for x in box)
-    if picture.dtype == np.uint8 and (top, left, height, width) == tuple(box):
-        H, W, C = picture.shape
-        cut = picture.reshape(H, W * C)[
-            top : top + height, C * left : C * (left + width)
-        ].copy()  # the kernel's is slow
+    if image.dtype == np.uint8 and (top, left, height, width) == tuple(box):
+        H, W, C = image.shape
+        cut = image.reshape(H, W * C)[top : top + height, C * left : C * (left + width)].copy()  # the kernel's is slow
         pixels = torch.from_numpy(cut).view(1, height, width, C).permute(0, 3, 1, 2)
         resized = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
     else:
-        resized = resize_box(picture, box, size)[None]
+        resized = resize_box(image, box, size)[None]
     return (resized.flip(-1) if flip else resized)[0]

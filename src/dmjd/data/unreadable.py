@@ -1,4 +1,4 @@
-"""What happens to pictures that can't be used: another takes the place, and each is counted once."""
+"""What happens to images that can't be used: another takes the place, and each is counted once."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 from dmjd.rng import STREAM_REPLACE, hash64
 
 _ATTEMPTS = 100
@@ -19,28 +19,28 @@ Report = tuple[str, str]  # name and reason
 T = TypeVar("T")
 
 
-def replacement(keys: Tensor, attempt: int, num_pictures: int) -> Tensor:
-    """[B] int64 keys -> [B] int64: the picture that takes the place of an unreadable one at this attempt (from 0)."""
-    return hash64(STREAM_REPLACE, keys, attempt) % num_pictures
+def replacement(keys: Tensor, attempt: int, num_images: int) -> Tensor:
+    """[B] int64 keys -> [B] int64: the image that takes the place of an unreadable one at this attempt (from 0)."""
+    return hash64(STREAM_REPLACE, keys, attempt) % num_images
 
 
-def read_or_replace(read: Callable[[int], T], index: int, key: int, num_pictures: int) -> tuple[T, list[Report]]:
-    """Picture ``index`` as ``read`` gives it, or the first readable one of those that its key names.
+def read_or_replace(read: Callable[[int], T], index: int, key: int, num_images: int) -> tuple[T, list[Report]]:
+    """Image ``index`` as ``read`` gives it, or the first readable one of those that its key names.
 
     Returns:
         What ``read`` gives and (name, reason) of each that could not be read.
 
     Raises:
-        BadPicture: if none of a hundred can be read.
+        UnreadableImage: if none of a hundred can be read.
     """
-    bad: list[Report] = []
+    unreadable: list[Report] = []
     for attempt in range(_ATTEMPTS):
         try:
-            return read(index), bad
-        except BadPicture as error:
-            bad.append((error.name, error.reason))
-        index = int(replacement(torch.tensor([key]), attempt, num_pictures))
-    raise _nothing_readable(bad)
+            return read(index), unreadable
+        except UnreadableImage as error:
+            unreadable.append((error.name, error.reason))
+        index = int(replacement(torch.tensor([key]), attempt, num_images))
+    raise _nothing_readable(unreadable)
 
 
 def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
@@ -60,13 +60,13 @@ def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tenso
     raise _nothing_readable([])
 
 
-def _nothing_readable(bad: list[Report]) -> BadPicture:
-    name, reason = bad[0] if bad else ("the set", "")
-    return BadPicture(name, f"{reason}; and every picture tried in its place is unreadable".lstrip("; "))
+def _nothing_readable(unreadable: list[Report]) -> UnreadableImage:
+    name, reason = unreadable[0] if unreadable else ("the set", "")
+    return UnreadableImage(name, f"{reason}; and every image tried in its place is unreadable".lstrip("; "))
 
 
-class BadPictures:
-    """The unreadable pictures of a run, each counted once.
+class UnreadableImages:
+    """The unreadable images of a run, each counted once.
 
     Args:
         known: (name, reason) pairs to begin with, as ``reports`` of an earlier run.
@@ -94,24 +94,24 @@ class BadPictures:
                 new.append((name, reason))
         return new
 
-    def check(self, max_bad: int | None, num_pictures: int) -> None:
-        """Stop a run that loses too many of its pictures.
+    def check(self, max_unreadable: int | None, num_images: int) -> None:
+        """Stop a run that loses too many of its images.
 
         Args:
-            max_bad: how many may be bad; None: the larger of 10 and 1 % of the set.
-            num_pictures: size of the set.
+            max_unreadable: how many may be bad; None: the larger of 10 and 1 % of the set.
+            num_images: size of the set.
 
         Raises:
             ValueError: listing the first ten.
         """
-        allowed = max(10, math.ceil(num_pictures / 100)) if max_bad is None else max_bad
+        allowed = max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
         if self.count <= allowed:
             return
         lines = [f"  {name}: {reason}" for name, reason in self.reports[:_SHOWN]]
         if self.count > _SHOWN:
             lines.append(f"  and {self.count - _SHOWN} more")
         raise ValueError(
-            f"{self.count} of {num_pictures} pictures can't be read, more than max_bad = {allowed}:\n"
+            f"{self.count} of {num_images} images can't be read, more than max_unreadable = {allowed}:\n"
             + "\n".join(lines)
-            + "\nRepair or remove them, or raise --max-bad."
+            + "\nRepair or remove them, or raise --max-unreadable."
         )

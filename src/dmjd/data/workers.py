@@ -1,4 +1,4 @@
-"""Worker processes that read pictures, on torch's DataLoader."""
+"""Worker processes that read images, on torch's DataLoader."""
 
 import atexit
 import os

@@ -31,7 +31,7 @@ class Encoder(nn.Module, ABC):
         decoder_mlp_ratio: MLP ratio its reconstruction decoder takes by default.
         norm: the final norm of pre-training; not part of pooled features.
         feature_info: timm's description of the intermediate maps.
-        preprocess: how pictures become its input, where known.
+        preprocess: how images become its input, where known.
     """
 
     pos_embed: nn.Parameter
@@ -71,7 +71,7 @@ class Encoder(nn.Module, ABC):
         return len(cast(nn.ModuleList, self.blocks))
 
     def init_weights(self) -> None:
-        """MAE's initialisation of every linear layer (see :func:`dmjd.nn.layers.init_linear`)."""
+        """MAE's initialization of every linear layer (see :func:`dmjd.nn.layers.init_linear`)."""
         self.apply(init_linear)
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Encoder(nn.Module, ABC):
         """Block outputs before ``norm``, and the outputs of the convolutional stages for multi-scale fusion.
 
         Args:
-            images: [B, C, H, W] normalised.
+            images: [B, C, H, W] normalized.
             visible: [R, V] int64 ids of the tokens to compute, R = K * B, view-major; None = all.
 
         Returns:
@@ -91,7 +91,7 @@ class Encoder(nn.Module, ABC):
         """Patch tokens after each of the last ``count`` transformer blocks, before the norm.
 
         Args:
-            images: [B, C, H, W] normalised. count: 1 to :attr:`depth`.
+            images: [B, C, H, W] normalized. count: 1 to :attr:`depth`.
 
         Returns:
             [B, N, D] each, the last block's at the end.
@@ -105,7 +105,7 @@ class Encoder(nn.Module, ABC):
         """Block outputs, before the norm of pre-training.
 
         Args:
-            images: [B, C, H, W] normalised.
+            images: [B, C, H, W] normalized.
             visible: None for all tokens; [B, V] or [K, B, V] int64 raster ids to see only those.
 
         Returns:
@@ -159,7 +159,7 @@ class Encoder(nn.Module, ABC):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table for a grid, [1, prefix + h*w, D].
 
-        Another grid than the encoder's own: a fixed table is computed anew, a learnt one resized by 2-D bicubic
+        Another grid than the encoder's own: a fixed table is computed anew, a learned one resized by 2-D bicubic
         interpolation.
         """
         if grid == self.grid:

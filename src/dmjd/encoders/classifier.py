@@ -14,7 +14,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_metadata
 from dmjd.files import METADATA_KEY
-from dmjd.images.decoding import Picture
+from dmjd.images.decoding import ImageLike
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TransformerNorm
 
@@ -33,11 +33,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.embed_dim, num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] normalised -> [B, D], what the head sees."""
+        """[B, C, H, W] normalized -> [B, D], what the head sees."""
         return self.fc_norm(self.encoder.mean_patch_token(self.encoder(images)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] normalised -> logits [B, classes]."""
+        """[B, C, H, W] normalized -> logits [B, classes]."""
         return self.head(self.forward_features(images))
 
 
@@ -46,12 +46,12 @@ CLASSIFIER_FILE = "classifier.safetensors"
 HEAD_STD = 2e-5  # of the head's initial weights, as published: fine-tuning starts from equal scores
 
 
-class PictureClassifier(Classifier):
+class ImageClassifier(Classifier):
     """A :class:`~dmjd.encoders.classifier.Classifier` that knows its classes and its preprocessing.
 
     Args:
         encoder: with ``preprocess`` set. classes: their names, in the order of the logits.
-        test_crop: share of each side that is kept of a picture resized for the encoder.
+        test_crop: share of each side that is kept of an image resized for the encoder.
     """
 
     def __init__(self, encoder: Encoder, classes: list[str], test_crop: float = 1.0) -> None:
@@ -65,24 +65,24 @@ class PictureClassifier(Classifier):
 
     @property
     def test_preprocess(self) -> Preprocess:
-        """What resizes test pictures, before :meth:`crop` cuts the centre out."""
+        """What resizes test images, before :meth:`crop` cuts the center out."""
         return enlarged(self.encoder.preprocess, self.test_crop)
 
     def crop(self, images: Tensor) -> Tensor:
-        """The centre of pictures resized for the test: [B, C, H', W'] -> [B, C, H, W]."""
+        """The center of images resized for the test: [B, C, H', W'] -> [B, C, H, W]."""
         (H, W), (h, w) = images.shape[-2:], self.encoder.img_size
         top, left = (H - h) // 2, (W - w) // 2
         return images[..., top : top + h, left : left + w]
 
-    def predict(self, picture: Picture) -> list[tuple[str, float]]:
-        """(class, probability) of one picture, the most likely first.
+    def predict(self, image: ImageLike) -> list[tuple[str, float]]:
+        """(class, probability) of one image, the most likely first.
 
         Raises:
-            BadPicture: if it cannot be read.
+            UnreadableImage: if it cannot be read.
         """
         device = self.head.weight.device
         with torch.inference_mode():
-            share = self(self.crop(self.test_preprocess(picture).to(device))).softmax(1)[0]
+            share = self(self.crop(self.test_preprocess(image).to(device))).softmax(1)[0]
         order = share.argsort(descending=True).tolist()
         return [(self.classes[i], float(share[i])) for i in order]
 
@@ -94,14 +94,14 @@ def enlarged(preprocess: Preprocess | None, test_crop: float) -> Preprocess:
     return Preprocess.from_dict(fields)
 
 
-def classifier_bytes(model: PictureClassifier) -> bytes:
+def classifier_bytes(model: ImageClassifier) -> bytes:
     """The classifier as a safetensors file; one JSON metadata key makes it again."""
     metadata = encoder_metadata(model.encoder) | {"classes": model.classes, "test_crop": model.test_crop}
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     return save(state, metadata={METADATA_KEY: json.dumps({"classifier": metadata}, sort_keys=True)})
 
 
-def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> PictureClassifier:
+def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> ImageClassifier:
     """Load a fine-tuned classifier in evaluation mode.
 
     Args:
@@ -109,7 +109,7 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> P
         device: where to put it.
 
     Returns:
-        a module, normalised images [B, C, H, W] -> logits [B, classes], with ``classes`` and ``predict(picture)``.
+        a module, normalized images [B, C, H, W] -> logits [B, classes], with ``classes`` and ``predict(image)``.
 
     Raises:
         ValueError: naming what is wrong with the source.
@@ -130,6 +130,6 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> P
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["options"].items()}
     encoder = create_encoder(metadata["name"], **options)
     encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
-    model = PictureClassifier(encoder, metadata["classes"], metadata["test_crop"])
+    model = ImageClassifier(encoder, metadata["classes"], metadata["test_crop"])
     model.load_state_dict(state)
     return model.eval().to(device)

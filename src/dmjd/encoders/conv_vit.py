@@ -84,7 +84,7 @@ class ConvViT(Encoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """MAE's initialisation of the last patch embedding; the linears by the base class."""
+        """MAE's initialization of the last patch embedding; the linears by the base class."""
         super().init_weights()
         init_flattened(cast(PatchEmbed, self.patch_embed3).proj)
 
@@ -166,7 +166,7 @@ class ConvViT(Encoder):
         """The three stages' maps (index 0, 1, 2), with timm's arguments.
 
         Args:
-            x: [B, C, H, W] normalised images.
+            x: [B, C, H, W] normalized images.
             indices: stages (negative from the end), a count of last stages, or None for all.
             norm: apply the final norm to the last stage.
             stop_early: do not run stage 3 when it is not asked for.

@@ -38,7 +38,7 @@ class VisionTransformer(Encoder):
         img_size: (H, W) pixels it is built for; other sizes that the patch divides work at call time.
         patch_size: P. in_chans: C. embed_dim: D. depth: blocks. num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over D.
-        class_token: whether one learnt prefix token runs along.
+        class_token: whether one learned prefix token runs along.
         drop_path: stochastic depth rate of the last block, growing linearly from 0.
     """
 
@@ -72,7 +72,7 @@ class VisionTransformer(Encoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """MAE's initialisation of the embedding and class token; the blocks' linears by the base class."""
+        """MAE's initialization of the embedding and class token; the blocks' linears by the base class."""
         super().init_weights()
         init_flattened(self.patch_embed.proj)
         if self.cls_token is not None:
@@ -108,7 +108,7 @@ class VisionTransformer(Encoder):
         """Outputs of chosen blocks, with timm's arguments.
 
         Args:
-            x: [B, C, H, W] normalised images.
+            x: [B, C, H, W] normalized images.
             indices: block indices (negative from the end), a count of last blocks, or None for all.
             norm: apply the final norm to each.
             stop_early: do not run the blocks after the last one asked for.

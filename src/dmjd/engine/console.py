@@ -44,7 +44,7 @@ class Console:
         self._out.print(table)
 
     def progress(self, share: float, step: int, epoch: float, seconds: float, scalars: dict[str, Any]) -> None:
-        """Renew the live line: share done, loss, pictures a second, data wait, time left."""
+        """Renew the live line: share done, loss, images/s, data wait, time left."""
         left = seconds / share * (1 - share) if share > 0 else 0.0
         self.line(
             f"step {step}  epoch {epoch:.1f}  loss {scalars['loss']:.4f}  "

@@ -11,7 +11,7 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     """Parameter groups of a model around an encoder: ``lr_scale`` = layer_decay ^ (layers after this one).
 
     Layer 0 are the embeddings, positions, class token and convolutional stages, layer i + 1 transformer block i, the
-    last one all that is not the encoder's. No weight decay on 1-D parameters and positions. Positions are learnt,
+    last one all that is not the encoder's. No weight decay on 1-D parameters and positions. Positions are learned,
     the norm of pre-training, which no task uses, is not; an encoder that is frozen stays so.
 
     Args:

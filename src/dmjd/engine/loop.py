@@ -28,7 +28,7 @@ class NonFiniteLoss(FloatingPointError):  # noqa: N818, the name says what is wr
 
 
 @dataclass
-class Progress:
+class TrainState:
     """All state of the loop besides tensors; goes into every checkpoint."""
 
     step: int = 0
@@ -43,12 +43,12 @@ class Duration:
     steps: int | None = None
     minutes: float | None = None
 
-    def share(self, progress: Progress) -> float:
-        """How much of the run is done, 0 to 1."""
+    def progress(self, state: TrainState) -> float:
+        """Progress of the run, 0 to 1."""
         if self.steps is not None:
-            return min(1.0, progress.step / self.steps)
+            return min(1.0, state.step / self.steps)
         assert self.minutes is not None
-        return min(1.0, progress.seconds / (60 * self.minutes))
+        return min(1.0, state.seconds / (60 * self.minutes))
 
 
 class StopSignal:
@@ -76,16 +76,16 @@ class StopSignal:
 class Task(nn.Module):
     """What is trained: ``forward(batch) -> {"loss": scalar, other scalars to log}``."""
 
-    def after_step(self, step: int) -> None:
-        """Called after optimizer step ``step`` (from 1)."""
+    def after_step(self, step: int, progress: float) -> None:
+        """Called after optimizer step ``step`` (from 1), at ``progress`` of the run (0 to 1)."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What hooks are told after a step: progress, share of the run, and scalars where this step was logged."""
+    """What hooks receive after a step: the loop's state, progress of the run (0 to 1), and scalars if it was logged."""
 
-    progress: Progress
-    share: float
+    state: TrainState
+    progress: float
     scalars: dict[str, float] | None
 
 
@@ -100,8 +100,8 @@ class Engine:
         fabric: launched. task: the plain module. optimizer: over its parameters. A fused one, such as AdamW, costs
             no wait for an accelerator to skip a step that is not finite; others cost one a step. A group with an
             "lr_scale" (timm's name for layer-wise decay) learns at that multiple of the rate.
-        duration: length. peak_lr: learning rate at the schedule's top. schedule: share of the run -> factor on it.
-        accumulate: micro-batches a step. clip_grad: largest gradient norm, or None. batch_size: pictures a step over
+        duration: length. peak_lr: learning rate at the schedule's top. schedule: progress of the run -> factor on it.
+        accumulate: micro-batches a step. clip_grad: largest gradient norm, or None. batch_size: images a step over
             all processes. seed: of dropout and stochastic depth. log_every: steps between scalars.
         compile: torch.compile the task.
     """
@@ -118,7 +118,7 @@ class Engine:
     seed: int = 0
     log_every: int = 20
     compile: bool = False
-    progress: Progress = field(default_factory=Progress)
+    state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
         self._scaled = self.fabric._precision.precision == "16-mixed"
@@ -145,34 +145,34 @@ class Engine:
         """
         meter = _Meter(self.fabric.device)
         self._model.train()
-        share = self._share()
-        while share < 1.0:
+        progress = self._progress()
+        while progress < 1.0:
             started = time.perf_counter()
-            lr = self.peak_lr * self.schedule(share)
+            lr = self.peak_lr * self.schedule(progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             self._step(batches, meter)
-            step = self.progress.step = self.progress.step + 1
-            self.progress.images += self.batch_size
-            self.task.after_step(step)
-            self.progress.seconds += time.perf_counter() - started
-            share = self._share()
-            look = self._eager or step % SYNC_EVERY == 0 or share >= 1.0
-            stopping = self._agree_on_stop(stop) if look else False
+            step = self.state.step = self.state.step + 1
+            self.state.images += self.batch_size
+            self.task.after_step(step, self.duration.progress(self.state))
+            self.state.seconds += time.perf_counter() - started
+            progress = self._progress()
+            sync = self._eager or step % SYNC_EVERY == 0 or progress >= 1.0
+            stopping = self._agree_on_stop(stop) if sync else False
             scalars = None
-            if step % self.log_every == 0 or share >= 1.0 or stopping:
+            if step % self.log_every == 0 or progress >= 1.0 or stopping:
                 self.check_finite()
                 scalars = meter.read(self.batch_size) | {"lr": lr}
-            report = Report(self.progress, share, scalars)
+            report = Report(self.state, progress, scalars)
             for hook in hooks:
                 hook(report)
-            if stopping and share < 1.0:
+            if stopping and progress < 1.0:
                 return False
         return True
 
     def _step(self, batches: Iterator[Any], meter: "_Meter") -> None:
         """One optimizer step over ``accumulate`` micro-batches, skipped on the device if it is not finite."""
-        step, rank = self.progress.step, self.fabric.global_rank
+        step, rank = self.state.step, self.fabric.global_rank
         loss = torch.zeros((), device=self.fabric.device)
         for part in range(self.accumulate):
             waited = time.perf_counter()
@@ -216,7 +216,7 @@ class Engine:
         if self.fabric.world_size > 1:
             bad = self.fabric.all_reduce(bad, reduce_op="sum")  # type: ignore[assignment]
         first = (bad > 0) & (self._bad_step < 0)
-        self._bad_step = torch.where(first, self.progress.step + 1, self._bad_step)
+        self._bad_step = torch.where(first, self.state.step + 1, self._bad_step)
         if self._eager or self._scaled or not self._skips_on_device:
             self.check_finite()
         else:
@@ -232,13 +232,13 @@ class Engine:
                 "is good. Try a lower --blr, --clip-grad 1, or --precision fp32, in a new --out"
             )
 
-    def _share(self) -> float:
-        share = self.duration.share(self.progress)
+    def _progress(self) -> float:
+        progress = self.duration.progress(self.state)
         if self.fabric.world_size > 1 and self.duration.steps is None:  # clocks differ; the first process decides
-            value = torch.tensor([share, self.progress.seconds], dtype=torch.float64, device=self.fabric.device)
+            value = torch.tensor([progress, self.state.seconds], dtype=torch.float64, device=self.fabric.device)
             torch.distributed.broadcast(value, 0)
-            share, self.progress.seconds = value.tolist()
-        return share
+            progress, self.state.seconds = value.tolist()
+        return progress
 
     def _agree_on_stop(self, stop: StopSignal) -> bool:
         if self.fabric.world_size == 1:
@@ -246,14 +246,14 @@ class Engine:
         asked = torch.tensor(float(stop.requested), device=self.fabric.device)
         return float(self.fabric.all_reduce(asked, reduce_op="sum")) > 0  # type: ignore[arg-type]
 
-    def state(self) -> dict[str, Any]:
-        """JSON-able state for a checkpoint: progress and, with fp16, the loss scaler."""
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state for a checkpoint: the loop's and, with fp16, the loss scaler's."""
         scaler = getattr(self.fabric._precision, "scaler", None)
-        return {"progress": asdict(self.progress), "scaler": scaler.state_dict() if scaler is not None else None}
+        return {"progress": asdict(self.state), "scaler": scaler.state_dict() if scaler is not None else None}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state`."""
-        self.progress = Progress(**state["progress"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.state = TrainState(**state["progress"])
         scaler = getattr(self.fabric._precision, "scaler", None)
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
@@ -279,7 +279,7 @@ class _Meter:
         self._steps += "grad_norm" in values
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """Means since the last call, pictures a second and the share of time spent waiting for data; starts afresh."""
+        """Means since the last call, images/s and the share of time spent waiting for data; starts afresh."""
         means = {name: float(total) / self._steps for name, total in self._sums.items()}  # waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)
         speed = {"images_per_s": batch_size * self._steps / seconds, "data_wait": self.waited / seconds}

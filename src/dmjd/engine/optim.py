@@ -24,7 +24,7 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BE
 
 
 def muon(model: nn.Module, weight_decay: float) -> Muon:
-    """Muon over :func:`parameter_groups`: updates of weight matrices are orthogonalised (Jordan et al. 2024).
+    """Muon over :func:`parameter_groups`: updates of weight matrices are orthogonalized (Jordan et al. 2024).
 
     timm's, which leaves tokens, biases, norms and depthwise kernels to AdamW and scales the updates of matrices to the
     size of AdamW's (Liu et al. 2025), so that one learning rate, and the scale rule, serve both.
@@ -48,22 +48,22 @@ def scaled_learning_rate(
 ) -> float:
     """Adaptive learning-rate scale rule (DMJD): lr = blr * B * (p / c) / 256.
 
-    More tokens predicted per picture mean more gradient signal per picture.
+    More tokens predicted per image mean more gradient signal per image.
 
     Args:
-        blr: base rate. batch_size: B, unique pictures per optimizer step (views not counted).
+        blr: base rate. batch_size: B, unique images per optimizer step (views not counted).
         num_views, mask_ratio, pred_ratio, disjoint: as *requested*.
     """
     p = requested_pred_ratio(num_views, mask_ratio, pred_ratio, disjoint)
     return blr * batch_size * (p / mask_ratio) / 256
 
 
-def warmup_cosine(share: float, warmup: float, floor: float = 0.0) -> float:
+def warmup_cosine(progress: float, warmup: float, floor: float = 0.0) -> float:
     """Factor on the peak rate: linear from 0 over the first ``warmup`` of the run, then half a cosine to ``floor``."""
-    share = min(max(share, 0.0), 1.0)
-    if share < warmup:
-        return share / warmup
-    cosine = 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / max(1.0 - warmup, 1e-12)))
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < warmup:
+        return progress / warmup
+    cosine = 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / max(1.0 - warmup, 1e-12)))
     return floor + (1.0 - floor) * cosine
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
 from dmjd.figures.grid import DPI, save_figure
 
-# part of evaluation/<task>.json -> what the table and the picture call it
+# part of evaluation/<task>.json -> what the table and the image call it
 PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
 
 _NO_RESULTS = ("baselines.json",)  # what evaluations keep beside their results
@@ -57,11 +57,11 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     """Read ``evaluation/*.json`` of run folders and set them side by side.
 
     Args:
-        runs: run folders. out: file of a bar picture; None = no picture.
+        runs: run folders. out: file of a bar image; None = no image.
 
     Raises:
         ValueError: for no runs, a folder without evaluations, a file that cannot be read, or an ending of ``out`` that
-            is no picture format.
+            is no image format.
     """
     if not runs:
         raise ValueError("give at least one run folder to compare")
@@ -196,7 +196,7 @@ def comparison_figure(found: Comparison) -> Figure:
 
 
 def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> None:
-    """The runs from top to bottom; one without a result keeps an empty place, so that colours mean the same run."""
+    """The runs from top to bottom; one without a result keeps an empty place, so that colors mean the same run."""
     for place, run in enumerate(runs):
         parts = scores.get(run, {})
         words, end = "-", 0.0  # what stands at the bar's end, right of its baselines
@@ -206,9 +206,9 @@ def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Sco
             axes.barh(place, 100 * score.value, 0.62, color=f"C{place % 10}", xerr=spread)
             words, end = str(score), max(score.value + (score.spread or 0), *(s.value for s in parts.values()))
         axes.annotate(words, (100 * end, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
-        for part, (marker, colour) in _MARKS.items():
+        for part, (marker, color) in _MARKS.items():
             if part in parts:
-                style: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markeredgewidth": 2.0}
+                style: dict[str, Any] = {"marker": marker, "color": color, "linestyle": "", "markeredgewidth": 2.0}
                 axes.plot([100 * parts[part].value], [place], label=PARTS[part], markersize=11, **style)
     axes.set_yticks(range(len(runs)), runs, fontsize=8)
     axes.set(ylim=(len(runs) - 0.5, -0.5))

@@ -15,12 +15,12 @@ SEEDS_OF_FEW = 3
 
 
 @dataclass(frozen=True)
-class FewLabels:
+class LowShot:
     """How many labels may be used, and over how many seeds the result is taken.
 
     Attributes:
-        per_class: pictures of each class; a class that has fewer gives all it has. fraction: share of each class,
-            rounded, at least one picture. Neither: all labels.
+        per_class: images of each class; a class that has fewer gives all it has. fraction: share of each class,
+            rounded, at least one image. Neither: all labels.
         seeds: repetitions, with seeds counted up from the evaluation's own; None: 3 with few labels, else 1.
 
     Raises:
@@ -51,7 +51,7 @@ class FewLabels:
         return [seed + i for i in range(self.seeds or (SEEDS_OF_FEW if self.few else 1))]
 
     def rows(self, labels: np.ndarray, seed: int) -> np.ndarray:
-        """Which pictures of a set with labels [n] are used: [m] int64, ascending.
+        """Which images of a set with labels [n] are used: [m] int64, ascending.
 
         A function of seed, place and label: of one seed, the subset for fewer labels lies in the one for more.
         """
@@ -74,7 +74,7 @@ def round_half_up(x: float) -> int:
 
 
 def stratified(labels: np.ndarray, quota: Any, stream: int, seed: int) -> np.ndarray:
-    """``quota(count)`` pictures of each class, in an order drawn by the counter-based hash: [m] int64, ascending."""
+    """``quota(count)`` images of each class, in an order drawn by the counter-based hash: [m] int64, ascending."""
     order = hash64(stream, seed, torch.arange(len(labels))).argsort(stable=True).numpy()
     chosen = []
     for label in np.unique(labels):
@@ -84,20 +84,20 @@ def stratified(labels: np.ndarray, quota: Any, stream: int, seed: int) -> np.nda
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """A part of a training set to choose settings on: [n] bool, stratified; a class of one picture gives none.
+    """A part of a training set to choose settings on: [n] bool, stratified; a class of one image gives none.
 
     Raises:
-        ValueError: where no class has two pictures.
+        ValueError: where no class has two images.
     """
     rows = stratified(labels, lambda n: min(n - 1, max(1, round_half_up(share * n))), STREAM_HOLD_OUT, seed)
     if len(rows) == 0:
-        raise ValueError("no class has two pictures, so no part of the training set can be held out: use more labels")
+        raise ValueError("no class has two images, so no part of the training set can be held out: use more labels")
     held = np.zeros(len(labels), dtype=bool)
     held[rows] = True
     return held
 
 
-def summarise(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+def summarize(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """One result of several seeds: means, ``<name>_std`` (of a sample), and each seed's own under "per_seed".
 
     Numbers in dicts are averaged in place; a single result is returned as it is.

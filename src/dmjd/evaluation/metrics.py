@@ -16,7 +16,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracies(ranks: Tensor) -> dict[str, float]:
-    """Shares of pictures whose label is the first guess, and among the first five."""
+    """Shares of images whose label is the first guess, and among the first five."""
     return {f"top{k}": int((ranks < k).sum()) / len(ranks) for k in (1, 5)}
 
 

@@ -28,7 +28,7 @@ TRAINED: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
-    """Measure a trained encoder, and by the same protocol a randomly initialised one.
+    """Measure a trained encoder, and by the same protocol a randomly initialized one.
 
     Args:
         task: "knn", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
@@ -43,7 +43,7 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
         "raw_pixels" with accuracies 0 to 1 under "top1" and "top5"; "configuration", "data", "seed", "versions", ...
 
     Raises:
-        ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabelled, has one class
+        ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabeled, has one class
             or no test part.
     """
     if task in TRAINED:

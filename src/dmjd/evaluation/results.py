@@ -20,7 +20,7 @@ BASELINES = "baselines.json"
 
 
 def data_fingerprint(train: Source, test: Source) -> str:
-    """Changes with the pictures of either set."""
+    """Changes with the images of either set."""
     return f"{train.fingerprint()}/{test.fingerprint()}"
 
 

@@ -33,7 +33,7 @@ def open_sets(
     """Training and test set, and the test labels [n] as indices into the training set's classes.
 
     Raises:
-        ValueError: for data that is missing, unlabelled, has one class or no test part.
+        ValueError: for data that is missing, unlabeled, has one class or no test part.
     """
     preprocess = known_preprocess(encoder)
     config = config.replace(

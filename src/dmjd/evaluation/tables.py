@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-ROWS = {"result": "this encoder", "random_init": "random initialisation", "raw_pixels": "raw pixels"}
+ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -1,6 +1,6 @@
-"""What the last block of an encoder attends to, and its tokens as colours.
+"""What the last block of an encoder attends to, and its tokens as colors.
 
-Shapes: B picture, N patch token, D width, h, w token grid.
+Shapes: B image, N patch token, D width, h, w token grid.
 """
 
 from typing import cast
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.figures.grid import Columns, sheet
-from dmjd.figures.render import component_colours, glow, picture_rgb
+from dmjd.figures.render import component_colors, glow, to_rgb
 from dmjd.nn.layers import TransformerBlock
 from dmjd.nn.modes import evaluating
 
@@ -22,7 +22,7 @@ def last_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Attention that each patch token receives in the last transformer block, and the block outputs.
 
     Args:
-        encoder: any encoder, in evaluation mode. images: [B, C, H, W] normalised.
+        encoder: any encoder, in evaluation mode. images: [B, C, H, W] normalized.
 
     Returns:
         received: [B, heads, N], the mean over the queries of all patch tokens; 1 in sum where there is no class token,
@@ -55,22 +55,22 @@ def _received(block: TransformerBlock, x: Tensor, prefix: int) -> Tensor:
 
 
 def attention_figure(encoder: Encoder, images_0_255: Tensor, num_shown: int) -> Figure:
-    """Each picture, the attention its tokens receive in the last block, and the tokens' principal components.
+    """Each image, the attention its tokens receive in the last block, and the tokens' principal components.
 
     Args:
         encoder: whose ``preprocess`` is set; left as it was.
         images_0_255: [B, C, H, W], from all of which the components are taken. num_shown: how many are drawn.
     """
-    normalised = known_preprocess(encoder).normalise(images_0_255)
+    normalized = known_preprocess(encoder).normalize(images_0_255)
     with evaluating(encoder):
-        parts = [last_attention(encoder, part) for part in normalised.split(8)]
+        parts = [last_attention(encoder, part) for part in normalized.split(8)]
     received, tokens = (torch.cat(values).float() for values in zip(*parts, strict=True))
-    rgb = picture_rgb(images_0_255)[:num_shown]
+    rgb = to_rgb(images_0_255)[:num_shown]
     received, grid = received[:num_shown], encoder.grid  # b, heads, N
     heads = _telling_heads(received)
     columns: Columns = {
-        "picture": list(rgb),
-        "principal components\nof the tokens": list(component_colours(tokens, grid)[:num_shown]),
+        "image": list(rgb),
+        "principal components\nof the tokens": list(component_colors(tokens, grid)[:num_shown]),
         "attention received,\nmean of heads": list(glow(rgb, received.mean(1), grid)),
     } | {f"head {i + 1}": list(glow(rgb, received[:, i], grid)) for i in heads}
     return sheet(columns, [""] * len(rgb), _note(received.shape[1], len(images_0_255)))
@@ -82,10 +82,10 @@ def _telling_heads(received: Tensor) -> list[int]:
     return sorted(unevenness.topk(min(MOST_HEADS, len(unevenness))).indices.tolist())
 
 
-def _note(num_heads: int, num_pictures: int) -> str:
+def _note(num_heads: int, num_images: int) -> str:
     heads = f" The {MOST_HEADS} of {num_heads} heads with the most uneven attention." if num_heads > MOST_HEADS else ""
     return (
         "Attention of the last block: bright tokens are attended to by the others most; each panel has its own scale."
-        f"{heads} Principal components: tokens of one colour are alike, within a picture and across pictures; "
-        f"the mean token of each place over {num_pictures} pictures is taken away first."
+        f"{heads} Principal components: tokens of one color are alike, within an image and across images; "
+        f"the mean token of each place over {num_images} images is taken away first."
     )

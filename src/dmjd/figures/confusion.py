@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dmjd.files import atomic
 
-FEW_CLASSES = 30  # as many have names and numbers in the picture of their confusions
+FEW_CLASSES = 30  # as many have names and numbers in the image of their confusions
 
 
-def confusion_picture(truths: Tensor, guesses: Tensor, classes: list[str], file: Path) -> None:
-    """A picture of the confusion matrix: rows are the true classes, each in shares of its own pictures.
+def save_confusion_figure(truths: Tensor, guesses: Tensor, classes: list[str], file: Path) -> None:
+    """An image of the confusion matrix: rows are the true classes, each in shares of its own images.
 
     Args:
         truths, guesses: [n] int64 indices into ``classes``.

@@ -53,6 +53,6 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "step" in line]
 
 
-def curves_picture(metrics: str | Path, path: str | Path) -> Path:
+def save_curves_figure(metrics: str | Path, path: str | Path) -> Path:
     """:func:`curves_figure` as a file."""
     return save_figure(curves_figure(metrics), path)

@@ -14,7 +14,7 @@ PANEL_INCHES = 1.9
 
 DPI = 130
 
-# title -> one RGB picture [H, W, 3] per row of the figure
+# title -> one RGB image [H, W, 3] per row of the figure
 Columns = dict[str, list[Tensor]]
 
 
@@ -47,12 +47,12 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure whole or not at all, in the format its ending names; missing folders are made.
 
     Raises:
-        ValueError: for an ending that is no picture format, or a place that cannot be written.
+        ValueError: for an ending that is no image format, or a place that cannot be written.
     """
     path = Path(path).expanduser()
     formats = figure.canvas.get_supported_filetypes()
     if (ending := path.suffix.lower().lstrip(".")) not in formats:
-        raise ValueError(f"cannot write a picture as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
+        raise ValueError(f"cannot write an image as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dmjd.encoders.base import known_preprocess
 from dmjd.figures.grid import Columns, sheet
-from dmjd.figures.render import HEAT, hide, painter_for, picture_rgb, spread, tint
+from dmjd.figures.render import HEAT, hide, painter_for, spread, tint, to_rgb
 from dmjd.masking import Masks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import evaluating
@@ -16,32 +16,32 @@ from dmjd.targets.base import Target
 from dmjd.targets.hog import HogTarget
 from dmjd.targets.pixel import PixelTarget
 
-UNNORMALISED = "un-normalised with the true patch mean and std"
+UNNORMALISED = "un-normalized with the true patch mean and std"
 
 
 def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
-    """Each picture, what each view shows of it, and how often each token is masked.
+    """Each image, what each view shows of it, and how often each token is masked.
 
     Args:
         images_0_255: [B, c, H, W] of any number type, any channels.
-        masks: of these pictures. grid: (h, w) tokens.
+        masks: of these images. grid: (h, w) tokens.
     """
-    rgb = picture_rgb(images_0_255).cpu()  # B, H, W, 3
+    rgb = to_rgb(images_0_255).cpu()  # B, H, W, 3
     mask = masks.mask.cpu()  # K, B, N
     K, B, N = mask.shape
-    columns: Columns = {"picture": list(rgb)}
+    columns: Columns = {"image": list(rgb)}
     for k in range(K):
         columns[f"view {k + 1}\n{int(mask[k, 0].sum())} of {N} masked"] = list(hide(rgb, mask[k], grid))
     times = mask.sum(dim=0)  # B, N
     heat = spread(times, grid, rgb).unsqueeze(-1) / K  # B, H, W, 1
     columns["times masked"] = list(1 - heat * (1 - rgb.new_tensor(HEAT)))
     union = (times > 0).float().mean().item()
-    note = f"Grey: masked. Times masked: white 0, darkest {K}. Masked in at least one view: {union:.0%} of all tokens."
+    note = f"Gray: masked. Times masked: white 0, darkest {K}. Masked in at least one view: {union:.0%} of all tokens."
     return sheet(columns, [""] * B, note)
 
 
 def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int | None = None) -> Figure:
-    """Each picture and the target of each branch that is on, for every token.
+    """Each image and the target of each branch that is on, for every token.
 
     Args:
         model: whose encoder's ``preprocess`` is set.
@@ -50,9 +50,9 @@ def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int 
     """
     shown = images_0_255[:num_shown]
     with evaluating(model):
-        normalised = known_preprocess(model.encoder).normalise(images_0_255)
-        truths = model.targets(normalised, images_0_255.float())
-        columns: Columns = {"picture": list(picture_rgb(shown))}
+        normalized = known_preprocess(model.encoder).normalize(images_0_255)
+        truths = model.targets(normalized, images_0_255.float())
+        columns: Columns = {"image": list(to_rgb(shown))}
         for branches, target in _targets(model):
             truth = truths[branches[0]]
             paint = painter_for(target, model.encoder, shown, truth)
@@ -71,29 +71,29 @@ def reconstruction_figure(
 
     Args:
         model: whose encoder's ``preprocess`` is set. images_0_255: [B, c, H, W] on the model's device.
-        masks: of these pictures; None = the model's own for ``keys`` [B] int64 (default 0, 1, ...).
+        masks: of these images; None = the model's own for ``keys`` [B] int64 (default 0, 1, ...).
     """
     B, device, encoder = len(images_0_255), images_0_255.device, model.encoder
     with evaluating(model):
         if masks is None:
             masks = model.draw_masks(torch.arange(B, device=device) if keys is None else keys.to(device))
         K = len(masks.mask)
-        normalised = known_preprocess(encoder).normalise(images_0_255)
-        truths = model.targets(normalised, images_0_255.float())
-        predictions = {name: x.float().unflatten(0, (K, B)) for name, x in model.predict(normalised, masks).items()}
-        rgb = picture_rgb(images_0_255)
+        normalized = known_preprocess(encoder).normalize(images_0_255)
+        truths = model.targets(normalized, images_0_255.float())
+        predictions = {name: x.float().unflatten(0, (K, B)) for name, x in model.predict(normalized, masks).items()}
+        rgb = to_rgb(images_0_255)
         columns: Columns = {
-            "picture": _by_picture([rgb] * K),
-            "visible tokens": _by_picture([hide(rgb, mask, encoder.grid) for mask in masks.mask]),
+            "image": _by_image([rgb] * K),
+            "visible tokens": _by_image([hide(rgb, mask, encoder.grid) for mask in masks.mask]),
         }
         for branches, target in _targets(model):
             truth = truths[branches[0]]
             paint = painter_for(target, encoder, images_0_255, truth)
-            columns[_target_title(target, branches)] = _by_picture([paint(truth)] * K)
+            columns[_target_title(target, branches)] = _by_image([paint(truth)] * K)
             for branch in branches:
                 ids = masks.masked if branch == "mim" else masks.visible  # K, B, M or V
                 views = [paint(_placed(x, i, truth)) for x, i in zip(predictions[branch], ids, strict=True)]
-                columns[_BRANCH_TITLES[branch]] = _by_picture(_mark(branch, target, views, masks, encoder.grid))
+                columns[_BRANCH_TITLES[branch]] = _by_image(_mark(branch, target, views, masks, encoder.grid))
     labels = [f"view {k + 1}" if K > 1 else "" for _ in range(B) for k in range(K)]
     return sheet(columns, labels, _note(model))
 
@@ -107,10 +107,10 @@ def _placed(predictions: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
 
 
 def _mark(branch: str, target: Target, views: list[Tensor], masks: Masks, grid: tuple[int, int]) -> list[Tensor]:
-    """Set the tokens of each view's picture apart that the branch did not predict."""
+    """Set the tokens of each view's image apart that the branch did not predict."""
     if branch == "vis":
         return [hide(view, mask, grid) for view, mask in zip(views, masks.mask, strict=True)]
-    if isinstance(target, HogTarget):  # glyphs have no colour of their own to lose
+    if isinstance(target, HogTarget):  # glyphs have no color of their own to lose
         return [tint(view, ~mask, grid) for view, mask in zip(views, masks.mask, strict=True)]
     return views
 
@@ -144,11 +144,11 @@ def _note(model: MaskedImageModel) -> str:
 
 def _component_note(target: Target) -> str:
     return (
-        f"{target.name}: colours are the first three principal components of the true tokens, tokens of one colour "
+        f"{target.name}: colors are the first three principal components of the true tokens, tokens of one color "
         "being alike; the mean token of each place is taken away first."
     )
 
 
-def _by_picture(views: Sequence[Tensor]) -> list[Tensor]:
-    """K times [B, H, W, 3] -> rows of a figure, the views of a picture below each other."""
-    return [picture for pictures in zip(*views, strict=True) for picture in pictures]
+def _by_image(views: Sequence[Tensor]) -> list[Tensor]:
+    """K times [B, H, W, 3] -> rows of a figure, the views of an image below each other."""
+    return [image for images in zip(*views, strict=True) for image in images]

@@ -1,6 +1,6 @@
-"""From tensors to pixels: pictures, masked pictures and learning targets as RGB arrays that a figure can show.
+"""From tensors to pixels: images, masked images and learning targets as RGB arrays that a figure can show.
 
-Shapes: B image, N token, C target entries, H, W picture sides, h, w token grid; RGB pictures are [B, H, W, 3] in 0..1.
+Shapes: B image, N token, C target entries, H, W image sides, h, w token grid; RGB images are [B, H, W, 3] in 0..1.
 """
 
 import math
@@ -17,7 +17,7 @@ from dmjd.targets.base import Target
 from dmjd.targets.hog import HogTarget
 from dmjd.targets.pixel import PixelTarget
 
-GREY = 0.55  # of a hidden token: apart from black, white and most pictures
+GRAY = 0.55  # of a masked token: apart from black, white and most images
 
 KNOWN_TINT = (0.25, 0.45, 0.9)  # of target tokens that are shown for orientation only
 
@@ -25,25 +25,25 @@ HEAT = (0.05, 0.15, 0.4)  # of a token masked in every view, where counts are sh
 
 _SHEET_SIDE = 448  # pixels of a sheet of glyphs, about; more than a panel of a figure has
 
-# Maps target tokens [B, N, C], true or predicted, to RGB pictures.
+# Maps target tokens [B, N, C], true or predicted, to RGB images.
 Painter = Callable[[Tensor], Tensor]
 
 
-def picture_rgb(images_0_255: Tensor) -> Tensor:
-    """Pictures [B, c, H, W] of any number type on the 0..255 scale -> RGB [B, H, W, 3].
+def to_rgb(images_0_255: Tensor) -> Tensor:
+    """Images [B, c, H, W] of any number type on the 0..255 scale -> RGB [B, H, W, 3].
 
-    The first three channels are taken as red, green and blue; of one or two channels the first is shown in grey.
+    The first three channels are taken as red, green and blue; of one or two channels the first is shown in gray.
     """
     return (_three(images_0_255.float()) / 255).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def _three(x: Tensor) -> Tensor:
-    """[B, c, ...] -> [B, 3, ...] by the rule of :func:`picture_rgb`."""
+    """[B, c, ...] -> [B, 3, ...] by the rule of :func:`image_rgb`."""
     return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, *x.shape[2:])
 
 
 def spread(tokens: Tensor, grid: tuple[int, int], rgb: Tensor) -> Tensor:
-    """One value per token, [B, N], as a map over the pixels of pictures [B, H, W, 3]: [B, H, W]."""
+    """One value per token, [B, N], as a map over the pixels of images [B, H, W, 3]: [B, H, W]."""
     _, H, W, _ = rgb.shape
     rows = torch.arange(H, device=tokens.device) * grid[0] // H
     columns = torch.arange(W, device=tokens.device) * grid[1] // W
@@ -51,12 +51,12 @@ def spread(tokens: Tensor, grid: tuple[int, int], rgb: Tensor) -> Tensor:
 
 
 def hide(rgb: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cover tokens of RGB pictures with grey: hidden [B, N] bool."""
-    return torch.where(spread(hidden, grid, rgb).unsqueeze(-1), GREY, rgb)
+    """Cover tokens of RGB images with gray: hidden [B, N] bool."""
+    return torch.where(spread(hidden, grid, rgb).unsqueeze(-1), GRAY, rgb)
 
 
 def tint(rgb: Tensor, known: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Set tokens of white-on-black RGB pictures back in dim blue: known [B, N] bool."""
+    """Set tokens of white-on-black RGB images back in dim blue: known [B, N] bool."""
     dim = rgb.mean(-1, keepdim=True) * rgb.new_tensor(KNOWN_TINT)
     return torch.where(spread(known, grid, rgb).unsqueeze(-1), dim, rgb)
 
@@ -97,13 +97,13 @@ def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: T
     """How the tokens of a target are drawn.
 
     Args:
-        target: HOG becomes glyphs, pixels become a picture, features of any other target their first three
-            principal components as colours.
+        target: HOG becomes glyphs, pixels become an image, features of any other target their first three
+            principal components as colors.
         encoder: whose grid, patch and preprocessing apply.
-        images_0_255: [B, c, H, W] pictures. truth: [b, N, C], the target of these or, for the components, of more.
+        images_0_255: [B, c, H, W] images. truth: [b, N, C], the target of these or, for the components, of more.
 
     Returns:
-        A function from tokens [B, N, C] of these pictures to RGB.
+        A function from tokens [B, N, C] of these images to RGB.
     """
     if isinstance(target, HogTarget):
         return lambda tokens: paint_hog(tokens, target, encoder.grid)
@@ -113,7 +113,7 @@ def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: T
 
 
 def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
-    """HOG tokens [B, N, C] as glyphs on black; colour channels in their colours.
+    """HOG tokens [B, N, C] as glyphs on black; color channels in their colors.
 
     Of the whitened values the positive ones are drawn. Brightness grows with their square root, so that cautious
     predictions stay visible; it is full for the value of a cell whose gradients all lie in one bin.
@@ -129,42 +129,42 @@ def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tenso
 
 
 def paint_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:
-    """Normalised-pixel tokens [B, N, C] as pictures, each patch un-normalised with its true mean and deviation."""
+    """Normalized-pixel tokens [B, N, C] as images, each patch un-normalized with its true mean and deviation."""
     preprocess = known_preprocess(encoder)
-    patches = patchify(preprocess.normalise(images_0_255), encoder.patch_size)  # B, N, P*P*c
+    patches = patchify(preprocess.normalize(images_0_255), encoder.patch_size)  # B, N, P*P*c
     mean, std = PixelTarget.patch_statistics(patches)  # B, N, 1 each
-    images = unpatchify(tokens.float() * std + mean, encoder.grid, encoder.patch_size)  # B, c, H, W normalised
-    return picture_rgb(preprocess.denormalise(images))
+    images = unpatchify(tokens.float() * std + mean, encoder.grid, encoder.patch_size)  # B, c, H, W normalized
+    return to_rgb(preprocess.denormalize(images))
 
 
 def glow(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """RGB pictures [B, H, W, 3] in dim grey that glow where tokens have large values, [B, N], each on its own scale.
+    """RGB images [B, H, W, 3] in dim gray that glow where tokens have large values, [B, N], each on its own scale.
 
-    The values are interpolated between the middles of tokens, so that blocks do not hide the picture.
+    The values are interpolated between the middles of tokens, so that blocks do not hide the image.
     """
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     shares = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid).unsqueeze(1)  # B, 1, h, w
     heat = F.interpolate(shares, size=rgb.shape[1:3], mode="bilinear").squeeze(1)  # B, H, W
-    colours = torch.from_numpy(colormaps["plasma"](heat.cpu().numpy())[..., :3]).to(rgb)
-    return torch.lerp(0.75 * rgb.mean(-1, keepdim=True), colours, 0.85 * heat.unsqueeze(-1))
+    colors = torch.from_numpy(colormaps["plasma"](heat.cpu().numpy())[..., :3]).to(rgb)
+    return torch.lerp(0.75 * rgb.mean(-1, keepdim=True), colors, 0.85 * heat.unsqueeze(-1))
 
 
-def component_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def component_colors(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """:func:`component_painter` of the tokens [B, N, D], on the same: [B, h, w, 3]."""
     return component_painter(tokens, grid)(tokens)
 
 
 def component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
-    """The first three principal components of the tokens of all pictures as red, green and blue.
+    """The first three principal components of the tokens of all images as red, green and blue.
 
-    Encoders trained by masking keep much of a token's place in it, which would paint every picture with the same
-    gradient: the mean token of each place is taken away first, where there are several pictures.
+    Encoders trained by masking keep much of a token's place in it, which would paint every image with the same
+    gradient: the mean token of each place is taken away first, where there are several images.
 
     Args:
         truth: [B, N, D], from which mean, components and range are taken. grid: (h, w).
 
     Returns:
-        A function from tokens [b, N, D] of any pictures to [b, h, w, 3].
+        A function from tokens [b, N, D] of any images to [b, h, w, 3].
     """
     truth = truth.float()
     mean = truth.mean(dim=0 if len(truth) > 1 else 1, keepdim=True)  # 1, N, D or 1, 1, D
@@ -173,7 +173,7 @@ def component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
     scale = 4 * (rows @ basis).std(dim=0) + 1e-6  # +- 2 deviations fill the range
 
     def paint(tokens: Tensor) -> Tensor:
-        colours = ((tokens.float() - mean) @ basis) / scale + 0.5  # b, N, 3
-        return _three(colours.clamp(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(1, grid)
+        colors = ((tokens.float() - mean) @ basis) / scale + 0.5  # b, N, 3
+        return _three(colors.clamp(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(1, grid)
 
     return paint

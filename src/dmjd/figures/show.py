@@ -15,26 +15,26 @@ from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import pick_device
 from dmjd.figures.attention import attention_figure
 from dmjd.figures.grid import save_figure
-from dmjd.figures.neighbours import neighbours_figure
+from dmjd.figures.neighbors import neighbors_figure
 from dmjd.figures.reconstruction import mask_figure, reconstruction_figure, target_figure
 from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.rng import image_keys
-from dmjd.runs.build import LISTING, load_model, open_data, open_pictures
+from dmjd.runs.build import LISTING, load_model, open_data, open_images
 
 MODEL_KINDS = ("masks", "targets", "reconstructions")
 
-KINDS = (*MODEL_KINDS, "attention", "neighbours")
+KINDS = (*MODEL_KINDS, "attention", "neighbors")
 
-_FOR_COMPONENTS = 64  # pictures whose tokens give the principal components
+_FOR_COMPONENTS = 64  # images whose tokens give the principal components
 
-_MOST_BAD = 100  # unreadable pictures passed over in search of some to show
+_MOST_UNREADABLE = 100  # unreadable images passed over in search of some to show
 
 
-def run_picture(
+def save_reconstruction_figure(
     model: MaskedImageModel, source: Source, path: str | Path, *, num_images: int = 6, seed: int = 0
 ) -> Path:
-    """:func:`reconstruction_figure` of some pictures of a set as a file; the same pictures and masks for a seed."""
+    """:func:`reconstruction_figure` of some images of a set as a file; the same images and masks for a seed."""
     return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
 
 
@@ -44,22 +44,22 @@ def show(
     *,
     data: str | Path | None = None,
     labels: str | None = None,
-    out: str | Path = "picture.png",
+    out: str | Path = "figure.png",
     num_images: int = 4,
     num_candidates: int = 2000,
     seed: int = 0,
 ) -> Path:
-    """Draw what the model of a run sees, is asked for and answers, or what its encoder makes of pictures.
+    """Draw what the model of a run sees, is asked for and answers, or what its encoder makes of images.
 
     Args:
         kind: "masks", "targets" or "reconstructions" of the pre-training model, on the CPU; "attention" (with principal
-            components of tokens) or "neighbours" of the encoder, on a GPU where there is one.
+            components of tokens) or "neighbors" of the encoder, on a GPU where there is one.
         run: a run folder; for the encoder's kinds also an encoder file or checkpoint, together with ``data``.
-        data: where the pictures come from; None = the run's own data.
-        labels: neighbours: "none", "folder" or "column", where classes come from; None = as the run.
-        out: file to write; its ending names the format. num_images: how many pictures, or queries.
-        num_candidates: neighbours: how many pictures are searched.
-        seed: of the choice of pictures and masks.
+        data: where the images come from; None = the run's own data.
+        labels: neighbors: "none", "folder" or "column", where classes come from; None = as the run.
+        out: file to write; its ending names the format. num_images: how many images, or queries.
+        num_candidates: neighbors: how many images are searched.
+        seed: of the choice of images and masks.
 
     Returns:
         The file.
@@ -79,18 +79,18 @@ def show(
         source = open_data(config, str(data or config.data), "train", listing=listing)
         return save_figure(_figure(kind, model, source, num_images, seed), out)
     encoder = load_encoder(Path(run).expanduser(), pick_device("auto"))
-    source = open_pictures(run, known_preprocess(encoder), data, labels=labels)
-    if kind == "neighbours":
-        drawn = neighbours_figure(encoder, source, num_images=num_images, num_candidates=num_candidates, seed=seed)
+    source = open_images(run, known_preprocess(encoder), data, labels=labels)
+    if kind == "neighbors":
+        drawn = neighbors_figure(encoder, source, num_images=num_images, num_candidates=num_candidates, seed=seed)
         return save_figure(drawn, out)
-    raw, _ = _some_pictures(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
+    raw, _ = _some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
     return save_figure(attention_figure(encoder, raw.to(next(encoder.parameters()).device), num_images), out)
 
 
 def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
-    """One of ``MODEL_KINDS`` on some pictures of a set."""
+    """One of ``MODEL_KINDS`` on some images of a set."""
     count = max(num_images, _FOR_COMPONENTS) if kind == "targets" else num_images
-    raw, index = _some_pictures(source, known_preprocess(model.encoder), count, seed)
+    raw, index = _some_images(source, known_preprocess(model.encoder), count, seed)
     device = next(model.parameters()).device
     raw = raw.to(device)
     keys = image_keys(seed, torch.zeros_like(index), index).to(device)
@@ -101,13 +101,13 @@ def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int,
     return reconstruction_figure(model, raw, keys=keys)
 
 
-def _some_pictures(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Up to ``count`` readable pictures drawn by the seed: [n, C, H, W] on the 0..255 scale and places [n] int64.
+def _some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Up to ``count`` readable images drawn by the seed: [n, C, H, W] on the 0..255 scale and places [n] int64.
 
     Raises:
-        ValueError: if none of the pictures tried can be read.
+        ValueError: if none of the images tried can be read.
     """
-    order = np.random.default_rng(seed).permutation(len(source))[: count + _MOST_BAD]
+    order = np.random.default_rng(seed).permutation(len(source))[: count + _MOST_UNREADABLE]
     loader = EvalLoader(source, preprocess, batch_size=count, num_workers=0, indices=order)
     raw, index = torch.empty(0), torch.empty(0, dtype=torch.int64)
     for batch in loader:
@@ -116,6 +116,6 @@ def _some_pictures(source: Source, preprocess: Preprocess, count: int, seed: int
         if len(raw) >= count:
             return raw[:count], index[:count]
     if not len(raw):
-        name, reason = loader.bad[0]
-        raise ValueError(f"no picture of {source.name} can be read; {name}: {reason}")
+        name, reason = loader.unreadable[0]
+        raise ValueError(f"no image of {source.name} can be read; {name}: {reason}")
     return raw, index

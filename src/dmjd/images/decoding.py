@@ -1,6 +1,6 @@
-"""From an encoded picture to the values it stores: every format, one door.
+"""From an encoded image to the values it stores: every format, one door.
 
-Arrays are [H, W, C] in their own data type: 1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha, or any number of channels.
+Arrays are [H, W, C] in their own data type: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha, or any number of channels.
 """
 
 import io
@@ -17,7 +17,7 @@ from dmjd.images import jpeg
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 
-Picture = str | Path | bytes | Image.Image | np.ndarray
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
 
@@ -28,8 +28,8 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _OPAQUE_MODES = {"1": "L", "L": "L", "RGB": "RGB", "RGBX": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
-class BadPicture(ValueError):  # noqa: N818, the name says what is bad
-    """A picture that can't be used: ``name`` says which, ``reason`` why, in a few words."""
+class UnreadableImage(ValueError):  # noqa: N818, the name says what is bad
+    """An image that can't be used: ``name`` says which, ``reason`` why, in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both in args: the exception crosses process borders by pickle
@@ -40,14 +40,14 @@ class BadPicture(ValueError):  # noqa: N818, the name says what is bad
         return f"{self.name}: {self.reason}"
 
 
-def open_stored(source: Picture, in_chans: int) -> np.ndarray | jpeg.PlainJpeg:
+def open_stored(source: ImageLike, in_chans: int) -> np.ndarray | jpeg.PlainJpeg:
     """The stored values, [H, W, C], in their own data type; or a common JPEG, not yet decoded.
 
     Args:
-        source: path, encoded bytes, PIL picture or array. in_chans: tells the channels' axis of an array.
+        source: path, encoded bytes, PIL image or array. in_chans: tells the channels' axis of an array.
 
     Raises:
-        BadPicture, or nearly any other exception, on damaged data; :func:`reason` puts it into words.
+        UnreadableImage, or nearly any other exception, on damaged data; :func:`reason` puts it into words.
     """
     if isinstance(source, np.ndarray):
         return _channels_last(source, in_chans)
@@ -70,7 +70,7 @@ def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
     """[ceil(H / factor), ceil(W / factor), 1 or 3] uint8, contiguous; raises as :func:`open_stored`.
 
     Args:
-        plain: the picture. factor: 1, 2, 4 or 8, by how much smaller it is decoded.
+        plain: the image. factor: 1, 2, 4 or 8, by how much smaller it is decoded.
     """
     array = jpeg.decode(plain, factor)
     if array is not None:
@@ -81,9 +81,9 @@ def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
 
 
 def _decode(file: Any, head: bytes, in_chans: int) -> np.ndarray:
-    """An encoded picture by whichever library reads its kind best."""
+    """An encoded image by whichever library reads its kind best."""
     if not head:
-        raise BadPicture("", "the file is empty")
+        raise UnreadableImage("", "the file is empty")
     if head.startswith(_NPY_MAGIC):
         return _channels_last(np.load(file, allow_pickle=False), in_chans)
     if head.startswith(_PNG_MAGIC) and head[24:26] in (b"\x10\x02", b"\x10\x06"):
@@ -97,16 +97,16 @@ def _decode(file: Any, head: bytes, in_chans: int) -> np.ndarray:
 def _check_pixels(height: int, width: int) -> None:
     """Refuse bombs before they are unpacked."""
     if height * width > MAX_PIXELS:
-        raise BadPicture("", f"{height} x {width} pixels, more than {MAX_PIXELS:,}")
+        raise UnreadableImage("", f"{height} x {width} pixels, more than {MAX_PIXELS:,}")
     if height * width == 0:
-        raise BadPicture("", f"{height} x {width} pixels: nothing to see")
+        raise UnreadableImage("", f"{height} x {width} pixels: nothing to see")
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:
-    """[H, W, C] upright: 1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha; uint8, uint16, int32 or float32."""
+    """[H, W, C] upright: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha; uint8, uint16, int32 or float32."""
     _check_pixels(image.height, image.width)
     image.load()  # before asking for transparency and rotation, which some formats store behind the pixels
-    if image.mode.startswith(("I", "F")):  # 16-bit grey, integers and floats: read as stored
+    if image.mode.startswith(("I", "F")):  # 16-bit gray, integers and floats: read as stored
         array = np.asarray(image)
         if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:
             array = array.astype(np.uint16)  # some 16-bit files open as 32-bit integers
@@ -118,7 +118,7 @@ def _from_pil(image: Image.Image) -> np.ndarray:
 
 
 def _plain_mode(image: Image.Image) -> str:
-    """The grey or RGB mode, with alpha where the picture has some, that holds an 8-bit picture without loss."""
+    """The gray or RGB mode, with alpha where the image has some, that holds an 8-bit image without loss."""
     if image.has_transparency_data:
         return "LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"
     return _OPAQUE_MODES.get(image.mode, "RGB")
@@ -136,7 +136,7 @@ _UPRIGHT = {
 
 
 def _decode_png16(data: bytes) -> np.ndarray:
-    """16-bit colour PNG, which Pillow would cut to 8 bits: [H, W, 3 or 4] uint16."""
+    """16-bit color PNG, which Pillow would cut to 8 bits: [H, W, 3 or 4] uint16."""
     from torchvision.io import ImageReadMode, decode_png  # seconds to import, and rarely needed
 
     _check_pixels(*struct.unpack(">II", data[16:24]))
@@ -145,7 +145,7 @@ def _decode_png16(data: bytes) -> np.ndarray:
 
 
 def _decode_tiff(file: Any, in_chans: int) -> np.ndarray:
-    """Pillow for 8-bit and grey pictures; tifffile for the rest, which Pillow would cut to 8 bits or 4 channels."""
+    """Pillow for 8-bit and gray images; tifffile for the rest, which Pillow would cut to 8 bits or 4 channels."""
     if in_chans in (1, 3, 4):
         try:
             with Image.open(file) as image:
@@ -169,7 +169,7 @@ def _decode_tiff(file: Any, in_chans: int) -> np.ndarray:
 def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
     """[H, W], [H, W, C] or [C, H, W] -> [H, W, C]: channels are the axis of length in_chans, else the shorter one."""
     if array.ndim not in (2, 3):
-        raise BadPicture("", f"array of shape {tuple(array.shape)}; expected [H, W], [H, W, C] or [C, H, W]")
+        raise UnreadableImage("", f"array of shape {tuple(array.shape)}; expected [H, W], [H, W, C] or [C, H, W]")
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.shape[2] != in_chans and (array.shape[0] == in_chans or array.shape[0] < array.shape[2]):
@@ -181,7 +181,7 @@ def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
 def reason(error: Exception) -> str:
     """A few words for an error of a decoder or the file system."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture in a known format"
+        return "not an image in a known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"larger than {MAX_PIXELS:,} pixels"
     if isinstance(error, OSError) and error.strerror:

@@ -1,7 +1,7 @@
-"""The common JPEG, fast: 8-bit, grey or colour, stored upright. Pillow reads all others, and says what is wrong.
+"""The common JPEG, fast: 8-bit, gray or color, stored upright. Pillow reads all others, and says what is wrong.
 
-Its size is known before it is decoded, so that a loader can choose a crop first, keep only encoded pictures waiting,
-and decode a picture much larger than its crop is to become at a fraction of its size.
+Its size is known before it is decoded, so that a loader can choose a crop first, keep only encoded images waiting,
+and decode an image much larger than its crop is to become at a fraction of its size.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _GAP = 2
 
 
 class PlainJpeg(NamedTuple):
-    """An encoded picture that :func:`decode` can read, its size in pixels, and 1 or 3 channels."""
+    """An encoded image that :func:`decode` can read, its size in pixels, and 1 or 3 channels."""
 
     data: bytes
     height: int
@@ -38,7 +38,7 @@ class PlainJpeg(NamedTuple):
 
 
 def plain_jpeg(data: bytes) -> PlainJpeg | None:
-    """The picture, or None for what is not a JPEG, or not 8-bit, grey or colour and upright."""
+    """The image, or None for what is not a JPEG, or not 8-bit, gray or color and upright."""
     if not data.startswith(START):
         return None
     place, frame, may_turn = 2, None, False
@@ -74,7 +74,7 @@ def _is_turned(data: bytes) -> bool:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's number, 1 for upright; damaged EXIF data costs the rotation, not the picture."""
+    """EXIF's number, 1 for upright; damaged EXIF data costs the rotation, not the image."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:
@@ -100,7 +100,7 @@ def decode(jpeg: PlainJpeg, factor: int = 1) -> np.ndarray | None:
 
 
 def reduction(box: Sequence[float], size: tuple[int, int]) -> int:
-    """1, 2, 4 or 8: how far a picture may shrink while being decoded if its ``box`` (top, left, h, w) becomes ``size``.
+    """1, 2, 4 or 8: how far an image may shrink while being decoded if its ``box`` (top, left, h, w) becomes ``size``.
 
     The box stays at least twice as large as what it is resized to.
     """

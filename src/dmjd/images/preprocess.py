@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmjd.images.decoding import Picture
-from dmjd.images.reading import read_picture
-from dmjd.images.resampling import centre_box, resize_box
+from dmjd.images.decoding import ImageLike
+from dmjd.images.reading import read_image
+from dmjd.images.resampling import center_box, resize_box
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
@@ -31,10 +31,10 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What an encoder wants done to a picture; it is stored with the weights.
+    """What an encoder wants done to an image; it is stored with the weights.
 
     Attributes:
-        img_size: (h, w) in pixels. in_chans: number of channels, see :func:`read_picture` for the policy.
+        img_size: (h, w) in pixels. in_chans: number of channels, see :func:`read_image` for the policy.
         mean, std: one number per channel, on the 0..1 scale.
         value_range: (lo, hi) of stored values that become 0 and 255; None: the range of the data type.
     """
@@ -54,44 +54,44 @@ class Preprocess:
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range must be (lo, hi) with lo < hi, got {self.value_range}")
 
-    def __call__(self, picture: Picture | Sequence[Picture]) -> Tensor:
-        """Pictures (paths, bytes, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalised.
+    def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Images (paths, bytes, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalized.
 
-        The shorter side is resized (bicubic, antialiased) to the image size and the centre cut out.
+        The shorter side is resized (bicubic, antialiased) to the image size and the center cut out.
 
         Raises:
-            BadPicture: naming the picture that can't be used.
+            UnreadableImage: naming the image that can't be used.
         """
-        return self.normalise(self.raw(picture))
+        return self.normalize(self.raw(image))
 
-    def raw(self, picture: Picture | Sequence[Picture]) -> Tensor:
-        """The same before normalising: [B, C, h, w] float32 on the 0..255 scale."""
-        if isinstance(picture, str | Path | bytes | Image.Image | np.ndarray):
-            picture = [picture]
-        arrays = [read_picture(one, self.in_chans, self.value_range) for one in picture]
+    def raw(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """The same before normalizing: [B, C, h, w] float32 on the 0..255 scale."""
+        if isinstance(image, str | Path | bytes | Image.Image | np.ndarray):
+            image = [image]
+        arrays = [read_image(one, self.in_chans, self.value_range) for one in image]
         return torch.stack([self.fit(array).float() for array in arrays])
 
     def fit(self, array: np.ndarray) -> Tensor:
-        """What :func:`read_picture` gave -> [C, h, w] of the image size, 0..255 scale, same data type."""
-        return resize_box(array, centre_box(array.shape[0], array.shape[1], self.img_size), self.img_size)
+        """What :func:`read_image` gave -> [C, h, w] of the image size, 0..255 scale, same data type."""
+        return resize_box(array, center_box(array.shape[0], array.shape[1], self.img_size), self.img_size)
 
-    def normalise(self, raw: Tensor) -> Tensor:
+    def normalize(self, raw: Tensor) -> Tensor:
         """[..., C, H, W] on the 0..255 scale, uint8 or float -> float32 of the data's mean 0 and variance 1."""
         mean, std = _per_channel(self.mean, raw.device), _per_channel(self.std, raw.device)
         if raw.dtype != torch.uint8 or raw.device.type != "cpu" or torch.compiler.is_compiling():
             return (raw.float() / 255 - mean) / std
-        pictures = raw.reshape(-1, *raw.shape[-3:])
-        out = torch.empty(pictures.shape)
+        images = raw.reshape(-1, *raw.shape[-3:])
+        out = torch.empty(images.shape)
         # A few at a time: the passes after the first find them in the cache.
         few = max(1, _CACHED_VALUES // max(1, raw.shape[-3:].numel()))
-        for part, done in zip(pictures.split(few), out.split(few), strict=True):
+        for part, done in zip(images.split(few), out.split(few), strict=True):
             torch.div(part, 255, out=done).sub_(mean).div_(std)
         return out.view(raw.shape)
 
-    def denormalise(self, normalised: Tensor) -> Tensor:
-        """Inverse of :meth:`normalise`: [..., C, H, W] -> float32 on the 0..255 scale, not clamped."""
-        device = normalised.device
-        return (normalised.float() * _per_channel(self.std, device) + _per_channel(self.mean, device)) * 255
+    def denormalize(self, normalized: Tensor) -> Tensor:
+        """Inverse of :meth:`normalize`: [..., C, H, W] -> float32 on the 0..255 scale, not clamped."""
+        device = normalized.device
+        return (normalized.float() * _per_channel(self.std, device) + _per_channel(self.mean, device)) * 255
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for :meth:`from_dict`."""

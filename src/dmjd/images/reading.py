@@ -11,57 +11,57 @@ from pathlib import Path
 import numpy as np
 
 from dmjd.images import jpeg
-from dmjd.images.decoding import BadPicture, Picture, decode_plain, open_stored, reason
+from dmjd.images.decoding import ImageLike, UnreadableImage, decode_plain, open_stored, reason
 
 
-def read_picture(
-    source: Picture, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
+def read_image(
+    source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
 ) -> np.ndarray:
-    """Decode a picture and bring it to ``in_chans`` channels on the 0..255 scale.
+    """Decode an image and bring it to ``in_chans`` channels on the 0..255 scale.
 
     JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) and ``.npy`` ([H, W], [H, W, C] or [C, H, W]) are read; EXIF
-    rotation is applied. Channels, where a second or fourth channel of a picture counts as its alpha:
+    rotation is applied. Channels, where a second or fourth channel of an image counts as its alpha:
 
-    - 1: luminance of colour (Rec. 601), alpha composited over white;
-    - 3: grey is repeated, alpha composited over white;
+    - 1: luminance of color (Rec. 601), alpha composited over white;
+    - 3: gray is repeated, alpha composited over white;
     - 4: RGBA as it is, opaque where there is no alpha;
-    - any other number: the picture must have exactly that many, and they are kept as they are.
+    - any other number: the image must have exactly that many, and they are kept as they are.
 
     Args:
-        source: path, encoded bytes, PIL picture or array.
+        source: path, encoded bytes, PIL image or array.
         in_chans: number of channels wanted.
         value_range: (lo, hi) of the stored values that become 0 and 255; values outside are clipped. None: the
             range of the data type (8-bit 0..255, 16-bit 0..65535, floats 0..1).
-        name: what an error calls the picture; default the path.
+        name: what an error calls the image; default the path.
 
     Returns:
         [H, W, in_chans], contiguous: uint8 where the source is 8-bit and ``value_range`` changes nothing, else float32.
 
     Raises:
-        BadPicture: for anything that keeps the picture from being used.
+        UnreadableImage: for anything that keeps the image from being used.
     """
-    return open_picture(source, in_chans, value_range, name).read()
+    return open_image(source, in_chans, value_range, name).read()
 
 
-def open_picture(
-    source: Picture, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
-) -> "OpenPicture":
-    """A picture whose size is known; arguments and errors as for :func:`read_picture`."""
+def open_image(
+    source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
+) -> "OpenImage":
+    """An image whose size is known; arguments and errors as for :func:`read_image`."""
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
         stored = open_stored(source, in_chans)
         if isinstance(stored, np.ndarray):
             stored = _converted(stored, in_chans, value_range)
-    return OpenPicture(stored, in_chans, value_range, name)
+    return OpenImage(stored, in_chans, value_range, name)
 
 
 @dataclass(frozen=True)
-class OpenPicture:
-    """A picture of known size. A common JPEG is decoded when it is read, and read errors come then; others on opening.
+class OpenImage:
+    """An image of known size. A common JPEG is decoded when it is read, and read errors come then; others on opening.
 
     Attributes:
         stored: decoded and converted, [H, W, in_chans], or encoded. in_chans, value_range, name: see
-            :func:`read_picture`.
+            :func:`read_image`.
     """
 
     stored: np.ndarray | jpeg.PlainJpeg
@@ -77,7 +77,7 @@ class OpenPicture:
         return self.stored.height, self.stored.width
 
     def read(self) -> np.ndarray:
-        """What :func:`read_picture` returns."""
+        """What :func:`read_image` returns."""
         if isinstance(self.stored, np.ndarray):
             return self.stored
         with _naming(self.name):
@@ -86,7 +86,7 @@ class OpenPicture:
     def read_for(self, box: Sequence[float], size: tuple[int, int]) -> tuple[np.ndarray, Sequence[float]]:
         """What is needed to resize ``box`` (top, left, height, width) to ``size`` (h, w): pixels, and the box in them.
 
-        Pixels are those of :meth:`read`, or a picture 2, 4 or 8 times smaller in which the box is still twice ``size``.
+        Pixels are those of :meth:`read`, or an image 2, 4 or 8 times smaller in which the box is still twice ``size``.
         """
         factor = 1 if isinstance(self.stored, np.ndarray) else jpeg.reduction(box, size)
         if isinstance(self.stored, np.ndarray) or factor == 1:
@@ -98,14 +98,14 @@ class OpenPicture:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a BadPicture of this name."""
+    """Whatever goes wrong inside is a UnreadableImage of this name."""
     try:
         yield
-    except BadPicture as error:
-        raise BadPicture(name, error.reason) from None
-    # Decoders fail on damaged bytes with nearly every built-in exception; whatever it is, only this picture is lost.
+    except UnreadableImage as error:
+        raise UnreadableImage(name, error.reason) from None
+    # Decoders fail on damaged bytes with nearly every built-in exception; whatever it is, only this image is lost.
     except Exception as error:
-        raise BadPicture(name, reason(error)) from None
+        raise UnreadableImage(name, reason(error)) from None
 
 
 def _converted(stored: np.ndarray, in_chans: int, value_range: tuple[float, float] | None) -> np.ndarray:
@@ -121,9 +121,9 @@ def _to_255(array: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
         return array
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind not in "uif":
-        raise BadPicture("", f"values of type {array.dtype} are no pixels")
+        raise UnreadableImage("", f"values of type {array.dtype} are no pixels")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise BadPicture("", "it has values that are not finite")
+        raise UnreadableImage("", "it has values that are not finite")
     lo, hi = value_range or _natural_range(array)
     return ((np.clip(array, lo, hi).astype(np.float64) - lo) * (255.0 / (hi - lo))).astype(np.float32)
 
@@ -136,37 +136,37 @@ def _natural_range(array: np.ndarray) -> tuple[float, float]:
     if array.dtype.kind == "f" and lo >= -0.01 and hi <= 1.01:  # a little overshoot is left by resampling
         return 0.0, 1.0
     expected = "outside 0..1" if array.dtype.kind == "f" else "of no natural range"
-    raise BadPicture("", f"{array.dtype} values from {lo:g} to {hi:g}, {expected}: give value_range=(lo, hi)")
+    raise UnreadableImage("", f"{array.dtype} values from {lo:g} to {hi:g}, {expected}: give value_range=(lo, hi)")
 
 
 def _to_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
-    """The channel policy of :func:`read_picture` on [H, W, C] values of the 0..255 scale."""
+    """The channel policy of :func:`read_image` on [H, W, C] values of the 0..255 scale."""
     channels = array.shape[2]
     if channels == in_chans:
         return array
     if in_chans not in (1, 3, 4) or channels > 4:
-        raise BadPicture("", f"it has {channels} channel{'s' * (channels != 1)}, in_chans is {in_chans}")
-    colour, alpha = (array[..., :-1], array[..., -1:]) if channels in (2, 4) else (array, None)
+        raise UnreadableImage("", f"it has {channels} channel{'s' * (channels != 1)}, in_chans is {in_chans}")
+    color, alpha = (array[..., :-1], array[..., -1:]) if channels in (2, 4) else (array, None)
     if in_chans == 4:
         opaque = np.full_like(array[..., :1], 255)
-        return np.concatenate([np.broadcast_to(colour, (*array.shape[:2], 3)), opaque if alpha is None else alpha], 2)
+        return np.concatenate([np.broadcast_to(color, (*array.shape[:2], 3)), opaque if alpha is None else alpha], 2)
     if alpha is not None:
-        colour = _over_white(colour, alpha)
+        color = _over_white(color, alpha)
     if in_chans == 1:
-        return _luminance(colour) if colour.shape[2] == 3 else colour
-    return np.broadcast_to(colour, (*array.shape[:2], 3))
+        return _luminance(color) if color.shape[2] == 3 else color
+    return np.broadcast_to(color, (*array.shape[:2], 3))
 
 
-def _over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def _over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Composite [H, W, 1 or 3] over white by alpha [H, W, 1]; same data type."""
     share = alpha.astype(np.float32) / 255
-    mixed = colour * share + 255 * (1 - share)
-    return np.rint(mixed).astype(np.uint8) if colour.dtype == np.uint8 else mixed.astype(np.float32)
+    mixed = color * share + 255 * (1 - share)
+    return np.rint(mixed).astype(np.uint8) if color.dtype == np.uint8 else mixed.astype(np.float32)
 
 
-def _luminance(colour: np.ndarray) -> np.ndarray:
+def _luminance(color: np.ndarray) -> np.ndarray:
     """[H, W, 3] -> [H, W, 1] by Rec. 601 weights; for uint8 the same integers as Pillow's."""
-    if colour.dtype == np.uint8:
-        mixed = colour.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
+    if color.dtype == np.uint8:
+        mixed = color.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
         return ((mixed + 0x8000) >> 16).astype(np.uint8)[..., None]
-    return (colour @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    return (color @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]

@@ -1,4 +1,4 @@
-"""Bicubic resizing of boxes cut out of pictures: batches by exact sums, single pictures by Pillow."""
+"""Bicubic resizing of boxes cut out of images: batches by exact sums, single images by Pillow."""
 
 import contextlib
 import math
@@ -12,37 +12,37 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def resample(pictures: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor | None = None) -> Tensor:
-    """Cut one box out of each picture and resize it, bicubic (a = -0.5) with antialiasing, as Pillow does.
+def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor | None = None) -> Tensor:
+    """Cut one box out of each image and resize it, bicubic (a = -0.5) with antialiasing, as Pillow does.
 
-    Columns by a matrix product per picture, rows by weighted sums of the few that count. Weights are in steps of 2^-15:
-    every sum is then exact (uint8 in float32, floats, taken in steps of 2^-16, in float64), so a picture's result does
+    Columns by a matrix product per image, rows by weighted sums of the few that count. Weights are in steps of 2^-15:
+    every sum is then exact (uint8 in float32, floats, taken in steps of 2^-16, in float64), so an image's result does
     not depend on the device, the number of threads or what else is in the batch.
 
     Args:
-        pictures: [B, C, H, W] uint8 or float32 on the 0..255 scale.
+        images: [B, C, H, W] uint8 or float32 on the 0..255 scale.
         boxes: [B, 4] (top, left, height, width) in pixels, fractions allowed.
         size: (h, w) of the result.
         flips: [B] bool, which results to mirror left to right; None: none.
 
     Returns:
-        [B, C, h, w], data type of ``pictures``; uint8 is rounded and clamped, also between the two passes.
+        [B, C, h, w], data type of ``images``; uint8 is rounded and clamped, also between the two passes.
     """
-    eight_bit = pictures.dtype == torch.uint8
+    eight_bit = images.dtype == torch.uint8
     dtype, round_ = (torch.float32, _round_to_byte) if eight_bit else (torch.float64, _round_to_step)
-    boxes = boxes.to(device=pictures.device, dtype=torch.float64)
-    columns, which = _bicubic_taps(boxes[:, [1, 3]], pictures.shape[3], size[1])
-    matrices = columns.dense(pictures.shape[3], dtype)  # U, w, W
+    boxes = boxes.to(device=images.device, dtype=torch.float64)
+    columns, which = _bicubic_taps(boxes[:, [1, 3]], images.shape[3], size[1])
+    matrices = columns.dense(images.shape[3], dtype)  # U, w, W
     if flips is not None:
         which = which + flips.to(which) * len(matrices)
         matrices = torch.cat([matrices, matrices.flip(1)])
-    with _exact_products(pictures.device):
-        x = round_(pictures.to(dtype).flatten(1, 2) @ matrices.index_select(0, which).transpose(1, 2))  # B, C*H, w
-    rows, which = _bicubic_taps(boxes[:, [0, 2]], pictures.shape[2], size[0])
+    with _exact_products(images.device):
+        x = round_(images.to(dtype).flatten(1, 2) @ matrices.index_select(0, which).transpose(1, 2))  # B, C*H, w
+    rows, which = _bicubic_taps(boxes[:, [0, 2]], images.shape[2], size[0])
     pixel, weight = rows.pixel.index_select(0, which), rows.weight.to(dtype).index_select(0, which)
-    x = _sum_rows(x.unflatten(1, pictures.shape[1:3]), pixel, weight)
+    x = _sum_rows(x.unflatten(1, images.shape[1:3]), pixel, weight)
     # Bytes are cut off below the point, which spares the pass that rounds.
-    return x.add_(0.5).clamp_(0, 255).to(torch.uint8) if eight_bit else round_(x).to(pictures.dtype)
+    return x.add_(0.5).clamp_(0, 255).to(torch.uint8) if eight_bit else round_(x).to(images.dtype)
 
 
 def _round_to_byte(x: Tensor) -> Tensor:
@@ -82,18 +82,18 @@ def _bicubic_taps(spans: Tensor, num_in: int, num_out: int) -> tuple[_Taps, Tens
     Returns:
         Taps of the different spans, and [B] int64 which of them is whose.
     """
-    if spans.device.type == "cpu":  # small pictures have few; to count them would stop the host of a GPU
+    if spans.device.type == "cpu":  # small images have few; to count them would stop the host of a GPU
         spans, which = _distinct(spans)
     else:
         which = torch.arange(len(spans), device=spans.device)
     start, length = spans.view(-1, 2, 1, 1).unbind(1)  # U, 1, 1 each
     scale = length / num_out
     width = scale.clamp(min=1)  # antialiasing: the kernel covers at least one output pixel
-    centre = start + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
-    # Only the taps a kernel can reach are computed: a box is never longer than the picture.
+    center = start + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    # Only the taps a kernel can reach are computed: a box is never longer than the image.
     taps = torch.arange(math.ceil(4 * max(1.0, num_in / num_out)), device=start.device)
-    pixel = (centre - 2 * width + 0.5).floor() + taps  # U, out, taps
-    t = ((pixel + 0.5 - centre) / width).abs_()
+    pixel = (center - 2 * width + 0.5).floor() + taps  # U, out, taps
+    t = ((pixel + 0.5 - center) / width).abs_()
     inner = (1.5 * t - 2.5) * t * t + 1
     outer = ((-0.5 * t + 2.5) * t - 4) * t + 2
     weights = torch.where(t < 1, inner, torch.where(t < 2, outer, 0))
@@ -127,36 +127,36 @@ def _exact_products(device: torch.device) -> Iterator[None]:
         backend.fp32_precision = chosen
 
 
-def resize_box(picture: np.ndarray, box: Sequence[float], size: tuple[int, int]) -> Tensor:
-    """Cut a box out of one picture and resize it.
+def resize_box(image: np.ndarray, box: Sequence[float], size: tuple[int, int]) -> Tensor:
+    """Cut a box out of one image and resize it.
 
     Args:
-        picture: [H, W, C] uint8 or float32, values on the 0..255 scale.
+        image: [H, W, C] uint8 or float32, values on the 0..255 scale.
         box: (top, left, height, width) in pixels, fractions allowed.
         size: (h, w) of the result.
 
     Returns:
-        [C, h, w], data type of ``picture``. Pillow does the common kinds (uint8 with 1, 3 or 4 channels), and
+        [C, h, w], data type of ``image``. Pillow does the common kinds (uint8 with 1, 3 or 4 channels), and
         :func:`resample` the others; they agree within a level, rarely two, but for overshoot beyond 0..255 at hard
         edges, which Pillow's versions cut off at different moments.
     """
     top, left, height, width = (float(x) for x in box)
-    if picture.shape[:2] == tuple(size) == (height, width):  # bicubic resizing would change nothing
-        return torch.from_numpy(picture.transpose(2, 0, 1).copy())
-    mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(picture.shape[2])  # CMYK: four plain channels; RGBA would mix in alpha
-    if picture.dtype != np.uint8 or mode is None:
-        one = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
+    if image.shape[:2] == tuple(size) == (height, width):  # bicubic resizing would change nothing
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(image.shape[2])  # CMYK: four plain channels; RGBA would mix in alpha
+    if image.dtype != np.uint8 or mode is None:
+        one = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
         return resample(one, torch.tensor([[top, left, height, width]], dtype=torch.float64), size)[0]
-    image = Image.fromarray(picture[:, :, 0] if mode == "L" else picture)
+    pil = Image.fromarray(image[:, :, 0] if mode == "L" else image)
     if mode == "CMYK":
-        image = Image.frombytes(mode, picture.shape[1::-1], picture.tobytes())
-    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-    resized = np.array(image).reshape(*size, picture.shape[2])
+        pil = Image.frombytes(mode, image.shape[1::-1], image.tobytes())
+    pil = pil.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    resized = np.array(pil).reshape(*size, image.shape[2])
     return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
 
 
-def centre_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred (top, left, height, width) with the proportions of ``size`` (h, w)."""
+def center_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest centerd (top, left, height, width) with the proportions of ``size`` (h, w)."""
     scale = min(height / size[0], width / size[1])
-    h, w = min(height, size[0] * scale), min(width, size[1] * scale)  # rounding must not leave the picture
+    h, w = min(height, size[0] * scale), min(width, size[1] * scale)  # rounding must not leave the image
     return (height - h) / 2, (width - w) / 2, h, w

@@ -74,7 +74,7 @@ def load_official(
     """Published DMJD, ConvMAE or MAE weights as our model.
 
     Kind and sizes are inferred from the tensors: convolutional stages make a ConvViT, ``proj_embed`` DMJD's visible
-    branch, ``head.*`` a :class:`Classifier`. The target follows the width of the prediction: normalised pixels where it
+    branch, ``head.*`` a :class:`Classifier`. The target follows the width of the prediction: normalized pixels where it
     is P*P*C, HOG else.
 
     Args:
@@ -248,7 +248,7 @@ def _load_strictly(
 
 
 def from_timm(model: nn.Module) -> Encoder:
-    """A timm ``VisionTransformer`` (any pre-trained one with learnt or fixed positions) as our encoder.
+    """A timm ``VisionTransformer`` (any pre-trained one with learned or fixed positions) as our encoder.
 
     Raises:
         ValueError: for parts our ViT does not have (registers, layer scale, a pre-norm), by name; for other classes

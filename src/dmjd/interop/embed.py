@@ -1,6 +1,6 @@
-"""Features of every picture of a set as a table: streamed to finished parts, so that a kill loses little.
+"""Features of every image of a set as a table: streamed to finished parts, so that a kill loses little.
 
-Shapes: b pictures of a batch, N patch token, D width.
+Shapes: b images of a batch, N patch token, D width.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, pooled
 from dmjd.files import METADATA_KEY, atomic, write_text
 from dmjd.nn.modes import evaluating
-from dmjd.runs.build import open_pictures
+from dmjd.runs.build import open_images
 
 ENDINGS = (".parquet", ".npy")
 
@@ -37,9 +37,9 @@ PART_SECONDS = 20.0  # the most work a kill loses, besides a batch
 
 PART_BYTES = 64 << 20  # the most that waits in memory
 
-_SHOWN = 10  # bad pictures named on the terminal; the file lists all
+_SHOWN = 10  # unreadable images named on the terminal; the file lists all
 
-Bad = list[tuple[str, str]]  # name and reason
+Unreadable = list[tuple[str, str]]  # name and reason
 
 
 def embed(
@@ -56,9 +56,9 @@ def embed(
     device: str = "auto",
     num_workers: int | None = None,
 ) -> Path:
-    """Write the features of every picture of a set to a file.
+    """Write the features of every image of a set to a file.
 
-    Rows follow the set's order; pictures that cannot be read are left out and named. Finished parts lie in
+    Rows follow the set's order; images that cannot be read are left out and named. Finished parts lie in
     ``<out>.parts`` until the file is whole: after a kill the same call goes on from them.
 
     Args:
@@ -66,19 +66,19 @@ def embed(
         out: ``.parquet`` for columns ``index`` (place in the set), ``path``, with labels ``label`` (int64) and
             ``class``, and ``features``; ``.npy`` for the features alone, with the other columns in
             ``<name>.rows.parquet`` beside it.
-        data: the pictures; None = what the run was pre-trained on. split: "train" or "test", of data that has both.
+        data: the images; None = what the run was pre-trained on. split: "train" or "test", of data that has both.
         labels: "none", "folder" or "column"; None = as the run.
         tokens: the encoder's block outputs of all patch tokens, [N, D] in raster order, not the pooled feature [D].
         half: store float16, not float32.
-        batch_size: pictures at once. precision: of the computation, "fp32" or "bf16" (autocast).
+        batch_size: images at once. precision: of the computation, "fp32" or "bf16" (autocast).
         device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
 
     Returns:
-        The file. The schema of the parquet file keeps, under ``dmjd``, settings and unreadable pictures as JSON.
+        The file. The schema of the parquet file keeps, under ``dmjd``, settings and unreadable images as JSON.
 
     Raises:
         ValueError: before anything is computed: another ending, a file or parts of other settings, data that cannot
-            be opened; later: no readable picture, or features that are not finite.
+            be opened; later: no readable image, or features that are not finite.
     """
     out = _checked_out(out)
     if batch_size < 1:
@@ -86,12 +86,12 @@ def embed(
     place = pick_device(device)
     keep_freed_memory(place)
     encoder = load_encoder(Path(run).expanduser(), place)
-    source = open_pictures(run, known_preprocess(encoder), data, split, labels=labels)
+    source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
     extract = _extractor(encoder, tokens, precision)
     settings = {
         "encoder": weights_hash(encoder),
         "data": source.fingerprint(),
-        "num_pictures": len(source),
+        "num_images": len(source),
         "labels": source.labels is not None,
         "tokens": tokens,
         "half": half,
@@ -106,12 +106,14 @@ def embed(
     schema = _schema(source, shape, half)
     with _Parts(out, settings, schema) as parts:
         _fill(parts, encoder, source, extract, console, batch_size, num_workers)
-        bad = parts.bad()
+        unreadable = parts.unreadable()
         if not parts.num_rows:
             parts.drop()
-            raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read; {': '.join(bad[0])}")
-        parts.merge({"settings": settings, "grid": encoder.grid, "bad": bad})
-    _name_bad(console, bad)
+            raise ValueError(
+                f"none of the {len(source)} images of {source.name} can be read; {': '.join(unreadable[0])}"
+            )
+        parts.merge({"settings": settings, "grid": encoder.grid, "bad": unreadable})
+    _name_unreadable(console, unreadable)
     return out
 
 
@@ -130,7 +132,7 @@ def _checked_out(out: str | Path) -> Path:
 
 
 def _extractor(encoder: Encoder, tokens: bool, precision: str) -> Extractor:
-    """Normalised pictures [b, C, H, W] -> [b, D], or [b, N, D] of the patch tokens; float32."""
+    """Normalized images [b, C, H, W] -> [b, D], or [b, N, D] of the patch tokens; float32."""
     pool = pooled(encoder, precision)
 
     def patch_tokens(images: Tensor) -> Tensor:
@@ -160,9 +162,7 @@ def _rows(source: Source, index: Tensor, features: Tensor, schema: pa.Schema) ->
     x = features.to(torch.float16 if half else torch.float32).cpu().numpy()
     if not np.isfinite(x).all():
         cure = "they may be too large for float16: leave --half out" if half else "its weights may have diverged"
-        raise ValueError(
-            f"features of {source.describe(int(index[0]))} or the pictures after it are not finite; {cure}"
-        )
+        raise ValueError(f"features of {source.describe(int(index[0]))} or the images after it are not finite; {cure}")
     values: pa.Array = pa.array(x.reshape(-1))
     for side in x.shape[:0:-1]:
         values = pa.FixedSizeListArray.from_arrays(values, side)
@@ -201,18 +201,18 @@ def _fill(
     preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
     loader = EvalLoader(source, preprocess, batch_size, num_workers, np.arange(first, len(source)))
     if first:
-        console.say(f"going on from picture {first} of {len(source)}")
+        console.say(f"going on from image {first} of {len(source)}")
     with evaluating(encoder), contextlib.closing(console):
         for batch in loader:
-            x = extract(preprocess.normalise(batch.raw.to(device)))
-            parts.add(_rows(source, batch.index, x, parts.schema), loader.bad)
+            x = extract(preprocess.normalize(batch.raw.to(device)))
+            parts.add(_rows(source, batch.index, x, parts.schema), loader.unreadable)
             end = first + ((int(batch.index[0]) - first) // batch_size + 1) * batch_size  # of the batch's stretch
             stop = min(len(source), end)
             parts.save_if_due(stop)
             rate = (stop - first) / max(1e-9, time.monotonic() - began)
             left = duration_text((len(source) - stop) / rate)
-            console.line(f"{stop} of {len(source)} pictures  {rate:.0f} images/s  left {left}", stop / len(source))
-        parts.note_bad(loader.bad)
+            console.line(f"{stop} of {len(source)} images  {rate:.0f} images/s  left {left}", stop / len(source))
+        parts.note_unreadable(loader.unreadable)
         if parts.done < len(source):
             parts.save(len(source))
 
@@ -231,8 +231,8 @@ class _Parts:
         self.out, self.schema, self.folder = out, schema, out.with_name(out.name + ".parts")
         self._settings, self._file = settings, self.folder / "settings.json"
         self._rows: list[pa.Table] = []
-        self._bad: Bad = []
-        self._named = 0  # of the loader's bad pictures, those that are in parts
+        self._unreadable: Unreadable = []
+        self._named = 0  # of the loader's unreadable images, those that are in parts
         self._saved = time.monotonic()
 
     def __enter__(self) -> "_Parts":
@@ -270,15 +270,15 @@ class _Parts:
         """Rows of the finished parts."""
         return sum(pq.read_metadata(file).num_rows for file in self.files())
 
-    def add(self, rows: pa.Table, bad: Bad) -> None:
-        """Take a batch in; ``bad`` are all unreadable pictures that the loader has met."""
+    def add(self, rows: pa.Table, unreadable: Unreadable) -> None:
+        """Take a batch in; ``bad`` are all unreadable images that the loader has met."""
         self._rows.append(rows)
-        self.note_bad(bad)
+        self.note_unreadable(unreadable)
 
-    def note_bad(self, bad: Bad) -> None:
-        """Remember those of the loader's unreadable pictures that are new."""
-        self._bad += bad[self._named :]
-        self._named = len(bad)
+    def note_unreadable(self, unreadable: Unreadable) -> None:
+        """Remember those of the loader's unreadable images that are new."""
+        self._unreadable += unreadable[self._named :]
+        self._named = len(unreadable)
 
     def save_if_due(self, stop: int) -> None:
         """Finish a part when it holds enough work or memory."""
@@ -288,14 +288,14 @@ class _Parts:
 
     def save(self, stop: int) -> None:
         """Finish a part that reaches to place ``stop``."""
-        bad = {METADATA_KEY: json.dumps(self._bad)}
-        table = pa.concat_tables([self.schema.empty_table(), *self._rows]).replace_schema_metadata(bad)
+        unreadable = {METADATA_KEY: json.dumps(self._unreadable)}
+        table = pa.concat_tables([self.schema.empty_table(), *self._rows]).replace_schema_metadata(unreadable)
         with atomic(self.folder / f"part-{self.done:012d}-{stop:012d}.parquet") as temporary:
             pq.write_table(table, temporary)
-        self._rows, self._bad, self.done, self._saved = [], [], stop, time.monotonic()
+        self._rows, self._unreadable, self.done, self._saved = [], [], stop, time.monotonic()
 
-    def bad(self) -> Bad:
-        """The unreadable pictures of all finished parts."""
+    def unreadable(self) -> Unreadable:
+        """The unreadable images of all finished parts."""
         lists = (json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()]) for file in self.files())
         return [(name, reason) for part in lists for name, reason in part]
 
@@ -363,8 +363,8 @@ def _check_same(settings: dict[str, Any], old: dict[str, Any], place: Path) -> N
         )
 
 
-def _name_bad(console: Console, bad: Bad) -> None:
-    for name, reason in bad[:_SHOWN]:
+def _name_unreadable(console: Console, unreadable: Unreadable) -> None:
+    for name, reason in unreadable[:_SHOWN]:
         console.warn(f"left out {name}: {reason}")
-    if len(bad) > _SHOWN:
-        console.warn(f"left out {len(bad) - _SHOWN} more; the file's metadata lists them all")
+    if len(unreadable) > _SHOWN:
+        console.warn(f"left out {len(unreadable) - _SHOWN} more; the file's metadata lists them all")

@@ -22,7 +22,7 @@ FORMATS = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx
 
 TOLERANCE = 1e-4  # absolute, and relative where values are above 1
 
-_BATCHES = (1, 3)  # the export itself sees two pictures: a batch size that were built in would show
+_BATCHES = (1, 3)  # the export itself sees two images: a batch size that were built in would show
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
         run: a run folder, an encoder file or a checkpoint.
         format: "timm": weights that ``timm.create_model`` loads strictly with the arguments in ``usage`` (ViT only);
             "safetensors": the encoder with its configuration and preprocessing, for :func:`load_encoder`;
-            "onnx": images [B, C, H, W], normalised, of any number B -> ``tokens`` [B, prefix + N, D] as
+            "onnx": images [B, C, H, W], normalized, of any number B -> ``tokens`` [B, prefix + N, D] as
             ``encoder(images)`` and ``features`` [B, D] as ``encoder.pool(tokens)``.
         out: the file, ending in ``.safetensors`` or ``.onnx``.
 
@@ -155,6 +155,6 @@ def _check_close(name: str, theirs: np.ndarray, ours: np.ndarray) -> None:
 
 
 def _random_images(encoder: Encoder, batch: int) -> Tensor:
-    """Normalised pictures, the same at each call; torch's own random state is left alone."""
+    """Normalized images, the same at each call; torch's own random state is left alone."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=generator)

@@ -1,4 +1,4 @@
-"""What timm.layers lacks: the masked convolution block of ConvViT, attention for a part of the tokens, initialisation.
+"""What timm.layers lacks: the masked convolution block of ConvViT, attention for a part of the tokens, initialization.
 
 Convolutional stages keep channels last. A *dense* map is [B, H, W, D]; a *visible* map is [R, V, s, s, D]: for each
 of R rows (views times images) V visible tokens of s x s cells. Everything but the depthwise convolution is pointwise
@@ -79,7 +79,7 @@ def block_flops(num_tokens: int, dim: int, mlp_ratio: float, skip: int = 0) -> i
 
 
 class PointwiseConv(nn.Linear):
-    """A 1 x 1 convolution on channels-last maps; its own class because it keeps PyTorch's default initialisation."""
+    """A 1 x 1 convolution on channels-last maps; its own class because it keeps PyTorch's default initialization."""
 
 
 class ConvMlp(nn.Module):
@@ -132,7 +132,7 @@ def set_checkpointing(module: nn.Module, enable: bool) -> None:
 class PatchEmbed(nn.Module):
     """Strided convolution without overlap, as one matrix product, then LayerNorm over channels and GELU (ConvMAE).
 
-    The weight lives in ``proj`` with a convolution's layout and default initialisation.
+    The weight lives in ``proj`` with a convolution's layout and default initialization.
     """
 
     def __init__(self, in_dim: int, dim: int, stride: int) -> None:
@@ -154,7 +154,7 @@ def strided_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """MAE's initialisation of one module: nn.Linear xavier-uniform, zero bias; all else keeps PyTorch's default."""
+    """MAE's initialization of one module: nn.Linear xavier-uniform, zero bias; all else keeps PyTorch's default."""
     if isinstance(module, nn.Linear) and not isinstance(module, PointwiseConv):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,6 +1,6 @@
 """Operations of the encoders' and decoder's layers that keep little for the backward pass and stay in the cache.
 
-A pre-norm block's memory is its hidden layer, and the normalised input of every product. Norms and GELU are taken again
+A pre-norm block's memory is its hidden layer, and the normalized input of every product. Norms and GELU are taken again
 in the backward pass, a hundredth of the products' time; on a CPU all is done a few rows at a time, so that what lies
 between two products is never written out whole.
 """
@@ -67,7 +67,7 @@ class _NormGradient:
         self.grad_weight, self.grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
 
     def forward(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Normalised rows."""
+        """Normalized rows."""
         self._rows = rows
         y, self._mean, self._rstd = torch.native_layer_norm(
             self.x[rows], self.weight.shape, self.weight, self.bias, self.eps
@@ -75,7 +75,7 @@ class _NormGradient:
         return y.to(dtype)
 
     def backward(self, grad: Tensor) -> None:
-        """From the gradient of the rows last normalised."""
+        """From the gradient of the rows last normalized."""
         x = self.x[self._rows]
         grads = torch.ops.aten.native_layer_norm_backward(
             grad.to(x.dtype),

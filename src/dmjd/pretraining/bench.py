@@ -35,7 +35,7 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     """Measure training steps of a configuration; nothing is written.
 
     Args:
-        config: from a recipe. Its ``data`` is optional: without it only the step is measured, on made-up pictures.
+        config: from a recipe. Its ``data`` is optional: without it only the step is measured, on made-up images.
             A batch size left open is 16 on a CPU and 128 on a GPU. steps: measured ones, after 3 to warm up.
 
     Returns:
@@ -58,13 +58,13 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=1 << 30)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
-    engine = make_engine(config, model, fabric, batch_size, num_pictures=batch_size)
+    engine = make_engine(config, model, fabric, batch_size, num_images=batch_size)
     batches = _made_up_batches(config, batch_size // config.accumulate, fabric.device)
     step_rate, loader_rate = _rate(engine, batches, steps), None
     memory = peak_memory(fabric.device)
     if source is not None:
         batches = cast(Generator[Batch, None, None], make_loader(config, source, fabric, batch_size).batches(0))
-        engine.progress.step = 0
+        engine.state.step = 0
         loader_rate = _rate(engine, batches, steps)
     with closing(batches):  # ends the loader's processes
         parts = _parts(engine, model, batches, steps)
@@ -88,7 +88,7 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
 
 
 def _made_up_batches(config: PretrainConfig, size: int, device: torch.device) -> Generator[Batch, None, None]:
-    """Noise pictures on the device, masked anew in every batch."""
+    """Noise images on the device, masked anew in every batch."""
     images = torch.randint(0, 256, (size, config.in_chans, *config.size), dtype=torch.uint8, device=device)
     index = torch.arange(size)
     number = 0
@@ -98,11 +98,11 @@ def _made_up_batches(config: PretrainConfig, size: int, device: torch.device) ->
 
 
 def _rate(engine: Engine, batches: Iterator[Batch], steps: int) -> float:
-    """Pictures a second over ``steps`` steps of the real loop, after warming up."""
+    """Images/s over ``steps`` steps of the real loop, after warming up."""
     stamps: list[float] = []
 
     def stamp(report: Report) -> None:
-        if report.progress.step in (WARMUP_STEPS, WARMUP_STEPS + steps):
+        if report.state.step in (WARMUP_STEPS, WARMUP_STEPS + steps):
             wait(engine.fabric.device)
             stamps.append(time.perf_counter())
 
@@ -129,12 +129,12 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
         with fabric.autocast():
             with timed("masks and targets"):
                 raw = batch.images
-                normalised = preprocess.normalise(raw)
+                normalized = preprocess.normalize(raw)
                 masks = model.draw_masks(batch.keys)
-                targets = model.targets(normalised, raw)
+                targets = model.targets(normalized, raw)
                 masks = masks.asked(model.decode_ratio)
             with timed("encoder"):
-                latent = model.encode(normalised, masks.visible)
+                latent = model.encode(normalized, masks.visible)
             with timed("branches"):
                 loss = model.losses(model.branches(latent, masks), targets, masks)["loss"]
         with timed("backward"):
@@ -191,7 +191,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def bench_table(result: dict[str, Any]) -> Table:
     """The result of :func:`bench` for people."""
     settings, rates = result["settings"], result["images_per_s"]
-    table = Table(f"{settings['encoder']}, {settings['precision']}, {settings['batch_size']} pictures a step", "")
+    table = Table(f"{settings['encoder']}, {settings['precision']}, {settings['batch_size']} images a step", "")
     table.add_row("step alone", f"{rates['step']:.2f} images/s")
     if rates["with_loader"] is not None:
         table.add_row("with the loader", f"{rates['with_loader']:.2f} images/s")

@@ -1,4 +1,4 @@
-"""What a run shows of itself: metrics, live line, pictures, online kNN, and a verdict at the end."""
+"""What a run shows of itself: metrics, live line, images, online kNN, and a verdict at the end."""
 
 import json
 import math
@@ -16,16 +16,16 @@ from dmjd.evaluation.frozen.protocol import evaluate_all
 from dmjd.evaluation.results import read_result
 from dmjd.evaluation.setup import fresh_encoder
 from dmjd.evaluation.tables import results_table
-from dmjd.figures.curves import curves_picture
-from dmjd.figures.show import run_picture
+from dmjd.figures.curves import save_curves_figure
+from dmjd.figures.show import save_reconstruction_figure
 from dmjd.model import MaskedImageModel
 from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import RunFolder
 from dmjd.targets.base import Target
 
-LOOKS = 10  # pictures and online kNN in a run, where no cadence is given
+LOOKS = 10  # images and online kNN in a run, where no cadence is given
 
-NUM_PICTURES = 3  # in the pictures a run makes of itself
+NUM_SHOWN = 3  # in the images a run makes of itself
 
 VERDICT = ("knn", "linear")
 
@@ -53,7 +53,7 @@ class Monitor:
         self._warnings: dict[str, str] = {}  # of targets, as the last line of metrics has it
 
     def open(self, step: int, share: float) -> None:
-        """Before training: loggers, and pictures for online kNN where there are labels and a test set.
+        """Before training: loggers, and images for online kNN where there are labels and a test set.
 
         Raises:
             ValueError: for labels that cannot be used, or a logger that is not installed.
@@ -80,11 +80,11 @@ class Monitor:
         """A line of metrics, where the step has one."""
         if report.scalars is None:
             return
-        progress = report.progress
+        progress = report.state
         epoch = progress.images / len(self.source)
         self._write(report, {"epoch": epoch, "seconds": progress.seconds} | report.scalars)
         self._watch_targets(progress.step, report.scalars)
-        self.console.progress(report.share, progress.step, epoch, progress.seconds, report.scalars)
+        self.console.progress(report.progress, progress.step, epoch, progress.seconds, report.scalars)
 
     def _watch_targets(self, step: int, scalars: dict[str, float]) -> None:
         """Say once what is wrong with a target, such as a collapse."""
@@ -95,22 +95,22 @@ class Monitor:
         self._warned |= self._warnings.keys()
 
     def _write(self, report: Report, values: dict[str, float]) -> None:
-        self.metrics = {"step": report.progress.step} | values
+        self.metrics = {"step": report.state.step} | values
         self.folder.log(self.metrics)
         for logger in self._loggers:
-            logger.log(values, report.progress.step)
+            logger.log(values, report.state.step)
 
     def due(self, report: Report) -> bool:
         """Whether it is time for :meth:`look`: every so many steps, or ten times a run."""
         every = self.config.eval_every
         if every is None:
-            return report.share >= self._next_look
-        return every > 0 and report.progress.step % every == 0
+            return report.progress >= self._next_look
+        return every > 0 and report.state.step % every == 0
 
     def look(self, report: Report) -> None:
-        """A picture and, with labels, online kNN beside its baselines."""
-        self._next_look = _look_after(report.share)
-        self._picture(f"step-{report.progress.step:09d}.png")
+        """An image and, with labels, online kNN beside its baselines."""
+        self._next_look = _look_after(report.progress)
+        self._image(f"step-{report.state.step:09d}.png")
         if self._knn is None:
             return
         if not self._baselines:
@@ -119,10 +119,10 @@ class Monitor:
         values = {"knn_top1": self._knn(self.model.encoder)} | self._baselines
         self._write(report, values)
         shown = ", ".join(f"{name.removeprefix('knn_')} {100 * value:.1f}" for name, value in values.items())
-        self.console.say(f"step {report.progress.step}: online kNN, %: {shown}")
+        self.console.say(f"step {report.state.step}: online kNN, %: {shown}")
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Last picture, curves, and where there are labels kNN and linear probe beside their baselines.
+        """Last image, curves, and where there are labels kNN and linear probe beside their baselines.
 
         Returns:
             task -> the dict of ``evaluation/<task>.json``; a finished run started again reads what is there.
@@ -130,9 +130,9 @@ class Monitor:
         path = self.folder.path
         for text in self._warnings.values():
             self.console.warn(f"at the end of the run: {text}")
-        self._picture("final.png")
-        curves_picture(self.folder.metrics, path / "pictures" / "curves.png")
-        self.console.say(f"encoder: {path / ENCODER_FILE}   pictures: {path / 'pictures'}")
+        self._image("final.png")
+        save_curves_figure(self.folder.metrics, path / "figures" / "curves.png")
+        self.console.say(f"encoder: {path / ENCODER_FILE}   images: {path / 'figures'}")
         if not self.config.final_eval or self._test_source() is None:
             return {}
         known = {
@@ -148,16 +148,16 @@ class Monitor:
         return results
 
     def _test_source(self) -> Source | None:
-        """The labelled test set, where both sets have labels."""
+        """The labeled test set, where both sets have labels."""
         assert self.config.data is not None
         if self.source.labels is None:
             return None
         test = open_test_data(self.config, self.config.data, self.config.test_data)
         return test if test is not None and test.labels is not None else None
 
-    def _picture(self, name: str) -> None:
-        """What the model sees, is asked for and answers, on some pictures of the set."""
-        run_picture(self.model, self.source, self.folder.path / "pictures" / name, num_images=NUM_PICTURES)
+    def _image(self, name: str) -> None:
+        """What the model sees, is asked for and answers, on some images of the set."""
+        save_reconstruction_figure(self.model, self.source, self.folder.path / "figures" / name, num_images=NUM_SHOWN)
 
 
 def _look_after(share: float) -> float:

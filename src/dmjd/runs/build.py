@@ -16,7 +16,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.runs.checkpoint import RunFolder
 from dmjd.targets.registry import create_target
 
-LISTING = "files.txt"  # a folder's sorted list of pictures, kept with the run
+LISTING = "files.txt"  # a folder's sorted list of images, kept with the run
 
 
 def build_encoder(config: PretrainConfig) -> Encoder:
@@ -101,16 +101,16 @@ def open_data(config: PretrainConfig, data: str, split: str, listing: Path | Non
 
 
 def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> Source | None:
-    """The labelled test set: the test part of ``test_data``, all of it where it has no parts, else that of ``data``."""
+    """The labeled test set: the test part of ``test_data``, all of it where it has no parts, else that of ``data``."""
     if test_data is not None:
         return open_data(config, test_data, "test" if has_split(test_data, "test") else "train")
     return open_data(config, data, "test") if has_split(data, "test") else None
 
 
-def open_pictures(
+def open_images(
     run: str | Path, preprocess: Preprocess, data: str | Path | None = None, split: str = "train", **changes: Any
 ) -> Source:
-    """Pictures as a trained encoder takes them: those of its run, or others.
+    """Images as a trained encoder takes them: those of its run, or others.
 
     Args:
         run: a run folder, or an encoder file together with ``data``. preprocess: the encoder's.

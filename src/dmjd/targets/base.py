@@ -35,28 +35,27 @@ class Target(nn.Module, ABC):
         name: the word users choose it by.
         dim: C, numbers per token.
         autocast: whether it may compute in the run's reduced precision; its result is float32 either way.
-        share: how much of the run is done, 0 to 1; set before :meth:`after_step`, for schedules.
     """
 
     name: str
     dim: int
     autocast = False
-    share = 0.0
 
     @abstractmethod
-    def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
+    def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
         """The targets.
 
         Args:
-            normalised: [B, c, H, W], the encoder's input.
-            raw: [B, c, H, W] the same pictures on the 0..255 scale, bytes (as they come from most sets) or float32.
+            normalized: [B, c, H, W], the encoder's input.
+            raw: [B, c, H, W] the same images on the 0..255 scale, bytes (as they come from most sets) or float32.
 
         Returns:
             [B, N, C] float32.
         """
 
-    def after_step(self, encoder: nn.Module, step: int) -> None:
-        """Called after optimizer step ``step`` (from 1); targets that follow the encoder override it."""
+    def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
+        """Called after optimizer step ``step`` (from 1), at ``progress`` of the run; targets that follow the encoder
+        override it."""
 
     def scalars(self, features: Tensor) -> dict[str, Tensor]:
         """What is to be logged of the targets [B, N, C] of a step: name -> scalar."""

@@ -16,7 +16,7 @@ COLLAPSED = 0.02  # of ``target_std``; healthy encoders, random ones too, lie ma
 
 
 class EmaTarget(Target):
-    """Features of an exponential moving average of the encoder, on the unmasked picture.
+    """Features of an exponential moving average of the encoder, on the unmasked image.
 
     The last blocks' outputs are whitened, averaged and whitened again. After every step the copy moves towards the
     encoder by 1 - momentum, and momentum rises to 1 over the run by half a cosine (BYOL, Grill et al. 2020).
@@ -50,41 +50,41 @@ class EmaTarget(Target):
         return self
 
     @torch.no_grad()
-    def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
-        """[B, c, H, W] normalised -> [B, N, D]."""
-        return whitened_mean(self.copy.block_outputs(normalised, self.layers))
+    def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
+        """[B, c, H, W] normalized -> [B, N, D]."""
+        return whitened_mean(self.copy.block_outputs(normalized, self.layers))
 
-    def momentum_at(self, share: float) -> float:
-        """Momentum when ``share`` of the run is done: from the first one up to 1 by half a cosine."""
-        return 1.0 - (1.0 - self.momentum) * 0.5 * (1.0 + math.cos(math.pi * share))
+    def momentum_at(self, progress: float) -> float:
+        """Momentum at ``progress`` of the run: from the first one up to 1 by half a cosine."""
+        return 1.0 - (1.0 - self.momentum) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     @torch.no_grad()
-    def after_step(self, encoder: nn.Module, step: int) -> None:
-        """Move the copy towards the encoder, by the share of the run that is done."""
+    def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
+        """Move the copy towards the encoder."""
         mine, theirs = ([p.detach() for p in module.parameters()] for module in (self.copy, encoder))
-        torch._foreach_lerp_(mine, theirs, 1.0 - self.momentum_at(self.share))
+        torch._foreach_lerp_(mine, theirs, 1.0 - self.momentum_at(progress))
 
     def scalars(self, features: Tensor) -> dict[str, Tensor]:
-        """``target_std``: see :func:`feature_deviation`; 0 means that every picture has the same target."""
+        """``target_std``: see :func:`feature_deviation`; 0 means that every image has the same target."""
         return {"target_std": feature_deviation(features)}
 
     def warning(self, scalars: Mapping[str, float]) -> str | None:
-        """Collapse: the encoder has learnt to give every picture the same features, so there is nothing to learn."""
+        """Collapse: the encoder has learned to give every image the same features, so there is nothing to learn."""
         deviation = scalars.get("target_std", 1.0)
         if deviation >= COLLAPSED:
             return None
         return (
-            f"the ema target has collapsed: its features differ by {deviation:.3f} from picture to picture (1 would be "
+            f"the ema target has collapsed: its features differ by {deviation:.3f} from image to image (1 would be "
             "unrelated features). The encoder learns nothing from here on; start again with a lower --blr, a higher "
             "--ema-momentum, or --mim-target hog"
         )
 
 
 def feature_deviation(features: Tensor) -> Tensor:
-    """How much the features [B, N, C] of a place differ from picture to picture: root mean square deviation, a scalar.
+    """How much the features [B, N, C] of a place differ from image to image: root mean square deviation, a scalar.
 
-    The mean is taken over pictures, so that tokens which tell their place and nothing of the picture count as
-    collapsed. A single picture has no others to differ from: its tokens are compared with each other.
+    The mean is taken over images, so that tokens which tell their place and nothing of the image count as
+    collapsed. A single image has no others to differ from: its tokens are compared with each other.
     """
     features = features.float()
     mean = features.mean(dim=0 if len(features) > 1 else 1, keepdim=True)

@@ -27,13 +27,13 @@ def default_cell(patch_size: int) -> int:
 
 
 def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> Tensor:
-    """Histograms of unsigned gradient orientation, each channel apart, without block normalisation or whitening.
+    """Histograms of unsigned gradient orientation, each channel apart, without block normalization or whitening.
 
-    Centred differences, zero across the border; a pixel's magnitude goes whole into its orientation's bin, bins of
+    Centerd differences, zero across the border; a pixel's magnitude goes whole into its orientation's bin, bins of
     180 / num_bins degrees; each cell holds the sum over its pixels divided by their count.
 
     Args:
-        images_0_255: [B, C, H, W] of any number type, before normalisation.
+        images_0_255: [B, C, H, W] of any number type, before normalization.
         cell_size: side of a cell in pixels, dividing H and W.
         num_bins: orientations.
 
@@ -115,9 +115,9 @@ def _pooled(x: Tensor, cell: int, num_bins: int) -> Tensor:
 
 
 def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Centred differences of [..., H, W] along rows and along columns, zero across the border."""
+    """Centerd differences of [..., H, W] along rows and along columns, zero across the border."""
     (H, W), g_row, g_col = x.shape[-2:], x[..., 2:, :] - x[..., :-2, :], x[..., 2:] - x[..., :-2]
-    return F.pad(g_row, (0, 0, 1, min(H - 1, 1))), F.pad(g_col, (1, min(W - 1, 1)))  # a picture may be a pixel wide
+    return F.pad(g_row, (0, 0, 1, min(H - 1, 1))), F.pad(g_col, (1, min(W - 1, 1)))  # an image may be a pixel wide
 
 
 def _polar(g_row: Tensor, g_col: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class HogTarget(Target):
         self.cells = patch_size // self.cell_size  # along one side of a token
         self.dim = self.cells**2 * num_bins * in_chans
 
-    def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
+    def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
         """[B, C, H, W] on the 0..255 scale (``raw``) -> [B, N, cells^2 * bins * C]."""
         x = whiten(hog(raw, self.cell_size, self.num_bins))  # B, C, h*cells, w*cells, bins
         B, C, rows, columns, bins = x.shape

@@ -1,4 +1,4 @@
-"""Normalised-pixel targets (MAE, He et al. 2022, ``norm_pix_loss``)."""
+"""Normalized-pixel targets (MAE, He et al. 2022, ``norm_pix_loss``)."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ PIXEL_EPS = 1e-6
 
 
 class PixelTarget(Target):
-    """Each patch of the normalised image brought to zero mean and unit variance over all its values.
+    """Each patch of the normalized image brought to zero mean and unit variance over all its values.
 
     Args:
         patch_size: P. in_chans: C. Entries in the order (row, column, channel); unbiased variance.
@@ -25,14 +25,14 @@ class PixelTarget(Target):
         if self.dim < 2:
             raise ValueError("a pixel target needs patches of more than one value: use a larger patch or target 'hog'")
 
-    def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
-        """[B, C, H, W] normalised -> [B, N, P*P*C]."""
-        patches = patchify(normalised.float(), self.patch_size)  # B, N, P*P*C
+    def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
+        """[B, C, H, W] normalized -> [B, N, P*P*C]."""
+        patches = patchify(normalized.float(), self.patch_size)  # B, N, P*P*C
         mean, std = self.patch_statistics(patches)
         return (patches - mean) / std
 
     @staticmethod
     def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-        """What undoes the normalisation: mean and standard deviation of each patch, [B, N, 1] each."""
+        """What undoes the normalization: mean and standard deviation of each patch, [B, N, 1] each."""
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return mean, (variance + PIXEL_EPS).sqrt()

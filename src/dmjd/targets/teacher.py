@@ -27,7 +27,7 @@ LUMINANCE = (0.299, 0.587, 0.114)  # Rec. 601
 class TeacherTarget(Target):
     """Dense features of a frozen model, resized to the token grid and whitened.
 
-    The teacher sees the picture as it was trained to: from the 0..255 scale through its own channels, size, mean and
+    The teacher sees the image as it was trained to: from the 0..255 scale through its own channels, size, mean and
     deviation. A previous run gives its block outputs, as it does downstream; a timm model its maps after the final
     norm. Prefix tokens are dropped. Its weights are in no checkpoint; their hash is, and is compared on resume.
 
@@ -50,7 +50,7 @@ class TeacherTarget(Target):
             raise ValueError("target 'teacher' needs a teacher: --teacher RUN, an encoder file or a timm model")
         self.source = "the model given" if isinstance(teacher, nn.Module) else str(teacher)
         model = teacher if isinstance(teacher, nn.Module) else load_teacher(str(teacher))
-        # In a tuple it is no submodule: it is not saved, not trained, not synchronised and never in training mode.
+        # In a tuple it is no submodule: it is not saved, not trained, not synchronized and never in training mode.
         self._held = (model.eval(),)
         self.layers, self.grid = layers, encoder.grid
         self.preprocess = _preprocess_of(model, self.source)
@@ -61,7 +61,7 @@ class TeacherTarget(Target):
         self.dim = maps[0].shape[1]
 
     def _try(self, in_chans: int) -> list[Tensor]:
-        """Maps of an empty picture: what cannot work is found out here."""
+        """Maps of an empty image: what cannot work is found out here."""
         wanted = self.preprocess.in_chans
         if in_chans != wanted and not (in_chans in (1, 3, 4) and wanted in (1, 3)):
             raise ValueError(
@@ -72,7 +72,7 @@ class TeacherTarget(Target):
             return self._maps(torch.zeros(1, wanted, *self.preprocess.img_size))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """Normalised pictures -> feature maps [B, C, h, w] of the last layers, in the teacher's own grid."""
+        """Normalized images -> feature maps [B, C, h, w] of the last layers, in the teacher's own grid."""
         model = self._held[0]
         if isinstance(model, Encoder):
             if self.layers > model.depth:
@@ -88,12 +88,12 @@ class TeacherTarget(Target):
             raise ValueError(f"--teacher-layers {self.layers}: teacher {self.source} has fewer layers") from None
 
     @torch.no_grad()
-    def forward(self, normalised: Tensor, raw: Tensor) -> Tensor:
+    def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
         """[B, c, H, W] on the 0..255 scale (``raw``) -> [B, N, C]."""
         images = to_channels(raw.float(), self.preprocess.in_chans)
         if images.shape[2:] != self.preprocess.img_size:
             images = F.interpolate(images, self.preprocess.img_size, mode="bicubic", antialias=True).clamp(0, 255)
-        maps = self._maps(self.preprocess.normalise(images))
+        maps = self._maps(self.preprocess.normalize(images))
         return whitened_mean([to_grid(x.float(), self.grid).flatten(2).transpose(1, 2) for x in maps])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherTarget":
@@ -139,7 +139,7 @@ def load_teacher(source: str) -> nn.Module:
 
 
 def _preprocess_of(model: nn.Module, source: str) -> Preprocess:
-    """What the teacher wants done to a picture."""
+    """What the teacher wants done to an image."""
     if isinstance(model, Encoder):
         if model.preprocess is None:
             raise ValueError(f"teacher {source} does not know its preprocessing: set its preprocess = Preprocess(...)")
@@ -159,7 +159,7 @@ def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
 
 
 def to_channels(raw: Tensor, in_chans: int) -> Tensor:
-    """Pictures [B, c, H, W] on the 0..255 scale with 1 or 3 channels, as pictures are read: grey, alpha over white."""
+    """Images [B, c, H, W] on the 0..255 scale with 1 or 3 channels, as images are read: gray, alpha over white."""
     if raw.shape[1] == in_chans:
         return raw
     if raw.shape[1] == 4:

@@ -1,4 +1,4 @@
-"""What every source of pictures is."""
+"""What every source of images is."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from dmjd.images.decoding import Picture
-from dmjd.images.reading import OpenPicture, open_picture
+from dmjd.images.decoding import ImageLike
+from dmjd.images.reading import OpenImage, open_image
 
 
 class Source(ABC):
-    """An indexed set of pictures, with labels or without; picklable, so that worker processes can have it.
+    """An indexed set of images, with labels or without; picklable, so that worker processes can have it.
 
     A new kind of source sets the attributes and defines ``__len__``, ``stored`` and ``describe``.
 
     Attributes:
-        name: what the user called it. in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
+        name: what the user called it. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         labels: [n] int64 indices into ``classes``, or None. classes: names, empty without labels.
     """
 
@@ -29,37 +29,37 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
 
     @abstractmethod
-    def stored(self, index: int) -> Picture:
-        """Picture ``index`` as it is kept: a path, encoded bytes, a PIL picture or an array."""
+    def stored(self, index: int) -> ImageLike:
+        """Image ``index`` as it is kept: a path, encoded bytes, a PIL image or an array."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """What messages call picture ``index``: its path, or "row 17 of x.parquet"."""
+        """What messages call image ``index``: its path, or "row 17 of x.parquet"."""
 
     def read(self, index: int) -> np.ndarray:
-        """Picture ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale.
+        """Image ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale.
 
         Raises:
-            BadPicture: if it can't be used.
+            UnreadableImage: if it can't be used.
         """
         return self.open(index).read()
 
-    def open(self, index: int) -> OpenPicture:
-        """Picture ``index``, of known size but not always decoded yet.
+    def open(self, index: int) -> OpenImage:
+        """Image ``index``, of known size but not always decoded yet.
 
         Raises:
-            BadPicture: if it can't be used.
+            UnreadableImage: if it can't be used.
         """
-        return open_picture(self.stored(index), self.in_chans, self.value_range, self.describe(index))
+        return open_image(self.stored(index), self.in_chans, self.value_range, self.describe(index))
 
     def save_listing(self, file: Path) -> None:  # noqa: B027 (most sets have nothing to keep)
         """Keep what had to be searched for in a file of the run; nothing for sets that need no search."""
 
     def fingerprint(self) -> str:
-        """Short hash that changes when pictures come, go or change size; the same wherever the set lies."""
+        """Short hash that changes when images come, go or change size; the same wherever the set lies."""
         return short_hash([str(len(self)), *self._identity()])
 
     def _identity(self) -> Iterable[str]:

@@ -1,6 +1,6 @@
-"""Pictures with boxes, and masks where there are some, in COCO's JSON form.
+"""Images with boxes, and masks where there are some, in COCO's JSON form.
 
-What can be put right without guessing (a box that reaches out of its picture, a box without area) is put right or left
+What can be put right without guessing (a box that reaches out of its image, a box without area) is put right or left
 out, and counted; what can't is an error that names the entry.
 """
 
@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from dmjd.data.sources.base import Source, short_hash
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 
 LEAST_SIDE = 1e-3  # pixels; narrower boxes have no area
 
 _PARTS = {"train": ("train", "train2017"), "test": ("test", "val", "valid", "val2017")}
 
-# Where the JSON of a part and its pictures lie below the root.
+# Where the JSON of a part and its images lie below the root.
 _FORMS = (
     ("{part}.json", "{part}"),
     ("annotations/{part}.json", "{part}"),
@@ -36,7 +36,7 @@ _FORMS = (
 
 @dataclass
 class Instances:
-    """The objects of one picture.
+    """The objects of one image.
 
     Attributes:
         boxes: [n, 4] float32 (left, top, right, bottom) in pixels. labels: [n] int64 from 0.
@@ -56,11 +56,11 @@ class Instances:
 
 
 class CocoSource(Source):
-    """Pictures of a folder with the boxes that a COCO JSON file gives them.
+    """Images of a folder with the boxes that a COCO JSON file gives them.
 
     Args:
-        file: the JSON. folder: of the pictures. classes: names of the classes to use, in order; None: the file's own,
-            by their ids. in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
+        file: the JSON. folder: of the images. classes: names of the classes to use, in order; None: the file's own,
+            by their ids. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
 
     Attributes:
         notes: what was put right or left out, and how often. has_masks: whether every object has its outline.
@@ -83,7 +83,7 @@ class CocoSource(Source):
         used = {annotation.get("category_id") for annotation in content["annotations"]}
         label_of = self._categories(content["categories"], classes, used)
         self._entries: list[dict[str, Any]] = content["images"]
-        self._sizes = [_picture_size(entry, file, folder) for entry in self._entries]
+        self._sizes = [_image_size(entry, file, folder) for entry in self._entries]
         self._sort(content["annotations"], label_of)
 
     def _categories(
@@ -109,7 +109,7 @@ class CocoSource(Source):
         return {i: place[name] for i, name in names.items() if name in place}
 
     def _sort(self, annotations: list[dict[str, Any]], label_of: dict[int, int]) -> None:
-        """Objects by picture, put right where they can be."""
+        """Objects by image, put right where they can be."""
         place = {entry["id"]: i for i, entry in enumerate(self._entries)}
         self._objects: list[list[dict[str, Any]]] = [[] for _ in self._entries]
         counted: Counter[str] = Counter()
@@ -138,30 +138,30 @@ class CocoSource(Source):
 
     @property
     def num_objects(self) -> int:
-        """Objects of all pictures."""
+        """Objects of all images."""
         return sum(map(len, self._objects))
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def stored(self, index: int) -> Path:
-        """The picture's path."""
+        """The image's path."""
         return self.folder / self._entries[index]["file_name"]
 
     def describe(self, index: int) -> str:
-        """The picture's path."""
+        """The image's path."""
         return str(self.stored(index))
 
     def read_example(self, index: int) -> tuple[np.ndarray, Instances]:
-        """Picture [H, W, C] on the 0..255 scale and its objects.
+        """Image [H, W, C] on the 0..255 scale and its objects.
 
         Raises:
-            BadPicture: for a picture that can't be read, or is not of the size that the JSON says.
+            UnreadableImage: for an image that can't be read, or is not of the size that the JSON says.
         """
-        picture, size = self.read(index), self._sizes[index]
-        if picture.shape[:2] != size:
-            found = f"{picture.shape[1]} x {picture.shape[0]} pixels, {self.file.name} says {size[1]} x {size[0]}"
-            raise BadPicture(self.describe(index), f"the picture has {found} (width x height)")
+        image, size = self.read(index), self._sizes[index]
+        if image.shape[:2] != size:
+            found = f"{image.shape[1]} x {image.shape[0]} pixels, {self.file.name} says {size[1]} x {size[0]}"
+            raise UnreadableImage(self.describe(index), f"the image has {found} (width x height)")
         objects = self._objects[index]
         masks = None
         if self.has_masks:
@@ -170,7 +170,7 @@ class CocoSource(Source):
                 masks = torch.stack([outline_mask(o["outline"], size, self.describe(index)) for o in objects])
         boxes = torch.tensor([o["box"] for o in objects], dtype=torch.float32).reshape(-1, 4)
         labels = torch.tensor([o["label"] for o in objects], dtype=torch.int64)
-        return picture, Instances(boxes, labels, torch.tensor([o["crowd"] for o in objects], dtype=torch.bool), masks)
+        return image, Instances(boxes, labels, torch.tensor([o["crowd"] for o in objects], dtype=torch.bool), masks)
 
     def _identity(self) -> Iterable[str]:
         yield from (entry["file_name"] for entry in self._entries)
@@ -181,7 +181,7 @@ def outline_mask(outline: Any, size: tuple[int, int], name: str) -> Tensor:
     """A COCO "segmentation" (polygons or run lengths) as [H, W] uint8 of 0 and 1.
 
     Raises:
-        BadPicture: for an outline that can't be read.
+        UnreadableImage: for an outline that can't be read.
     """
     from pycocotools import mask as coco_mask  # an extra
 
@@ -192,9 +192,9 @@ def outline_mask(outline: Any, size: tuple[int, int], name: str) -> Tensor:
             outline = coco_mask.merge(coco_mask.frPyObjects(outline, *size))
         mask = coco_mask.decode(outline)
     except Exception as error:  # the C library's own many
-        raise BadPicture(name, f"an object's outline can't be read ({str(error)[:100]})") from None
+        raise UnreadableImage(name, f"an object's outline can't be read ({str(error)[:100]})") from None
     if mask.shape != size:
-        raise BadPicture(name, f"an object's outline is made for {mask.shape[1]} x {mask.shape[0]} pixels")
+        raise UnreadableImage(name, f"an object's outline is made for {mask.shape[1]} x {mask.shape[0]} pixels")
     return torch.from_numpy(np.ascontiguousarray(mask))
 
 
@@ -206,7 +206,7 @@ def open_coco(
     in_chans: int = 3,
     value_range: tuple[float, float] | None = None,
 ) -> CocoSource:
-    """Open pictures with boxes.
+    """Open images with boxes.
 
     Args:
         data: a folder with ``train/`` and ``train.json``, COCO's own ``train2017/`` and
@@ -224,14 +224,14 @@ def open_coco(
         if split == "test" and find_coco(data, "train") is not None:
             raise ValueError(f"{data} has no test part (test/ and test.json, or val/ and val.json): pass --test-data")
         raise ValueError(
-            f"{data} holds no pictures with boxes: give a folder with train/ and train.json in COCO form "
+            f"{data} holds no images with boxes: give a folder with train/ and train.json in COCO form "
             "(or train2017/ and annotations/instances_train2017.json)"
         )
     return CocoSource(*found, classes, in_chans, value_range)
 
 
 def find_coco(data: str | Path, split: str) -> tuple[Path, Path] | None:
-    """JSON file and picture folder of a part, or None."""
+    """JSON file and image folder of a part, or None."""
     root = Path(data).expanduser()
     for part in _PARTS[split]:
         for file, folder in _FORMS:
@@ -261,8 +261,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _picture_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int, int]:
-    """(height, width) as the JSON says, else as the picture's own header does."""
+def _image_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int, int]:
+    """(height, width) as the JSON says, else as the image's own header does."""
     if not isinstance(entry.get("file_name"), str):
         raise ValueError(f"{file}: image {entry.get('id')} has no file_name")
     if not (folder / entry["file_name"]).is_file():
@@ -278,7 +278,7 @@ def _picture_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int,
 
 
 def _corners(annotation: dict[str, Any], size: tuple[int, int], file: Path) -> tuple[list[float] | None, str]:
-    """(left, top, right, bottom) inside the picture, or None where nothing is left; and what had to be done."""
+    """(left, top, right, bottom) inside the image, or None where nothing is left; and what had to be done."""
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(v) for v in box)):
         raise ValueError(f"{file}: annotation {annotation.get('id')} needs a bbox of four numbers, it has {box}")
@@ -289,10 +289,10 @@ def _corners(annotation: dict[str, Any], size: tuple[int, int], file: Path) -> t
     ends = size[1], size[0], size[1], size[0]
     inside = [min(max(value, 0.0), float(end)) for value, end in zip(whole, ends, strict=True)]
     if min(inside[2] - inside[0], inside[3] - inside[1]) < LEAST_SIDE:
-        return None, "wholly outside of their picture were left out"
+        return None, "wholly outside of their image were left out"
     # Up to a pixel goes without saying: tools differ in where the last one ends.
     changed = max(abs(a - b) for a, b in zip(inside, whole, strict=True)) > 1.0
-    return inside, "that reach out of their picture were cut off at its edge" if changed else ""
+    return inside, "that reach out of their image were cut off at its edge" if changed else ""
 
 
 def _is_finite(value: Any) -> bool:

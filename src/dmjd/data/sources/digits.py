@@ -1,4 +1,4 @@
-"""The embedded set: real handwritten digits in random colours, sizes and places on coloured gradients, 32 x 32.
+"""The embedded set: real handwritten digits in random colors, sizes and places on colored gradients, 32 x 32.
 
 The 8 x 8 originals are scikit-learn's (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998).
 Plain, they are solved by raw pixels at 98 %, so nothing learned could show; rendered like this, raw pixels say little.
@@ -14,7 +14,7 @@ from dmjd.images.resampling import resample
 
 SIZE = 32
 
-_RENDERING = 1  # goes up when the pictures change
+_RENDERING = 1  # goes up when the images change
 
 _NUM_TRAIN_ORIGINALS = 1400  # the set is ordered by writer, so the other 397 are of different hands
 
@@ -28,10 +28,10 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class DigitsSource(Source):
-    """12,000 training or 2,000 test renderings, labelled with their digit.
+    """12,000 training or 2,000 test renderings, labeled with their digit.
 
     Args:
-        split: "train" or "test". in_chans: see :func:`~dmjd.images.reading.read_picture`.
+        split: "train" or "test". in_chans: see :func:`~dmjd.images.reading.read_image`.
     """
 
     name = "digits"
@@ -40,14 +40,14 @@ class DigitsSource(Source):
         self.split = split
         self.in_chans = in_chans
         self.classes = [str(digit) for digit in range(10)]
-        self._pictures, self.labels = render(split)
+        self._images, self.labels = render(split)
 
     def __len__(self) -> int:
         return _COUNTS[self.split]
 
     def stored(self, index: int) -> np.ndarray:
         """[32, 32, 3] uint8."""
-        return self._pictures[index]
+        return self._images[index]
 
     def describe(self, index: int) -> str:
         """Index and split."""
@@ -62,10 +62,10 @@ def render(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Render a split.
 
     Args:
-        split: "train" or "test". seed: of all random choices; the same seed gives the same pictures everywhere.
+        split: "train" or "test". seed: of all random choices; the same seed gives the same images everywhere.
 
     Returns:
-        [n, 32, 32, 3] uint8 pictures and [n] int64 labels.
+        [n, 32, 32, 3] uint8 images and [n] int64 labels.
     """
     from sklearn.datasets import load_digits  # takes a second, and only this set needs it
 
@@ -76,9 +76,9 @@ def render(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     pick = rng.integers(len(strokes), size=_COUNTS[split])
     ink = _enlarge(strokes[pick], rng)[..., None]  # n, 32, 32, 1 in 0..1
     background = _gradients(len(pick), rng)  # n, 32, 32, 3
-    colour = _visible_colours(background.mean((1, 2)), rng)[:, None, None]  # n, 1, 1, 3
-    pictures = background + ink * (colour - background)
-    return np.rint(pictures).clip(0, 255).astype(np.uint8), digits[pick]
+    color = _visible_colors(background.mean((1, 2)), rng)[:, None, None]  # n, 1, 1, 3
+    images = background + ink * (color - background)
+    return np.rint(images).clip(0, 255).astype(np.uint8), digits[pick]
 
 
 def _enlarge(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -94,7 +94,7 @@ def _enlarge(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _gradients(n: int, rng: np.random.Generator) -> np.ndarray:
-    """[n, 32, 32, 3] in 0..255: linear in a random direction between two random colours."""
+    """[n, 32, 32, 3] in 0..255: linear in a random direction between two random colors."""
     angle = rng.uniform(0, 2 * np.pi, (n, 1, 1)).astype(np.float32)
     axis = np.linspace(-1, 1, SIZE, dtype=np.float32)
     along = axis[:, None] * np.sin(angle) + axis * np.cos(angle)  # n, 32, 32
@@ -103,9 +103,9 @@ def _gradients(n: int, rng: np.random.Generator) -> np.ndarray:
     return start + share * (end - start)
 
 
-def _visible_colours(behind: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[n, 3]: uniform colours, drawn again until each differs enough in luminance from the mean colour behind it."""
-    colours = rng.uniform(0, 255, behind.shape).astype(np.float32)
-    while len(faint := np.flatnonzero(np.abs((colours - behind) @ _LUMINANCE) < _MIN_CONTRAST)):
-        colours[faint] = rng.uniform(0, 255, (len(faint), 3))
-    return colours
+def _visible_colors(behind: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[n, 3]: uniform colors, drawn again until each differs enough in luminance from the mean color behind it."""
+    colors = rng.uniform(0, 255, behind.shape).astype(np.float32)
+    while len(faint := np.flatnonzero(np.abs((colors - behind) @ _LUMINANCE) < _MIN_CONTRAST)):
+        colors[faint] = rng.uniform(0, 255, (len(faint), 3))
+    return colors

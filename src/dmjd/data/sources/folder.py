@@ -1,4 +1,4 @@
-"""A folder of pictures, flat or nested: one sorted walk, the list of which is kept with the run."""
+"""A folder of images, flat or nested: one sorted walk, the list of which is kept with the run."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dmjd.data.sources.base import Source
-from dmjd.images.reading import OpenPicture, open_picture
+from dmjd.images.reading import OpenImage, open_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 
@@ -16,18 +16,18 @@ _SIZES_IN_FINGERPRINT = 256
 
 
 class FolderSource(Source):
-    """The pictures below a folder, in the sorted order of their relative paths.
+    """The images below a folder, in the sorted order of their relative paths.
 
     Args:
         root: the folder. Hidden files and folders, and files of unknown extensions, are left out.
         with_labels: class = first folder below the root.
-        in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
+        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         listing: file that may hold the sorted list (see :meth:`save_listing`). Where it exists nothing is walked, so
-            that a resumed run sees the pictures it began with.
+            that a resumed run sees the images it began with.
         extensions: of the files wanted.
 
     Raises:
-        ValueError: no pictures, no permission, or a picture that lies in no class folder.
+        ValueError: no images, no permission, or an image that lies in no class folder.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class FolderSource(Source):
         self.in_chans, self.value_range = in_chans, value_range
         paths = _listed(root, listing, extensions)
         if not paths:
-            raise ValueError(f"no pictures found in {root}; known extensions: {' '.join(extensions)}")
+            raise ValueError(f"no images found in {root}; known extensions: {' '.join(extensions)}")
         self._paths = _Strings(paths)
         self.classes: list[str] = []
         if with_labels:
@@ -53,7 +53,7 @@ class FolderSource(Source):
         return len(self._paths)
 
     def stored(self, index: int) -> Path:
-        """The picture's path."""
+        """The image's path."""
         return self.root / self._paths[index]
 
     def save_listing(self, file: Path) -> None:
@@ -65,12 +65,12 @@ class FolderSource(Source):
         os.replace(partial, file)
 
     def describe(self, index: int) -> str:
-        """The picture's path; bytes that are no text are shown escaped."""
+        """The image's path; bytes that are no text are shown escaped."""
         return os.fsencode(self._path(index)).decode("utf-8", "backslashreplace")
 
-    def open(self, index: int) -> OpenPicture:
+    def open(self, index: int) -> OpenImage:
         """See :meth:`Source.open`; without pathlib, which takes as long as opening the file."""
-        return open_picture(self._path(index), self.in_chans, self.value_range, self.describe(index))
+        return open_image(self._path(index), self.in_chans, self.value_range, self.describe(index))
 
     def _path(self, index: int) -> str:
         return os.path.join(self.name, self._paths[index])
@@ -136,7 +136,7 @@ def _listed(root: Path, listing: Path | None, extensions: tuple[str, ...]) -> li
         try:
             return list(json.loads(listing.read_text())["paths"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{listing} is no list of pictures: delete it, and the folder is walked again") from None
+            raise ValueError(f"{listing} is no list of images: delete it, and the folder is walked again") from None
     return walk(root, extensions)
 
 
@@ -145,7 +145,7 @@ def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]
     loose = [path for path in paths if "/" not in path]
     if loose:
         raise ValueError(
-            f"{len(loose)} of {len(paths)} pictures lie in no class folder, {root / loose[0]} for one: "
+            f"{len(loose)} of {len(paths)} images lie in no class folder, {root / loose[0]} for one: "
             f"with labels 'folder', put each class in a folder below {root}"
         )
     names = [path.split("/", 1)[0] for path in paths]

@@ -35,19 +35,19 @@ def open_source(
     listing: Path | None = None,
     masks: bool = False,
 ) -> Source:
-    """Open a set of pictures.
+    """Open a set of images.
 
     Args:
-        data: "digits"; a torchvision name such as "cifar10"; a folder of pictures; a .parquet file or a folder of
+        data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
             them; or the name of a Hugging Face dataset. Known names win over folders: write "./digits" for a folder.
             A folder with train/ and test/ (or val/), or train.parquet and test.parquet (or shards of such names),
             gives both splits.
         split: "train" or "test".
         labels: "none"; "folder", the first folder below the root; "column" of a table. Digits and named sets always
             have theirs.
-        in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
-        listing: for folders, a file that may hold the sorted list of pictures (``Source.save_listing``).
-        masks: of a table, the segmentation masks instead of the pictures they belong to.
+        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+        listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``).
+        masks: of a table, the segmentation masks instead of the images they belong to.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and what to do.
@@ -76,7 +76,7 @@ def open_source(
         return parquet_source(part, name, masks=masks, **options)
     if masks:
         raise ValueError(_no_masks(name))
-    _refuse_labels(name, labels, "column", "a folder of pictures")
+    _refuse_labels(name, labels, "column", "a folder of images")
     return FolderSource(part, labels == "folder", in_chans, value_range, listing)
 
 
@@ -117,8 +117,8 @@ def _check_options(split: str, labels: str, in_chans: int) -> None:
 
 def _no_masks(name: str) -> str:
     return (
-        f"{name} holds no pictures with masks: give a folder with train/images and train/masks (or images/training and "
-        "annotations/training), or a .parquet file or hub set with a column of pictures and one of masks"
+        f"{name} holds no images with masks: give a folder with train/images and train/masks (or images/training and "
+        "annotations/training), or a .parquet file or hub set with a column of images and one of masks"
     )
 
 
@@ -152,20 +152,20 @@ def _existing(name: str) -> Path | None:
     known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet")
     beside_files = path.parent != Path() and path.parent.is_dir()
     if close or known_ending or beside_files or not _HUB_NAME.fullmatch(name):
-        hint = f"did you mean {path.parent / close[0]}?" if close else "give a folder of pictures or a .parquet file"
+        hint = f"did you mean {path.parent / close[0]}?" if close else "give a folder of images or a .parquet file"
         raise ValueError(f"there is no {name}: {hint}")
     return None
 
 
 def _part(path: Path, split: str) -> Path | list[Path] | None:
-    """Where a split of an existing path lies: a folder of pictures, a list of parquet files, or nowhere.
+    """Where a split of an existing path lies: a folder of images, a list of parquet files, or nowhere.
 
     Raises:
         ValueError: a file that is no parquet, or a folder that may not be read.
     """
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise ValueError(f"{path} is a single file: give the folder of pictures it lies in, or a .parquet file")
+            raise ValueError(f"{path} is a single file: give the folder of images it lies in, or a .parquet file")
         return [path] if split == "train" else None
     with _permission(path):
         folders = _split_folders(path)
@@ -208,5 +208,5 @@ def _split_folders(root: Path) -> dict[str, Path]:
         return {}
     loose = [entry.name for entry in root.iterdir() if entry.suffix.lower() in EXTENSIONS]
     if loose:
-        warnings.warn(f"{len(loose)} pictures beside {root / 'train'} are in no split and left out", stacklevel=4)
+        warnings.warn(f"{len(loose)} images beside {root / 'train'} are in no split and left out", stacklevel=4)
     return {"train": root / "train", "test": test}

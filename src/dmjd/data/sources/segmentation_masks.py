@@ -1,6 +1,6 @@
-"""Pictures with index masks: two folders (CamVid and ADE20K forms), parquet files and Hugging Face sets.
+"""Images with index masks: two folders (CamVid and ADE20K forms), parquet files and Hugging Face sets.
 
-A mask is a picture of one number a pixel: PNG in grey or palette form, TIFF, BMP, GIF or .npy. The classes are the
+A mask is an image of one number a pixel: PNG in gray or palette form, TIFF, BMP, GIF or .npy. The classes are the
 numbers 0, 1, 2, ... without those that are ignored.
 """
 
@@ -18,7 +18,7 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.workers import available_cores
-from dmjd.images.decoding import BadPicture, Picture
+from dmjd.images.decoding import ImageLike, UnreadableImage
 
 MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # none that loses values
 
@@ -28,11 +28,11 @@ NO_LABEL = 255  # what a mask says where it says nothing, unless the caller know
 
 _MOST_NUMBERS = 1 << 16
 
-_MOST_BAD_SHARE = 0.01
+_MOST_UNREADABLE_SHARE = 0.01
 
 _FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 
-# Where pictures and masks of a part lie below the root.
+# Where images and masks of a part lie below the root.
 _FORMS: tuple[Callable[[str], tuple[str, str]], ...] = (
     lambda part: (f"{part}/images", f"{part}/masks"),
     lambda part: (f"{part}/images", f"{part}/labels"),
@@ -75,18 +75,18 @@ def class_numbers(count: int, ignored: Sequence[int]) -> list[int]:
 
 
 class SegmentationSource(Source):
-    """Pictures and their masks.
+    """Images and their masks.
 
     Args:
-        pictures, masks: sources. places: [n] int64, which mask belongs to each picture; None: the same place.
+        images, masks: sources. places: [n] int64, which mask belongs to each image; None: the same place.
 
     Attributes:
         known: what :meth:`set_classes` was told.
     """
 
-    def __init__(self, pictures: Source, masks: Source, places: np.ndarray | None = None) -> None:
-        self.name, self.in_chans, self.value_range = pictures.name, pictures.in_chans, pictures.value_range
-        self.pictures, self.masks = pictures, masks
+    def __init__(self, images: Source, masks: Source, places: np.ndarray | None = None) -> None:
+        self.name, self.in_chans, self.value_range = images.name, images.in_chans, images.value_range
+        self.images, self.masks = images, masks
         self._places = np.arange(len(masks)) if places is None else places
         self.known: Classes | None = None
         self._table: np.ndarray | None = None
@@ -99,63 +99,63 @@ class SegmentationSource(Source):
     def __len__(self) -> int:
         return len(self._places)
 
-    def stored(self, index: int) -> Picture:
-        """The picture as it is kept."""
-        return self.pictures.stored(index)
+    def stored(self, index: int) -> ImageLike:
+        """The image as it is kept."""
+        return self.images.stored(index)
 
     def describe(self, index: int) -> str:
-        """As the picture's source does."""
-        return self.pictures.describe(index)
+        """As the image's source does."""
+        return self.images.describe(index)
 
     def read_numbers(self, index: int) -> np.ndarray:
         """The mask as it is stored: [H, W] of whole numbers.
 
         Raises:
-            BadPicture: if it can't be used.
+            UnreadableImage: if it can't be used.
         """
         place = int(self._places[index])
         return read_mask(self.masks.stored(place), f"mask {self.masks.describe(place)}")
 
     def read_example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Picture [H, W, C] on the 0..255 scale and mask [H, W] int16 of classes and IGNORE.
+        """Image [H, W, C] on the 0..255 scale and mask [H, W] int16 of classes and IGNORE.
 
         Raises:
-            BadPicture: for either that can't be read, or where their sizes differ.
+            UnreadableImage: for either that can't be read, or where their sizes differ.
         """
         assert self._table is not None, "set_classes comes first"
-        picture, mask = self.read(index), self._table[self.read_numbers(index)]
-        if picture.shape[:2] != mask.shape:
-            sizes = f"{picture.shape[0]} x {picture.shape[1]} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
-            raise BadPicture(self.describe(index), f"the picture has {sizes}")
-        return picture, mask
+        image, mask = self.read(index), self._table[self.read_numbers(index)]
+        if image.shape[:2] != mask.shape:
+            sizes = f"{image.shape[0]} x {image.shape[1]} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
+            raise UnreadableImage(self.describe(index), f"the image has {sizes}")
+        return image, mask
 
     def fingerprint(self) -> str:
-        """Of pictures and masks."""
-        return f"{self.pictures.fingerprint()}-{self.masks.fingerprint()}"
+        """Of images and masks."""
+        return f"{self.images.fingerprint()}-{self.masks.fingerprint()}"
 
 
-def read_mask(stored: Picture, name: str) -> np.ndarray:
-    """Decode an index mask: [H, W] of whole numbers from 0 to 65535. A palette's colours are not looked at.
+def read_mask(stored: ImageLike, name: str) -> np.ndarray:
+    """Decode an index mask: [H, W] of whole numbers from 0 to 65535. A palette's colors are not looked at.
 
     Raises:
-        BadPicture: for what is no mask of one number a pixel.
+        UnreadableImage: for what is no mask of one number a pixel.
     """
     try:
         array = _mask_values(stored)
-    except BadPicture as error:
-        raise BadPicture(name, error.reason) from None
+    except UnreadableImage as error:
+        raise UnreadableImage(name, error.reason) from None
     except Exception as error:  # decoders fail with nearly every built-in exception
-        raise BadPicture(name, f"damaged or unsupported ({str(error)[:120] or type(error).__name__})") from None
+        raise UnreadableImage(name, f"damaged or unsupported ({str(error)[:120] or type(error).__name__})") from None
     if array.ndim == 3 and (array[..., :1] == array[..., : min(3, array.shape[2])]).all():
         array = array[..., 0]  # one number, kept in three equal channels
     if array.ndim != 2:
-        raise BadPicture(name, "it is in colour: a mask needs one number a pixel, as grey or palette PNG holds it")
+        raise UnreadableImage(name, "it is in color: a mask needs one number a pixel, as gray or palette PNG holds it")
     if array.dtype.kind not in "uib" or int(array.min()) < 0 or int(array.max()) >= _MOST_NUMBERS:
-        raise BadPicture(name, f"values of type {array.dtype} outside 0..{_MOST_NUMBERS - 1} number no classes")
+        raise UnreadableImage(name, f"values of type {array.dtype} outside 0..{_MOST_NUMBERS - 1} number no classes")
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
-def _mask_values(stored: Picture) -> np.ndarray:
+def _mask_values(stored: ImageLike) -> np.ndarray:
     if isinstance(stored, np.ndarray):
         return stored
     if isinstance(stored, Image.Image):
@@ -164,7 +164,9 @@ def _mask_values(stored: Picture) -> np.ndarray:
         return np.load(stored, allow_pickle=False)
     with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
         if image.format == "JPEG":
-            raise BadPicture("", "it is a JPEG, which changes the numbers: masks need a format without loss, as PNG")
+            raise UnreadableImage(
+                "", "it is a JPEG, which changes the numbers: masks need a format without loss, as PNG"
+            )
         values = np.asarray(image)
     return values[..., :-1] if image.mode in ("LA", "RGBA") else values
 
@@ -172,24 +174,24 @@ def _mask_values(stored: Picture) -> np.ndarray:
 def open_segmentation(
     data: str | Path, split: str, *, in_chans: int = 3, value_range: tuple[float, float] | None = None
 ) -> SegmentationSource:
-    """Open pictures with masks.
+    """Open images with masks.
 
     Args:
         data: a folder with ``train/images`` and ``train/masks`` (CamVid form), ``images/training`` and
             ``annotations/training`` (ADE20K form), ``train`` and ``trainannot``, or ``images`` and ``masks``, the
-            names of a pair equal but for the ending; or a table of two columns of pictures: parquet or hub.
-        split: "train" or "test". in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
+            names of a pair equal but for the ending; or a table of two columns of images: parquet or hub.
+        split: "train" or "test". in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
 
     Raises:
-        ValueError: for data of no such form, or pictures without masks.
+        ValueError: for data of no such form, or images without masks.
     """
     options = {"in_chans": in_chans, "value_range": value_range}
     root = Path(data).expanduser()
     folders = _find_folders(root, split)
     if folders is not None:
-        pictures = FolderSource(folders[0], **options)  # type: ignore[arg-type]
+        images = FolderSource(folders[0], **options)  # type: ignore[arg-type]
         masks = FolderSource(folders[1], extensions=MASK_EXTENSIONS)
-        return SegmentationSource(pictures, masks, _pair(pictures, masks))
+        return SegmentationSource(images, masks, _pair(images, masks))
     if root.is_dir() and split == "test" and _find_folders(root, "train") is not None:
         raise ValueError(f"{data} has no test part (test/ or val/ beside train/): pass --test-data")
     mask_table = open_source(data, split=split, masks=True)  # says what is missing where there is none
@@ -204,29 +206,29 @@ def has_segmentation_split(data: str | Path, split: str) -> bool:
 
 
 def _find_folders(root: Path, split: str) -> tuple[Path, Path] | None:
-    """The folders of pictures and masks of a part, or None; without parts all is for training."""
+    """The folders of images and masks of a part, or None; without parts all is for training."""
     for part in _FOLDERS[split]:
         for form in _FORMS:
-            pictures, masks = (root / folder for folder in form(part))
-            if pictures.is_dir() and masks.is_dir():
-                return pictures, masks
+            images, masks = (root / folder for folder in form(part))
+            if images.is_dir() and masks.is_dir():
+                return images, masks
     for plain in _PLAIN_FORMS if split == "train" else ():
         if all((root / folder).is_dir() for folder in plain):
             return root / plain[0], root / plain[1]
     return None
 
 
-def _pair(pictures: FolderSource, masks: FolderSource) -> np.ndarray:
-    """[n] int64: for each picture the mask of the same relative path, endings aside."""
+def _pair(images: FolderSource, masks: FolderSource) -> np.ndarray:
+    """[n] int64: for each image the mask of the same relative path, endings aside."""
     place = {_stem(masks, i): i for i in range(len(masks))}
-    stems = [_stem(pictures, i) for i in range(len(pictures))]
+    stems = [_stem(images, i) for i in range(len(images))]
     if len(place) < len(masks):
         raise ValueError(f"{masks.root} holds masks whose names differ only in the ending: keep one of each")
     lost = [i for i, stem in enumerate(stems) if stem not in place]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(pictures)} pictures have no mask in {masks.root}, {pictures.describe(lost[0])} for "
-            "one: a mask has its picture's name, with .png at the end"
+            f"{len(lost)} of {len(images)} images have no mask in {masks.root}, {images.describe(lost[0])} for "
+            "one: a mask has its image's name, with .png at the end"
         )
     return np.array([place[stem] for stem in stems], dtype=np.int64)
 
@@ -239,31 +241,31 @@ def count_numbers(source: SegmentationSource) -> tuple[np.ndarray, dict[int, int
     """Look at every mask, in threads.
 
     Returns:
-        [65536] int64, pixels of each number; and of each number the first picture that has it.
+        [65536] int64, pixels of each number; and of each number the first image that has it.
 
     Raises:
         ValueError: when more than 1 % of the masks (and more than ten) can't be read.
     """
     pixels = np.zeros(_MOST_NUMBERS, np.int64)
     first: dict[int, int] = {}
-    bad: list[BadPicture] = []
+    unreadable: list[UnreadableImage] = []
     with ThreadPoolExecutor(available_cores()) as pool:
         for index, counted in enumerate(pool.map(lambda i: _count(source, i), range(len(source)))):
-            if isinstance(counted, BadPicture):
-                bad.append(counted)
+            if isinstance(counted, UnreadableImage):
+                unreadable.append(counted)
                 continue
             pixels[: len(counted)] += counted
             for number in np.flatnonzero(counted):
                 first.setdefault(int(number), index)
-    if len(bad) > max(10, _MOST_BAD_SHARE * len(source)) or len(bad) == len(source):
-        raise ValueError(f"{len(bad)} of {len(source)} masks of {source.name} can't be used; {bad[0]}")
+    if len(unreadable) > max(10, _MOST_UNREADABLE_SHARE * len(source)) or len(unreadable) == len(source):
+        raise ValueError(f"{len(unreadable)} of {len(source)} masks of {source.name} can't be used; {unreadable[0]}")
     return pixels, first
 
 
-def _count(source: SegmentationSource, index: int) -> np.ndarray | BadPicture:
+def _count(source: SegmentationSource, index: int) -> np.ndarray | UnreadableImage:
     try:
         return np.bincount(source.read_numbers(index).ravel())
-    except BadPicture as error:
+    except UnreadableImage as error:
         return error
 
 
@@ -277,7 +279,7 @@ def settle_classes(
             number in the training masks. ignored: numbers that mean "no label".
 
     Raises:
-        ValueError: numbers past the classes (naming a mask), nothing labelled, or a single class.
+        ValueError: numbers past the classes (naming a mask), nothing labeled, or a single class.
     """
     counted = [(source, *count_numbers(source)) for source in (train, test)]
     present = [number for number in sorted(counted[0][2]) if number not in ignored]
@@ -304,9 +306,9 @@ def _names(train: SegmentationSource, given: int | None, found: int, ignored: Se
 
 
 def _class_files(train: SegmentationSource) -> Iterator[Path]:
-    """``classes.txt`` in the folder of the pictures or up to two above it."""
-    if isinstance(train.pictures, FolderSource):
-        folder = train.pictures.root
+    """``classes.txt`` in the folder of the images or up to two above it."""
+    if isinstance(train.images, FolderSource):
+        folder = train.images.root
         yield from (place / CLASS_NAMES for place in (folder, *folder.parents[:2]) if (place / CLASS_NAMES).is_file())
 
 

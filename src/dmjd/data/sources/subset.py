@@ -1,15 +1,15 @@
-"""Some pictures of a set, as a set: all training tasks with few labels go through it."""
+"""Some images of a set, as a set: all training tasks with few labels go through it."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from dmjd.data.sources.base import Source
-from dmjd.images.decoding import Picture
+from dmjd.images.decoding import ImageLike
 
 
 class SubsetSource(Source):
-    """The pictures ``rows`` of a source, with the source's classes.
+    """The images ``rows`` of a source, with the source's classes.
 
     Args:
         source: the whole set. rows: [m] indices into it, in the order wanted.
@@ -24,16 +24,16 @@ class SubsetSource(Source):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def stored(self, index: int) -> Picture:
-        """Picture ``rows[index]`` as the source keeps it."""
+    def stored(self, index: int) -> ImageLike:
+        """Image ``rows[index]`` as the source keeps it."""
         return self.source.stored(int(self.rows[index]))
 
     def read(self, index: int) -> np.ndarray:
-        """Picture ``rows[index]``, decoded as the source does it."""
+        """Image ``rows[index]``, decoded as the source does it."""
         return self.source.read(int(self.rows[index]))
 
     def describe(self, index: int) -> str:
-        """What messages call picture ``rows[index]``."""
+        """What messages call image ``rows[index]``."""
         return self.source.describe(int(self.rows[index]))
 
     def _identity(self) -> Iterable[str]:

@@ -1,6 +1,6 @@
-"""Tables of pictures through the ``datasets`` library: parquet files in the Hugging Face schema, and the hub.
+"""Tables of images through the ``datasets`` library: parquet files in the Hugging Face schema, and the hub.
 
-The library keeps the encoded pictures in a memory-mapped Arrow file, which all worker processes share.
+The library keeps the encoded images in a memory-mapped Arrow file, which all worker processes share.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from dmjd.data.sources.base import Source
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 
 _HUB_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 
-_IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
+_IMAGE_NAMES = ("image", "img", "image", "jpg", "png")
 
 _MASK_NAMES = ("annotation", "mask", "segmentation", "semantic_mask", "label", "labels", "masks", "annotations")
 
@@ -25,16 +25,16 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 
 
 class TableSource(Source):
-    """The rows of a ``datasets.Dataset`` with a column of encoded pictures.
+    """The rows of a ``datasets.Dataset`` with a column of encoded images.
 
     Args:
         table: the dataset. name: what the user called it. files: (file name, number of rows) of each file it was
-            made of, in order; one entry for a set from the hub. folder: where relative picture paths start.
-        with_labels: take the label column. in_chans, value_range: see :func:`~dmjd.images.reading.read_picture`.
-        masks: the pictures wanted are the masks, in a second column of encoded pictures.
+            made of, in order; one entry for a set from the hub. folder: where relative image paths start.
+        with_labels: take the label column. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+        masks: the images wanted are the masks, in a second column of encoded images.
 
     Raises:
-        ValueError: no picture or mask column, no label column where asked for, or rows without a label.
+        ValueError: no image or mask column, no label column where asked for, or rows without a label.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TableSource(Source):
         self.classes: list[str] = []
         if with_labels:
             self.labels, self.classes = _column_labels(table, name)
-        self._column = _mask_column(table, name) if masks else _picture_column(table, name)
+        self._column = _mask_column(table, name) if masks else _image_column(table, name)
         self._table = table.select_columns([self._column]).with_format("arrow")
         if not len(self):
             raise ValueError(f"{name} has no rows")
@@ -63,7 +63,7 @@ class TableSource(Source):
         return len(self._table)
 
     def stored(self, index: int) -> bytes | Path:
-        """The encoded picture, or its path where the table has only that."""
+        """The encoded image, or its path where the table has only that."""
         value = self._table[index][self._column][0].as_py()
         if isinstance(value, bytes):
             return value
@@ -71,7 +71,7 @@ class TableSource(Source):
             return value["bytes"]
         if value and value.get("path"):
             return self._folder / value["path"]
-        raise BadPicture(self.describe(index), "the row holds no picture")
+        raise UnreadableImage(self.describe(index), "the row holds no image")
 
     def describe(self, index: int) -> str:
         """Row and file, counting from 0."""
@@ -135,7 +135,7 @@ def hub_splits(name: str) -> list[str]:
 
 
 def hub_has_split(name: str, split: str) -> bool:
-    """Whether a set of the hub has pictures for "train" or "test"."""
+    """Whether a set of the hub has images for "train" or "test"."""
     return any(s in hub_splits(name) for s in _HUB_SPLITS[split])
 
 
@@ -189,20 +189,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def _encoded_columns(table: Any) -> list[str]:
-    """The columns that hold encoded pictures, by their Arrow type."""
+    """The columns that hold encoded images, by their Arrow type."""
     import pyarrow as pa
 
-    def holds_pictures(column: str) -> bool:
+    def holds_images(column: str) -> bool:
         kind = table.data.schema.field(column).type
         if pa.types.is_struct(kind):
             return any(field.name == "bytes" for field in kind)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    return [column for column in table.column_names if holds_pictures(column)]
+    return [column for column in table.column_names if holds_images(column)]
 
 
-def _picture_column(table: Any, name: str) -> str:
-    """The column of encoded pictures: by its declared type, else by its name, else by its shape."""
+def _image_column(table: Any, name: str) -> str:
+    """The column of encoded images: by its declared type, else by its name, else by its shape."""
     import datasets
 
     able = _encoded_columns(table)
@@ -210,15 +210,13 @@ def _picture_column(table: Any, name: str) -> str:
     named = [column for column in _IMAGE_NAMES if column in able]
     if not able:
         columns = ", ".join(table.column_names)
-        raise ValueError(
-            f"{name} has no column of encoded pictures (a struct with 'bytes', or binary); it has {columns}"
-        )
+        raise ValueError(f"{name} has no column of encoded images (a struct with 'bytes', or binary); it has {columns}")
     return ([c for c in named if c in declared] + declared + named + able)[0]
 
 
 def _mask_column(table: Any, name: str) -> str:
-    """The column of encoded masks: one of a usual name, else the only one beside the pictures."""
-    others = [column for column in _encoded_columns(table) if column != _picture_column(table, name)]
+    """The column of encoded masks: one of a usual name, else the only one beside the images."""
+    others = [column for column in _encoded_columns(table) if column != _image_column(table, name)]
     named = [column for column in _MASK_NAMES if column in others]
     if not named and len(others) != 1:
         columns = ", ".join(table.column_names)

@@ -24,7 +24,7 @@ NAMED_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 class NamedSource(Source):
-    """A torchvision set, downloaded to ``$XDG_CACHE_HOME/dmjd`` (default ``~/.cache/dmjd``) at first use; labelled.
+    """A torchvision set, downloaded to ``$XDG_CACHE_HOME/dmjd`` (default ``~/.cache/dmjd``) at first use; labeled.
 
     Raises:
         ValueError: if it can't be downloaded.
@@ -43,12 +43,12 @@ class NamedSource(Source):
         return len(self._data)
 
     def stored(self, index: int) -> Image.Image:
-        """The picture as torchvision gives it."""
+        """The image as torchvision gives it."""
         return self._data[index][0]
 
     def describe(self, index: int) -> str:
         """Index, name and split."""
-        return f"picture {index} of {self.name} ({self.split})"
+        return f"image {index} of {self.name} ({self.split})"
 
     def _identity(self) -> list[str]:
         return [self.name, self.split]

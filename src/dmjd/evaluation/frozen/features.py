@@ -1,6 +1,6 @@
-"""One pass over a set of pictures, from which every evaluator on frozen features draws.
+"""One pass over a set of images, from which every evaluator on frozen features draws.
 
-Shapes: n pictures, D width of a feature, C image channels, H, W picture sides.
+Shapes: n images, D width of a feature, C image channels, H, W image sides.
 """
 
 import math
@@ -25,26 +25,26 @@ RAW_PIXEL_VALUES = 32 * 32 * 3  # most numbers a raw-pixel feature has
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen features of a set of pictures, on the CPU.
+    """Frozen features of a set of images, on the CPU.
 
     Attributes:
         x: [n, D] float32. labels: [n] int64, -1 where the source has none.
-        rows: [n] int64, which pictures of the source they belong to; ascending.
-        bad: (name, reason) of the pictures that could not be read.
+        rows: [n] int64, which images of the source they belong to; ascending.
+        bad: (name, reason) of the images that could not be read.
     """
 
     x: Tensor
     labels: Tensor
     rows: Tensor
-    bad: tuple[tuple[str, str], ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
 
 
-# Maps a batch of pictures, normalised [b, C, H, W] on the device, to features [b, D].
+# Maps a batch of images, normalized [b, C, H, W] on the device, to features [b, D].
 Extractor = Callable[[Tensor], Tensor]
 
 
 def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
-    """The downstream feature of an encoder: normalised [b, C, H, W] -> [b, D] float32.
+    """The downstream feature of an encoder: normalized [b, C, H, W] -> [b, D] float32.
 
     Args:
         encoder: the encoder. precision: "fp32", or "bf16" for autocast in its blocks; pooling is float32.
@@ -64,7 +64,7 @@ def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """Pictures as they are: normalised [b, C, H, W] -> [b, C*h*w], reduced by area to at most 3,072 values."""
+    """Images as they are: normalized [b, C, H, W] -> [b, C*h*w], reduced by area to at most 3,072 values."""
     _, C, H, W = images.shape
     if C * H * W > RAW_PIXEL_VALUES:
         scale = math.sqrt(RAW_PIXEL_VALUES / (C * H * W))
@@ -81,19 +81,19 @@ def extract_all(
     device: torch.device | str = "cpu",
     num_workers: int | None = None,
 ) -> dict[str, Features]:
-    """Several kinds of features in one pass, so that each picture is read and decoded once.
+    """Several kinds of features in one pass, so that each image is read and decoded once.
 
     Args:
         extractors: name -> function; each runs on the same batches, without gradients.
-        source: pictures in their own order; unreadable ones are left out and listed.
-        preprocess: how pictures become tensors. batch_size: pictures at once.
+        source: images in their own order; unreadable ones are left out and listed.
+        preprocess: how images become tensors. batch_size: images at once.
         device: where the functions run. num_workers: decoding processes; None = by the machine.
 
     Returns:
         The features under the same names.
 
     Raises:
-        ValueError: for a batch size that is not positive, or if no picture can be read.
+        ValueError: for a batch size that is not positive, or if no image can be read.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -102,15 +102,15 @@ def extract_all(
     labels, rows = [], []
     with torch.inference_mode():
         for batch in loader:
-            images = preprocess.normalise(batch.raw.to(device))  # b, C, H, W
+            images = preprocess.normalize(batch.raw.to(device))  # b, C, H, W
             for name, extractor in extractors.items():
                 parts[name].append(extractor(images).float().cpu())  # b, D
             labels.append(batch.labels if batch.labels is not None else torch.full_like(batch.index, -1))
             rows.append(batch.index)
     if not rows:
-        raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read")
-    bad = tuple(loader.bad)
-    return {name: Features(torch.cat(xs), torch.cat(labels), torch.cat(rows), bad) for name, xs in parts.items()}
+        raise ValueError(f"none of the {len(source)} images of {source.name} can be read")
+    unreadable = tuple(loader.unreadable)
+    return {name: Features(torch.cat(xs), torch.cat(labels), torch.cat(rows), unreadable) for name, xs in parts.items()}
 
 
 def extract(
@@ -121,14 +121,14 @@ def extract(
     device: torch.device | str = "cpu",
     num_workers: int | None = None,
 ) -> Features:
-    """Pooled features ``encoder.pool(encoder(images))`` of every picture, in the source's order.
+    """Pooled features ``encoder.pool(encoder(images))`` of every image, in the source's order.
 
     Args:
         encoder: moved to ``device``, in evaluation mode for the pass; its ``preprocess`` must be set.
         source, batch_size, device, num_workers: as in :func:`extract_all`.
 
     Raises:
-        ValueError: if the encoder knows no preprocessing, or no picture can be read.
+        ValueError: if the encoder knows no preprocessing, or no image can be read.
     """
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
@@ -140,7 +140,7 @@ def check_labels(train: Tensor, test: Tensor) -> int:
     """The number of classes of two sets of labels, [n] int64 each.
 
     Raises:
-        ValueError: for sets that are empty or unlabelled, or a single class to train on.
+        ValueError: for sets that are empty or unlabeled, or a single class to train on.
     """
     for name, labels in (("training", train), ("test", test)):
         if len(labels) == 0:
@@ -148,7 +148,7 @@ def check_labels(train: Tensor, test: Tensor) -> int:
         if bool((labels < 0).any()):
             raise ValueError(f"the {name} set has no labels: pass --labels folder or --labels column")
     if len(train.unique()) < 2:
-        raise ValueError("all training pictures have the same label: a classifier needs at least two classes")
+        raise ValueError("all training images have the same label: a classifier needs at least two classes")
     return int(max(train.max(), test.max())) + 1
 
 

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, as DINO reports it)."""
+"""Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018, as DINO reports it)."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from dmjd.evaluation.frozen.features import Features, check_features
 from dmjd.evaluation.metrics import accuracies, label_ranks
 
-NEIGHBOURS = (1, 5, 10, 20)  # always reported
+NEIGHBORS = (1, 5, 10, 20)  # always reported
 
 _SIMILARITIES_AT_ONCE = 1 << 26  # floats: 256 MiB
 
@@ -27,8 +27,8 @@ def knn(
     Nothing is trained, so there is nothing to tune and nothing random.
 
     Args:
-        train, test: labelled features of the same width.
-        k: neighbours that vote; a training set of fewer lets all of them vote.
+        train, test: labeled features of the same width.
+        k: neighbors that vote; a training set of fewer lets all of them vote.
         temperature: T; small values trust the nearest most.
         device: where the products are computed.
 
@@ -44,11 +44,11 @@ def knn(
     bank = F.normalize(train.x.to(device), dim=1)  # n, D
     labels = train.labels.to(device)  # n
     chunk = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))
-    counts = sorted({*NEIGHBOURS, k})
+    counts = sorted({*NEIGHBORS, k})
     ranks: dict[int, list[Tensor]] = {count: [] for count in counts}
     for x, truth in zip(test.x.split(chunk), test.labels.split(chunk), strict=True):
         similarity = F.normalize(x.to(device), dim=1) @ bank.T  # b, n
-        nearest, who = similarity.topk(min(counts[-1], len(bank)), dim=1)  # b, neighbours, the nearest first
+        nearest, who = similarity.topk(min(counts[-1], len(bank)), dim=1)  # b, neighbors, the nearest first
         for count in counts:
             votes = _votes(nearest[:, :count], labels[who[:, :count]], temperature, num_classes)  # b, classes
             ranks[count].append(label_ranks(votes, truth.to(device)))

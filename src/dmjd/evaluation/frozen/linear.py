@@ -67,11 +67,11 @@ def linear_probe(
 
     BatchNorm without affine (eps 1e-6), then a linear layer (weights normal with std 0.01, bias zero), cross-entropy,
     LARS (momentum 0.9, trust 0.001, biases not adapted), linear warm-up over a ninth of the steps, then cosine to
-    zero. Unlike in the published protocol the features are those of the centre crop: computed once, not augmented.
+    zero. Unlike in the published protocol the features are those of the center crop: computed once, not augmented.
     The batch and the rate follow the size of the set, see :func:`probe_schedule`.
 
     Args:
-        train, test: labelled features of the same width.
+        train, test: labeled features of the same width.
         epochs: passes over the training features, by default 90; or steps: optimizer steps.
         batch_size: None = by the size of the set.
         blr: base learning rate. weight_decay: of the linear layer's weights.
@@ -88,7 +88,7 @@ def linear_probe(
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     num_classes = check_features(train, test)
     if len(train.x) < 2:
-        raise ValueError("a linear probe needs at least two training pictures")
+        raise ValueError("a linear probe needs at least two training images")
     batch, lr = probe_schedule(len(train.x), batch_size, blr)
     generator = torch.Generator().manual_seed(seed)
     batches = ProbeBatches(len(train.x), max(batch, 2), epochs, steps, generator)

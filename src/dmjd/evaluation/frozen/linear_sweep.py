@@ -26,10 +26,10 @@ HELD_OUT = 0.1
 
 
 class SweepFeatures:
-    """Features of several layers and poolings side by side: normalised [b, C, H, W] -> [b, parts * D] float32.
+    """Features of several layers and poolings side by side: normalized [b, C, H, W] -> [b, parts * D] float32.
 
     The transformer blocks at half, three quarters and all of the depth; of each the mean and the maximum over patch
-    tokens, and the class token where there is one; every part normalised like the pooled feature.
+    tokens, and the class token where there is one; every part normalized like the pooled feature.
 
     Args:
         encoder: in evaluation mode. precision: "fp32" or "bf16" (autocast in its blocks).
@@ -92,13 +92,13 @@ def linear_sweep(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Train a probe for every part of the features and every rate; test the one that is best on held-out pictures.
+    """Train a probe for every part of the features and every rate; test the one that is best on held-out images.
 
     All probes see the same batches. A tenth of each class is held out; the best probe is then trained again on the
     whole training set, and only that one meets the test set. The protocol of each is :func:`linear_probe`'s.
 
     Args:
-        train, test: labelled features [n, parts * D]. parts: names of the parts, in order.
+        train, test: labeled features [n, parts * D]. parts: names of the parts, in order.
         epochs, steps, blr, weight_decay, seed, device: as in :func:`~dmjd.evaluation.frozen.linear.linear_probe`.
 
     Returns:

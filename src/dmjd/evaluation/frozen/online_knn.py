@@ -1,4 +1,4 @@
-"""kNN now and then while pre-training goes on, on a part of the pictures that is read once."""
+"""kNN now and then while pre-training goes on, on a part of the images that is read once."""
 
 import numpy as np
 import torch
@@ -19,13 +19,13 @@ _MAX_BYTES = 1 << 30
 
 
 class OnlineKnn:
-    """Accuracy of a weighted kNN on at most 5,000 training and 2,000 test pictures, evenly spaced over their sets.
+    """Accuracy of a weighted kNN on at most 5,000 training and 2,000 test images, evenly spaced over their sets.
 
-    They are read when it is made and kept, preprocessed, on the CPU; of large pictures fewer, to stay within 1 GiB.
+    They are read when it is made and kept, preprocessed, on the CPU; of large images fewer, to stay within 1 GiB.
 
     Args:
-        train, test: labelled sources. preprocess: the encoder's. device: where encoder and products run.
-        batch_size: pictures at once. num_workers: reading processes; None = by the machine.
+        train, test: labeled sources. preprocess: the encoder's. device: where encoder and products run.
+        batch_size: images at once. num_workers: reading processes; None = by the machine.
 
     Raises:
         ValueError: for sources without labels, with a single class, or whose classes differ.
@@ -48,14 +48,14 @@ class OnlineKnn:
         rows = [_evenly(len(s), max(1, int(n * share))) for s, n in ((train, NUM_TRAIN), (test, NUM_TEST))]
         kept = [read_all(s, preprocess, r, num_workers) for s, r in zip((train, test), rows, strict=True)]
         assert kept[0].labels is not None
-        self._raw = [pictures.raw for pictures in kept]
+        self._raw = [images.raw for images in kept]
         self._labels = [kept[0].labels, torch.from_numpy(labels[kept[1].index.numpy()])]
         check_labels(*self._labels)
 
     def baselines(self, fresh: Encoder) -> dict[str, float]:
         """Top-1 accuracies by the same protocol: of an encoder with fresh weights, and of raw pixels."""
         pixels = (
-            Features(raw_pixels(self._preprocess.normalise(raw)), labels, torch.arange(len(labels)))
+            Features(raw_pixels(self._preprocess.normalize(raw)), labels, torch.arange(len(labels)))
             for raw, labels in zip(self._raw, self._labels, strict=True)
         )
         return {"knn_random_init": self(fresh), "knn_raw_pixels": knn(*pixels, device=self._device)["top1"]}
@@ -69,7 +69,7 @@ class OnlineKnn:
 
     def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
         """[n, C, H, W] on the 0..255 scale -> [n, D] float32 on the CPU."""
-        batches = (self._preprocess.normalise(part.to(self._device)) for part in raw.split(self._batch_size))
+        batches = (self._preprocess.normalize(part.to(self._device)) for part in raw.split(self._batch_size))
         return torch.cat([encoder.pool(encoder(images)).float().cpu() for images in batches])
 
 

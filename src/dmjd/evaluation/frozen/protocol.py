@@ -20,7 +20,7 @@ from dmjd.evaluation.frozen.features import Extractor, Features, extract_all, po
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe
 from dmjd.evaluation.frozen.linear_sweep import HELD_OUT, SweepFeatures, linear_sweep
-from dmjd.evaluation.low_shot import FewLabels, hold_out, summarise
+from dmjd.evaluation.low_shot import LowShot, hold_out, summarize
 from dmjd.evaluation.results import Baselines, data_fingerprint, key_of, versions, write_result
 from dmjd.evaluation.setup import config_of, fresh_encoder, given_data, open_sets
 
@@ -51,25 +51,25 @@ def evaluate_all(
 ) -> dict[str, dict[str, Any]]:
     """Several tasks on frozen features in one pass: task -> settings in, task -> result out.
 
-    With few labels only the pictures that some seed draws are read. Baselines of a configuration are measured once and
+    With few labels only the images that some seed draws are read. Baselines of a configuration are measured once and
     kept in ``evaluation/baselines.json``.
 
     Args:
         tasks: task of :data:`TASKS` -> its settings.
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
-        data: labelled training set of the classifier; None = what the run was pre-trained on, with its ``test_data``.
+        data: labeled training set of the classifier; None = what the run was pre-trained on, with its ``test_data``.
         test_data: test set; None = the test part of ``data``.
         labels: "none", "folder" or "column"; None = as the run.
         out: folder that gets ``evaluation/<task>.json``; None = the run folder.
-        seed: of the randomly initialised encoder, of the probe's weights and order, and of subsets.
+        seed: of the randomly initialized encoder, of the probe's weights and order, and of subsets.
         device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
-        batch_size: pictures at once. precision: of the features, "fp32" or "bf16" (autocast), for all encoders alike.
+        batch_size: images at once. precision: of the features, "fp32" or "bf16" (autocast), for all encoders alike.
         labels_per_class, label_fraction, seeds: see :class:`~dmjd.evaluation.low_shot.FewLabels`.
 
     Raises:
         ValueError: as :func:`evaluate`.
     """
-    few = FewLabels(labels_per_class, label_fraction, seeds)
+    few = LowShot(labels_per_class, label_fraction, seeds)
     settings = {task: _settings(task, options) for task, options in tasks.items()}
     run, place = Path(run).expanduser(), pick_device(device)
     keep_freed_memory(place)
@@ -116,7 +116,7 @@ def _settings(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Protocol:
-    """One pass over the pictures, then every task on every seed's labels, for the encoder and its baselines."""
+    """One pass over the images, then every task on every seed's labels, for the encoder and its baselines."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Protocol:
         train: Source,
         test: Source,
         test_labels: Tensor,
-        few: FewLabels,
+        few: LowShot,
         seed: int,
         precision: str,
         settings: Mapping[str, Mapping[str, Any]],
@@ -138,7 +138,7 @@ class _Protocol:
         if any(task in SWEEPS for task in settings):
             for each, rows in zip(self.seeds, self.rows, strict=True):
                 hold_out(train.labels[rows], HELD_OUT, each)  # that it can be is found out before long work
-        # Only pictures that some seed draws are read.
+        # Only images that some seed draws are read.
         drawn = np.unique(np.concatenate(self.rows))
         self.train = SubsetSource(train, drawn) if few.few else train
         self.rows = [np.searchsorted(drawn, rows) for rows in self.rows]
@@ -205,10 +205,10 @@ class _Protocol:
             if "parts" in takes:
                 own["parts"] = ("raw pixels",) if name == "raw_pixels" else SweepFeatures(self.encoder).parts
             chosen = torch.from_numpy(np.isin(known.rows.numpy(), rows))
-            subset = Features(known.x[chosen], known.labels[chosen], known.rows[chosen], known.bad)
+            subset = Features(known.x[chosen], known.labels[chosen], known.rows[chosen], known.unreadable)
             device = next(self.encoder.parameters()).device
             results.append(TASKS[task](subset if not bool(chosen.all()) else known, asked, device=device, **own))
-        return summarise(results, self.seeds)
+        return summarize(results, self.seeds)
 
     def _describe(self, known: Features, asked: Features) -> dict[str, Any]:
         return {
@@ -217,7 +217,7 @@ class _Protocol:
             "fingerprint": self.fingerprint,
             "num_train": int(np.isin(known.rows.numpy(), self.rows[0]).sum()),  # of the first seed
             "num_test": len(asked.x),
-            "num_bad": len(known.bad) + len(asked.bad),
+            "num_unreadable": len(known.unreadable) + len(asked.unreadable),
             "classes": len(self.train.classes),
         }
 

@@ -27,11 +27,11 @@ from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit, num_
 from dmjd.files import write_text
 from dmjd.nn.modes import evaluating
 
-LOOK_PICTURES = 32  # of the test set, at looks while training
+EVAL_IMAGES = 32  # of the test set, at num_evals while training
 
 INITS = {"result": "pre-trained", "random_init": "from scratch"}
 
-SHOWS = ("pictures", "checkpoint_every", "log_every")  # settings that change no result
+SHOWS = ("num_images", "checkpoint_every", "log_every")  # settings that change no result
 
 _TEST_BATCH = 8
 
@@ -101,13 +101,13 @@ class DenseEvaluation(ABC):
     ) -> None:
         self.config, self.encoder, self.train, self.test = config, encoder, train, test
         self.device, self.precision, self.num_workers, self.seed = device, precision, num_workers, seed
-        self.bad: list[Report] = []
+        self.unreadable: list[Report] = []
         self.console = Console()
 
     @property
     @abstractmethod
     def frame(self) -> tuple[int, int]:
-        """(h, w) of training pictures, divisible by the patch."""
+        """(h, w) of training images, divisible by the patch."""
 
     @abstractmethod
     def build(self, encoder: Encoder) -> Task:
@@ -115,32 +115,32 @@ class DenseEvaluation(ABC):
 
     @abstractmethod
     def augment(self) -> Augmentation:
-        """What is done to a training picture."""
+        """What is done to a training image."""
 
     @abstractmethod
     def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Scores of a task in evaluation mode on test pictures ``rows`` (all)."""
+        """Scores of a task in evaluation mode on test images ``rows`` (all)."""
 
     @abstractmethod
     def draw(self, task: Task, rows: np.ndarray, file: Path) -> None:
-        """A picture of what the task finds in test pictures."""
+        """An image of what the task finds in test images."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What else the result says of the data."""
 
     def read(self, rows: np.ndarray | None) -> Iterator[list[Example]]:
-        """Test pictures, by the batch; those that can't be read are in ``bad`` after a whole pass."""
-        self.bad = []
+        """Test images, by the batch; those that can't be read are in ``bad`` after a whole pass."""
+        self.unreadable = []
         yield from read_examples(
             self.test,  # type: ignore[arg-type]
             batch_size=_TEST_BATCH,
             num_workers=self.num_workers,
             indices=rows,
-            bad=self.bad,
+            unreadable=self.unreadable,
         )
-        if len(self.bad) == (len(self.test) if rows is None else len(rows)) > 0:
-            raise ValueError(f"none of the test pictures can be read; {self.bad[0][0]}: {self.bad[0][1]}")
+        if len(self.unreadable) == (len(self.test) if rows is None else len(rows)) > 0:
+            raise ValueError(f"none of the test images can be read; {self.unreadable[0][0]}: {self.unreadable[0][1]}")
 
     def batches(self, start_step: int, fabric: Fabric) -> Generator[ExampleBatch, None, None]:
         """Micro-batches from a step on; closing the iterator ends its workers."""
@@ -197,7 +197,7 @@ def _greeting(evaluation: DenseEvaluation, steps: int) -> str:
     config, encoder, train, test = evaluation.config, evaluation.encoder, evaluation.train, evaluation.test
     height, width = evaluation.frame
     return (
-        f"{evaluation.name}: {train.name}: {len(train)} pictures, {test.name}: {len(test)}\n"
+        f"{evaluation.name}: {train.name}: {len(train)} images, {test.name}: {len(test)}\n"
         f"  {len(train.classes)} classes: {', '.join(train.classes[:12])}{', ...' * (len(train.classes) > 12)}\n"
         f"  {encoder.name}, trained at {encoder.img_size[0]} x {encoder.img_size[1]}, now in frames of "
         f"{height} x {width}; {steps} steps of {config.batch_size}, twice: with its weights and with random ones"
@@ -230,11 +230,15 @@ def _train_and_test(evaluation: DenseEvaluation, init: str, steps: int, folder: 
     fitted = _fit(evaluation, init, steps, place, identity)
     device = next(fitted.model.parameters()).device
     with evaluating(fitted.model), autocast_for(device, evaluation.precision):
-        if config.pictures:
-            shown = evenly_spaced(len(evaluation.test), config.pictures)
+        if config.num_images:
+            shown = evenly_spaced(len(evaluation.test), config.num_images)
             evaluation.draw(fitted.model, shown, place / "predictions.png")
         result = evaluation.measure(fitted.model)
-    result |= {"steps": fitted.step, "num_bad": len(evaluation.bad), "folder": str(place.relative_to(folder))}
+    result |= {
+        "steps": fitted.step,
+        "num_unreadable": len(evaluation.unreadable),
+        "folder": str(place.relative_to(folder)),
+    }
     write_text(done, json.dumps(result, indent=2) + "\n")
     return result
 
@@ -251,17 +255,17 @@ def _fit(evaluation: DenseEvaluation, init: str, steps: int, place: Path, identi
         clip_grad=config.clip_grad,
         seed=evaluation.seed,
         precision=evaluation.precision,
-        looks=config.looks,
+        num_evals=config.num_evals,
         device=evaluation.device,
         checkpoint_every=config.checkpoint_every,
         log_every=config.log_every,
     )
     task = evaluation.task(init)
-    rows = evenly_spaced(len(evaluation.test), LOOK_PICTURES)
+    rows = evenly_spaced(len(evaluation.test), EVAL_IMAGES)
 
     def look(model: nn.Module) -> dict[str, float]:
         found = evaluation.measure(model, rows)[evaluation.score]  # type: ignore[arg-type]
-        return {evaluation.score: 0.0 if found is None else found}  # None: no object in these few pictures
+        return {evaluation.score: 0.0 if found is None else found}  # None: no object in these few images
 
     # Layer-wise decay presumes that early layers know something: from scratch it is off.
     decay = config.layer_decay if init == "result" else 1.0
@@ -273,7 +277,7 @@ def _fit(evaluation: DenseEvaluation, init: str, steps: int, place: Path, identi
         place,
         validate=look,
         identity=identity,
-        num_pictures=len(evaluation.train),
+        num_images=len(evaluation.train),
         name=f"{evaluation.name}, {INITS[init]}",
         console=evaluation.console,
     )

@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dmjd.config.dense import DetectionConfig
 from dmjd.data.dense_loader import Augmentation, BoxAugment, ExampleBatch
-from dmjd.data.dense_transforms import Placement, boxes_to_picture, fitting, place_picture, scaled
+from dmjd.data.dense_transforms import Placement, boxes_to_image, fitting, place_image, scaled
 from dmjd.data.sources.coco import CocoSource, Instances, find_coco, open_coco
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.loop import Task
@@ -31,7 +31,7 @@ from dmjd.figures.overlays import detection_panels, save_overlays
 
 ANCHOR_SHARE = 1 / 32  # side of the smallest anchors over the longer side of the frame: COCO's 32 of 1024 pixels
 
-ROIS_PER_IMAGE = 128  # proposals of a picture that the box head learns from (Ren et al. 2015)
+ROIS_PER_IMAGE = 128  # proposals of an image that the box head learns from (Ren et al. 2015)
 
 MASK_HEAD = 256  # width of torchvision's mask head
 
@@ -52,7 +52,7 @@ class _Backbone(nn.Module):
         self.autocast = False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """[B, C, H, W] normalised -> name -> [B, dim, h, w]."""
+        """[B, C, H, W] normalized -> name -> [B, dim, h, w]."""
         dtype = torch.get_autocast_dtype(images.device.type)
         with torch.autocast(images.device.type, dtype, enabled=self.autocast):
             maps = self.pyramid(images)
@@ -82,7 +82,7 @@ class DetectionTask(Task):
             _Backbone(Pyramid(encoder, config.freeze), dim),
             image_mean=list(self.preprocess.mean),
             image_std=list(self.preprocess.std),
-            fixed_size=self.frame[::-1],  # pictures come in frames: no resizing, no further padding
+            fixed_size=self.frame[::-1],  # images come in frames: no resizing, no further padding
             size_divisible=1,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
             box_roi_pool=_roi_pool(7),
@@ -127,42 +127,42 @@ def _roi_pool(side: int) -> MultiScaleRoIAlign:
     return MultiScaleRoIAlign(_LEVEL_NAMES, side, 2)
 
 
-def whole(picture: np.ndarray, size: tuple[int, int], frame: tuple[int, int]) -> Placement:
-    """The whole picture, as large as it fits into ``size``, in the upper left of a frame."""
-    sides = (picture.shape[0], picture.shape[1])
+def whole(image: np.ndarray, size: tuple[int, int], frame: tuple[int, int]) -> Placement:
+    """The whole image, as large as it fits into ``size``, in the upper left of a frame."""
+    sides = (image.shape[0], image.shape[1])
     return Placement(sides, scaled(sides, fitting(sides, size)), frame)
 
 
-def predict(task: DetectionTask, pictures: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
-    """Objects in pictures as they are.
+def predict(task: DetectionTask, images: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
+    """Objects in images as they are.
 
     Args:
-        task: in evaluation mode. pictures: [H, W, C] on the 0..255 scale, of any sizes.
+        task: in evaluation mode. images: [H, W, C] on the 0..255 scale, of any sizes.
 
     Returns:
-        for each on the CPU: "boxes" [n, 4] (left, top, right, bottom) in the picture's pixels, "scores" [n], "labels"
+        for each on the CPU: "boxes" [n, 4] (left, top, right, bottom) in the image's pixels, "scores" [n], "labels"
         [n] from 0 and, of Mask R-CNN, "masks" [n, H, W] bool.
     """
     device = next(task.parameters()).device
-    placements = [whole(picture, task.config.size, task.frame) for picture in pictures]
+    placements = [whole(image, task.config.size, task.frame) for image in images]
     fill = fill_of(task.preprocess)
-    frames = [place_picture(p, placement, fill).float() for p, placement in zip(pictures, placements, strict=True)]
+    frames = [place_image(p, placement, fill).float() for p, placement in zip(images, placements, strict=True)]
     results = []
     for found, placement in zip(task.detect(torch.stack(frames).to(device)), placements, strict=True):
         result = {name: value.cpu() for name, value in found.items()}
-        result["boxes"] = boxes_to_picture(result["boxes"], placement)
+        result["boxes"] = boxes_to_image(result["boxes"], placement)
         if "masks" in result:
-            result["masks"] = _masks_to_picture(result["masks"], placement)
+            result["masks"] = _masks_to_image(result["masks"], placement)
         results.append(result)
     return results
 
 
-def _masks_to_picture(masks: Tensor, placement: Placement) -> Tensor:
-    """Shares [n, 1, h, w] in the frame -> [n, H, W] bool in the picture."""
+def _masks_to_image(masks: Tensor, placement: Placement) -> Tensor:
+    """Shares [n, 1, h, w] in the frame -> [n, H, W] bool in the image."""
     if not len(masks):
-        return torch.zeros(0, *placement.picture, dtype=torch.bool)
+        return torch.zeros(0, *placement.image, dtype=torch.bool)
     own = masks[..., : placement.resized[0], : placement.resized[1]]
-    return F.interpolate(own, size=placement.picture, mode="bilinear", align_corners=False)[:, 0] > MASK_THRESHOLD
+    return F.interpolate(own, size=placement.image, mode="bilinear", align_corners=False)[:, 0] > MASK_THRESHOLD
 
 
 class Detection(DenseEvaluation):
@@ -176,8 +176,8 @@ class Detection(DenseEvaluation):
 
     @property
     def masks(self) -> bool:
-        """Whether outlines are learnt and measured."""
-        return self.config.outlines and self.train.has_masks and self.test.has_masks
+        """Whether outlines are learned and measured."""
+        return self.config.instance_masks and self.train.has_masks and self.test.has_masks
 
     @property
     def frame(self) -> tuple[int, int]:
@@ -189,31 +189,31 @@ class Detection(DenseEvaluation):
         return DetectionTask(encoder, self.config, len(self.train.classes), self.masks)
 
     def augment(self) -> Augmentation:
-        """Of training pictures and objects."""
+        """Of training images and objects."""
         config = self.config
         fill = fill_of(known_preprocess(self.encoder))
         return BoxAugment(self.frame, config.size, fill, (config.scale[0], config.scale[1]), config.flip)
 
     def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """COCO's average precision on test pictures ``rows`` (all), in their own pixels."""
+        """COCO's average precision on test images ``rows`` (all), in their own pixels."""
         assert isinstance(task, DetectionTask)
         kinds: Any = ("bbox", "segm") if task.masks else ("bbox",)
         metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, backend="pycocotools")
         for examples in self.read(rows):
-            found = predict(task, [example.picture for example in examples])
+            found = predict(task, [example.image for example in examples])
             metric.update(found, [_truth(example.target) for example in examples])
         values = metric.compute()
         result = average_precisions(values, "bbox_" if task.masks else "", self.train.classes)
         return result | ({"mask": average_precisions(values, "segm_", self.train.classes)} if task.masks else {})
 
     def draw(self, task: Task, rows: np.ndarray, file: Path) -> None:
-        """Pictures, their boxes and what is found."""
+        """Images, their boxes and what is found."""
         assert isinstance(task, DetectionTask)
         panels = []
         for examples in self.read(rows):
-            found = predict(task, [example.picture for example in examples])
+            found = predict(task, [example.image for example in examples])
             sure = [{k: v[one["scores"] >= SHOWN_SCORE] for k, v in one.items()} for one in found]
-            panels += [(e.picture, e.target, one) for e, one in zip(examples, sure, strict=True)]
+            panels += [(e.image, e.target, one) for e, one in zip(examples, sure, strict=True)]
         save_overlays(detection_panels(panels, self.train.classes), file)
 
     def describe(self) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def detection(
         raise ValueError("detection needs pycocotools: pip install 'dmjd[detection]'") from None
     encoder, folder = open_encoder(run, out)
     if data is None:
-        raise ValueError("say which pictures and boxes: --data FOLDER (with train/ and train.json in COCO form)")
+        raise ValueError("say which images and boxes: --data FOLDER (with train/ and train.json in COCO form)")
     if encoder.patch_size & (encoder.patch_size - 1):
         raise ValueError(f"detection needs a patch of 2, 4, 8, 16, ... pixels, {encoder.name} has {encoder.patch_size}")
     preprocess = known_preprocess(encoder)

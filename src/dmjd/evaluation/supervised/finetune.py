@@ -12,25 +12,25 @@ from torch import Tensor, nn
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.cache import evenly_spaced
 from dmjd.data.eval_loader import EvalLoader
-from dmjd.data.labelled_loader import LabelledBatches
+from dmjd.data.labeled_loader import LabeledBatches
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.classifier import CLASSIFIER_FILE, PictureClassifier, classifier_bytes
+from dmjd.encoders.classifier import CLASSIFIER_FILE, ImageClassifier, classifier_bytes
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.engine.loop import Task
-from dmjd.evaluation.low_shot import FewLabels, summarise
+from dmjd.evaluation.low_shot import LowShot, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
 from dmjd.evaluation.setup import config_of, fresh_encoder, given_data, open_sets
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit, num_steps
-from dmjd.figures.confusion import confusion_picture
+from dmjd.figures.confusion import save_confusion_figure
 from dmjd.files import write_bytes, write_text
 
 BEST_FILE = "best.safetensors"  # a classifier like the other
 
-LOOK_PICTURES = 2_000  # of the test set, at looks while training
+EVAL_IMAGES = 2_000  # of the test set, at num_evals while training
 
 MOST_WARMUP = 0.2  # of a run too short for the published five epochs
 
@@ -42,12 +42,12 @@ INITS = {"result": "pre-trained", "random_init": "from scratch"}
 class FinetuneTask(Task):
     """Cross-entropy of a classifier against soft targets."""
 
-    def __init__(self, classifier: PictureClassifier) -> None:
+    def __init__(self, classifier: ImageClassifier) -> None:
         super().__init__()
         self.classifier = classifier
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """(images [b, C, H, W] normalised, targets [b, classes]) -> {"loss"}."""
+        """(images [b, C, H, W] normalized, targets [b, classes]) -> {"loss"}."""
         images, targets = batch
         return {"loss": nn.functional.cross_entropy(self.classifier(images).float(), targets)}
 
@@ -74,7 +74,7 @@ def finetune(
     again, it goes on where it stopped, and what is finished (the random baseline too) is not trained again.
 
     From scratch, only layer-wise decay of the rate is off: it presumes that early layers know something. The result is
-    that of the *last* step. "best" in it was chosen on at most 2,000 test pictures, so it is flattered.
+    that of the *last* step. "best" in it was chosen on at most 2,000 test images, so it is flattered.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``data`` and ``out``.
@@ -91,7 +91,7 @@ def finetune(
         Stopped: after a signal, everything saved.
         ValueError: for anything the caller can mend, before training.
     """
-    few = FewLabels(labels_per_class, label_fraction, seeds)
+    few = LowShot(labels_per_class, label_fraction, seeds)
     run = Path(run).expanduser()
     if out is None and not run.is_dir() and run.exists():
         raise ValueError(f"{run} is a file: say where the classifier goes with --out DIR")
@@ -113,7 +113,7 @@ def finetune(
     write_bytes(classifier, (folder / first["folder"] / CLASSIFIER_FILE).read_bytes())
     result = {
         "task": "finetune",
-        **{init: summarise([_scores_of(r) for r in results], few.seeds_from(seed)) for init, results in found.items()},
+        **{init: summarize([_scores_of(r) for r in results], few.seeds_from(seed)) for init, results in found.items()},
         "configuration": first["configuration"],
         "overrides": given | few.describe() | dict(options) | ({} if precision == "auto" else {"precision": precision}),
         "data": first["data"],
@@ -167,30 +167,30 @@ class _Trainings:
         model = self._classifier(config, init, seed)
         assert self.encoder.preprocess is not None
         classes = len(self.train.classes)
-        batches = LabelledBatches(source, config, self.encoder.preprocess, classes, seed, self.num_workers)
+        batches = LabeledBatches(source, config, self.encoder.preprocess, classes, seed, self.num_workers)
         fitted = self._fit(model, config, source, batches, init, seed, self.folder / place, identity)
-        result = self._verdict(fitted, source, batches.bad.count, keep=init == "result")
+        result = self._verdict(fitted, source, batches.unreadable.count, keep=init == "result")
         result |= {"folder": place, "configuration": identity["configuration"]}
         write_text(done, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(fitted.folder / "checkpoints")  # what is worth keeping has a file of its own
         return result
 
-    def _classifier(self, config: FinetuneConfig, init: str, seed: int) -> PictureClassifier:
+    def _classifier(self, config: FinetuneConfig, init: str, seed: int) -> ImageClassifier:
         assert config.drop_path is not None
         assert config.test_crop is not None
         encoder = fresh_encoder(self.encoder, seed, config.drop_path)
         if init == "result":
             encoder.load_state_dict(self.encoder.state_dict())
-        model = PictureClassifier(encoder, self.train.classes, config.test_crop)
+        model = ImageClassifier(encoder, self.train.classes, config.test_crop)
         model.init_head(seed)
         return model
 
     def _fit(
         self,
-        model: PictureClassifier,
+        model: ImageClassifier,
         config: FinetuneConfig,
         source: Source,
-        batches: LabelledBatches,
+        batches: LabeledBatches,
         init: str,
         seed: int,
         folder: Path,
@@ -212,12 +212,12 @@ class _Trainings:
             ema=config.ema,
             seed=seed,
             precision=self.precision,
-            looks=round(1 / config.eval_every) if config.eval_every else 0,
+            num_evals=round(1 / config.eval_every) if config.eval_every else 0,
             device=self.device,
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
         )
-        rows = evenly_spaced(len(self.test), LOOK_PICTURES)
+        rows = evenly_spaced(len(self.test), EVAL_IMAGES)
         return fit(
             FinetuneTask(model),
             batches,
@@ -226,37 +226,37 @@ class _Trainings:
             folder,
             validate=lambda task: accuracies(self._scores(task, rows)[0]),
             identity=identity,
-            num_pictures=len(source),
+            num_images=len(source),
             name=f"fine-tuning, {INITS[init]}, seed {seed}",
         )
 
     def _scores(self, task: nn.Module, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Rank of the truth, first guess and truth, [n] int64 each, of the readable test pictures ``rows`` (all)."""
+        """Rank of the truth, first guess and truth, [n] int64 each, of the readable test images ``rows`` (all)."""
         model = task.classifier
-        assert isinstance(model, PictureClassifier)
+        assert isinstance(model, ImageClassifier)
         device = model.head.weight.device
         preprocess = model.test_preprocess
         ranks, guesses, truths = [], [], []
         for batch in EvalLoader(self.test, preprocess, num_workers=self.num_workers, indices=rows):
-            images = model.crop(preprocess.normalise(batch.raw.to(device)))
+            images = model.crop(preprocess.normalize(batch.raw.to(device)))
             truth = self.test_labels[batch.index]
             scores = model(images).float().cpu()  # b, classes
             ranks.append(label_ranks(scores, truth))
             guesses.append(scores.argmax(1))
             truths.append(truth)
         if not ranks:
-            raise ValueError(f"none of the {len(self.test)} pictures of {self.test.name} can be read")
+            raise ValueError(f"none of the {len(self.test)} images of {self.test.name} can be read")
         return torch.cat(ranks), torch.cat(guesses), torch.cat(truths)
 
-    def _verdict(self, fitted: FitResult, source: Source, num_bad: int, keep: bool) -> dict[str, Any]:
-        """Last and best model on the whole test set; a picture of confusions and, with ``keep``, the two as files."""
+    def _verdict(self, fitted: FitResult, source: Source, num_unreadable: int, keep: bool) -> dict[str, Any]:
+        """Last and best model on the whole test set; an image of confusions and, with ``keep``, the two as files."""
         model = fitted.model.classifier
-        assert isinstance(model, PictureClassifier)
+        assert isinstance(model, ImageClassifier)
         with fitted.testing():
             ranks, guesses, truths = self._scores(fitted.model)
         if keep:
             write_bytes(fitted.folder / CLASSIFIER_FILE, classifier_bytes(model))
-        confusion_picture(truths, guesses, self.train.classes, fitted.folder / "confusion.png")
+        save_confusion_figure(truths, guesses, self.train.classes, fitted.folder / "confusion.png")
         last = best = accuracies(ranks)
         with fitted.best_weights(), fitted.testing():
             if fitted.best["step"] < fitted.step:  # else it is the last one, which was just tested
@@ -272,7 +272,7 @@ class _Trainings:
                 "fingerprint": data_fingerprint(source, self.test),
                 "num_train": len(source),
                 "num_test": len(ranks),
-                "num_bad": num_bad + len(self.test) - len(ranks),
+                "num_unreadable": num_unreadable + len(self.test) - len(ranks),
                 "classes": len(self.train.classes),
             },
         }

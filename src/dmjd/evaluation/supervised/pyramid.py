@@ -62,14 +62,14 @@ class EncoderMaps(nn.Module):
         return self
 
     def encode(self, images: Tensor, count: int) -> list[Tensor]:
-        """The last ``count`` maps [B, width, h, w] of normalised images [B, C, H, W]."""
+        """The last ``count`` maps [B, width, h, w] of normalized images [B, C, H, W]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.encoder.forward_intermediates(images, indices=count, intermediates_only=True)  # type: ignore[operator]
         return list(maps)
 
 
 class LastMap(EncoderMaps):
-    """The encoder's own last map, normalised."""
+    """The encoder's own last map, normalized."""
 
     def __init__(self, encoder: Encoder, frozen: bool = False) -> None:
         super().__init__(encoder, frozen)
@@ -77,12 +77,12 @@ class LastMap(EncoderMaps):
         self.norm = LayerNorm2d(encoder.embed_dim)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, C, H, W] normalised -> one map [B, D, h, w]."""
+        """[B, C, H, W] normalized -> one map [B, D, h, w]."""
         return [self.norm(self.encode(images, 1)[0])]
 
 
 class Pyramid(EncoderMaps):
-    """Four normalised maps, each half as fine as the one before; see :func:`strides_of`."""
+    """Four normalized maps, each half as fine as the one before; see :func:`strides_of`."""
 
     def __init__(self, encoder: Encoder, frozen: bool = False) -> None:
         super().__init__(encoder, frozen)
@@ -96,7 +96,7 @@ class Pyramid(EncoderMaps):
         self.norms = nn.ModuleList(LayerNorm2d(width) for width in self.widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, C, H, W] normalised, sides divisible by the patch -> four maps [B, width, H / stride, W / stride]."""
+        """[B, C, H, W] normalized, sides divisible by the patch -> four maps [B, width, H / stride, W / stride]."""
         maps = self.encode(images, 1 + len(self.encoder.scales))
         maps += [maps[-1]] * (LEVELS - len(maps))
         resized = (resize(x) for resize, x in zip(self.resize, maps, strict=True))
@@ -152,7 +152,7 @@ class UPerNet(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """One linear layer on the encoder's own last map: what the features hold, and little learnt besides.
+    """One linear layer on the encoder's own last map: what the features hold, and little learned besides.
 
     Args:
         width: of the map. num_classes: K.

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from dmjd.config.dense import SegmentationConfig
 from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, MaskAugment
-from dmjd.data.dense_transforms import IGNORE, Placement, covering, place_picture, scaled
+from dmjd.data.dense_transforms import IGNORE, Placement, covering, place_image, scaled
 from dmjd.data.sources.segmentation_masks import (
     SegmentationSource,
     has_segmentation_split,
@@ -33,7 +33,7 @@ _WINDOWS_AT_ONCE = 8
 
 
 class SegmentationTask(Task):
-    """Encoder, decoder and cross-entropy over the labelled pixels.
+    """Encoder, decoder and cross-entropy over the labeled pixels.
 
     Args:
         encoder: for the frame's size. config: resolved. num_classes: K.
@@ -57,51 +57,51 @@ class SegmentationTask(Task):
 
     def logits(self, images: Tensor) -> Tensor:
         """[B, C, H, W] on the 0..255 scale, sides divisible by the patch -> [B, K, H, W] float32."""
-        logits = self.decoder(self.maps(self.preprocess.normalise(images))).float()
+        logits = self.decoder(self.maps(self.preprocess.normalize(images))).float()
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
     def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
-        """{"loss"}: mean over the labelled pixels; 0 where a batch has none."""
+        """{"loss"}: mean over the labeled pixels; 0 where a batch has none."""
         target = batch.targets.long()
         total = F.cross_entropy(self.logits(batch.images), target, ignore_index=IGNORE, reduction="sum")
         return {"loss": total / (target != IGNORE).sum().clamp(min=1)}
 
 
-def predict(task: SegmentationTask, pictures: Sequence[np.ndarray]) -> list[Tensor]:
-    """The class of every pixel of pictures as they are.
+def predict(task: SegmentationTask, images: Sequence[np.ndarray]) -> list[Tensor]:
+    """The class of every pixel of images as they are.
 
-    A picture is resized to cover ``config.covered``, filled up to what the patch divides, and the scores of the
-    picture's own part are resized back: what was filled up touches no result.
+    An image is resized to cover ``config.covered``, filled up to what the patch divides, and the scores of the
+    image's own part are resized back: what was filled up touches no result.
 
     Args:
-        task: in evaluation mode. pictures: [H, W, C] on the 0..255 scale, of any sizes.
+        task: in evaluation mode. images: [H, W, C] on the 0..255 scale, of any sizes.
 
     Returns:
         [H, W] int64 each, on the task's device.
     """
     device = next(task.parameters()).device
-    placements = [_whole(picture, task) for picture in pictures]
-    images = [
-        place_picture(picture, placement, fill_of(task.preprocess)).float()
-        for picture, placement in zip(pictures, placements, strict=True)
+    placements = [_whole(image, task) for image in images]
+    canvases = [
+        place_image(image, placement, fill_of(task.preprocess)).float()
+        for image, placement in zip(images, placements, strict=True)
     ]
-    logits: list[Tensor | None] = [None] * len(images)
-    for shape in {image.shape for image in images}:  # those of one shape go together
-        rows = [i for i, image in enumerate(images) if image.shape == shape]
-        together = torch.stack([images[i] for i in rows]).to(device)
+    logits: list[Tensor | None] = [None] * len(canvases)
+    for shape in {canvas.shape for canvas in canvases}:  # those of one shape go together
+        rows = [i for i, canvas in enumerate(canvases) if canvas.shape == shape]
+        together = torch.stack([canvases[i] for i in rows]).to(device)
         for i, one in zip(rows, _scores(task, together), strict=True):
             logits[i] = one
     found = []
     for one, placement in zip(logits, placements, strict=True):
         assert one is not None
         own = one[None, :, : placement.resized[0], : placement.resized[1]]
-        found.append(F.interpolate(own, size=placement.picture, mode="bilinear", align_corners=False)[0].argmax(0))
+        found.append(F.interpolate(own, size=placement.image, mode="bilinear", align_corners=False)[0].argmax(0))
     return found
 
 
-def _whole(picture: np.ndarray, task: SegmentationTask) -> Placement:
-    """The whole picture at the size it is tested at, in a frame that the patch (and a window) fits into."""
-    size, config, patch = (picture.shape[0], picture.shape[1]), task.config, _patch(task)
+def _whole(image: np.ndarray, task: SegmentationTask) -> Placement:
+    """The whole image at the size it is tested at, in a frame that the patch (and a window) fits into."""
+    size, config, patch = (image.shape[0], image.shape[1]), task.config, _patch(task)
     resized = scaled(size, covering(size, config.covered))
     frame = rounded_up(resized, patch)
     if config.inference == "slide":
@@ -141,7 +141,7 @@ def starts(length: int, window: int) -> list[int]:
 
 
 def fill_of(preprocess: Preprocess) -> tuple[float, ...]:
-    """What a frame shows where there is no picture, per channel on the 0..255 scale: 0 once it is normalised."""
+    """What a frame shows where there is no image, per channel on the 0..255 scale: 0 once it is normalized."""
     return tuple(255 * mean for mean in preprocess.mean)
 
 
@@ -164,31 +164,31 @@ class Segmentation(DenseEvaluation):
         return SegmentationTask(encoder, self.config, len(self.train.classes))
 
     def augment(self) -> Augmentation:
-        """Of training pictures and masks."""
+        """Of training images and masks."""
         config = self.config
         scale = (config.scale[0], config.scale[1])
         fill = fill_of(known_preprocess(self.encoder))
-        return MaskAugment(self.frame, config.covered, fill, scale, config.flip, config.colours)
+        return MaskAugment(self.frame, config.covered, fill, scale, config.flip, config.color_jitter)
 
     def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Scores on test pictures ``rows`` (all), at their own size."""
+        """Scores on test images ``rows`` (all), at their own size."""
         assert isinstance(task, SegmentationTask)
         metric = MulticlassConfusionMatrix(len(self.train.classes), ignore_index=IGNORE, validate_args=False)
         for examples in self.read(rows):
-            found = predict(task, [example.picture for example in examples])
+            found = predict(task, [example.image for example in examples])
             for example, classes in zip(examples, found, strict=True):
                 metric.update(classes.cpu(), torch.from_numpy(example.target).long())
         confusion = metric.compute()
         if int(confusion.sum()) == 0:
-            raise ValueError(f"no pixel of the pictures of {self.test.name} has a label")
+            raise ValueError(f"no pixel of the images of {self.test.name} has a label")
         return iou_scores(confusion, self.train.classes)
 
     def draw(self, task: Task, rows: np.ndarray, file: Path) -> None:
-        """Pictures, their masks and what is found."""
+        """Images, their masks and what is found."""
         assert isinstance(task, SegmentationTask)
         panels = []
         for examples in self.read(rows):
-            found = predict(task, [example.picture for example in examples])
+            found = predict(task, [example.image for example in examples])
             panels += [_panel(example, classes) for example, classes in zip(examples, found, strict=True)]
         save_overlays(segmentation_panels(panels, self.train.classes), file)
 
@@ -200,7 +200,7 @@ class Segmentation(DenseEvaluation):
 
 
 def _panel(example: Example, classes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return example.picture, example.target, classes.cpu().numpy()
+    return example.image, example.target, classes.cpu().numpy()
 
 
 def segmentation(
@@ -240,7 +240,7 @@ def segmentation(
     config = SegmentationConfig.of("segmentation", options)
     encoder, folder = open_encoder(run, out)
     if data is None:
-        raise ValueError("say which pictures and masks: --data FOLDER (with train/images and train/masks)")
+        raise ValueError("say which images and masks: --data FOLDER (with train/images and train/masks)")
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
     train = open_segmentation(data, "train", **reading)

@@ -57,12 +57,12 @@ class FitSettings:
     """How a supervised evaluation is trained.
 
     Attributes:
-        steps: optimizer steps. batch_size: pictures of a step, over all processes and ``accumulate`` micro-batches.
+        steps: optimizer steps. batch_size: images of a step, over all processes and ``accumulate`` micro-batches.
         lr: peak rate, of groups whose ``lr_scale`` is 1. min_lr: what half a cosine ends at.
         warmup: share of the run with a rising rate. clip_grad: largest gradient norm, or None.
         ema: decay of a moving average of the weights, warmed up; it is then what is validated and saved. None: none.
         seed: of dropout and stochastic depth. precision: "auto", "fp32", "bf16" or "fp16".
-        looks: validations in a run, evenly spaced, besides the last one at its end.
+        num_evals: validations in a run, evenly spaced, besides the last one at its end.
         device: "auto", "cpu" or "cuda". checkpoint_every, log_every: steps. These three may change on resume.
 
     Raises:
@@ -79,7 +79,7 @@ class FitSettings:
     ema: float | None = None
     seed: int = 0
     precision: str = "auto"
-    looks: int = 10
+    num_evals: int = 10
     device: str = "auto"
     checkpoint_every: int = 500
     log_every: int = 20
@@ -94,8 +94,8 @@ class FitSettings:
             raise ValueError(f"warmup must be a share between 0 and 1, got {self.warmup}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must lie between 0 and 1 (both excluded), got {self.ema}")
-        if self.looks < 0:
-            raise ValueError(f"looks must be at least 0, got {self.looks}")
+        if self.num_evals < 0:
+            raise ValueError(f"num_evals must be at least 0, got {self.num_evals}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
 
@@ -139,7 +139,7 @@ class FitResult:
             self.model.load_state_dict(last)
 
 
-def num_steps(epochs: float | None, steps: int | None, num_pictures: int, batch_size: int) -> int:
+def num_steps(epochs: float | None, steps: int | None, num_images: int, batch_size: int) -> int:
     """Optimizer steps of a duration.
 
     Raises:
@@ -151,7 +151,7 @@ def num_steps(epochs: float | None, steps: int | None, num_pictures: int, batch_
     assert value is not None
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{'epochs' if epochs is not None else 'steps'} must be greater than 0, got {value}")
-    return math.ceil(value * num_pictures / batch_size) if epochs is not None else int(value)
+    return math.ceil(value * num_images / batch_size) if epochs is not None else int(value)
 
 
 def fit(
@@ -163,7 +163,7 @@ def fit(
     *,
     validate: Validate,
     identity: Mapping[str, Any],
-    num_pictures: int,
+    num_images: int,
     name: str = "training",
     console: Console | None = None,
 ) -> FitResult:
@@ -172,14 +172,14 @@ def fit(
     On CPU a training that was interrupted and resumed ends with the same bits as one that was not.
 
     Args:
-        task: gives the loss; initialised the same way at every call.
+        task: gives the loss; initialized the same way at every call.
         batches: where its batches come from.
         groups: parameter groups with "params", "weight_decay" and, for layer-wise decay, "lr_scale".
         settings: of the training.
         folder: its own folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, a lock.
-        validate: scores of the model, larger is better; its pictures may be a part of those of the final verdict.
+        validate: scores of the model, larger is better; its images may be a part of those of the final verdict.
         identity: what else the training depends on (data fingerprint, initial weights, task settings), as JSON types.
-        num_pictures: of the training set, to count epochs. name: what messages call it.
+        num_images: of the training set, to count epochs. name: what messages call it.
 
     Raises:
         Stopped: after SIGTERM or Ctrl-C, everything saved.
@@ -194,7 +194,7 @@ def fit(
     place = RunFolder(folder)
     try:
         _settle(place, {"settings": settings.identity()} | dict(identity))
-        return _Fit(task, batches, groups, settings, place, validate, num_pictures, name, fabric, console).run()
+        return _Fit(task, batches, groups, settings, place, validate, num_images, name, fabric, console).run()
     finally:
         console.close()
         place.close()
@@ -222,13 +222,13 @@ class _Fit:
         settings: FitSettings,
         folder: RunFolder,
         validate: Validate,
-        num_pictures: int,
+        num_images: int,
         name: str,
         fabric: Fabric,
         console: Console,
     ) -> None:
         self.task, self.batches, self.settings, self.folder = task, batches, settings, folder
-        self.validate, self.num_pictures, self.name = validate, num_pictures, name
+        self.validate, self.num_images, self.name = validate, num_images, name
         self.fabric, self.console = fabric, console
         optimizer = torch.optim.AdamW(list(groups), lr=0.0, betas=BETAS, fused=True)
         self.engine = Engine(
@@ -260,31 +260,31 @@ class _Fit:
             self.console.warn(f"{problem}; going on from an older one")
         if checkpoint is not None:
             self._restore(checkpoint)
-        if self.engine.progress.step < self.settings.steps:
+        if self.engine.state.step < self.settings.steps:
             if checkpoint is not None:
-                self.console.say(f"{self.name}: resumed at step {self.engine.progress.step}")
+                self.console.say(f"{self.name}: resumed at step {self.engine.state.step}")
             self._train()
-        return FitResult(self.model, self.scores, self.best, self.engine.progress.step, self.folder.path, self.fabric)
+        return FitResult(self.model, self.scores, self.best, self.engine.state.step, self.folder.path, self.fabric)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.scores, self.best = checkpoint.state["scores"], checkpoint.state["best"]
         if checkpoint.path.name == FINAL:  # finished: it holds the model to use and nothing to go on with
-            self.engine.load_state(checkpoint.state)
+            self.engine.load_state_dict(checkpoint.state)
             self.model.load_state_dict(checkpoint.part("model"))
             return
         self.task.load_state_dict(checkpoint.part("model"))
         load_optimizer_tensors(self.engine.optimizer, checkpoint.part("optimizer"))
         if self.ema is not None:
             self.ema.module.load_state_dict(checkpoint.part("ema"))
-        self.engine.load_state(checkpoint.state)
+        self.engine.load_state_dict(checkpoint.state)
 
     def _train(self) -> None:
-        self.folder.cut_metrics(self.engine.progress.step)
+        self.folder.cut_metrics(self.engine.state.step)
         hooks: list[Hook] = [self._log, self._look, self._save]
         if self.ema is not None:
             hooks.insert(0, self._average)
         with StopSignal() as stop:
-            batches = self.batches(self.engine.progress.step, self.fabric)
+            batches = self.batches(self.engine.state.step, self.fabric)
             try:
                 finished = self.engine.run(batches, hooks, stop)
             finally:
@@ -293,26 +293,26 @@ class _Fit:
             self._finish()
         else:
             self._checkpoint()
-            step = self.engine.progress.step
+            step = self.engine.state.step
             self.console.say(f"{self.name}: stopped at step {step}, saved; the same command goes on from there")
             raise Stopped
 
     def _average(self, report: Report) -> None:
         assert self.ema is not None
-        self.ema.update(self.task, report.progress.step)
+        self.ema.update(self.task, report.state.step)
 
     def _log(self, report: Report) -> None:
         if report.scalars is None:
             return
-        progress = report.progress
-        epoch = progress.images / self.num_pictures
+        progress = report.state
+        epoch = progress.images / self.num_images
         self.folder.log({"step": progress.step, "epoch": epoch, "seconds": progress.seconds} | report.scalars)
-        self.console.progress(report.share, progress.step, epoch, progress.seconds, report.scalars)
+        self.console.progress(report.progress, progress.step, epoch, progress.seconds, report.scalars)
 
     def _look(self, report: Report) -> None:
         """Validate where it is due: as often as asked for, at places that follow from the step alone."""
-        step, total, looks = report.progress.step, self.settings.steps, self.settings.looks
-        if step < total and step * looks // total == (step - 1) * looks // total:
+        step, total, num_evals = report.state.step, self.settings.steps, self.settings.num_evals
+        if step < total and step * num_evals // total == (step - 1) * num_evals // total:
             return
         self.engine.check_finite()
         with evaluating(self.model), self.fabric.autocast():
@@ -326,14 +326,14 @@ class _Fit:
         self.console.say(f"{self.name}, step {step} of {total}: {shown}")
 
     def _save(self, report: Report) -> None:
-        if report.progress.step % self.settings.checkpoint_every == 0 and report.share < 1.0:
+        if report.state.step % self.settings.checkpoint_every == 0 and report.progress < 1.0:
             self._checkpoint()
 
     def _weights(self, part: str, module: nn.Module) -> dict[str, torch.Tensor]:
         return {f"{part}.{key}": value for key, value in module.state_dict().items()}
 
     def _state(self) -> dict[str, Any]:
-        return self.engine.state() | {"scores": self.scores, "best": self.best}
+        return self.engine.state_dict() | {"scores": self.scores, "best": self.best}
 
     def _checkpoint(self) -> None:
         """Everything to go on with; never when the weights may be spoilt."""
@@ -342,11 +342,11 @@ class _Fit:
         tensors |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.engine.optimizer).items()}
         if self.ema is not None:
             tensors |= self._weights("ema", self.ema.module)
-        self.folder.save(self.engine.progress.step, tensors, self._state())
+        self.folder.save(self.engine.state.step, tensors, self._state())
 
     def _finish(self) -> None:
         """The last model in place of the step checkpoints, which nothing needs any more."""
         self.engine.check_finite()
-        self.folder.save(self.engine.progress.step, self._weights("model", self.model), self._state(), final=True)
+        self.folder.save(self.engine.state.step, self._weights("model", self.model), self._state(), final=True)
         for file in self.folder.files():
             file.unlink()

@@ -1,6 +1,6 @@
-"""Pictures and those that an encoder finds most like them.
+"""Images and those that an encoder finds most like them.
 
-Shapes: n candidate pictures, D width of a feature.
+Shapes: n candidate images, D width of a feature.
 """
 
 import numpy as np
@@ -14,21 +14,21 @@ from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.figures.grid import Columns, sheet
-from dmjd.figures.render import picture_rgb
+from dmjd.figures.render import to_rgb
 from dmjd.nn.modes import evaluating
 
-NUM_NEIGHBOURS = 7
+NUM_NEIGHBORS = 7
 
-SAME, OTHER = "#2a9d3a", "#d1495b"  # frames of neighbours of the query's class and of others
+SAME, OTHER = "#2a9d3a", "#d1495b"  # frames of neighbors of the query's class and of others
 
-_MOST_LETTERS = 12  # of a class name below a picture
+_MOST_LETTERS = 12  # of a class name below an image
 
 
 def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The most similar candidates of some of them, themselves left out.
 
     Args:
-        features: [n, D]. queries: [q] int64 rows. count: how many neighbours; at most n - 1.
+        features: [n, D]. queries: [q] int64 rows. count: how many neighbors; at most n - 1.
 
     Returns:
         cosines [q, count], descending, and rows [q, count] int64.
@@ -40,30 +40,30 @@ def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tens
     return best.values, best.indices
 
 
-def neighbours_figure(
+def neighbors_figure(
     encoder: Encoder, source: Source, *, num_images: int = 4, num_candidates: int = 2000, seed: int = 0
 ) -> Figure:
-    """Queries in the first column, each with its nearest pictures by cosine of pooled features.
+    """Queries in the first column, each with its nearest images by cosine of pooled features.
 
     Args:
-        encoder: whose ``preprocess`` is set; left as it was. source: the pictures; with labels, frames tell whether
-            a neighbour has the query's class.
-        num_images: queries. num_candidates: how many pictures are searched, evenly spaced over the set.
+        encoder: whose ``preprocess`` is set; left as it was. source: the images; with labels, frames tell whether
+            a neighbor has the query's class.
+        num_images: queries. num_candidates: how many images are searched, evenly spaced over the set.
         seed: of the choice of queries.
 
     Raises:
-        ValueError: if fewer than two pictures can be read.
+        ValueError: if fewer than two images can be read.
     """
     count = min(len(source), num_candidates)
     features, places = _features(encoder, source, np.arange(count) * len(source) // count)
     if len(places) < 2:
-        raise ValueError(f"{source.name} has fewer than two readable pictures: there are no neighbours to show")
+        raise ValueError(f"{source.name} has fewer than two readable images: there are no neighbors to show")
     queries = torch.from_numpy(np.random.default_rng(seed).permutation(len(places))[:num_images].copy())
-    cosines, rows = nearest(features, queries, min(NUM_NEIGHBOURS, len(places) - 1))
+    cosines, rows = nearest(features, queries, min(NUM_NEIGHBORS, len(places) - 1))
     shown = places[torch.cat([queries.unsqueeze(1), rows], dim=1)]  # q, 1 + k
-    pictures = read_all(source, known_preprocess(encoder), shown.flatten().numpy(), num_workers=0)
-    rgb = picture_rgb(pictures.raw).unflatten(0, shown.shape)  # q, 1 + k, H, W, 3
-    columns: Columns = {"query" if i == 0 else f"neighbour {i}": list(rgb[:, i]) for i in range(rgb.shape[1])}
+    images = read_all(source, known_preprocess(encoder), shown.flatten().numpy(), num_workers=0)
+    rgb = to_rgb(images.raw).unflatten(0, shown.shape)  # q, 1 + k, H, W, 3
+    columns: Columns = {"query" if i == 0 else f"neighbor {i}": list(rgb[:, i]) for i in range(rgb.shape[1])}
     figure = sheet(columns, [""] * len(queries), _note(source, len(places)))
     axes = np.array(figure.axes).reshape(tuple(shown.shape))
     for row, (panels, ids, cosine) in enumerate(zip(axes, shown.numpy(), cosines.tolist(), strict=True)):
@@ -76,12 +76,12 @@ def neighbours_figure(
 
 
 def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Pooled features [n, D] of the readable pictures among ``indices`` and their places [n] in the set."""
+    """Pooled features [n, D] of the readable images among ``indices`` and their places [n] in the set."""
     preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
     features, places = [torch.empty(0, encoder.embed_dim)], [torch.empty(0, dtype=torch.int64)]
     with evaluating(encoder):
         for batch in EvalLoader(source, preprocess, batch_size=64, indices=indices):
-            images = preprocess.normalise(batch.raw.to(device))
+            images = preprocess.normalize(batch.raw.to(device))
             features.append(encoder.pool(encoder(images)).cpu())
             places.append(batch.index)
     return torch.cat(features), torch.cat(places)
@@ -95,10 +95,10 @@ def _label(axes: Axes, text: str) -> None:
     axes.set_xlabel(text, fontsize=8, labelpad=3)
 
 
-def _frame(axes: Axes, colour: str) -> None:
-    axes.spines[:].set(visible=True, color=colour, linewidth=2.5)
+def _frame(axes: Axes, color: str) -> None:
+    axes.spines[:].set(visible=True, color=color, linewidth=2.5)
 
 
 def _note(source: Source, num_candidates: int) -> str:
     frames = " Green frame: the query's class; red: another." if source.labels is not None else ""
-    return f"Nearest of {num_candidates} pictures by cosine similarity (the numbers) of pooled features.{frames}"
+    return f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features.{frames}"

@@ -1,6 +1,6 @@
-"""Labelled training batches of a classifier: crops, RandAugment, erasing, mixing; functions of a picture's key.
+"""Labeled training batches of a classifier: crops, RandAugment, erasing, mixing; functions of an image's key.
 
-timm's augmentations draw from the global generators of Python, NumPy and torch. Here these are seeded for each picture
+timm's augmentations draw from the global generators of Python, NumPy and torch. Here these are seeded for each image
 and put back afterwards, so a batch follows from its step alone, whatever ran before and in whichever process.
 """
 
@@ -26,17 +26,17 @@ from dmjd.data.cache import load_to_memory
 from dmjd.data.sources.base import Source
 from dmjd.data.train_loader import Augment, Stream
 from dmjd.data.transforms import crop_resize
-from dmjd.data.unreadable import BadPictures, Report, read_or_replace
+from dmjd.data.unreadable import Report, UnreadableImages, read_or_replace
 from dmjd.data.workers import auto_workers, read_batches
-from dmjd.images.decoding import BadPicture
+from dmjd.images.decoding import UnreadableImage
 from dmjd.images.preprocess import Preprocess
 from dmjd.rng import STREAM_AUGMENT, STREAM_MIX, hash64
 
-_MOST_PIXELS_IN_MEMORY = 96 * 96  # larger pictures take longer to augment than to hand over from workers
+_MOST_PIXELS_IN_MEMORY = 96 * 96  # larger images take longer to augment than to hand over from workers
 
 _MOST_MAGNITUDE = 9.99  # at 10 timm asks for 0 bits a channel, which Pillow refuses
 
-_PIL_CHANNELS = {1: "L", 3: "RGB"}  # of 8-bit pictures; RandAugment's colour operations know no others
+_PIL_CHANNELS = {1: "L", 3: "RGB"}  # of 8-bit images; RandAugment's color operations know no others
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def seeded(key: int) -> Iterator[None]:
 
 
 class Augmentation:
-    """What is done to one picture besides crop and flip, as :class:`FinetuneConfig` says.
+    """What is done to one image besides crop and flip, as :class:`FinetuneConfig` says.
 
     Args:
         config: resolved. preprocess: of the encoder.
@@ -66,9 +66,9 @@ class Augmentation:
         self.preprocess = preprocess
         self.draw = Augment(preprocess.img_size, (config.crop_scale[0], config.crop_scale[1]), config.flip).draw
         self.mode = _PIL_CHANNELS.get(preprocess.in_chans)
-        grey = tuple(round(255 * m) for m in preprocess.mean)
+        gray = tuple(round(255 * m) for m in preprocess.mean)
         hparams = {
-            "img_mean": grey[0] if self.mode == "L" else grey,
+            "img_mean": gray[0] if self.mode == "L" else gray,
             "translate_const": int(0.45 * min(preprocess.img_size)),
             "interpolation": Image.Resampling.BICUBIC,
             "magnitude_max": _MOST_MAGNITUDE,
@@ -79,19 +79,19 @@ class Augmentation:
             self._rand_augment = rand_augment_transform(text, hparams)
         self._erase = RandomErasing(config.erase, mode="pixel", device="cpu") if config.erase else None
 
-    def __call__(self, picture: np.ndarray, box: list[float], mirrored: bool, key: int) -> Tensor:
-        """[H, W, C] uint8 or float32 -> normalised [C, h, w] float32.
+    def __call__(self, image: np.ndarray, box: list[float], mirrored: bool, key: int) -> Tensor:
+        """[H, W, C] uint8 or float32 -> normalized [C, h, w] float32.
 
-        Pictures that are not 8-bit, or of other than 1 or 3 channels, are cropped, flipped and erased only.
+        Images that are not 8-bit, or of other than 1 or 3 channels, are cropped, flipped and erased only.
         """
-        image = crop_resize(picture, box, self.preprocess.img_size, mirrored)  # C, h, w
+        crop = crop_resize(image, box, self.preprocess.img_size, mirrored)  # C, h, w
         with seeded(int(hash64(STREAM_AUGMENT, key)) & (2**63 - 1)):
-            if self._rand_augment is not None and image.dtype == torch.uint8:
-                image = self._colours(image)
-            normalised = self.preprocess.normalise(image[None].float())[0]
-            return normalised if self._erase is None else self._erase(normalised)
+            if self._rand_augment is not None and crop.dtype == torch.uint8:
+                crop = self._colors(crop)
+            normalized = self.preprocess.normalize(crop[None].float())[0]
+            return normalized if self._erase is None else self._erase(normalized)
 
-    def _colours(self, image: Tensor) -> Tensor:
+    def _colors(self, image: Tensor) -> Tensor:
         assert self._rand_augment is not None
         array = image.permute(1, 2, 0).numpy()
         pil = Image.fromarray(array[:, :, 0] if self.mode == "L" else array)
@@ -100,48 +100,48 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class _LabelledCrops:
+class _LabeledCrops:
     """What a worker does with the sample numbers of a micro-batch."""
 
     source: Source
-    pictures: np.ndarray | None  # n, H, W, C: the decoded set, where it is held in memory
+    images: np.ndarray | None  # n, H, W, C: the decoded set, where it is held in memory
     stream: Stream
     augmentation: Augmentation
 
-    def __getitems__(self, samples: range) -> tuple[Tensor, Tensor, list[Report]] | BadPicture:
+    def __getitems__(self, samples: range) -> tuple[Tensor, Tensor, list[Report]] | UnreadableImage:
         """Images [b, C, h, w], labels [b] and reports; a fatal error is returned, as one raised would lose its type."""
         indices, keys = self.stream.draw(samples)
-        bad: list[Report] = []
-        pictures, labels = [], []
+        unreadable: list[Report] = []
+        images, labels = [], []
         assert self.source.labels is not None
         for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
             try:
-                (picture, place), reports = read_or_replace(self._read, index, key, self.stream.length)
-            except BadPicture as error:
+                (image, place), reports = read_or_replace(self._read, index, key, self.stream.length)
+            except UnreadableImage as error:
                 return error
-            bad += reports
-            pictures.append(picture)
+            unreadable += reports
+            images.append(image)
             labels.append(int(self.source.labels[place]))
-        sides = torch.tensor([picture.shape[:2] for picture in pictures])
+        sides = torch.tensor([image.shape[:2] for image in images])
         boxes, mirrored = self.augmentation.draw(keys, sides)
-        crops = map(self.augmentation, pictures, boxes.tolist(), mirrored.tolist(), keys.tolist())
-        return torch.stack(list(crops)), torch.tensor(labels), bad
+        crops = map(self.augmentation, images, boxes.tolist(), mirrored.tolist(), keys.tolist())
+        return torch.stack(list(crops)), torch.tensor(labels), unreadable
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
-        """The picture and its place, for its label: of a replacement both change."""
-        return (self.source.read(index) if self.pictures is None else self.pictures[index]), index
+        """The image and its place, for its label: of a replacement both change."""
+        return (self.source.read(index) if self.images is None else self.images[index]), index
 
 
-class LabelledBatches:
-    """Endless batches (images [b, C, h, w] normalised, targets [b, classes]) on the device, from any step on.
+class LabeledBatches:
+    """Endless batches (images [b, C, h, w] normalized, targets [b, classes]) on the device, from any step on.
 
     Args:
-        source: labelled. config: resolved. preprocess: of the encoder. num_classes: classes.
-        seed: of order and augmentation. num_workers: reading processes; None: by the machine, none for small pictures
+        source: labeled. config: resolved. preprocess: of the encoder. num_classes: classes.
+        seed: of order and augmentation. num_workers: reading processes; None: by the machine, none for small images
             that fit into memory.
 
     Attributes:
-        bad: pictures found unreadable, each named once in a warning.
+        bad: images found unreadable, each named once in a warning.
 
     Raises:
         ValueError: for a batch that can't be shared out to ``accumulate``, or to pairs for mixing.
@@ -159,14 +159,14 @@ class LabelledBatches:
         self.source, self.config, self.seed, self.num_workers = source, config, seed, num_workers
         self.num_classes = num_classes
         self.augmentation = Augmentation(config, preprocess)
-        self.bad = BadPictures()
+        self.unreadable = UnreadableImages()
         self._mix = None
         assert config.batch_size is not None
         self._stream = Stream(len(source), config.batch_size, config.accumulate, seed)
         if config.mixup or config.cutmix:
             if config.batch_size // config.accumulate % 2:
                 raise ValueError(
-                    f"mixup and cutmix lay pictures together in pairs: batch_size {config.batch_size} over accumulate "
+                    f"mixup and cutmix lay images together in pairs: batch_size {config.batch_size} over accumulate "
                     f"{config.accumulate} must be even, or both off (--mixup 0 --cutmix 0)"
                 )
             self._mix = Mixup(
@@ -180,24 +180,24 @@ class LabelledBatches:
     def __call__(self, start_step: int, fabric: Fabric) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Micro-batches from a step on; closing the iterator ends its workers."""
         memory = load_to_memory(self.source, _MOST_PIXELS_IN_MEMORY)
-        held = memory.pictures.permute(0, 2, 3, 1).numpy() if memory is not None and not memory.bad else None
-        crops = _LabelledCrops(self.source, held, self._stream, self.augmentation)
+        held = memory.images.permute(0, 2, 3, 1).numpy() if memory is not None and not memory.unreadable else None
+        crops = _LabeledCrops(self.source, held, self._stream, self.augmentation)
         workers = self.num_workers if self.num_workers is not None else 0 if held is not None else auto_workers()
         results = read_batches(crops, self._stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
         try:
             for number, result in zip(itertools.count(start_step * self.config.accumulate), results, strict=False):
-                if isinstance(result, BadPicture):
+                if isinstance(result, UnreadableImage):
                     raise result
-                images, labels, bad = result
-                for name, reason in self.bad.add(bad):
-                    warnings.warn(f"unreadable, another picture takes its place: {name}: {reason}", stacklevel=2)
+                images, labels, unreadable = result
+                for name, reason in self.unreadable.add(unreadable):
+                    warnings.warn(f"unreadable, another image takes its place: {name}: {reason}", stacklevel=2)
                 images, labels = (x.to(fabric.device, non_blocking=True) for x in (images, labels))
                 yield self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
         finally:
             results.close()  # type: ignore[attr-defined]
 
     def _mixed(self, images: Tensor, labels: Tensor, key: int) -> tuple[Tensor, Tensor]:
-        """Images and soft targets [b, classes], two pictures of the batch laid together where that is on."""
+        """Images and soft targets [b, classes], two images of the batch laid together where that is on."""
         if self._mix is not None:
             with seeded(key):
                 return self._mix(images, labels)
