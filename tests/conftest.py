@@ -1,8 +1,6 @@
 """Shared pieces: a folder of images, tiny settings, and the command line run as a user runs it."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,51 +10,6 @@ from PIL import Image
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the processes the tests start
 torch.set_num_threads(2)
-
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-# A model and a run of a second or two, as flags.
-TINY = [
-    "--encoder",
-    "vit_tiny_patch8",
-    "--embed-dim",
-    "32",
-    "--depth",
-    "2",
-    "--num-heads",
-    "2",
-    "--img-size",
-    "32",
-    "--decoder-dim",
-    "32",
-    "--decoder-depth",
-    "1",
-    "--decoder-heads",
-    "2",
-    "--block-size",
-    "1",
-    "--log-every",
-    "1",
-    "--eval-every",
-    "0",
-    "--no-final-eval",
-    "--device",
-    "cpu",
-]
-
-
-def dmjd(*arguments: object, check: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
-    """``dmjd ...`` in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-m", "dmjd", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    if check:
-        assert result.returncode == 0, result.stderr
-    return result
 
 
 @pytest.fixture(scope="session")

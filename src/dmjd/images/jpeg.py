@@ -85,7 +85,7 @@ def decode(jpeg: PlainJpeg, factor: int = 1) -> np.ndarray | None:
     """[ceil(H / factor), ceil(W / factor), 1 or 3] uint8, the same pixels as Pillow's; None where it is left to Pillow.
 
     simplejpeg decodes without Pillow's copies, a quarter faster, and without a word on stderr about damage, as
-    torchvision has it: `benchmarks/loader.py`.
+    torchvision has it: `benchmarks/speed/loader.py`.
 
     Args:
         jpeg: what to decode. factor: 1, 2, 4 or 8; above 1 fewer frequencies are decoded.

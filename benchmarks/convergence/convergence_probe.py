@@ -1,0 +1,113 @@
+"""Held-out images of a training set, and probes of an encoder on them while it trains, for ``convergence.py``."""
+
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmjd.data.eval_loader import read_all
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.base import Encoder
+from dmjd.engine.loop import Report, TrainState
+from dmjd.evaluation.frozen.features import Features, pooled
+from dmjd.evaluation.frozen.knn import knn
+from dmjd.evaluation.frozen.linear import linear_probe
+from dmjd.evaluation.low_shot import hold_out
+from dmjd.files import atomic, write_text
+from dmjd.images.preprocess import Preprocess
+from dmjd.nn.modes import evaluating
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from labels import labels_of
+
+SIDE = 32  # of images, in pixels
+
+
+def split(data: str, folder: Path, share: float) -> None:
+    """Training images without a held-out part as train.parquet, and that part as test.parquet; written once."""
+    files = {name: folder / f"{name}.parquet" for name in ("train", "test")}
+    if all(file.exists() for file in files.values()):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    source: Source = open_source(data, split="train", labels=labels_of(data))
+    held = hold_out(source.labels, share, seed=0)
+    for name, chosen in (("train", ~held), ("test", held)):
+        with atomic(files[name]) as temporary:
+            pq.write_table(pa.Table.from_pylist([_row(source, int(i)) for i in np.flatnonzero(chosen)]), temporary)
+
+
+def _row(source: Source, index: int) -> dict[str, Any]:
+    """An image as Hugging Face's schema has it; encoded bytes are kept as they are."""
+    stored = source.stored(index)
+    if not isinstance(stored, bytes):
+        buffer = io.BytesIO()
+        Image.fromarray(source.read(index)).save(buffer, format="png")
+        stored = buffer.getvalue()
+    return {"image": {"bytes": stored, "path": None}, "label": int(source.labels[index])}
+
+
+class Probe:
+    """kNN and linear probe of an encoder, on a fixed part of the training images and of the held-out ones.
+
+    Args:
+        data: folder of :func:`split`. num_train, num_test: images, evenly spaced.
+        device: where the encoder runs. precision: of features, "fp32" or "bf16".
+    """
+
+    def __init__(self, data: Path, num_train: int, num_test: int, device: torch.device, precision: str) -> None:
+        self.preprocess = Preprocess((SIDE, SIDE))
+        self.device, self.precision, self.sets = device, precision, []
+        for name, count in (("train", num_train), ("test", num_test)):
+            source = open_source(str(data), split=name, labels="column")
+            rows = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
+            self.sets.append(read_all(source, self.preprocess, rows))
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """Top-1 accuracies, 0 to 1; the encoder is left as it was."""
+        known, asked = (Features(self._features(encoder, s.raw), s.labels, s.index) for s in self.sets)
+        tasks = {"knn": knn, "linear": linear_probe}
+        return {name: task(known, asked, device=self.device)["top1"] for name, task in tasks.items()}
+
+    def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
+        extract = pooled(encoder, self.precision)
+        with evaluating(encoder):
+            parts = [extract(self.preprocess.normalize(part.to(self.device))).cpu() for part in raw.split(512)]
+        return torch.cat(parts)
+
+
+class ProbeHook:
+    """Probes at shares of a run, as lines of a file that survives interruptions.
+
+    Args:
+        encoder: of the run. probe: what is asked of it. shares: when, ascending. file: the lines.
+    """
+
+    def __init__(self, encoder: Encoder, probe: Probe, shares: list[float], file: Path) -> None:
+        self.encoder, self.probe, self.shares, self.file = encoder, probe, shares, file
+        self.lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self._began = False
+
+    def __call__(self, report: Report) -> None:
+        """One line where a share is crossed."""
+        if not self._began:  # after an interruption: what came later than the checkpoint is made again
+            self.lines = [line for line in self.lines if line["step"] < report.state.step]
+            self._began = True
+        last = self.lines[-1]["share"] if self.lines else -1.0
+        due = [share for share in self.shares if last < share <= report.progress]
+        if due:
+            self.write(due[-1], report.state)
+
+    def write(self, share: float, progress: TrainState) -> None:
+        """Probe now."""
+        self.lines.append({"share": share} | asdict(progress) | self.probe(self.encoder))
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))

@@ -1,0 +1,148 @@
+"""The study's parts: every variant can be built, the published order is what it says, tables read curves rightly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence"))
+from convergence import COMMON
+from convergence_probe import ProbeHook, split
+from convergence_report import curves_figure, result_table, summarize, time_to_reach
+from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
+
+from dmjd.config import recipes
+from dmjd.data.sources.registry import open_source
+from dmjd.engine.loop import Report, TrainState
+from dmjd.nn.tokens import gather_views
+
+
+def config(variant: Variant, encoder: str):
+    overrides = {key: value for key, value in variant.overrides.items() if value != "teacher"}
+    return recipes.get_recipe(variant.recipe)(steps=1).replace(**COMMON | ENCODERS[encoder] | overrides)
+
+
+@pytest.mark.parametrize("encoder", ["vit_lite", "conv_lite"])
+@pytest.mark.parametrize("name", SETS)
+def test_every_variant_can_be_built(name, encoder):
+    variants = variants_of(name, encoder.startswith("conv"))
+    models = {key: make_model(variant, config(variant, encoder)) for key, variant in variants.items()}
+    assert len({str(vars(variant)) for variant in variants.values()}) == len(variants)  # no variant twice
+    for variant in variants.values():
+        assert variant.rate_of is None or variant.rate_of in {*variants, "dmjd"}
+        assert variant.teacher is None or variant.teacher in variants
+    assert models
+
+
+def test_the_published_order_differs_in_the_visible_branch_alone():
+    variant = variants_of("alignment", False)["dmjd_misaligned"]
+    settings = config(variant, "vit_lite")
+    aligned, published = (make_model(v, settings) for v in (Variant("dmjd"), variant))
+    published.load_state_dict(aligned.state_dict())
+    raw = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    keys = torch.arange(4)
+    ours, theirs = (model(raw / 128 - 1, raw, keys=keys) for model in (aligned, published))
+    torch.testing.assert_close(ours["mim"], theirs["mim"])
+    assert (ours["vis"] - theirs["vis"]).abs().item() > 1e-4
+    masks, plain = published.draw_masks(keys), aligned.draw_masks(keys)
+    assert torch.equal(masks.visible.sort().values, plain.visible)
+    assert not torch.equal(masks.visible, plain.visible)
+    assert torch.equal(masks.visible, published.draw_masks(keys).visible)  # a function of the keys
+    prediction = published.predict(raw / 128 - 1, masks)["vis"]
+    target = gather_views(published.targets(raw / 128 - 1, raw)["vis"], plain.visible.flatten(0, 1))
+    expected = torch.nn.functional.smooth_l1_loss(prediction, target, beta=2.0)
+    torch.testing.assert_close(theirs["vis"], expected)
+
+
+def test_shares_of_the_time():
+    known = variants_of("speed", False)
+    assert with_share("dmjd@10/37", known).share == pytest.approx(1 / 3.7)
+    assert with_share("mae@1/2", known) == Variant("mae", share=0.5, rate_of="mae")
+    assert with_share("mae", known) == Variant("mae")
+    with pytest.raises(ValueError, match="no variant 'may' in this set"):
+        with_share("may@1/2", known)
+
+
+def test_time_to_reach_a_level():
+    assert time_to_reach([0, 2, 4], [0.1, 0.3, 0.5], 0.4) == pytest.approx(3)
+    assert time_to_reach([0, 2, 4], [0.1, 0.3, 0.2], 0.4) is None
+    assert time_to_reach([1, 2], [0.5, 0.6], 0.4) == 1
+
+
+def run(variant: str, seed: int, values: list[float], minutes: float, **changes) -> dict:
+    probes = [
+        {"share": i / 2, "step": i, "images": i, "epochs": i, "minutes": minutes * i / 2, "knn": v, "linear": v}
+        for i, v in enumerate(values)
+    ]
+    return {"variant": variant, "seed": seed, "blr": 1e-3, "diverged": False, "probes": probes} | changes
+
+
+def test_the_table_compares_with_the_baselines_end():
+    runs = [run("mae", s, [0.1, 0.2, 0.3 + s / 10], 8.0) for s in (0, 1)]
+    scores = {who: {"top1": value} for who, value in (("result", 0.5), ("random_init", 0.2), ("raw_pixels", 0.3))}
+    tested = {"test": {"knn": scores, "linear": scores}}
+    runs += [run("dmjd", 0, [0.1, 0.4, 0.5], 8.0, **tested), run("bad", 0, [0.1], 8.0, diverged=True)]
+    rows = summarize(runs, "mae")
+    assert rows["mae"]["held_out"]["linear"] == pytest.approx({"mean": 0.35, "std": 0.0707}, abs=1e-3)
+    assert rows["mae"]["minutes_to_baseline_linear"] == pytest.approx(8.0)
+    assert rows["dmjd"]["minutes_to_baseline_linear"] == pytest.approx(4 * 0.25 / 0.3)
+    assert rows["bad"] == {"seeds": 0, "diverged": True}
+    table = result_table(rows, "mae").splitlines()
+    assert len(table) == 7
+    assert table[5].split("|")[9:11] == [" 20.0 ", " 20.0 "]  # random weights
+    assert len({line.count("|") for line in table}) == 1
+    assert table[3].endswith("| 50.0 | 50.0 | 3.33 | 2.40 |")  # 8 minutes against 3.33
+    assert len(curves_figure(runs, "x").axes) == 6
+
+
+def test_sweeps_are_drawn_by_the_recipe_they_start_from(tmp_path):
+    files = []
+    for number, override in enumerate([{}, {}, {"theta": 4}]):
+        runs = [run(name, 0, [0.1, 0.2, value], 2.0) for name, value in (("dmjd", 0.4), (f"change_{number}", 0.5))]
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps({"settings": {"override": override}, "baseline": "dmjd", "runs": runs}))
+    script = Path(__file__).parents[2] / "benchmarks" / "convergence" / "sweeps_figure.py"
+
+    def drawn(*titles: str) -> subprocess.CompletedProcess:
+        arguments = [*map(str, files), "--titles", *titles, "--out", str(tmp_path / "sweeps.png")]
+        return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+
+    wrong = drawn("one")
+    assert wrong.stderr == "error: 2 panels, 1 titles\n"
+    assert drawn("DMJD", "DMJD, theta 4").returncode == 0
+    assert (tmp_path / "sweeps.png").stat().st_size > 5000
+
+
+def test_probes_after_an_interruption_are_made_again(tmp_path):
+    asked = []
+
+    def probe(encoder):
+        asked.append(1)
+        return {"knn": 0.5, "linear": 0.5}
+
+    def hook() -> ProbeHook:
+        return ProbeHook(None, probe, [0.25, 0.5, 1.0], tmp_path / "lines.jsonl")
+
+    first = hook()
+    first.write(0.0, TrainState())
+    for step in range(1, 7):
+        first(Report(TrainState(step, step, step), step / 10, None))
+    assert [line["step"] for line in first.lines] == [0, 3, 5]
+    again = hook()  # from a checkpoint at step 3
+    for step in range(4, 11):
+        again(Report(TrainState(step, step, step), step / 10, None))
+    assert [line["step"] for line in again.lines] == [0, 3, 5, 10]
+    assert hook().lines == again.lines
+    assert len(asked) == 5
+
+
+def test_held_out_images_are_apart(tmp_path, image_folder):
+    split(str(image_folder), tmp_path / "data", 0.25)
+    train, test = (open_source(str(tmp_path / "data"), split=part, labels="column") for part in ("train", "test"))
+    assert (len(train), len(test)) == (18, 6)
+    assert sorted(test.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    seen = [source.stored(i) for source in (train, test) for i in range(len(source))]
+    assert len(set(seen)) == 24

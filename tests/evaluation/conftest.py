@@ -1,0 +1,33 @@
+"""Fixtures of evaluations: one thread, and a run folder as pre-training leaves it."""
+
+import shutil
+
+import pytest
+import torch
+from support import FEATURE_SIZE, tiny_encoder
+
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Steps of a probe are too small to share out; on a busy machine threads that wait for each other cost most."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path, image_folder):
+    """A run folder as pre-training leaves it, with images in two class folders and a test part."""
+    data = tmp_path / "my data"
+    shutil.copytree(image_folder, data / "train")
+    shutil.copytree(image_folder / "cats", data / "test" / "cats")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ENCODER_FILE).write_bytes(encoder_bytes(tiny_encoder()))
+    config = PretrainConfig(data=str(data), labels="folder", img_size=FEATURE_SIZE, encoder="vit_tiny_patch8")
+    (folder / "config.json").write_text(config.to_json())
+    return folder

@@ -1,0 +1,259 @@
+"""Detection with a trained encoder: the model around it, its scores, and whole evaluations of tiny sets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from dense_sets import KINDS, SIZE, make_detection_set, make_run
+from support import dmjd, mistake
+from torchvision.ops import box_iou
+
+from dmjd.config.dense import DetectionConfig
+from dmjd.data.dense_loader import ExampleBatch
+from dmjd.data.sources.coco import Instances, open_coco
+from dmjd.encoders.registry import create_encoder
+from dmjd.engine.layer_decay import layer_groups
+from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.supervised.detection import Detection, DetectionTask, predict
+from dmjd.evaluation.tables import results_table
+from dmjd.images.preprocess import Preprocess
+
+pytest.importorskip("pycocotools")
+
+QUICK = {"decoder_dim": 32, "batch_size": 4, "num_workers": 0, "device": "cpu", "num_evals": 0, "num_images": 2}
+FLAGS = ("--decoder-dim", 32, "--batch-size", 4, "--num-workers", 0, "--device", "cpu", "--num-evals", 1)
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory):
+    return make_detection_set(tmp_path_factory.mktemp("boxes") / "set", {"train": 24, "test": 6})
+
+
+def tiny(name: str = "vit_tiny_patch8", img_size=(64, 64)):
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    if name.startswith("conv_vit"):
+        sizes = {"embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": 2}
+    torch.manual_seed(0)
+    encoder = create_encoder(name, img_size=img_size, **sizes)
+    encoder.preprocess = Preprocess(img_size)
+    return encoder
+
+
+def task_of(encoder, masks: bool = False) -> DetectionTask:
+    config = DetectionConfig(decoder_dim=32, img_size=encoder.img_size).resolve(encoder.img_size, 8)
+    return DetectionTask(encoder, config, 2, masks)
+
+
+def batch_of(masks: bool = False) -> ExampleBatch:
+    found = torch.tensor([[4.0, 4.0, 24.0, 24.0], [30.0, 20.0, 60.0, 60.0]])
+    instance_masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    instance_masks[0, 4:24, 4:24] = instance_masks[1, 20:60, 30:60] = 1
+    one = Instances(found, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool), instance_masks if masks else None)
+    nothing = one.keep(torch.zeros(2, dtype=torch.bool))
+    return ExampleBatch(torch.rand(2, 3, 64, 64) * 255, [one, nothing])
+
+
+# --- the model
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch16"])
+def test_every_trained_parameter_gets_a_gradient(name, masks):
+    task = task_of(tiny(name), masks).train()
+    groups = layer_groups(task, 0.05, 0.5)
+    losses = task(batch_of(masks))
+    assert set(losses) >= {"loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    assert ("loss_mask" in losses) == masks
+    parts = sum(value for name, value in losses.items() if name != "loss")
+    torch.testing.assert_close(losses["loss"], parts)
+    losses["loss"].backward()
+    trained = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in task.parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained)
+
+
+def test_images_without_objects_are_learned_from():
+    task = task_of(tiny()).train()
+    batch = batch_of()
+    batch.targets = [batch.targets[1]] * 2
+    losses = task(batch)
+    assert torch.isfinite(losses["loss"])
+    assert losses["loss_objectness"].item() > 0
+
+
+def test_anchors_lie_on_their_cells_and_follow_the_frame():
+    task = task_of(tiny(img_size=(64, 128))).eval()
+    grids = [tuple(x.shape[-2:]) for x in task.rcnn.backbone(torch.randn(1, 3, 64, 128)).values()]
+    assert [(64 / h, 128 / w) for h, w in grids] == [(s, s) for s in (4, 8, 16, 32, 64)]
+    assert [size[0] for size in task.rcnn.rpn.anchor_generator.sizes] == [4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch16"])
+def test_an_object_is_cropped_from_the_finest_map_on_which_it_spans_14_to_28_cells(name):
+    """In a frame of any size: a smaller frame has smaller objects, not coarser ones."""
+    pool = task_of(tiny(name, (64, 64))).rcnn.roi_heads.box_roi_pool
+    maps = {str(i): torch.full((1, 1, 256 // s, 256 // s), float(s)) for i, s in enumerate((4, 8, 16, 32))}
+    found = torch.tensor([[0.0, 0.0, side, side] for side in (16, 64, 111, 113, 225)])
+    strides = pool(maps, [found], [(256, 256)]).mean((1, 2, 3)).tolist()
+    assert strides == [4, 4, 4, 8, 16]
+
+
+def test_heads_are_float32_under_bf16():
+    task = task_of(tiny()).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = task(batch_of())
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert torch.isfinite(losses["loss"])
+
+
+def test_found_objects_are_in_the_pixels_of_their_own_image():
+    """Images that differ only in size: what is found in one lies in the same place in the other."""
+    task = task_of(tiny(), masks=True).eval()
+    rows, columns = np.mgrid[:32, :48]
+    small = np.stack([rows * 8, columns * 5, (rows + columns) * 3], axis=2).astype(np.uint8)
+    large = small.repeat(3, 0).repeat(3, 1)
+    with torch.no_grad():
+        one, other = predict(task, [small, large])
+    assert len(one["boxes"]) > 0
+    for found, (height, width) in ((one, (32, 48)), (other, (96, 144))):
+        assert (found["boxes"] >= 0).all()
+        assert (found["boxes"] <= torch.tensor([width, height, width, height])).all()
+        assert found["masks"].shape[1:] == (height, width)
+        assert set(found["labels"].tolist()) <= {0, 1}
+    assert (box_iou(one["boxes"] * 3, other["boxes"]).amax(1) > 0.5).float().mean() > 0.5
+
+
+# --- scores
+
+
+def measured(source, found) -> dict:
+    """The scores of given answers, by the evaluation's own path."""
+    evaluation = object.__new__(Detection)
+    evaluation.train = evaluation.test = source
+    task = task_of(tiny())
+    evaluation.config, evaluation.num_workers = task.config, 0
+    task.detect = lambda images: [found.pop(0) for _ in images]
+    return evaluation.measure(task)
+
+
+def answers(source, scale: float) -> list[dict[str, torch.Tensor]]:
+    """The truth as a detector would say it of frames ``scale`` times the image."""
+    said = []
+    for i in range(len(source)):
+        target = source.read_example(i)[1]
+        scores = torch.linspace(0.9, 0.8, len(target.labels))
+        said.append({"boxes": target.boxes * scale, "labels": target.labels, "scores": scores})
+    return said
+
+
+def test_the_truth_scores_one_and_errors_cost(boxes):
+    source = open_coco(boxes, "test")
+    scale = 64 / SIZE[1]  # 48 x 64 fits into the frame of 64 x 64 as it is
+    perfect = measured(source, answers(source, scale))
+    assert perfect["ap"] == pytest.approx(1)
+    assert perfect["ap50"] == pytest.approx(1)
+    assert perfect["per_class"] == {name: pytest.approx(1) for name in KINDS}
+    assert perfect["ap_large"] is None  # there are none
+    swapped = answers(source, scale)
+    for one in swapped:
+        one["labels"] = 1 - one["labels"]
+    assert measured(source, swapped)["ap"] == 0
+    half = answers(source, scale)
+    for one in half:
+        for name in one:
+            one[name] = one[name][:1]
+    assert measured(source, half)["per_class"] == {KINDS[0]: pytest.approx(1), KINDS[1]: 0}
+    shifted = answers(source, scale)
+    for one in shifted:
+        one["boxes"][:, 3] -= 0.35 * (one["boxes"][:, 3] - one["boxes"][:, 1])  # 65 % of each box
+    scores = measured(source, shifted)
+    assert scores["ap50"] == pytest.approx(1)
+    assert scores["ap75"] == 0
+
+
+# --- whole evaluations
+
+
+def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
+    run = make_run(tmp_path / "run", "conv_vit_tiny_patch8")
+    options = {"steps": 60, "img_size": (48, 64), "blr": 0.06, "scale": (0.9, 1.1), "log_every": 10}
+    result = evaluate("detection", run, data=boxes, **options, **QUICK)
+    assert json.loads((run / "evaluation" / "detection.json").read_text()) == result
+    for start in ("result", "random_init"):
+        lines = (run / result[start]["folder"] / "metrics.jsonl").read_text().splitlines()
+        losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+        assert losses[-1] < 0.5 * losses[0]
+        assert 0 <= result[start]["ap50"] <= 1
+        assert set(result[start]["per_class"]) == set(KINDS)
+        assert (run / result[start]["folder"] / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert result["data"]["num_objects"] == [48, 12]
+    assert result["data"]["masks"] is False
+    assert results_table({"detection": result}).row_count == 8
+
+
+def test_masks_are_learned_where_every_object_has_one(tmp_path):
+    data = make_detection_set(tmp_path / "data", {"train": 4, "val": 2}, instance_masks=True)
+    run = make_run(tmp_path / "run")
+    options = {"data": data, "steps": 2, "img_size": 32, **QUICK}
+    result = evaluate("detection", run, **options)
+    assert result["data"]["masks"] is True
+    assert {"ap", "ap50", "mask"} <= set(result["result"])
+    assert "ap50" in result["result"]["mask"]
+    assert "mask" not in evaluate("detection", run, instance_masks=False, **options)["result"]
+    again = evaluate("detection", run, **options)  # read, not trained
+    assert again["result"] == result["result"]
+
+
+def test_boxes_keep_their_precision_in_a_training_of_less(boxes, tmp_path):
+    result = evaluate("detection", make_run(tmp_path / "run"), data=boxes, steps=1, precision="bf16", **QUICK)
+    assert result["configuration"]["precision"] == "bf16"
+    assert result["result"]["ap50"] is not None
+
+
+def test_one_class_is_enough(tmp_path):
+    data = make_detection_set(tmp_path / "data", {"train": 4, "test": 2})
+    for part in ("train", "test"):
+        content = json.loads((data / f"{part}.json").read_text())
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 10]
+        content["categories"] = content["categories"][:1]
+        (data / f"{part}.json").write_text(json.dumps(content))
+    result = evaluate("detection", make_run(tmp_path / "run", in_chans=1), data=data, steps=2, img_size=32, **QUICK)
+    assert list(result["result"]["per_class"]) == ["rectangle"]
+
+
+def test_as_a_user_runs_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    data = make_detection_set(tmp_path / "data", {"train": 3, "test": 2})
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"][0]["bbox"] = [-20, 0, 40, 30]
+    (data / "train.json").write_text(json.dumps(content))
+    done = dmjd("evaluate", "detection", run, "--data", data, "--steps", 2, "--img-size", 32, *FLAGS)
+    assert "ap50" in done.stdout
+    assert "random initialization" in done.stdout
+    assert "1 of 6 boxes that reach out of their image were cut off at its edge" in done.stderr
+    assert "Traceback" not in done.stderr
+    result = json.loads((run / "evaluation" / "detection.json").read_text())
+    assert "cut off" in result["data"]["notes"][0]
+
+
+def test_mistakes_say_what_to_do_before_anything_is_trained(capsys, boxes, tmp_path, image_folder):
+    run = make_run(tmp_path / "run")
+
+    def said(*arguments) -> str:
+        return mistake(capsys, "evaluate", "detection", *arguments, "--device", "cpu")
+
+    assert "say which images and boxes: --data" in said(run)
+    assert "holds no images with boxes" in said(run, "--data", image_folder)
+    assert "there is no folder" in said(run, "--data", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no encoder.safetensors" in said(tmp_path / "empty", "--data", boxes)
+    odd = make_run(tmp_path / "odd", "vit_tiny_patch14", img_size=28)
+    assert "needs a patch of 2, 4, 8, 16" in said(odd, "--data", boxes)
+    data = make_detection_set(tmp_path / "data", {"train": 2, "test": 2})
+    content = json.loads((data / "train.json").read_text())
+    (data / "train.json").write_text(json.dumps(content | {"categories": content["categories"][1:]}))
+    assert "category_id 10, which 'categories' does not list" in said(run, "--data", data)
+    (data / "train.json").write_text(json.dumps(content | {"annotations": []}))
+    assert "has no boxes: there is nothing to learn" in said(run, "--data", data)
+    assert not (run / "evaluation").exists()

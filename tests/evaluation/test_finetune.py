@@ -1,0 +1,331 @@
+"""Fine-tuning: it learns, resumes bit for bit, and leaves a classifier; the recipe's parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from support import dmjd, mistake
+
+import dmjd as package
+from dmjd.config.finetune import FinetuneConfig
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.labeled_loader import Augmentation, LabeledBatches
+from dmjd.data.sources.registry import open_source
+from dmjd.encoders.classifier import ImageClassifier
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.engine.layer_decay import layer_groups
+from dmjd.engine.loop import Task
+from dmjd.evaluation.supervised.finetune import finetune
+from dmjd.evaluation.supervised.trainer import FitSettings, fit, num_steps
+from dmjd.images.preprocess import Preprocess
+
+SIZE = (16, 16)
+EVERYTHING = {"rand_augment": 9, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "ema": 0.9}
+
+
+def encoder_of(seed: int = 0):
+    torch.manual_seed(seed)
+    encoder = create_encoder("vit_tiny_patch8", img_size=SIZE, embed_dim=32, depth=2, num_heads=2)
+    encoder.preprocess = Preprocess(SIZE)
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """Noisy stripes, lying or standing: 40 images to learn from, 30 to test."""
+    root = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 30)):
+        for i in range(count):
+            name = ("lying", "standing")[i % 2]
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            wave = 128 + 100 * np.sin(np.arange(20) * 0.8 + rng.uniform(0, 6))
+            image = np.broadcast_to(wave[:, None, None], (20, 20, 3)) + rng.normal(0, 20, (20, 20, 3))
+            image = image if name == "lying" else image.transpose(1, 0, 2)
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / split / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path, stripes):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ENCODER_FILE).write_bytes(encoder_bytes(encoder_of()))
+    config = PretrainConfig(data=str(stripes), labels="folder", img_size=SIZE, encoder="vit_tiny_patch8")
+    (folder / "config.json").write_text(config.to_json())
+    return folder
+
+
+def test_fine_tuning_learns_and_leaves_a_classifier(run, stripes):
+    result = finetune(run, steps=80, blr=0.03, device="cpu")
+    assert result["result"]["top1"] > 0.85
+    assert json.loads((run / "evaluation" / "finetune.json").read_text()) == result
+    folder = run / result["result"]["folder"]
+    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    num_evals = [line["top1"] for line in lines if "top1" in line]
+    assert len(num_evals) == 10
+    assert num_evals[0] < result["result"]["top1"]
+    assert result["result"]["best"]["top1"] == max(num_evals)  # all 30 test images are looked at
+    classifier = package.load_classifier(run)
+    assert classifier.classes == ["lying", "standing"]
+    test = open_source(stripes, split="test", labels="folder")
+    right = [classifier.predict(test.read(i))[0][0] == test.classes[test.labels[i]] for i in range(len(test))]
+    assert np.mean(right) == result["result"]["top1"]
+    best = package.load_classifier(folder / "best.safetensors")
+    assert best.predict(test.read(0))[0][1] > 0.5
+
+
+def test_what_is_finished_is_not_trained_again(run):
+    first = finetune(run, steps=2, device="cpu")
+    times = {file: file.stat().st_mtime_ns for file in run.rglob("metrics.jsonl")}
+    assert len(times) == 2
+    assert finetune(run, steps=2, device="cpu") == first
+    (run / ENCODER_FILE).write_bytes(encoder_bytes(encoder_of(seed=1)))
+    second = finetune(run, steps=2, device="cpu")
+    assert second["random_init"] == first["random_init"]
+    assert second["result"]["folder"] != first["result"]["folder"]
+    assert len(list(run.rglob("metrics.jsonl"))) == 3
+    assert all(file.stat().st_mtime_ns == when for file, when in times.items())
+    third = finetune(run, steps=3, device="cpu")
+    assert third["random_init"]["folder"] != first["random_init"]["folder"]
+
+
+def test_low_shot_and_seeds(run):
+    result = finetune(run, steps=2, labels_per_class=3, seeds=2, device="cpu")
+    assert result["data"]["num_train"] == 6
+    for name in ("result", "random_init"):
+        tops = [each["top1"] for each in result[name]["per_seed"]]
+        assert result[name]["top1"] == pytest.approx(np.mean(tops))
+        assert result[name]["top1_std"] == pytest.approx(np.std(tops, ddof=1))
+
+
+def start(run, out) -> subprocess.Popen:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in EVERYTHING.items()]
+    command = ["evaluate", "finetune", run, "--out", out, "--steps", 60, "--batch-size", 8, "--device", "cpu"]
+    command += ["--checkpoint-every", 7, "--log-every", 1, "--eval-every", 0.5, *flags]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dmjd", *map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def interrupted(run, out, number: int) -> int:
+    """Start, send a signal as soon as there is a new checkpoint, return the exit status."""
+    known = set(out.rglob("step-*.safetensors"))
+    process = start(run, out)
+    deadline = time.monotonic() + 120
+    while not set(out.rglob("step-*.safetensors")) - known:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(60)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(run, tmp_path):
+    """All that is random is on: augmentation, mixing, drop path; and a moving average of the weights."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(run, whole).wait(120) == 0
+    assert interrupted(run, broken, signal.SIGKILL) == -signal.SIGKILL
+    assert not list(broken.rglob("result.json"))
+    assert interrupted(run, broken, signal.SIGTERM) == 0  # saved, and no failure
+    assert not (broken / "evaluation" / "finetune.json").exists()
+    assert start(run, broken).wait(120) == 0
+    results = [json.loads((out / "evaluation" / "finetune.json").read_text()) for out in (whole, broken)]
+    assert results[0] == results[1]
+    files = [out / "evaluation" / "finetune" / "classifier.safetensors" for out in (whole, broken)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# --- the recipe
+
+
+def test_layer_ids_and_decay():
+    encoder = encoder_of()
+    groups = layer_groups(ImageClassifier(encoder, ["a", "b"]), 0.05, 0.5)
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found[id(encoder.pos_embed)] == (0.125, 0.0)
+    assert found[id(encoder.patch_embed.proj.weight)] == (0.125, 0.05)
+    assert found[id(encoder.blocks[0].mlp.fc1.weight)] == (0.25, 0.05)
+    assert found[id(encoder.blocks[1].mlp.fc1.bias)] == (0.5, 0.0)
+    assert id(encoder.norm.weight) not in found
+    assert max(found.values()) == (1.0, 0.05)
+    conv = create_encoder("conv_vit_tiny_patch4", img_size=16)
+    scales = {g["lr_scale"] for g in layer_groups(ImageClassifier(conv, ["a", "b"]), 0.05, 0.5)}
+    assert scales == {0.5**i for i in range(13)}  # stages 1 and 2, eleven blocks, head
+
+
+def test_a_group_learns_at_its_own_rate(tmp_path):
+    class Two(Task):
+        def __init__(self):
+            super().__init__()
+            self.slow, self.fast = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+
+        def forward(self, batch):
+            return {"loss": (self.slow + self.fast).sum()}
+
+    task = Two()
+    groups = [{"params": [p], "weight_decay": 0.0, "lr_scale": s} for p, s in ((task.slow, 0.1), (task.fast, 1.0))]
+    nothing = (0 for _ in iter(int, 1))
+    options = {"validate": lambda model: {"top1": 0.0}, "identity": {}, "num_images": 1}
+    settings = FitSettings(steps=5, batch_size=1, lr=0.1, warmup=0, device="cpu", precision="fp32")
+    fit(task, lambda start, fabric: nothing, groups, settings, tmp_path / "x", **options)
+    slow, fast = (1 - float(p.detach()) for p in (task.slow, task.fast))
+    assert slow == pytest.approx(0.1 * fast, rel=1e-4)
+    with pytest.raises(ValueError, match="other settings"):
+        fit(Two(), lambda s, f: nothing, groups, settings, tmp_path / "x", **options | {"identity": {"data": 1}})
+
+
+def test_the_published_recipe_and_what_small_sets_get():
+    imagenet = FinetuneConfig().resolve(1_281_167, (224, 224), 768)
+    assert (imagenet.batch_size, imagenet.blr, imagenet.epochs, imagenet.layer_decay) == (1024, 5e-4, 100, 0.65)
+    assert (imagenet.mixup, imagenet.cutmix, imagenet.erase, imagenet.rand_augment) == (0.8, 1.0, 0.25, 9)
+    assert (imagenet.crop_scale, imagenet.test_crop, imagenet.drop_path) == ((0.08, 1.0), 0.875, 0.1)
+    assert FinetuneConfig().resolve(1_281_167, (224, 224), 1024).layer_decay == 0.75
+    few = FinetuneConfig(mixup=0.2).resolve(500, (32, 32), 192)
+    assert (few.batch_size, few.test_crop, few.mixup, few.cutmix) == (16, 1.0, 0.2, 0.0)
+
+
+def test_the_test_crop_is_the_center_of_a_larger_image():
+    model = ImageClassifier(encoder_of(), ["a", "b"], test_crop=0.8)
+    image = np.zeros((20, 20, 3), np.uint8)
+    image[2:18, 2:18] = 255
+    seen = model.crop(model.test_preprocess.raw(image))
+    assert seen.shape == (1, 3, 16, 16)
+    assert (seen == 255).all()
+
+
+def batches(source, start, count, seed=0, workers=0, **options):
+    config = FinetuneConfig(batch_size=4, **options).resolve(len(source), SIZE, 32)
+    stream = LabeledBatches(source, config, Preprocess(SIZE), 2, seed, workers)(start, Fabric(accelerator="cpu"))
+    taken = list(islice(stream, count))
+    stream.close()
+    return taken
+
+
+def test_batches_follow_from_the_step_alone(stripes):
+    source = open_source(stripes, labels="folder")
+    options = {k: v for k, v in EVERYTHING.items() if k not in ("drop_path", "ema")}
+    whole = batches(source, 0, 4, **options)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    later = batches(source, 2, 2, **options)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    by_workers = batches(source, 2, 2, workers=1, **options)
+    for one, two, three in zip(whole[2:], later, by_workers, strict=True):
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
+    assert not torch.equal(whole[0][0], whole[1][0])
+    assert not torch.equal(whole[2][0], batches(source, 2, 1, seed=1, **options)[0][0])
+    targets = torch.cat([target for _, target in whole])
+    torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)))
+
+
+@pytest.mark.parametrize("option", [{"rand_augment": 9}, {"erase": 1.0}, {"mixup": 0.8}, {"cutmix": 1.0}])
+def test_every_augmentation_changes_images(stripes, option):
+    source = open_source(stripes, labels="folder")
+    off = {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0}
+    plain, changed = (torch.cat([x for x, _ in batches(source, 0, 5, **o)]) for o in (off, off | option))
+    assert not torch.equal(plain, changed)
+
+
+def test_the_image_in_place_of_an_unreadable_one_brings_its_label(tmp_path):
+    for i in range(6):
+        name, level = ("dark", 20) if i % 2 else ("light", 235)
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), level, np.uint8)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "dark" / "1.png").write_bytes(b"")
+    source = open_source(tmp_path, labels="folder")
+    plain = {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "label_smoothing": 0}
+    with pytest.warns(UserWarning, match="1.png: the file is empty"):
+        taken = batches(source, 0, 6, **plain)
+    for images, targets in taken:
+        light = images.mean(dim=(1, 2, 3)) > 0
+        assert torch.equal(targets[:, source.classes.index("light")] == 1, light)
+
+
+def test_pairs_need_an_even_batch(stripes):
+    source = open_source(stripes, labels="folder")
+    config = FinetuneConfig(batch_size=6, accumulate=2, mixup=0.8).resolve(40, SIZE, 32)
+    with pytest.raises(ValueError, match="must be even, or both off"):
+        LabeledBatches(source, config, Preprocess(SIZE), 2, seed=0)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (3, np.float32), (5, np.uint8)])
+def test_any_channels_are_augmented(channels, dtype):
+    preprocess = Preprocess(SIZE, channels, (0.5,) * channels, (0.2,) * channels)
+    config = FinetuneConfig(rand_augment=9, erase=0.5).resolve(40, SIZE, 32)
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, channels)).astype(dtype)
+    augment = Augmentation(config, preprocess)
+    crops = [augment(image, [0, 0, 16, 16], False, key) for key in range(30)]
+    assert {crop.shape for crop in crops} == {(channels, 16, 16)}
+    assert all(crop.isfinite().all() for crop in crops)
+    assert len({crop.sum().item() for crop in crops}) > 5  # they differ by key
+
+
+def test_durations():
+    assert num_steps(2, None, 100, 16) == 13
+    assert num_steps(None, 7, 100, 16) == 7
+    for wrong in ((None, None), (1, 1), (0, None), (float("nan"), None)):
+        with pytest.raises(ValueError, match="epochs"):
+            num_steps(*wrong, 100, 16)
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", 1, "--steps", 2], "--epochs or --steps, not both"),
+        (["--epochs", 0], "epochs must be greater than 0"),
+        (["--mixup", -1], "mixup must be at least 0"),
+        (["--rand-augment", 11], "rand_augment must lie between 0 and 10"),
+        (["--labels-per-class", 0], "labels_per_class must be at least 1"),
+        (["--label-fraction", 0.1, "--labels-per-class", 3], "not both"),
+        (["--mixupp", 1], "did you mean --mixup?"),
+        (["--precision", "fp17"], "precision must be one of auto"),
+        (["--batch-size", 5, "--mixup", 0.5], "must be even"),
+    ],
+)
+def test_settings_that_cannot_be(capsys, run, flags, message):
+    assert message in mistake(capsys, "evaluate", "finetune", run, "--device", "cpu", *flags)
+    assert not list(run.rglob("metrics.jsonl"))
+
+
+def test_a_misspelt_setting_is_named(run):
+    with pytest.raises(ValueError, match="does not take mixupp; it takes epochs, steps"):
+        finetune(run, mixupp=0.8)
+
+
+def test_sets_and_folders_that_cannot_be(capsys, run, stripes, tmp_path):
+    one = stripes / "train" / "lying"
+    options = ["--data", one, "--test-data", one, "--labels", "folder", "--steps", 1]
+    (one / "in").mkdir()
+    (one / "in" / "x.png").write_bytes((one / "00.png").read_bytes())
+    assert len(mistake(capsys, "evaluate", "finetune", run, *options).splitlines()) == 1
+    (one / "in" / "x.png").unlink()
+    (one / "in").rmdir()
+    (run / ENCODER_FILE).unlink()
+    assert "holds no encoder.safetensors" in mistake(capsys, "evaluate", "finetune", run)
+    assert "is no run folder" in mistake(capsys, "evaluate", "finetune", tmp_path / "nothing")
+    with pytest.raises(ValueError, match="fine-tune first"):
+        package.load_classifier(run)
+
+
+def test_the_command_prints_a_table(run):
+    done = dmjd("evaluate", "finetune", run, "--steps", 2, "--device", "cpu")
+    assert "this encoder" in done.stdout
+    assert "random initialization" in done.stdout
+    assert "raw pixels" not in done.stdout

@@ -1,0 +1,327 @@
+"""Weights that come and go: key tables that invert each other, strict loads, files that are not trusted."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dmjd.encoders.classifier import Classifier
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.interop.conversion import from_timm, load_official, timm_arguments, to_ours, to_published
+from dmjd.masking import disjoint_masks
+from dmjd.model import MaskedImageModel
+from dmjd.nn.tokens import sincos_positions
+
+torch.set_num_threads(2)
+GOLDEN = Path(__file__).parents[1] / "golden"
+FILES = {"convit_pretrain": True, "convit_classify": True, "mae_pretrain": False}
+
+
+def golden_keys(name: str) -> list[str]:
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        return [key.removeprefix("state.") for key in file.keys() if key.startswith("state.")]  # noqa: SIM118
+
+
+# ---- key tables
+
+
+@pytest.mark.parametrize(("name", "conv_vit"), FILES.items())
+def test_key_tables_invert_each_other(name, conv_vit):
+    keys = golden_keys(name)
+    assert len(keys) > 40
+    ours = [to_ours(key, conv_vit) for key in keys]
+    assert len(set(ours)) == len(keys)
+    assert [to_published(key, conv_vit) for key in ours] == keys
+
+
+@pytest.mark.parametrize(
+    ("published", "ours", "conv_vit"),
+    [
+        ("blocks3.4.attn.qkv.weight", "encoder.blocks.4.attn.qkv.weight", True),
+        ("blocks1.0.attn.weight", "encoder.blocks1.0.dwconv.weight", True),
+        ("blocks2.1.conv2.bias", "encoder.blocks2.1.conv2.bias", True),
+        ("stage2_output_decode.bias", "fusion.convs.1.bias", True),
+        ("blocks.1.attn.proj.bias", "encoder.blocks.1.attn.proj.bias", False),
+        ("cls_token", "encoder.cls_token", False),
+        ("norm.weight", "encoder.norm.weight", False),
+        ("mask_token", "decoder.mask_token", False),
+        ("decoder_pred.bias", "decoder.head.bias", False),
+        ("predictor.0.weight", "distillation.predictor.weight", True),
+        ("proj_embed.3.weight", "distillation.projector.3.weight", True),
+    ],
+)
+def test_known_names(published, ours, conv_vit):
+    assert to_ours(published, conv_vit) == ours
+    assert to_published(ours, conv_vit) == published
+
+
+def as_published(model: nn.Module, conv_vit: bool) -> dict[str, Tensor]:
+    """A model's weights as the published code would save them: its names, 1 x 1 convolutions with four dimensions."""
+    state = {}
+    for key, value in model.state_dict().items():
+        name = to_published(key, conv_vit)
+        pointwise = conv_vit and name.startswith(("blocks1.", "blocks2.")) and value.dim() == 2
+        state[name] = value[:, :, None, None] if pointwise else value
+    return state
+
+
+def shake(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder_options", "options"),
+    [
+        (
+            "vit_tiny_patch8",
+            {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": True},
+            {"vis": False, "target": "pixel"},
+        ),
+        ("vit_tiny_patch4", {"embed_dim": 32, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "in_chans": 5}, {}),
+        ("conv_vit_tiny_patch16", {"embed_dims": (8, 12, 16), "depths": (1, 2, 1), "num_heads": 2}, {}),
+        (
+            "conv_vit_tiny_patch8",
+            {
+                "embed_dims": (8, 12, 16),
+                "depths": (2, 1, 2),
+                "num_heads": 2,
+                "mlp_ratios": (4.0, 2.0, 3.0),
+                "in_chans": 1,
+            },
+            {"vis": False, "target": "pixel"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", None])
+def test_pretraining_weights_round_trip(name, encoder_options, options, suffix, tmp_path):
+    torch.manual_seed(0)
+    side = 64 if name.endswith("16") else 32
+    encoder = create_encoder(name, img_size=side, **encoder_options)
+    model = MaskedImageModel(
+        encoder, decoder_dim=16, decoder_depth=2, decoder_heads=4, block_size=1, mask_ratio=0.5, num_views=1, **options
+    ).eval()
+    shake(model)
+    state = as_published(model, name.startswith("conv"))
+    source: Path | dict[str, Tensor] = state
+    if suffix is not None:
+        source = tmp_path / f"weights{suffix}"
+        if suffix == ".pth":
+            torch.save({"model": state, "epoch": 3}, source)
+        else:
+            save_file({key: value.contiguous() for key, value in state.items()}, source)
+    loaded = load_official(source, num_heads=encoder_options["num_heads"], decoder_heads=4)
+    assert isinstance(loaded, MaskedImageModel)
+    assert not loaded.training
+    assert (loaded.encoder.grid, loaded.encoder.in_chans) == (encoder.grid, encoder.in_chans)
+    assert (loaded.distillation is None) == (options.get("vis") is False)
+    images = torch.randn(2, encoder.in_chans, side, side)
+    raw = torch.randint(0, 256, images.shape)
+    masks = disjoint_masks(2, encoder.grid, 1, 0.5, keys=torch.arange(2))
+    with torch.no_grad():
+        for key, value in model(images, raw, masks=masks).items():
+            assert torch.equal(loaded(images, raw, masks=masks)[key], value), key
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(loaded.encoder))
+    again = load_encoder(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(images), encoder(images))
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_classifier_round_trip(with_norm):
+    """Fine-tuned weights drop the norm of pre-training; those that keep it load too."""
+    torch.manual_seed(0)
+    encoder = create_encoder(
+        "conv_vit_tiny_patch16", img_size=32, embed_dims=(8, 12, 16), depths=(1, 1, 1), num_heads=2
+    )
+    model = Classifier(encoder, 7).eval()
+    shake(model)
+    state = as_published(model, True)
+    if not with_norm:
+        state = {key: value for key, value in state.items() if not key.startswith("norm.")}
+    loaded = load_official(state, num_heads=2)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    del state["fc_norm.bias"]
+    with pytest.raises(ValueError, match=r"missing: fc_norm\.bias"):
+        load_official(state, num_heads=2)
+
+
+# ---- strictness
+
+
+@pytest.fixture(scope="module")
+def mae_state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    encoder = create_encoder("vit_tiny_patch8", img_size=32, embed_dim=32, depth=1, num_heads=2)
+    model = MaskedImageModel(encoder, "pixel", vis=False, decoder_dim=16, decoder_depth=1, decoder_heads=4)
+    return as_published(model, False)
+
+
+def test_every_missing_key_is_named(mae_state):
+    for key in mae_state:
+        state = {k: v for k, v in mae_state.items() if k != key}
+        with pytest.raises(ValueError, match=rf"{key}\b.*missing|missing.*\b{key}|neither a decoder \({key}\)"):
+            load_official(state, num_heads=2, decoder_heads=4)
+
+
+def test_unknown_keys_and_wrong_shapes_are_named(mae_state):
+    heads = {"num_heads": 2, "decoder_heads": 4}
+    with pytest.raises(ValueError, match=r"unknown: blocks\.0\.ls1\.gamma, surprise"):
+        load_official(mae_state | {"surprise": torch.zeros(1), "blocks.0.ls1.gamma": torch.zeros(32)}, **heads)
+    with pytest.raises(ValueError, match=r"of wrong shape: norm\.weight is \[31\], expected \[32\]"):
+        load_official(mae_state | {"norm.weight": torch.zeros(31)}, **heads)
+    with pytest.raises(ValueError, match="table of 15 patches is not square"):
+        load_official(mae_state | {"pos_embed": torch.zeros(1, 15, 32)}, **heads)
+
+
+def test_heads_that_shapes_do_not_show(mae_state):
+    with pytest.raises(ValueError, match="num_heads cannot be told from a width of 32: pass num_heads="):
+        load_official(mae_state)
+    with pytest.raises(ValueError, match="num_heads cannot be told"):
+        load_official(mae_state, num_heads=5)
+
+
+def test_weights_of_something_else():
+    with pytest.raises(
+        ValueError, match=r"no DMJD, ConvMAE or MAE weights: pos_embed, patch_embed\.proj\.weight missing"
+    ):
+        load_official({"conv1.weight": torch.zeros(1)})
+
+
+# ---- files
+
+
+class Bomb:
+    """Runs code when it is unpickled without care."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self):
+        return (Path.touch, (self.victim,))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["torch", "pickle", "legacy"])
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_a_pickle_with_code_is_refused_and_does_not_run(form, suffix, tmp_path):
+    victim, file = tmp_path / "ran", tmp_path / f"weights{suffix}"
+    content = {"model": {"pos_embed": torch.zeros(1)}, "payload": Bomb(victim)}
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "torch")
+    with pytest.raises(
+        ValueError, match=r"could not be read as plain weights .*Nothing in a file is ever executed"
+    ) as caught:
+        load_official(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not victim.exists()
+    if form != "legacy":  # the bomb is live: loading without care sets it off
+        pickle.loads(pickle.dumps(Bomb(victim)))
+        assert victim.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_file_cut_short_is_refused(suffix, share, mae_state, tmp_path):
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": mae_state}, file)
+    else:
+        save_file(mae_state, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=rf"weights\{suffix} (could not be read|is not a readable)"):
+        load_official(file)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.pth is not a file"):
+        load_official(tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="is not a file"):
+        load_official(tmp_path)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+        load_official(tmp_path / "list.pth")
+    torch.save({"model": {"a": 1}}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+        load_official(tmp_path / "numbers.pth")
+
+
+# ---- timm
+
+
+def timm_vit(**options) -> nn.Module:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **sizes | options).eval()
+
+
+def test_from_timm_drops_the_head_and_saves_like_any_encoder(tmp_path):
+    torch.manual_seed(0)
+    theirs = timm_vit(in_chans=4, img_size=(32, 48))
+    ours = from_timm(theirs)
+    assert (ours.in_chans, ours.img_size, ours.num_prefix_tokens, ours.training) == (4, (32, 48), 1, False)
+    images = torch.randn(2, 4, 32, 48)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(ours))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=0, atol=1e-5)
+        assert torch.equal(load_encoder(tmp_path)(images), ours(images))
+
+
+def test_from_timm_with_the_norm_behind_the_pooling():
+    theirs = timm_vit(class_token=False, global_pool="avg")
+    assert isinstance(theirs.norm, nn.Identity)
+    ours = from_timm(theirs)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs.forward_features(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.norm.weight, theirs.fc_norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_values": 1e-5}, r"unknown: blocks\.0\.ls1\.gamma"),
+        ({"reg_tokens": 4}, r"unknown: .*reg_token"),
+        ({"pre_norm": True}, r"unknown: norm_pre\.bias"),
+        ({"qk_norm": True}, r"unknown: blocks\.0\.attn\.k_norm"),
+        ({"qkv_bias": False}, r"missing: blocks\.0\.attn\.qkv\.bias"),
+        ({"act_layer": "quick_gelu"}, "ours has exact GELU and eps 1e-06"),
+        ({"act_layer": "gelu_tanh"}, "ours has exact GELU"),
+        ({"norm_layer": nn.LayerNorm}, "norms of eps 1e-05; ours"),
+    ],
+)
+def test_from_timm_refuses_what_ours_has_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        from_timm(timm_vit(**options))
+
+
+def test_from_timm_refuses_other_classes():
+    with pytest.raises(ValueError, match="Eva is no timm VisionTransformer"):
+        from_timm(timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1))
+    with pytest.raises(ValueError, match="ResNet is no timm VisionTransformer"):
+        from_timm(timm.create_model("resnet10t"))
+
+
+def test_timm_arguments_are_for_vit_only():
+    with pytest.raises(ValueError, match="timm has no ConvViT"):
+        timm_arguments(create_encoder("conv_vit_tiny_patch16", img_size=32, depths=(1, 1, 1)))
+
+
+def test_published_position_tables_are_the_fixed_ones():
+    """Another image size recomputes them, which holds only if the stored table is the sine-cosine one."""
+    with safe_open(GOLDEN / "convit_pretrain.safetensors", "pt") as file:
+        table = file.get_tensor("state.pos_embed")
+    torch.testing.assert_close(table, sincos_positions(table.shape[-1], (14, 14)), rtol=0, atol=1e-5)

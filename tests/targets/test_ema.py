@@ -1,0 +1,145 @@
+"""The ema target: a copy that follows the encoder slowly, the same after every restart, and says when it fails."""
+
+import math
+import signal
+
+import pytest
+import torch
+from support import TINY_FIELDS, assert_same_bits, metrics
+
+from dmjd import MaskedImageModel, create_encoder, pretrain
+from dmjd.config import recipes
+from dmjd.encoders.base import Encoder
+from dmjd.figures.show import show
+from dmjd.runs.build import build_model
+from dmjd.targets.base import whiten
+from dmjd.targets.ema import COLLAPSED, EmaTarget, feature_deviation
+from dmjd.targets.registry import create_target
+
+
+def encoder(name: str = "vit_tiny_patch8", **options) -> Encoder:
+    torch.manual_seed(0)
+    sizes = (
+        {"embed_dim": 32, "depth": 4} if name.startswith("vit") else {"embed_dims": (16, 24, 32), "depths": (1, 1, 4)}
+    )
+    return create_encoder(name, 32, num_heads=2, **sizes | options)
+
+
+def normalized(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_it_is_the_whitened_mean_of_the_last_blocks_of_the_whole_image(name):
+    source = encoder(name, drop_path=0.5)
+    target = EmaTarget(source, layers=2).train()  # stochastic depth stays off
+    images = normalized()
+    found = target(images, torch.full_like(images, float("nan")))
+    outputs = source.eval().block_outputs(images, 4)
+    assert torch.equal(outputs[-1], source(images))
+    torch.testing.assert_close(found, whiten((whiten(outputs[2]) + whiten(outputs[3])) / 2))
+    torch.testing.assert_close(EmaTarget(source, layers=1)(images, images), whiten(outputs[3]))
+    assert EmaTarget(source).layers == 2  # half of four
+    assert found.shape == (3, 16, target.dim)
+
+
+def test_a_class_token_is_dropped():
+    assert EmaTarget(encoder(class_token=True))(normalized(), normalized()).shape == (3, 16, 32)
+
+
+def test_momentum_rises_to_one_by_half_a_cosine():
+    target = EmaTarget(encoder(), momentum=0.9)
+    assert [round(target.momentum_at(share), 6) for share in (0.0, 0.5, 1.0)] == [0.9, 0.95, 1.0]
+    assert target.momentum_at(0.25) == pytest.approx(1 - 0.1 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_the_copy_moves_by_the_momentum_of_the_share_that_is_done():
+    model = MaskedImageModel(encoder(), target="ema")
+    target = model.mim_target
+    before = [p.clone() for p in target.copy.parameters()]
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(1.0)
+    model.after_step(5, progress=0.5)
+    for old, new in zip(before, target.copy.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.002, rtol=0, atol=2e-6)
+    model.after_step(6, progress=1.0)  # momentum 1: it stands still
+    for old, new in zip(before, target.copy.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.002, rtol=0, atol=2e-6)
+
+
+def test_one_pass_for_all_views_and_no_gradient():
+    model = MaskedImageModel(encoder(), target="ema", num_views=4, mask_ratio=0.75, block_size=1).train()
+    passes = []
+    model.mim_target.copy.blocks[-1].register_forward_hook(lambda *_: passes.append(1))
+    raw = normalized() * 50 + 128
+    out = model(normalized(), raw, keys=torch.arange(3))
+    out["loss"].backward()
+    assert len(passes) == 1
+    assert model.vis_target is model.mim_target
+    assert all(p.grad is None and not p.requires_grad for p in model.mim_target.parameters())
+    assert float(out["target_std"]) == pytest.approx(float(feature_deviation(model.mim_target(normalized(), raw))))
+
+
+def test_it_computes_in_the_runs_precision_and_answers_in_float32():
+    model = MaskedImageModel(encoder(), target="ema", mim_target="hog")
+    seen = []
+    model.vis_target.copy.blocks[-1].mlp.fc1.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        targets = model.targets(normalized(), normalized() * 50 + 128)
+    assert seen == [torch.bfloat16]
+    assert {x.dtype for x in targets.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"ema_layers": 5}, "ema_layers must be 1 to 4"), ({"ema_momentum": 1.5}, "ema_momentum must lie in")],
+)
+def test_what_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_target("ema", encoder(), **options)
+
+
+def test_deviation_sees_both_kinds_of_collapse():
+    features = whiten(torch.randn(8, 16, 64))
+    assert float(feature_deviation(features)) > 0.8
+    assert float(feature_deviation(features[:1, :1].expand(8, 16, 64))) < 1e-6  # all the same
+    assert float(feature_deviation(features[:1].expand(8, 16, 64))) < 1e-6  # every place its own, every image the same
+    assert float(feature_deviation(features[:1])) > 0.8  # a single image is compared within itself
+
+
+def config(image_folder, out, **changes):
+    fields = TINY_FIELDS | {"steps": 9, "batch_size": 8, "checkpoint_every": 4, "drop_path": 0.2, "ema_momentum": 0.9}
+    return recipes.folder(str(image_folder), str(out), **fields | {"target": "ema"} | changes)
+
+
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, image_folder):
+    """The copy is saved and momentum follows the share of the run, also where targets differ by branch."""
+
+    def stop(report):
+        if report.state.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    mixed = {"target": "hog", "vis_target": "ema"}
+    pretrain(config(image_folder, tmp_path / "straight", **mixed))
+    assert not pretrain(config(image_folder, tmp_path / "stopped", **mixed), hooks=[stop]).finished
+    assert pretrain(config(image_folder, tmp_path / "stopped", **mixed)).finished
+    assert_same_bits(tmp_path / "straight", tmp_path / "stopped")
+    lines = [m["target_std"] for m in metrics(tmp_path / "straight")]
+    assert lines == [m["target_std"] for m in metrics(tmp_path / "stopped")]
+    assert min(lines) > COLLAPSED
+    assert show("targets", tmp_path / "straight", out=tmp_path / "t.png", num_images=2).stat().st_size > 1000
+
+
+def test_a_collapse_is_told_while_it_happens_and_at_the_end(tmp_path, image_folder, capsys):
+    """An encoder that cannot tell images apart stands for one that has unlearned it."""
+    settings = config(image_folder, tmp_path / "run")
+    model = build_model(settings)
+    for part in (model.encoder, model.mim_target.copy):
+        part.patch_embed.proj.weight.requires_grad_(False).zero_()
+    result = pretrain(settings, model=model)
+    assert result.metrics["target_std"] < COLLAPSED
+    told = capsys.readouterr().err
+    assert told.count("step 1: the ema target has collapsed") == 1
+    assert "at the end of the run: the ema target has collapsed" in told
+    assert "step 2: the ema" not in told

@@ -1,0 +1,252 @@
+"""The teacher target: the frozen model's own whitened features, in the student's grid, and nothing that trains."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from support import TINY_FIELDS
+
+from dmjd import MaskedImageModel, create_encoder, pretrain
+from dmjd.config import recipes
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.figures.show import show
+from dmjd.images.preprocess import Preprocess
+from dmjd.runs.build import load_model
+from dmjd.targets.base import whiten
+from dmjd.targets.registry import create_target
+from dmjd.targets.teacher import TeacherTarget, to_channels, to_grid
+
+OWN = Preprocess((32, 32), 3, (0.3, 0.4, 0.5), (0.2, 0.2, 0.3))
+
+
+def student(patch: int = 8, in_chans: int = 3, size: int = 32) -> Encoder:
+    torch.manual_seed(1)
+    return create_encoder(f"vit_tiny_patch{patch}", size, in_chans, embed_dim=32, depth=2, num_heads=2)
+
+
+def own_teacher(name: str = "vit_tiny_patch8") -> Encoder:
+    torch.manual_seed(2)
+    sizes = (
+        {"embed_dim": 48, "depth": 3} if name.startswith("vit") else {"embed_dims": (16, 32, 48), "depths": (1, 1, 3)}
+    )
+    teacher = create_encoder(name, 32, class_token=name.startswith("vit"), num_heads=3, **sizes)
+    teacher.preprocess = OWN
+    return teacher.eval()
+
+
+def timm_vit(in_chans: int = 3) -> torch.nn.Module:
+    torch.manual_seed(3)
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
+    data = {"input_size": (in_chans, 32, 32), "mean": (0.4,) * in_chans, "std": (0.2,) * in_chans}
+    return timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=data, in_chans=in_chans, **small)
+
+
+def make_images(channels: int = 3, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
+    return torch.randint(0, 256, (4, channels, *size), generator=torch.Generator().manual_seed(0)).float()
+
+
+NOISE = torch.full((4, 3, 32, 32), float("nan"))  # the student's own normalized images play no part
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_a_runs_encoder_gives_its_own_whitened_features_on_the_same_grid(tmp_path, name):
+    teacher = own_teacher(name)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(teacher))
+    raw = make_images()
+    for source in (teacher, str(tmp_path), tmp_path / "encoder.safetensors"):
+        target = TeacherTarget(student(), source)
+        found = target(NOISE, raw)
+        with torch.no_grad():
+            expected = whiten(teacher(OWN.normalize(raw))[:, teacher.num_prefix_tokens :])
+        assert target.dim == 48
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_timm_model_gives_its_normed_patch_tokens():
+    teacher, raw = timm_vit(), make_images()
+    teacher.norm.weight.data.uniform_(0.5, 2.0)
+    found = TeacherTarget(student(), teacher)(NOISE, raw)
+    mean, std = (torch.tensor(teacher.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        tokens = teacher.forward_features((raw / 255 - mean) / std)
+    assert tokens.shape[1] == 17  # a class token before the 16 of the grid
+    torch.testing.assert_close(found, whiten(tokens[:, 1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_several_layers_are_whitened_averaged_and_whitened():
+    teacher, raw = own_teacher(), make_images()
+    x, outputs = teacher._embed(OWN.normalize(raw), None), []
+    with torch.no_grad():
+        for block in teacher.blocks:
+            x = block(x)
+            outputs.append(x[:, 1:])
+    expected = whiten((whiten(outputs[1]) + whiten(outputs[2])) / 2)
+    found = TeacherTarget(student(), teacher, layers=2)(NOISE, raw)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, TeacherTarget(student(), teacher)(NOISE, raw), atol=0.01)
+    convolutional = own_teacher("conv_vit_tiny_patch8")
+    last = convolutional.block_outputs(OWN.normalize(raw), 2)
+    assert len(last) == 2
+    torch.testing.assert_close(last[-1], convolutional(OWN.normalize(raw)))
+
+
+@pytest.mark.parametrize(("patch", "size"), [(4, (32, 32)), (16, (32, 32)), (8, (16, 48))])
+def test_other_grids_and_sizes_are_resized(patch, size):
+    """The teacher sees its own 32 x 32 pixels and its 4 x 4 tokens come in the student's grid."""
+    teacher = own_teacher()
+    target = TeacherTarget(student(patch, size=size), teacher)
+    raw = make_images(size=size)
+    found = target(raw, raw)
+    resized = F.interpolate(raw, (32, 32), mode="bicubic", antialias=True).clamp(0, 255) if size != (32, 32) else raw
+    with torch.no_grad():
+        tokens = teacher(OWN.normalize(resized))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    h, w = size[0] // patch, size[1] // patch
+    if (h, w) == (2, 2):
+        expected = F.avg_pool2d(tokens, 2)
+    else:
+        expected = F.interpolate(tokens, (h, w), mode="bilinear", align_corners=False)
+    assert found.shape == (4, h * w, 48)
+    torch.testing.assert_close(found, whiten(expected.flatten(2).transpose(1, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_feature_maps_of_a_convolutional_network():
+    network = timm.create_model("resnet10t", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    target = TeacherTarget(student(), network)
+    assert target(make_images(), make_images()).shape == (4, 16, 512)
+    with pytest.raises(ValueError, match="differ in width: use --teacher-layers 1"):
+        TeacherTarget(student(), network, layers=2)
+
+
+def test_to_grid_keeps_what_is_there():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert torch.equal(to_grid(x, (4, 4)), x)
+    assert to_grid(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert to_grid(x, (8, 2)).shape == (1, 1, 8, 2)
+
+
+def test_channels_become_the_teachers():
+    gray, color = make_images(1), make_images(3)
+    assert torch.equal(to_channels(gray, 3), gray.expand(-1, 3, -1, -1))
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    torch.testing.assert_close(to_channels(color, 1), (color * weights).sum(1, keepdim=True))
+    clear = torch.cat([color, torch.zeros(4, 1, 32, 32)], dim=1)
+    assert torch.equal(to_channels(clear, 3), torch.full_like(color, 255))
+    assert to_channels(clear, 1).shape == gray.shape
+    target = TeacherTarget(student(in_chans=1), own_teacher())
+    assert target(gray, gray).shape == (4, 16, 48)
+
+
+def test_the_teacher_is_frozen_and_outside_the_model():
+    teacher = own_teacher()
+    model = MaskedImageModel(
+        student(), target=TeacherTarget(student(), teacher), block_size=1, num_views=4, mask_ratio=0.75
+    )
+    passes = []
+    teacher.register_forward_hook(lambda *_: passes.append(1))
+    teacher.blocks[-1].register_forward_hook(lambda *_: passes.append(1))
+    model.train()
+    raw = make_images()
+    out = model(OWN.normalize(raw), raw, keys=torch.arange(4))
+    out["loss"].backward()
+    assert set(out) == {"loss", "mim", "vis"}
+    assert len(passes) == 1  # one pass for four views and both branches
+    assert not any(part.training for part in teacher.modules())
+    assert all(p.grad is None for p in teacher.parameters())
+    names = {id(p) for p in model.parameters()}
+    assert not any(id(p) in names for p in teacher.parameters())
+    assert [key for key in model.state_dict() if key.startswith("branch_targets")] == [
+        "branch_targets.mim._extra_state"
+    ]
+    model.to(torch.float64)
+    assert next(teacher.parameters()).dtype == torch.float64  # it goes where the model goes
+
+
+def test_branches_may_differ():
+    encoder = student()
+    vis = create_target("teacher", encoder, teacher=own_teacher(), teacher_layers=2, hog_cell=4)
+    model = MaskedImageModel(encoder, mim_target="hog", vis_target=vis)
+    assert (model.mim_target.name, model.vis_target.name) == ("hog", "teacher")
+    assert model.distillation.predictor.out_features == 48
+    assert vis.layers == 2
+
+
+def test_another_teacher_is_refused():
+    teacher = own_teacher()
+    state = TeacherTarget(student(), teacher).state_dict()
+    TeacherTarget(student(), teacher).load_state_dict(state)
+    teacher.blocks[0].mlp.fc1.bias.data[0] += 1e-3
+    with pytest.raises(ValueError, match="is not the teacher this run began with"):
+        TeacherTarget(student(), teacher).load_state_dict(state)
+
+
+def test_timm_weights_from_a_folder(tmp_path):
+    """How weights come in without a network; random state is left alone."""
+    teacher = timm_vit()
+    save_file(teacher.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": 0},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    target = TeacherTarget(student(), f"local-dir:{tmp_path}")
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    student()
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        expected = whiten(teacher.eval().forward_features((make_images() / 255 - 0.5) / 0.25)[:, 1:])
+    torch.testing.assert_close(target(NOISE, make_images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options", "message"),
+    [
+        (None, {}, "target 'teacher' needs a teacher: --teacher"),
+        ("runs/nowhere", {}, "is no run folder, no encoder file and no model of timm"),
+        ("vit_tiny_patch16_225", {}, "did you mean 'vit_tiny_patch16_224'"),
+        ("resnet18.nonsense", {}, "the weights of teacher resnet18.nonsense cannot be had"),
+        (torch.nn.Linear(1, 1), {}, "gives no token grid or feature map"),
+        (create_encoder("vit_tiny_patch8", 32), {}, "does not know its preprocessing"),
+        (own_teacher(), {"layers": 4}, "the teacher has only 3 blocks"),
+        (timm_vit(), {"layers": 4}, "has fewer layers"),
+        (timm_vit(in_chans=5), {}, "takes 5 channels, the run has 3"),
+    ],
+)
+def test_teachers_that_cannot_be(teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        TeacherTarget(student(), teacher, **options)
+
+
+def test_a_run_teaches_the_next_one(tmp_path, image_folder):
+    """Two stages: resumed with a moved teacher, shown, loaded; refused with another or a missing teacher."""
+    fields = TINY_FIELDS | {"data": str(image_folder), "batch_size": 8}
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain(recipes.folder(out=str(first), steps=3, **fields))
+    taught = recipes.folder(out=str(second), steps=2, target="teacher", teacher=str(first), **fields)
+    pretrain(taught)
+    weights = load_file(second / "checkpoints" / "final.safetensors")
+    assert sum("branch_targets" in key for key in weights) == 1  # the hash alone
+    first.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="no run folder"):
+        pretrain(taught.replace(steps=4))
+    with pytest.raises(ValueError, match="is not the teacher this run began with"):
+        pretrain(taught.replace(steps=4, teacher=str(second)))
+    result = pretrain(taught.replace(steps=4, teacher=str(tmp_path / "moved")))
+    assert result.step == 4
+    assert "target_std" not in result.metrics
+    model, config = load_model(second)
+    assert config.teacher == str(tmp_path / "moved")
+    assert model.mim_target is model.vis_target
+    for kind in ("targets", "reconstructions"):
+        assert show(kind, second, out=tmp_path / f"{kind}.png").stat().st_size > 1000
+    assert load_encoder(second / "checkpoints" / "final.safetensors").embed_dim == 32
+    with pytest.raises(ValueError, match="no run folder"):
+        pretrain(taught.replace(out=str(tmp_path / "third"), teacher=str(first)))
+    assert not (tmp_path / "third").exists()
