@@ -14,7 +14,7 @@ from torch import nn
 
 from dmjd.nn import depthwise
 from dmjd.nn import recompute as kernels
-from dmjd.nn.depthwise import cell_places, dense_depthwise, visible_depthwise
+from dmjd.nn.depthwise import cell_indices, dense_depthwise, visible_depthwise
 from dmjd.nn.layers import ConvBlock, TransformerBlock, set_checkpointing
 from dmjd.nn.recompute import attention, norm_linear, norm_mlp
 
@@ -66,7 +66,7 @@ def test_visible_depthwise_is_the_dense_one_under_a_mask(large_kernels, rows_at_
     (h, w), s, dim = (3, 4), 2, 6
     conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
     ids = torch.stack([torch.randperm(h * w)[:5] for _ in range(3)])  # any order
-    places = cell_places(ids, (h, w), s)
+    places = cell_indices(ids, (h, w), s)
     x = torch.randn(3, 5, s, s, dim, requires_grad=True)
     y = visible_depthwise(conv, x, places, (h * s, w * s))
     canvas = torch.zeros(3, h * s, w * s, dim)

@@ -1,8 +1,8 @@
-"""What every encoder offers, so that everything downstream is written once."""
+"""The base class of encoders: all that the rest of the package asks of one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +13,60 @@ from dmjd.nn.layers import TRANSFORMER_NORM_EPS, init_linear, set_checkpointing
 from dmjd.nn.tokens import gather_views, patchify, sincos_positions
 
 
-def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Stochastic depth growing linearly from 0 in the first block to ``last`` in the last one."""
-    if not 0.0 <= last < 1.0:
-        raise ValueError(f"drop_path must lie in [0, 1), got {last}")
-    return [last * i / max(1, depth - 1) for i in range(depth)]
+class TimmModel(NamedTuple):
+    """A model of timm with an encoder's parameter names and shapes.
+
+    Attributes:
+        name: for ``timm.create_model``. arguments: all that define the model. defaults: those that the name implies.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    defaults: dict[str, Any]
 
 
 class Encoder(nn.Module, ABC):
-    """Base of the encoders: images in, tokens out, on all patches or on the visible ones only.
+    """Base class of the encoders: images in, tokens out, computed for all patches or for the visible ones only.
+
+    A family of encoders is one subclass and one entry in :data:`dmjd.encoders.registry.ENCODERS`. Nothing else in the
+    package knows the families: their class attributes, constructor and methods tell all there is to know.
+
+    A family defines
+        - the class attributes below;
+        - a constructor with keyword arguments ``img_size``, ``patch_size``, ``in_chans``, ``drop_path``, its sizes, and
+          ``class_token`` if it supports one; they are what ``create_encoder`` accepts;
+        - the modules ``blocks`` (the :class:`~dmjd.nn.layers.TransformerBlock` s on tokens), ``norm`` and the parameter
+          ``pos_embed`` [1, prefix + N, D], and the list ``feature_info``;
+        - :meth:`forward_stages`, :meth:`forward_intermediates`, :meth:`block_outputs`,
+          :meth:`prune_intermediate_layers`, :meth:`flops`;
+        - where the defaults do not fit: :attr:`scales`, :meth:`layer_of`, :meth:`no_weight_decay`, :meth:`timm_model`.
+
+    Class attributes:
+        SIZES: size name -> constructor arguments. An encoder is called ``<family>_<size>_patch<P>``.
+        PATCHES: patch sizes of the names that are listed; the constructor decides whether others work.
+        SETTINGS: setting of a run -> (constructor argument, how many numbers it takes).
 
     Attributes:
-        name: the name it was created by. options: keyword arguments that make it again with ``create_encoder``.
-        img_size: (H, W) pixels. grid: (h, w) tokens. patch_size: P, pixels of a token's side.
-        in_chans: C. embed_dim: D. num_prefix_tokens: class tokens before the patch tokens.
-        scales: (width, cells per token side) of each convolutional stage, finest first; empty for a plain ViT.
-        decoder_mlp_ratio: MLP ratio its reconstruction decoder takes by default.
-        norm: the final norm of pre-training; not part of pooled features.
-        feature_info: timm's description of the intermediate maps.
-        preprocess: how images become its input, where known.
+        name: what ``create_encoder`` was called with. options: its keyword arguments, as JSON types.
+        img_size: (H, W) in pixels. grid: (h, w) in tokens. patch_size: P, side of a token in pixels.
+        in_chans: C. embed_dim, num_features: D. num_prefix_tokens: class tokens before the patch tokens.
+        scales: (width, cells per token side) of each convolutional stage, finest first; empty without such stages.
+            Pre-training fuses them with the tokens.
+        decoder_mlp_ratio: default MLP ratio of the reconstruction decoder.
+        norm: the final norm, which is used in pre-training only and not part of pooled features.
+        feature_info: for each map of :meth:`forward_intermediates` its width ("num_chs"), stride in pixels
+            ("reduction") and module, as in timm. The feature pyramid takes the last map of each stride.
+        preprocess: how images become input of this encoder; None if unknown.
     """
+
+    SIZES: ClassVar[Mapping[str, Mapping[str, Any]]]
+    PATCHES: ClassVar[tuple[int, ...]]
+    SETTINGS: ClassVar[Mapping[str, tuple[str, int]]] = {
+        "embed_dim": ("embed_dim", 1),
+        "depth": ("depth", 1),
+        "num_heads": ("num_heads", 1),
+        "mlp_ratio": ("mlp_ratio", 1),
+    }
 
     pos_embed: nn.Parameter
     norm: nn.Module
@@ -55,28 +89,28 @@ class Encoder(nn.Module, ABC):
         self.name = type(self).__name__
         self.options: dict[str, Any] = {}
         self.img_size, self.grid = (H, W), (H // patch_size, W // patch_size)
-        self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
-        self.num_features = embed_dim  # timm's word for the same
+        self.patch_size, self.in_chans = patch_size, in_chans
+        self.embed_dim = self.num_features = embed_dim  # the latter is timm's name
         self.num_prefix_tokens = num_prefix_tokens
         self.preprocess: Preprocess | None = None
 
     @property
     def num_patches(self) -> int:
-        """N, patch tokens of an image of ``img_size``."""
+        """N, number of patch tokens of an image of ``img_size``."""
         return self.grid[0] * self.grid[1]
 
     @property
     def depth(self) -> int:
-        """Transformer blocks."""
+        """Number of transformer blocks."""
         return len(cast(nn.ModuleList, self.blocks))
 
     def init_weights(self) -> None:
-        """MAE's initialization of every linear layer (see :func:`dmjd.nn.layers.init_linear`)."""
+        """Initialize every linear layer as MAE does (see :func:`dmjd.nn.layers.init_linear`)."""
         self.apply(init_linear)
 
     @abstractmethod
     def forward_stages(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Block outputs before ``norm``, and the outputs of the convolutional stages for multi-scale fusion.
+        """Block outputs before ``norm``, and outputs of the convolutional stages for multi-scale fusion.
 
         Args:
             images: [B, C, H, W] normalized.
@@ -87,6 +121,33 @@ class Encoder(nn.Module, ABC):
         """
 
     @abstractmethod
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The feature maps of ``feature_info``, with timm's arguments.
+
+        Args:
+            x: [B, C, H, W] normalized images.
+            indices: map indices (negative from the end), a number of last maps, or None for all.
+            norm: apply the final norm to maps of block outputs.
+            stop_early: skip the layers after the last requested map.
+            output_fmt: "NCHW" for maps [B, D, h, w], "NLC" for tokens [B, N, D] without prefix tokens.
+            intermediates_only: return the list alone, not (tokens after the final norm, list).
+        """
+
+    @abstractmethod
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the layers after the last requested map (timm's protocol); returns the absolute indices."""
+
+    @abstractmethod
     def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
         """Patch tokens after each of the last ``count`` transformer blocks, before the norm.
 
@@ -94,19 +155,35 @@ class Encoder(nn.Module, ABC):
             images: [B, C, H, W] normalized. count: 1 to :attr:`depth`.
 
         Returns:
-            [B, N, D] each, the last block's at the end.
+            list of [B, N, D], the last block's at the end.
         """
 
     @abstractmethod
     def flops(self, num_visible: int | None = None) -> int:
-        """Floating-point operations of one forward pass of one image, on ``num_visible`` patch tokens (default all)."""
+        """Floating-point operations of a forward pass on one image with ``num_visible`` patch tokens (default: all)."""
+
+    def layer_of(self, parameter: str) -> int:
+        """Layer of a parameter, by its name, for layer-wise learning rate decay: 0 to :attr:`depth`.
+
+        Transformer block i is layer i + 1; embeddings, positions, class token and convolutional stages are layer 0.
+        """
+        module, _, rest = parameter.partition(".")
+        return int(rest.partition(".")[0]) + 1 if module == "blocks" else 0
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names without weight decay, besides 1-D parameters (timm's protocol)."""
+        return {"pos_embed"}
+
+    def timm_model(self) -> TimmModel | None:
+        """The model of timm that loads this encoder's state dict; None if there is none."""
+        return None
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Block outputs, before the norm of pre-training.
+        """Block outputs, before the final norm.
 
         Args:
             images: [B, C, H, W] normalized.
-            visible: None for all tokens; [B, V] or [K, B, V] int64 raster ids to see only those.
+            visible: None for all tokens; [B, V] or [K, B, V] int64 raster ids to compute only those.
 
         Returns:
             [B, prefix + N, D], [B, prefix + V, D] or [K, B, prefix + V, D].
@@ -121,14 +198,14 @@ class Encoder(nn.Module, ABC):
         return tokens.unflatten(0, visible.shape[:-1])
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """timm's meaning of the name: all tokens after the final norm, [B, prefix + N, D]."""
+        """All tokens after the final norm, [B, prefix + N, D]. The name is timm's."""
         return self.norm(self(images))
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The downstream feature: mean over patch tokens, then a fresh ``fc_norm`` without affine (identity affine).
+        """The downstream feature: mean over patch tokens, then LayerNorm without affine.
 
         Args:
-            tokens: [B, prefix + N, D], as :meth:`forward` gives them.
+            tokens: [B, prefix + N, D] from :meth:`forward`.
 
         Returns:
             [B, D].
@@ -136,11 +213,11 @@ class Encoder(nn.Module, ABC):
         return F.layer_norm(self.mean_patch_token(tokens), (self.embed_dim,), eps=TRANSFORMER_NORM_EPS)
 
     def mean_patch_token(self, tokens: Tensor) -> Tensor:
-        """[B, prefix + N, D] -> [B, D], prefix tokens left out."""
+        """Mean over patch tokens: [B, prefix + N, D] -> [B, D]. Prefix tokens are left out."""
         return tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
     def check_images(self, images: Tensor) -> tuple[int, int]:
-        """The token grid of a batch; ValueError where shape or channels do not fit."""
+        """Token grid (h, w) of a batch; ValueError if its shape or channels do not fit."""
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
         H, W = images.shape[-2:]
@@ -151,15 +228,15 @@ class Encoder(nn.Module, ABC):
     def visible_patches(self, images: Tensor, visible: Tensor | None) -> Tensor:
         """Pixels of the tokens to compute: [B, N, P*P*C], or [R, V, P*P*C] for ids [R, V].
 
-        Gathering pixels before they are embedded moves the least memory and embeds nothing that no view sees.
+        Pixels are gathered before they are embedded: this moves the least memory and embeds no masked token.
         """
         patches = patchify(images, self.patch_size)  # B, N, P*P*C
         return patches if visible is None else gather_views(patches, visible)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position table for a grid, [1, prefix + h*w, D].
+        """Position table of a grid, [1, prefix + h*w, D].
 
-        Another grid than the encoder's own: a fixed table is computed anew, a learned one resized by 2-D bicubic
+        For a grid other than the encoder's, a fixed table is recomputed, a learned one resized by 2-D bicubic
         interpolation.
         """
         if grid == self.grid:
@@ -173,17 +250,15 @@ class Encoder(nn.Module, ABC):
         return torch.cat([self.pos_embed[:, :P], table.to(self.pos_embed.dtype)], dim=1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute block activations again in the backward pass: less memory, about a quarter more arithmetic."""
+        """Recompute block activations in the backward pass: less memory, about a quarter more arithmetic."""
         set_checkpointing(self, enable)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names kept out of weight decay besides 1-D parameters (timm's protocol)."""
-        return {"pos_embed"}
 
-
-def as_indices(indices: int | Sequence[int] | None) -> int | list[int] | None:
-    """Indices of intermediate maps as timm's own helper wants them."""
-    return indices if indices is None or isinstance(indices, int) else list(indices)
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth rates of ``depth`` blocks, increasing linearly from 0 to ``last``."""
+    if not 0.0 <= last < 1.0:
+        raise ValueError(f"drop_path must lie in [0, 1), got {last}")
+    return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
 def _nearest(pixels: int, patch_size: int) -> int:
@@ -191,7 +266,7 @@ def _nearest(pixels: int, patch_size: int) -> int:
 
 
 def known_preprocess(encoder: Encoder) -> Preprocess:
-    """``encoder.preprocess``; ValueError where it is not known."""
+    """``encoder.preprocess``; ValueError if it is unknown."""
     if encoder.preprocess is None:
         raise ValueError(f"{encoder.name} does not know its preprocessing: set encoder.preprocess = Preprocess(...)")
     return encoder.preprocess

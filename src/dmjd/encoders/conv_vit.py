@@ -1,7 +1,7 @@
-"""ConvViT, the hybrid of ConvMAE / MCMAE (Gao et al. 2022) that DMJD calls "ConViT".
+"""ConvViT, the hybrid encoder of ConvMAE / MCMAE (Gao et al. 2022); the DMJD paper calls it "ConViT".
 
-Stages 1 and 2 are masked convolution blocks on 4 x 4 and 2 x 2 cells a token, stage 3 is a transformer on tokens.
-Masked positions never influence visible ones, so computing the visible tokens only gives the dense masked result.
+Stages 1 and 2 are masked convolution blocks on 4 x 4 and 2 x 2 cells per token, stage 3 is a transformer on tokens.
+Masked tokens never influence visible ones, so computing only the visible tokens gives the dense masked result.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from functools import partial
 from typing import cast
 
 import torch
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
-from dmjd.nn.depthwise import cell_places, dense_depthwise, visible_depthwise
+from dmjd.encoders.base import Encoder, drop_path_rates
+from dmjd.encoders.timm_features import take_indices
+from dmjd.nn.depthwise import cell_indices, dense_depthwise, visible_depthwise
 from dmjd.nn.layers import (
     ConvBlock,
     Depthwise,
@@ -25,27 +25,33 @@ from dmjd.nn.layers import (
 )
 from dmjd.nn.tokens import gather_tokens, sincos_positions
 
-# name: (widths, depths, heads); base and large are DMJD's, small and tiny ours
-CONV_VIT_SIZES = {
-    "tiny": ((64, 128, 192), (2, 2, 11), 3),
-    "small": ((128, 256, 384), (2, 2, 11), 6),
-    "base": ((256, 384, 768), (2, 2, 11), 12),
-    "large": ((384, 768, 1024), (2, 2, 23), 16),
-}
-
 CELLS = (4, 2)  # cells per token side in stages 1 and 2
 
 
 class ConvViT(Encoder):
-    """ConvViT encoder.
+    """ConvViT encoder. Sizes base and large are those of DMJD, tiny and small are ours.
 
     Args:
-        img_size: (H, W) pixels it is built for.
-        patch_size: pixels of a token's side: 16, 8 or 4 (first strides 4, 2, 1).
-        in_chans: C. embed_dims: widths of the three stages. depths: their blocks. num_heads: of stage 3.
+        img_size: (H, W) in pixels.
+        patch_size: side of a token in pixels: 16, 8 or 4 (first strides 4, 2, 1).
+        in_chans: C. embed_dims: widths of the three stages. depths: their numbers of blocks. num_heads: of stage 3.
         mlp_ratios: of the three stages; DMJD's are (8, 8, 4), ConvMAE's (4, 4, 4).
-        drop_path: stochastic depth rate of the last block, growing linearly from 0 over all blocks.
+        drop_path: stochastic depth rate of the last block, increasing linearly from 0 over all blocks.
     """
+
+    SIZES = {  # noqa: RUF012, the base class declares it a class variable
+        "tiny": {"embed_dims": (64, 128, 192), "depths": (2, 2, 11), "num_heads": 3},
+        "small": {"embed_dims": (128, 256, 384), "depths": (2, 2, 11), "num_heads": 6},
+        "base": {"embed_dims": (256, 384, 768), "depths": (2, 2, 11), "num_heads": 12},
+        "large": {"embed_dims": (384, 768, 1024), "depths": (2, 2, 23), "num_heads": 16},
+    }
+    PATCHES = (4, 8, 16)
+    SETTINGS = {  # noqa: RUF012, as above
+        "embed_dim": ("embed_dims", 3),
+        "depth": ("depths", 3),
+        "num_heads": ("num_heads", 1),
+        "mlp_ratio": ("mlp_ratios", 3),
+    }
 
     def __init__(
         self,
@@ -59,9 +65,9 @@ class ConvViT(Encoder):
         mlp_ratios: tuple[float, float, float] = (8.0, 8.0, 4.0),
         drop_path: float = 0.0,
     ) -> None:
+        if patch_size not in self.PATCHES:
+            raise ValueError(f"conv_vit encoders come with patch 4, 8 or 16, got {patch_size}")
         super().__init__(img_size, patch_size, in_chans, embed_dims[2])
-        if patch_size % CELLS[0]:
-            raise ValueError(f"ConvViT needs a patch divisible by {CELLS[0]}, got {patch_size}")
         d1, d2, d3 = embed_dims
         self.mlp_ratios = mlp_ratios
         self.decoder_mlp_ratio = mlp_ratios[0]
@@ -84,12 +90,12 @@ class ConvViT(Encoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """MAE's initialization of the last patch embedding; the linears by the base class."""
+        """MAE's initialization: last patch embedding here, linear layers in the base class."""
         super().init_weights()
         init_flattened(cast(PatchEmbed, self.patch_embed3).proj)
 
     def _conv_stages(self, x: Tensor, depthwise: Sequence[Depthwise]) -> tuple[Tensor, Tensor]:
-        """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` holds one form for each stage."""
+        """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` has one form for each stage."""
         x1 = self.patch_embed1(x)
         for block in self.blocks1:
             x1 = block(x1, depthwise[0])
@@ -99,7 +105,7 @@ class ConvViT(Encoder):
         return x1, x2
 
     def _embed(self, x2: Tensor, positions: Tensor) -> Tensor:
-        """Stage 2's cells by token [R, V, 2, 2, d2] -> stage 3's input [R, V, D]."""
+        """Stage 2's output by token [R, V, 2, 2, d2] -> stage 3's input [R, V, D]."""
         return self.patch_embed4(self.patch_embed3(x2).flatten(2, 4)) + positions
 
     def _transformer_stage(self, x2: Tensor, positions: Tensor) -> Tensor:
@@ -110,18 +116,18 @@ class ConvViT(Encoder):
         return x
 
     def _dense_maps(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Stages 1 and 2 of all tokens as maps [B, h*s, w*s, d]; ``mask`` [B, N] bool hides tokens (True = masked)."""
+        """Stages 1 and 2 of all tokens as maps [B, h*s, w*s, d]; ``mask`` [B, N] bool, True = masked."""
         h, w = self.check_images(images)
         depthwise = []
         for cells in CELLS:
-            hidden = None
+            masked = None
             if mask is not None:
-                hidden = mask.view(-1, h, w).repeat_interleave(cells, 1).repeat_interleave(cells, 2)
-            depthwise.append(partial(dense_depthwise, mask=hidden))
+                masked = mask.view(-1, h, w).repeat_interleave(cells, 1).repeat_interleave(cells, 2)
+            depthwise.append(partial(dense_depthwise, mask=masked))
         return self._conv_stages(images.permute(0, 2, 3, 1), depthwise)
 
     def forward_stages(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Tokens and the two convolutional stages' outputs by token; see :class:`Encoder`."""
+        """Tokens, and the outputs of the two convolutional stages by token; see :class:`Encoder`."""
         grid = self.check_images(images)
         positions = self.positions(grid)
         if visible is None:
@@ -130,7 +136,7 @@ class ConvViT(Encoder):
             cells = (self.patch_size, self.patch_size, self.in_chans)
             pixels = self.visible_patches(images, visible).unflatten(-1, cells)  # R, V, P, P, C
             depthwise = [
-                partial(visible_depthwise, places=cell_places(visible, grid, s), size=(grid[0] * s, grid[1] * s))
+                partial(visible_depthwise, cells=cell_indices(visible, grid, s), size=(grid[0] * s, grid[1] * s))
                 for s in CELLS
             ]
             x1, x2 = self._conv_stages(pixels, depthwise)
@@ -138,7 +144,7 @@ class ConvViT(Encoder):
         return self._transformer_stage(x2, positions), [x1, x2]
 
     def forward_masked_dense(self, images: Tensor, visible: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The published way: compute every position under a mask, then pick. Same values as the visible form; slower.
+        """The published implementation: compute all tokens under a mask, then select. Same values, slower.
 
         Args:
             images: [B, C, H, W]. visible: [B, V] ids.
@@ -163,20 +169,14 @@ class ConvViT(Encoder):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The three stages' maps (index 0, 1, 2), with timm's arguments.
+        """One map for each of the three stages; see :class:`Encoder`.
 
-        Args:
-            x: [B, C, H, W] normalized images.
-            indices: stages (negative from the end), a count of last stages, or None for all.
-            norm: apply the final norm to the last stage.
-            stop_early: do not run stage 3 when it is not asked for.
-            output_fmt: "NCHW" only: the stages differ in resolution.
-            intermediates_only: return the list alone, not (tokens, list): tokens after the final norm, or stage 2's
-                cells where ``stop_early`` ended there.
+        ``output_fmt`` is "NCHW", because the stages differ in resolution. If ``stop_early`` skips stage 3, the tokens
+        returned are stage 2's cells.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"ConvViT's stages are maps of different sizes: output_fmt must be NCHW, got {output_fmt}")
-        take, last = feature_take_indices(3, as_indices(indices))
+        take, last = take_indices(3, indices)
         grid = self.check_images(x)
         x1, x2 = self._dense_maps(x)
         maps = [x1.permute(0, 3, 1, 2), x2.permute(0, 3, 1, 2)]
@@ -189,7 +189,7 @@ class ConvViT(Encoder):
         return outputs if intermediates_only else (tokens, outputs)
 
     def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
-        """Patch tokens of stage 3's last blocks; see :class:`Encoder`."""
+        """Patch tokens after the last blocks of stage 3; see :class:`Encoder`."""
         grid = self.check_images(images)
         x = self._embed(_to_tokens(self._dense_maps(images)[1], grid), self.positions(grid))
         outputs = []
@@ -201,9 +201,9 @@ class ConvViT(Encoder):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what follows the last stage asked for (timm's protocol); returns the absolute indices."""
-        take, last = feature_take_indices(3, as_indices(indices))
-        if last < 2:  # no parameter may stay that no loss reaches: data-parallel training would wait for it
+        """Remove the stages after the last requested one; see :class:`Encoder`."""
+        take, last = take_indices(3, indices)
+        if last < 2:  # a parameter without a gradient would make data-parallel training wait for it
             self.blocks, self.patch_embed3, self.patch_embed4 = nn.ModuleList(), nn.Identity(), nn.Identity()
         if last < 1:
             self.blocks2, self.patch_embed2 = nn.ModuleList(), nn.Identity()
@@ -212,10 +212,10 @@ class ConvViT(Encoder):
         return take
 
     def flops(self, num_visible: int | None = None) -> int:
-        """Floating-point operations of one forward pass of one image; convolution stages on visible cells only.
+        """Floating-point operations of a forward pass; see :class:`Encoder`.
 
-        A cell of a convolution block takes two 1 x 1 convolutions (2 d^2), 25 d for the depthwise one and 2 r d^2 for
-        the MLP.
+        The convolutional stages count visible cells only. A block takes, per cell, 2 d^2 multiply-adds for two 1 x 1
+        convolutions, 25 d for the depthwise one and 2 r d^2 for the MLP.
         """
         V = num_visible if num_visible is not None else self.num_patches
         total, in_dim, taps = 0, self.in_chans, (self.patch_size // CELLS[0]) ** 2

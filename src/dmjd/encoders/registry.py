@@ -1,46 +1,64 @@
-"""Encoders by name: ``create_encoder``."""
+"""Encoders by name."""
 
 import difflib
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from timm.models._features import FeatureGetterNet
+import torch
 
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.conv_vit import CONV_VIT_SIZES, ConvViT
-from dmjd.encoders.vit import VIT_SIZES, VisionTransformer
+from dmjd.encoders.conv_vit import ConvViT
+from dmjd.encoders.timm_features import feature_backbone
+from dmjd.encoders.vit import VisionTransformer
+from dmjd.files import lists_to_tuples, tuples_to_lists
 
-_CONV_PATCHES = (4, 8, 16)
+# A new family is its class and one entry here.
+ENCODERS: dict[str, type[Encoder]] = {"vit": VisionTransformer, "conv_vit": ConvViT}
 
-
-def _vit(size: str, **options: Any) -> Encoder:
-    dim, depth, heads = VIT_SIZES[size]
-    return VisionTransformer(**{"embed_dim": dim, "depth": depth, "num_heads": heads} | options)
-
-
-def _conv_vit(size: str, patch_size: int, class_token: bool = False, **options: Any) -> Encoder:
-    if class_token:
-        raise ValueError("ConvViT has no class token; use a vit_* encoder or leave class_token out")
-    if patch_size not in _CONV_PATCHES:
-        raise ValueError(f"conv_vit encoders come with patch 4, 8 or 16, got {patch_size}")
-    dims, depths, heads = CONV_VIT_SIZES[size]
-    sizes: dict[str, Any] = {"embed_dims": dims, "depths": depths, "num_heads": heads}
-    return ConvViT(patch_size=patch_size, **sizes | options)
-
-
-# family: (class, factory by size); both families have the same four sizes
-ENCODERS: dict[str, tuple[type[Encoder], Callable[..., Encoder]]] = {
-    "vit": (VisionTransformer, _vit),
-    "conv_vit": (ConvViT, _conv_vit),
-}
+_NAME = re.compile(r"(\w+)_([a-z0-9]+)_patch(\d+)")
 
 
 def encoder_names() -> list[str]:
-    """Common names; any other patch side works for ViT too (``vit_small_patch14``)."""
-    vit = [f"vit_{size}_patch{p}" for size in VIT_SIZES for p in (2, 4, 8, 14, 16, 32)]
-    return vit + [f"conv_vit_{size}_patch{p}" for size in CONV_VIT_SIZES for p in _CONV_PATCHES]
+    """The usual names. Some families take other patch sizes too (``vit_small_patch10``)."""
+    return [
+        f"{family}_{size}_patch{patch}"
+        for family, cls in ENCODERS.items()
+        for size in cls.SIZES
+        for patch in cls.PATCHES
+    ]
+
+
+def is_encoder_name(text: str) -> bool:
+    """Whether ``text`` has the form of an encoder name of a known family; its size may be misspelled."""
+    match = _NAME.fullmatch(text)
+    return match is not None and match[1] in ENCODERS
+
+
+def encoder_family(name: str) -> type[Encoder]:
+    """The class of an encoder, by its name.
+
+    Raises:
+        ValueError: for an unknown name; the nearest is suggested.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or match[1] not in ENCODERS or match[2] not in ENCODERS[match[1]].SIZES or int(match[3]) == 0:
+        near = difflib.get_close_matches(name, encoder_names(), n=1, cutoff=0.0)
+        raise ValueError(f"unknown encoder '{name}'; did you mean '{near[0]}'?")
+    return ENCODERS[match[1]]
+
+
+def nearest_name(cls: type[Encoder], embed_dim: int, patch_size: int) -> str:
+    """Name of the encoder of a family whose width is nearest; for encoders whose exact sizes are given as overrides."""
+    family = next(name for name, registered in ENCODERS.items() if registered is cls)
+    argument = cls.SETTINGS["embed_dim"][0]
+
+    def width(size: str) -> int:
+        value = cls.SIZES[size][argument]
+        return value[-1] if isinstance(value, tuple) else value
+
+    return f"{family}_{min(cls.SIZES, key=lambda size: abs(width(size) - embed_dim))}_patch{patch_size}"
 
 
 def create_encoder(
@@ -54,16 +72,17 @@ def create_encoder(
     out_indices: int | tuple[int, ...] | None = None,
     **overrides: Any,
 ) -> Any:
-    """Make an encoder with fresh weights (from torch's own random state).
+    """Create an encoder with random weights (from torch's global random state).
 
     Args:
         name: ``vit_{tiny,small,base,large}_patch{P}`` or ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``.
-        img_size: pixels, one side or (height, width); the patch must divide both.
+        img_size: pixels, one side or (height, width), divisible by the patch.
         in_chans: channels. class_token: one prefix token (ViT only). drop_path: stochastic depth of the last block.
-        features_only: give timm's feature backbone instead, a module: images -> list of maps [B, D, h, w], with
-            ``feature_info``. out_indices: which maps (default: all of ConvViT's three, ViT's last four).
-        overrides: any argument of :class:`VisionTransformer` (``embed_dim``, ``depth``, ``num_heads``, ``mlp_ratio``)
-            or :class:`ConvViT` (``embed_dims``, ``depths``, ``num_heads``, ``mlp_ratios``).
+        features_only: return timm's feature backbone instead, a module: images -> list of maps [B, D, h, w], with
+            ``feature_info``. out_indices: which maps (default: the last four, all three of ConvViT).
+        overrides: other arguments of :class:`VisionTransformer` (``embed_dim``, ``depth``, ``num_heads``,
+            ``mlp_ratio``) or :class:`ConvViT` (``embed_dims``, ``depths``, ``num_heads``, ``mlp_ratios``). Lists count
+            as tuples, so that the ``options`` of an encoder file can be passed.
 
     Returns:
         :class:`Encoder` (or timm's ``FeatureGetterNet``).
@@ -71,22 +90,56 @@ def create_encoder(
     Raises:
         ValueError: unknown name (the nearest is suggested), unknown override, or sizes that do not fit.
     """
-    match = re.fullmatch(r"(vit|conv_vit)_([a-z]+)_patch(\d+)", name)
-    if match is None or match[2] not in VIT_SIZES or int(match[3]) == 0:
-        near = difflib.get_close_matches(name, encoder_names(), n=1, cutoff=0.0)
-        raise ValueError(f"unknown encoder '{name}'; did you mean '{near[0]}'?")
-    cls, factory = ENCODERS[match[1]]
-    known = set(inspect.signature(cls).parameters) - {"patch_size"}  # the name says it
-    if unknown := set(overrides) - known:
-        raise ValueError(f"{name} does not take {', '.join(sorted(unknown))}; it takes {', '.join(sorted(known))}")
-    size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
-    options = {"in_chans": in_chans, "class_token": class_token, "drop_path": drop_path} | overrides
-    encoder = factory(match[2], patch_size=int(match[3]), img_size=size, **options)
+    cls = encoder_family(name)
+    size, patch_size = name.split("_")[-2], int(name.rpartition("patch")[2])
+    accepted = _arguments(cls)
+    if unknown := set(overrides) - accepted:
+        raise ValueError(f"{name} does not take {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted))}")
+    if class_token and "class_token" not in accepted:
+        others = " or ".join(f"{family}_*" for family, other in ENCODERS.items() if "class_token" in _arguments(other))
+        raise ValueError(f"{cls.__name__} has no class token; use a {others} encoder or leave class_token out")
+    H, W = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
+    options = {"in_chans": in_chans, "class_token": class_token, "drop_path": drop_path} | lists_to_tuples(overrides)
+    arguments = {key: value for key, value in options.items() if key in accepted}
+    build = cast(Callable[..., Encoder], cls)
+    encoder = build(img_size=(H, W), patch_size=patch_size, **{**cls.SIZES[size], **arguments})
     encoder.name = name
-    encoder.options = {"img_size": list(size)} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    return _features_only(encoder, out_indices) if features_only else encoder
+    encoder.options = tuples_to_lists({"img_size": (H, W), **options})
+    return feature_backbone(encoder, out_indices) if features_only else encoder
 
 
-def _features_only(encoder: Encoder, out_indices: int | tuple[int, ...] | None) -> FeatureGetterNet:
-    indices = out_indices if out_indices is not None else min(4, len(encoder.feature_info))
-    return FeatureGetterNet(encoder, out_indices=indices)
+def _arguments(cls: type[Encoder]) -> set[str]:
+    """What ``create_encoder`` accepts for a family; the patch size is part of the name."""
+    return set(inspect.signature(cls).parameters) - {"patch_size"}
+
+
+def fresh_like(
+    encoder: Encoder, *, seed: int, img_size: tuple[int, int] | None = None, drop_path: float = 0.0
+) -> Encoder:
+    """The same architecture with random weights from a seed, in evaluation mode.
+
+    torch's global random state is left alone.
+
+    Args:
+        encoder: what to copy; unchanged. seed: of the weights.
+        img_size: (H, W) in pixels; None = as ``encoder``. drop_path: stochastic depth rate of the last block.
+    """
+    size = encoder.img_size if img_size is None else img_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = create_encoder(encoder.name, **encoder.options | {"img_size": size, "drop_path": drop_path}).eval()
+    fresh.preprocess = encoder.preprocess
+    return fresh
+
+
+def resized(encoder: Encoder, img_size: tuple[int, int] | None = None, *, drop_path: float = 0.0) -> Encoder:
+    """A copy with the same weights and positions for another image size, in evaluation mode.
+
+    Args:
+        encoder: what to copy; unchanged. img_size: (H, W) in pixels; None = as ``encoder``.
+        drop_path: stochastic depth rate of the last block.
+    """
+    copy = fresh_like(encoder, seed=0, img_size=img_size, drop_path=drop_path)
+    with torch.no_grad():
+        copy.load_state_dict(encoder.state_dict() | {"pos_embed": encoder.positions(copy.grid)})
+    return copy

@@ -1,26 +1,23 @@
-"""Vision transformer (Dosovitskiy et al. 2021) as MAE uses it: embed visible patches, add positions, run the blocks.
+"""Vision transformer (Dosovitskiy et al. 2021) as in MAE: embed visible patches, add positions, run the blocks.
 
-Parameter names equal timm's VisionTransformer, so state dicts move both ways without a map.
+Parameter names are those of timm's VisionTransformer, so state dicts can be exchanged without a key map.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dmjd.encoders.base import Encoder, as_indices, drop_path_rates
+from dmjd.encoders.base import Encoder, TimmModel, drop_path_rates
+from dmjd.encoders.timm_features import take_indices
 from dmjd.nn.layers import TransformerBlock, TransformerNorm, block_flops, init_flattened
 from dmjd.nn.tokens import gather_tokens, sincos_positions
 
-# name: (width, depth, heads)
-VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-
 
 class PatchProjection(nn.Module):
-    """Holder of the patch embedding under timm's name ``patch_embed.proj``, applied as a matrix product."""
+    """Patch embedding, stored under timm's name ``patch_embed.proj`` and applied as a matrix product."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -32,15 +29,23 @@ class PatchProjection(nn.Module):
 
 
 class VisionTransformer(Encoder):
-    """ViT encoder; one class for pre-training and transfer.
+    """ViT encoder, the same class for pre-training and transfer.
 
     Args:
-        img_size: (H, W) pixels it is built for; other sizes that the patch divides work at call time.
-        patch_size: P. in_chans: C. embed_dim: D. depth: blocks. num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over D.
-        class_token: whether one learned prefix token runs along.
-        drop_path: stochastic depth rate of the last block, growing linearly from 0.
+        img_size: (H, W) in pixels. Images of other sizes divisible by the patch work too.
+        patch_size: P. in_chans: C. embed_dim: D. depth: number of blocks. num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP divided by D.
+        class_token: prepend one learned token.
+        drop_path: stochastic depth rate of the last block, increasing linearly from 0.
     """
+
+    SIZES = {  # noqa: RUF012, the base class declares it a class variable
+        "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+        "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+        "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+        "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    }
+    PATCHES = (2, 4, 8, 14, 16, 32)
 
     def __init__(
         self,
@@ -72,7 +77,7 @@ class VisionTransformer(Encoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """MAE's initialization of the embedding and class token; the blocks' linears by the base class."""
+        """MAE's initialization: embedding and class token here, linear layers in the base class."""
         super().init_weights()
         init_flattened(self.patch_embed.proj)
         if self.cls_token is not None:
@@ -90,7 +95,7 @@ class VisionTransformer(Encoder):
         return torch.cat([prefix.to(x.dtype), x], dim=1)
 
     def forward_stages(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Block outputs and no convolutional stages; see :class:`Encoder`."""
+        """Block outputs, and no convolutional stages; see :class:`Encoder`."""
         x = self._embed(images, visible)
         for block in self.blocks:
             x = block(x)
@@ -105,19 +110,10 @@ class VisionTransformer(Encoder):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of chosen blocks, with timm's arguments.
-
-        Args:
-            x: [B, C, H, W] normalized images.
-            indices: block indices (negative from the end), a count of last blocks, or None for all.
-            norm: apply the final norm to each.
-            stop_early: do not run the blocks after the last one asked for.
-            output_fmt: "NCHW" for maps [B, D, h, w], "NLC" for tokens [B, N, D]; prefix tokens are left out.
-            intermediates_only: return the list alone, not (tokens after the final norm, list).
-        """
+        """One map for each block; see :class:`Encoder`."""
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt}")
-        take, last = feature_take_indices(len(self.blocks), as_indices(indices))
+        take, last = take_indices(len(self.blocks), indices)
         grid = self.check_images(x)
         x = self._embed(x, None)
         outputs = []
@@ -129,30 +125,48 @@ class VisionTransformer(Encoder):
         return outputs if intermediates_only else (self.norm(x), outputs)
 
     def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
-        """Patch tokens of the last blocks; see :class:`Encoder`."""
+        """Patch tokens after the last blocks; see :class:`Encoder`."""
         outputs = self.forward_intermediates(images, count, output_fmt="NLC", intermediates_only=True)
         return cast(list[Tensor], outputs)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last one asked for (timm's protocol); returns the absolute indices."""
-        take, last = feature_take_indices(len(self.blocks), as_indices(indices))
+        """Remove the blocks after the last requested one; see :class:`Encoder`."""
+        take, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
         return take
 
     def flops(self, num_visible: int | None = None) -> int:
-        """Floating-point operations of one forward pass of one image, on ``num_visible`` patch tokens (default all)."""
+        """Floating-point operations of a forward pass; see :class:`Encoder`."""
         V = num_visible if num_visible is not None else self.num_patches
         embed = 2 * V * self.patch_size**2 * self.in_chans * self.embed_dim
         T = V + self.num_prefix_tokens
         return embed + len(self.blocks) * block_flops(T, self.embed_dim, self.mlp_ratio)
 
     def visible_positions(self, positions: Tensor, visible: Tensor | None) -> Tensor:
-        """Positions of patch tokens: [1, N, D], or [R, V, D] for the visible ids."""
+        """Positions of the patch tokens: [1, N, D], or [R, V, D] for the visible ids."""
         table = positions[:, self.num_prefix_tokens :]
         if visible is None:
             return table
         return gather_tokens(table.expand(visible.shape[0], -1, -1), visible)
+
+    def timm_model(self) -> TimmModel:
+        """timm's ViT of the same size and without a head; see :class:`Encoder`."""
+        size = self.name.split("_")[1]
+        arguments: dict[str, Any] = {
+            "img_size": self.img_size,
+            "patch_size": self.patch_size,
+            "in_chans": self.in_chans,
+            "embed_dim": self.embed_dim,
+            "depth": len(self.blocks),
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "num_classes": 0,
+        }
+        if not self.num_prefix_tokens:
+            arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+        defaults = {"img_size": (224, 224), "patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0, **self.SIZES[size]}
+        return TimmModel(f"vit_{size}_patch16_224", arguments, defaults)

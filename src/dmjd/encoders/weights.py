@@ -1,29 +1,26 @@
-"""Encoders as files: saving, loading, hashing."""
+"""Encoder files: save, load, hash."""
 
 import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Any, overload
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save
 
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.registry import _features_only, create_encoder
-from dmjd.files import METADATA_KEY
+from dmjd.encoders.registry import create_encoder, is_encoder_name
+from dmjd.encoders.timm_features import feature_backbone
+from dmjd.files import read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
 
-FORMAT = 1  # of the metadata; raised when older readers would misunderstand it
+FORMAT = 1  # of the metadata; increased when older versions would misread it
 
 ENCODER_FILE = "encoder.safetensors"
 
 
 def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
-    """What makes the encoder again besides its weights: name, options and preprocessing, as JSON types.
+    """All that defines an encoder besides its weights: name, options and preprocessing, as JSON types.
 
-    ``drop_path`` is left at 0: it belongs to a training, not to the encoder.
+    ``drop_path`` is stored as 0, because it belongs to a training run, not to the encoder.
     """
     return {
         "format": FORMAT,
@@ -34,16 +31,12 @@ def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
 
 
 def encoder_bytes(encoder: Encoder) -> bytes:
-    """The encoder as a safetensors file: a function of its weights and configuration only.
-
-    One sorted-JSON metadata key holds name, options and preprocessing; no path, time or host.
-    """
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    return save(state, metadata={METADATA_KEY: json.dumps(encoder_metadata(encoder), sort_keys=True)})
+    """The encoder as a safetensors file. The bytes depend only on its weights, options and preprocessing."""
+    return safetensors_bytes(encoder.state_dict(), encoder_metadata(encoder))
 
 
 def weights_hash(encoder: Encoder) -> str:
-    """16 hexadecimal digits that change with the encoder's weights or configuration."""
+    """16 hexadecimal digits of the SHA-256 of :func:`encoder_bytes`."""
     return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
 
 
@@ -72,23 +65,23 @@ def load_encoder(
 
     Args:
         source: a run folder, an ``encoder.safetensors`` file, a checkpoint file of a run, or an encoder name
-            (``vit_tiny_patch16``: fresh weights, for baselines).
-        device: where to put it.
-        features_only, out_indices: give timm's feature backbone instead, as :func:`create_encoder` does.
+            (``vit_tiny_patch16``: random weights, for baselines).
+        device: device of the weights.
+        features_only, out_indices: return timm's feature backbone instead, as :func:`create_encoder` does.
 
     Returns:
-        :class:`Encoder` with ``preprocess`` set where the file knows it (or timm's ``FeatureGetterNet``).
+        :class:`Encoder` with ``preprocess``, if the file has it (or timm's ``FeatureGetterNet``).
 
     Raises:
         ValueError: naming what is wrong with the source.
     """
     encoder = _load(Path(source).expanduser())
-    return (_features_only(encoder, out_indices) if features_only else encoder).eval().to(device)
+    return (feature_backbone(encoder, out_indices) if features_only else encoder).eval().to(device)
 
 
 def _load(path: Path) -> Encoder:
     if not path.exists():
-        if re.fullmatch(r"(conv_)?vit_[a-z]+_patch\d+", str(path)):
+        if is_encoder_name(str(path)):
             return create_encoder(str(path))
         raise ValueError(f"{path} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
     file = path / ENCODER_FILE if path.is_dir() else path
@@ -98,8 +91,7 @@ def _load(path: Path) -> Encoder:
     if metadata["format"] > FORMAT:
         raise ValueError(f"{file} was written by a newer dmjd (format {metadata['format']}): update dmjd to read it")
     name = metadata["name"]
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["options"].items()}
-    encoder = create_encoder(name, **options)
+    encoder = create_encoder(name, **metadata["options"])
     try:
         encoder.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -110,16 +102,10 @@ def _load(path: Path) -> Encoder:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metadata and encoder weights of an encoder file or of a run's checkpoint (keys under ``model.encoder.``)."""
-    try:
-        with safetensors.safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get(METADATA_KEY)
-        state = load_file(file)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error}); it may be cut short") from None
-    if text is None:
+    """Metadata and weights of an encoder file, or of the encoder in a run's checkpoint (``model.encoder.*``)."""
+    state, metadata = read_safetensors(file)
+    if not metadata:
         raise ValueError(f"{file} was not written by dmjd; for published weights use dmjd.interop.load_official")
-    metadata = json.loads(text)
     if "encoder" in metadata:  # a checkpoint of a run
         prefix = "model.encoder."
         return metadata["encoder"], {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

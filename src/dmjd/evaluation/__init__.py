@@ -12,7 +12,6 @@ _HOMES = {
     "extract": "frozen.features",
     "extract_all": "frozen.features",
     "finetune": "supervised.finetune",
-    "fresh_encoder": "setup",
     "knn": "frozen.knn",
     "linear_probe": "frozen.linear",
     "linear_sweep": "frozen.linear_sweep",

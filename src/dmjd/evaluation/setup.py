@@ -1,4 +1,4 @@
-"""What an evaluation needs before it starts: the run's configuration, sets with labels, fresh encoders."""
+"""What an evaluation needs before it starts: the run's configuration and sets with labels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,6 @@ from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.encoders.registry import create_encoder
 from dmjd.evaluation.frozen.features import check_labels
 from dmjd.runs.build import LISTING, open_data, open_test_data, read_config
 
@@ -51,13 +50,3 @@ def open_sets(
     test_labels = torch.from_numpy(align_labels(train, test))
     check_labels(torch.as_tensor(train.labels), test_labels)
     return train, test, test_labels
-
-
-def fresh_encoder(encoder: Encoder, seed: int, drop_path: float = 0.0) -> Encoder:
-    """The same architecture with random weights, in evaluation mode; torch's own random state is left alone."""
-    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in encoder.options.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = create_encoder(encoder.name, **options | {"drop_path": drop_path}).eval()
-    fresh.preprocess = encoder.preprocess
-    return fresh

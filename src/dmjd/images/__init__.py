@@ -1,1 +1,1 @@
-"""From a file to a tensor: decoding, channel policy, resampling, preprocessing."""
+"""From image files to tensors: decoding, channels and value range, resampling, preprocessing."""

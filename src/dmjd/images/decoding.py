@@ -1,6 +1,6 @@
-"""From an encoded image to the values it stores: every format, one door.
+"""Decode images of all supported formats to the values they store.
 
-Arrays are [H, W, C] in their own data type: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha, or any number of channels.
+Arrays are [H, W, C] in the stored data type: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha, or any number of channels.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dmjd.images import jpeg
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
+MAX_PIXELS = 178_956_970  # larger images are taken for decompression bombs, as in Pillow
 
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
@@ -28,11 +28,11 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _OPAQUE_MODES = {"1": "L", "L": "L", "RGB": "RGB", "RGBX": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
-class UnreadableImage(ValueError):  # noqa: N818, the name says what is bad
-    """An image that can't be used: ``name`` says which, ``reason`` why, in a few words."""
+class UnreadableImage(ValueError):  # noqa: N818, the name is clear without "Error"
+    """An image that cannot be used: its ``name``, and the ``reason`` in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both in args: the exception crosses process borders by pickle
+        super().__init__(name, reason)  # both are arguments, so that the exception can be pickled
         self.name = name
         self.reason = reason
 
@@ -41,13 +41,13 @@ class UnreadableImage(ValueError):  # noqa: N818, the name says what is bad
 
 
 def open_stored(source: ImageLike, in_chans: int) -> np.ndarray | jpeg.PlainJpeg:
-    """The stored values, [H, W, C], in their own data type; or a common JPEG, not yet decoded.
+    """The stored values [H, W, C] in the stored data type, or a plain JPEG that is not decoded yet.
 
     Args:
-        source: path, encoded bytes, PIL image or array. in_chans: tells the channels' axis of an array.
+        source: path, encoded bytes, PIL image or array. in_chans: helps to find the channel axis of an array.
 
     Raises:
-        UnreadableImage, or nearly any other exception, on damaged data; :func:`reason` puts it into words.
+        UnreadableImage, or nearly any other exception, for damaged data; :func:`reason` puts it into words.
     """
     if isinstance(source, np.ndarray):
         return _channels_last(source, in_chans)
@@ -67,10 +67,12 @@ def open_stored(source: ImageLike, in_chans: int) -> np.ndarray | jpeg.PlainJpeg
 
 
 def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
-    """[ceil(H / factor), ceil(W / factor), 1 or 3] uint8, contiguous; raises as :func:`open_stored`.
+    """Decode a plain JPEG: [ceil(H / factor), ceil(W / factor), 1 or 3] uint8, contiguous.
+
+    Raises what :func:`open_stored` raises.
 
     Args:
-        plain: the image. factor: 1, 2, 4 or 8, by how much smaller it is decoded.
+        plain: the image. factor: 1, 2, 4 or 8, the reduction of each side.
     """
     array = jpeg.decode(plain, factor)
     if array is not None:
@@ -81,7 +83,7 @@ def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
 
 
 def _decode(file: Any, head: bytes, in_chans: int) -> np.ndarray:
-    """An encoded image by whichever library reads its kind best."""
+    """Decode with the library that reads the format best."""
     if not head:
         raise UnreadableImage("", "the file is empty")
     if head.startswith(_NPY_MAGIC):
@@ -95,7 +97,7 @@ def _decode(file: Any, head: bytes, in_chans: int) -> np.ndarray:
 
 
 def _check_pixels(height: int, width: int) -> None:
-    """Refuse bombs before they are unpacked."""
+    """Refuse empty images, and decompression bombs before they are decoded."""
     if height * width > MAX_PIXELS:
         raise UnreadableImage("", f"{height} x {width} pixels, more than {MAX_PIXELS:,}")
     if height * width == 0:
@@ -105,11 +107,11 @@ def _check_pixels(height: int, width: int) -> None:
 def _from_pil(image: Image.Image) -> np.ndarray:
     """[H, W, C] upright: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha; uint8, uint16, int32 or float32."""
     _check_pixels(image.height, image.width)
-    image.load()  # before asking for transparency and rotation, which some formats store behind the pixels
+    image.load()  # some formats store transparency and rotation after the pixels
     if image.mode.startswith(("I", "F")):  # 16-bit gray, integers and floats: read as stored
         array = np.asarray(image)
         if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:
-            array = array.astype(np.uint16)  # some 16-bit files open as 32-bit integers
+            array = array.astype(np.uint16)  # Pillow opens some 16-bit files as 32-bit integers
     else:
         mode = _plain_mode(image)
         array = np.asarray(image if image.mode == mode else image.convert(mode))
@@ -118,7 +120,7 @@ def _from_pil(image: Image.Image) -> np.ndarray:
 
 
 def _plain_mode(image: Image.Image) -> str:
-    """The gray or RGB mode, with alpha where the image has some, that holds an 8-bit image without loss."""
+    """The gray or RGB mode, with alpha if the image has it, that holds an 8-bit image without loss."""
     if image.has_transparency_data:
         return "LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"
     return _OPAQUE_MODES.get(image.mode, "RGB")
@@ -136,8 +138,8 @@ _UPRIGHT = {
 
 
 def _decode_png16(data: bytes) -> np.ndarray:
-    """16-bit color PNG, which Pillow would cut to 8 bits: [H, W, 3 or 4] uint16."""
-    from torchvision.io import ImageReadMode, decode_png  # seconds to import, and rarely needed
+    """Decode a 16-bit color PNG, which Pillow would reduce to 8 bits: [H, W, 3 or 4] uint16."""
+    from torchvision.io import ImageReadMode, decode_png  # takes seconds to import and is rarely needed
 
     _check_pixels(*struct.unpack(">II", data[16:24]))
     pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
@@ -145,7 +147,7 @@ def _decode_png16(data: bytes) -> np.ndarray:
 
 
 def _decode_tiff(file: Any, in_chans: int) -> np.ndarray:
-    """Pillow for 8-bit and gray images; tifffile for the rest, which Pillow would cut to 8 bits or 4 channels."""
+    """Decode with Pillow if 8-bit or gray, else with tifffile: Pillow would reduce to 8 bits or 4 channels."""
     if in_chans in (1, 3, 4):
         try:
             with Image.open(file) as image:
@@ -154,10 +156,10 @@ def _decode_tiff(file: Any, in_chans: int) -> np.ndarray:
                     return _from_pil(image)
         except UnidentifiedImageError:
             pass
-    import tifffile
+    import tifffile  # slow to import and rarely needed
 
     file.seek(0)
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs every odd tag; failures are raised anyway
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs every unusual tag; errors are raised anyway
     with tifffile.TiffFile(file) as tiff:
         series = tiff.series[0]
         sides = dict(zip(series.axes, series.shape, strict=True))
@@ -167,7 +169,7 @@ def _decode_tiff(file: Any, in_chans: int) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
-    """[H, W], [H, W, C] or [C, H, W] -> [H, W, C]: channels are the axis of length in_chans, else the shorter one."""
+    """[H, W], [H, W, C] or [C, H, W] -> [H, W, C]. Channels are the axis of length in_chans, else the shorter one."""
     if array.ndim not in (2, 3):
         raise UnreadableImage("", f"array of shape {tuple(array.shape)}; expected [H, W], [H, W, C] or [C, H, W]")
     if array.ndim == 2:
@@ -179,7 +181,7 @@ def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
 
 
 def reason(error: Exception) -> str:
-    """A few words for an error of a decoder or the file system."""
+    """Describe an error of a decoder or the file system in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a known format"
     if isinstance(error, Image.DecompressionBombError):

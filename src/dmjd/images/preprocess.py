@@ -1,16 +1,17 @@
-"""How images become an encoder's input; it travels with the weights."""
+"""Preprocessing of images for an encoder; it is stored with the weights."""
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dmjd.files import lists_to_tuples, tuples_to_lists
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import read_image
 from dmjd.images.resampling import center_box, resize_box
@@ -19,24 +20,26 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_CACHED_VALUES = 1 << 18  # of float32, so that they lie in a core's second-level cache
+_CACHED_VALUES = 1 << 18  # float32 values that fit the second-level cache of a core
+
+_RENAMED = {"normalise": "normalize", "denormalise": "denormalize"}
 
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 1, 1] float32; kept, since making it anew would stop the host at every training step."""
+    """[C, 1, 1] float32; cached, because a new copy to a GPU would block the host at every training step."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What an encoder wants done to an image; it is stored with the weights.
+    """Preprocessing of images for an encoder; it is stored with the weights.
 
     Attributes:
-        img_size: (h, w) in pixels. in_chans: number of channels, see :func:`read_image` for the policy.
+        img_size: (h, w) in pixels. in_chans: number of channels; see :func:`read_image` for how they are converted.
         mean, std: one number per channel, on the 0..1 scale.
-        value_range: (lo, hi) of stored values that become 0 and 255; None: the range of the data type.
+        value_range: (lo, hi) of stored values, which become 0 and 255; None: the range of the data type.
     """
 
     img_size: tuple[int, int]
@@ -57,32 +60,32 @@ class Preprocess:
     def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Images (paths, bytes, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalized.
 
-        The shorter side is resized (bicubic, antialiased) to the image size and the center cut out.
+        Images are resized (bicubic, antialiased) to cover the image size, and center-cropped.
 
         Raises:
-            UnreadableImage: naming the image that can't be used.
+            UnreadableImage: naming the image that cannot be read.
         """
         return self.normalize(self.raw(image))
 
     def raw(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """The same before normalizing: [B, C, h, w] float32 on the 0..255 scale."""
+        """Images before normalization: [B, C, h, w] float32 on the 0..255 scale."""
         if isinstance(image, str | Path | bytes | Image.Image | np.ndarray):
             image = [image]
         arrays = [read_image(one, self.in_chans, self.value_range) for one in image]
         return torch.stack([self.fit(array).float() for array in arrays])
 
     def fit(self, array: np.ndarray) -> Tensor:
-        """What :func:`read_image` gave -> [C, h, w] of the image size, 0..255 scale, same data type."""
+        """Resize and center-crop: [H, W, C] from :func:`read_image` -> [C, h, w], same scale and data type."""
         return resize_box(array, center_box(array.shape[0], array.shape[1], self.img_size), self.img_size)
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """[..., C, H, W] on the 0..255 scale, uint8 or float -> float32 of the data's mean 0 and variance 1."""
+        """(raw / 255 - mean) / std: [..., C, H, W] on the 0..255 scale, uint8 or float -> float32."""
         mean, std = _per_channel(self.mean, raw.device), _per_channel(self.std, raw.device)
         if raw.dtype != torch.uint8 or raw.device.type != "cpu" or torch.compiler.is_compiling():
             return (raw.float() / 255 - mean) / std
         images = raw.reshape(-1, *raw.shape[-3:])
         out = torch.empty(images.shape)
-        # A few at a time: the passes after the first find them in the cache.
+        # A few images at a time stay in the cache between the passes.
         few = max(1, _CACHED_VALUES // max(1, raw.shape[-3:].numel()))
         for part, done in zip(images.split(few), out.split(few), strict=True):
             torch.div(part, 255, out=done).sub_(mean).div_(std)
@@ -94,13 +97,16 @@ class Preprocess:
         return (normalized.float() * _per_channel(self.std, device) + _per_channel(self.mean, device)) * 255
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for :meth:`from_dict`."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        """JSON types, for :meth:`from_dict`."""
+        return tuples_to_lists(vars(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
         """Inverse of :meth:`to_dict`."""
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**fields)
+        return cls(**lists_to_tuples(values))
+
+    if not TYPE_CHECKING:  # a type checker would take any attribute for existing
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = f"; it was renamed to '{_RENAMED[name]}'" if name in _RENAMED else ""
+            raise AttributeError(f"'Preprocess' object has no attribute '{name}'{hint}", name=name, obj=self)

@@ -1,6 +1,6 @@
-"""One image at a time: decoding and the channel policy.
+"""Read single images: decoding, value range, number of channels.
 
-Arrays are [H, W, C]; values are on the 0..255 scale.
+Arrays are [H, W, C] with values on the 0..255 scale.
 """
 
 import contextlib
@@ -13,32 +13,37 @@ import numpy as np
 from dmjd.images import jpeg
 from dmjd.images.decoding import ImageLike, UnreadableImage, decode_plain, open_stored, reason
 
+LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green, blue (ITU-R Rec. 601)
+
+# The same weights in steps of 2^-16, as in Pillow.
+_LUMINANCE_16_BITS = (19595, 38470, 7471)
+
 
 def read_image(
     source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
 ) -> np.ndarray:
-    """Decode an image and bring it to ``in_chans`` channels on the 0..255 scale.
+    """Decode an image and convert it to ``in_chans`` channels on the 0..255 scale.
 
-    JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) and ``.npy`` ([H, W], [H, W, C] or [C, H, W]) are read; EXIF
-    rotation is applied. Channels, where a second or fourth channel of an image counts as its alpha:
+    Reads JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) and ``.npy`` ([H, W], [H, W, C] or [C, H, W]), and applies EXIF
+    rotation. The second of two and the fourth of four channels are alpha. Conversion to
 
-    - 1: luminance of color (Rec. 601), alpha composited over white;
-    - 3: gray is repeated, alpha composited over white;
-    - 4: RGBA as it is, opaque where there is no alpha;
-    - any other number: the image must have exactly that many, and they are kept as they are.
+    - 1 channel: luminance (Rec. 601), alpha composited over white;
+    - 3 channels: gray is repeated, alpha composited over white;
+    - 4 channels: RGBA, opaque if the image has no alpha;
+    - any other number: none; the image must have that number of channels.
 
     Args:
         source: path, encoded bytes, PIL image or array.
-        in_chans: number of channels wanted.
-        value_range: (lo, hi) of the stored values that become 0 and 255; values outside are clipped. None: the
-            range of the data type (8-bit 0..255, 16-bit 0..65535, floats 0..1).
-        name: what an error calls the image; default the path.
+        in_chans: number of channels of the result.
+        value_range: (lo, hi) of the stored values, which become 0 and 255; values outside are clipped. None: the range
+            of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1).
+        name: what an error calls the image; default: the path.
 
     Returns:
-        [H, W, in_chans], contiguous: uint8 where the source is 8-bit and ``value_range`` changes nothing, else float32.
+        [H, W, in_chans], contiguous; uint8 if the source is 8-bit and ``value_range`` changes nothing, else float32.
 
     Raises:
-        UnreadableImage: for anything that keeps the image from being used.
+        UnreadableImage: if the image cannot be used for any reason.
     """
     return open_image(source, in_chans, value_range, name).read()
 
@@ -46,7 +51,7 @@ def read_image(
 def open_image(
     source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
 ) -> "OpenImage":
-    """An image whose size is known; arguments and errors as for :func:`read_image`."""
+    """Open an image, so that its size is known. Arguments and errors are those of :func:`read_image`."""
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
         stored = open_stored(source, in_chans)
@@ -57,11 +62,11 @@ def open_image(
 
 @dataclass(frozen=True)
 class OpenImage:
-    """An image of known size. A common JPEG is decoded when it is read, and read errors come then; others on opening.
+    """An image of known size. A plain JPEG is decoded, and its errors are raised, by :meth:`read`; others on opening.
 
     Attributes:
-        stored: decoded and converted, [H, W, in_chans], or encoded. in_chans, value_range, name: see
-            :func:`read_image`.
+        stored: decoded and converted array [H, W, in_chans], or encoded JPEG.
+        in_chans, value_range, name: see :func:`read_image`.
     """
 
     stored: np.ndarray | jpeg.PlainJpeg
@@ -77,16 +82,16 @@ class OpenImage:
         return self.stored.height, self.stored.width
 
     def read(self) -> np.ndarray:
-        """What :func:`read_image` returns."""
+        """The array that :func:`read_image` returns."""
         if isinstance(self.stored, np.ndarray):
             return self.stored
         with _naming(self.name):
             return _converted(decode_plain(self.stored), self.in_chans, self.value_range)
 
     def read_for(self, box: Sequence[float], size: tuple[int, int]) -> tuple[np.ndarray, Sequence[float]]:
-        """What is needed to resize ``box`` (top, left, height, width) to ``size`` (h, w): pixels, and the box in them.
+        """Pixels for resizing ``box`` (top, left, height, width) to ``size`` (h, w), and the box in these pixels.
 
-        Pixels are those of :meth:`read`, or an image 2, 4 or 8 times smaller in which the box is still twice ``size``.
+        A JPEG is decoded 2, 4 or 8 times smaller if the box is then still at least twice ``size``.
         """
         factor = 1 if isinstance(self.stored, np.ndarray) else jpeg.reduction(box, size)
         if isinstance(self.stored, np.ndarray) or factor == 1:
@@ -98,12 +103,12 @@ class OpenImage:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a UnreadableImage of this name."""
+    """Turn every error inside into an UnreadableImage of this name."""
     try:
         yield
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
-    # Decoders fail on damaged bytes with nearly every built-in exception; whatever it is, only this image is lost.
+    # Decoders raise nearly every built-in exception on damaged bytes; none may stop more than this image.
     except Exception as error:
         raise UnreadableImage(name, reason(error)) from None
 
@@ -114,7 +119,7 @@ def _converted(stored: np.ndarray, in_chans: int, value_range: tuple[float, floa
 
 
 def _to_255(array: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Stored values -> the 0..255 scale: uint8 stays as it is, all else becomes float32."""
+    """Stored values -> the 0..255 scale: uint8 is unchanged, other types become float32."""
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint8 and value_range in (None, (0, 255)):
@@ -129,18 +134,18 @@ def _to_255(array: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
 
 
 def _natural_range(array: np.ndarray) -> tuple[float, float]:
-    """The range a data type stands for where none is given."""
+    """Value range of a data type if none is given."""
     if array.dtype in (np.uint8, np.uint16):
         return 0.0, float(np.iinfo(array.dtype).max)
     lo, hi = float(array.min()), float(array.max())
-    if array.dtype.kind == "f" and lo >= -0.01 and hi <= 1.01:  # a little overshoot is left by resampling
+    if array.dtype.kind == "f" and lo >= -0.01 and hi <= 1.01:  # earlier resampling may overshoot a little
         return 0.0, 1.0
     expected = "outside 0..1" if array.dtype.kind == "f" else "of no natural range"
     raise UnreadableImage("", f"{array.dtype} values from {lo:g} to {hi:g}, {expected}: give value_range=(lo, hi)")
 
 
 def _to_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
-    """The channel policy of :func:`read_image` on [H, W, C] values of the 0..255 scale."""
+    """The channel conversion of :func:`read_image`, on [H, W, C] with values on the 0..255 scale."""
     channels = array.shape[2]
     if channels == in_chans:
         return array
@@ -158,15 +163,15 @@ def _to_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
 
 
 def _over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Composite [H, W, 1 or 3] over white by alpha [H, W, 1]; same data type."""
-    share = alpha.astype(np.float32) / 255
-    mixed = color * share + 255 * (1 - share)
+    """Composite [H, W, 1 or 3] over white with alpha [H, W, 1]; keeps the data type."""
+    opacity = alpha.astype(np.float32) / 255
+    mixed = color * opacity + 255 * (1 - opacity)
     return np.rint(mixed).astype(np.uint8) if color.dtype == np.uint8 else mixed.astype(np.float32)
 
 
 def _luminance(color: np.ndarray) -> np.ndarray:
-    """[H, W, 3] -> [H, W, 1] by Rec. 601 weights; for uint8 the same integers as Pillow's."""
+    """[H, W, 3] -> [H, W, 1]; for uint8 the same integers as Pillow's."""
     if color.dtype == np.uint8:
-        mixed = color.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
+        mixed = color.astype(np.uint32) @ np.array(_LUMINANCE_16_BITS, np.uint32)
         return ((mixed + 0x8000) >> 16).astype(np.uint8)[..., None]
-    return (color @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    return (color @ np.array(LUMINANCE, np.float32))[..., None]

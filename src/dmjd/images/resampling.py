@@ -1,4 +1,4 @@
-"""Bicubic resizing of boxes cut out of images: batches by exact sums, single images by Pillow."""
+"""Bicubic crop-and-resize: batches with exact sums, single images with Pillow."""
 
 import contextlib
 import math
@@ -13,20 +13,20 @@ from torch.nn import functional
 
 
 def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor | None = None) -> Tensor:
-    """Cut one box out of each image and resize it, bicubic (a = -0.5) with antialiasing, as Pillow does.
+    """Crop one box of each image and resize it, bicubic (a = -0.5) with antialiasing, as Pillow does.
 
-    Columns by a matrix product per image, rows by weighted sums of the few that count. Weights are in steps of 2^-15:
-    every sum is then exact (uint8 in float32, floats, taken in steps of 2^-16, in float64), so an image's result does
-    not depend on the device, the number of threads or what else is in the batch.
+    Columns are resized by one matrix product per image, rows by weighted sums of the few that contribute. Weights are
+    multiples of 2^-15, so every sum is exact (uint8 in float32; floats, rounded to multiples of 2^-16, in float64). The
+    result for an image does not depend on the device, the number of threads or the rest of the batch.
 
     Args:
         images: [B, C, H, W] uint8 or float32 on the 0..255 scale.
-        boxes: [B, 4] (top, left, height, width) in pixels, fractions allowed.
+        boxes: [B, 4] (top, left, height, width) in pixels, may be fractional.
         size: (h, w) of the result.
-        flips: [B] bool, which results to mirror left to right; None: none.
+        flips: [B] bool, which results to flip horizontally; None: none.
 
     Returns:
-        [B, C, h, w], data type of ``images``; uint8 is rounded and clamped, also between the two passes.
+        [B, C, h, w], data type of ``images``. uint8 is rounded and clamped, also between the two passes.
     """
     eight_bit = images.dtype == torch.uint8
     dtype, round_ = (torch.float32, _round_to_byte) if eight_bit else (torch.float64, _round_to_step)
@@ -41,22 +41,22 @@ def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor
     rows, which = _bicubic_taps(boxes[:, [0, 2]], images.shape[2], size[0])
     pixel, weight = rows.pixel.index_select(0, which), rows.weight.to(dtype).index_select(0, which)
     x = _sum_rows(x.unflatten(1, images.shape[1:3]), pixel, weight)
-    # Bytes are cut off below the point, which spares the pass that rounds.
+    # The conversion to uint8 truncates, so adding 0.5 rounds without another pass.
     return x.add_(0.5).clamp_(0, 255).to(torch.uint8) if eight_bit else round_(x).to(images.dtype)
 
 
 def _round_to_byte(x: Tensor) -> Tensor:
-    """In place."""
+    """Round to integers 0..255, in place."""
     return x.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _round_to_step(x: Tensor) -> Tensor:
-    """In place."""
+    """Round to multiples of 2^-16, in place."""
     return x.mul_(2.0**16).round_().mul_(2.0**-16)
 
 
 def _sum_rows(x: Tensor, pixel: Tensor, weight: Tensor) -> Tensor:
-    """[B, C, H, w] -> [B, C, h, w]: weighted sums of rows, ``pixel`` and ``weight`` [B, h, taps]."""
+    """Weighted sums of rows: [B, C, H, w], ``pixel`` and ``weight`` [B, h, taps] -> [B, C, h, w]."""
     B, C, H, w = x.shape
     first = torch.arange(0, B * C * H, H, dtype=pixel.dtype, device=x.device).view(B, C, 1, 1)
     rows = (pixel[:, None] + first).flatten(0, 2)  # B*C*h, taps
@@ -65,32 +65,32 @@ def _sum_rows(x: Tensor, pixel: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Taps(NamedTuple):
-    """Which pixels of a line make each pixel of its resized line, and by what weight: both [U, num_out, taps]."""
+    """Input pixels of each output pixel of a resized line, and their weights: both [U, num_out, taps]."""
 
     pixel: Tensor  # int32
     weight: Tensor  # float64
 
     def dense(self, num_in: int, dtype: torch.dtype) -> Tensor:
-        """[U, num_out, num_in]."""
+        """The same as matrices [U, num_out, num_in]."""
         zeros = torch.zeros(*self.pixel.shape[:2], num_in, dtype=dtype, device=self.pixel.device)
         return zeros.scatter_add_(-1, self.pixel.long(), self.weight.to(dtype))
 
 
 def _bicubic_taps(spans: Tensor, num_in: int, num_out: int) -> tuple[_Taps, Tensor]:
-    """Weights for resizing ``spans`` [B, 2] (start, length): multiples of 2^-15, those of a pixel sum to 1.
+    """Weights for resizing ``spans`` [B, 2] (start, length): multiples of 2^-15 that sum to 1 for every output pixel.
 
     Returns:
-        Taps of the different spans, and [B] int64 which of them is whose.
+        taps of the distinct spans, and [B] int64, the index of each span among them.
     """
-    if spans.device.type == "cpu":  # small images have few; to count them would stop the host of a GPU
+    if spans.device.type == "cpu":  # small images have few distinct spans; on a GPU this would block the host
         spans, which = _distinct(spans)
     else:
         which = torch.arange(len(spans), device=spans.device)
     start, length = spans.view(-1, 2, 1, 1).unbind(1)  # U, 1, 1 each
     scale = length / num_out
-    width = scale.clamp(min=1)  # antialiasing: the kernel covers at least one output pixel
+    width = scale.clamp(min=1)  # antialiasing: the kernel is at least as wide as an output pixel
     center = start + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
-    # Only the taps a kernel can reach are computed: a box is never longer than the image.
+    # The most taps that a kernel can reach: a box is never longer than the image.
     taps = torch.arange(math.ceil(4 * max(1.0, num_in / num_out)), device=start.device)
     pixel = (center - 2 * width + 0.5).floor() + taps  # U, out, taps
     t = ((pixel + 0.5 - center) / width).abs_()
@@ -99,15 +99,15 @@ def _bicubic_taps(spans: Tensor, num_in: int, num_out: int) -> tuple[_Taps, Tens
     weights = torch.where(t < 1, inner, torch.where(t < 2, outer, 0))
     weights = torch.where((pixel >= 0) & (pixel < num_in), weights, 0)
     weights = (weights / weights.sum(-1, keepdim=True) * 2**15).round_()
-    # What rounding took goes to each row's largest weight, so that a plain area keeps its value.
+    # The largest weight takes the rounding error, so that the sum is 1 and uniform areas keep their value.
     weights.scatter_add_(-1, weights.argmax(-1, keepdim=True), 2**15 - weights.sum(-1, keepdim=True))
     return _Taps(pixel.int().clamp_(0, num_in - 1), weights.mul_(2.0**-15)), which
 
 
 def _distinct(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, 2] float64 -> the different rows [U, 2], and [B] int64 which of them is whose. CPU only.
+    """[B, 2] float64 on the CPU -> distinct rows [U, 2], and [B] int64, the index of each row among them.
 
-    As complex numbers NumPy sorts them; ``torch.unique`` compares row by row, a quarter of a small batch's time.
+    NumPy sorts the rows as complex numbers. ``torch.unique`` would take a quarter of the time of a small batch.
     """
     numbers = np.ascontiguousarray(pairs.numpy()).view(np.complex128).ravel()
     unique, which = np.unique(numbers, return_inverse=True)
@@ -116,7 +116,7 @@ def _distinct(pairs: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
-    """Full float32 products whatever the process has chosen for training (autocast, TF32)."""
+    """Full float32 precision of matrix products, whatever training has set (autocast, TF32)."""
     backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     chosen = backend.fp32_precision
     backend.fp32_precision = "ieee"
@@ -128,22 +128,22 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 
 
 def resize_box(image: np.ndarray, box: Sequence[float], size: tuple[int, int]) -> Tensor:
-    """Cut a box out of one image and resize it.
+    """Crop a box of one image and resize it.
 
     Args:
         image: [H, W, C] uint8 or float32, values on the 0..255 scale.
-        box: (top, left, height, width) in pixels, fractions allowed.
+        box: (top, left, height, width) in pixels, may be fractional.
         size: (h, w) of the result.
 
     Returns:
-        [C, h, w], data type of ``image``. Pillow does the common kinds (uint8 with 1, 3 or 4 channels), and
-        :func:`resample` the others; they agree within a level, rarely two, but for overshoot beyond 0..255 at hard
-        edges, which Pillow's versions cut off at different moments.
+        [C, h, w], data type of ``image``. uint8 with 1, 3 or 4 channels is resized by Pillow, the rest by
+        :func:`resample`. They agree within one level, rarely two, except for overshoot beyond 0..255 at hard edges,
+        which versions of Pillow clip at different times.
     """
     top, left, height, width = (float(x) for x in box)
     if image.shape[:2] == tuple(size) == (height, width):  # bicubic resizing would change nothing
         return torch.from_numpy(image.transpose(2, 0, 1).copy())
-    mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(image.shape[2])  # CMYK: four plain channels; RGBA would mix in alpha
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(image.shape[2])  # not RGBA, which would premultiply alpha
     if image.dtype != np.uint8 or mode is None:
         one = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
         return resample(one, torch.tensor([[top, left, height, width]], dtype=torch.float64), size)[0]
@@ -156,7 +156,7 @@ def resize_box(image: np.ndarray, box: Sequence[float], size: tuple[int, int]) -
 
 
 def center_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centerd (top, left, height, width) with the proportions of ``size`` (h, w)."""
+    """The largest centered box (top, left, height, width) with the aspect ratio of ``size`` (h, w)."""
     scale = min(height / size[0], width / size[1])
-    h, w = min(height, size[0] * scale), min(width, size[1] * scale)  # rounding must not leave the image
+    h, w = min(height, size[0] * scale), min(width, size[1] * scale)  # not beyond the image by rounding
     return (height - h) / 2, (width - w) / 2, h, w

@@ -1,4 +1,4 @@
-"""Weights of other programs: published DMJD, ConvMAE and MAE by key tables read both ways, and timm models."""
+"""Weights of other programs: published DMJD, ConvMAE and MAE (key tables read in both directions), and timm."""
 
 import math
 import re
@@ -7,21 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from dmjd.encoders.base import Encoder
+from dmjd.encoders.base import Encoder, TimmModel
 from dmjd.encoders.classifier import Classifier
 from dmjd.encoders.conv_vit import ConvViT
-from dmjd.encoders.registry import encoder_names
-from dmjd.encoders.vit import VIT_SIZES, VisionTransformer
+from dmjd.encoders.registry import ENCODERS, create_encoder, nearest_name
+from dmjd.encoders.vit import VisionTransformer
+from dmjd.files import read_safetensors
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS
 
-# (published prefix, ours); the first match counts. Keys that match none keep their name.
+# (published prefix, ours); the first match counts.
 DECODER_KEYS = (
     ("decoder_embed.", "decoder.embed."),
     ("decoder_pos_embed", "decoder.pos_embed"),
@@ -41,19 +40,19 @@ CONV_VIT_KEYS = (("blocks3.", "encoder.blocks."),)
 
 ENCODER_KEYS = (("", "encoder."),)
 
-# The depthwise convolution is called "attn" in the published convolution stages.
+# In the published convolutional stages the depthwise convolution is called "attn".
 _DEPTHWISE = (re.compile(r"^(blocks[12]\.\d+)\.attn\."), r"\1.dwconv.")
 
 _DEPTHWISE_BACK = (re.compile(r"^(encoder\.blocks[12]\.\d+)\.dwconv\."), r"\1.attn.")
 
 _POINTWISE = re.compile(r"blocks[12]\.\d+\.(conv[12]|mlp\.fc[12])\.weight$")
 
-# Published heads by width: what the tensors do not show.
+# Width -> attention heads of the published models, which the tensors do not show.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 def to_ours(key: str, conv_vit: bool) -> str:
-    """Our name of a published parameter."""
+    """Our name for a published parameter."""
     key = _DEPTHWISE[0].sub(_DEPTHWISE[1], key)
     table = DECODER_KEYS + (CONV_VIT_KEYS if conv_vit else ()) + ENCODER_KEYS
     theirs, ours = next(pair for pair in table if key.startswith(pair[0]))
@@ -61,7 +60,7 @@ def to_ours(key: str, conv_vit: bool) -> str:
 
 
 def to_published(key: str, conv_vit: bool) -> str:
-    """The published name of one of our parameters: the inverse of :func:`to_ours`."""
+    """The published name of a parameter: inverse of :func:`to_ours`."""
     key = _DEPTHWISE_BACK[0].sub(_DEPTHWISE_BACK[1], key)
     table = DECODER_KEYS + (CONV_VIT_KEYS if conv_vit else ()) + ENCODER_KEYS
     theirs, ours = next(pair for pair in table if key.startswith(pair[1]))
@@ -71,22 +70,23 @@ def to_published(key: str, conv_vit: bool) -> str:
 def load_official(
     source: str | Path | Mapping[str, Tensor], num_heads: int | None = None, decoder_heads: int | None = None
 ) -> MaskedImageModel | Classifier:
-    """Published DMJD, ConvMAE or MAE weights as our model.
+    """Load published DMJD, ConvMAE or MAE weights.
 
-    Kind and sizes are inferred from the tensors: convolutional stages make a ConvViT, ``proj_embed`` DMJD's visible
-    branch, ``head.*`` a :class:`Classifier`. The target follows the width of the prediction: normalized pixels where it
-    is P*P*C, HOG else.
+    The kind of model and its sizes are inferred from the tensors: convolutional stages mean a ConvViT, ``proj_embed``
+    the distillation branch, ``head.*`` a :class:`Classifier`. The target is normalized pixels if predictions have P*P*C
+    numbers, HOG otherwise.
 
     Args:
-        source: a ``.pth`` or ``.safetensors`` file (``model`` or ``state_dict`` in it is looked into), or a state dict.
+        source: a ``.pth`` or ``.safetensors`` file, or a state dict. In a file, the state dict may be under ``model``
+            or ``state_dict``.
         num_heads: attention heads of the encoder; None = the published number for its width.
         decoder_heads: heads of the decoder; None = 16.
 
     Returns:
-        :class:`MaskedImageModel`, or :class:`Classifier`; in evaluation mode.
+        :class:`MaskedImageModel` or :class:`Classifier`, in evaluation mode.
 
     Raises:
-        ValueError: naming keys that are unknown or missing, tensors of wrong shape, or a file that is none.
+        ValueError: naming unknown or missing keys, tensors of wrong shape, or a file that cannot be read.
     """
     state = _State(source if isinstance(source, Mapping) else _read_state(Path(source)))
     conv_vit = any(key.startswith("blocks3.") for key in state)
@@ -97,7 +97,7 @@ def load_official(
     model: MaskedImageModel | Classifier
     if "head.weight" in state:
         model = Classifier(encoder, state["head.weight"].shape[0])
-        allowed = {"encoder.norm.weight", "encoder.norm.bias"}  # of pre-training; fine-tuned classifiers drop it
+        allowed = {"encoder.norm.weight", "encoder.norm.bias"}  # used in pre-training only; not in all classifiers
     else:
         model, allowed = _pretraining_model(state, encoder, decoder_heads), set()
     ours = {}
@@ -109,7 +109,7 @@ def load_official(
 
 
 class _State(dict[str, Tensor]):
-    """A state dict whose sizes are read key by key: a key that is not there is the file's fault."""
+    """A state dict; reading a key that is missing is an error of the file."""
 
     def __missing__(self, key: str) -> Tensor:
         raise ValueError(f"the weights do not fit (missing: {key})")
@@ -118,12 +118,10 @@ class _State(dict[str, Tensor]):
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -157,13 +155,6 @@ def _heads(dim: int, num_heads: int | None, word: str) -> int:
     return heads
 
 
-def _name_of(encoder: Encoder, family: str, patch_size: int) -> str:
-    """The size whose width is nearest; the exact sizes are in the options."""
-    sizes = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
-    size = sizes[min(sizes, key=lambda dim: abs(dim - encoder.embed_dim))]
-    return f"{family}_{size}_patch{patch_size}"
-
-
 def _vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     class_token = "cls_token" in state
@@ -177,8 +168,7 @@ def _vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "class_token": class_token,
     }
-    encoder = VisionTransformer(patch_size=patch, **options)
-    return _named(encoder, _name_of(encoder, "vit", patch), options)
+    return create_encoder(nearest_name(VisionTransformer, dim, patch), **options)
 
 
 def _conv_vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
@@ -196,16 +186,7 @@ def _conv_vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
             state[f"blocks{i}.0.mlp.fc1.weight"].shape[0] / dim for i, dim in ((1, d1), (2, d2), (3, d3))
         ),
     }
-    encoder = ConvViT(patch_size=patch, **options)
-    return _named(encoder, _name_of(encoder, "conv_vit", patch), options)
-
-
-def _named(encoder: Encoder, name: str, options: dict[str, Any]) -> Encoder:
-    """Give it the name and options that make it again with ``create_encoder``."""
-    assert name in encoder_names() or name.startswith("vit_")
-    encoder.name = name
-    encoder.options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    return encoder
+    return create_encoder(nearest_name(ConvViT, d3, patch), **options)
 
 
 def _pretraining_model(state: Mapping[str, Tensor], encoder: Encoder, decoder_heads: int | None) -> MaskedImageModel:
@@ -232,7 +213,7 @@ def _pretraining_model(state: Mapping[str, Tensor], encoder: Encoder, decoder_he
 def _load_strictly(
     model: nn.Module, state: dict[str, Tensor], allowed_missing: set[str], published: Callable[[str], str]
 ) -> None:
-    """Load, or name what does not fit in the words of the file (``published``: our key -> its key)."""
+    """Load a state dict or raise an error with the keys of the file (``published``: our key -> its key)."""
     expected = model.state_dict()
     unknown = sorted(published(key) for key in set(state) - set(expected))
     missing = sorted(published(key) for key in set(expected) - set(state) - allowed_missing)
@@ -248,11 +229,11 @@ def _load_strictly(
 
 
 def from_timm(model: nn.Module) -> Encoder:
-    """A timm ``VisionTransformer`` (any pre-trained one with learned or fixed positions) as our encoder.
+    """Convert a timm ``VisionTransformer`` with learned or fixed positions to our encoder, in evaluation mode.
 
     Raises:
-        ValueError: for parts our ViT does not have (registers, layer scale, a pre-norm), by name; for other classes
-            of model (rotary positions, parallel blocks), activations or norms.
+        ValueError: naming parts that our ViT does not have (registers, layer scale, pre-norm); for other model classes
+            (rotary positions, parallel blocks), activations or norms.
     """
     if not isinstance(model, timm_vit.VisionTransformer) or type(model.blocks[0]) is not timm_vit.Block:
         raise ValueError(f"{type(model).__name__} is no timm VisionTransformer of plain blocks")
@@ -272,41 +253,40 @@ def from_timm(model: nn.Module) -> Encoder:
         "class_token": model.num_prefix_tokens == 1,
     }
     patch = model.patch_embed.patch_size[0]
-    encoder = VisionTransformer(patch_size=patch, **options)
-    if isinstance(model.norm, nn.Identity):  # timm's average-pooled form moves the norm behind the pooling
+    encoder = create_encoder(nearest_name(VisionTransformer, model.embed_dim, patch), **options)
+    if isinstance(model.norm, nn.Identity):  # timm's average-pooled models have the norm after the pooling
         state |= {f"norm.{k}": v for k, v in model.fc_norm.state_dict().items()}
     _load_strictly(encoder, state, set(), str)  # the names are the same
-    return _named(encoder, _name_of(encoder, "vit", patch), options).eval()
+    return encoder.eval()
 
 
 def timm_arguments(encoder: Encoder) -> dict[str, Any]:
-    """Arguments of ``timm.create_model("vit_tiny_patch16_224", ...)`` that fit this ViT's state dict strictly."""
-    if not isinstance(encoder, VisionTransformer):
-        raise ValueError("timm has no ConvViT; only vit_* encoders move to timm")
-    return {
-        "img_size": encoder.img_size,
-        "patch_size": encoder.patch_size,
-        "in_chans": encoder.in_chans,
-        "embed_dim": encoder.embed_dim,
-        "depth": len(encoder.blocks),
-        "num_heads": encoder.num_heads,
-        "mlp_ratio": encoder.mlp_ratio,
-        "num_classes": 0,
-    } | ({} if encoder.num_prefix_tokens else {"class_token": False, "global_pool": "avg", "fc_norm": False})
+    """Arguments with which any ViT of ``timm.create_model`` loads the encoder's state dict strictly.
+
+    Raises:
+        ValueError: for an encoder that timm does not have.
+    """
+    return _timm_model(encoder).arguments
 
 
 def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of ``timm.create_model`` that make this ViT: only those that the name does not imply.
+    """Name and arguments of ``timm.create_model`` for an encoder, without arguments that the name implies.
 
-    ``pretrained_cfg_overlay`` tells timm's own transforms the preprocessing, where it is known.
+    ``pretrained_cfg_overlay`` tells timm's own transforms the preprocessing, if it is known.
+
+    Raises:
+        ValueError: for an encoder that timm does not have.
     """
-    arguments = timm_arguments(encoder)
-    size = encoder.name.split("_")[1]
-    dim, depth, heads = VIT_SIZES[size]
-    implied = {"img_size": (224, 224), "patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0}
-    implied |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
-    call = {key: value for key, value in arguments.items() if implied.get(key) != value}
+    model = _timm_model(encoder)
+    call = {key: value for key, value in model.arguments.items() if model.defaults.get(key) != value}
     if (known := encoder.preprocess) is not None:
         size_and_fit = {"input_size": (known.in_chans, *known.img_size), "crop_pct": 1.0, "interpolation": "bicubic"}
         call["pretrained_cfg_overlay"] = {"mean": known.mean, "std": known.std} | size_and_fit
-    return f"vit_{size}_patch16_224", call
+    return model.name, call
+
+
+def _timm_model(encoder: Encoder) -> TimmModel:
+    if (model := encoder.timm_model()) is None:
+        able = " and ".join(f"{name}_*" for name, cls in ENCODERS.items() if cls.timm_model is not Encoder.timm_model)
+        raise ValueError(f"timm has no {type(encoder).__name__}; only {able} encoders can be loaded by timm")
+    return model

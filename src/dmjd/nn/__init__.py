@@ -1,1 +1,1 @@
-"""Layers and functions on tokens that know no encoder and no method."""
+"""Layers, and functions on tokens."""

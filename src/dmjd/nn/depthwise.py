@@ -1,4 +1,4 @@
-"""The 5 x 5 depthwise convolution of ConvViT on channels-last maps: dense, or on visible tokens only, and its gradient.
+"""The 5 x 5 depthwise convolution of ConvViT and its gradient, on dense or visible channels-last maps.
 
 A *dense* map is [B, H, W, D]; a *visible* map is [R, V, s, s, D]: for each of R rows V visible tokens of s x s cells.
 """
@@ -12,40 +12,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dmjd.nn.recompute import keeps_activations
+from dmjd.nn.recompute import may_need_gradients
 
-# A convolution kernel of this side is the largest that the fast CPU routine was measured with.
+# The fast CPU routine was measured with convolution kernels up to this side.
 _LARGEST_TILE = 64
 
-_CHUNK_BYTES = 1 << 24  # of the map of some rows
+_CHUNK_BYTES = 1 << 24  # size of the dense map of some rows
+
+# Read on import: torch.compile cannot trace such questions, each would break the graph.
+_CPU_HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+_CPU_HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def dense_depthwise(conv: nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Depthwise convolution of a dense map [B, H, W, D]; ``mask`` [B, H, W] bool hides cells (True = masked)."""
+    """Depthwise convolution of a dense map [B, H, W, D]; ``mask`` [B, H, W] bool sets cells to zero (True = masked)."""
     if mask is not None:
         x = x.masked_fill(mask.unsqueeze(-1), 0.0)
-    if not keeps_activations():
+    if not may_need_gradients():
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     weight, bias = _parameters(conv, x)
     return _Depthwise.apply(x, weight, bias, None, x.shape[1:3])
 
 
-def visible_depthwise(conv: nn.Conv2d, x: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
-    """Depthwise convolution of a visible map with its tokens in their places and zeros elsewhere.
+def visible_depthwise(conv: nn.Conv2d, x: Tensor, cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Depthwise convolution of a visible map: of the dense map with zeros in masked cells, at the visible cells.
 
     Args:
         conv: the depthwise convolution.
-        x: [R, V, s, s, D]. places: [R * V * s * s] int64 from :func:`cell_places`. size: (h * s, w * s) of the map.
+        x: [R, V, s, s, D]. cells: [R * V * s * s] int64 from :func:`cell_indices`. size: (h * s, w * s) of the map.
 
     Returns:
         [R, V, s, s, D].
     """
     weight, bias = _parameters(conv, x)
-    return _Depthwise.apply(x, weight, bias, places, size)
+    return _Depthwise.apply(x, weight, bias, cells, size)
 
 
-def cell_places(ids: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
-    """Where the cells of visible tokens lie in the flattened dense maps [R * h*s * w*s].
+def cell_indices(ids: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
+    """Indices of the cells of visible tokens in the flattened dense maps [R * h*s * w*s].
 
     Args:
         ids: [R, V] int64 raster ids of tokens. grid: (h, w) tokens. cells: s, cells per token side.
@@ -61,40 +65,40 @@ def cell_places(ids: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
 
 
 def _parameters(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias in the type of the values, which autocast has chosen by then."""
+    """Weight and bias in the data type of the values, which autocast has chosen before."""
     assert conv.bias is not None
     return conv.weight.to(x.dtype), conv.bias.to(x.dtype)
 
 
 class _Depthwise(torch.autograd.Function):
-    """Convolution and gradients; only the visible values are kept for the backward pass, never the map with zeros.
+    """The convolution; it saves only the visible values for the backward pass, never the dense map.
 
-    A few rows at a time on a CPU, so that no map of the whole batch is ever there.
+    On a CPU it works on a few rows at a time, so that the dense map of the whole batch never exists.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, places: Tensor | None, size: tuple[int, int]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, cells: Tensor | None, size: tuple[int, int]
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, places)
+        ctx.save_for_backward(x, weight, cells)
         ctx.size = size
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows in _row_chunks(x, size):
-            at = _places_of(places, rows, x.shape[0], size)
+            at = _cells_of(cells, rows, x.shape[0], size)
             out[rows] = _gather(_convolve(_scatter(x[rows], at, size), weight, bias), at, x[rows].shape)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, weight, places = ctx.saved_tensors
+        x, weight, cells = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_x = torch.empty_like(x) if need_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for rows in _row_chunks(x, ctx.size):
-            at = _places_of(places, rows, x.shape[0], ctx.size)
+            at = _cells_of(cells, rows, x.shape[0], ctx.size)
             grad_map = _scatter(grad[rows], at, ctx.size)
-            if grad_x is not None:  # the transposed convolution: the same one with the kernel turned round
+            if grad_x is not None:  # the transposed convolution is a convolution with the flipped kernel
                 grad_x[rows] = _gather(_convolve(grad_map, weight.flip(-2, -1), None), at, x[rows].shape)
             if grad_weight is not None:
                 grad_weight += _weight_gradient(_scatter(x[rows], at, ctx.size), grad_map, weight)
@@ -103,7 +107,7 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _row_chunks(x: Tensor, size: tuple[int, int]) -> Iterator[slice]:
-    """Equal parts of the rows whose maps fit the cache; all at once on other devices than a CPU."""
+    """Equal parts of the rows whose dense maps fit the cache; all rows at once on devices other than a CPU."""
     R = x.shape[0]
     bytes_of_row = math.prod(size) * x.shape[-1] * x.element_size()
     count = min(R, -(-R * bytes_of_row // _CHUNK_BYTES)) if x.device.type == "cpu" else 1
@@ -111,24 +115,24 @@ def _row_chunks(x: Tensor, size: tuple[int, int]) -> Iterator[slice]:
     return (slice(start, min(start + step, R)) for start in range(0, R, max(1, step)))
 
 
-def _places_of(places: Tensor | None, rows: slice, count: int, size: tuple[int, int]) -> Tensor | None:
-    """The part of ``places`` that belongs to some of ``count`` rows, counted from the first of them."""
-    if places is None or rows.stop - rows.start == count:
-        return places
-    return places.view(count, -1)[rows].flatten() - rows.start * math.prod(size)
+def _cells_of(cells: Tensor | None, rows: slice, count: int, size: tuple[int, int]) -> Tensor | None:
+    """Cell indices of some of ``count`` rows, relative to the first of them."""
+    if cells is None or rows.stop - rows.start == count:
+        return cells
+    return cells.view(count, -1)[rows].flatten() - rows.start * math.prod(size)
 
 
-def _scatter(x: Tensor, places: Tensor | None, size: tuple[int, int]) -> Tensor:
+def _scatter(x: Tensor, cells: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Visible or dense map -> dense map [B, H, W, D]."""
-    if places is None:
+    if cells is None:
         return x
     R, D = x.shape[0], x.shape[-1]
-    return x.new_zeros(R * math.prod(size), D).index_copy_(0, places, x.reshape(-1, D)).view(R, *size, D)
+    return x.new_zeros(R * math.prod(size), D).index_copy_(0, cells, x.reshape(-1, D)).view(R, *size, D)
 
 
-def _gather(x: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+def _gather(x: Tensor, cells: Tensor | None, shape: torch.Size) -> Tensor:
     """Inverse of :func:`_scatter`."""
-    return x if places is None else x.reshape(-1, x.shape[-1]).index_select(0, places).view(shape)
+    return x if cells is None else x.reshape(-1, x.shape[-1]).index_select(0, cells).view(shape)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,11 +142,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient [D, 1, k, k] of the kernel in float32, from dense maps [B, H, W, D] of values and of output gradients.
+    """Gradient [D, 1, k, k] of the kernel in float32, from dense maps [B, H, W, D] of values and output gradients.
 
-    PyTorch's own routine for 5 x 5 kernels on CPU takes ten times as long as the convolution itself. The gradient is a
-    correlation of the values with the output gradients, so the same fast routine does it when each image's and
-    channel's gradient map is taken for a kernel of its own.
+    PyTorch's gradient of a 5 x 5 kernel takes ten times as long as the convolution on a CPU. The gradient is a
+    correlation of values with output gradients, so the fast convolution computes it with the gradient map of each image
+    and channel as the kernel.
     """
     B, H, W, D = x.shape
     k = weight.shape[-1]
@@ -164,7 +168,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fast_large_kernels(x: Tensor) -> bool:
-    """Whether the processor has the vector routine that depthwise kernels of any size take."""
-    if x.device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    """Whether depthwise convolutions with large kernels are fast: on CPUs with AVX."""
+    if x.device.type != "cpu" or not _CPU_HAS_AVX:
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _CPU_HAS_BF16)

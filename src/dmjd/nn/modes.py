@@ -1,4 +1,4 @@
-"""Evaluation mode, and back."""
+"""Temporary evaluation mode."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; the mode of every part is restored, also of those that are kept frozen."""
+    """Evaluation mode without gradients; restores the mode of every submodule afterwards, so frozen parts stay so."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

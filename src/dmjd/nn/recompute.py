@@ -1,8 +1,8 @@
-"""Operations of the encoders' and decoder's layers that keep little for the backward pass and stay in the cache.
+"""Layers that save little for the backward pass and, on a CPU, stay in the cache.
 
-A pre-norm block's memory is its hidden layer, and the normalized input of every product. Norms and GELU are taken again
-in the backward pass, a hundredth of the products' time; on a CPU all is done a few rows at a time, so that what lies
-between two products is never written out whole.
+Most memory of a pre-norm block is its hidden layer and the normalized input of every matrix product. Here norms and
+GELU are recomputed in the backward pass, which takes a hundredth of the time of the products. On a CPU a few rows are
+processed at a time, so that intermediate results between two products never leave the cache.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 1 << 24  # of what lies between two products; smaller chunks make the products slower
+_CHUNK_BYTES = 1 << 24  # of intermediate results; smaller chunks make the products slower
 
 _MOST_ATTENTION_ELEMENTS = 1 << 27  # a quarter of a gigabyte in half precision
 
 
 def norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(norm(x)), [..., D] -> [..., E], keeping only x for the backward pass."""
-    if not keeps_activations():
+    """linear(norm(x)), [..., D] -> [..., E]; saves only x for the backward pass."""
+    if not may_need_gradients():
         return linear(norm(x))
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, _product_type(x))
 
@@ -30,36 +30,39 @@ def norm_mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, x: Tensor, keep
 
     Args:
         norm, fc1, fc2: the layers. x: [..., D].
-        keep_hidden: keep fc1's output for the backward pass, the largest activation of a block; else it is computed
-            again: a sixth more arithmetic.
+        keep_hidden: save the output of fc1, the largest activation of a block, for the backward pass; False recomputes
+            it, which is a sixth more arithmetic.
     """
-    if not keeps_activations():
+    if not may_need_gradients():
         return fc2(F.gelu(fc1(norm(x))))
     parameters = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return _NormMlp.apply(x, *parameters, norm.eps, _product_type(x), keep_hidden)
 
 
-def keeps_activations() -> bool:
-    """Whether a backward pass may follow. Exporters trace with gradients on, but know plain operations only, and would
-    take the number of rows in a chunk for a constant."""
+def may_need_gradients() -> bool:
+    """Whether a backward pass may follow.
+
+    False during export: exporters trace with gradients enabled, but support plain operations only, and would make the
+    number of rows in a chunk a constant.
+    """
     return torch.is_grad_enabled() and not torch.compiler.is_exporting()
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """The type that matrix products on ``x`` have here: autocast's, or its own."""
+    """Data type of matrix products on ``x``: that of autocast, or its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _chunks(rows: int, width: int, like: Tensor) -> Iterator[slice]:
-    """Equal parts of ``rows`` rows of ``width`` entries that fit the cache; all at once on other devices than a CPU."""
+    """Equal parts of ``rows`` rows of ``width`` entries that fit the cache; all at once on devices other than a CPU."""
     count = -(-rows * width * like.element_size() // _CHUNK_BYTES) if like.device.type == "cpu" else 1
     size = max(1, -(-rows // max(1, count)))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 class _NormGradient:
-    """Norm of some rows again, and its gradients summed over the chunks."""
+    """Recomputes the norm of some rows, and sums its gradients over the chunks."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, need_x: bool) -> None:
         self.x, self.weight, self.bias, self.eps, self.need_x = x, weight, bias, eps, need_x
@@ -75,7 +78,7 @@ class _NormGradient:
         return y.to(dtype)
 
     def backward(self, grad: Tensor) -> None:
-        """From the gradient of the rows last normalized."""
+        """Add the gradients of the rows last normalized, from the gradient of their output."""
         x = self.x[self._rows]
         grads = torch.ops.aten.native_layer_norm_backward(
             grad.to(x.dtype),
@@ -94,7 +97,7 @@ class _NormGradient:
 
 
 class _NormLinear(torch.autograd.Function):
-    """linear(norm(x)) with the norm taken again in the backward pass."""
+    """linear(norm(x)); the backward pass recomputes the norm."""
 
     @staticmethod
     def forward(
@@ -121,7 +124,7 @@ class _NormLinear(torch.autograd.Function):
 
 
 class _NormMlp(torch.autograd.Function):
-    """fc2(gelu(fc1(norm(x)))); the backward pass takes norm and GELU again, and fc1 where it was not kept."""
+    """fc2(gelu(fc1(norm(x)))); the backward pass recomputes norm and GELU, and fc1 unless it was saved."""
 
     @staticmethod
     def forward(
@@ -177,7 +180,7 @@ class _NormMlp(torch.autograd.Function):
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a @ b, or the product alone, in ``dtype``; ``total`` is used up."""
+    """total + a @ b, or a @ b without a total, in ``dtype``; ``total`` is overwritten."""
     if total is None:
         return (a @ b).to(dtype)
     return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
@@ -186,14 +189,14 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention: q [B, heads, N, d], k and v [B, heads, T, d] -> [B, heads, N, d].
 
-    Fused, but for half precision on the CPU: there PyTorch's fused backward pass takes three to ten times as long as
-    plain matrix products, which are used while the attention matrix is small. Its scores are then rounded to the half
+    PyTorch's fused attention, except in half precision on a CPU: there its backward pass takes three to ten times as
+    long as plain matrix products, which are used unless the attention matrix is large. Their scores are rounded to half
     precision before the softmax.
     """
     elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.device.type != "cpu" or q.dtype == torch.float32 or elements > _MOST_ATTENTION_ELEMENTS:
         return F.scaled_dot_product_attention(q, k, v)
-    if not keeps_activations():
+    if not may_need_gradients():
         return _weights(q, k) @ v
     return _PlainAttention.apply(q, k, v)
 
@@ -204,14 +207,14 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Attention by matrix products that keeps its inputs and the attention matrix, and no rearranged copies of them."""
+    """Attention by matrix products; saves its inputs and the attention matrix, but no rearranged copies of them."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = _weights(q, k)
         ctx.save_for_backward(q, k, v, weights)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-        return out.copy_(weights @ v)  # laid out as the projection after it wants it
+        return out.copy_(weights @ v)  # in the memory layout that the projection needs
 
     @staticmethod
     @once_differentiable

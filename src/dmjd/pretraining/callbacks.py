@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
+from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
@@ -14,7 +15,6 @@ from dmjd.engine.loop import Report
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_all
 from dmjd.evaluation.results import read_result
-from dmjd.evaluation.setup import fresh_encoder
 from dmjd.evaluation.tables import results_table
 from dmjd.figures.curves import save_curves_figure
 from dmjd.figures.show import save_reconstruction_figure
@@ -114,7 +114,7 @@ class Monitor:
         if self._knn is None:
             return
         if not self._baselines:
-            fresh = fresh_encoder(self.model.encoder, self.config.seed).to(self._device)
+            fresh = fresh_like(self.model.encoder, seed=self.config.seed).to(self._device)
             self._baselines = self._knn.baselines(fresh)
         values = {"knn_top1": self._knn(self.model.encoder)} | self._baselines
         self._write(report, values)

@@ -10,7 +10,7 @@ from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.registry import create_encoder, encoder_family
 from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.runs.checkpoint import RunFolder
@@ -20,26 +20,32 @@ LISTING = "files.txt"  # a folder's sorted list of images, kept with the run
 
 
 def build_encoder(config: PretrainConfig) -> Encoder:
-    """The encoder a configuration names, with fresh weights from torch's random state."""
-    many = config.encoder.startswith("conv_vit")
-    overrides: dict[str, Any] = {}
-    for name, plural in (("embed_dim", "embed_dims"), ("depth", "depths"), ("mlp_ratio", "mlp_ratios")):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if len(value) != (3 if many else 1):
-            raise ValueError(f"--{name.replace('_', '-')} takes {3 if many else 1} number(s) for {config.encoder}")
-        overrides[plural if many else name] = value if many else value[0]
-    if config.num_heads is not None:
-        overrides["num_heads"] = config.num_heads
+    """The encoder of a configuration, with random weights from torch's global random state."""
     return create_encoder(
         config.encoder,
         img_size=config.size,
         in_chans=config.in_chans,
         class_token=config.class_token,
         drop_path=config.drop_path,
-        **overrides,
+        **_encoder_sizes(config),
     )
+
+
+def _encoder_sizes(config: PretrainConfig) -> dict[str, Any]:
+    """The sizes that a configuration sets, as arguments of the encoder's family."""
+    family, sizes = encoder_family(config.encoder), {}
+    for setting in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
+        if (value := getattr(config, setting)) is None:
+            continue
+        flag = f"--{setting.replace('_', '-')}"
+        if setting not in family.SETTINGS:
+            raise ValueError(f"{flag} has no meaning for {config.encoder}; leave it out")
+        argument, count = family.SETTINGS[setting]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if len(numbers) != count:
+            raise ValueError(f"{flag} takes {count} number(s) for {config.encoder}")
+        sizes[argument] = numbers if count > 1 else numbers[0]
+    return sizes
 
 
 def build_model(config: PretrainConfig) -> MaskedImageModel:

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmjd.config.pretrain import PretrainConfig, resume_differences
-from dmjd.files import METADATA_KEY, atomic, write_text
+from dmjd.files import read_safetensors, write_safetensors, write_text
 
 FORMAT_VERSION = 1
 
@@ -48,10 +46,7 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write a checkpoint atomically; a full disk or a kill never harms an earlier one."""
-    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    text = json.dumps({"format": FORMAT_VERSION} | state, sort_keys=True)
-    with atomic(path) as temporary:
-        save_file(plain, temporary, metadata={METADATA_KEY: text})
+    write_safetensors(path, tensors, {"format": FORMAT_VERSION} | state)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -60,13 +55,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: for a file that is cut short, of another kind, or of another format version.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as opened:
-            text = (opened.metadata() or {}).get(METADATA_KEY)
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error})") from None
-    state = json.loads(text) if text is not None else {}
+    tensors, state = read_safetensors(path, kind="checkpoint")
     if state.get("format") != FORMAT_VERSION or "progress" not in state:
         raise ValueError(f"{path} is not a dmjd checkpoint of format {FORMAT_VERSION}")
     return Checkpoint(path, tensors, state)

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
+from dmjd.images.reading import LUMINANCE
 from dmjd.targets.base import Target, whitened_mean
 
 _SOURCES = ("hf-hub:", "local-dir:")  # timm's own words for weights that are not in its list
 
 _HASH_DIGITS = 16
-
-LUMINANCE = (0.299, 0.587, 0.114)  # Rec. 601
 
 
 class TeacherTarget(Target):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dmjd.data.sources.base import Source
+from dmjd.images.reading import LUMINANCE
 from dmjd.images.resampling import resample
 
 SIZE = 32
@@ -24,7 +25,7 @@ _TALLEST, _SHORTEST = 30, 22
 
 _MIN_CONTRAST = 70.0  # of 255, in luminance, between a digit and the background behind it
 
-_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+_LUMINANCE = np.array(LUMINANCE, np.float32)
 
 
 class DigitsSource(Source):

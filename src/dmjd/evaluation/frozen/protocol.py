@@ -14,6 +14,7 @@ from torch import Tensor
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, Features, extract_all, pooled, raw_pixels
@@ -22,7 +23,7 @@ from dmjd.evaluation.frozen.linear import linear_probe
 from dmjd.evaluation.frozen.linear_sweep import HELD_OUT, SweepFeatures, linear_sweep
 from dmjd.evaluation.low_shot import LowShot, hold_out, summarize
 from dmjd.evaluation.results import Baselines, data_fingerprint, key_of, versions, write_result
-from dmjd.evaluation.setup import config_of, fresh_encoder, given_data, open_sets
+from dmjd.evaluation.setup import config_of, given_data, open_sets
 
 # name: evaluator(train features, test features, *, device, and its own settings) -> {"top1", "top5", ...}
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"knn": knn, "linear": linear_probe, "linear_sweep": linear_sweep}
@@ -170,7 +171,7 @@ class _Protocol:
     def _features(self, wanted: list[tuple[str, str]], **reading: Any) -> dict[str, tuple[Features, Features]]:
         """What the tasks need of both sets, in one pass over each."""
         device = next(self.encoder.parameters()).device
-        fresh = fresh_encoder(self.encoder, self.seed).to(device)
+        fresh = fresh_like(self.encoder, seed=self.seed).to(device)
         makers: dict[str, Callable[[], Extractor]] = {
             "result": lambda: pooled(self.encoder, self.precision),
             "random_init": lambda: pooled(fresh, self.precision),

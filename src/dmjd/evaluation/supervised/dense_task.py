@@ -17,7 +17,7 @@ from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, ExampleL
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.registry import fresh_like, resized
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.layer_decay import layer_groups
@@ -53,25 +53,6 @@ def open_encoder(run: str | Path, out: str | Path | None) -> tuple[Encoder, Path
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """The least (height, width) not below ``size`` that ``multiple`` divides."""
     return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
-
-
-def encoder_for(encoder: Encoder, frame: tuple[int, int], seed: int | None, drop_path: float) -> Encoder:
-    """A copy built for another frame, with its positions resized in two dimensions.
-
-    Args:
-        encoder: stays as it is. frame: (h, w), divisible by the patch.
-        seed: of random weights; None: those of ``encoder``. drop_path: stochastic depth of the last block.
-    """
-    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in encoder.options.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0 if seed is None else seed)
-        copy: Encoder = create_encoder(encoder.name, **options | {"img_size": frame, "drop_path": drop_path})
-    copy.preprocess = encoder.preprocess
-    if seed is None:
-        with torch.no_grad():
-            state = encoder.state_dict() | {"pos_embed": encoder.positions(copy.grid)}
-        copy.load_state_dict(state)
-    return copy
 
 
 class DenseEvaluation(ABC):
@@ -160,9 +141,10 @@ class DenseEvaluation(ABC):
 
     def task(self, init: str) -> Task:
         """The task before training, from the trained weights ("result") or random ones."""
-        encoder = encoder_for(
-            self.encoder, self.frame, self.seed if init == "random_init" else None, self.config.drop_path
-        )
+        if init == "random_init":
+            encoder = fresh_like(self.encoder, seed=self.seed, img_size=self.frame, drop_path=self.config.drop_path)
+        else:
+            encoder = resized(self.encoder, self.frame, drop_path=self.config.drop_path)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # the same decoder for both
             return self.build(encoder)

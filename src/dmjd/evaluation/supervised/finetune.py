@@ -17,13 +17,14 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.classifier import CLASSIFIER_FILE, ImageClassifier, classifier_bytes
+from dmjd.encoders.registry import fresh_like, resized
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.engine.loop import Task
 from dmjd.evaluation.low_shot import LowShot, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
-from dmjd.evaluation.setup import config_of, fresh_encoder, given_data, open_sets
+from dmjd.evaluation.setup import config_of, given_data, open_sets
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit, num_steps
 from dmjd.figures.confusion import save_confusion_figure
 from dmjd.files import write_bytes, write_text
@@ -178,9 +179,10 @@ class _Trainings:
     def _classifier(self, config: FinetuneConfig, init: str, seed: int) -> ImageClassifier:
         assert config.drop_path is not None
         assert config.test_crop is not None
-        encoder = fresh_encoder(self.encoder, seed, config.drop_path)
         if init == "result":
-            encoder.load_state_dict(self.encoder.state_dict())
+            encoder = resized(self.encoder, drop_path=config.drop_path)
+        else:
+            encoder = fresh_like(self.encoder, seed=seed, drop_path=config.drop_path)
         model = ImageClassifier(encoder, self.train.classes, config.test_crop)
         model.init_head(seed)
         return model

@@ -1,11 +1,12 @@
-"""Maps at four resolutions from any encoder, and the decoders that read them.
+"""Feature maps at four resolutions from any encoder, and decoders on them.
 
-ConvViT has three of its own (its stages) and gets a coarser one; ViT's last map is brought to four by up- and
-downsampling, the simple feature pyramid of ViTDet (Li et al. 2022). Shapes: B image, D width, h, w token grid.
+An encoder's own maps are used where it has one of the right stride (ConvViT has three); the others are its last map,
+up- or downsampled: the simple feature pyramid of ViTDet (Li et al. 2022). Shapes: B image, D width, h, w token grid.
 """
 
 import math
 from collections import OrderedDict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +18,35 @@ from dmjd.encoders.base import Encoder
 
 LEVELS = 4
 
-CELLS = 4  # of ConvViT's first stage on a side of a token
+_GROUP_CHANNELS = 16  # per group of a group norm, if the width allows
 
-_GROUP = 16  # channels of a group norm's group, where the width allows
-
-_POOLS = (1, 2, 3, 6)  # pyramid pooling's, in cells a side
+_POOL_SIZES = (1, 2, 3, 6)  # of pyramid pooling, in cells per side
 
 
 def strides_of(encoder: Encoder) -> list[float]:
-    """Pixels of a cell of each of a :class:`Pyramid`'s maps, finest first.
+    """Strides in pixels of the maps of a :class:`Pyramid`, finest first.
 
-    The finest has a quarter of the patch. A plain ViT of a patch below 16 is upsampled less: 4 pixels, or the patch.
+    The finest is the encoder's own, if it has maps of several strides. Otherwise it is a quarter of the patch, but at
+    least 4 pixels, or the patch if that is smaller.
     """
-    P = encoder.patch_size
-    finest = P / CELLS if encoder.scales else P / 2 ** min(2, max(0, math.floor(math.log2(P / 4))))
+    P, own = encoder.patch_size, _own_maps(encoder)
+    finest = min(own) if len(own) > 1 else P / 2 ** min(2, max(0, math.floor(math.log2(P / 4))))
     return [finest * 2**level for level in range(LEVELS)]
 
 
+def _own_maps(encoder: Encoder) -> dict[float, int]:
+    """Stride in pixels -> index of the encoder's last map of that stride."""
+    return {info["reduction"]: index for index, info in enumerate(encoder.feature_info)}
+
+
 class EncoderMaps(nn.Module):
-    """An encoder whose maps are used, not its tokens.
+    """Base of the modules that turn images into feature maps of an encoder.
 
     Args:
-        encoder: any. frozen: keep its weights and run it in evaluation mode.
+        encoder: any encoder. frozen: do not train it, and run it in evaluation mode.
 
     Attributes:
-        widths: channels of the maps given, finest first. strides: pixels of a cell of each.
+        widths: channels of the maps, finest first. strides: their strides in pixels.
     """
 
     widths: list[int]
@@ -50,26 +55,26 @@ class EncoderMaps(nn.Module):
     def __init__(self, encoder: Encoder, frozen: bool = False) -> None:
         super().__init__()
         self.encoder, self.frozen = encoder, frozen
-        encoder.norm.requires_grad_(False)  # of pre-training; the maps have norms of their own
+        encoder.norm.requires_grad_(False)  # used in pre-training only; the maps have their own norms
         if frozen:
             encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "EncoderMaps":
-        """Training mode, but for an encoder that is frozen."""
+        """Set the training mode, except of a frozen encoder."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
         return self
 
-    def encode(self, images: Tensor, count: int) -> list[Tensor]:
-        """The last ``count`` maps [B, width, h, w] of normalized images [B, C, H, W]."""
+    def encode(self, images: Tensor, indices: list[int]) -> list[Tensor]:
+        """Maps [B, width, h, w] of the encoder for normalized images [B, C, H, W]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.encoder.forward_intermediates(images, indices=count, intermediates_only=True)  # type: ignore[operator]
-        return list(maps)
+            maps = self.encoder.forward_intermediates(images, indices=indices, intermediates_only=True)
+        return cast(list[Tensor], maps)
 
 
 class LastMap(EncoderMaps):
-    """The encoder's own last map, normalized."""
+    """The encoder's last map, normalized."""
 
     def __init__(self, encoder: Encoder, frozen: bool = False) -> None:
         super().__init__(encoder, frozen)
@@ -78,33 +83,32 @@ class LastMap(EncoderMaps):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, C, H, W] normalized -> one map [B, D, h, w]."""
-        return [self.norm(self.encode(images, 1)[0])]
+        return [self.norm(self.encode(images, [-1])[0])]
 
 
 class Pyramid(EncoderMaps):
-    """Four normalized maps, each half as fine as the one before; see :func:`strides_of`."""
+    """Four normalized maps, each of twice the stride of the one before; see :func:`strides_of`."""
 
     def __init__(self, encoder: Encoder, frozen: bool = False) -> None:
         super().__init__(encoder, frozen)
-        P, D = encoder.patch_size, encoder.embed_dim
-        self.strides = strides_of(encoder)
-        stages = [P / cells for _, cells in encoder.scales]  # the encoder's own maps need no resizing
-        factors = [1.0 if stride in stages else P / stride for stride in self.strides]
-        own = [width for width, _ in encoder.scales]
-        self.widths = own + [D // int(max(1, factor)) for factor in factors[len(own) :]]
-        self.resize = nn.ModuleList(_resize(D, factor) for factor in factors)
+        self.strides, own, last = strides_of(encoder), _own_maps(encoder), encoder.feature_info[-1]
+        self.sources = [own.get(stride, len(encoder.feature_info) - 1) for stride in self.strides]
+        factors = [1.0 if stride in own else last["reduction"] / stride for stride in self.strides]
+        widths = [encoder.feature_info[source]["num_chs"] for source in self.sources]
+        self.widths = [width // int(max(1, factor)) for width, factor in zip(widths, factors, strict=True)]
+        self.resize = nn.ModuleList(_resize(width, factor) for width, factor in zip(widths, factors, strict=True))
         self.norms = nn.ModuleList(LayerNorm2d(width) for width in self.widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, C, H, W] normalized, sides divisible by the patch -> four maps [B, width, H / stride, W / stride]."""
-        maps = self.encode(images, 1 + len(self.encoder.scales))
-        maps += [maps[-1]] * (LEVELS - len(maps))
-        resized = (resize(x) for resize, x in zip(self.resize, maps, strict=True))
+        indices = sorted(set(self.sources))
+        maps = dict(zip(indices, self.encode(images, indices), strict=True))
+        resized = (resize(maps[source]) for resize, source in zip(self.resize, self.sources, strict=True))
         return [norm(x) for norm, x in zip(self.norms, resized, strict=True)]
 
 
 def _resize(width: int, factor: float) -> nn.Module:
-    """ViTDet's: one or two deconvolutions up, each halving the width; max pooling down."""
+    """ViTDet's resizing: one or two deconvolutions up, each halving the width; max pooling down."""
     if factor == 1:
         return nn.Identity()
     if factor < 1:
@@ -117,16 +121,16 @@ def _resize(width: int, factor: float) -> nn.Module:
 
 
 def group_norm(width: int) -> nn.Module:
-    """A norm that, unlike batch norm, is the same for any batch and any number of processes."""
-    return nn.GroupNorm(width // math.gcd(width, _GROUP), width)
+    """A norm that, unlike batch norm, does not depend on the batch or the number of processes."""
+    return nn.GroupNorm(width // math.gcd(width, _GROUP_CHANNELS), width)
 
 
 class UPerNet(nn.Module):
-    """Unified perceptual parsing's decoder (Xiao et al. 2018): pyramid pooling of the coarsest map, a feature pyramid
-    network, and all levels fused at the finest.
+    """Decoder of unified perceptual parsing (Xiao et al. 2018): pyramid pooling of the coarsest map, a feature pyramid
+    network, and fusion of all levels at the finest.
 
     Args:
-        widths: of the maps, finest first. dim: of the decoder, a multiple of 16. num_classes: K.
+        widths: channels of the maps, finest first. dim: width of the decoder, a multiple of 16. num_classes: K.
     """
 
     def __init__(self, widths: list[int], dim: int, num_classes: int) -> None:
@@ -134,9 +138,9 @@ class UPerNet(nn.Module):
         top = widths[-1]
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(side), Conv2dNormActivation(top, dim // 4, 1, norm_layer=group_norm))
-            for side in _POOLS
+            for side in _POOL_SIZES
         )
-        self.pooled = Conv2dNormActivation(top + len(_POOLS) * (dim // 4), dim, 3, norm_layer=group_norm)
+        self.pooled = Conv2dNormActivation(top + len(_POOL_SIZES) * (dim // 4), dim, 3, norm_layer=group_norm)
         self.fpn = FeaturePyramidNetwork([*widths[:-1], dim], dim, norm_layer=group_norm)
         self.fuse = Conv2dNormActivation(len(widths) * dim, dim, 3, norm_layer=group_norm)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(dim, num_classes, 1))
@@ -152,10 +156,10 @@ class UPerNet(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """One linear layer on the encoder's own last map: what the features hold, and little learned besides.
+    """One linear layer on the encoder's last map: measures the features, with little learned on top.
 
     Args:
-        width: of the map. num_classes: K.
+        width: channels of the map. num_classes: K.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
