@@ -131,3 +131,17 @@ def tiny_encoder(seed: int = 0):
     encoder = create_encoder("vit_tiny_patch8", img_size=FEATURE_SIZE, embed_dim=32, depth=1, num_heads=2)
     encoder.preprocess = Preprocess(FEATURE_SIZE)
     return encoder
+
+
+SMALL_VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+SMALL_CONV_VIT = {"embed_dims": (8, 12, 16), "depths": (2, 1, 2), "num_heads": 2}
+
+
+def small_encoder(name: str, seed: int = 0, **options):
+    """A small encoder with random biases and norm weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    encoder = create_encoder(name, **(SMALL_CONV_VIT if name.startswith("conv") else SMALL_VIT), **options)
+    for key, parameter in encoder.named_parameters():
+        if key != "pos_embed" and parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in key and key.endswith("weight")), std=0.2)
+    return encoder.eval()

@@ -6,7 +6,7 @@ Masked tokens never influence visible ones, so computing only the visible tokens
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,14 @@ class ConvViT(Encoder):
         drop_path: stochastic depth rate of the last block, increasing linearly from 0 over all blocks.
     """
 
-    SIZES = {  # noqa: RUF012, the base class declares it a class variable
+    SIZES: ClassVar = {
         "tiny": {"embed_dims": (64, 128, 192), "depths": (2, 2, 11), "num_heads": 3},
         "small": {"embed_dims": (128, 256, 384), "depths": (2, 2, 11), "num_heads": 6},
         "base": {"embed_dims": (256, 384, 768), "depths": (2, 2, 11), "num_heads": 12},
         "large": {"embed_dims": (384, 768, 1024), "depths": (2, 2, 23), "num_heads": 16},
     }
     PATCHES = (4, 8, 16)
-    SETTINGS = {  # noqa: RUF012, as above
+    SETTINGS: ClassVar = {
         "embed_dim": ("embed_dims", 3),
         "depth": ("depths", 3),
         "num_heads": ("num_heads", 1),

@@ -4,7 +4,7 @@ Parameter names are those of timm's VisionTransformer, so state dicts can be exc
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class VisionTransformer(Encoder):
         drop_path: stochastic depth rate of the last block, increasing linearly from 0.
     """
 
-    SIZES = {  # noqa: RUF012, the base class declares it a class variable
+    SIZES: ClassVar = {
         "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
         "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
         "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},

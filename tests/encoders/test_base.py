@@ -1,0 +1,181 @@
+"""What all encoders have in common: visible tokens, positions, pooling, initialization, stochastic depth."""
+
+import copy
+import math
+
+import pytest
+import torch
+from support import SMALL_CONV_VIT, small_encoder
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from dmjd.encoders.base import drop_path_rates
+from dmjd.encoders.registry import create_encoder
+from dmjd.masking import disjoint_masks
+from dmjd.model import MaskedImageModel
+from dmjd.nn.layers import PointwiseConv
+from dmjd.nn.tokens import gather_tokens, sincos_positions
+
+BOTH = pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+
+
+@BOTH
+def test_images_that_do_not_fit_are_refused(name):
+    encoder = small_encoder(name, img_size=32)
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], got \[1, 1, 32, 32\]"):
+        encoder(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="30 x 32 pixels is not divisible by the 8-pixel patch"):
+        encoder(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ValueError, match=r"visible must be \[B, V\] or \[K, B, V\] with B = 2, got \[3, 4\]"):
+        encoder(torch.zeros(2, 3, 32, 32), visible=torch.zeros(3, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("name", "class_token"), [("vit_tiny_patch8", False), ("vit_tiny_patch8", True), ("conv_vit_tiny_patch8", False)]
+)
+def test_all_tokens_visible_in_any_order_is_the_dense_form(name, class_token):
+    encoder = small_encoder(name, img_size=(24, 40), class_token=class_token)
+    images = torch.randn(2, 3, 24, 40)
+    ids = torch.stack([torch.randperm(15), torch.randperm(15)])
+    P = encoder.num_prefix_tokens
+    with torch.no_grad():
+        dense, found = encoder(images), encoder(images, visible=ids)
+    torch.testing.assert_close(found[:, P:], gather_tokens(dense[:, P:], ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[:, :P], dense[:, :P], rtol=0, atol=1e-5)
+
+
+@BOTH
+def test_masked_positions_never_influence_visible_ones(name):
+    encoder = small_encoder(name, img_size=(32, 48))
+    masks = disjoint_masks(2, (4, 6), 2, 0.5, keys=torch.arange(2))
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        before = encoder(images, visible=masks.visible)
+        for k in range(2):
+            hidden = masks.mask[k].view(2, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
+            shaken = torch.where(hidden, 1e3 * torch.randn_like(images), images)
+            assert torch.equal(encoder(shaken, visible=masks.visible)[k], before[k])
+            if name.startswith("conv"):
+                dense = encoder.forward_masked_dense(shaken, masks.visible[k])[0]
+                torch.testing.assert_close(dense, before[k], rtol=0, atol=1e-5)
+        other = torch.where(hidden, images, images + 1.0)  # and visible pixels do matter
+        assert not torch.allclose(encoder(other, visible=masks.visible)[1], before[1])
+
+
+@BOTH
+def test_another_image_size_recomputes_fixed_positions(name):
+    encoder, built_for_it = small_encoder(name, img_size=32), small_encoder(name, img_size=(48, 16))
+    assert torch.equal(encoder.positions((4, 4)), sincos_positions(encoder.embed_dim, (4, 4)))
+    images = torch.randn(2, 3, 48, 16)
+    ids = torch.tensor([[0, 7, 11], [3, 5, 10]])
+    with torch.no_grad():
+        assert torch.equal(encoder(images), built_for_it(images))
+        assert torch.equal(encoder(images, visible=ids), built_for_it(images, visible=ids))
+
+
+@BOTH
+def test_pooling_is_the_normed_mean_of_patch_tokens(name):
+    encoder = small_encoder(name, img_size=32, **({} if name.startswith("conv") else {"class_token": True}))
+    with torch.no_grad():
+        tokens = encoder(torch.randn(2, 3, 32, 32))
+    P = encoder.num_prefix_tokens
+    mean = tokens[:, P:].mean(1)
+    centerd = mean - mean.mean(-1, keepdim=True)
+    expected = centerd / (centerd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(encoder.pool(tokens), expected, rtol=1e-5, atol=1e-6)
+    tokens[:, :P] += 100.0
+    torch.testing.assert_close(encoder.pool(tokens), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_drop_path_rates_grow_linearly_over_all_blocks():
+    assert drop_path_rates(0.2, 5) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert drop_path_rates(0.2, 1) == [0.0]
+    encoder = create_encoder("conv_vit_tiny_patch8", img_size=32, drop_path=0.4, **SMALL_CONV_VIT)
+    blocks = [*encoder.blocks1, *encoder.blocks2, *encoder.blocks]
+    rates = [getattr(getattr(b, "drop_path", getattr(b, "drop_path1", None)), "drop_prob", 0.0) for b in blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+@BOTH
+def test_drop_path_acts_in_training_only(name):
+    images = torch.randn(8, 3, 32, 32)
+    encoder = small_encoder(name, img_size=32, drop_path=0.5)
+    plain = small_encoder(name, img_size=32)
+    with torch.no_grad():
+        assert torch.equal(encoder(images), plain(images))
+        encoder.train()
+        plain.train()
+        assert not torch.equal(encoder(images), encoder(images))
+        assert torch.equal(plain(images), plain(images))
+
+
+@BOTH
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(name):
+    plain = small_encoder(name, img_size=32)
+    thrifty = copy.deepcopy(plain)
+    thrifty.set_grad_checkpointing()
+    kept = []
+    images, ids = torch.randn(2, 3, 32, 32), torch.tensor([[0, 5, 9], [1, 2, 15]])
+    for encoder in (plain, thrifty):
+        storages = {}
+        with saved_tensors_hooks(lambda t, s=storages: s.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+            maps = encoder.forward_intermediates(images, [1], intermediates_only=True)
+            loss = encoder(images).square().mean() + encoder(images, visible=ids).square().mean()
+            loss = loss + maps[0].square().mean()
+        kept.append(sum(storages.values()))
+        loss.backward()
+    assert kept[1] < 0.7 * kept[0]
+    for (key, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+        if a.requires_grad and key not in ("norm.weight", "norm.bias"):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=key)
+
+
+def assert_uniform(weight: torch.Tensor, bound: float, key: str) -> None:
+    """Uniform in +-bound: nothing outside, the edges reached, the right variance."""
+    n = weight.numel()
+    assert weight.abs().max() <= bound * (1 + 1e-6), key
+    assert weight.abs().max() > bound * (1 - 20 / n), key
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=4 / math.sqrt(n)), key
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16", "conv_vit_tiny_patch16"])
+def test_initialization(name):
+    torch.manual_seed(0)
+    depth = {"depths": (1, 1, 1)} if name.startswith("conv") else {"depth": 1, "class_token": True}
+    model = MaskedImageModel(create_encoder(name, img_size=64, **depth))
+    xavier_convs = {"encoder.patch_embed3.proj" if name.startswith("conv") else "encoder.patch_embed.proj"}
+    seen = set()
+    for key, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            assert (module.weight == 1).all(), key
+            assert (module.bias == 0).all(), key
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        weight = module.weight.detach()
+        fan_out, fan_in = weight.flatten(1).shape
+        convolution = isinstance(module, nn.Conv2d | PointwiseConv)
+        kind = "xavier" if not convolution or key in xavier_convs else "default"
+        seen.add((convolution, kind))
+        bound = math.sqrt(6 / (fan_in + fan_out)) if kind == "xavier" else 1 / math.sqrt(fan_in)
+        assert_uniform(weight, bound, key)
+        if convolution:
+            assert_uniform(module.bias.detach(), 1 / math.sqrt(fan_in), key)
+        else:
+            assert not module.bias.any(), key
+    assert seen == {(False, "xavier"), (True, "xavier")} | ({(True, "default")} if name.startswith("conv") else set())
+    tokens = [model.decoder.mask_token] + ([] if name.startswith("conv") else [model.encoder.cls_token])
+    for token in tokens:
+        assert token.std().item() == pytest.approx(0.02, rel=0.25)
+        assert abs(token.mean().item()) < 0.006
+
+
+@BOTH
+def test_parameters_have_layers(name):
+    encoder = small_encoder(name, img_size=32, **({} if name.startswith("conv") else {"class_token": True}))
+    layers = {}
+    for key, _ in encoder.named_parameters():
+        layers.setdefault(encoder.layer_of(key), set()).add(key.split(".")[0])
+    assert sorted(layers) == list(range(encoder.depth + 1))
+    assert all(layers[i] == {"blocks"} for i in range(1, encoder.depth + 1))
+    assert "pos_embed" in layers[0]
+    assert encoder.layer_of("blocks.1.attn.qkv.weight") == 2

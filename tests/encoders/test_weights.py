@@ -1,0 +1,133 @@
+"""Encoder files: round trips, use by other programs, errors."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support import small_encoder
+from torch import nn
+
+from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.images.preprocess import Preprocess
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch8", {"class_token": True, "in_chans": 5, "mlp_ratio": 2.0}),
+        ("conv_vit_tiny_patch4", {"in_chans": 1, "mlp_ratios": (4.0, 4.0, 2.0)}),
+    ],
+)
+def test_encoder_file_round_trip(name, options, tmp_path):
+    encoder = small_encoder(name, img_size=(16, 24), drop_path=0.1, **options)
+    encoder.preprocess = Preprocess(
+        (16, 24), options["in_chans"], (0.5,) * options["in_chans"], (0.25,) * options["in_chans"]
+    )
+    data = encoder_bytes(encoder)
+    assert data == encoder_bytes(encoder)
+    file = tmp_path / "encoder.safetensors"
+    file.write_bytes(data)
+    with safe_open(file, "pt") as opened:
+        assert list(opened.metadata()) == ["dmjd"]
+        metadata = json.loads(opened.metadata()["dmjd"])
+        assert opened.metadata()["dmjd"] == json.dumps(metadata, sort_keys=True)
+        assert set(opened.keys()) == set(encoder.state_dict())
+    for source in (file, str(file), tmp_path):
+        loaded = load_encoder(source)
+        assert not loaded.training
+        assert loaded.preprocess == encoder.preprocess
+        assert encoder_bytes(loaded) == data
+        images = torch.randn(1, options["in_chans"], 16, 24)
+        with torch.no_grad():
+            assert torch.equal(loaded(images), encoder(images))
+
+
+def test_encoder_file_does_not_depend_on_drop_path():
+    assert encoder_bytes(small_encoder("vit_tiny_patch8", img_size=16, drop_path=0.3)) == encoder_bytes(
+        small_encoder("vit_tiny_patch8", img_size=16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "indices"),
+    [("vit_tiny_patch8", {"class_token": True}, (0, 1)), ("conv_vit_tiny_patch4", {}, (0, 1, 2))],
+)
+def test_a_trained_encoder_as_a_frozen_backbone(name, options, indices, tmp_path):
+    """What libraries ask of a timm backbone (feature_info, a list of maps), inside somebody's own training step."""
+    encoder = small_encoder(name, img_size=(16, 24), **options)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    backbone = load_encoder(tmp_path, features_only=True, out_indices=indices)
+    assert not any(module.training for module in backbone.modules())
+    backbone.requires_grad_(False)
+    images = torch.randn(2, 3, 16, 24)
+    maps = backbone(images)
+    expected = encoder.forward_intermediates(images, indices=indices, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+    for features, width, reduction in zip(
+        maps, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True
+    ):
+        assert features.shape == (2, width, 16 // reduction, 24 // reduction)
+    head = nn.Conv2d(maps[-1].shape[1], 2, 1)
+    head(maps[-1]).mean().backward()
+    assert head.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_a_trained_encoder_in_anyones_loop(tmp_path):
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    loaded = load_encoder(tmp_path)
+    assert (loaded.embed_dim, loaded.patch_size, loaded.grid) == (encoder.embed_dim, 8, (2, 2))
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 0, 1])
+    tokens, maps = loaded.forward_intermediates(images)
+    assert torch.equal(tokens, loaded.forward_features(images))
+    assert torch.equal(maps[-1].flatten(2).transpose(1, 2), loaded(images))
+    model = nn.Sequential(loaded.train(), nn.Flatten(), nn.Linear(4 * loaded.embed_dim, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_load_encoder_by_name():
+    encoder = load_encoder("vit_tiny_patch32")
+    assert (encoder.name, encoder.img_size, encoder.training) == ("vit_tiny_patch32", (224, 224), False)
+    with pytest.raises(ValueError, match="did you mean 'vit_tiny_patch32'"):
+        load_encoder("vit_tinny_patch32")
+
+
+def test_load_encoder_errors(tmp_path):
+    def refused(source, message: str) -> None:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_encoder(source)
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path / "nowhere", "nowhere does not exist: give a run folder")
+    refused(tmp_path, "holds no encoder.safetensors: it is no run folder")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    refused(tmp_path / "text.safetensors", "not a readable safetensors file .* may be cut short")
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    whole = encoder_bytes(encoder)
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "cut.safetensors", "cut short")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    refused(tmp_path / "empty.safetensors", "cut short")
+    save_file(encoder.state_dict(), tmp_path / "foreign.safetensors")
+    refused(tmp_path / "foreign.safetensors", "not written by dmjd; .*load_official")
+    with safe_open(tmp_path / "foreign.safetensors", "pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    (tmp_path / "good.safetensors").write_bytes(whole)
+    with safe_open(tmp_path / "good.safetensors", "pt") as opened:
+        metadata = json.loads(opened.metadata()["dmjd"])
+    state.pop("norm.bias")
+    save_file(state, tmp_path / "lacking.safetensors", {"dmjd": json.dumps(metadata)})
+    refused(tmp_path / "lacking.safetensors", "weights do not fit vit_tiny_patch8: .*norm.bias")
+    save_file(state, tmp_path / "newer.safetensors", {"dmjd": json.dumps(metadata | {"format": 99})})
+    refused(tmp_path / "newer.safetensors", r"newer dmjd \(format 99\)")
