@@ -1,5 +1,6 @@
 """What tests share: tiny settings, the command line as a user runs it, small sets of features."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dmjd.cli.main import MAX_ERROR_LINES, main
@@ -145,3 +147,21 @@ def small_encoder(name: str, seed: int = 0, **options):
         if key != "pos_embed" and parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in key and key.endswith("weight")), std=0.2)
     return encoder.eval()
+
+
+def grads(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+def smooth_image(height: int = 12, width: int = 16, channels: int = 3) -> np.ndarray:
+    """[H, W, C] uint8 gradients, which JPEG changes little."""
+    rows, columns = np.mgrid[0:height, 0:width].astype(float)
+    planes = [rows * 10 + 20 * c + columns * (4 + c) for c in range(channels)]
+    return np.stack(planes, -1).clip(0, 255).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """A PIL image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

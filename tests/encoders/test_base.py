@@ -179,3 +179,28 @@ def test_parameters_have_layers(name):
     assert all(layers[i] == {"blocks"} for i in range(1, encoder.depth + 1))
     assert "pos_embed" in layers[0]
     assert encoder.layer_of("blocks.1.attn.qkv.weight") == 2
+
+
+# ---- torch.compile
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_training_step_compiles_to_one_graph(name):
+    """``fullgraph`` refuses graph breaks; "aot_eager" traces the backward pass too."""
+    sizes = {"embed_dims": (4, 4, 8), "depths": (1, 1, 1)} if name.startswith("conv") else {"embed_dim": 8, "depth": 1}
+    torch.manual_seed(0)
+    encoder = create_encoder(name, img_size=16, num_heads=2, **sizes)
+    model = MaskedImageModel(encoder, decoder_dim=8, decoder_depth=1, decoder_heads=2, block_size=1, mask_ratio=0.5)
+    images, raw, keys = torch.randn(2, 3, 16, 16), torch.randint(0, 256, (2, 3, 16, 16)), torch.arange(2)
+    losses, gradients = [], []
+    for step in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        loss = step(images, raw, keys=keys)["loss"]
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    with torch.no_grad():  # as in evaluation
+        torch.testing.assert_close(torch.compile(encoder, fullgraph=True, backend="eager")(images), encoder(images))
+    torch.compiler.reset()

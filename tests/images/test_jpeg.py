@@ -1,4 +1,4 @@
-"""The fast way of reading JPEGs gives Pillow's pixels, and leaves to Pillow what is not its own."""
+"""Fast JPEG decoding gives Pillow's pixels, and leaves to Pillow what it cannot decode."""
 
 import io
 import itertools
@@ -73,13 +73,13 @@ def exif_of(orientation):
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
-def test_turned_images_are_left_to_pillow(orientation):
+def test_rotated_images_are_left_to_pillow(orientation):
     data = encoded(natural(16, 24), exif=exif_of(orientation))
     assert jpeg.plain_jpeg(data) is None
     assert open_image(data).size == ((24, 16) if orientation > 4 else (16, 24))
 
 
-def test_rotation_named_by_xmp_is_seen():
+def test_rotation_in_xmp_is_found():
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = encoded(natural(16, 24))
     segment = b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp
@@ -115,7 +115,7 @@ def test_bomb_is_refused_before_it_is_unpacked():
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0, 1), st.booleans())
-def test_whatever_is_cut_short_is_bad(share, progressive):
+def test_a_file_cut_short_is_unreadable(share, progressive):
     data = encoded(natural(60, 80), progressive=progressive)
     with pytest.raises(UnreadableImage):
         read_image(data[: int(share * (len(data) - 40))])
@@ -123,11 +123,11 @@ def test_whatever_is_cut_short_is_bad(share, progressive):
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0, 0.99), st.binary(min_size=1, max_size=9), st.integers(0, 3))
-def test_damage_inside_is_judged_as_pillow_does(share, wrong, missing):
+def test_damaged_data_are_decoded_or_refused_as_by_pillow(share, wrong, missing):
     data = bytearray(encoded(natural(60, 80)))
     first = data.index(b"\xff\xda") + 14  # where the pixels begin
-    place = first + int(share * (len(data) - first))
-    data[place : place + len(wrong)] = wrong
+    position = first + int(share * (len(data) - first))
+    data[position : position + len(wrong)] = wrong
     data = bytes(data[: len(data) - missing])
     try:
         expected = by_pillow(data)
@@ -140,7 +140,7 @@ def test_damage_inside_is_judged_as_pillow_does(share, wrong, missing):
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_channel_policy_is_that_of_every_format(channels, in_chans):
+def test_channels_are_converted_as_in_every_format(channels, in_chans):
     data = encoded(natural(20, 24, channels))
     png = io.BytesIO()
     pixels = jpeg.decode(jpeg.plain_jpeg(data))
@@ -164,7 +164,7 @@ def test_fast_crop_is_pillows(region, size, flip):
     (height, width), (top, box_height), (left, box_width) = region
     data, box = encoded(natural(height, width)), (top, left, box_height, box_width)
     fast = crop_resize(*open_image(data).read_for(box, size), size, flip).numpy()[..., :: -1 if flip else 1]
-    if jpeg.reduction(box, size) == 1:  # torch's kernel: like torchvision, it looks at no pixel beside the box
+    if jpeg.reduction(box, size) == 1:  # torch's kernel: like torchvision, it reads no pixel outside of the box
         cut = Image.open(io.BytesIO(data)).crop((left, top, left + box_width, top + box_height))
         slow = np.asarray(cut.resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         difference = np.abs(fast.astype(int) - slow)
@@ -211,7 +211,7 @@ def test_crops_of_large_images_lie_where_they_should():
 
 @pytest.fixture
 def folder(tmp_path):
-    """JPEGs of all sorts among PNGs, three of them damaged."""
+    """JPEGs and a PNG; three JPEGs are damaged."""
     for i in range(16):
         array = natural(40 + 3 * i, 90 - 2 * i, seed=i)
         options = {"exif": exif_of(6)} if i % 5 == 1 else {}
@@ -224,7 +224,7 @@ def folder(tmp_path):
 
 
 def test_loader_replaces_what_is_damaged_inside(folder):
-    """Such images have a size and are found out only when their crop is decoded."""
+    """Such images have a size; the damage shows only when their crop is decoded."""
     taken = {}
     for workers in (0, 2):
         loader = TrainLoader(folder, img_size=(24, 20), batch_size=10, num_workers=workers)
