@@ -39,9 +39,9 @@ def test_all_tokens_visible_in_any_order_is_the_dense_form(name, class_token):
     ids = torch.stack([torch.randperm(15), torch.randperm(15)])
     P = encoder.num_prefix_tokens
     with torch.no_grad():
-        dense, found = encoder(images), encoder(images, visible=ids)
-    torch.testing.assert_close(found[:, P:], gather_tokens(dense[:, P:], ids), rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[:, :P], dense[:, :P], rtol=0, atol=1e-5)
+        dense, visible = encoder(images), encoder(images, visible=ids)
+    torch.testing.assert_close(visible[:, P:], gather_tokens(dense[:, P:], ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(visible[:, :P], dense[:, :P], rtol=0, atol=1e-5)
 
 
 @BOTH
@@ -52,13 +52,13 @@ def test_masked_positions_never_influence_visible_ones(name):
     with torch.no_grad():
         before = encoder(images, visible=masks.visible)
         for k in range(2):
-            hidden = masks.mask[k].view(2, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
-            shaken = torch.where(hidden, 1e3 * torch.randn_like(images), images)
-            assert torch.equal(encoder(shaken, visible=masks.visible)[k], before[k])
+            masked = masks.mask[k].view(2, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
+            changed = torch.where(masked, 1e3 * torch.randn_like(images), images)
+            assert torch.equal(encoder(changed, visible=masks.visible)[k], before[k])
             if name.startswith("conv"):
-                dense = encoder.forward_masked_dense(shaken, masks.visible[k])[0]
+                dense = encoder.forward_masked_dense(changed, masks.visible[k])[0]
                 torch.testing.assert_close(dense, before[k], rtol=0, atol=1e-5)
-        other = torch.where(hidden, images, images + 1.0)  # and visible pixels do matter
+        other = torch.where(masked, images, images + 1.0)  # and visible pixels do matter
         assert not torch.allclose(encoder(other, visible=masks.visible)[1], before[1])
 
 
@@ -112,20 +112,20 @@ def test_drop_path_acts_in_training_only(name):
 @BOTH
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(name):
     plain = small_encoder(name, img_size=32)
-    thrifty = copy.deepcopy(plain)
-    thrifty.set_grad_checkpointing()
-    kept = []
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    saved = []
     images, ids = torch.randn(2, 3, 32, 32), torch.tensor([[0, 5, 9], [1, 2, 15]])
-    for encoder in (plain, thrifty):
+    for encoder in (plain, checkpointed):
         storages = {}
         with saved_tensors_hooks(lambda t, s=storages: s.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
             maps = encoder.forward_intermediates(images, [1], intermediates_only=True)
             loss = encoder(images).square().mean() + encoder(images, visible=ids).square().mean()
             loss = loss + maps[0].square().mean()
-        kept.append(sum(storages.values()))
+        saved.append(sum(storages.values()))
         loss.backward()
-    assert kept[1] < 0.7 * kept[0]
-    for (key, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+    assert saved[1] < 0.7 * saved[0]
+    for (key, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         if a.requires_grad and key not in ("norm.weight", "norm.bias"):
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=key)
 

@@ -27,8 +27,8 @@ def test_conv_vit_visible_form_equals_dense_masked_form(patch, grid, in_chans):
             expected, expected_stages = encoder.forward_masked_dense(images, visible[k])
             rows = slice(k * B, (k + 1) * B)
             torch.testing.assert_close(tokens[rows], expected, rtol=0, atol=1e-5)
-            for found, wanted in zip(stages, expected_stages, strict=True):
-                torch.testing.assert_close(found[rows], wanted, rtol=0, atol=1e-5)
+            for stage, expected_stage in zip(stages, expected_stages, strict=True):
+                torch.testing.assert_close(stage[rows], expected_stage, rtol=0, atol=1e-5)
     assert [tuple(s.shape[2:]) for s in stages] == [(4, 4, 8), (2, 2, 12)]
 
 
@@ -60,17 +60,17 @@ def test_conv_vit_feature_backbones_are_pruned_and_exact(indices):
     missing = net.model.load_state_dict(whole.state_dict(), strict=False)
     assert not missing.missing_keys
     images = torch.randn(2, 3, 32, 32)
-    found = net(images)
-    wanted = (0, 1, 2) if indices is None else [i % 3 for i in indices]
+    maps = net(images)
+    stages = (0, 1, 2) if indices is None else [i % 3 for i in indices]
     with torch.no_grad():
         tokens, (x1, x2) = whole.forward_stages(images)
-    stage = {0: (x1, 8), 1: (x2, 12), 2: (tokens.view(2, 16, 1, 1, 16), 16)}
-    for i, m in zip(wanted, found, strict=True):
-        x, width = stage[i]
+    output = {0: (x1, 8), 1: (x2, 12), 2: (tokens.view(2, 16, 1, 1, 16), 16)}
+    for i, m in zip(stages, maps, strict=True):
+        x, width = output[i]
         side = x.shape[2]
         expected = x.view(2, 4, 4, side, side, width).permute(0, 5, 1, 3, 2, 4).reshape(2, width, 4 * side, 4 * side)
         torch.testing.assert_close(m, expected, rtol=0, atol=1e-5)
-    sum(m.square().mean() for m in found).backward()
+    sum(m.square().mean() for m in maps).backward()
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
 

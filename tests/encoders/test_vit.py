@@ -46,15 +46,15 @@ def test_intermediates_equal_timms(class_token, norm, output_fmt):
         for stop_early in (False, True):
             arguments = {"indices": indices, "norm": norm, "output_fmt": output_fmt, "stop_early": stop_early}
             expected, maps = theirs.forward_intermediates(images, **arguments)
-            final, found = ours.forward_intermediates(images, **arguments)
+            final, outputs = ours.forward_intermediates(images, **arguments)
             torch.testing.assert_close(final, expected, rtol=0, atol=1e-5)
-            torch.testing.assert_close(found, maps, rtol=0, atol=1e-5)
+            torch.testing.assert_close(outputs, maps, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="output_fmt must be NCHW or NLC"):
         ours.forward_intermediates(images, output_fmt="NHWC")
 
 
 def test_vit_visible_form_equals_timm_on_the_kept_patches():
-    """Positions belong to the place of a patch in the image, not in the list."""
+    """Positions are those of the patch in the image, not in the list of visible ones."""
     encoder = small_encoder("vit_tiny_patch8", img_size=32, class_token=True)
     theirs = timm.create_model("vit_tiny_patch16_224", **timm_arguments(encoder)).eval()
     theirs.load_state_dict(encoder.state_dict())
@@ -66,14 +66,14 @@ def test_vit_visible_form_equals_timm_on_the_kept_patches():
         torch.testing.assert_close(encoder(images, visible=ids), theirs.blocks(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("indices", "kept"), [((0, 2), 3), ((1,), 2), (2, 3), (None, 3)])
-def test_vit_feature_backbones(indices, kept):
+@pytest.mark.parametrize(("indices", "num_blocks"), [((0, 2), 3), ((1,), 2), (2, 3), (None, 3)])
+def test_vit_feature_backbones(indices, num_blocks):
     torch.manual_seed(0)
     net = create_encoder(
         "vit_tiny_patch8", img_size=32, class_token=True, features_only=True, out_indices=indices, **SMALL_VIT
     )
     maps = net(torch.randn(2, 3, 24, 32))
-    assert len(net.model.blocks) == kept
+    assert len(net.model.blocks) == num_blocks
     assert net.feature_info.channels() == [32] * len(maps)
     assert net.feature_info.reduction() == [8] * len(maps)
     assert all(m.shape == (2, 32, 3, 4) for m in maps)

@@ -20,7 +20,7 @@ if sys.argv[1] != "default":
 if sys.argv[1] == "keep small":
     assert keep_freed_memory("cpu", up_to=1 << 21)
 def make():
-    for i in range(10):
+    for i in range(6):
         torch.ones((40 << 20) + i % 3 * 1000, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 before = make()
@@ -31,5 +31,5 @@ print(make() - before)
     for word in ("keep", "keep small", "default"):
         command = [sys.executable, "-c", program, word]
         found[word] = int(subprocess.run(command, capture_output=True, check=True, env=small_pages).stdout)
-    pages = 10 * (40 << 20) / resource.getpagesize()
+    pages = 6 * (40 << 20) / resource.getpagesize()
     assert found["keep"] < pages / 4 < pages / 2 < min(found["default"], found["keep small"])

@@ -81,7 +81,7 @@ def test_sixteen_bit_color_png_keeps_its_steps():
 
 
 def _png16(planes):
-    """A 16-bit RGB PNG by hand: Pillow writes none."""
+    """A 16-bit RGB PNG; Pillow cannot write them."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -142,12 +142,12 @@ def test_gray_tiffs_of_many_types(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bad_files(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("bad")
+def unreadable_files(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("unreadable")
     good = encoded(Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8)), "JPEG")
     png = encoded(Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8)), "PNG")
     contents = {
-        "text.jpg": b"these are words",
+        "text.jpg": b"this is text",
         "cut.jpg": good[: len(good) // 2],
         "cut.png": png[: len(png) // 2],
         "head.tif": b"II*\0" + bytes(20),
@@ -169,8 +169,8 @@ def _bomb():
     return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
 
 
-def test_a_file_that_cannot_be_decoded_is_named_in_one_line(bad_files, capfd):
-    for path in bad_files:
+def test_a_file_that_cannot_be_decoded_is_named_in_one_line(unreadable_files, capfd):
+    for path in unreadable_files:
         with pytest.raises(UnreadableImage) as caught:
             read_image(path)
         error = pickle.loads(pickle.dumps(caught.value))
@@ -181,9 +181,9 @@ def test_a_file_that_cannot_be_decoded_is_named_in_one_line(bad_files, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_reasons_are_readable(bad_files):
+def test_reasons_are_readable(unreadable_files):
     reasons = {}
-    for path in bad_files:
+    for path in unreadable_files:
         with pytest.raises(UnreadableImage) as caught:
             read_image(path)
         reasons[path.name] = caught.value.reason

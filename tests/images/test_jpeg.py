@@ -115,19 +115,19 @@ def test_bomb_is_refused_before_it_is_unpacked():
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0, 1), st.booleans())
-def test_a_file_cut_short_is_unreadable(share, progressive):
+def test_a_file_cut_short_is_unreadable(fraction, progressive):
     data = encoded(natural(60, 80), progressive=progressive)
     with pytest.raises(UnreadableImage):
-        read_image(data[: int(share * (len(data) - 40))])
+        read_image(data[: int(fraction * (len(data) - 40))])
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0, 0.99), st.binary(min_size=1, max_size=9), st.integers(0, 3))
-def test_damaged_data_are_decoded_or_refused_as_by_pillow(share, wrong, missing):
+def test_damaged_data_are_decoded_or_refused_as_by_pillow(fraction, garbage, missing):
     data = bytearray(encoded(natural(60, 80)))
     first = data.index(b"\xff\xda") + 14  # where the pixels begin
-    position = first + int(share * (len(data) - first))
-    data[position : position + len(wrong)] = wrong
+    position = first + int(fraction * (len(data) - first))
+    data[position : position + len(garbage)] = garbage
     data = bytes(data[: len(data) - missing])
     try:
         expected = by_pillow(data)
@@ -218,7 +218,7 @@ def folder(tmp_path):
         (tmp_path / f"{i:02}.jpg").write_bytes(encoded(array, **options))
     Image.fromarray(natural(50, 60)).save(tmp_path / "16.png")
     (tmp_path / "17.jpg").write_bytes(encoded(natural(200, 200))[:900])
-    (tmp_path / "18.jpg").write_bytes(b"words")
+    (tmp_path / "18.jpg").write_bytes(b"text")
     (tmp_path / "19.jpg").write_bytes(encoded(natural(600, 600))[:-900])
     return FolderSource(tmp_path)
 
@@ -231,8 +231,8 @@ def test_loader_replaces_what_is_damaged_inside(folder):
         batches = loader.batches()
         taken[workers] = list(itertools.islice(batches, 4))
         batches.close()
-    bad = [{name.rsplit("/", 1)[1] for b in batches for name, _ in b.unreadable} for batches in taken.values()]
-    assert bad == [{"17.jpg", "18.jpg", "19.jpg"}] * 2
+    unreadable = [{name.rsplit("/", 1)[1] for b in batches for name, _ in b.unreadable} for batches in taken.values()]
+    assert unreadable == [{"17.jpg", "18.jpg", "19.jpg"}] * 2
     for a, b in zip(taken[0], taken[2], strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.keys, b.keys)

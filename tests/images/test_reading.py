@@ -56,7 +56,7 @@ def test_npy_gray_and_big_endian(tmp_path):
         (np.int64([[0, 200]]), "value_range"),
         (np.array([["a"]]), "no pixels"),
         (np.zeros((2, 2, 2, 2), np.uint8), "expected"),
-        (np.zeros((0, 4), np.uint8), "nothing to see"),
+        (np.zeros((0, 4), np.uint8), "the image is empty"),
     ],
 )
 def test_arrays_that_are_no_images(array, reason):

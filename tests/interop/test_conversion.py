@@ -130,9 +130,9 @@ def test_pretraining_weights_round_trip(name, encoder_options, options, suffix, 
         for key, value in model(images, raw, masks=masks).items():
             assert torch.equal(loaded(images, raw, masks=masks)[key], value), key
     (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(loaded.encoder))
-    again = load_encoder(tmp_path)
+    loaded_encoder = load_encoder(tmp_path)
     with torch.no_grad():
-        assert torch.equal(again(images), encoder(images))
+        assert torch.equal(loaded_encoder(images), encoder(images))
 
 
 @pytest.mark.parametrize("with_norm", [True, False])
@@ -185,9 +185,9 @@ def test_unknown_keys_and_wrong_shapes_are_named(mae_state):
 
 
 def test_heads_that_shapes_do_not_show(mae_state):
-    with pytest.raises(ValueError, match="num_heads cannot be told from a width of 32: pass num_heads="):
+    with pytest.raises(ValueError, match="num_heads cannot be inferred from a width of 32: pass num_heads="):
         load_official(mae_state)
-    with pytest.raises(ValueError, match="num_heads cannot be told"):
+    with pytest.raises(ValueError, match="num_heads cannot be inferred"):
         load_official(mae_state, num_heads=5)
 
 
@@ -234,15 +234,15 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(form, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_file_cut_short_is_refused(suffix, share, mae_state, tmp_path):
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.99])
+def test_a_file_cut_short_is_refused(suffix, fraction, mae_state, tmp_path):
     file = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         torch.save({"model": mae_state}, file)
     else:
         save_file(mae_state, file)
     whole = file.read_bytes()
-    file.write_bytes(whole[: int(len(whole) * share)])
+    file.write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.raises(ValueError, match=rf"weights\{suffix} (could not be read|is not a readable)"):
         load_official(file)
 

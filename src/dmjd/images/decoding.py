@@ -101,7 +101,7 @@ def _check_pixels(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise UnreadableImage("", f"{height} x {width} pixels, more than {MAX_PIXELS:,}")
     if height * width == 0:
-        raise UnreadableImage("", f"{height} x {width} pixels: nothing to see")
+        raise UnreadableImage("", f"{height} x {width} pixels: the image is empty")
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:

@@ -151,7 +151,7 @@ def _square_grid(num_patches: int) -> tuple[int, int]:
 def _heads(dim: int, num_heads: int | None, word: str) -> int:
     heads = num_heads if num_heads is not None else _HEADS.get(dim, 0)
     if heads < 1 or dim % heads:
-        raise ValueError(f"{word} cannot be told from a width of {dim}: pass {word}=, a divisor of it")
+        raise ValueError(f"{word} cannot be inferred from a width of {dim}: pass {word}=, a divisor of it")
     return heads
 
 
