@@ -29,14 +29,14 @@ class Encoder(nn.Module, ABC):
     """Base class of the encoders: images in, tokens out, computed for all patches or for the visible ones only.
 
     A family of encoders is one subclass and one entry in :data:`dmjd.encoders.registry.ENCODERS`. Nothing else in the
-    package knows the families: their class attributes, constructor and methods tell all there is to know.
+    package knows the families: it asks their class attributes, constructors and methods.
 
     A family defines
         - the class attributes below;
         - a constructor with keyword arguments ``img_size``, ``patch_size``, ``in_chans``, ``drop_path``, its sizes, and
           ``class_token`` if it supports one; they are what ``create_encoder`` accepts;
-        - the modules ``blocks`` (the :class:`~dmjd.nn.layers.TransformerBlock` s on tokens), ``norm`` and the parameter
-          ``pos_embed`` [1, prefix + N, D], and the list ``feature_info``;
+        - the modules ``blocks`` (a list of :class:`~dmjd.nn.layers.TransformerBlock` on tokens) and ``norm``, the
+          parameter ``pos_embed`` [1, prefix + N, D], and the list ``feature_info``;
         - :meth:`forward_stages`, :meth:`forward_intermediates`, :meth:`block_outputs`,
           :meth:`prune_intermediate_layers`, :meth:`flops`;
         - where the defaults do not fit: :attr:`scales`, :meth:`layer_of`, :meth:`no_weight_decay`, :meth:`timm_model`.
