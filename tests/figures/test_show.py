@@ -60,7 +60,7 @@ def test_unreadable_images_are_skipped(run, image_folder, tmp_path):
     assert show("masks", run, data=few, out=tmp_path / "a.png").exists()
 
 
-def test_wrong_calls_say_what_to_do(run, tmp_path):
+def test_mistakes_are_explained(run, tmp_path):
     (tmp_path / "empty").mkdir()
     for call, message in [
         (lambda: show("mask", run), "did you mean 'masks'"),

@@ -1,4 +1,4 @@
-"""Features as a table: the encoder's own values, in the set's order, whole after a kill."""
+"""Features as a table: the encoder's values, in the order of the set, complete after a kill."""
 
 import json
 import os
@@ -101,7 +101,7 @@ embedding.embed(sys.argv[1], data="digits", split="test", out=sys.argv[2], batch
 
 
 @pytest.mark.parametrize("ending", ["parquet", "npy"])
-def test_a_killed_run_goes_on_from_its_finished_parts(file, ending, tmp_path, capfd):
+def test_a_killed_run_resumes_from_its_finished_parts(file, ending, tmp_path, capfd):
     out = tmp_path / f"f.{ending}"
     parts = tmp_path / f"{out.name}.parts"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_from_its_finished_parts(file, ending, tmp_path, ca
     assert {part: part.stat().st_mtime_ns for part in finished} == finished
     options = {"data": "digits", "split": "test", "batch_size": 16}
     embed(file, out=out, **options)
-    assert f"going on from image {16 * len(finished)} of 2000" in capfd.readouterr().err
+    assert f"resuming from image {16 * len(finished)} of 2000" in capfd.readouterr().err
     assert not parts.exists()
     whole = embed(file, out=tmp_path / f"whole.{ending}", **options)
     assert (
@@ -138,10 +138,12 @@ def test_unreadable_images_are_left_out_and_named(file, image_folder, tmp_path, 
     table = pq.read_table(out)
     assert len(table) == 24
     assert not [path for path in table["path"].to_pylist() if path.endswith(("00a.png", "99.png"))]
-    bad = json.loads(table.schema.metadata[b"dmjd"])["bad"]
-    assert [name for name, _ in bad] == [str(data / name) for name in ("cats/00a.png", "dogs/99.png", "dogs/999.png")]
+    unreadable = json.loads(table.schema.metadata[b"dmjd"])["unreadable"]
+    assert [name for name, _ in unreadable] == [
+        str(data / name) for name in ("cats/00a.png", "dogs/99.png", "dogs/999.png")
+    ]
     messages = capfd.readouterr().err
-    assert all(name in messages for name, _ in bad)
+    assert all(name in messages for name, _ in unreadable)
     assert table["index"].to_pylist() == list(range(1, 25))
     whole = embed(file, data=image_folder, out=tmp_path / "whole.parquet")
     np.testing.assert_allclose(features_of(out), features_of(whole), atol=1e-5)
@@ -160,11 +162,35 @@ def test_a_finished_file_is_kept_and_never_overwritten(file, image_folder, tmp_p
         assert out.stat().st_mtime_ns == before
         with pytest.raises(ValueError, match=r"made with other settings \(tokens\): delete it, or give another --out"):
             embed(file, data=image_folder, out=out, tokens=True)
-        out.write_bytes(b"somebody's own file")
+        out.write_bytes(b"another file")
         if ending == "parquet":
             with pytest.raises(ValueError, match="made with other settings"):
                 embed(file, data=image_folder, out=out)
-            assert out.read_bytes() == b"somebody's own file"
+            assert out.read_bytes() == b"another file"
+
+
+def test_files_and_parts_of_version_0_1_are_recognized(file, image_folder, tmp_path, capfd):
+    whole = embed(file, data=image_folder, out=tmp_path / "whole.parquet")
+    table = pq.read_table(whole)
+    metadata = json.loads(table.schema.metadata[b"dmjd"])
+    metadata["settings"]["num_pictures"] = 24  # version 0.1 stored it too
+    metadata["bad"] = metadata.pop("unreadable")
+    out = tmp_path / "old.parquet"
+    pq.write_table(table.replace_schema_metadata({"dmjd": json.dumps(metadata)}), out)
+    before = out.read_bytes()
+    assert embed(file, data=image_folder, out=out) == out
+    assert out.read_bytes() == before
+    with pytest.raises(ValueError, match=r"made with other settings \(half\)"):
+        embed(file, data=image_folder, out=out, half=True)
+
+    parts = tmp_path / "parts.parquet.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text(json.dumps(metadata["settings"]))
+    first = table.slice(0, 10).replace_schema_metadata({"dmjd": "[]"})
+    pq.write_table(first, parts / f"part-{0:012d}-{10:012d}.parquet")
+    resumed = embed(file, data=image_folder, out=tmp_path / "parts.parquet")
+    assert "resuming from image 10 of 24" in capfd.readouterr().err
+    np.testing.assert_allclose(features_of(resumed), features_of(whole), atol=1e-5)
 
 
 def test_one_process_writes_a_file(file, image_folder, tmp_path):
@@ -187,7 +213,7 @@ def test_features_that_do_not_fit_half_precision(tmp_path, image_folder):
     assert np.load(embed(file, data=image_folder, out=tmp_path / "g.npy", tokens=True)).max() > 1e5
 
 
-def test_wrong_calls_say_what_to_do(file, image_folder, tmp_path, capsys):
+def test_mistakes_are_explained(file, image_folder, tmp_path, capsys):
     (tmp_path / "folder.npy").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     for arguments, message in [
