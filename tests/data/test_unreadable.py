@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import dmjd
 from dmjd.data.unreadable import UnreadableImages, read_or_replace, replace_unreadable
 from dmjd.images.decoding import UnreadableImage
 
@@ -44,3 +45,9 @@ def test_both_replacement_rules_are_one():
         int(read_or_replace(read, i, k, 50)[0]) for i, k in zip(indices.tolist(), all_keys.tolist(), strict=True)
     ]
     assert replace_unreadable(indices, all_keys, readable).tolist() == one_by_one
+
+
+def test_the_former_name_names_the_new_one():
+    with pytest.raises(AttributeError, match=r"BadPictures is now dmjd\.data\.UnreadableImages"):
+        _ = dmjd.data.BadPictures
+    assert all(callable(getattr(dmjd.data, name)) for name in dmjd.data.__all__)

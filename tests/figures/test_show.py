@@ -89,6 +89,7 @@ def test_reconstruction_figures_of_a_model(image_folder, tmp_path):
 def test_the_former_module_names_the_new_one():
     with pytest.raises(AttributeError, match=r"dmjd\.visualize' is now 'dmjd\.figures'"):
         _ = dmjd.visualize
+    assert all(callable(getattr(dmjd.figures, name)) for name in dmjd.figures.__all__)
 
 
 def test_the_names_of_the_kinds_are_cheap():
