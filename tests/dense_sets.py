@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dmjd.data.sources.segmentation_masks import ClassMap, SegmentationSource, open_segmentation, resolve_classes
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 from dmjd.images.preprocess import Preprocess
@@ -23,7 +24,7 @@ def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Object
     image = rng.integers(90, 150, (*SIZE, 3)).astype(np.uint8)
     mask = np.zeros(SIZE, np.uint8)
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    found = []
+    objects = []
     for kind in range(2):
         side = int(rng.integers(14, 20))
         left = int(rng.integers(0, SIZE[1] // 2 - side)) + kind * SIZE[1] // 2  # never over each other
@@ -34,12 +35,12 @@ def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Object
         inside = box & disc if kind else box
         image[inside] = (230, 220, 60) if kind else (20, 30, 120)
         mask[inside] = kind + 1
-        found.append((kind, [left, top, side, side]))
-    return image, mask, found
+        objects.append((kind, [left, top, side, side]))
+    return image, mask, objects
 
 
 def make_segmentation_set(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """CamVid form: ``{part}/images/*.png`` and ``{part}/masks/*.png``; a rim of two pixels has no label (255)."""
+    """CamVid layout: ``{part}/images/*.png`` and ``{part}/masks/*.png``; a rim of two pixels has no label (255)."""
     rng = np.random.default_rng(seed)
     for part, count in counts.items():
         for folder in ("images", "masks"):
@@ -52,8 +53,16 @@ def make_segmentation_set(root: Path, counts: dict[str, int], seed: int = 0) -> 
     return root
 
 
+def open_resolved(
+    root: Path, num_classes: int | None = None, ignored: tuple[int, ...] = (255,)
+) -> tuple[SegmentationSource, SegmentationSource, ClassMap]:
+    """Training and test set of a segmentation set, with their classes resolved."""
+    train, test = (open_segmentation(root, split) for split in ("train", "test"))
+    return train, test, resolve_classes(train, test, num_classes, ignored)
+
+
 def make_detection_set(root: Path, counts: dict[str, int], instance_masks: bool = False, seed: int = 0) -> Path:
-    """``{part}/*.png`` and ``{part}.json``; outlines as polygons of the box's corners, which suits rectangles."""
+    """``{part}/*.png`` and ``{part}.json``; instance masks are polygons of the box's corners, exact for rectangles."""
     rng = np.random.default_rng(seed)
     for part, count in counts.items():
         (root / part).mkdir(parents=True)

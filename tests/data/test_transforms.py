@@ -10,7 +10,7 @@ from dmjd.data.transforms import crop_boxes, crop_resize, flips
 KEYS = torch.arange(20_000) * 7919
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20),
     st.floats(0.01, 1).flatmap(lambda lo: st.tuples(st.just(lo), st.floats(lo, 1))),
@@ -30,7 +30,7 @@ def test_boxes_are_whole_and_inside_the_image(sizes, scale, first_key):
     assert (left + width <= sides[:, 1]).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.permutations(range(12)), st.integers(1, 11))
 def test_a_box_follows_from_its_key_alone(order, cut):
     keys, sides = KEYS[:12], torch.randint(10, 300, (12, 2), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Features as a table: the encoder's own values, in the set's order, whole after a kill."""
+"""Features as a table: the encoder's values, in the order of the set, complete after a kill."""
 
 import json
 import os
@@ -96,37 +96,40 @@ SLOWLY = """
 import sys
 from dmjd.interop import embed as embedding
 embedding.PART_SECONDS = 0
-embedding.embed(sys.argv[1], data="digits", split="test", out=sys.argv[2], batch_size=16, device="cpu")
+embedding.embed(sys.argv[1], data=sys.argv[2], out=sys.argv[3], batch_size=2, device="cpu", num_workers=0)
 """
 
 
-@pytest.mark.parametrize("ending", ["parquet", "npy"])
-def test_a_killed_run_goes_on_from_its_finished_parts(file, ending, tmp_path, capfd):
-    out = tmp_path / f"f.{ending}"
-    parts = tmp_path / f"{out.name}.parts"
+def test_a_killed_run_resumes_from_its_finished_parts(file, tmp_path, capfd):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (200, *SIZE, 3), dtype=np.uint8)):
+        np.save(data / f"{i:03d}.npy", image)
+    out = {ending: tmp_path / f"f.{ending}" for ending in ("npy", "parquet")}
+    parts = {ending: path.with_name(f"{path.name}.parts") for ending, path in out.items()}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", SLOWLY, file, out], env=environment, stderr=subprocess.DEVNULL)
-    while len(list(parts.glob("part-*.parquet"))) < 3:
+    command = [sys.executable, "-c", SLOWLY, file, data, out["npy"]]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while len(list(parts["npy"].glob("part-*.parquet"))) < 3:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not out.exists()
-    finished = {part: part.stat().st_mtime_ns for part in parts.glob("part-*.parquet")}
-    assert 3 <= len(finished) < 125
-    with pytest.raises(ValueError, match=r"made with other settings \(half\)"):
-        embed(file, data="digits", split="test", out=out, batch_size=16, half=True)
-    assert {part: part.stat().st_mtime_ns for part in finished} == finished
-    options = {"data": "digits", "split": "test", "batch_size": 16}
-    embed(file, out=out, **options)
-    assert f"going on from image {16 * len(finished)} of 2000" in capfd.readouterr().err
-    assert not parts.exists()
-    whole = embed(file, out=tmp_path / f"whole.{ending}", **options)
-    assert (
-        pq.read_table(out).equals(pq.read_table(whole))
-        if ending == "parquet"
-        else out.read_bytes() == whole.read_bytes()
-    )
+    assert not out["npy"].exists()
+    shutil.copytree(parts["npy"], parts["parquet"])  # the parts do not depend on the ending
+    options = {"data": data, "batch_size": 2, "num_workers": 0}
+    for ending in out:
+        finished = {part: part.stat().st_mtime_ns for part in parts[ending].glob("part-*.parquet")}
+        assert 3 <= len(finished) < 100
+        with pytest.raises(ValueError, match=r"made with other settings \(half\)"):
+            embed(file, out=out[ending], half=True, **options)
+        assert {part: part.stat().st_mtime_ns for part in finished} == finished
+        embed(file, out=out[ending], **options)
+        assert f"resuming from image {2 * len(finished)} of 200" in capfd.readouterr().err
+        assert not parts[ending].exists()
+    whole = {ending: embed(file, out=tmp_path / f"whole.{ending}", **options) for ending in out}
+    assert pq.read_table(out["parquet"]).equals(pq.read_table(whole["parquet"]))
+    assert out["npy"].read_bytes() == whole["npy"].read_bytes()
 
 
 def test_unreadable_images_are_left_out_and_named(file, image_folder, tmp_path, capfd):
@@ -138,10 +141,12 @@ def test_unreadable_images_are_left_out_and_named(file, image_folder, tmp_path, 
     table = pq.read_table(out)
     assert len(table) == 24
     assert not [path for path in table["path"].to_pylist() if path.endswith(("00a.png", "99.png"))]
-    bad = json.loads(table.schema.metadata[b"dmjd"])["bad"]
-    assert [name for name, _ in bad] == [str(data / name) for name in ("cats/00a.png", "dogs/99.png", "dogs/999.png")]
+    unreadable = json.loads(table.schema.metadata[b"dmjd"])["unreadable"]
+    assert [name for name, _ in unreadable] == [
+        str(data / name) for name in ("cats/00a.png", "dogs/99.png", "dogs/999.png")
+    ]
     messages = capfd.readouterr().err
-    assert all(name in messages for name, _ in bad)
+    assert all(name in messages for name, _ in unreadable)
     assert table["index"].to_pylist() == list(range(1, 25))
     whole = embed(file, data=image_folder, out=tmp_path / "whole.parquet")
     np.testing.assert_allclose(features_of(out), features_of(whole), atol=1e-5)
@@ -160,11 +165,35 @@ def test_a_finished_file_is_kept_and_never_overwritten(file, image_folder, tmp_p
         assert out.stat().st_mtime_ns == before
         with pytest.raises(ValueError, match=r"made with other settings \(tokens\): delete it, or give another --out"):
             embed(file, data=image_folder, out=out, tokens=True)
-        out.write_bytes(b"somebody's own file")
+        out.write_bytes(b"another file")
         if ending == "parquet":
             with pytest.raises(ValueError, match="made with other settings"):
                 embed(file, data=image_folder, out=out)
-            assert out.read_bytes() == b"somebody's own file"
+            assert out.read_bytes() == b"another file"
+
+
+def test_files_and_parts_of_version_0_1_are_recognized(file, image_folder, tmp_path, capfd):
+    whole = embed(file, data=image_folder, out=tmp_path / "whole.parquet")
+    table = pq.read_table(whole)
+    metadata = json.loads(table.schema.metadata[b"dmjd"])
+    metadata["settings"]["num_pictures"] = 24  # version 0.1 stored it too
+    metadata["bad"] = metadata.pop("unreadable")
+    out = tmp_path / "old.parquet"
+    pq.write_table(table.replace_schema_metadata({"dmjd": json.dumps(metadata)}), out)
+    before = out.read_bytes()
+    assert embed(file, data=image_folder, out=out) == out
+    assert out.read_bytes() == before
+    with pytest.raises(ValueError, match=r"made with other settings \(half\)"):
+        embed(file, data=image_folder, out=out, half=True)
+
+    parts = tmp_path / "parts.parquet.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text(json.dumps(metadata["settings"]))
+    first = table.slice(0, 10).replace_schema_metadata({"dmjd": "[]"})
+    pq.write_table(first, parts / f"part-{0:012d}-{10:012d}.parquet")
+    resumed = embed(file, data=image_folder, out=tmp_path / "parts.parquet")
+    assert "resuming from image 10 of 24" in capfd.readouterr().err
+    np.testing.assert_allclose(features_of(resumed), features_of(whole), atol=1e-5)
 
 
 def test_one_process_writes_a_file(file, image_folder, tmp_path):
@@ -187,7 +216,7 @@ def test_features_that_do_not_fit_half_precision(tmp_path, image_folder):
     assert np.load(embed(file, data=image_folder, out=tmp_path / "g.npy", tokens=True)).max() > 1e5
 
 
-def test_wrong_calls_say_what_to_do(file, image_folder, tmp_path, capsys):
+def test_mistakes_are_explained(file, image_folder, tmp_path, capsys):
     (tmp_path / "folder.npy").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     for arguments, message in [

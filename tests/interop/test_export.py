@@ -1,4 +1,4 @@
-"""Files for other programs give the encoder's own outputs; the printed lines load them as they are."""
+"""Exported files give the encoder's outputs, and the printed lines load them."""
 
 import json
 
@@ -16,14 +16,14 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}
 
 
-def saved(folder, name, size=224, chans=3, known=True, **options):
+def saved(folder, name, size=224, chans=3, preprocess=True, **options):
     """An encoder whose weights are all random, and its file."""
     torch.manual_seed(0)
     encoder = create_encoder(name, size, chans, **options).eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    if known:
+    if preprocess:
         encoder.preprocess = Preprocess(encoder.img_size, chans, (0.4,) * chans, (0.2,) * chans)
     file = folder / "encoder.safetensors"
     file.write_bytes(encoder_bytes(encoder))
@@ -58,13 +58,13 @@ def test_timm_loads_the_file_by_the_printed_lines(name, size, chans, options, tm
             model.forward_features(images), encoder.forward_features(images), rtol=1e-4, atol=1e-4
         )
         assert model(images).shape == (2, encoder.embed_dim)
-    told = timm.data.resolve_model_data_config(model)
-    assert told["input_size"] == (chans, *encoder.img_size)
-    assert (told["mean"], told["std"]) == ((0.4,) * chans, (0.2,) * chans)
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (chans, *encoder.img_size)
+    assert (config["mean"], config["std"]) == ((0.4,) * chans, (0.2,) * chans)
 
 
 def test_a_standard_vit_needs_no_arguments_but_the_file(tmp_path):
-    encoder, file = saved(tmp_path, "vit_tiny_patch16", class_token=True, known=False)
+    encoder, file = saved(tmp_path, "vit_tiny_patch16", class_token=True, preprocess=False)
     export(file, format="timm", out=tmp_path / "vit.safetensors")
     model = timm.create_model(
         "vit_tiny_patch16_224", num_classes=0, checkpoint_path=tmp_path / "vit.safetensors"
@@ -77,8 +77,8 @@ def test_a_standard_vit_needs_no_arguments_but_the_file(tmp_path):
         )
 
 
-def test_without_class_token_the_arguments_are_few(tmp_path):
-    _, file = saved(tmp_path, "vit_tiny_patch16", known=False)
+def test_without_class_token_few_arguments_are_needed(tmp_path):
+    _, file = saved(tmp_path, "vit_tiny_patch16", preprocess=False)
     usage = export(file, format="timm", out=tmp_path / "vit.safetensors").usage
     given = [line.strip().split("=")[0] for line in usage.splitlines()[3:-1]]
     assert given[1:] == ["checkpoint_path", "num_classes", "class_token", "global_pool", "fc_norm"]
@@ -97,30 +97,30 @@ def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, option
     exported = export(file, format="onnx", out=tmp_path / "encoder.onnx")
     for batch in (1, 2, 5):
         images = random_images(encoder, batch)
-        found = run_lines(exported.usage, images=images.numpy())
+        names = run_lines(exported.usage, images=images.numpy())
         with torch.inference_mode():
             tokens = encoder(images)
-            torch.testing.assert_close(torch.from_numpy(found["tokens"]), tokens, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(torch.from_numpy(found["features"]), encoder.pool(tokens), rtol=1e-4, atol=1e-4)
-    metadata = found["session"].get_modelmeta().custom_metadata_map
+            torch.testing.assert_close(torch.from_numpy(names["tokens"]), tokens, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(names["features"]), encoder.pool(tokens), rtol=1e-4, atol=1e-4)
+    metadata = names["session"].get_modelmeta().custom_metadata_map
     assert json.loads(metadata["dmjd"]) == encoder_metadata(encoder)
     assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", "encoder.onnx"}
     with torch.no_grad():
-        encoder.norm.weight.add_(1)  # no part of the outputs
+        encoder.norm.weight.add_(1)  # not in the outputs
         _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
         encoder.pos_embed.add_(0.01)
     with pytest.raises(ValueError, match="differ from the encoder's by up to"):
         _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
 
 
-def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
+def test_onnx_names_missing_packages(tmp_path, monkeypatch):
     _, file = saved(tmp_path, "vit_tiny_patch8", 16, **SMALL)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs onnx and onnxscript and onnxruntime: pip install 'dmjd\[onnx\]'"):
         export(file, format="onnx", out=tmp_path / "encoder.onnx")
 
 
-def test_safetensors_is_the_encoder_with_everything_it_knows(tmp_path):
+def test_safetensors_is_the_encoder_with_its_metadata(tmp_path):
     encoder, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
     exported = export(file, format="safetensors", out=tmp_path / "copy.safetensors")
     again = run_lines(exported.usage)["encoder"]
@@ -129,7 +129,7 @@ def test_safetensors_is_the_encoder_with_everything_it_knows(tmp_path):
     assert torch.equal(again(images := random_images(encoder)), load_encoder(file)(images))
 
 
-def test_wrong_calls_say_what_to_do(tmp_path, capsys):
+def test_mistakes_are_explained(tmp_path, capsys):
     _, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
     for arguments, message in [
         ([file, "--format", "timm", "--out", tmp_path / "a.safetensors"], "timm has no ConvViT"),

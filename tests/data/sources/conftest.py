@@ -1,0 +1,13 @@
+"""A cache of its own for tests that convert tables or download sets."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test writes to the user's cache."""
+    import datasets
+
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))

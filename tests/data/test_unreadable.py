@@ -1,0 +1,53 @@
+"""Replacement and counting of unreadable images."""
+
+import numpy as np
+import pytest
+import torch
+
+import dmjd
+from dmjd.data.unreadable import UnreadableImages, read_or_replace, replace_unreadable
+from dmjd.images.decoding import UnreadableImage
+
+
+def test_unreadable_images_are_counted_once():
+    unreadable = UnreadableImages()
+    assert unreadable.add([("a", "cut"), ("b", "cut")]) == [("a", "cut"), ("b", "cut")]
+    assert unreadable.add([("a", "cut"), ("c", "cut")]) == [("c", "cut")]
+    assert UnreadableImages(unreadable.reports).count == unreadable.count == 3
+    unreadable.check(3, 5)
+    unreadable.check(None, 5)
+    with pytest.raises(ValueError, match=r"3 of 5 images can't be read, more than max_unreadable = 2:\n  a: cut"):
+        unreadable.check(2, 5)
+    unreadable.add((str(i), "cut") for i in range(8))
+    with pytest.raises(ValueError, match=r"11 of 900 .*= 10"):
+        unreadable.check(None, 900)
+    unreadable.check(None, 1001)
+
+
+def test_each_is_warned_of_once():
+    unreadable, warnings = UnreadableImages([("a", "cut")]), []
+    unreadable.add_and_warn([("a", "cut"), ("b", "empty"), ("b", "empty")], warnings.append)
+    assert warnings == ["unreadable, replaced by another image: b: empty"]
+    assert unreadable.count == 2
+
+
+def test_both_replacement_rules_are_one():
+    readable = torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.4
+    all_keys = torch.arange(200) * 1_000_003
+    indices = all_keys % 50
+
+    def read(index):
+        if not readable[index]:
+            raise UnreadableImage(str(index), "made so")
+        return np.array(index)
+
+    one_by_one = [
+        int(read_or_replace(read, i, k, 50)[0]) for i, k in zip(indices.tolist(), all_keys.tolist(), strict=True)
+    ]
+    assert replace_unreadable(indices, all_keys, readable).tolist() == one_by_one
+
+
+def test_the_former_name_names_the_new_one():
+    with pytest.raises(AttributeError, match=r"BadPictures is now dmjd\.data\.UnreadableImages"):
+        _ = dmjd.data.BadPictures
+    assert all(callable(getattr(dmjd.data, name)) for name in dmjd.data.__all__)

@@ -1,0 +1,33 @@
+"""Image grids and figure files."""
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import panels
+
+from dmjd.figures.grid import image_grid, save_figure
+
+
+def test_a_grid_has_titles_labels_and_a_note():
+    columns = {title: [torch.full((4, 6, 3), value) for value in (0.0, 1.0, 0.5)] for title in ("a", "b")}
+    figure = image_grid(columns, ["one", "two", "three"], "a note")
+    assert {title: [image.max() for image in images] for title, images in panels(figure).items()} == {
+        "a": [0.0, 1.0, 0.5],
+        "b": [0.0, 1.0, 0.5],
+    }
+    assert [axes.get_ylabel() for axes in figure.axes[1::2]] == ["one", "two", "three"]
+    assert figure.get_supxlabel() == "a note"
+
+
+def test_figures_are_saved_in_the_format_of_their_ending(tmp_path):
+    figure = image_grid({"a": [torch.zeros(4, 4, 3)], "b": [torch.ones(4, 4, 3)]}, [""])
+    with Image.open(save_figure(figure, tmp_path / "new folder" / "ä.png")) as png:
+        assert png.format == "PNG"
+    with Image.open(save_figure(figure, tmp_path / "a.jpg")) as jpeg:
+        assert jpeg.format == "JPEG"
+    with pytest.raises(ValueError, match=r"end it in \.png"):
+        save_figure(figure, tmp_path / "a.xyz")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="could not write"):
+        save_figure(figure, tmp_path / "file" / "a.png")
+    assert {p.name for p in tmp_path.iterdir()} == {"new folder", "a.jpg", "file"}

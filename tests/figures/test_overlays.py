@@ -1,0 +1,50 @@
+"""Predictions of segmentation and detection over the images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmjd.data.dense_transforms import IGNORE
+from dmjd.data.sources.coco import Instances
+from dmjd.figures.overlays import IGNORED, OPACITY, class_colors, detection_panels, save_overlays, segmentation_panels
+
+
+@pytest.mark.parametrize("chans", [1, 3, 5])
+def test_segmentation_panels_show_image_ground_truth_and_prediction(chans, tmp_path):
+    image = np.full((8, 10, chans), 255, np.uint8)
+    truth, prediction = np.zeros((8, 10), np.int64), np.ones((8, 10), np.int64)
+    truth[0] = IGNORE
+    overlays = segmentation_panels([(image, truth, prediction)], ["road", "tree"])
+    assert overlays.titles == ["image", "ground truth (black: no label)", "prediction"]
+    plain, labeled, predicted = (panel.image for panel in overlays.rows[0])
+    first, second = (1 + OPACITY * (np.array(color) - 1) for color in class_colors(2))
+    assert (plain == 1).all()
+    np.testing.assert_allclose(labeled[0, 0], 1 + OPACITY * (np.array(IGNORED) - 1), atol=1e-6)
+    np.testing.assert_allclose(labeled[4, 4], first, atol=1e-6)
+    np.testing.assert_allclose(predicted[4, 4], second, atol=1e-6)
+    save_overlays(overlays, tmp_path / "new" / "a.png")
+    with Image.open(tmp_path / "new" / "a.png") as figure:
+        assert figure.width > figure.height
+
+
+def test_detection_panels_color_masks_and_keep_boxes():
+    image = np.zeros((8, 10, 3), np.float32)
+    masks = torch.zeros(1, 8, 10, dtype=torch.uint8)
+    masks[0, 2:4, 3:6] = 1
+    box, label = torch.tensor([[3.0, 2.0, 6.0, 4.0]]), torch.tensor([1])
+    truth = Instances(box, label, torch.tensor([False]), masks)
+    prediction = {"boxes": box[:0], "labels": label[:0], "scores": torch.zeros(0)}
+    overlays = detection_panels([(image, truth, prediction)], ["cat", "dog"])
+    assert overlays.titles == ["ground truth", "prediction"]
+    labeled, predicted = overlays.rows[0]
+    np.testing.assert_allclose(labeled.image[3, 4], OPACITY * np.array(class_colors(2)[1]), atol=1e-6)
+    assert (labeled.image.max(-1) > 0).sum() == 6
+    assert predicted.image.max() == 0
+    assert labeled.objects.boxes.tolist() == box.tolist()
+    assert len(predicted.objects.boxes) == 0
+
+
+def test_colors_differ():
+    for count in (2, 20, 40):
+        assert len(set(class_colors(count))) == count
