@@ -18,8 +18,8 @@ from dmjd.evaluation.frozen.linear import linear_probe
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.metrics import accuracies, label_ranks
-from dmjd.evaluation.registry import evaluate
 from dmjd.evaluation.results import read_result, write_result
+from dmjd.evaluation.run import evaluate
 from dmjd.evaluation.tables import results_table
 from dmjd.images.preprocess import Preprocess
 
@@ -109,7 +109,7 @@ def test_features_that_cannot_be_used_are_refused(evaluator, train, message):
 @pytest.mark.parametrize("bad", [{"k": 0}, {"temperature": 0.0}, {"temperature": float("nan")}])
 def test_knn_refuses_settings_that_cannot_be(bad):
     train = blobs(10, 2, 3, 1.0, 0)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be"):
         knn(train, train, **bad)
 
 
@@ -174,7 +174,7 @@ def test_bf16_features_are_close_to_fp32_and_other_words_are_refused():
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
     torch.testing.assert_close(half, full, rtol=0, atol=0.1)
-    with pytest.raises(ValueError, match="precision must be fp32 or bf16"):
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16"):
         pooled(encoder, "fp17")
 
 
@@ -323,11 +323,10 @@ def test_an_encoder_in_memory_gives_the_files_of_one_that_is_opened(run):
     """And it may be in training mode: with stochastic depth its features would be random."""
     opened = evaluate("knn", run, device="cpu")
     file = run / "evaluation" / "knn.json"
-    written = file.read_text()
     file.unlink()
     encoder = tiny_encoder().train()
     train = open_source(run.parent / "my data", labels="folder")
     test = open_source(run.parent / "my data", split="test", labels="folder")
     assert evaluate_frozen({"knn": {}}, encoder, train, test, folder=run) == {"knn": opened}
-    assert file.read_text() == written
+    assert json.loads(file.read_text()) == opened
     assert encoder.training

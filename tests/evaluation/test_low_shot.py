@@ -1,5 +1,6 @@
 """Subsets of labels, the sweep of probes and what is kept of baselines."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from dmjd.evaluation.frozen.features import pooled
 from dmjd.evaluation.frozen.linear_sweep import RATES, SweepFeatures, linear_sweep
 from dmjd.evaluation.frozen.protocol import evaluate_all
 from dmjd.evaluation.low_shot import LowShot, hold_out, summarize
-from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.run import evaluate
 
 label_sets = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
 
@@ -130,9 +131,9 @@ def test_a_baseline_is_measured_once_for_a_configuration(run):
 # --- sweep
 
 
-def side_by_side(*parts):
+def side_by_side(*parts, names):
     x = torch.cat([torch.as_tensor(part.x) for part in parts], dim=1)
-    return features(x, parts[0].labels)
+    return dataclasses.replace(features(x, parts[0].labels), parts=names)
 
 
 def test_the_sweep_chooses_on_held_out_images_and_never_on_the_test():
@@ -142,8 +143,10 @@ def test_the_sweep_chooses_on_held_out_images_and_never_on_the_test():
     order = [torch.nonzero(clear.labels == label)[0, 0] for label in fair_train.labels]
     trap_train = features(clear.x[torch.stack(order)] + 0.01 * torch.randn(600, 16), fair_train.labels)
     trap_test = features(torch.randn(500, 16), fair_test.labels)
-    train, test = side_by_side(trap_train, fair_train), side_by_side(trap_test, fair_test)
-    result = linear_sweep(train, test, parts=("trap", "fair"), epochs=20)
+    train, test = (
+        side_by_side(*parts, names=("trap", "fair")) for parts in ((trap_train, fair_train), (trap_test, fair_test))
+    )
+    result = linear_sweep(train, test, epochs=20)
     assert result["features"] == "trap"
     assert result["held_out_top1"] == 1.0
     assert result["top1"] < 0.5
@@ -153,11 +156,11 @@ def test_the_sweep_chooses_on_held_out_images_and_never_on_the_test():
 def test_the_sweep_finds_the_part_that_knows():
     known, noise = blobs(600, 4, 16, 1.0, 1), features(torch.randn(600, 16), torch.zeros(600))
     asked, more = blobs(500, 4, 16, 1.0, 2), features(torch.randn(500, 16), torch.zeros(500))
-    train, test = side_by_side(known, noise), side_by_side(asked, more)
-    result = linear_sweep(train, test, parts=("known", "noise"), epochs=20)
-    assert result["features"] == "known"
+    train, test = (side_by_side(*parts, names=("blobs", "noise")) for parts in ((known, noise), (asked, more)))
+    result = linear_sweep(train, test, epochs=20)
+    assert result["features"] == "blobs"
     assert result["top1"] == pytest.approx(result["held_out_top1"], abs=0.1)
-    assert result == linear_sweep(train, test, parts=("known", "noise"), epochs=20)
+    assert result == linear_sweep(train, test, epochs=20)
 
 
 def test_a_sweep_without_anything_to_hold_out_is_refused_before_images_are_read(run, monkeypatch):

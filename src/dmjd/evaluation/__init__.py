@@ -7,7 +7,7 @@ _HOMES = {
     "Features": "frozen.features",
     "OnlineKnn": "frozen.online_knn",
     "Stopped": "supervised.trainer",
-    "evaluate": "registry",
+    "evaluate": "run",
     "evaluate_all": "frozen.protocol",
     "extract": "frozen.features",
     "extract_all": "frozen.features",
