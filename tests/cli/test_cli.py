@@ -156,7 +156,9 @@ def run_command(capsys, *arguments: object) -> str:
 def test_the_whole_way(tmp_path, image_folder, capsys):
     """Folder -> encoder -> evaluation with folder labels -> figures, features, file: the commands of a user."""
     run = tmp_path / "run"
-    dmjd("pretrain", "folder", "--data", image_folder, "--out", run, *TINY, "--steps", 3, "--batch-size", 8)
+    run_command(
+        capsys, "pretrain", "folder", "--data", image_folder, "--out", run, *TINY, "--steps", 3, "--batch-size", 8
+    )
     sets = ["--data", image_folder, "--test-data", image_folder, "--labels", "folder", "--device", "cpu"]
     table = run_command(capsys, "evaluate", "knn", run, *sets)
     assert "random initialization" in table

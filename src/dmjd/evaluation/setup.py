@@ -1,4 +1,4 @@
-"""What an evaluation needs before it starts: the run's configuration, sets with labels, fresh encoders."""
+"""Preparation of an evaluation: the configuration of the run, labeled data sets, randomly initialized encoders."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ from dmjd.runs.build import LISTING, open_data, open_test_data, read_config
 
 
 def config_of(run: Path) -> PretrainConfig:
-    """A run folder's configuration; the default one for an encoder file, which has no data of its own."""
+    """The configuration of a run folder; the default one for an encoder file."""
     return read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
 
 
 def given_data(data: str | Path | None, test_data: str | Path | None, labels: str | None) -> dict[str, str]:
-    """What the caller says about the data, without what is left to the run."""
+    """The settings about the data that the caller gave, as strings."""
     given = {"data": data, "test_data": test_data, "labels": labels}
     return {name: str(value) for name, value in given.items() if value is not None}
 
@@ -30,7 +30,7 @@ def given_data(data: str | Path | None, test_data: str | Path | None, labels: st
 def open_sets(
     config: PretrainConfig, run: Path, encoder: Encoder, given: Mapping[str, Any]
 ) -> tuple[Source, Source, Tensor]:
-    """Training and test set, and the test labels [n] as indices into the training set's classes.
+    """Training and test set, and the test labels [n] as indices into the training classes.
 
     Raises:
         ValueError: for data that is missing, unlabeled, has one class or no test part.
@@ -63,7 +63,7 @@ def aligned_labels(train: Source, test: Source) -> Tensor:
 
 
 def fresh_encoder(encoder: Encoder, seed: int, drop_path: float = 0.0) -> Encoder:
-    """The same architecture with random weights, in evaluation mode; torch's own random state is left alone."""
+    """The same architecture with random weights, in evaluation mode. The random state of torch is not changed."""
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in encoder.options.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

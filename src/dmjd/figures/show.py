@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dmjd.config.fields import SHOW_KINDS as KINDS
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import known_preprocess
@@ -23,8 +24,6 @@ from dmjd.rng import image_keys
 from dmjd.runs.build import LISTING, load_model, open_data, open_images
 
 MODEL_KINDS = ("masks", "targets", "reconstructions")
-
-KINDS = (*MODEL_KINDS, "attention", "neighbors")
 
 _FOR_COMPONENTS = 64  # images whose tokens give the principal components
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dmjd.config.fields import LABELS
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import EXTENSIONS, FolderSource
@@ -17,8 +18,6 @@ from dmjd.data.sources.tables import hub_has_split, hub_source, parquet_source
 from dmjd.data.sources.torchvision_sets import NAMED_SETS, NamedSource
 
 SPLITS = ("train", "test")
-
-LABELS = ("none", "folder", "column")
 
 _TEST_NAMES = ("test", "val", "valid", "validation")  # the first that exists is the test part
 
