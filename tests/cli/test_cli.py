@@ -1,4 +1,4 @@
-"""The command line as a user runs it: help, suggestions, and one short message for each mistake."""
+"""The command line: help, suggestions, one short message for each mistake, and all commands in turn."""
 
 import contextlib
 import importlib
@@ -98,7 +98,7 @@ def test_mistakes_found_when_the_parts_are_built(capsys, tmp_path, flags, messag
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_is_none(capsys, tmp_path):
+def test_data_without_images(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.jpg").write_text("x")
     common = ["--out", tmp_path / "run", *TINY, "--steps", 1]
@@ -110,7 +110,7 @@ def test_data_that_is_none(capsys, tmp_path):
 
 @contextlib.contextmanager
 def as_somebody() -> Iterator[None]:
-    """Give up the superuser's right to read everything, where the tests have it."""
+    """Drop the superuser's permission to read everything, if the tests run as superuser."""
     superuser = os.geteuid() == 0
     if superuser:
         os.seteuid(65534)
@@ -154,7 +154,7 @@ def run_command(capsys, *arguments: object) -> str:
 
 
 def test_the_whole_way(tmp_path, image_folder, capsys):
-    """Folder -> encoder -> evaluation with folder labels -> figures, features, file: the commands of a user."""
+    """Folder -> encoder -> evaluation with folder labels -> figures, features, exported file."""
     run = tmp_path / "run"
     run_command(
         capsys, "pretrain", "folder", "--data", image_folder, "--out", run, *TINY, "--steps", 3, "--batch-size", 8

@@ -109,7 +109,7 @@ def test_json_round_trip(name):
         ({"max_bad": 3}, "the setting max_bad is now called max_unreadable"),
     ],
 )
-def test_mistakes_name_the_field_and_the_cure(changes, message):
+def test_mistakes_name_the_setting_and_the_fix(changes, message):
     with pytest.raises(ValueError, match=message):
         recipes.dmjd(**changes)
 
