@@ -180,7 +180,7 @@ class PretrainConfig(Config):
         return {branch: name or self.target for branch, name in own.items() if getattr(self, branch)}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with changes; a new duration takes the place of the old one."""
+        """A copy with changes; a new duration replaces the old one."""
         if any(changes.get(name) is not None for name in DURATIONS):
             changes = dict.fromkeys(DURATIONS) | changes
         return super().replace(**changes)

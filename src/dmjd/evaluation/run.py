@@ -27,10 +27,10 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
         ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabeled, has one class
             or no test part.
     """
-    found = get_task(task)
-    found.load_config().check_names(options)
-    if not isinstance(found, FrozenTask):
-        return found.load_run()(run, **options)
+    entry = get_task(task)
+    entry.load_config().check_names(options)
+    if not isinstance(entry, FrozenTask):
+        return entry.load_run()(run, **options)
     own = FrozenConfig.own(options)
     shared = {name: value for name, value in options.items() if name not in own}
     return evaluate_all({task: own}, run, **shared)[task]

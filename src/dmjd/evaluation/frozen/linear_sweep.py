@@ -42,7 +42,7 @@ class SweepFeatures:
     def __init__(self, encoder: Encoder, precision: str = "fp32") -> None:
         self.encoder, self.precision = encoder, precision
         depth = len(cast(nn.ModuleList, encoder.blocks))
-        self.blocks = sorted({max(0, round(depth * share) - 1) for share in (0.5, 0.75, 1.0)})
+        self.blocks = sorted({max(0, round(depth * fraction) - 1) for fraction in (0.5, 0.75, 1.0)})
         poolings = ["mean", "max"] + (["class token"] if encoder.num_prefix_tokens else [])
         self.parts = [f"block {i + 1} of {depth}, {pooling}" for i in self.blocks for pooling in poolings]
 

@@ -206,20 +206,20 @@ class _Protocol:
             extract_all(extractors, source, preprocess, device=self.device, **reading)
             for source in (self.train, self.test)
         )
-        found = {
+        features = {
             kind: (train[kind], dataclasses.replace(test[kind], labels=self.test_labels[test[kind].rows]))
             for kind in extractors
         }
-        self.data = self._describe(*next(iter(found.values())))
+        self.data = self._describe(*next(iter(features.values())))
         layers = SweepFeatures(self.encoder)
         for kind in derived:
-            train_layers, test_layers = found[f"{kind} layers"]
-            found[kind] = (_column(train_layers, *layers.pooled_part), _column(test_layers, *layers.pooled_part))
-        for kind, (train_features, test_features) in found.items():
+            train_layers, test_layers = features[f"{kind} layers"]
+            features[kind] = (_column(train_layers, *layers.pooled_part), _column(test_layers, *layers.pooled_part))
+        for kind, (train_features, test_features) in features.items():
             names = ("raw pixels",) if kind == "raw_pixels" else layers.parts if kind.endswith(" layers") else None
             if names is not None:
-                found[kind] = (dataclasses.replace(train_features, parts=tuple(names)), test_features)
-        return found
+                features[kind] = (dataclasses.replace(train_features, parts=tuple(names)), test_features)
+        return features
 
     def _extractors(self, kinds: list[str]) -> dict[str, Extractor]:
         fresh = fresh_encoder(self.encoder, self.seed).to(self.device)
