@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 
-from dmjd.cli.parser import Parser, add_field, add_run_argument
+from dmjd.cli.parser import Parser, add_field, add_run_argument, flag_of
 from dmjd.config.evaluation import COMMON, EvaluationConfig, FrozenConfig
 from dmjd.config.fields import nearest
-from dmjd.evaluation.registry import TASKS, FrozenTask
+from dmjd.evaluation.registry import TASKS, frozen_names
 
 FROZEN = "frozen"  # on the command line: all tasks on frozen features
-FROZEN_HELP = "knn, linear and linear_sweep in one pass over the images"
 
 _RUN_HELP = "run folder, encoder file or checkpoint"
 
@@ -38,17 +37,16 @@ def run_evaluate(arguments: Sequence[str]) -> None:
 
     with contextlib.suppress(Stopped):  # by a signal, after saving: there is no result yet
         if task == FROZEN:
-            frozen = [name for name, each in TASKS.items() if isinstance(each, FrozenTask)]
-            results = evaluate_all({name: {} for name in frozen}, run, **given)
+            results = evaluate_all({name: {} for name in frozen_names()}, run, **given)
         else:
             results = {task: evaluate(task, run, **given)}
         Console().table(results_table(results))
 
 
 def _overview() -> str:
-    texts = {name: task.help for name, task in TASKS.items()} | {FROZEN: FROZEN_HELP}
+    texts = {name: task.help for name, task in TASKS.items()} | {FROZEN: _frozen_help()}
     lines = [f"  {name:<13} {text}" for name, text in texts.items()]
-    flags = " ".join(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(EvaluationConfig))
+    flags = " ".join(flag_of(field.name) for field in dataclasses.fields(EvaluationConfig))
     return "\n".join(
         [
             "usage: dmjd evaluate TASK RUN [flags]",
@@ -66,9 +64,13 @@ def _overview() -> str:
     )
 
 
+def _frozen_help() -> str:
+    return f"all of {', '.join(frozen_names())}, in one pass over the images"
+
+
 def _parser(task: str) -> Parser:
     config: type[EvaluationConfig] = FrozenConfig
-    text, example = FROZEN_HELP, "cifar10"
+    text, example = _frozen_help(), "cifar10"
     if task != FROZEN:
         config, text, example = TASKS[task].load_config(), TASKS[task].help, TASKS[task].example
     parser = Parser(

@@ -113,6 +113,10 @@ def get_frozen_task(name: str) -> FrozenTask:
     """A task on frozen features by name; ValueError for another."""
     task = get_task(name)
     if not isinstance(task, FrozenTask):
-        frozen = [task.name for task in TASKS.values() if isinstance(task, FrozenTask)]
-        raise ValueError(f"'{name}' is no evaluation on frozen features; there are: {', '.join(frozen)}")
+        raise ValueError(f"'{name}' is no evaluation on frozen features; there are: {', '.join(frozen_names())}")
     return task
+
+
+def frozen_names() -> list[str]:
+    """Names of all tasks on frozen features."""
+    return [task.name for task in TASKS.values() if isinstance(task, FrozenTask)]

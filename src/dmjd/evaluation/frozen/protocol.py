@@ -123,7 +123,7 @@ def task_config(task: str, options: Mapping[str, Any]) -> FrozenConfig:
     Raises:
         ValueError: for an unknown task or setting, or one that all tasks share.
     """
-    if shared := sorted(set(options) & set(FrozenConfig.__dataclass_fields__)):
+    if shared := sorted(set(options) - set(FrozenConfig.own(options))):
         raise ValueError(f"{', '.join(shared)} is shared by all tasks: it is no setting of '{task}' alone")
     config = get_frozen_task(task).load_config()(**options)
     assert isinstance(config, FrozenConfig)
