@@ -17,7 +17,7 @@ _NAMES = {
     "create_encoder": "dmjd.encoders",
     "disjoint_masks": "dmjd.masking",
     "embed": "dmjd.interop.embed",
-    "evaluate": "dmjd.evaluation.registry",
+    "evaluate": "dmjd.evaluation.run",
     "export": "dmjd.interop.export",
     "hog": "dmjd.targets",
     "load_classifier": "dmjd.encoders",

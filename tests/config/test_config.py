@@ -1,31 +1,75 @@
-"""The configuration: every field is read, checks name the cure, JSON round trip, what may change on resume."""
+"""Configurations: every setting is read, mistakes are explained, JSON round trip, what may change on resume."""
 
 import ast
 import dataclasses
+import importlib
+import inspect
+import json
 from pathlib import Path
 
 import pytest
 
-from dmjd.config import recipes
+from dmjd.config import DetectionConfig, FinetuneConfig, KnnConfig, LinearConfig, SegmentationConfig, recipes
+from dmjd.config.fields import Config, option
 from dmjd.config.pretrain import PretrainConfig, resume_differences
+from dmjd.evaluation.registry import TASKS, FrozenTask
 
 SOURCE = Path(__file__).parents[2] / "src" / "dmjd"
 
 
-def test_every_field_is_read_somewhere():
-    """A setting nobody reads is a lie to the user (the published --theta and --pred_ratio never reached the model)."""
-    read = set()
-    for file in SOURCE.rglob("*.py"):
-        if file.name in ("config.py", "recipes.py", "cli.py"):
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute):
-                read.add(node.attr)
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                read.add(node.value)
-    by_property = {"img_size": "size", "resume": "resume", "recipe": "recipe"}
-    fields = {f.name for f in dataclasses.fields(PretrainConfig)}
-    assert {f for f in fields if by_property.get(f, f) not in read} <= {"recipe"}
+# Setting -> property of the configuration through which it is read.
+BY_PROPERTY = {
+    "img_size": "size",
+    "mim_target": "branch_targets",
+    "vis_target": "branch_targets",
+    "resize": "covered",
+    "blr": "lr",
+}
+
+
+def attributes_read(folders: list[str]) -> set[str]:
+    """Names of attributes that the code reads; configurations and the command line do not count as readers."""
+    files = [file for folder in folders for file in (SOURCE / folder).rglob("*.py")]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def parameters(path: str) -> set[str]:
+    """Names of the keyword arguments of a function."""
+    module, _, name = path.partition(":")
+    return set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+READERS = [folder.name for folder in SOURCE.iterdir() if folder.is_dir() and folder.name not in ("config", "cli")]
+
+
+def unread(config: type[Config], readers: set[str]) -> set[str]:
+    return {f.name for f in dataclasses.fields(config)} - readers - {n for n, p in BY_PROPERTY.items() if p in readers}
+
+
+def test_every_setting_of_pretraining_is_read():
+    """A setting that nobody reads misleads users: the published --theta and --pred_ratio never reached the model."""
+    readers = attributes_read(READERS)
+    assert unread(PretrainConfig, readers) == {"recipe"}  # a label
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_setting_of_an_evaluation_is_read(task):
+    readers = attributes_read(["evaluation", "data"])
+    if isinstance(TASKS[task], FrozenTask):  # its own settings are the arguments of its function
+        config = TASKS[task].load_config()
+        own = set(config.own({field.name: None for field in dataclasses.fields(config)}))
+        assert own <= parameters(TASKS[task].run)
+        readers |= own
+    assert not unread(TASKS[task].load_config(), readers)
+
+
+def test_the_search_for_readers_finds_a_setting_that_nobody_reads():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class More(PretrainConfig):
+        nobody_reads_this: int = option(1, "nothing", "method")
+
+    assert "nobody_reads_this" in unread(More, attributes_read(READERS))
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -38,7 +82,7 @@ def test_json_round_trip(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_ratio": 1.0}, "mask_ratio must be between 0 and 1"),
+        ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1"),
         ({"mask_ratio": float("nan")}, "mask_ratio"),
         ({"mask_ratio": -1}, "mask_ratio"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -57,14 +101,22 @@ def test_json_round_trip(name):
         ({"teacher": "runs/first"}, "--teacher and target 'teacher'"),
         ({"vis_target": "teacher", "vis": False, "teacher": "runs/first"}, "--teacher and target 'teacher'"),
         ({"ema_layers": 0}, "ema_layers must be at least 1"),
-        ({"ema_momentum": 1.1}, "ema_momentum must be between 0 and 1"),
+        ({"ema_momentum": 1.1}, "ema_momentum must lie between 0 and 1"),
         ({"seed": "x"}, "seed must be int"),
-        ({"nonsense": 1}, "unknown setting: nonsense"),
+        ({"value_range": (1.0, float("inf"))}, "value_range must be finite"),
+        ({"value_range": (1.0, 1.0)}, "value_range must rise"),
+        ({"mask_ration": 0.5}, "does not take mask_ration: did you mean mask_ratio"),
+        ({"max_bad": 3}, "the setting max_bad is now called max_unreadable"),
     ],
 )
-def test_mistakes_name_the_field_and_the_cure(changes, message):
+def test_mistakes_name_the_setting_and_the_fix(changes, message):
     with pytest.raises(ValueError, match=message):
         recipes.dmjd(**changes)
+
+
+def test_the_constructor_refuses_names_like_a_recipe():
+    with pytest.raises(ValueError, match="the setting max_bad is now called max_unreadable"):
+        PretrainConfig(max_bad=3)
 
 
 def test_python_numbers_are_brought_to_type():
@@ -95,3 +147,51 @@ def test_what_may_change_on_resume():
 def test_unknown_recipe_suggests_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         recipes.get_recipe("digit")
+
+
+@pytest.mark.parametrize("config", [FinetuneConfig, SegmentationConfig, DetectionConfig, KnnConfig, LinearConfig])
+def test_all_configurations_share_the_checks(config):
+    assert config.from_json(config().to_json()).to_dict() == config().to_dict()
+    assert config(seed=1).replace(seed=2) == config(seed=2)
+    for changes, message in (
+        ({"device": "gpu"}, "device must be one of auto, cpu, cuda"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"sed": 1}, f"'{config.task}' does not take sed: did you mean seed"),
+        ({"seed": True}, "seed must be int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (KnnConfig, {"k": 0}, "k must be at least 1"),
+        (KnnConfig, {"temperature": float("nan")}, "temperature must be greater than 0"),
+        (LinearConfig, {"epochs": 1, "steps": 1}, "not both"),
+        (LinearConfig, {"weight_decay": float("inf")}, "weight_decay must be at least 0"),
+        (FinetuneConfig, {"rand_augment": 11}, "rand_augment must lie between 0 and 10"),
+        (FinetuneConfig, {"layer_decay": 0}, "layer_decay must be greater than 0 and at most 1"),
+        (FinetuneConfig, {"crop_scale": 0.5}, "crop_scale takes 2 numbers"),
+        (FinetuneConfig, {"labels_per_class": 1, "label_fraction": 0.5}, "not both"),
+        (SegmentationConfig, {"decoder": "upernets"}, "decoder must be one of upernet, linear"),
+        (SegmentationConfig, {"looks": 3}, "the setting looks is now called num_evals"),
+        (SegmentationConfig, {"colours": True}, "now called color_jitter"),
+        (DetectionConfig, {"outlines": True}, "now called instance_masks"),
+        (DetectionConfig, {"pictures": 3}, "now called num_images"),
+        (DetectionConfig, {"colours": True}, "does not take colours"),  # it never did
+    ],
+)
+def test_mistakes_in_the_settings_of_evaluations(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_files_of_former_versions_are_read():
+    old = json.loads(recipes.dmjd(max_unreadable=7).to_json())
+    old["max_bad"] = old.pop("max_unreadable")
+    assert PretrainConfig.from_json(json.dumps(old)).max_unreadable == 7
+    with pytest.raises(ValueError, match="unknown settings: nonsense"):
+        PretrainConfig.from_json(json.dumps(old | {"nonsense": 1}))
+    with pytest.raises(ValueError, match="format"):
+        PretrainConfig.from_json(json.dumps(old | {"format": 99}))

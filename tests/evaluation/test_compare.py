@@ -1,4 +1,4 @@
-"""Runs side by side: the numbers of their files, and what tells the runs apart."""
+"""Runs side by side: their scores, and the settings in which they differ."""
 
 import json
 
@@ -121,3 +121,12 @@ def test_wrong_calls_say_what_to_do(runs, tmp_path, capsys):
     refused("config.json is not a run's configuration", *runs)
     with pytest.raises(ValueError, match="at least one run"):
         compare()
+
+
+def test_settings_of_former_versions_are_compared_under_their_new_names(runs):
+    config = json.loads((runs[0] / "config.json").read_text())
+    config["max_bad"] = config.pop("max_unreadable")
+    (runs[0] / "config.json").write_text(json.dumps(config | {"theta": 4.0}))
+    for run, name in zip(runs, ("looks", "num_evals"), strict=True):
+        (run / "evaluation" / "knn.json").write_text(json.dumps(result(0.5, configuration={name: 3})))
+    assert not compare(*runs).differences

@@ -14,7 +14,7 @@ from dmjd.data.dense_loader import ExampleBatch
 from dmjd.data.sources.coco import Instances, open_coco
 from dmjd.encoders.registry import create_encoder
 from dmjd.engine.layer_decay import layer_groups
-from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.run import evaluate
 from dmjd.evaluation.supervised.detection import Detection, DetectionTask, predict
 from dmjd.evaluation.tables import results_table
 from dmjd.images.preprocess import Preprocess

@@ -305,7 +305,7 @@ def test_settings_that_cannot_be(capsys, run, flags, message):
 
 
 def test_a_misspelt_setting_is_named(run):
-    with pytest.raises(ValueError, match="does not take mixupp; it takes epochs, steps"):
+    with pytest.raises(ValueError, match="does not take mixupp: did you mean mixup"):
         finetune(run, mixupp=0.8)
 
 

@@ -1,3 +1,5 @@
+"""Evaluations on frozen features: metrics, kNN, features, the protocol, online kNN."""
+
 import json
 import shutil
 
@@ -7,22 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
-from support import FEATURE_SIZE, blobs, features, tiny_encoder
+from support import FEATURE_SIZE, GOLDEN, blobs, features, tiny_encoder
 
 from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 from dmjd.evaluation.frozen.features import Features, extract, pooled, raw_pixels
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
+from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.metrics import accuracies, label_ranks
-from dmjd.evaluation.registry import evaluate
-from dmjd.evaluation.results import read_result, write_result
+from dmjd.evaluation.run import evaluate
 from dmjd.evaluation.tables import results_table
 from dmjd.images.preprocess import Preprocess
 
-# --- scores
+# --- metrics
 
 
 def test_a_tie_or_a_nan_counts_against_the_classifier():
@@ -75,7 +78,7 @@ def test_knn_equals_sklearn():
     assert knn(train, test)["top1"] == pytest.approx(reference.score(test.x.double(), test.labels), abs=1e-9)
 
 
-def test_knn_does_not_depend_on_how_it_is_cut():
+def test_knn_does_not_depend_on_chunks():
     train, test = blobs(300, 5, 8, 1.5, 1), blobs(2500, 5, 8, 1.5, 2)  # more than one chunk
     halves = [features(test.x[part], test.labels[part]) for part in (slice(0, 700), slice(700, None))]
     first, second = (knn(train, half)["top1"] for half in halves)
@@ -100,22 +103,22 @@ def test_a_small_temperature_does_not_overflow():
         (Features(torch.ones(4, 3), torch.arange(3), torch.arange(4)), "4 features and 3 labels"),
     ],
 )
-def test_features_that_cannot_be_used_are_refused(evaluator, train, message):
+def test_unusable_features_are_an_error(evaluator, train, message):
     with pytest.raises(ValueError, match=message):
         evaluator(train, features(np.ones((2, 3)), [0, 1]))
 
 
 @pytest.mark.parametrize("bad", [{"k": 0}, {"temperature": 0.0}, {"temperature": float("nan")}])
-def test_knn_refuses_settings_that_cannot_be(bad):
+def test_knn_checks_its_settings(bad):
     train = blobs(10, 2, 3, 1.0, 0)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be"):
         knn(train, train, **bad)
 
 
 # --- features
 
 
-def test_extract_gives_pooled_features_in_order_and_reports_bad_images(image_folder, tmp_path):
+def test_extract_gives_pooled_features_in_order_and_reports_unreadable_images(image_folder, tmp_path):
     folder = tmp_path / "some"
     shutil.copytree(image_folder, folder)
     (folder / "cats" / "00.jpg").write_text("no image")
@@ -158,14 +161,14 @@ def test_nothing_readable_is_an_error(tmp_path):
         extract(tiny_encoder(), open_source(tmp_path))
 
 
-def test_an_encoder_without_preprocessing_is_refused(image_folder):
+def test_an_encoder_without_preprocessing_is_an_error(image_folder):
     encoder = tiny_encoder()
     encoder.preprocess = None
     with pytest.raises(ValueError, match="preprocess"):
         extract(encoder, open_source(image_folder))
 
 
-def test_bf16_features_are_close_to_fp32_and_other_words_are_refused():
+def test_bf16_features_are_close_to_fp32_and_other_precisions_are_an_error():
     encoder = tiny_encoder()
     images = torch.randn(4, 3, *encoder.img_size)
     with torch.inference_mode():
@@ -173,7 +176,7 @@ def test_bf16_features_are_close_to_fp32_and_other_words_are_refused():
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
     torch.testing.assert_close(half, full, rtol=0, atol=0.1)
-    with pytest.raises(ValueError, match="precision must be fp32 or bf16"):
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16"):
         pooled(encoder, "fp17")
 
 
@@ -199,25 +202,14 @@ def test_evaluate_measures_the_encoder_beside_both_baselines(run):
     assert set(result["versions"]) == {"dmjd", "torch", "python"}
 
 
-def test_an_earlier_result_is_never_lost(tmp_path):
-    for top1 in (0.1, 0.1, 0.2, 0.3):  # the same again is not kept twice
-        write_result(tmp_path, "knn", {"result": {"top1": top1}})
-
-    def top1(name):
-        return json.loads((tmp_path / "evaluation" / name).read_text())["result"]["top1"]
-
-    assert [top1(name) for name in ("earlier/knn-1.json", "earlier/knn-2.json", "knn.json")] == [0.1, 0.2, 0.3]
-    assert len(list((tmp_path / "evaluation" / "earlier").iterdir())) == 2
-
-
 def test_test_labels_follow_the_names_of_the_training_classes(run):
-    """The test part has cats alone, which are its class 0; with each test image in the training set kNN is right."""
+    """The test part has dogs only, its class 0. Every test image is in the training set, so kNN is right."""
     shutil.rmtree(run.parent / "my data" / "test")
     shutil.copytree(run.parent / "my data" / "train" / "dogs", run.parent / "my data" / "test" / "dogs")
     assert evaluate("knn", run, k=1)["result"]["top1"] == 1.0
 
 
-def test_random_baseline_follows_the_seed_and_not_the_random_state(run):
+def test_random_baseline_depends_on_the_seed_and_not_on_the_random_state(run):
     torch.manual_seed(1)
     first = evaluate("knn", run)
     torch.manual_seed(2)
@@ -225,19 +217,7 @@ def test_random_baseline_follows_the_seed_and_not_the_random_state(run):
     fresh = tiny_encoder(seed=5)
     (run / ENCODER_FILE).write_bytes(encoder_bytes(fresh))
     result = evaluate("linear", run, seed=5)
-    assert result["result"] == result["random_init"]  # the "trained" one was made from that very seed
-
-
-def test_an_earlier_result_counts_for_the_same_weights_and_default_settings_only(run):
-    file = run / "evaluation" / "linear.json"
-    assert read_result(file, tiny_encoder()) is None
-    evaluate("linear", run, epochs=2)
-    assert read_result(file, tiny_encoder()) is None
-    result = evaluate("linear", run)
-    assert read_result(file, tiny_encoder()) == result
-    assert read_result(file, tiny_encoder(seed=1)) is None
-    file.write_text(file.read_text()[:50])
-    assert read_result(file, tiny_encoder()) is None
+    assert result["result"] == result["random_init"]  # the "trained" one has the weights of that seed
 
 
 def test_other_data_and_another_folder(run, image_folder, tmp_path):
@@ -261,7 +241,7 @@ def test_gray_images_for_a_one_channel_encoder(run, tmp_path):
     assert result["data"]["num_train"] == 24
 
 
-def test_wrong_calls_say_what_to_do(run, image_folder, tmp_path):
+def test_mistakes_say_what_to_do(run, image_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     one_class = tmp_path / "one"
     shutil.copytree(image_folder / "cats", one_class / "train" / "cats")
@@ -290,10 +270,10 @@ def test_the_table_has_a_row_for_each_encoder_and_a_column_for_each_task(run):
     assert table.row_count == 3
 
 
-# --- while pre-training goes on
+# --- online kNN
 
 
-def test_online_knn_is_the_same_measure_and_leaves_the_encoder_alone(image_folder):
+def test_online_knn_equals_knn_and_does_not_change_the_encoder(image_folder):
     source = open_source(image_folder, labels="folder")
     encoder = tiny_encoder().train()
     online = OnlineKnn(source, source, encoder.preprocess)
@@ -304,15 +284,39 @@ def test_online_knn_is_the_same_measure_and_leaves_the_encoder_alone(image_folde
     assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
 
 
-def test_online_knn_takes_an_even_part_of_large_sets(monkeypatch):
-    monkeypatch.setattr("dmjd.evaluation.frozen.online_knn.NUM_TRAIN", 300)
-    monkeypatch.setattr("dmjd.evaluation.frozen.online_knn.NUM_TEST", 100)
-    online = OnlineKnn(open_source("digits"), open_source("digits", split="test"), Preprocess((32, 32)))
-    encoder = create_encoder("vit_tiny_patch8", img_size=32, embed_dim=32, depth=1, num_heads=2)
-    assert 0.02 < online(encoder) < 0.5
+def test_online_knn_uses_evenly_spaced_images_of_large_sets(monkeypatch, image_folder):
+    monkeypatch.setattr("dmjd.evaluation.frozen.online_knn.NUM_TRAIN", 8)
+    monkeypatch.setattr("dmjd.evaluation.frozen.online_knn.NUM_TEST", 5)
+    source, encoder = open_source(image_folder, labels="folder"), tiny_encoder()
+    train, test = (
+        extract(encoder, SubsetSource(source, rows)) for rows in ([0, 3, 6, 9, 12, 15, 18, 21], [0, 4, 9, 14, 19])
+    )
+    assert OnlineKnn(source, source, encoder.preprocess)(encoder) == knn(train, test)["top1"]
 
 
-def test_online_knn_refuses_a_single_class_before_anything_is_trained(image_folder):
+def test_online_knn_needs_labels(image_folder):
     source = open_source(image_folder / "cats", labels="none")
     with pytest.raises(ValueError, match="has no labels"):
         OnlineKnn(source, source, Preprocess(FEATURE_SIZE))
+
+
+def test_an_encoder_in_memory_gives_the_files_of_one_that_is_opened(run):
+    """And it may be in training mode: with stochastic depth its features would be random."""
+    opened = evaluate("knn", run, device="cpu")
+    file = run / "evaluation" / "knn.json"
+    file.unlink()
+    encoder = tiny_encoder().train()
+    train = open_source(run.parent / "my data", labels="folder")
+    test = open_source(run.parent / "my data", split="test", labels="folder")
+    assert evaluate_frozen({"knn": {}}, encoder, train, test, folder=run) == {"knn": opened}
+    assert json.loads(file.read_text()) == opened
+    assert encoder.training
+
+
+def test_a_run_of_version_0_1_gives_the_same_scores(tmp_path):
+    """The baselines that it kept are used; the scores of the encoder are computed again."""
+    run = shutil.copytree(GOLDEN / "run_v0.1", tmp_path / "run")
+    old = json.loads((run / "evaluation" / "knn.json").read_text())
+    new = evaluate("knn", run, device="cpu", **old["overrides"])
+    for name in ("result", "random_init", "raw_pixels", "configuration", "overrides", "encoder", "seed"):
+        assert new[name] == old[name], name

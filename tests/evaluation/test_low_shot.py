@@ -1,5 +1,6 @@
-"""Subsets of labels, the sweep of probes and what is kept of baselines."""
+"""Low-shot subsets, baselines that are kept, the sweep of linear probes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from dmjd.evaluation.frozen.features import pooled
 from dmjd.evaluation.frozen.linear_sweep import RATES, SweepFeatures, linear_sweep
 from dmjd.evaluation.frozen.protocol import evaluate_all
 from dmjd.evaluation.low_shot import LowShot, hold_out, summarize
-from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.run import evaluate
 
 label_sets = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
 
@@ -33,13 +34,13 @@ def test_subsets_by_number_are_stratified_and_nested(labels, seed, n):
 
 
 @settings(deadline=None, max_examples=50)
-@given(labels=label_sets, seed=st.integers(0, 10**6), share=st.floats(0.01, 1), more=st.floats(0, 1))
-def test_subsets_by_share_are_stratified_and_nested(labels, seed, share, more):
-    rows = LowShot(fraction=share).rows(labels, seed)
+@given(labels=label_sets, seed=st.integers(0, 10**6), fraction=st.floats(0.01, 1), more=st.floats(0, 1))
+def test_subsets_by_fraction_are_stratified_and_nested(labels, seed, fraction, more):
+    rows = LowShot(fraction=fraction).rows(labels, seed)
     for label in np.unique(labels):
-        expected = share * (labels == label).sum()
+        expected = fraction * (labels == label).sum()
         assert max(1, expected - 0.5) <= (labels[rows] == label).sum() <= max(1, expected + 0.5)
-    assert set(rows) <= set(LowShot(fraction=min(1.0, share + more)).rows(labels, seed))
+    assert set(rows) <= set(LowShot(fraction=min(1.0, fraction + more)).rows(labels, seed))
 
 
 def test_other_seeds_draw_other_images_and_the_same_seed_the_same():
@@ -50,7 +51,7 @@ def test_other_seeds_draw_other_images_and_the_same_seed_the_same():
     assert len(LowShot().rows(labels, 0)) == 1000
 
 
-def test_a_held_out_part_takes_of_each_class_but_never_its_last_image():
+def test_images_of_each_class_are_held_out_but_never_its_last_one():
     labels = np.array([0] * 100 + [1] * 10 + [2] * 2 + [3])
     held = hold_out(labels, 0.1, seed=0)
     assert [int(held[labels == c].sum()) for c in range(4)] == [10, 1, 1, 0]
@@ -58,7 +59,7 @@ def test_a_held_out_part_takes_of_each_class_but_never_its_last_image():
         hold_out(np.arange(5), 0.1, seed=0)
 
 
-def test_the_summary_is_mean_and_spread_of_a_sample():
+def test_the_summary_is_mean_and_standard_deviation():
     results = [{"top1": 0.5, "by": {"1": 0.2}, "word": "a"}, {"top1": 0.7, "by": {"1": 0.4}, "word": "b"}]
     summary = summarize(results, [3, 4])
     assert summary["top1"] == pytest.approx(0.6)
@@ -77,7 +78,7 @@ def test_a_subset_is_a_source_of_its_own(image_folder):
     assert len({part.fingerprint(), whole.fingerprint(), SubsetSource(whole, [3, 21]).fingerprint()}) == 3
 
 
-def test_low_shot_read_only_what_they_draw(run, monkeypatch):
+def test_only_images_of_the_subsets_are_read(run, monkeypatch):
     read = []
     plain = SubsetSource.read
     monkeypatch.setattr(SubsetSource, "read", lambda self, i: read.append(int(self.rows[i])) or plain(self, i))
@@ -90,7 +91,7 @@ def test_low_shot_read_only_what_they_draw(run, monkeypatch):
     assert 4 < len(drawn) <= 12
 
 
-def test_low_shot_measure_the_subset_alone(run):
+def test_only_the_subset_votes(run):
     """Neighbors outside of the subset would vote too."""
     few = evaluate("knn", run, labels_per_class=1, seeds=1, device="cpu")["result"]
     assert few["top1"] == few["top1_by_k"]["1"]  # only two images vote, and the nearest weighs more
@@ -106,7 +107,7 @@ def test_low_shot_measure_the_subset_alone(run):
         ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )
-def test_low_shot_that_cannot_be(run, flags, message):
+def test_mistakes_in_the_low_shot_settings(run, flags, message):
     with pytest.raises(ValueError, match=message):
         evaluate("knn", run, **flags)
 
@@ -119,7 +120,7 @@ def test_a_baseline_is_measured_once_for_a_configuration(run):
     kept = run / "evaluation" / "baselines.json"
     marked = {key: value | {"top1": 0.125} for key, value in json.loads(kept.read_text()).items()}
     kept.write_text(json.dumps(marked))
-    (run / ENCODER_FILE).write_bytes(encoder_bytes(tiny_encoder(seed=3)))  # trained on: the baseline stays
+    (run / ENCODER_FILE).write_bytes(encoder_bytes(tiny_encoder(seed=3)))  # other weights, same baseline
     second = evaluate("knn", run, device="cpu")
     assert second["random_init"]["top1"] == second["raw_pixels"]["top1"] == 0.125
     assert second["encoder"] != first["encoder"]
@@ -130,37 +131,40 @@ def test_a_baseline_is_measured_once_for_a_configuration(run):
 # --- sweep
 
 
-def side_by_side(*parts):
+def side_by_side(*parts, names):
     x = torch.cat([torch.as_tensor(part.x) for part in parts], dim=1)
-    return features(x, parts[0].labels)
+    return dataclasses.replace(features(x, parts[0].labels), parts=names)
 
 
 def test_the_sweep_chooses_on_held_out_images_and_never_on_the_test():
-    """The first part tells the class in training only, the second everywhere but less well: honest choice fails."""
+    """The first part separates the classes of the training set only: the choice is wrong, as it must be."""
     fair_train, fair_test = blobs(600, 4, 16, 2.0, 1), blobs(500, 4, 16, 2.0, 2)
     clear = blobs(600, 4, 16, 0.02, 3)
     order = [torch.nonzero(clear.labels == label)[0, 0] for label in fair_train.labels]
     trap_train = features(clear.x[torch.stack(order)] + 0.01 * torch.randn(600, 16), fair_train.labels)
     trap_test = features(torch.randn(500, 16), fair_test.labels)
-    train, test = side_by_side(trap_train, fair_train), side_by_side(trap_test, fair_test)
-    result = linear_sweep(train, test, parts=("trap", "fair"), epochs=20)
+    train, test = (
+        side_by_side(*parts, names=("trap", "fair")) for parts in ((trap_train, fair_train), (trap_test, fair_test))
+    )
+    result = linear_sweep(train, test, epochs=20)
     assert result["features"] == "trap"
     assert result["held_out_top1"] == 1.0
     assert result["top1"] < 0.5
     assert result["probes"] == 2 * len(RATES)
 
 
-def test_the_sweep_finds_the_part_that_knows():
-    known, noise = blobs(600, 4, 16, 1.0, 1), features(torch.randn(600, 16), torch.zeros(600))
-    asked, more = blobs(500, 4, 16, 1.0, 2), features(torch.randn(500, 16), torch.zeros(500))
-    train, test = side_by_side(known, noise), side_by_side(asked, more)
-    result = linear_sweep(train, test, parts=("known", "noise"), epochs=20)
-    assert result["features"] == "known"
+def test_the_sweep_finds_the_informative_part():
+    train, noise = blobs(600, 4, 16, 1.0, 1), features(torch.randn(600, 16), torch.zeros(600))
+    test, more_noise = blobs(500, 4, 16, 1.0, 2), features(torch.randn(500, 16), torch.zeros(500))
+    train, test = (side_by_side(*parts, names=("blobs", "noise")) for parts in ((train, noise), (test, more_noise)))
+    result = linear_sweep(train, test, epochs=10)
+    assert result["features"] == "blobs"
     assert result["top1"] == pytest.approx(result["held_out_top1"], abs=0.1)
-    assert result == linear_sweep(train, test, parts=("known", "noise"), epochs=20)
+    short = [linear_sweep(train, test, steps=2) for _ in range(2)]
+    assert short[0] == short[1]
 
 
-def test_a_sweep_without_anything_to_hold_out_is_refused_before_images_are_read(run, monkeypatch):
+def test_a_sweep_that_can_hold_out_nothing_is_an_error_before_images_are_read(run, monkeypatch):
     monkeypatch.setattr(SubsetSource, "read", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(ValueError, match="no part of the training set can be held out: use more labels"):
         evaluate("linear_sweep", run, labels_per_class=1)

@@ -18,7 +18,7 @@ from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.metrics import iou_scores
-from dmjd.evaluation.registry import evaluate
+from dmjd.evaluation.run import evaluate
 from dmjd.evaluation.supervised.dense_task import rounded_up
 from dmjd.evaluation.supervised.pyramid import LastMap, Pyramid, UPerNet
 from dmjd.evaluation.supervised.segmentation import SegmentationTask, predict, starts

@@ -1,34 +1,61 @@
-"""``dmjd ...``: a thin skin over the public functions, with the same names. Imports no torch before a command runs."""
+"""``dmjd ...``: the public functions as commands, with the same names. Imports no torch before a command runs."""
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from dmjd import __version__
-from dmjd.cli.encoder import _show, run_compare, run_embed, run_export
-from dmjd.cli.evaluate import _evaluate
-from dmjd.cli.pretrain import _bench, _pretrain
+from dmjd.cli.encoder import run_compare, run_embed, run_export, run_show
+from dmjd.cli.evaluate import run_evaluate
+from dmjd.cli.pretrain import run_bench, run_pretrain
+from dmjd.config.fields import nearest
 
 MAX_ERROR_LINES = 10
 
-
-def _short(message: str) -> str:
-    lines = message.splitlines()
-    if len(lines) > MAX_ERROR_LINES:
-        lines = [*lines[: MAX_ERROR_LINES - 1], f"... and {len(lines) - MAX_ERROR_LINES + 1} more lines"]
-    return "\n".join(lines)
-
-
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "pretrain": (_pretrain, "train an encoder on unlabeled images"),
-    "evaluate": (_evaluate, "kNN, linear probe, fine-tuning, segmentation, detection"),
-    "show": (_show, "images of masks, targets, reconstructions, attention, neighbors"),
+    "pretrain": (run_pretrain, "train an encoder on unlabeled images"),
+    "evaluate": (run_evaluate, "kNN, linear probe, fine-tuning, segmentation, detection"),
+    "show": (run_show, "figures of masks, targets, reconstructions, attention, neighbors"),
     "embed": (run_embed, "features of every image as a table"),
-    "export": (run_export, "the encoder for timm, ONNX or as one file"),
+    "export": (run_export, "the encoder for timm, for ONNX or as one file"),
     "compare": (run_compare, "evaluations of several runs side by side"),
-    "bench": (_bench, "speed, memory and share of this machine's own limit"),
+    "bench": (run_bench, "training speed, memory and MFU on this machine"),
 }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0; 2 for a mistake of the user (a short message on stderr, no traceback); 130 after Ctrl-C outside of training,
+        which saves and returns 0.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if given[0] == "--version":
+        print(__version__)
+        return 0
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors; PyTorch reads it when it starts
+    try:
+        _run(*given)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError) as error:  # the latter: training diverged
+        print(_shortened(f"error: {error}"), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(command: str, *arguments: str) -> None:
+    if command not in COMMANDS:
+        near = nearest(command, COMMANDS)
+        raise ValueError(f"unknown command '{command}'; did you mean '{near}'? Commands: {', '.join(COMMANDS)}")
+    COMMANDS[command][0](arguments)
 
 
 def _overview() -> str:
@@ -49,32 +76,8 @@ def _overview() -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Returns:
-        0; 2 for a mistake the user can mend (one short message on stderr, no traceback); 130 after Ctrl-C outside
-        of training, which saves and returns 0.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if given[0] == "--version":
-        print(__version__)
-        return 0
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors; PyTorch reads it when it starts
-    try:
-        if given[0] not in COMMANDS:
-            near = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.0)
-            raise ValueError(f"unknown command '{given[0]}'; did you mean '{near[0]}'? Commands: {', '.join(COMMANDS)}")
-        COMMANDS[given[0]][0](given[1:])
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except (ValueError, FloatingPointError) as error:  # the latter: training diverged
-        print(_short(f"error: {error}"), file=sys.stderr)
-        return 2
-    return 0
+def _shortened(message: str) -> str:
+    lines = message.splitlines()
+    if len(lines) > MAX_ERROR_LINES:
+        lines = [*lines[: MAX_ERROR_LINES - 1], f"... and {len(lines) - MAX_ERROR_LINES + 1} more lines"]
+    return "\n".join(lines)

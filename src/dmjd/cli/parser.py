@@ -1,4 +1,4 @@
-"""How every command of ``dmjd`` reads its arguments."""
+"""Argument parsing of all commands: flags from configuration fields, and short messages for mistakes."""
 
 import argparse
 import dataclasses
@@ -6,59 +6,64 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dmjd.config.fields import value_types
+from dmjd.config.fields import RENAMED, Config, value_types
 
-
-def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], defaults: Any) -> None:
-    """One flag from one configuration field; absent flags stay out of the namespace, so recipes keep their values."""
-    kind, many, _ = value_types(field.type)
-    flag = "--" + field.name.replace("_", "-")
-    value = getattr(defaults, field.name)
-    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    text = field.metadata["help"] + (f" ({shown})" if value is not None and kind is not bool else "")
-    common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-    if kind is bool:
-        on = "" if value else "off unless given: "
-        common["help"] = on + field.metadata["help"]
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        return
-    if field.metadata["choices"]:
-        common["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
-    else:
-        common["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-    if many:
-        common["nargs"] = "+"
-    group.add_argument(flag, type=kind, **common)
-
-
-_WIDTH = 88
+WIDTH = 88
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one kind and a suggestion for misspelt flags."""
+    """An ``ArgumentParser`` that raises ValueError for mistakes, and suggests the nearest flag."""
 
     def __init__(self, **kwargs: Any) -> None:
-        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=_WIDTH)  # noqa: E731
+        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH)  # noqa: E731
         super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """A mistake of the user, with where to read more."""
+        """Report a mistake of the user."""
         raise ValueError(f"{message}\nsee: {self.prog} --help")
 
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse; unknown flags are an error that suggests the nearest."""
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The given values by name. Flags made by :func:`add_field` are absent where they are not given."""
         known, unknown = self.parse_known_args(arguments)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            flags = [text for action in self._actions for text in action.option_strings]
-            near = difflib.get_close_matches(flag, flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            kind = "flag" if flag.startswith("-") else "argument"
-            self.error(f"unknown {kind} {flag}{hint}")
-        return known
+            self._refuse(unknown[0].split("=")[0])
+        return vars(known)
+
+    def _refuse(self, flag: str) -> NoReturn:
+        flags = [text for action in self._actions for text in action.option_strings]
+        former = {flag_of(old): flag_of(new) for old, new in RENAMED.items()}
+        former |= {f"--no-{old[2:]}": f"--no-{new[2:]}" for old, new in former.items()}
+        if former.get(flag) in flags:
+            raise ValueError(f"the flag {flag} is now called {former[flag]}")
+        near = difflib.get_close_matches(flag, flags, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.error(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint}")
 
 
-def add_run_arguments(parser: Parser, run_help: str) -> None:
-    """RUN and ``--data``, as all commands that look at images have them."""
-    parser.add_argument("run", metavar="RUN", help=run_help)
-    parser.add_argument("--data", metavar="SOURCE", help="images to use (the run's own)")
+def flag_of(name: str) -> str:
+    """The flag of a setting: ``--mask-ratio`` of ``mask_ratio``."""
+    return "--" + name.replace("_", "-")
+
+
+def add_run_argument(parser: Parser, help_text: str) -> None:
+    """The argument RUN."""
+    parser.add_argument("run", metavar="RUN", help=help_text)
+
+
+def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], defaults: Config) -> None:
+    """A flag from a configuration field. A flag that is not given stays out of the namespace: the default holds."""
+    kind, many, _ = value_types(field.type)
+    value = getattr(defaults, field.name)
+    text = field.metadata["help"].replace("%", "%%")
+    common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+    if kind is bool:
+        common["help"] = text if value else f"off by default: {text}"
+        group.add_argument(flag_of(field.name), action=argparse.BooleanOptionalAction, **common)
+        return
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    common["help"] = text if value is None else f"{text} ({shown})"
+    choices = field.metadata["choices"]
+    common["metavar"] = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+    if many:
+        common["nargs"] = "+"
+    group.add_argument(flag_of(field.name), type=kind, **common)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmjd.cli.parser import Parser as _Parser
-from dmjd.cli.parser import _add_field
+from dmjd.cli.parser import Parser, add_field
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import RECIPES, get_recipe
 
@@ -22,22 +21,56 @@ GROUPS = {
 }
 
 
-def _text(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "").replace("``", "")
+def run_pretrain(arguments: Sequence[str]) -> None:
+    """``dmjd pretrain``: see :func:`dmjd.pretrain`."""
+    recipe, flags = _split_recipe(arguments)
+    config = get_recipe(recipe)(**_pretrain_parser(recipe).parse(flags))
+    from dmjd.pretraining.run import pretrain  # imports torch
+
+    pretrain(config)
 
 
-def _first_line(function: Callable[..., Any]) -> str:
-    return _text(function).splitlines()[0]
+def run_bench(arguments: Sequence[str]) -> None:
+    """``dmjd bench``: see :func:`dmjd.bench`."""
+    recipe, flags = _split_recipe(arguments)
+    parser = _pretrain_parser(recipe)
+    parser.prog = "dmjd bench"
+    parser.usage = "dmjd bench [RECIPE] [flags]"
+    parser.description = (
+        "Measure the training speed of a recipe on this machine: images/s with and without the loader (--data),\n"
+        "memory, MFU, and the time of each part. Takes the flags of dmjd pretrain; --steps is the number of\n"
+        "measured steps (10). Nothing is written but --json."
+    )
+    parser.epilog = "example:\n  dmjd bench --encoder vit_tiny_patch4 --img-size 32 --data cifar10 --batch-size 64"
+    parser.add_argument("--json", metavar="FILE", help="also write the result to a file")
+    given = parser.parse(flags)
+    file, steps = given.pop("json"), given.pop("steps", 10)
+    config = get_recipe(recipe)(**given)
+    from dmjd.engine.console import Console  # these import torch
+    from dmjd.files import write_text
+    from dmjd.pretraining.bench import bench, bench_table
+
+    result = bench(config, steps)
+    if file is not None:
+        write_text(Path(file), json.dumps(result, indent=2) + "\n")
+    Console().table(bench_table(result))
 
 
-def _pretrain_parser(recipe: str) -> _Parser:
+def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe and the flags."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    return "dmjd", list(arguments)
+
+
+def _pretrain_parser(recipe: str) -> Parser:
     defaults = get_recipe(recipe)()
-    lines = "\n".join(f"  {name:<15}{_first_line(function)}" for name, function in RECIPES.items())
-    parser = _Parser(
+    lines = "\n".join(f"  {name:<15}{_doc(function).splitlines()[0]}" for name, function in RECIPES.items())
+    parser = Parser(
         prog="dmjd pretrain",
         usage="dmjd pretrain [RECIPE] --data SOURCE --out DIR [flags]",
-        description=f"Pre-train an encoder on unlabeled images.\n\nrecipes:\n{lines}\n\nDefaults below are those of "
-        f"'{recipe}':\n  {_text(RECIPES[recipe])}",
+        description=f"Pre-train an encoder on unlabeled images.\n\nrecipes:\n{lines}\n\n"
+        f"The defaults below are those of '{recipe}':\n  {_doc(RECIPES[recipe])}",
         epilog="examples:\n"
         "  dmjd pretrain digits --out runs/first\n"
         "  dmjd pretrain folder --data ~/images --out runs/mine\n"
@@ -46,48 +79,13 @@ def _pretrain_parser(recipe: str) -> _Parser:
     fields = [f for f in dataclasses.fields(PretrainConfig) if f.name != "recipe"]
     group = parser.add_argument_group("common")
     for field in (f for f in fields if f.metadata["common"]):
-        _add_field(group, field, defaults)
+        add_field(group, field, defaults)
     for key, title in GROUPS.items():
         group = parser.add_argument_group(title)
         for field in (f for f in fields if f.metadata["group"] == key and not f.metadata["common"]):
-            _add_field(group, field, defaults)
+            add_field(group, field, defaults)
     return parser
 
 
-def _pretrain(arguments: Sequence[str]) -> None:
-    recipe, rest = "dmjd", list(arguments)
-    if rest and not rest[0].startswith("-"):
-        recipe = rest.pop(0)
-        get_recipe(recipe)
-    given = vars(_pretrain_parser(recipe).parse(rest))
-    config = get_recipe(recipe)(**given)
-    from dmjd.pretraining.run import pretrain
-
-    pretrain(config)
-
-
-def _bench(arguments: Sequence[str]) -> None:
-    recipe, rest = "dmjd", list(arguments)
-    if rest and not rest[0].startswith("-"):
-        recipe = rest.pop(0)
-    parser = _pretrain_parser(recipe)
-    parser.prog = "dmjd bench"
-    parser.usage = "dmjd bench [RECIPE] [flags]"
-    parser.description = (
-        "Measure how fast a recipe trains on this machine: images/s with and without the loader (--data), "
-        "memory,\nshare of the machine's own matrix-multiply rate, and where the time goes. Takes the flags of "
-        "dmjd pretrain;\n--steps is the number of measured steps (10), and nothing is written but --json."
-    )
-    parser.epilog = "example:\n  dmjd bench --encoder vit_tiny_patch4 --img-size 32 --data cifar10 --batch-size 64"
-    parser.add_argument("--json", metavar="FILE", help="write the result to a file too")
-    given = vars(parser.parse(rest))
-    file, steps = given.pop("json"), given.pop("steps", 10)
-    config = get_recipe(recipe)(**given)
-    from dmjd.engine.console import Console
-    from dmjd.files import write_text
-    from dmjd.pretraining.bench import bench, bench_table
-
-    result = bench(config, steps)
-    if file is not None:
-        write_text(Path(file), json.dumps(result, indent=2) + "\n")
-    Console().table(bench_table(result))
+def _doc(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").replace("``", "")

@@ -1,7 +1,19 @@
 """Configurations and recipes. Nothing here imports torch."""
 
 from dmjd.config.dense import DenseConfig, DetectionConfig, SegmentationConfig
+from dmjd.config.evaluation import EvaluationConfig, FrozenConfig, KnnConfig, LinearConfig, LinearSweepConfig
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.config.pretrain import PretrainConfig
 
-__all__ = ["DenseConfig", "DetectionConfig", "FinetuneConfig", "PretrainConfig", "SegmentationConfig"]
+__all__ = [
+    "DenseConfig",
+    "DetectionConfig",
+    "EvaluationConfig",
+    "FinetuneConfig",
+    "FrozenConfig",
+    "KnnConfig",
+    "LinearConfig",
+    "LinearSweepConfig",
+    "PretrainConfig",
+    "SegmentationConfig",
+]

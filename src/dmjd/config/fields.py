@@ -1,17 +1,99 @@
-"""Fields of the configurations: help text, choices, types. Imports no torch."""
+"""The base of all configurations: fields with help, bounds and choices; checks; JSON. Imports no torch.
+
+Command-line flags are made from the fields, so that names, defaults, bounds and help stand in one place.
+"""
 
 import dataclasses
+import difflib
+import json
+import math
 import os
 import types
 import typing
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+LABELS = ("none", "folder", "column")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+FEATURE_PRECISIONS = ("fp32", "bf16")
+SHOW_KINDS = ("masks", "targets", "reconstructions", "attention", "neighbors")
+
+FORMAT_VERSION = 1
+
+# Settings of former versions. A file that holds one is read; a caller who uses one is told the new name.
+RENAMED = {
+    "max_bad": "max_unreadable",
+    "pictures": "num_images",
+    "looks": "num_evals",
+    "colours": "color_jitter",
+    "outlines": "instance_masks",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Limits of a number: greater than, at least, less than, at most."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def allow(self, value: float) -> bool:
+        """Whether a value is finite and within the limits."""
+        return (
+            math.isfinite(value)
+            and (self.gt is None or value > self.gt)
+            and (self.ge is None or value >= self.ge)
+            and (self.lt is None or value < self.lt)
+            and (self.le is None or value <= self.le)
+        )
+
+    def __str__(self) -> str:
+        """The rule in words, to follow "must"."""
+        if self.ge is not None and self.le is not None:
+            return f"lie between {self.ge:g} and {self.le:g}"
+        if self.gt is not None and self.lt is not None:
+            return f"lie between {self.gt:g} and {self.lt:g} (both excluded)"
+        words = (("greater than", self.gt), ("at least", self.ge), ("less than", self.lt), ("at most", self.le))
+        limits = [f"{word} {limit:g}" for word, limit in words if limit is not None]
+        return f"be {' and '.join(limits) or 'finite'}"
 
 
 def option(
-    default: Any, text: str, group: str, *, choices: tuple[str, ...] = (), resume: bool = False, common: bool = False
+    default: Any,
+    text: str,
+    group: str,
+    *,
+    choices: Sequence[str] = (),
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    length: Sequence[int] = (),
+    resume: bool = False,
+    common: bool = False,
 ) -> Any:
-    """A field: help text, group, allowed words, whether it may change on resume and is among the common flags."""
-    metadata = {"help": text, "group": group, "choices": choices, "resume": resume, "common": common}
+    """A field of a configuration.
+
+    Args:
+        default: its value where none is given.
+        text: help text. group: heading under which the flag is listed.
+        choices: allowed words.
+        gt, ge, lt, le: bounds of a number, or of each number of a tuple.
+        length: allowed lengths of a tuple.
+        resume: whether it may change when a run is resumed. common: whether it is listed among the common flags.
+    """
+    metadata = {
+        "help": text,
+        "group": group,
+        "choices": tuple(choices),
+        "bounds": Bounds(gt, ge, lt, le),
+        "length": tuple(length),
+        "resume": resume,
+        "common": common,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -24,22 +106,106 @@ def value_types(field_type: Any) -> tuple[type, bool, bool]:
     return (typing.get_args(plain)[0] if many else plain), many, optional
 
 
-def check_types(config: Any) -> None:
-    """Bring Python arguments to the declared types (3 to 3.0, 32 to (32,), Path to str), or name the wrong field."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kind, many, optional = value_types(field.type)
-        if value is None and optional:
-            continue
-        values = list(value) if many and isinstance(value, list | tuple) else [value]
-        if kind is str:
-            values = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in values]
-        if kind is float:
-            values = [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
-        if not values or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in values):
-            words = f"{'one or more of type ' if many else ''}{kind.__name__}"
-            raise ValueError(f"{field.name} must be {words}, got {value!r}")
-        choices = field.metadata["choices"]
-        if choices and values[0] not in choices:
-            raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got '{values[0]}'")
-        object.__setattr__(config, field.name, tuple(values) if many else values[0])
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The most similar of some words, for "did you mean"."""
+    return difflib.get_close_matches(word, list(words), n=1, cutoff=0.0)[0]
+
+
+class Config:
+    """Base of the configurations, which are frozen dataclasses with keyword-only fields made by :func:`option`.
+
+    Values are converted to the declared types (3 to 3.0, 32 to (32,), Path to str) and checked.
+
+    Raises:
+        ValueError: for an unknown or renamed setting, a value of the wrong type, out of bounds or not among the
+            choices. The message names the setting.
+    """
+
+    task: ClassVar[str] = "configuration"  # what messages call it
+
+    if typing.TYPE_CHECKING:  # subclasses are dataclasses
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __new__(cls, **settings: Any) -> Self:
+        """Refuse unknown names before the dataclass's own constructor would with a TypeError."""
+        cls.check_names(settings)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raise ValueError for a name that is no setting, with the nearest one and all there are."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(names) - set(known))
+        for name in unknown:
+            if RENAMED.get(name) in known:
+                raise ValueError(f"the setting {name} is now called {RENAMED[name]}")
+        if unknown:
+            raise ValueError(
+                f"'{cls.task}' does not take {', '.join(unknown)}: did you mean {nearest(unknown[0], known)}? "
+                f"It takes {', '.join(known)}"
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with changes."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON types."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+    def to_json(self) -> str:
+        """Indented JSON with a format version."""
+        return json.dumps({"format": FORMAT_VERSION} | self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of :meth:`to_json`; reads files of former versions too.
+
+        Raises:
+            ValueError: for another format, unknown settings or values that are not allowed.
+        """
+        values = json.loads(text)
+        if values.pop("format", None) != FORMAT_VERSION:
+            raise ValueError(
+                f"config.json is not of format {FORMAT_VERSION}: it was written by another version of dmjd"
+            )
+        values = cls.from_former(values)
+        if unknown := set(values) - {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"config.json holds unknown settings: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    @classmethod
+    def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that a former version may have written, under today's names."""
+        return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value in its declared type, or ValueError."""
+    kind, many, optional = value_types(field.type)
+    if value is None and optional:
+        return None
+    values = list(value) if many and isinstance(value, list | tuple) else [value]
+    if kind is str:
+        values = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in values]
+    if kind is float:
+        values = [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+    if not values or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in values):
+        words = f"{'one or more of type ' if many else ''}{kind.__name__}"
+        raise ValueError(f"{field.name} must be {words}, got {value!r}")
+    choices, bounds, lengths = (field.metadata[key] for key in ("choices", "bounds", "length"))
+    if choices and values[0] not in choices:
+        raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got '{values[0]}'")
+    if lengths and len(values) not in lengths:
+        raise ValueError(f"{field.name} takes {' or '.join(map(str, lengths))} numbers, got {len(values)}")
+    for v in values:
+        if kind in (int, float) and not bounds.allow(v):
+            raise ValueError(f"{field.name} must {bounds}, got {v}")
+    return tuple(values) if many else values[0]

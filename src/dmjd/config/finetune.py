@@ -1,101 +1,117 @@
-"""The settings of fine-tuning: one frozen dataclass, from which the command-line flags are made. Imports no torch.
+"""The settings of fine-tuning. Imports no torch.
 
-The published recipe (MAE, ConvMAE, DMJD: ImageNet, 224 pixels, 100 epochs) where the set and the run are of that kind,
-and a milder one elsewhere; :meth:`FinetuneConfig.resolve` says when and why.
+The published recipe (MAE, ConvMAE, DMJD: ImageNet, 224 pixels, 100 epochs) for data sets and runs of that size, and a
+milder one for smaller ones: see :meth:`FinetuneConfig.resolve`.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from dmjd.config.fields import check_types, option
+from dmjd.config.evaluation import COMMON, LabeledConfig
+from dmjd.config.fields import PRECISIONS, option
 
-SMALL_SIDE = 96  # pixels; smaller images lose their objects in crops of 8 % of the area
+SMALL_SIDE = 96  # pixels; in smaller images, crops of 8 % of the area lose the object
 
-MANY_IMAGES = 1_000_000  # shown over a run: from here on a network overfits before it underfits strong augmentation
+MANY_IMAGES = 1_000_000  # samples in a run; shorter runs underfit with strong augmentation
 
-LARGE_WIDTH = 1024  # of the encoders the paper calls large
+LARGE_WIDTH = 1024  # embedding width of the paper's large encoders
 
 MAX_BATCH, MIN_BATCH, BATCHES_PER_EPOCH = 1024, 16, 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Fine-tuning of an encoder as a classifier. None means "by the rule in the help text".
+class FinetuneConfig(LabeledConfig):
+    """Fine-tuning of an encoder as a classifier. None means the default named in the help text."""
 
-    Raises:
-        ValueError: for values that cannot be, naming the field.
-    """
+    task: ClassVar[str] = "finetune"
 
-    epochs: float | None = option(None, "length; default 100, or 50 for a large encoder", "finetune")
-    steps: int | None = option(None, "length, instead of epochs", "finetune")
-    batch_size: int | None = option(None, "images per step; default a 32nd of the set, 16 to 1024", "finetune")
-    accumulate: int = option(1, "parts a step's batch is computed in: less memory, same result", "finetune")
+    precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", COMMON, choices=PRECISIONS)
+
+    epochs: float | None = option(
+        None, "length of the training in epochs; default 100, or 50 for a large encoder", "finetune", gt=0
+    )
+    steps: int | None = option(None, "length of a training in steps, instead of epochs", "finetune", ge=1)
+    batch_size: int | None = option(
+        None, "images per step; default 1/32 of the training set, 16 to 1024", "finetune", ge=2
+    )
+    accumulate: int = option(1, "micro-batches per step: less memory, same result", "finetune", ge=1)
     blr: float | None = option(
-        None, "base rate, lr = blr * batch / 256; default 5e-4, times sqrt(1024 / batch) below 1024", "finetune"
+        None,
+        "base learning rate, lr = blr * batch / 256; default 5e-4 * sqrt(1024 / batch), at least 5e-4",
+        "finetune",
+        gt=0,
     )
-    min_lr: float = option(1e-6, "rate at the end", "finetune")
-    warmup_epochs: float = option(5.0, "with a rising rate; at most a fifth of the run", "finetune")
-    weight_decay: float = option(0.05, "of AdamW, not on biases and norms", "finetune")
+    min_lr: float = option(1e-6, "final learning rate", "finetune", ge=0)
+    warmup_epochs: float = option(5.0, "epochs of linear warm-up; at most a fifth of the training", "finetune", ge=0)
+    weight_decay: float = option(0.05, "weight decay of AdamW, not on biases and norms", "finetune", ge=0)
     layer_decay: float | None = option(
-        None, "rate of a layer over that of the next; default 0.65, 0.75 for a large encoder", "finetune"
+        None,
+        "learning-rate factor from a layer to the one below; default 0.65, 0.75 for a large encoder",
+        "finetune",
+        gt=0,
+        le=1,
     )
-    drop_path: float | None = option(None, "stochastic depth; default 0.1, 0.2 for a large encoder", "finetune")
-    clip_grad: float | None = option(None, "largest gradient norm; default no clipping", "finetune")
+    drop_path: float | None = option(
+        None, "stochastic depth rate of the last block; default 0.1, 0.2 for a large encoder", "finetune", ge=0, le=0.99
+    )
+    clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "finetune", gt=0)
     crop_scale: tuple[float, ...] | None = option(
-        None, "area of random crops; default 0.08 1, or 0.5 1 below 96 pixels", "finetune"
+        None,
+        "range of the area of random crops; default 0.08 1, or 0.5 1 below 96 pixels",
+        "finetune",
+        gt=0,
+        le=1,
+        length=(2,),
     )
     flip: bool = option(True, "random left-right flips; default as in pre-training", "finetune")
     rand_augment: float | None = option(
-        None, "magnitude of RandAugment, 0 for none; default 9, or 5 in short runs", "finetune"
+        None, "magnitude of RandAugment, 0: off; default 9, or 5 in short runs", "finetune", ge=0, le=10
     )
-    erase: float | None = option(None, "chance of random erasing; default 0.25, or 0 in short runs", "finetune")
-    mixup: float | None = option(None, "alpha of mixup, 0 for none; default 0.8, or 0 in short runs", "finetune")
-    cutmix: float | None = option(None, "alpha of cutmix, 0 for none; default 1, or 0 in short runs", "finetune")
-    switch: float = option(0.5, "chance of cutmix where both are on", "finetune")
-    label_smoothing: float = option(0.1, "share of the target spread over all classes", "finetune")
+    erase: float | None = option(
+        None, "probability of random erasing; default 0.25, or 0 in short runs", "finetune", ge=0, le=1
+    )
+    mixup: float | None = option(None, "alpha of mixup, 0: off; default 0.8, or 0 in short runs", "finetune", ge=0)
+    cutmix: float | None = option(None, "alpha of CutMix, 0: off; default 1, or 0 in short runs", "finetune", ge=0)
+    switch: float = option(0.5, "probability of CutMix where both are on", "finetune", ge=0, le=1)
+    label_smoothing: float = option(0.1, "label smoothing", "finetune", ge=0, le=0.99)
     test_crop: float | None = option(
-        None, "share of each side kept at test; default 0.875 (256 to 224), or 1 below 96 pixels", "finetune"
+        None,
+        "fraction of each side kept by the center crop at test; default 0.875, or 1 below 96 pixels",
+        "finetune",
+        gt=0,
+        le=1,
     )
-    ema: float | None = option(None, "decay of a moving average of the weights; default none", "finetune")
-    eval_every: float = option(0.1, "share of the run between looks at the test set", "finetune")
-    checkpoint_every: int = option(500, "steps between checkpoints", "finetune")
-    log_every: int = option(20, "steps between lines of metrics.jsonl", "finetune")
+    ema: float | None = option(
+        None, "decay of an exponential moving average of the weights; default none", "finetune", gt=0, le=0.999999
+    )
+    eval_every: float = option(0.1, "fraction of the training between evaluations", "finetune", ge=0, le=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", "finetune", ge=1)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", "finetune", ge=1)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            for v in value if isinstance(value, tuple) else (value,) if value is not None else ():
-                if not (low <= v <= high and math.isfinite(v)):
-                    words = f"be at least {low:g}" if math.isinf(high) else f"lie between {low:g} and {high:g}"
-                    raise ValueError(f"{name} must {words}, got {v}")
-        for name in ("epochs", "steps", "blr", "layer_decay", "test_crop", "ema", "clip_grad"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be greater than 0")
-        if self.crop_scale is not None and not (len(self.crop_scale) == 2 and self.crop_scale[0] > 0):
-            raise ValueError(f"crop_scale takes two numbers above 0, got {self.crop_scale}")
+        super().__post_init__()
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give --epochs or --steps, not both")
 
-    def resolve(self, num_images: int, img_size: tuple[int, int], embed_dim: int) -> "FinetuneConfig":
-        """All settings for a training set: what was given, the rest by these rules.
+    def resolve(self, num_images: int, img_size: tuple[int, int], embed_dim: int) -> Self:
+        """Fill in the defaults for a training set and an encoder.
 
-        - batch: a 32nd of the set, even (mixing pairs images), 16 to 1024, so that small sets get enough steps;
-        - rate: the published one at the published batch of 1024, below with the root of the batch: AdamW's steps do
-          not shrink with the gradient, and the linear rule would leave hardly any rate for a batch of 16;
-        - images below 96 pixels: crops of at least half the area, and the whole image at test;
-        - runs that show fewer than a million images: no mixing and erasing, RandAugment 5 instead of 9. A network
-          sees each label too rarely to fit targets that are mixed;
-        - large encoders: the paper's 50 epochs, layer decay 0.75, drop path 0.2.
+        - Batch size: 1/32 of the training set, even (mixup pairs images), 16 to 1024, so that small sets get enough
+          steps.
+        - Learning rate: the published one at the published batch of 1024. Below, it scales with the square root of
+          the batch: AdamW's steps do not shrink with the gradient, and linear scaling leaves hardly any learning rate
+          for a batch of 16.
+        - Images below 96 pixels: crops of at least half the area, and the whole image at test.
+        - Runs of fewer than a million samples: no mixup, CutMix and erasing, and RandAugment 5 instead of 9. Such
+          runs show each label too rarely to fit mixed targets.
+        - Large encoders: the paper's 50 epochs, layer decay 0.75, drop path 0.2.
 
         Args:
-            num_images: of the training set. img_size: (H, W) of the encoder. embed_dim: its width.
+            num_images: size of the training set. img_size: (H, W) of the encoder. embed_dim: its width.
 
         Returns:
-            a configuration without None but for ``clip_grad``, ``ema``, and one of ``epochs`` and ``steps``.
+            A configuration in which only ``clip_grad``, ``ema``, and one of ``epochs`` and ``steps`` may be None.
         """
         large, small = embed_dim >= LARGE_WIDTH, min(img_size) < SMALL_SIDE
         batch = self.batch_size or max(MIN_BATCH, min(MAX_BATCH, num_images // BATCHES_PER_EPOCH // 2 * 2))
@@ -116,46 +132,11 @@ class FinetuneConfig:
             "cutmix": 1.0 if strong else 0.0,
         }
         changes = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **changes)
+        return self.replace(**changes)
 
     def identity(self) -> dict[str, Any]:
-        """The settings a result depends on, as JSON types."""
-        named = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if k not in _OF_THE_MACHINE}
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> "FinetuneConfig":
-        """From names and values; ValueError for a name that is none."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(options) - set(known)):
-            raise ValueError(f"'finetune' does not take {', '.join(unknown)}; it takes {', '.join(known)}")
-        return cls(**options)
+        """The settings that a result depends on, as JSON types."""
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_IDENTITY}
 
 
-_OF_THE_MACHINE = ("checkpoint_every", "log_every")
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (0, math.inf),
-    "steps": (0, math.inf),
-    "batch_size": (2, math.inf),
-    "accumulate": (1, math.inf),
-    "blr": (0, math.inf),
-    "min_lr": (0, math.inf),
-    "warmup_epochs": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "layer_decay": (0, 1),
-    "drop_path": (0, 0.99),
-    "clip_grad": (0, math.inf),
-    "crop_scale": (0, 1),
-    "rand_augment": (0, 10),
-    "erase": (0, 1),
-    "mixup": (0, math.inf),
-    "cutmix": (0, math.inf),
-    "switch": (0, 1),
-    "label_smoothing": (0, 0.99),
-    "test_crop": (0, 1),
-    "ema": (0, 0.999999),
-    "eval_every": (0, 1),
-    "checkpoint_every": (1, math.inf),
-    "log_every": (1, math.inf),
-}
+_NOT_IN_IDENTITY = ("checkpoint_every", "log_every")  # they change no result

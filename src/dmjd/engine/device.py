@@ -10,6 +10,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+from dmjd.config.fields import DEVICES
+
 
 def make_fabric(device: str, precision: str) -> Fabric:
     """Fabric for this process: devices and nodes as torchrun or SLURM laid them out, else one device.
@@ -63,8 +65,6 @@ class Autocast(MixedPrecision):
         """The same."""
         return data
 
-
-DEVICES = ("auto", "cpu", "cuda")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 

@@ -1,14 +1,15 @@
-"""Evaluation of a trained encoder beside a randomly initialized one. Names are loaded when first used."""
+"""Evaluation of a trained encoder beside a randomly initialized one. Names are imported when first used."""
 
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "Features": "frozen.features",
     "OnlineKnn": "frozen.online_knn",
     "Stopped": "supervised.trainer",
-    "evaluate": "registry",
+    "evaluate": "run",
     "evaluate_all": "frozen.protocol",
+    "evaluate_frozen": "frozen.protocol",
     "extract": "frozen.features",
     "extract_all": "frozen.features",
     "finetune": "supervised.finetune",
@@ -19,10 +20,10 @@ _HOMES = {
     "read_result": "results",
     "results_table": "tables",
 }
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Runs side by side: what their evaluations gave, and in which settings they differ."""
+"""Runs side by side: the results of their evaluations, and the settings in which they differ."""
 
 import dataclasses
 import json
@@ -11,30 +11,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dmjd.config.evaluation import EvaluationConfig
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
+from dmjd.evaluation.results import BASELINES
 from dmjd.figures.grid import DPI, save_figure
 
-# part of evaluation/<task>.json -> what the table and the image call it
+# part of evaluation/<task>.json -> its label
 PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
 
-_NO_RESULTS = ("baselines.json",)  # what evaluations keep beside their results
+_MARKERS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
 
-_MARKS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
-
-# Settings that change a run's look or comfort, not what it learns.
-_UNIMPORTANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]} - set(DURATIONS)
+# Settings that do not change the weights.
+_IRRELEVANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]} - set(DURATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One number with its spread over seeds, where there are several."""
+    """A score, with its standard deviation where there are several seeds."""
 
     value: float
-    spread: float | None = None
+    std: float | None = None
 
     def __str__(self) -> str:
         """In percent."""
-        return f"{100 * self.value:.1f}" + (f" ± {100 * self.spread:.1f}" if self.spread is not None else "")
+        return f"{100 * self.value:.1f}" + (f" ± {100 * self.std:.1f}" if self.std is not None else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Comparison:
     """Evaluations of several runs.
 
     Attributes:
-        runs: the last parts of their paths, as many as tell them apart.
-        scores: (task, metric) -> run -> part of :data:`PARTS` -> score; runs and parts that have none are absent.
-        differences: setting -> its value in each run, of settings that are not the same everywhere; those of an
-            evaluation are called ``task.setting``.
+        runs: names of the runs: as many last parts of their paths as are needed to distinguish them.
+        scores: (task, metric) -> run -> part of :data:`PARTS` -> score. Runs and parts without a score are absent.
+        differences: setting -> its value in each run, for settings that are not equal in all runs. Those of an
+            evaluation are named ``task.setting``.
     """
 
     runs: list[str]
@@ -54,13 +54,13 @@ class Comparison:
 
 
 def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
-    """Read ``evaluation/*.json`` of run folders and set them side by side.
+    """Read ``evaluation/*.json`` of run folders and compare them.
 
     Args:
-        runs: run folders. out: file of a bar image; None = no image.
+        runs: run folders. out: file for a bar chart; None: no chart.
 
     Raises:
-        ValueError: for no runs, a folder without evaluations, a file that cannot be read, or an ending of ``out`` that
+        ValueError: for no runs, a folder without evaluations, a file that cannot be read, or a suffix of ``out`` that
             is no image format.
     """
     if not runs:
@@ -71,9 +71,9 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     for name, tasks in zip(names, evaluations, strict=True):
         for task, content in tasks.items():
             metric = _headline(content["result"], task, name)
-            found = {part: _score(content.get(part), metric) for part in PARTS}
-            parts = {part: score for part, score in found.items() if score is not None}
-            scores.setdefault((task, metric), {})[name] = parts
+            parts = {part: _score(content.get(part), metric) for part in PARTS}
+            present = {part: score for part, score in parts.items() if score is not None}
+            scores.setdefault((task, metric), {})[name] = present
     settings = [_settings(folder, tasks) for folder, tasks in zip(folders, evaluations, strict=True)]
     comparison = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations))
     if out is not None:
@@ -82,7 +82,7 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of different paths, as many as tell them apart."""
+    """As many last parts of different paths as are needed to distinguish them."""
     count = 1
     while len({folder.parts[-count:] for folder in folders}) < len(folders):
         count += 1
@@ -90,24 +90,24 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
-    """task -> content of each file of results in a run folder."""
-    files = sorted(file for file in (run / "evaluation").glob("*.json") if file.name not in _NO_RESULTS)
+    """Task -> content of its file, of all results in a run folder."""
+    files = sorted(file for file in (run / "evaluation").glob("*.json") if file.name != BASELINES)
     if not files:
         raise ValueError(f"{run} holds no evaluation/*.json: make one with dmjd evaluate knn {run}")
-    found = {}
+    evaluations = {}
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(content["result"], dict):
-                raise ValueError("its result is no table of numbers")
+                raise ValueError("its result is not a table of numbers")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no result of dmjd evaluate ({error}): delete it, or evaluate again") from None
-        found[file.stem] = content
-    return found
+        evaluations[file.stem] = content
+    return evaluations
 
 
 def _headline(result: Mapping[str, Any], task: str, run: str) -> str:
-    """The number by which a task is judged: the first of its result."""
+    """The main metric of a task: the first number in its result."""
     for name, value in result.items():
         if _is_number(value):
             return name
@@ -125,31 +125,32 @@ def _is_number(value: Any) -> bool:
 
 
 def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All settings of a run and of its evaluations, flat."""
+    """All settings of a run and of its evaluations, under today's names."""
     file = run / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is not a run's configuration ({error})") from None
-    found = {name: value for name, value in config.items() if name not in _UNIMPORTANT}
+    config = PretrainConfig.from_former(config)
+    settings = {name: value for name, value in config.items() if name not in _IRRELEVANT}
     for task, content in tasks.items():
-        own = {**content.get("configuration", {}), "seed": content.get("seed")}
-        own["data"] = content.get("data", {}).get("fingerprint")
-        found |= {f"{task}.{name}": value for name, value in own.items()}
-    return found
+        own = EvaluationConfig.from_former(content.get("configuration", {}))
+        own |= {"seed": content.get("seed"), "data": content.get("data", {}).get("fingerprint")}
+        settings |= {f"{task}.{name}": value for name, value in own.items()}
+    return settings
 
 
 def _differences(
     settings: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[str]]:
-    """Settings with more than one value; those of a task only among the runs that have it."""
-    found = {}
+    """Settings with more than one value; those of a task among the runs that have its result."""
+    differences = {}
     for name in dict.fromkeys(name for one in settings for name in one):
         task = name.split(".")[0]
-        asked = [one for one, tasks in zip(settings, evaluations, strict=True) if "." not in name or task in tasks]
-        if len({json.dumps(one.get(name)) for one in asked}) > 1:
-            found[name] = [_text(one[name]) if name in one else "-" for one in settings]
-    return found
+        compared = [one for one, tasks in zip(settings, evaluations, strict=True) if "." not in name or task in tasks]
+        if len({json.dumps(one.get(name)) for one in compared}) > 1:
+            differences[name] = [_text(one[name]) if name in one else "-" for one in settings]
+    return differences
 
 
 def _text(value: Any) -> str:
@@ -158,34 +159,34 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def comparison_tables(found: Comparison) -> list[Table]:
-    """Scores in percent, a row for each task and run; and the settings that differ, where any do."""
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """A table of scores in percent, a row for each task and run; and one of the settings that differ, if any do."""
     scores = Table("task", "metric, %", title="evaluations", title_justify="left")
     scores.add_column("run", overflow="fold")
     for label in PARTS.values():
         scores.add_column(label, justify="right")
-    for (task, metric), runs in found.scores.items():
+    for (task, metric), runs in comparison.scores.items():
         for run, parts in runs.items():
             scores.add_row(task, metric, run, *(str(parts.get(part, "-")) for part in PARTS))
         scores.add_section()
-    if not found.differences:
+    if not comparison.differences:
         return [scores]
     settings = Table(title="settings that differ", title_justify="left")
-    for label in ("setting", *found.runs):
+    for label in ("setting", *comparison.runs):
         settings.add_column(label, overflow="fold")
-    for name, values in found.differences.items():
+    for name, values in comparison.differences.items():
         settings.add_row(name, *values)
     return [scores, settings]
 
 
-def comparison_figure(found: Comparison) -> Figure:
-    """A panel for each task: a bar for each run, marks for its baselines."""
-    tasks = list(found.scores)
-    height = 0.36 * len(found.runs) + 0.9
+def comparison_figure(comparison: Comparison) -> Figure:
+    """A panel for each task: a bar for each run, markers for its baselines."""
+    tasks = list(comparison.scores)
+    height = 0.36 * len(comparison.runs) + 0.9
     figure = Figure(figsize=(7.5, height * len(tasks) + 0.4), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
     for axes, (task, metric) in zip(panels, tasks, strict=True):
-        _bars(axes, found.runs, found.scores[task, metric])
+        _bars(axes, comparison.runs, comparison.scores[task, metric])
         axes.set_title(f"{task}: {metric}, %", fontsize=9, loc="left")
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -196,20 +197,20 @@ def comparison_figure(found: Comparison) -> Figure:
 
 
 def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> None:
-    """The runs from top to bottom; one without a result keeps an empty place, so that colors mean the same run."""
-    for place, run in enumerate(runs):
+    """Runs from top to bottom. A run without a result keeps an empty row, so that colors are the same in all panels."""
+    for row, run in enumerate(runs):
         parts = scores.get(run, {})
-        words, end = "-", 0.0  # what stands at the bar's end, right of its baselines
+        label, end = "-", 0.0  # text to the right of the bar and its markers
         if "result" in parts:
             score = parts["result"]
-            spread = 100 * score.spread if score.spread is not None else None
-            axes.barh(place, 100 * score.value, 0.62, color=f"C{place % 10}", xerr=spread)
-            words, end = str(score), max(score.value + (score.spread or 0), *(s.value for s in parts.values()))
-        axes.annotate(words, (100 * end, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
-        for part, (marker, color) in _MARKS.items():
+            error = 100 * score.std if score.std is not None else None
+            axes.barh(row, 100 * score.value, 0.62, color=f"C{row % 10}", xerr=error)
+            label, end = str(score), max(score.value + (score.std or 0), *(s.value for s in parts.values()))
+        axes.annotate(label, (100 * end, row), (7, 0), textcoords="offset points", va="center", fontsize=8)
+        for part, (marker, color) in _MARKERS.items():
             if part in parts:
                 style: dict[str, Any] = {"marker": marker, "color": color, "linestyle": "", "markeredgewidth": 2.0}
-                axes.plot([100 * parts[part].value], [place], label=PARTS[part], markersize=11, **style)
+                axes.plot([100 * parts[part].value], [row], label=PARTS[part], markersize=11, **style)
     axes.set_yticks(range(len(runs)), runs, fontsize=8)
     axes.set(ylim=(len(runs) - 0.5, -0.5))
     axes.margins(x=0.12)

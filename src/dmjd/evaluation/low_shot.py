@@ -1,4 +1,4 @@
-"""Evaluation with few labels: stratified subsets that follow from a seed, and the mean and spread of their results."""
+"""Low-shot evaluation: stratified subsets of the labels by seed, mean and standard deviation over seeds."""
 
 import math
 import statistics
@@ -11,20 +11,20 @@ import torch
 
 from dmjd.rng import STREAM_HOLD_OUT, STREAM_SUBSET, hash64
 
-SEEDS_OF_FEW = 3
+LOW_SHOT_SEEDS = 3
 
 
 @dataclass(frozen=True)
 class LowShot:
-    """How many labels may be used, and over how many seeds the result is taken.
+    """How many labels are used, and how many seeds the result is averaged over.
 
     Attributes:
-        per_class: images of each class; a class that has fewer gives all it has. fraction: share of each class,
-            rounded, at least one image. Neither: all labels.
-        seeds: repetitions, with seeds counted up from the evaluation's own; None: 3 with few labels, else 1.
+        per_class: number of images of each class, or all of a class that has fewer.
+        fraction: fraction of each class, rounded, at least one image. Neither of the two: all labels.
+        seeds: number of consecutive seeds from that of the evaluation; None: 3 on a subset of the labels, else 1.
 
     Raises:
-        ValueError: for both at once, or numbers that cannot be.
+        ValueError: for ``per_class`` and ``fraction`` at once, or invalid numbers.
     """
 
     per_class: int | None = None
@@ -43,38 +43,41 @@ class LowShot:
 
     @property
     def few(self) -> bool:
-        """Whether only a part of the labels is used."""
+        """Whether a subset of the labels is used."""
         return self.per_class is not None or self.fraction is not None
 
     def seeds_from(self, seed: int) -> list[int]:
-        """The seeds of all repetitions."""
-        return [seed + i for i in range(self.seeds or (SEEDS_OF_FEW if self.few else 1))]
+        """The seeds, starting at the evaluation's own."""
+        return [seed + i for i in range(self.seeds or (LOW_SHOT_SEEDS if self.few else 1))]
 
     def rows(self, labels: np.ndarray, seed: int) -> np.ndarray:
-        """Which images of a set with labels [n] are used: [m] int64, ascending.
+        """Indices of the images that are used, of a set with labels [n]: [m] int64, ascending.
 
-        A function of seed, place and label: of one seed, the subset for fewer labels lies in the one for more.
+        A function of seed, index and label. Of one seed, a smaller subset is contained in every larger one.
         """
         if not self.few:
             return np.arange(len(labels))
         if self.per_class is not None:
             return stratified(labels, lambda n: min(n, self.per_class or n), STREAM_SUBSET, seed)
-        share = self.fraction or 1.0
-        return stratified(labels, lambda n: max(1, round_half_up(share * n)), STREAM_SUBSET, seed)
+        fraction = self.fraction or 1.0
+        return stratified(labels, lambda n: max(1, round_half_up(fraction * n)), STREAM_SUBSET, seed)
 
     def describe(self) -> dict[str, Any]:
-        """What was asked for, as JSON types; empty for all labels and one seed."""
+        """The settings that are not the default, as JSON types."""
         named = {"labels_per_class": self.per_class, "label_fraction": self.fraction, "seeds": self.seeds}
         return {name: value for name, value in named.items() if value is not None}
 
 
+ALL_LABELS = LowShot()
+
+
 def round_half_up(x: float) -> int:
-    """The nearest whole number; unlike ``round``, never down from a half, so that larger shares never give less."""
+    """Round to the nearest integer, halves up. ``round`` is not monotonic: it rounds halves to even."""
     return math.floor(x + 0.5)
 
 
 def stratified(labels: np.ndarray, quota: Any, stream: int, seed: int) -> np.ndarray:
-    """``quota(count)`` images of each class, in an order drawn by the counter-based hash: [m] int64, ascending."""
+    """Indices of ``quota(count)`` images of each class, drawn by the counter-based hash: [m] int64, ascending."""
     order = hash64(stream, seed, torch.arange(len(labels))).argsort(stable=True).numpy()
     chosen = []
     for label in np.unique(labels):
@@ -83,13 +86,13 @@ def stratified(labels: np.ndarray, quota: Any, stream: int, seed: int) -> np.nda
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """A part of a training set to choose settings on: [n] bool, stratified; a class of one image gives none.
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """A stratified part of a training set on which settings are chosen: [n] bool. It has no class with one image.
 
     Raises:
-        ValueError: where no class has two images.
+        ValueError: if no class has two images.
     """
-    rows = stratified(labels, lambda n: min(n - 1, max(1, round_half_up(share * n))), STREAM_HOLD_OUT, seed)
+    rows = stratified(labels, lambda n: min(n - 1, max(1, round_half_up(fraction * n))), STREAM_HOLD_OUT, seed)
     if len(rows) == 0:
         raise ValueError("no class has two images, so no part of the training set can be held out: use more labels")
     held = np.zeros(len(labels), dtype=bool)
@@ -98,9 +101,9 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def summarize(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """One result of several seeds: means, ``<name>_std`` (of a sample), and each seed's own under "per_seed".
+    """Mean over seeds, sample standard deviation under ``<name>_std``, and the result of each seed under "per_seed".
 
-    Numbers in dicts are averaged in place; a single result is returned as it is.
+    Numbers in nested dicts are averaged too. A single result is returned unchanged.
     """
     if len(results) == 1:
         return dict(results[0])

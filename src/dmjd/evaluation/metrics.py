@@ -1,4 +1,4 @@
-"""Scores: accuracy, intersection over union, average precision."""
+"""Metrics: accuracy, intersection over union, average precision."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,43 +7,42 @@ from torch import Tensor
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes score as high as the true one or higher: scores [b, classes], labels [b] -> [b] int64.
+    """Number of other classes that score at least as high as the label: scores [b, classes], labels [b] -> [b] int64.
 
-    A tie or a score that is no number counts against the classifier, so that constant scores earn nothing.
+    Ties and NaN count against the classifier, so that constant scores are not rewarded.
     """
-    truth = scores.gather(1, labels.unsqueeze(1))  # b, 1
-    return scores.shape[1] - 1 - (scores < truth).sum(dim=1)
+    target = scores.gather(1, labels.unsqueeze(1))  # b, 1
+    return scores.shape[1] - 1 - (scores < target).sum(dim=1)
 
 
 def accuracies(ranks: Tensor) -> dict[str, float]:
-    """Shares of images whose label is the first guess, and among the first five."""
+    """Top-1 and top-5 accuracy, 0 to 1, from :func:`label_ranks`."""
     return {f"top{k}": int((ranks < k).sum()) / len(ranks) for k in (1, 5)}
 
 
 def iou_scores(confusion: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Scores of a confusion matrix [K, K] (true by predicted) of pixels.
+    """Segmentation metrics from a confusion matrix [K, K] of pixels (ground truth by prediction).
 
-    Intersection over union of each class over the whole set; a class that neither is there nor is predicted has none
-    and does not count in the mean.
+    Classes that are neither in the ground truth nor predicted have no IoU and do not count in the mean.
 
     Returns:
-        "miou", "pixel_accuracy", "mean_accuracy" (of the classes that are there), 0 to 1, and "iou" by name (None
-        where there is none).
+        "miou", "pixel_accuracy", "mean_accuracy" (of the classes in the ground truth), 0 to 1, and "iou" by class name,
+        None for classes without.
     """
     confusion = confusion.double()
-    hits, truth, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    union = truth + said - hits
+    hits, ground_truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    union = ground_truth + predicted - hits
     iou = hits / union
     return {
         "miou": float(iou[union > 0].mean()),
-        "pixel_accuracy": float(hits.sum() / truth.sum()),
-        "mean_accuracy": float((hits / truth)[truth > 0].mean()),
+        "pixel_accuracy": float(hits.sum() / ground_truth.sum()),
+        "mean_accuracy": float((hits / ground_truth)[ground_truth > 0].mean()),
         "iou": {name: float(v) if u > 0 else None for name, v, u in zip(names, iou, union, strict=True)},
     }
 
 
-# torchmetrics' name: ours
-_SCORES = {
+# name in torchmetrics: name in results
+_NAMES = {
     "map": "ap",
     "map_50": "ap50",
     "map_75": "ap75",
@@ -54,8 +53,8 @@ _SCORES = {
 
 
 def average_precisions(values: dict[str, Tensor], prefix: str, classes: list[str]) -> dict[str, Any]:
-    """torchmetrics' values under our names: "ap" and others, 0 to 1 or None where no object is, and "per_class"."""
-    scores: dict[str, Any] = {ours: _or_none(values[prefix + theirs]) for theirs, ours in _SCORES.items()}
+    """Average precisions from torchmetrics: "ap", ..., 0 to 1 or None without objects; and "per_class" by name."""
+    scores: dict[str, Any] = {name: _or_none(values[prefix + theirs]) for theirs, name in _NAMES.items()}
     present = values["classes"].reshape(-1).tolist()
     each = values[f"{prefix}map_per_class"].reshape(-1)
     by_class = {classes[int(k)]: _or_none(v) for k, v in zip(present, each, strict=True)}

@@ -1,53 +1,122 @@
-"""Evaluations by name: ``evaluate``."""
+"""The table of evaluations. A new one is a file and its line in :data:`TASKS`.
+
+Nothing here imports torch: configuration and function are named by ``module:name`` and imported when they are needed.
+So the command line lists all tasks, and parses their flags, without loading a library that it does not use.
+"""
 
 import importlib
-import inspect
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from dmjd.evaluation.frozen.protocol import evaluate_all
-from dmjd.evaluation.supervised.finetune import finetune
+from dmjd.config.evaluation import EvaluationConfig
+from dmjd.config.fields import nearest
 
 
-def _late(task: str) -> Callable[..., dict[str, Any]]:
-    """An evaluation whose libraries take seconds to import, imported when it is called."""
+@dataclass(frozen=True)
+class EvaluationTask:
+    """An evaluation: flags, overview, ``dmjd.evaluate`` and result tables follow from it.
 
-    def evaluation(run: str | Path, **options: Any) -> dict[str, Any]:
-        return getattr(importlib.import_module(f"dmjd.evaluation.supervised.{task}"), task)(run, **options)
+    Attributes:
+        name: name on the command line, and of its result in ``evaluation/<name>.json``.
+        config: "module:name" of its settings, an :class:`~dmjd.config.evaluation.EvaluationConfig`.
+        run: "module:name" of the function ``run(run_folder, **settings) -> result`` that evaluates an encoder and a
+            randomly initialized one, and returns what it writes: "result", "random_init", "configuration", ...
+        help: one line for the overview.
+        example: the ``--data`` of the example in its help.
+    """
 
-    return evaluation
+    name: str
+    config: str
+    run: str
+    help: str
+    example: str = "cifar10"
+
+    def load_config(self) -> type[EvaluationConfig]:
+        """The class of its settings."""
+        return _load(self.config)
+
+    def load_run(self) -> Callable[..., dict[str, Any]]:
+        """The function that evaluates."""
+        return _load(self.run)
 
 
-# name: evaluation(run, *, its settings) that trains the whole encoder
-TRAINED: dict[str, Callable[..., dict[str, Any]]] = {
-    "finetune": finetune,
-    "segmentation": _late("segmentation"),
-    "detection": _late("detection"),
+@dataclass(frozen=True)
+class FrozenTask(EvaluationTask):
+    """An evaluation of frozen features, all of which share one pass over the images.
+
+    Attributes:
+        run: "module:name" of a function ``run(train, test, *, device, **settings) -> scores`` of two
+            :class:`~dmjd.evaluation.frozen.features.Features`. The protocol calls it for the encoder, for random
+            weights and for raw pixels.
+        layers: whether it takes the features of several layers, instead of the pooled feature alone.
+    """
+
+    layers: bool = False
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_CONFIG, _FROZEN, _SUPERVISED = "dmjd.config", "dmjd.evaluation.frozen", "dmjd.evaluation.supervised"
+
+TASKS: dict[str, EvaluationTask] = {
+    task.name: task
+    for task in (
+        FrozenTask("knn", f"{_CONFIG}:KnnConfig", f"{_FROZEN}.knn:knn", "nearest neighbors in the frozen features"),
+        FrozenTask(
+            "linear", f"{_CONFIG}:LinearConfig", f"{_FROZEN}.linear:linear_probe", "linear probe on the frozen features"
+        ),
+        FrozenTask(
+            "linear_sweep",
+            f"{_CONFIG}:LinearSweepConfig",
+            f"{_FROZEN}.linear_sweep:linear_sweep",
+            "linear probes on several layers, poolings and learning rates",
+            layers=True,
+        ),
+        EvaluationTask(
+            "finetune",
+            f"{_CONFIG}:FinetuneConfig",
+            f"{_SUPERVISED}.finetune:finetune",
+            "fine-tune the whole encoder as a classifier",
+        ),
+        EvaluationTask(
+            "segmentation",
+            f"{_CONFIG}:SegmentationConfig",
+            f"{_SUPERVISED}.segmentation:segmentation",
+            "train the whole encoder for semantic segmentation",
+            example="camvid --ignore-index 11",
+        ),
+        EvaluationTask(
+            "detection",
+            f"{_CONFIG}:DetectionConfig",
+            f"{_SUPERVISED}.detection:detection",
+            "train the whole encoder for object detection",
+            example="bccd",
+        ),
+    )
 }
 
 
-def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
-    """Measure a trained encoder, and by the same protocol a randomly initialized one.
+def get_task(name: str) -> EvaluationTask:
+    """A task by name; ValueError with the nearest for an unknown one."""
+    if name not in TASKS:
+        raise ValueError(
+            f"unknown evaluation '{name}'; did you mean '{nearest(name, TASKS)}'? There are: {', '.join(TASKS)}"
+        )
+    return TASKS[name]
 
-    Args:
-        task: "knn", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
-        run: a run folder; or an encoder file or checkpoint, together with ``data``.
-        options: of :func:`evaluate_all` and of the task: ``k``, ``temperature`` (knn); ``epochs``, ``blr``,
-            ``weight_decay`` (linear, linear_sweep); or those of :func:`~dmjd.evaluation.supervised.finetune.finetune`,
-            :func:`~dmjd.evaluation.supervised.segmentation.segmentation` and
-            :func:`~dmjd.evaluation.supervised.detection.detection`.
 
-    Returns:
-        What is written to ``evaluation/<task>.json``: "result", "random_init" and, for tasks on frozen features,
-        "raw_pixels" with accuracies 0 to 1 under "top1" and "top5"; "configuration", "data", "seed", "versions", ...
+def get_frozen_task(name: str) -> FrozenTask:
+    """A task on frozen features by name; ValueError for another."""
+    task = get_task(name)
+    if not isinstance(task, FrozenTask):
+        raise ValueError(f"'{name}' is no evaluation on frozen features; there are: {', '.join(frozen_names())}")
+    return task
 
-    Raises:
-        ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabeled, has one class
-            or no test part.
-    """
-    if task in TRAINED:
-        return TRAINED[task](run, **options)
-    shared = set(inspect.signature(evaluate_all).parameters)
-    own = {name: value for name, value in options.items() if name not in shared}
-    return evaluate_all({task: own}, run, **{k: v for k, v in options.items() if k in shared})[task]
+
+def frozen_names() -> list[str]:
+    """Names of all tasks on frozen features."""
+    return [task.name for task in TASKS.values() if isinstance(task, FrozenTask)]

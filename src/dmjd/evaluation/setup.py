@@ -1,4 +1,4 @@
-"""What an evaluation needs before it starts: the run's configuration and sets with labels."""
+"""Preparation of an evaluation: the configuration of the run and labeled data sets."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,12 @@ from dmjd.runs.build import LISTING, open_data, open_test_data, read_config
 
 
 def config_of(run: Path) -> PretrainConfig:
-    """A run folder's configuration; the default one for an encoder file, which has no data of its own."""
+    """The configuration of a run folder; the default one for an encoder file."""
     return read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
 
 
 def given_data(data: str | Path | None, test_data: str | Path | None, labels: str | None) -> dict[str, str]:
-    """What the caller says about the data, without what is left to the run."""
+    """The settings about the data that the caller gave, as strings."""
     given = {"data": data, "test_data": test_data, "labels": labels}
     return {name: str(value) for name, value in given.items() if value is not None}
 
@@ -29,7 +29,7 @@ def given_data(data: str | Path | None, test_data: str | Path | None, labels: st
 def open_sets(
     config: PretrainConfig, run: Path, encoder: Encoder, given: Mapping[str, Any]
 ) -> tuple[Source, Source, Tensor]:
-    """Training and test set, and the test labels [n] as indices into the training set's classes.
+    """Training and test set, and the test labels [n] as indices into the training classes.
 
     Raises:
         ValueError: for data that is missing, unlabeled, has one class or no test part.
@@ -47,6 +47,15 @@ def open_sets(
     test = open_test_data(config, data, test_data)
     if test is None:
         raise ValueError(f"{data} has no test part: pass --test-data")
-    test_labels = torch.from_numpy(align_labels(train, test))
-    check_labels(torch.as_tensor(train.labels), test_labels)
-    return train, test, test_labels
+    return train, test, aligned_labels(train, test)
+
+
+def aligned_labels(train: Source, test: Source) -> Tensor:
+    """Labels of the test set as indices into the classes of the training set: [n] int64.
+
+    Raises:
+        ValueError: for sets that are empty or unlabeled, a single class, or test classes the training set lacks.
+    """
+    labels = torch.from_numpy(align_labels(train, test))
+    check_labels(torch.as_tensor(train.labels), labels)
+    return labels

@@ -11,7 +11,7 @@ ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_p
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Top-1 accuracies in percent: a row for the encoder and each baseline, a column for each task.
 
-    Of segmentation and detection all scores: a row for each, a column for the encoder and its baseline.
+    Tasks without a top-1 accuracy have a row for each score, and a column for the encoder and its baseline.
 
     Args:
         results: task -> what :func:`dmjd.evaluate` returned.
@@ -41,7 +41,7 @@ def _scores_table(task: str, result: Mapping[str, Any]) -> Table:
 
 
 def _flat(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """Scores by name, those of classes and masks with the group before; what is no score left out."""
+    """Scores by name, nested ones as "group name"; other values are left out."""
     flat: dict[str, float | None] = {}
     for name, value in scores.items():
         if isinstance(value, Mapping):
@@ -54,5 +54,5 @@ def _flat(scores: Mapping[str, Any]) -> dict[str, float | None]:
 def _cell(scores: Mapping[str, Any] | None) -> str:
     if scores is None:
         return "-"
-    spread = f" ± {100 * scores['top1_std']:.1f}" if "top1_std" in scores else ""
-    return f"{100 * scores['top1']:.1f}{spread}"
+    deviation = f" ± {100 * scores['top1_std']:.1f}" if "top1_std" in scores else ""
+    return f"{100 * scores['top1']:.1f}{deviation}"

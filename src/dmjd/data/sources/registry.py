@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dmjd.config.fields import LABELS
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
@@ -18,8 +19,6 @@ from dmjd.data.sources.torchvision_sets import NamedSource
 SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, FolderSource, HubSource)
 
 SPLITS = ("train", "test")
-
-LABELS = ("none", "folder", "column")
 
 
 def open_source(

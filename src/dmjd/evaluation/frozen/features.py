@@ -1,4 +1,4 @@
-"""One pass over a set of images, from which every evaluator on frozen features draws.
+"""Features of a set of images for all evaluations on frozen features, extracted in one pass.
 
 Shapes: n images, D width of a feature, C image channels, H, W image sides.
 """
@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmjd.config.fields import FEATURE_PRECISIONS
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
 
-PRECISIONS = ("fp32", "bf16")
-
-RAW_PIXEL_VALUES = 32 * 32 * 3  # most numbers a raw-pixel feature has
+RAW_PIXEL_VALUES = 32 * 32 * 3  # largest size of a raw-pixel feature
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,16 @@ class Features:
 
     Attributes:
         x: [n, D] float32. labels: [n] int64, -1 where the source has none.
-        rows: [n] int64, which images of the source they belong to; ascending.
-        bad: (name, reason) of the images that could not be read.
+        rows: [n] int64, indices of the images in the source; ascending.
+        unreadable: (name, reason) of the images that could not be read.
+        parts: names of the features that are concatenated in ``x``, each of the same width.
     """
 
     x: Tensor
     labels: Tensor
     rows: Tensor
     unreadable: tuple[tuple[str, str], ...] = ()
+    parts: tuple[str, ...] = ("features",)
 
 
 # Maps a batch of images, normalized [b, C, H, W] on the device, to features [b, D].
@@ -47,13 +48,13 @@ def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
     """The downstream feature of an encoder: normalized [b, C, H, W] -> [b, D] float32.
 
     Args:
-        encoder: the encoder. precision: "fp32", or "bf16" for autocast in its blocks; pooling is float32.
+        encoder: in evaluation mode. precision: "fp32" or "bf16" (autocast); pooling is float32.
 
     Raises:
         ValueError: for another precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got '{precision}'")
+    if precision not in FEATURE_PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(FEATURE_PRECISIONS)}, got '{precision}'")
 
     def extract_features(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -64,7 +65,7 @@ def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """Images as they are: normalized [b, C, H, W] -> [b, C*h*w], reduced by area to at most 3,072 values."""
+    """Raw pixels as features: normalized [b, C, H, W] -> [b, C*h*w], downsampled by area to at most 3,072 values."""
     _, C, H, W = images.shape
     if C * H * W > RAW_PIXEL_VALUES:
         scale = math.sqrt(RAW_PIXEL_VALUES / (C * H * W))
@@ -84,16 +85,16 @@ def extract_all(
     """Several kinds of features in one pass, so that each image is read and decoded once.
 
     Args:
-        extractors: name -> function; each runs on the same batches, without gradients.
-        source: images in their own order; unreadable ones are left out and listed.
-        preprocess: how images become tensors. batch_size: images at once.
-        device: where the functions run. num_workers: decoding processes; None = by the machine.
+        extractors: name -> function; all run on the same batches, without gradients.
+        source: the images, in order; unreadable ones are skipped and listed.
+        preprocess: how images become tensors. batch_size: images per batch.
+        device: where the functions run. num_workers: decoding processes; None: by the number of cores.
 
     Returns:
-        The features under the same names.
+        Features by the names of ``extractors``.
 
     Raises:
-        ValueError: for a batch size that is not positive, or if no image can be read.
+        ValueError: for a batch size below 1, or if no image can be read.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -121,14 +122,14 @@ def extract(
     device: torch.device | str = "cpu",
     num_workers: int | None = None,
 ) -> Features:
-    """Pooled features ``encoder.pool(encoder(images))`` of every image, in the source's order.
+    """Pooled features ``encoder.pool(encoder(images))`` of every image of a source, in order.
 
     Args:
         encoder: moved to ``device``, in evaluation mode for the pass; its ``preprocess`` must be set.
         source, batch_size, device, num_workers: as in :func:`extract_all`.
 
     Raises:
-        ValueError: if the encoder knows no preprocessing, or no image can be read.
+        ValueError: if the encoder has no preprocessing, or no image can be read.
     """
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
@@ -137,10 +138,10 @@ def extract(
 
 
 def check_labels(train: Tensor, test: Tensor) -> int:
-    """The number of classes of two sets of labels, [n] int64 each.
+    """The number of classes in the labels of a training and a test set, [n] int64 each.
 
     Raises:
-        ValueError: for sets that are empty or unlabeled, or a single class to train on.
+        ValueError: for a set that is empty or unlabeled, or a training set with a single class.
     """
     for name, labels in (("training", train), ("test", test)):
         if len(labels) == 0:
@@ -153,10 +154,10 @@ def check_labels(train: Tensor, test: Tensor) -> int:
 
 
 def check_features(train: Features, test: Features) -> int:
-    """The number of classes of two sets of features that a classifier can be trained and tested on.
+    """Check features of a training and a test set, and return the number of classes.
 
     Raises:
-        ValueError: for labels that can't be used, values that are not finite, or sets of different widths.
+        ValueError: for unusable labels, values that are not finite, or features of different widths.
     """
     for name, features in (("training", train), ("test", test)):
         if len(features.x) != len(features.labels):

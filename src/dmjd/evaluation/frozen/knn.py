@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018, as DINO reports it)."""
+"""Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018, as reported by DINO)."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmjd.config.evaluation import KnnConfig
 from dmjd.evaluation.frozen.features import Features, check_features
 from dmjd.evaluation.metrics import accuracies, label_ranks
 
@@ -18,46 +19,46 @@ def knn(
     train: Features,
     test: Features,
     *,
-    k: int = 20,
-    temperature: float = 0.07,
+    k: int = KnnConfig.k,
+    temperature: float = KnnConfig.temperature,
+    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Each of the k nearest training features by cosine similarity votes for its class with exp(similarity / T).
 
-    Nothing is trained, so there is nothing to tune and nothing random.
-
     Args:
         train, test: labeled features of the same width.
-        k: neighbors that vote; a training set of fewer lets all of them vote.
-        temperature: T; small values trust the nearest most.
-        device: where the products are computed.
+        k: neighbors that vote; all of them in a training set that has fewer.
+        temperature: T; the smaller, the more the nearest neighbors count.
+        seed: accepted like by the other evaluations; nothing here is random.
+        device: where similarities are computed.
 
     Returns:
-        {"top1", "top5"}: shares of the test set between 0 and 1; "top1_by_k": {"1": ..., "5", "10", "20" and k}.
+        {"top1", "top5"}: accuracies from 0 to 1; "top1_by_k": {"1": ..., "5", "10", "20" and k}.
 
     Raises:
-        ValueError: for k or temperature that are not positive, or features that lack labels or values.
+        ValueError: for k or temperature that are not positive, or features without labels or with values that are not
+            finite.
     """
-    if k < 1 or not temperature > 0:
-        raise ValueError(f"k and temperature must be positive, got k={k} and temperature={temperature}")
+    KnnConfig(k=k, temperature=temperature)  # raises for invalid settings
     num_classes = check_features(train, test)
     bank = F.normalize(train.x.to(device), dim=1)  # n, D
     labels = train.labels.to(device)  # n
     chunk = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))
     counts = sorted({*NEIGHBORS, k})
     ranks: dict[int, list[Tensor]] = {count: [] for count in counts}
-    for x, truth in zip(test.x.split(chunk), test.labels.split(chunk), strict=True):
+    for x, target in zip(test.x.split(chunk), test.labels.split(chunk), strict=True):
         similarity = F.normalize(x.to(device), dim=1) @ bank.T  # b, n
-        nearest, who = similarity.topk(min(counts[-1], len(bank)), dim=1)  # b, neighbors, the nearest first
+        nearest, index = similarity.topk(min(counts[-1], len(bank)), dim=1)  # b, k; in descending order
         for count in counts:
-            votes = _votes(nearest[:, :count], labels[who[:, :count]], temperature, num_classes)  # b, classes
-            ranks[count].append(label_ranks(votes, truth.to(device)))
-    found = {count: accuracies(torch.cat(parts)) for count, parts in ranks.items()}
-    return found[k] | {"top1_by_k": {str(count): scores["top1"] for count, scores in found.items()}}
+            votes = _votes(nearest[:, :count], labels[index[:, :count]], temperature, num_classes)  # b, classes
+            ranks[count].append(label_ranks(votes, target.to(device)))
+    scores = {count: accuracies(torch.cat(parts)) for count, parts in ranks.items()}
+    return scores[k] | {"top1_by_k": {str(count): score["top1"] for count, score in scores.items()}}
 
 
 def _votes(nearest: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """Similarities and labels of the nearest, [b, k] -> [b, classes] summed votes, relative to the very nearest's."""
-    # Taking the largest off first changes no order between classes and keeps small temperatures from overflowing.
+    """Similarities and labels of the neighbors, [b, k] -> votes [b, classes], relative to that of the nearest."""
+    # Subtracting the maximum does not change the order of classes, and small temperatures do not overflow.
     weights = ((nearest - nearest[:, :1]) / temperature).exp()
     return nearest.new_zeros(len(nearest), num_classes).scatter_add_(1, labels, weights)

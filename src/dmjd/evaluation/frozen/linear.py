@@ -1,4 +1,4 @@
-"""Linear probe on frozen features: the MAE protocol, its schedule fitted to sets smaller than ImageNet."""
+"""Linear probe on frozen features: the protocol of MAE, with a schedule that also suits sets smaller than ImageNet."""
 
 from collections.abc import Iterator
 
@@ -7,41 +7,40 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from dmjd.config.evaluation import PROBE_EPOCHS, LinearConfig
 from dmjd.engine.optim import warmup_cosine
 from dmjd.evaluation.frozen.features import Features, check_features
 from dmjd.evaluation.metrics import accuracies, label_ranks
 
-EPOCHS = 90
-
-WARMUP_SHARE = 10 / 90
+WARMUP = 10 / PROBE_EPOCHS  # as a fraction of the steps
 
 MAX_BATCH, MIN_BATCH = 4096, 16
 
 BATCHES_PER_EPOCH = 24
 
-FULL_SIZE = 500_000  # from this many images on, the published learning rate is taken as it is
+FULL_SIZE = 500_000  # images; for larger sets the published learning rate is used unchanged
 
 
-def probe_schedule(num_train: int, batch_size: int | None = None, blr: float = 0.1) -> tuple[int, float]:
+def probe_schedule(num_train: int, batch_size: int | None = None, blr: float = LinearConfig.blr) -> tuple[int, float]:
     """Batch size and peak learning rate for a training set of ``num_train`` features.
 
-    LARS moves the weights by a fixed share of their own norm at each step, about ``0.001 * lr``, and lr follows the
-    batch, so how far they can get in a run is proportional to epochs * images * blr. The published numbers (batch
-    4096, blr 0.1, 90 epochs) give enough of that on ImageNet; on 12,000 images they stop after 180 steps, 14 points
-    short of logistic regression. Below ``FULL_SIZE`` images the rate is therefore raised in proportion and the batch
-    is a 24th of the set, which keeps single steps small enough to be stable:
+    Each LARS step changes the weights by about ``0.001 * lr`` of their norm, and lr is proportional to the batch, so
+    the total change in a run is proportional to epochs * images * blr. The published values (batch 4096, blr 0.1,
+    90 epochs) suffice on ImageNet. On 12,000 images they end after 180 steps, 14 points below logistic regression.
+    Below ``FULL_SIZE`` images the learning rate is therefore raised in proportion, and the batch is 1/24 of the set,
+    so that single steps stay stable:
 
         batch = num_train / 24, within 16 .. 4096;    lr = blr * batch / 256 * max(1, 500,000 / max(num_train, 24 * 16))
 
     Args:
-        num_train: images in the training set.
-        batch_size: overrides the batch; never more than the set. blr: base learning rate, as published.
+        num_train: size of the training set.
+        batch_size: overrides the batch size; limited by the size of the set. blr: base learning rate.
 
     Returns:
         (batch size, peak learning rate).
 
     Raises:
-        ValueError: for a batch or rate that is not positive.
+        ValueError: for a batch size or learning rate that is not positive.
     """
     if blr <= 0 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"blr and batch_size must be positive, got blr={blr} and batch_size={batch_size}")
@@ -58,34 +57,33 @@ def linear_probe(
     epochs: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
-    blr: float = 0.1,
-    weight_decay: float = 0.0,
+    blr: float = LinearConfig.blr,
+    weight_decay: float = LinearConfig.weight_decay,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Train one linear layer on frozen features and test it.
 
     BatchNorm without affine (eps 1e-6), then a linear layer (weights normal with std 0.01, bias zero), cross-entropy,
-    LARS (momentum 0.9, trust 0.001, biases not adapted), linear warm-up over a ninth of the steps, then cosine to
-    zero. Unlike in the published protocol the features are those of the center crop: computed once, not augmented.
-    The batch and the rate follow the size of the set, see :func:`probe_schedule`.
+    LARS (momentum 0.9, trust coefficient 0.001, biases not adapted), linear warm-up over 1/9 of the steps, then cosine
+    decay to zero. Unlike in the published protocol, the features are those of the center crop, computed once and not
+    augmented. Batch size and learning rate depend on the size of the training set, see :func:`probe_schedule`.
 
     Args:
         train, test: labeled features of the same width.
-        epochs: passes over the training features, by default 90; or steps: optimizer steps.
-        batch_size: None = by the size of the set.
-        blr: base learning rate. weight_decay: of the linear layer's weights.
-        seed: of the initial weights and of the order; equal seeds give equal results on the same device.
+        epochs: passes over the training features, 90 by default. steps: optimizer steps, instead of epochs.
+        batch_size: None: by the size of the training set.
+        blr: base learning rate. weight_decay: of the weights of the linear layer.
+        seed: of the initial weights and the order; equal seeds give equal results on the same device.
         device: where it is trained.
 
     Returns:
-        {"top1", "top5"}: shares of the test set between 0 and 1.
+        {"top1", "top5"}: accuracies from 0 to 1.
 
     Raises:
-        ValueError: for settings that can't be, or features that lack labels or values.
+        ValueError: for invalid settings, or features without labels or with values that are not finite.
     """
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    LinearConfig(epochs=epochs, steps=steps, blr=blr, weight_decay=weight_decay)  # raises for invalid settings
     num_classes = check_features(train, test)
     if len(train.x) < 2:
         raise ValueError("a linear probe needs at least two training images")
@@ -100,8 +98,8 @@ def linear_probe(
 
 
 def new_linear(dim: int, num_classes: int, generator: torch.Generator) -> nn.Linear:
-    """The published start of a probe: weights normal with std 0.01, bias zero."""
-    linear = nn.utils.skip_init(nn.Linear, dim, num_classes)  # its own draw would be from the global random state
+    """A linear layer with the published initialization: weights normal with std 0.01, bias zero."""
+    linear = nn.utils.skip_init(nn.Linear, dim, num_classes)  # the default one draws from the global random state
     nn.init.normal_(linear.weight, std=0.01, generator=generator)
     nn.init.zeros_(linear.bias)
     return linear
@@ -112,34 +110,28 @@ def _probe(dim: int, num_classes: int, generator: torch.Generator) -> nn.Sequent
 
 
 class ProbeBatches:
-    """Which features each step of a probe sees; the last, smaller batch of an epoch is left out.
+    """Batches of row indices for a probe; the last, smaller batch of an epoch is dropped.
 
     Args:
-        num_train: features. batch: of a step. epochs, steps: length, one of them or neither (90 epochs).
-        generator: of the order.
-
-    Raises:
-        ValueError: for a length that is not positive, or given twice.
+        num_train: number of features. batch: batch size.
+        epochs, steps: length, one of them or neither (90 epochs).
+        generator: source of the order.
     """
 
     def __init__(
         self, num_train: int, batch: int, epochs: int | None, steps: int | None, generator: torch.Generator
     ) -> None:
-        if epochs is not None and steps is not None:
-            raise ValueError("give --epochs or --steps, not both")
-        if (epochs is not None and epochs < 1) or (steps is not None and steps < 1):
-            raise ValueError(f"epochs and steps must be at least 1, got {epochs if steps is None else steps}")
         self._num_train, self._batch, self._generator = num_train, min(batch, num_train), generator
-        self.steps = steps or num_train // self._batch * (epochs or EPOCHS)
+        self.steps = steps or num_train // self._batch * (epochs or PROBE_EPOCHS)
 
     def __iter__(self) -> Iterator[tuple[float, Tensor]]:
-        """(factor on the rate, rows [batch] int64) of each step."""
+        """(learning-rate factor, rows [batch] int64) of each step."""
         step = 0
         while step < self.steps:
             order = torch.randperm(self._num_train, generator=self._generator)
             for rows in order[: self._num_train // self._batch * self._batch].split(self._batch):
                 if step < self.steps:
-                    yield warmup_cosine(step / self.steps, WARMUP_SHARE), rows
+                    yield warmup_cosine(step / self.steps, WARMUP), rows
                 step += 1
 
 

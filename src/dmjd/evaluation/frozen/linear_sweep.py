@@ -1,7 +1,7 @@
-"""Many linear probes at once over cached features; the best on a held-out part of the training set is tested, once.
+"""Many linear probes at once on cached features; the best one on a held-out part of the training set is tested.
 
-Which layer, pooling and rate suit an encoder is not known beforehand; tried on the test set, the choice itself would
-flatter.
+The best layer, pooling and learning rate differ between encoders. Choosing them on the test set would overstate the
+accuracy.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from dmjd.config.evaluation import LinearSweepConfig
 from dmjd.encoders.base import Encoder
 from dmjd.evaluation.frozen.features import Features, check_features
 from dmjd.evaluation.frozen.linear import MAX_BATCH, ProbeBatches, new_linear, probe_schedule
@@ -20,33 +21,33 @@ from dmjd.evaluation.low_shot import hold_out
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS
 
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the rate of the plain probe
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0)  # factors on the learning rate of the linear probe
 
-HELD_OUT = 0.1
+HELD_OUT = 0.1  # fraction of each class
 
 
 class SweepFeatures:
     """Features of several layers and poolings side by side: normalized [b, C, H, W] -> [b, parts * D] float32.
 
-    The transformer blocks at half, three quarters and all of the depth; of each the mean and the maximum over patch
-    tokens, and the class token where there is one; every part normalized like the pooled feature.
+    Transformer blocks at 1/2, 3/4 and all of the depth. From each: mean and maximum over the patch tokens, and the
+    class token where there is one. Every part is normalized like the pooled feature.
 
     Args:
-        encoder: in evaluation mode. precision: "fp32" or "bf16" (autocast in its blocks).
+        encoder: in evaluation mode. precision: "fp32" or "bf16" (autocast).
 
     Attributes:
-        parts: their names, in order.
+        parts: names of the parts, in order.
     """
 
     def __init__(self, encoder: Encoder, precision: str = "fp32") -> None:
         self.encoder, self.precision = encoder, precision
         depth = len(cast(nn.ModuleList, encoder.blocks))
-        self.blocks = sorted({max(0, round(depth * share) - 1) for share in (0.5, 0.75, 1.0)})
+        self.blocks = sorted({max(0, round(depth * fraction) - 1) for fraction in (0.5, 0.75, 1.0)})
         poolings = ["mean", "max"] + (["class token"] if encoder.num_prefix_tokens else [])
         self.parts = [f"block {i + 1} of {depth}, {pooling}" for i in self.blocks for pooling in poolings]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See the class."""
+        """Features of a batch."""
         outputs: list[Tensor] = []
         blocks = cast(nn.ModuleList, self.encoder.blocks)
         hooks = [blocks[i].register_forward_hook(lambda *call: outputs.append(call[-1])) for i in self.blocks]
@@ -61,12 +62,12 @@ class SweepFeatures:
 
     @property
     def pooled_part(self) -> tuple[int, int]:
-        """(place, number of parts): where the feature lies that the other evaluations use."""
+        """(index, number of parts): which part is the pooled feature of the other evaluations."""
         depth = self.blocks[-1] + 1
         return self.parts.index(f"block {depth} of {depth}, mean"), len(self.parts)
 
     def _pooled(self, tokens: Tensor) -> list[Tensor]:
-        """[B, prefix + N, D] -> [B, D] by each pooling."""
+        """[B, prefix + N, D] -> [B, D] for each pooling."""
         prefix = self.encoder.num_prefix_tokens
         pooled = [self.encoder.mean_patch_token(tokens), tokens[:, prefix:].amax(dim=1)]
         return pooled + ([tokens[:, 0]] if prefix else [])
@@ -74,7 +75,7 @@ class SweepFeatures:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One probe: which part of the features, and its rate as a multiple of the plain probe's."""
+    """One probe: index of its part of the features, and factor on the learning rate."""
 
     part: int
     rate: float
@@ -84,42 +85,39 @@ def linear_sweep(
     train: Features,
     test: Features,
     *,
-    parts: Sequence[str] = ("features",),
     epochs: int | None = None,
     steps: int | None = None,
-    blr: float = 0.1,
-    weight_decay: float = 0.0,
+    blr: float = LinearSweepConfig.blr,
+    weight_decay: float = LinearSweepConfig.weight_decay,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Train a probe for every part of the features and every rate; test the one that is best on held-out images.
+    """Train a probe for each part of the features and each learning rate; test the best one on held-out images.
 
-    All probes see the same batches. A tenth of each class is held out; the best probe is then trained again on the
-    whole training set, and only that one meets the test set. The protocol of each is :func:`linear_probe`'s.
+    All probes see the same batches. A tenth of each class is held out. The best probe is trained again on the whole
+    training set, and tested. The protocol is that of :func:`~dmjd.evaluation.frozen.linear.linear_probe`.
 
     Args:
-        train, test: labeled features [n, parts * D]. parts: names of the parts, in order.
+        train, test: labeled features [n, parts * D].
         epochs, steps, blr, weight_decay, seed, device: as in :func:`~dmjd.evaluation.frozen.linear.linear_probe`.
 
     Returns:
-        {"top1", "top5", "held_out_top1", "features", "rate"}: shares of the test set, that of the held-out part by
-        which it was chosen, and what was chosen; "probes": how many there were.
+        "top1", "top5": accuracies on the test set. "held_out_top1": accuracy by which the probe was chosen.
+        "features", "rate": the chosen part and learning-rate factor. "probes": number of probes.
 
     Raises:
-        ValueError: for settings that can't be, or a set of which nothing can be held out.
+        ValueError: for invalid settings, or a training set of which nothing can be held out.
     """
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    config = LinearSweepConfig(epochs=epochs, steps=steps, blr=blr, weight_decay=weight_decay, seed=seed)
     num_classes = check_features(train, test)
     held = torch.from_numpy(hold_out(train.labels.numpy(), HELD_OUT, seed))
-    choices = [_Choice(part, rate) for part in range(len(parts)) for rate in RATES]
-    settings = (num_classes, len(parts), epochs, steps, blr, weight_decay, seed, device)
-    scores = _Probes(train, ~held, choices, *settings).top1(train, held)
-    best = max(range(len(choices)), key=lambda i: scores[i])  # of equals the first: the smaller rate
-    final = _Probes(train, torch.ones_like(held), [choices[best]], *settings)
+    choices = [_Choice(part, rate) for part in range(len(train.parts)) for rate in RATES]
+    scores = _Probes(train, ~held, choices, num_classes, config, device).top1(train, held)
+    best = max(range(len(choices)), key=lambda i: scores[i])  # the first of equals: the smaller learning rate
+    final = _Probes(train, torch.ones_like(held), [choices[best]], num_classes, config, device)
     return final.accuracies(test) | {
         "held_out_top1": scores[best],
-        "features": parts[choices[best].part],
+        "features": train.parts[choices[best].part],
         "rate": choices[best].rate,
         "probes": len(choices),
     }
@@ -129,7 +127,7 @@ class _Probes:
     """Linear layers trained side by side on the rows ``chosen`` of a training set.
 
     Args:
-        train: features [n, parts * D]. chosen: [n] bool. choices: the probes. The rest as in :func:`linear_sweep`.
+        train: features [n, parts * D]. chosen: [n] bool. choices: the probes. config: schedule and seed.
     """
 
     def __init__(
@@ -138,26 +136,21 @@ class _Probes:
         chosen: Tensor,
         choices: Sequence[_Choice],
         num_classes: int,
-        num_parts: int,
-        epochs: int | None,
-        steps: int | None,
-        blr: float,
-        weight_decay: float,
-        seed: int,
+        config: LinearSweepConfig,
         device: torch.device | str,
     ) -> None:
-        self.choices, self.num_parts, self.device = choices, num_parts, device
-        generator = torch.Generator().manual_seed(seed)
-        dim = train.x.shape[1] // num_parts
+        self.choices, self.num_parts, self.device = choices, len(train.parts), device
+        generator = torch.Generator().manual_seed(config.seed)
+        dim = train.x.shape[1] // self.num_parts
         self.norm = nn.BatchNorm1d(train.x.shape[1], affine=False, eps=1e-6).to(device)
-        first = new_linear(dim, num_classes, generator)  # all begin with the same weights
+        first = new_linear(dim, num_classes, generator)  # all start from the same weights
         self.linears = nn.ModuleList(new_linear(dim, num_classes, generator) for _ in choices).to(device)
         for linear in self.linears:
             linear.load_state_dict(first.state_dict())
         x, labels = train.x[chosen].to(device), train.labels[chosen].to(device)
-        batch, lr = probe_schedule(len(x), None, blr)
-        batches = ProbeBatches(len(x), max(batch, 2), epochs, steps, generator)
-        self._fit(x, labels, batches, lr, weight_decay)
+        batch, lr = probe_schedule(len(x), None, config.blr)
+        batches = ProbeBatches(len(x), max(batch, 2), config.epochs, config.steps, generator)
+        self._fit(x, labels, batches, lr, config.weight_decay)
 
     def _scores(self, x: Tensor) -> list[Tensor]:
         """[b, parts * D] -> logits [b, classes] of each probe."""
@@ -165,7 +158,7 @@ class _Probes:
         return [linear(parts[choice.part]) for linear, choice in zip(self.linears, self.choices, strict=True)]
 
     def _fit(self, x: Tensor, labels: Tensor, batches: ProbeBatches, lr: float, weight_decay: float) -> None:
-        """Train all; LARS measures each layer by itself, so they do not influence each other."""
+        """Train all probes. LARS adapts each layer on its own, so they do not influence each other."""
         groups = []
         for linear, choice in zip(self.linears, self.choices, strict=True):
             for parameter in linear.parameters():
@@ -188,8 +181,8 @@ class _Probes:
         """[probes, n] int64."""
         with torch.inference_mode():
             ranks = [
-                torch.stack([label_ranks(s, truth.to(self.device)) for s in self._scores(x.to(self.device))])
-                for x, truth in zip(features.x.split(MAX_BATCH), features.labels.split(MAX_BATCH), strict=True)
+                torch.stack([label_ranks(s, target.to(self.device)) for s in self._scores(x.to(self.device))])
+                for x, target in zip(features.x.split(MAX_BATCH), features.labels.split(MAX_BATCH), strict=True)
             ]
         return torch.cat(ranks, dim=1)
 
@@ -199,5 +192,5 @@ class _Probes:
         return [accuracies(ranks)["top1"] for ranks in self._ranks(part)]
 
     def accuracies(self, features: Features) -> dict[str, float]:
-        """Of the first probe."""
+        """Accuracies of the first probe."""
         return accuracies(self._ranks(features)[0])

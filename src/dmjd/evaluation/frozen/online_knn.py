@@ -1,4 +1,4 @@
-"""kNN now and then while pre-training goes on, on a part of the images that is read once."""
+"""Online kNN: accuracy at intervals during pre-training, on images that are read once."""
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ _MAX_BYTES = 1 << 30
 
 
 class OnlineKnn:
-    """Accuracy of a weighted kNN on at most 5,000 training and 2,000 test images, evenly spaced over their sets.
+    """Accuracy of a weighted kNN on up to 5,000 training and 2,000 test images, evenly spaced over their sets.
 
-    They are read when it is made and kept, preprocessed, on the CPU; of large images fewer, to stay within 1 GiB.
+    The images are read by the constructor and kept, preprocessed, in main memory. Of large images fewer are used, to
+    stay below 1 GiB.
 
     Args:
-        train, test: labeled sources. preprocess: the encoder's. device: where encoder and products run.
-        batch_size: images at once. num_workers: reading processes; None = by the machine.
+        train, test: labeled sources. preprocess: that of the encoder. device: where the encoder runs.
+        batch_size: images per batch. num_workers: data loading processes; None: by the number of cores.
 
     Raises:
         ValueError: for sources without labels, with a single class, or whose classes differ.
@@ -44,8 +45,8 @@ class OnlineKnn:
         self._preprocess, self._device, self._batch_size = preprocess, device, batch_size
         labels = align_labels(train, test)
         height, width = preprocess.img_size
-        share = min(1.0, _MAX_BYTES / ((NUM_TRAIN + NUM_TEST) * height * width * preprocess.in_chans))
-        rows = [_evenly(len(s), max(1, int(n * share))) for s, n in ((train, NUM_TRAIN), (test, NUM_TEST))]
+        fraction = min(1.0, _MAX_BYTES / ((NUM_TRAIN + NUM_TEST) * height * width * preprocess.in_chans))
+        rows = [_evenly(len(s), max(1, int(n * fraction))) for s, n in ((train, NUM_TRAIN), (test, NUM_TEST))]
         kept = [read_all(s, preprocess, r, num_workers) for s, r in zip((train, test), rows, strict=True)]
         assert kept[0].labels is not None
         self._raw = [images.raw for images in kept]
@@ -53,7 +54,7 @@ class OnlineKnn:
         check_labels(*self._labels)
 
     def baselines(self, fresh: Encoder) -> dict[str, float]:
-        """Top-1 accuracies by the same protocol: of an encoder with fresh weights, and of raw pixels."""
+        """Top-1 accuracies of a randomly initialized encoder and of raw pixels."""
         pixels = (
             Features(raw_pixels(self._preprocess.normalize(raw)), labels, torch.arange(len(labels)))
             for raw, labels in zip(self._raw, self._labels, strict=True)
@@ -61,14 +62,14 @@ class OnlineKnn:
         return {"knn_random_init": self(fresh), "knn_raw_pixels": knn(*pixels, device=self._device)["top1"]}
 
     def __call__(self, encoder: Encoder) -> float:
-        """Top-1 accuracy, 0 to 1, of the encoder as it is now; its mode is restored afterwards."""
+        """Top-1 accuracy of an encoder, 0 to 1; its mode is restored afterwards."""
         with evaluating(encoder):
             xs = [self._features(encoder, raw) for raw in self._raw]
         train, test = (Features(x, y, torch.arange(len(y))) for x, y in zip(xs, self._labels, strict=True))
         return knn(train, test, device=self._device)["top1"]
 
     def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
-        """[n, C, H, W] on the 0..255 scale -> [n, D] float32 on the CPU."""
+        """[n, C, H, W], 0..255 -> [n, D] float32 on the CPU."""
         batches = (self._preprocess.normalize(part.to(self._device)) for part in raw.split(self._batch_size))
         return torch.cat([encoder.pool(encoder(images)).float().cpu() for images in batches])
 

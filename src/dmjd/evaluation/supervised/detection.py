@@ -231,30 +231,16 @@ def _truth(target: Instances) -> dict[str, Tensor]:
     return truth | ({"masks": target.masks.bool()} if target.masks is not None else {})
 
 
-def detection(
-    run: str | Path,
-    *,
-    data: str | Path | None = None,
-    test_data: str | Path | None = None,
-    out: str | Path | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    num_workers: int | None = None,
-    precision: str = "auto",
-    **options: Any,
-) -> dict[str, Any]:
-    """Train a detector from a trained encoder, and one from random weights by the same schedule.
+def detection(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Train a detector from a trained encoder, and one from random weights on the same schedule.
 
-    Every training has a folder of its own under ``evaluation/detection/``, named by what it depends on: called again,
-    it goes on where it stopped, and what is finished is not trained again.
+    Each training has its own folder below ``evaluation/detection/``, named by everything it depends on. The same call
+    resumes an interrupted training and does not repeat a finished one.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``out``.
-        data: see :func:`~dmjd.data.sources.coco.open_coco`. test_data: None = the test part of ``data``.
-        out: folder for ``evaluation/``; None = the run. seed: of heads, order, augmentation and random weights.
-        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
-        precision: "auto", "fp32", "bf16" or "fp16", of encoder and pyramid; the heads are float32.
-        options: settings of :class:`~dmjd.config.dense.DetectionConfig`.
+        options: settings, the fields of :class:`~dmjd.config.dense.DetectionConfig`. ``data`` is required: see
+            :func:`~dmjd.data.sources.coco.open_coco`.
 
     Returns:
         What is written to ``evaluation/detection.json``: "result" and "random_init" with "ap" (0.5 to 0.95), "ap50",
@@ -262,29 +248,31 @@ def detection(
         data (what was put right under "notes"), ...
 
     Raises:
-        Stopped: after a signal, everything saved.
-        ValueError: for anything the caller can mend, before training.
+        Stopped: after a signal, with everything saved.
+        ValueError: for a mistake of the caller, before training.
     """
-    config = DetectionConfig.of("detection", options)
+    config = DetectionConfig(**options)
     try:
         import pycocotools  # noqa: F401
     except ImportError:
         raise ValueError("detection needs pycocotools: pip install 'dmjd[detection]'") from None
-    encoder, folder = open_encoder(run, out)
-    if data is None:
+    encoder, folder = open_encoder(run, config.out)
+    if config.data is None:
         raise ValueError("say which images and boxes: --data FOLDER (with train/ and train.json in COCO form)")
     if encoder.patch_size & (encoder.patch_size - 1):
         raise ValueError(f"detection needs a patch of 2, 4, 8, 16, ... pixels, {encoder.name} has {encoder.patch_size}")
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
-    train = open_coco(data, "train", **reading)
+    train = open_coco(config.data, "train", **reading)
     if train.num_objects == 0:
         raise ValueError(f"{train.name} has no boxes: there is nothing to learn")
-    place = test_data if test_data is not None else data
-    alone = test_data is not None and find_coco(test_data, "test") is None  # a set of its own, all for the test
-    test = open_coco(place, "train" if alone else "test", classes=train.classes, **reading)
+    test_data = config.test_data or config.data
+    alone = config.test_data is not None and find_coco(test_data, "test") is None  # a set of its own, all for the test
+    test = open_coco(test_data, "train" if alone else "test", classes=train.classes, **reading)
     config = config.resolve(encoder.img_size, len(train))
-    evaluation = Detection(config, encoder, train, test, device, precision, num_workers, seed)
+    evaluation = Detection(
+        config, encoder, train, test, config.device, config.precision, config.num_workers, config.seed
+    )
     for note in (f"{source.name}: {note}" for source in (train, test) for note in source.notes):
         evaluation.console.warn(note)
-    return compare(evaluation, folder, options)
+    return compare(evaluation, folder, config.own(options))

@@ -53,77 +53,61 @@ class FinetuneTask(Task):
         return {"loss": nn.functional.cross_entropy(self.classifier(images).float(), targets)}
 
 
-def finetune(
-    run: str | Path,
-    *,
-    data: str | Path | None = None,
-    test_data: str | Path | None = None,
-    labels: str | None = None,
-    out: str | Path | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    num_workers: int | None = None,
-    precision: str = "auto",
-    labels_per_class: int | None = None,
-    label_fraction: float | None = None,
-    seeds: int | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Fine-tune a trained encoder as a classifier, and one with random weights by the same schedule.
+def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Fine-tune a trained encoder as a classifier, and one with random weights on the same schedule.
 
-    Each training lies in a folder of its own under ``evaluation/finetune/``, named by what it depends on: called
-    again, it goes on where it stopped, and what is finished (the random baseline too) is not trained again.
+    Each training has its own folder below ``evaluation/finetune/``, named by everything it depends on. The same call
+    resumes an interrupted training and does not repeat a finished one, the random baseline included.
 
-    From scratch, only layer-wise decay of the rate is off: it presumes that early layers know something. The result is
-    that of the *last* step. "best" in it was chosen on at most 2,000 test images, so it is flattered.
+    From scratch, only layer-wise learning-rate decay is off: it assumes that early layers are trained. The result is
+    that of the *last* step. "best" was selected on up to 2,000 test images, so it is optimistic.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``data`` and ``out``.
-        data, test_data, labels: as in :func:`dmjd.evaluate`. out: folder for ``evaluation/``; None = the run.
-        seed: of the head, order, augmentation and random weights. device, num_workers: as in :func:`dmjd.evaluate`.
-        precision: "auto", "fp32", "bf16" or "fp16", of training and test.
-        labels_per_class, label_fraction, seeds: see :class:`~dmjd.evaluation.low_shot.FewLabels`.
-        options: settings of :class:`~dmjd.config.finetune.FinetuneConfig`.
+        options: settings, the fields of :class:`~dmjd.config.finetune.FinetuneConfig`.
 
     Returns:
-        What is written to ``evaluation/finetune.json``: "result" and "random_init" with "top1", "top5", "best", ...
+        The content of ``evaluation/finetune.json``: "result" and "random_init" with "top1", "top5", "best", ...
 
     Raises:
-        Stopped: after a signal, everything saved.
-        ValueError: for anything the caller can mend, before training.
+        Stopped: after a signal, with everything saved.
+        ValueError: for a mistake of the caller, before training.
     """
-    few = LowShot(labels_per_class, label_fraction, seeds)
+    config = FinetuneConfig(**options)
     run = Path(run).expanduser()
-    if out is None and not run.is_dir() and run.exists():
+    if config.out is None and not run.is_dir() and run.exists():
         raise ValueError(f"{run} is a file: say where the classifier goes with --out DIR")
-    folder = Path(out).expanduser() if out is not None else run
-    given = given_data(data, test_data, labels)
+    folder = Path(config.out).expanduser() if config.out is not None else run
     run_config = config_of(run)
-    config = FinetuneConfig.from_options({"flip": run_config.flip} | options)
+    config = config.replace(flip=options.get("flip", run_config.flip))
     encoder = load_encoder(run)
+    given = given_data(config.data, config.test_data, config.labels)
     train, test, test_labels = open_sets(run_config, run, encoder, given)
-    trainings = _Trainings(config, encoder, train, test, test_labels, folder, device, num_workers, precision)
-    found: dict[str, list[dict[str, Any]]] = {init: [] for init in INITS}
-    for each in few.seeds_from(seed):
-        assert train.labels is not None
-        rows = few.rows(train.labels, each)
-        for init in INITS:
-            found[init].append(trainings.run(init, rows, each))
-    first = found["result"][0]
+    trainings = _Trainings(
+        config, encoder, train, test, test_labels, folder, config.device, config.num_workers, config.precision
+    )
+    low_shot = LowShot(config.labels_per_class, config.label_fraction, config.seeds)
+    seeds = low_shot.seeds_from(config.seed)
+    results = trainings.run_all(seeds, low_shot)
+    first = results["result"][0]
     classifier = folder / "evaluation" / "finetune" / CLASSIFIER_FILE
     write_bytes(classifier, (folder / first["folder"] / CLASSIFIER_FILE).read_bytes())
     result = {
         "task": "finetune",
-        **{init: summarize([_scores_of(r) for r in results], few.seeds_from(seed)) for init, results in found.items()},
+        **{init: summarize([_scores_of(r) for r in each], seeds) for init, each in results.items()},
         "configuration": first["configuration"],
-        "overrides": given | few.describe() | dict(options) | ({} if precision == "auto" else {"precision": precision}),
+        "overrides": given | low_shot.describe() | config.own(options) | _precision_override(config),
         "data": first["data"],
         "encoder": weights_hash(encoder),
-        "seed": seed,
+        "seed": config.seed,
         "versions": versions(),
     }
     write_result(folder, "finetune", result)
     return result
+
+
+def _precision_override(config: FinetuneConfig) -> dict[str, Any]:
+    return {} if config.precision == "auto" else {"precision": config.precision}
 
 
 def _scores_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +133,16 @@ class _Trainings:
         self.config, self.encoder, self.train, self.test = config, encoder, train, test
         self.test_labels, self.folder, self.device = test_labels, folder, device
         self.num_workers, self.precision = num_workers, precision
+
+    def run_all(self, seeds: list[int], low_shot: LowShot) -> dict[str, list[dict[str, Any]]]:
+        """Start of training -> the results of all seeds."""
+        assert self.train.labels is not None
+        results: dict[str, list[dict[str, Any]]] = {init: [] for init in INITS}
+        for seed in seeds:
+            rows = low_shot.rows(self.train.labels, seed)
+            for init in INITS:
+                results[init].append(self.run(init, rows, seed))
+        return results
 
     def run(self, init: str, rows: np.ndarray, seed: int) -> dict[str, Any]:
         """The result of one training; a finished one is read."""

@@ -203,52 +203,39 @@ def _panel(example: Example, classes: Tensor) -> tuple[np.ndarray, np.ndarray, n
     return example.image, example.target, classes.cpu().numpy()
 
 
-def segmentation(
-    run: str | Path,
-    *,
-    data: str | Path | None = None,
-    test_data: str | Path | None = None,
-    out: str | Path | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    num_workers: int | None = None,
-    precision: str = "auto",
-    **options: Any,
-) -> dict[str, Any]:
-    """Train a segmentation model from a trained encoder, and one from random weights by the same schedule.
+def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Train a segmentation model from a trained encoder, and one from random weights on the same schedule.
 
-    Every training has a folder of its own under ``evaluation/segmentation/``, named by what it depends on: called
-    again, it goes on where it stopped, and what is finished is not trained again.
+    Each training has its own folder below ``evaluation/segmentation/``, named by everything it depends on. The same
+    call resumes an interrupted training and does not repeat a finished one.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``out``.
-        data: see :func:`~dmjd.data.sources.segmentation_masks.open_segmentation`.
-        test_data: None = the test part of ``data``.
-        out: folder for ``evaluation/``; None = the run. seed: of decoder, order, augmentation and random weights.
-        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
-        precision: "auto", "fp32", "bf16" or "fp16". options: settings of
-            :class:`~dmjd.config.dense.SegmentationConfig`.
+        options: settings, the fields of :class:`~dmjd.config.dense.SegmentationConfig`. ``data`` is required: see
+            :func:`~dmjd.data.sources.segmentation_masks.open_segmentation`.
 
     Returns:
         What is written to ``evaluation/segmentation.json``: "result" and "random_init" with "miou", "iou" by class,
         "pixel_accuracy", "mean_accuracy", all of the last step on the whole test set; configuration, data, ...
 
     Raises:
-        Stopped: after a signal, everything saved.
-        ValueError: for anything the caller can mend, before training.
+        Stopped: after a signal, with everything saved.
+        ValueError: for a mistake of the caller, before training.
     """
-    config = SegmentationConfig.of("segmentation", options)
-    encoder, folder = open_encoder(run, out)
-    if data is None:
+    config = SegmentationConfig(**options)
+    encoder, folder = open_encoder(run, config.out)
+    if config.data is None:
         raise ValueError("say which images and masks: --data FOLDER (with train/images and train/masks)")
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
-    train = open_segmentation(data, "train", **reading)
-    place = test_data if test_data is not None else data
+    train = open_segmentation(config.data, "train", **reading)
+    test_data = config.test_data or config.data
     # A set of its own without parts is all for the test.
-    alone = test_data is not None and not has_segmentation_split(test_data, "test")
-    test = open_segmentation(place, "train" if alone else "test", **reading)
+    alone = config.test_data is not None and not has_segmentation_split(test_data, "test")
+    test = open_segmentation(test_data, "train" if alone else "test", **reading)
     resolve_classes(train, test, config.num_classes, config.ignore_index)
     config = config.resolve(encoder.img_size, len(train))
-    evaluation = Segmentation(config, encoder, train, test, device, precision, num_workers, seed)
-    return compare(evaluation, folder, options)
+    evaluation = Segmentation(
+        config, encoder, train, test, config.device, config.precision, config.num_workers, config.seed
+    )
+    return compare(evaluation, folder, config.own(options))

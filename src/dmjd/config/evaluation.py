@@ -1,0 +1,93 @@
+"""The settings that evaluations share, and those of the evaluations on frozen features. Imports no torch."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, Config, option
+
+PROBE_EPOCHS = 90  # published length of a linear probe
+
+COMMON = "evaluation"  # group of the settings that say where to evaluate, not what
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Config):
+    """Where an evaluation reads, writes and runs."""
+
+    data: str | None = option(None, "training set; default the data of the run", COMMON)
+    test_data: str | None = option(None, "test set of the same form; default the test part of --data", COMMON)
+    out: str | None = option(None, "folder for evaluation/TASK.json; default the run folder", COMMON)
+    num_workers: int | None = option(None, "data loading processes; default by the number of cores", COMMON, ge=0)
+    seed: int = option(0, "seed of random weights, training and subsets", COMMON)
+    device: str = option("auto", "device to evaluate on", COMMON, choices=DEVICES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings of the task itself as JSON types: what a result is stored with."""
+        return self.own(super().to_dict())
+
+    @classmethod
+    def own(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some settings that are the task's own, not about where to read, write and run."""
+        common = {field.name for field in dataclasses.fields(cls) if field.metadata["group"] == COMMON}
+        return {name: value for name, value in options.items() if name not in common}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledConfig(EvaluationConfig):
+    """An evaluation on image labels, all of them or a stratified subset."""
+
+    labels: str | None = option(None, "source of the labels; default that of the run", COMMON, choices=LABELS)
+    labels_per_class: int | None = option(None, "use this many labels of each class", COMMON, ge=1)
+    label_fraction: float | None = option(None, "use this fraction of the labels of each class", COMMON, gt=0, le=1)
+    seeds: int | None = option(None, "number of seeds; default 3 on a subset of the labels, else 1", COMMON, ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels_per_class is not None and self.label_fraction is not None:
+            raise ValueError("give --labels-per-class or --label-fraction, not both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenConfig(LabeledConfig):
+    """What all evaluations on frozen features share: one pass over the images serves them all."""
+
+    task: ClassVar[str] = "frozen"
+
+    batch_size: int = option(256, "images per batch of the feature extraction", COMMON, ge=1)
+    precision: str = option("fp32", "precision of the feature extraction", COMMON, choices=FEATURE_PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(FrozenConfig):
+    """Weighted k-nearest-neighbor classification."""
+
+    task: ClassVar[str] = "knn"
+
+    k: int = option(20, "neighbors that vote; 1, 5, 10 and 20 are always reported", "task", ge=1)
+    temperature: float = option(0.07, "temperature of the votes", "task", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(FrozenConfig):
+    """Linear probe; the batch size follows the size of the training set."""
+
+    task: ClassVar[str] = "linear"
+
+    epochs: int | None = option(None, f"epochs over the features; default {PROBE_EPOCHS}", "task", ge=1)
+    steps: int | None = option(None, "length in steps, instead of epochs", "task", ge=1)
+    blr: float = option(0.1, "base learning rate", "task", gt=0)
+    weight_decay: float = option(0.0, "weight decay of the linear layer", "task", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give --epochs or --steps, not both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSweepConfig(LinearConfig):
+    """Linear probes on several layers, poolings and learning rates."""
+
+    task: ClassVar[str] = "linear_sweep"

@@ -1,0 +1,36 @@
+"""Evaluate an encoder by the name of a task: ``evaluate``."""
+
+from pathlib import Path
+from typing import Any
+
+from dmjd.config.evaluation import FrozenConfig
+from dmjd.evaluation.frozen.protocol import evaluate_all
+from dmjd.evaluation.registry import FrozenTask, get_task
+
+
+def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
+    """Evaluate a trained encoder, and by the same protocol a randomly initialized one.
+
+    Args:
+        task: "knn", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
+        run: a run folder; or an encoder file or checkpoint, together with ``data``.
+        options: settings of the task, which are the fields of :class:`~dmjd.config.evaluation.KnnConfig`,
+            :class:`~dmjd.config.evaluation.LinearConfig`, :class:`~dmjd.config.evaluation.LinearSweepConfig`,
+            :class:`~dmjd.config.finetune.FinetuneConfig`, :class:`~dmjd.config.dense.SegmentationConfig` or
+            :class:`~dmjd.config.dense.DetectionConfig`.
+
+    Returns:
+        The content of ``evaluation/<task>.json``: "result", "random_init" and, for tasks on frozen features,
+        "raw_pixels" with scores from 0 to 1, such as "top1" and "top5"; "configuration", "data", "seed", ...
+
+    Raises:
+        ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabeled, has one class
+            or no test part.
+    """
+    entry = get_task(task)
+    entry.load_config().check_names(options)
+    if not isinstance(entry, FrozenTask):
+        return entry.load_run()(run, **options)
+    own = FrozenConfig.own(options)
+    shared = {name: value for name, value in options.items() if name not in own}
+    return evaluate_all({task: own}, run, **shared)[task]

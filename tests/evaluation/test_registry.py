@@ -1,0 +1,136 @@
+"""The table of evaluations: a new one is a file and its line, and all that is listed can be loaded."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from support import mistake, tiny_encoder
+
+import dmjd
+from dmjd.cli.main import main
+from dmjd.config.evaluation import EvaluationConfig
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.evaluation.frozen.protocol import evaluate_all, task_config
+from dmjd.evaluation.registry import TASKS, EvaluationTask, FrozenTask
+from dmjd.evaluation.run import evaluate
+
+TOY = '''
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from dmjd.config.evaluation import EvaluationConfig
+from dmjd.config.fields import option
+from dmjd.encoders.weights import load_encoder
+from dmjd.evaluation.results import write_result
+from dmjd.encoders.registry import fresh_like
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(EvaluationConfig):
+    """Settings of the toy."""
+
+    task: ClassVar[str] = "toy"
+
+    scale: float = option(1.0, "factor on the score", "task", gt=0)
+
+
+def toy(run, **options):
+    """Size of the first weight matrix."""
+    config, encoder = ToyConfig(**options), load_encoder(run)
+    scores = [config.scale * e.norm.weight.mean().item() for e in (encoder, fresh_like(encoder, seed=config.seed))]
+    result = {"task": "toy", "result": {"top1": scores[0]}, "random_init": {"top1": scores[1]}}
+    write_result(Path(config.out or run), "toy", result | {"configuration": config.to_dict()})
+    return result
+'''
+
+TOY_FROZEN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dmjd.config.evaluation import FrozenConfig
+from dmjd.config.fields import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class MajorityConfig(FrozenConfig):
+    """Settings of the toy."""
+
+    task: ClassVar[str] = "majority"
+
+    add: float = option(0.0, "added to the score", "task", ge=0)
+
+
+def majority(train, test, *, seed, device, add=MajorityConfig.add):
+    """Accuracy of always predicting the most frequent class."""
+    return {"top1": add + (test.labels == train.labels.mode().values).float().mean().item()}
+'''
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Two evaluations, each of one file and one line."""
+    (tmp_path / "toy_file.py").write_text(TOY)
+    (tmp_path / "majority_file.py").write_text(TOY_FROZEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(TASKS, "toy", EvaluationTask("toy", "toy_file:ToyConfig", "toy_file:toy", "mean of a weight"))
+    line = FrozenTask("majority", "majority_file:MajorityConfig", "majority_file:majority", "the most frequent class")
+    monkeypatch.setitem(TASKS, "majority", line)
+
+
+def test_a_new_evaluation_is_a_file_and_a_line(toys, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ENCODER_FILE).write_bytes(encoder_bytes(tiny_encoder()))
+    assert dmjd.evaluate("toy", run, scale=2)["result"] == {"top1": 2.0}
+    assert main(["evaluate", "toy", str(run), "--scale", "3"]) == 0
+    assert "toy" in capsys.readouterr().out
+    assert json.loads((run / "evaluation" / "toy.json").read_text())["configuration"] == {"scale": 3.0}
+    assert main(["evaluate"]) == 0
+    assert "  toy           mean of a weight" in capsys.readouterr().out
+    assert main(["evaluate", "toy", "--help"]) == 0
+    assert "factor on the score (1.0)" in capsys.readouterr().out
+    assert "scale must be greater than 0" in mistake(capsys, "evaluate", "toy", run, "--scale", 0)
+    assert "did you mean 'toy'" in mistake(capsys, "evaluate", "tooy", run)
+    assert "toy" in str(dmjd.compare(run).scores)
+
+
+def test_a_new_evaluation_of_features_joins_the_pass_over_the_images(toys, run):
+    results = evaluate_all({"knn": {}, "majority": {"add": 1}}, run, device="cpu")
+    assert results["majority"]["result"] == results["majority"]["raw_pixels"]
+    assert 1 <= results["majority"]["result"]["top1"] <= 2
+    assert results["majority"]["configuration"] == {"add": 1.0, "precision": "fp32"}
+    assert evaluate("majority", run, device="cpu", add=1)["result"] == results["majority"]["result"]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_what_a_line_names_exists(task):
+    config = task.load_config()
+    assert issubclass(config, EvaluationConfig)
+    assert config.task == task.name
+    assert callable(task.load_run())
+    assert all(field.metadata["help"] for field in dataclasses.fields(config))
+
+
+def test_flags_of_all_tasks_are_known_without_torch():
+    code = """
+import contextlib, io, sys
+from dmjd.cli.main import main
+from dmjd.evaluation.registry import TASKS
+for arguments in (["evaluate"], *(["evaluate", task, "--help"] for task in (*TASKS, "frozen"))):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert main(arguments) == 0
+    assert text.getvalue().splitlines()[-1].startswith("  dmjd evaluate"), arguments
+print([name for name in ("torch", "timm", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_settings_of_all_tasks_are_none_of_a_single_one():
+    with pytest.raises(ValueError, match="seed is shared by all tasks"):
+        task_config("knn", {"seed": 3})
+    with pytest.raises(ValueError, match="'finetune' is no evaluation on frozen features; there are: knn, linear"):
+        task_config("finetune", {})
