@@ -16,6 +16,7 @@ from dmjd.evaluation.frozen.features import Features, extract, pooled, raw_pixel
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
+from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.registry import evaluate
 from dmjd.evaluation.results import read_result, write_result
@@ -316,3 +317,17 @@ def test_online_knn_refuses_a_single_class_before_anything_is_trained(image_fold
     source = open_source(image_folder / "cats", labels="none")
     with pytest.raises(ValueError, match="has no labels"):
         OnlineKnn(source, source, Preprocess(FEATURE_SIZE))
+
+
+def test_an_encoder_in_memory_gives_the_files_of_one_that_is_opened(run):
+    """And it may be in training mode: with stochastic depth its features would be random."""
+    opened = evaluate("knn", run, device="cpu")
+    file = run / "evaluation" / "knn.json"
+    written = file.read_text()
+    file.unlink()
+    encoder = tiny_encoder().train()
+    train = open_source(run.parent / "my data", labels="folder")
+    test = open_source(run.parent / "my data", split="test", labels="folder")
+    assert evaluate_frozen({"knn": {}}, encoder, train, test, folder=run) == {"knn": opened}
+    assert file.read_text() == written
+    assert encoder.training

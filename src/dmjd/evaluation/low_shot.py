@@ -68,6 +68,9 @@ class LowShot:
         return {name: value for name, value in named.items() if value is not None}
 
 
+ALL_LABELS = LowShot()
+
+
 def round_half_up(x: float) -> int:
     """The nearest whole number; unlike ``round``, never down from a half, so that larger shares never give less."""
     return math.floor(x + 0.5)

@@ -48,9 +48,18 @@ def open_sets(
     test = open_test_data(config, data, test_data)
     if test is None:
         raise ValueError(f"{data} has no test part: pass --test-data")
-    test_labels = torch.from_numpy(align_labels(train, test))
-    check_labels(torch.as_tensor(train.labels), test_labels)
-    return train, test, test_labels
+    return train, test, aligned_labels(train, test)
+
+
+def aligned_labels(train: Source, test: Source) -> Tensor:
+    """Labels of the test set as indices into the classes of the training set: [n] int64.
+
+    Raises:
+        ValueError: for sets that are empty or unlabeled, a single class, or test classes the training set lacks.
+    """
+    labels = torch.from_numpy(align_labels(train, test))
+    check_labels(torch.as_tensor(train.labels), labels)
+    return labels
 
 
 def fresh_encoder(encoder: Encoder, seed: int, drop_path: float = 0.0) -> Encoder:

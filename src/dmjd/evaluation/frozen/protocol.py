@@ -5,6 +5,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from dmjd.evaluation.frozen.features import Extractor, Features, extract_all, po
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe
 from dmjd.evaluation.frozen.linear_sweep import HELD_OUT, SweepFeatures, linear_sweep
-from dmjd.evaluation.low_shot import LowShot, hold_out, summarize
+from dmjd.evaluation.low_shot import ALL_LABELS, LowShot, hold_out, summarize
 from dmjd.evaluation.results import Baselines, data_fingerprint, key_of, versions, write_result
-from dmjd.evaluation.setup import config_of, fresh_encoder, given_data, open_sets
+from dmjd.evaluation.setup import aligned_labels, config_of, fresh_encoder, given_data, open_sets
+from dmjd.nn.modes import evaluating
 
 # name: evaluator(train features, test features, *, device, and its own settings) -> {"top1", "top5", ...}
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"knn": knn, "linear": linear_probe, "linear_sweep": linear_sweep}
@@ -69,25 +71,71 @@ def evaluate_all(
     Raises:
         ValueError: as :func:`evaluate`.
     """
-    few = LowShot(labels_per_class, label_fraction, seeds)
-    settings = {task: _settings(task, options) for task, options in tasks.items()}
-    run, place = Path(run).expanduser(), pick_device(device)
+    place = pick_device(device)
     keep_freed_memory(place)
+    low_shot = LowShot(labels_per_class, label_fraction, seeds)
+    for task, options in tasks.items():
+        _settings(task, options)  # a mistake is found before anything is opened
+    run = Path(run).expanduser()
     given = given_data(data, test_data, labels)
     config = config_of(run)
     encoder = load_encoder(run, place)
-    train, test, test_labels = open_sets(config, run, encoder, given)
+    train, test, _ = open_sets(config, run, encoder, given)
     folder = Path(out).expanduser() if out is not None else run if run.is_dir() else None
-    protocol = _Protocol(encoder, train, test, test_labels, few, seed, precision, settings, Baselines(folder))
+    return evaluate_frozen(
+        tasks,
+        encoder,
+        train,
+        test,
+        folder=folder,
+        seed=seed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
+        low_shot=low_shot,
+        overrides=given,
+    )
+
+
+def evaluate_frozen(
+    tasks: Mapping[str, Mapping[str, Any]],
+    encoder: Encoder,
+    train: Source,
+    test: Source,
+    *,
+    folder: Path | None,
+    seed: int = 0,
+    batch_size: int = 256,
+    num_workers: int | None = None,
+    precision: str = "fp32",
+    low_shot: LowShot = ALL_LABELS,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, dict[str, Any]]:
+    """:func:`evaluate_all` of an encoder and sets that are already in memory.
+
+    Args:
+        tasks: name of a task -> its settings.
+        encoder: on the device to use; its mode is restored afterwards.
+        train, test: labeled sets; the test labels are aligned with the training classes.
+        folder: gets ``evaluation/<task>.json``; None writes nothing.
+        seed, batch_size, num_workers, precision: as in :func:`evaluate_all`.
+        low_shot: which labels are used. overrides: what the caller changed about the data, for the result.
+
+    Raises:
+        ValueError: for an unknown task or setting, or labels that cannot be used.
+    """
+    settings = {task: _settings(task, options) for task, options in tasks.items()}
+    labels = aligned_labels(train, test)
+    protocol = _Protocol(encoder, train, test, labels, low_shot, seed, precision, settings, Baselines(folder))
     found = protocol.run(batch_size=batch_size, num_workers=num_workers)
     results = {}
     for task, options in tasks.items():
-        changed = given | few.describe() | dict(options) | ({"precision": precision} if precision != "fp32" else {})
+        changed = dict(overrides) | low_shot.describe() | dict(options)
         results[task] = {
             "task": task,
             **found[task],
-            "configuration": settings[task] | few.describe() | {"precision": precision},
-            "overrides": changed,
+            "configuration": settings[task] | low_shot.describe() | {"precision": precision},
+            "overrides": changed | ({"precision": precision} if precision != "fp32" else {}),
             "data": protocol.data,
             "encoder": weights_hash(encoder),
             "seed": seed,
@@ -180,7 +228,7 @@ class _Protocol:
         }
         kinds = dict.fromkeys(_kind(*pair) for pair in wanted)
         within = [kind for kind in kinds if f"{kind} layers" in kinds]  # the pooled feature is one of the sweep's
-        extractors = {kind: makers[kind]() for kind in kinds if kind not in within}
+        extractors = {kind: self._in_evaluation_mode(makers[kind]()) for kind in kinds if kind not in within}
         preprocess = known_preprocess(self.encoder)
         known, asked = (
             extract_all(extractors, source, preprocess, device=device, **reading) for source in (self.train, self.test)
@@ -195,6 +243,15 @@ class _Protocol:
             layers = pairs[f"{kind} layers"]
             pairs[kind] = (_part(layers[0], *part), _part(layers[1], *part))
         return pairs
+
+    def _in_evaluation_mode(self, extractor: Extractor) -> Extractor:
+        """The encoder may come from a training: its mode is changed for a batch alone."""
+
+        def extract_features(images: Tensor) -> Tensor:
+            with evaluating(self.encoder):
+                return extractor(images)
+
+        return extract_features
 
     def _measure(self, task: str, name: str, known: Features, asked: Features) -> dict[str, Any]:
         """Mean and spread over the seeds."""
