@@ -36,6 +36,7 @@ _MODULES = {
     "recipes": "dmjd.config.recipes",
     "targets": "dmjd.targets",
 }
+_FORMER_MODULES = {"visualize": "figures"}  # of version 0.1
 __all__ = [*_NAMES, *_MODULES]
 
 
@@ -44,6 +45,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
+    if name in _FORMER_MODULES:
+        raise AttributeError(f"module 'dmjd.{name}' is now 'dmjd.{_FORMER_MODULES[name]}'")
     raise AttributeError(f"module 'dmjd' has no attribute '{name}'")
 
 

@@ -1,10 +1,9 @@
-"""Sources of images, crops and the resumable stream. Names are loaded when first used."""
+"""Sources of images and the loaders that read them. Names are imported when first used."""
 
 import importlib
 from typing import Any
 
 _HOMES = {
-    "UnreadableImages": "unreadable",
     "Batch": "train_loader",
     "EvalLoader": "eval_loader",
     "Source": "sources.base",
@@ -14,6 +13,7 @@ _HOMES = {
     "has_split": "sources.registry",
     "measure_stats": "statistics",
     "open_source": "sources.registry",
+    "UnreadableImages": "unreadable",
     "read_all": "eval_loader",
     "typical_size": "statistics",
 }

@@ -1,4 +1,4 @@
-"""Small sets of equal images, decoded once and kept in memory."""
+"""Small sets of images of one size, decoded once and kept in memory."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ _PROBES = 32
 
 @dataclass
 class ImagesInMemory:
-    """A whole set.
+    """A decoded set.
 
     Attributes:
         images: [n, C, H, W] uint8 or float32 on the 0..255 scale; unreadable ones are zero.
-        readable: [n] bool. bad: index -> (name, reason) of the unreadable.
+        readable: [n] bool. unreadable: index -> (name, reason).
     """
 
     images: Tensor
@@ -33,12 +33,12 @@ class ImagesInMemory:
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:
-    """At most ``count`` different indices, evenly spread over range(length), in order."""
+    """At most ``count`` different indices, evenly spaced over range(length), in order."""
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64))
 
 
 def try_read(source: Source, index: int) -> np.ndarray | Report:
-    """The image, or (name, reason)."""
+    """The image, or (name, reason) if it is unreadable."""
     try:
         return source.read(index)
     except UnreadableImage as error:
@@ -46,18 +46,18 @@ def try_read(source: Source, index: int) -> np.ndarray | Report:
 
 
 def load_to_memory(source: Source, max_pixels: int | None = None) -> ImagesInMemory | None:
-    """Decode a set of images that are all of one size and type and take at most 1 GiB.
+    """Decode a set whose images have one size and type and take at most 1 GiB.
 
     Args:
         source: the set. max_pixels: of one image; None: no limit.
 
     Returns:
-        The images, or None where the set does not qualify. A few spread over the set are looked at first, so that
-        a large or mixed set is found out at once.
+        The images, or None if the set does not qualify. A few evenly spaced images are read first, which rejects
+        most sets of large or different images at once.
     """
     n = len(source)
-    looked_at = [try_read(source, int(i)) for i in evenly_spaced(n, _PROBES)]
-    kinds = {(p.shape, p.dtype) for p in looked_at if isinstance(p, np.ndarray)}
+    probes = [try_read(source, int(i)) for i in evenly_spaced(n, _PROBES)]
+    kinds = {(p.shape, p.dtype) for p in probes if isinstance(p, np.ndarray)}
     if len(kinds) != 1:
         return None
     (H, W, C), dtype = kinds.pop()
@@ -68,7 +68,7 @@ def load_to_memory(source: Source, max_pixels: int | None = None) -> ImagesInMem
     unreadable: dict[int, Report] = {}
     with ThreadPoolExecutor(available_cores()) as pool:
         indices = iter(range(n))
-        while block := list(islice(indices, 1024)):  # blocks, so that an odd image stops the reading soon
+        while block := list(islice(indices, 1024)):  # in blocks, to stop soon at an image of another size
             for i, image in zip(block, pool.map(lambda i: try_read(source, i), block), strict=True):
                 if not isinstance(image, np.ndarray):
                     unreadable[i] = image

@@ -1,4 +1,4 @@
-"""Images in their own order, preprocessed as the encoder wants them: for evaluation and embedding."""
+"""The images of a set in order, resized and cropped for an encoder: for evaluation and embedding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from dmjd.data.cache import try_read
 from dmjd.data.sources.base import Source
 from dmjd.data.train_loader import stack
 from dmjd.data.unreadable import Report
-from dmjd.data.workers import auto_workers, read_batches
+from dmjd.data.workers import auto_workers_once, read_batches
 from dmjd.images.preprocess import Preprocess
 
-_FEW = 4096  # images that are read before workers would have started
+_FEW = 4096  # images; read before workers would have started
 
 
 @dataclass
@@ -23,7 +23,7 @@ class EvalBatch:
 
     Attributes:
         raw: [b, C, h, w] uint8 or float32 on the 0..255 scale. labels: [b] int64, or None for an unlabeled set.
-        index: [b] int64, places in the set. bad: (name, reason) of those left out.
+        index: [b] int64, indices into the set. unreadable: (name, reason) of those left out.
     """
 
     raw: Tensor
@@ -33,15 +33,15 @@ class EvalBatch:
 
 
 class EvalLoader:
-    """Batches of a set in its own order, resized and center-cropped, unreadable images left out.
+    """Batches of a set in order, resized and center-cropped; unreadable images are left out.
 
     Args:
         source: the set. preprocess: of the encoder. batch_size: the most images in a batch.
         num_workers: reading processes; None: none for few images, else this machine's cores, at most 8.
-        indices: the images wanted, in this order; None: all.
+        indices: of the images to read, in this order; None: all.
 
     Attributes:
-        bad: (name, reason) of the images left out so far; it starts anew with each iteration.
+        unreadable: (name, reason) of the images left out so far; emptied at the start of each iteration.
     """
 
     def __init__(
@@ -55,8 +55,7 @@ class EvalLoader:
         self._images = _FittedImages(source, preprocess)
         self._indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
         self._batch_size = batch_size
-        few = len(self._indices) <= _FEW
-        self.num_workers = (0 if few else auto_workers()) if num_workers is None else num_workers
+        self.num_workers = auto_workers_once(len(self._indices), _FEW) if num_workers is None else num_workers
         self.unreadable: list[Report] = []
 
     def __len__(self) -> int:
@@ -77,17 +76,18 @@ class EvalLoader:
 
 @dataclass(frozen=True)
 class _FittedImages:
-    """What a worker does with the indices of a batch."""
+    """Reads the images of a batch, given their indices, and fits them to the encoder's size."""
 
     source: Source
     preprocess: Preprocess
 
-    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, list[Report]]:
+    def __call__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, list[Report]]:
+        """Readable images, their indices, and reports of the others."""
         read = [(int(i), try_read(self.source, int(i))) for i in indices]
-        good = [(i, self.preprocess.fit(p)) for i, p in read if isinstance(p, np.ndarray)]
-        unreadable = [p for _, p in read if not isinstance(p, np.ndarray)]
-        raw = stack([p for _, p in good]) if good else torch.empty(0)
-        return raw, torch.tensor([i for i, _ in good], dtype=torch.int64), unreadable
+        readable = [(i, self.preprocess.fit(image)) for i, image in read if isinstance(image, np.ndarray)]
+        unreadable = [report for _, report in read if not isinstance(report, np.ndarray)]
+        raw = stack([image for _, image in readable]) if readable else torch.empty(0)
+        return raw, torch.tensor([i for i, _ in readable], dtype=torch.int64), unreadable
 
 
 def read_all(

@@ -1,10 +1,11 @@
-"""Labeled training batches of a classifier: crops, RandAugment, erasing, mixing; functions of an image's key.
+"""Labeled training batches of a classifier: crops, RandAugment, erasing, mixup and CutMix, drawn from images' keys.
 
-timm's augmentations draw from the global generators of Python, NumPy and torch. Here these are seeded for each image
-and put back afterwards, so a batch follows from its step alone, whatever ran before and in whichever process.
+timm's augmentations draw from the global generators of Python, NumPy and torch. These are seeded for each image and
+restored afterwards, so that a batch is a function of its step, independent of the process and of what ran before.
 """
 
 import contextlib
+import functools
 import itertools
 import random
 import warnings
@@ -28,20 +29,19 @@ from dmjd.data.train_loader import Augment, Stream
 from dmjd.data.transforms import crop_resize
 from dmjd.data.unreadable import Report, UnreadableImages, read_or_replace
 from dmjd.data.workers import auto_workers, read_batches
-from dmjd.images.decoding import UnreadableImage
 from dmjd.images.preprocess import Preprocess
 from dmjd.rng import STREAM_AUGMENT, STREAM_MIX, hash64
 
-_MOST_PIXELS_IN_MEMORY = 96 * 96  # larger images take longer to augment than to hand over from workers
+_MOST_PIXELS_IN_MEMORY = 96 * 96  # larger images take longer to augment than to transfer from workers
 
-_MOST_MAGNITUDE = 9.99  # at 10 timm asks for 0 bits a channel, which Pillow refuses
+_MOST_MAGNITUDE = 9.99  # at 10 timm posterizes to 0 bits per channel, which Pillow refuses
 
-_PIL_CHANNELS = {1: "L", 3: "RGB"}  # of 8-bit images; RandAugment's color operations know no others
+_PIL_CHANNELS = {1: "L", 3: "RGB"}  # of 8-bit images; RandAugment's color operations support no others
 
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """The global generators of Python, NumPy and torch (CPU) seeded by a key; put back afterwards."""
+    """The global generators of Python, NumPy and torch (CPU) seeded by a key; restored afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(key)
@@ -55,7 +55,7 @@ def seeded(key: int) -> Iterator[None]:
 
 
 class Augmentation:
-    """What is done to one image besides crop and flip, as :class:`FinetuneConfig` says.
+    """Crop, flip, RandAugment and erasing of one image, by the settings of :class:`FinetuneConfig`.
 
     Args:
         config: resolved. preprocess: of the encoder.
@@ -79,12 +79,12 @@ class Augmentation:
             self._rand_augment = rand_augment_transform(text, hparams)
         self._erase = RandomErasing(config.erase, mode="pixel", device="cpu") if config.erase else None
 
-    def __call__(self, image: np.ndarray, box: list[float], mirrored: bool, key: int) -> Tensor:
+    def __call__(self, image: np.ndarray, box: list[float], flip: bool, key: int) -> Tensor:
         """[H, W, C] uint8 or float32 -> normalized [C, h, w] float32.
 
         Images that are not 8-bit, or of other than 1 or 3 channels, are cropped, flipped and erased only.
         """
-        crop = crop_resize(image, box, self.preprocess.img_size, mirrored)  # C, h, w
+        crop = crop_resize(image, box, self.preprocess.img_size, flip)  # C, h, w
         with seeded(int(hash64(STREAM_AUGMENT, key)) & (2**63 - 1)):
             if self._rand_augment is not None and crop.dtype == torch.uint8:
                 crop = self._colors(crop)
@@ -101,50 +101,47 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class _LabeledCrops:
-    """What a worker does with the sample numbers of a micro-batch."""
+    """Reads and augments the labeled images of a micro-batch, given its sample numbers."""
 
     source: Source
-    images: np.ndarray | None  # n, H, W, C: the decoded set, where it is held in memory
+    images: np.ndarray | None  # n, H, W, C: the decoded set, if held in memory
     stream: Stream
     augmentation: Augmentation
 
-    def __getitems__(self, samples: range) -> tuple[Tensor, Tensor, list[Report]] | UnreadableImage:
-        """Images [b, C, h, w], labels [b] and reports; a fatal error is returned, as one raised would lose its type."""
+    def __call__(self, samples: range) -> tuple[Tensor, Tensor, list[Report]]:
+        """Images [b, C, h, w], labels [b] and reports."""
         indices, keys = self.stream.draw(samples)
         unreadable: list[Report] = []
         images, labels = [], []
         assert self.source.labels is not None
         for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
-            try:
-                (image, place), reports = read_or_replace(self._read, index, key, self.stream.length)
-            except UnreadableImage as error:
-                return error
+            (image, shown), reports = read_or_replace(self._read, index, key, self.stream.length)
             unreadable += reports
             images.append(image)
-            labels.append(int(self.source.labels[place]))
+            labels.append(int(self.source.labels[shown]))
         sides = torch.tensor([image.shape[:2] for image in images])
-        boxes, mirrored = self.augmentation.draw(keys, sides)
-        crops = map(self.augmentation, images, boxes.tolist(), mirrored.tolist(), keys.tolist())
+        boxes, flipped = self.augmentation.draw(keys, sides)
+        crops = map(self.augmentation, images, boxes.tolist(), flipped.tolist(), keys.tolist())
         return torch.stack(list(crops)), torch.tensor(labels), unreadable
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
-        """The image and its place, for its label: of a replacement both change."""
+        """The image and its index, which gives the label: both change for a replacement."""
         return (self.source.read(index) if self.images is None else self.images[index]), index
 
 
 class LabeledBatches:
-    """Endless batches (images [b, C, h, w] normalized, targets [b, classes]) on the device, from any step on.
+    """Endless micro-batches (images [b, C, h, w] normalized, targets [b, classes]) on the device, from any step on.
 
     Args:
-        source: labeled. config: resolved. preprocess: of the encoder. num_classes: classes.
-        seed: of order and augmentation. num_workers: reading processes; None: by the machine, none for small images
-            that fit into memory.
+        source: labeled. config: resolved. preprocess: of the encoder. num_classes: K.
+        seed: of order and augmentation. num_workers: reading processes; None: chosen by the machine, none for small
+            images that fit into memory.
 
     Attributes:
-        bad: images found unreadable, each named once in a warning.
+        unreadable: images found unreadable; a warning names each once.
 
     Raises:
-        ValueError: for a batch that can't be shared out to ``accumulate``, or to pairs for mixing.
+        ValueError: for a batch that cannot be divided by ``accumulate``, or into pairs for mixing.
     """
 
     def __init__(
@@ -166,7 +163,7 @@ class LabeledBatches:
         if config.mixup or config.cutmix:
             if config.batch_size // config.accumulate % 2:
                 raise ValueError(
-                    f"mixup and cutmix lay images together in pairs: batch_size {config.batch_size} over accumulate "
+                    f"mixup and cutmix mix images in pairs: batch_size {config.batch_size} over accumulate "
                     f"{config.accumulate} must be even, or both off (--mixup 0 --cutmix 0)"
                 )
             self._mix = Mixup(
@@ -184,20 +181,17 @@ class LabeledBatches:
         crops = _LabeledCrops(self.source, held, self._stream, self.augmentation)
         workers = self.num_workers if self.num_workers is not None else 0 if held is not None else auto_workers()
         results = read_batches(crops, self._stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
+        first = start_step * self.config.accumulate
         try:
-            for number, result in zip(itertools.count(start_step * self.config.accumulate), results, strict=False):
-                if isinstance(result, UnreadableImage):
-                    raise result
-                images, labels, unreadable = result
-                for name, reason in self.unreadable.add(unreadable):
-                    warnings.warn(f"unreadable, another image takes its place: {name}: {reason}", stacklevel=2)
+            for number, (images, labels, unreadable) in zip(itertools.count(first), results, strict=False):
+                self.unreadable.add_and_warn(unreadable, functools.partial(warnings.warn, stacklevel=3))
                 images, labels = (x.to(fabric.device, non_blocking=True) for x in (images, labels))
                 yield self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
         finally:
             results.close()  # type: ignore[attr-defined]
 
     def _mixed(self, images: Tensor, labels: Tensor, key: int) -> tuple[Tensor, Tensor]:
-        """Images and soft targets [b, classes], two images of the batch laid together where that is on."""
+        """Images and soft targets [b, classes]; pairs of images are mixed if mixup or CutMix is on."""
         if self._mix is not None:
             with seeded(key):
                 return self._mix(images, labels)

@@ -1,4 +1,4 @@
-"""What is measured on a set before a run: mean and standard deviation of its channels, size of its images."""
+"""Statistics of a set: mean and standard deviation of its channels, typical size of its images."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from dmjd.images.resampling import resize_box
 
 _LONGEST_SIDE = 64
 
-_SMALLEST_STD = 1 / 255  # a plain channel must not be blown up
+_SMALLEST_STD = 1 / 255  # so that normalizing does not amplify a constant channel
 
 _DARK = 255 / 8
 
 
 class Stats(NamedTuple):
-    """Per channel on the 0..1 scale, and advice where the images use little of their range."""
+    """Per channel on the 0..1 scale, and a warning where the images use little of their range."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -27,7 +27,7 @@ class Stats(NamedTuple):
 
 
 def measure_stats(source: Source, sample: int = 2048) -> Stats:
-    """Mean and standard deviation over the pixels of images evenly spread over a set, each counting the same.
+    """Mean and standard deviation over the pixels of evenly spaced images of a set; each image has the same weight.
 
     Args:
         source: the set. sample: the most images to read; each is resized to at most 64 pixels.
@@ -44,13 +44,13 @@ def measure_stats(source: Source, sample: int = 2048) -> Stats:
     mean = np.mean([m.mean for m in good], axis=0)
     variance = np.mean([m.square for m in good], axis=0) - mean**2
     std = np.sqrt(variance.clip(min=0)).clip(min=_SMALLEST_STD)
-    # Rounded: they are written into every checkpoint, and a sixth digit says nothing.
+    # Rounded, since they are written into every checkpoint and further digits are noise.
     numbers = [tuple(round(float(x), 5) for x in values) for values in (mean, std)]
     return Stats(numbers[0], numbers[1], _range_warning(source, good))
 
 
 def typical_size(source: Source, sample: int = 5) -> tuple[int, int] | None:
-    """Median (height, width) in pixels of a few images evenly spread over a set; None where none can be read."""
+    """Median (height, width) in pixels of a few evenly spaced images of a set; None if none can be read."""
     images = [try_read(source, int(i)) for i in evenly_spaced(len(source), sample)]
     shapes = [image.shape[:2] for image in images if isinstance(image, np.ndarray)]
     if not shapes:
@@ -94,5 +94,5 @@ def _range_warning(source: Source, moments: list[_Moments]) -> str | None:
         return None
     return (
         f"the images of {source.name} are not 8-bit and use only {largest / 255:.1%} of their range: "
-        "give value_range=(lo, hi), the stored values that are to become black and white"
+        "give value_range=(lo, hi), the stored values that become black and white"
     )

@@ -1,8 +1,8 @@
 """The resumable stream of training images.
 
-Per-epoch permutations form one endless stream that is cut into batches. Sample ``s`` is place ``s % n`` of epoch
-``s // n``, so what a step sees follows from its number alone: nothing has to be saved to go on from any step, and the
-number of workers and processes changes nothing.
+Permutations, one per epoch, form an endless stream that is cut into batches. Sample ``s`` is position ``s % n`` of
+epoch ``s // n``, so the batch of a step is a function of the step's number: a run resumes from any step without saved
+state, and the number of workers and processes does not matter.
 """
 
 import functools
@@ -24,26 +24,26 @@ from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
 from dmjd.rng import STREAM_EPOCH, hash64, image_keys
 
-# On the CPU, cropping larger images in batches costs more than workers need to decode and crop them one by one.
+# On the CPU, larger images are cropped faster one by one in workers than in batches.
 _MOST_PIXELS_IN_CPU_BATCHES = 96 * 96
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of an epoch: [n] int64. The last two are kept; do not write to the result."""
+    """The order of an epoch: [n] int64. The last two are cached; do not modify the result."""
     return hash64(STREAM_EPOCH, seed, epoch, torch.arange(n)).argsort()
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Which images a process sees at which step.
+    """Which images a process trains on at which step.
 
     Attributes:
         length: images in the set. batch_size: unique images of one optimizer step, over all processes.
         accumulate: micro-batches per step. seed: of all random choices. rank, world_size: of this process.
 
     Raises:
-        ValueError: where a batch can't be shared out evenly.
+        ValueError: for a batch that cannot be divided evenly.
     """
 
     length: int
@@ -57,12 +57,12 @@ class Stream:
         parts = self.accumulate * self.world_size
         if self.batch_size < 1 or parts < 1 or self.batch_size % parts:
             raise ValueError(
-                f"batch_size {self.batch_size} can't be shared evenly by {self.accumulate} micro-batches on "
+                f"batch_size {self.batch_size} can't be divided evenly among {self.accumulate} micro-batches on "
                 f"{self.world_size} processes: make it a multiple of {max(parts, 1)}"
             )
 
     def micro_batches(self, start_step: int) -> Iterator[range]:
-        """This process's sample numbers of each micro-batch, from a step on, without end."""
+        """This process's sample numbers of each micro-batch, from a step on; endless."""
         per_slice = self.batch_size // self.accumulate
         share = per_slice // self.world_size
         for slice_number in itertools.count(start_step * self.accumulate):
@@ -72,11 +72,11 @@ class Stream:
     def draw(self, samples: range) -> tuple[Tensor, Tensor]:
         """Sample numbers -> [b] int64 indices into the set and [b] int64 keys of the images."""
         numbers = torch.arange(samples.start, samples.stop)
-        epochs, places = numbers // self.length, numbers % self.length
+        epochs, positions = numbers // self.length, numbers % self.length
         indices = torch.empty_like(numbers)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
-            indices[here] = permutation(self.seed, epoch, self.length)[places[here]]
+            indices[here] = permutation(self.seed, epoch, self.length)[positions[here]]
         return indices, image_keys(self.seed, epochs, indices)
 
 
@@ -85,8 +85,8 @@ class Batch:
     """A micro-batch, cropped and flipped, not normalized.
 
     Attributes:
-        images: [b, C, h, w] uint8 or float32 on the 0..255 scale. keys: [b] int64, from which masks follow.
-        bad: (name, reason) of images that could not be read and were replaced.
+        images: [b, C, h, w] uint8 or float32 on the 0..255 scale. keys: [b] int64, from which masks are drawn.
+        unreadable: (name, reason) of images that could not be read and were replaced.
     """
 
     images: Tensor
@@ -94,31 +94,31 @@ class Batch:
     unreadable: list[Report] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device; from page-locked memory without waiting."""
+        """The batch on a device; asynchronous from page-locked memory."""
         return Batch(
             self.images.to(device, non_blocking=True), self.keys.to(device, non_blocking=True), self.unreadable
         )
 
 
 class TrainLoader:
-    """Endless micro-batches of random crops, bit-identical for any number of workers and any step to start from.
+    """Endless micro-batches of random crops, bit-identical for any number of workers and any start step.
 
-    Sets of equal images that take at most 1 GiB are held in memory and augmented in batches on the device (on the
-    CPU only images of up to 96 x 96); others are read by worker processes. The place of an unreadable image is
-    taken by the one that its key names.
+    Sets of images of one size that take at most 1 GiB are held in memory and augmented in batches on the device (on
+    the CPU only images of up to 96 x 96); others are read by worker processes. An unreadable image is replaced by one
+    drawn from its key.
 
     Args:
         source: the set. img_size: (h, w) of the crops.
         batch_size, accumulate, seed, rank, world_size: see :class:`Stream`.
         num_workers: reading processes; None: cores / local processes, at most 8; none for a set in memory.
-        crop_scale: range of the crop's area. flip: mirror one half of the images.
-        device: where batches are wanted.
+        crop_scale: range of the crop's area. flip: flip one half of the images.
+        device: of the batches.
 
     Attributes:
-        in_memory: whether the set is. bad: (name, reason) of images found unreadable while taking it to memory.
+        unreadable: (name, reason) of images found unreadable while the set was loaded to memory.
 
     Raises:
-        ValueError: where a batch can't be shared out evenly.
+        ValueError: for a batch that cannot be divided evenly.
     """
 
     def __init__(
@@ -154,22 +154,20 @@ class TrainLoader:
         return self._memory is not None
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches from a step on, without end; closing the iterator ends its workers.
+        """Endless micro-batches from a step on; closing the iterator ends its workers.
 
         Raises:
-            UnreadableImage: where a hundred images in a row can't be read.
+            UnreadableImage: if a hundred images in a row cannot be read.
         """
         requests = self.stream.micro_batches(start_step)
         if self._memory is not None:
             for samples in requests:
                 yield self._from_memory(self._memory, samples)
             return
-        # Drawn here, so that no worker needs the permutation, 8 bytes an image and epoch.
-        drawn = (tuple(x.numpy() for x in self.stream.draw(samples)) for samples in requests)
+        # Drawn here, so that workers need no permutations, which take 8 bytes per image.
+        drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
         crops = _CroppedImages(self._source, self._augment)
         for result in read_batches(crops, drawn, self.num_workers, self._pinned):
-            if isinstance(result, UnreadableImage):
-                raise result
             yield Batch(*result).to(self.device)
 
     @property
@@ -181,13 +179,13 @@ class TrainLoader:
         indices = replace_unreadable(drawn, keys, memory.readable)
         unreadable = [memory.unreadable[int(i)] for i in drawn[~memory.readable[drawn]]] if memory.unreadable else []
         sides = torch.tensor(memory.images.shape[2:]).expand(len(keys), 2)
-        boxes, mirrored = self._augment.draw(keys, sides)
-        on_device = [self._send(x) for x in (indices, keys, boxes, mirrored)]
+        boxes, flipped = self._augment.draw(keys, sides)
+        on_device = [self._send(x) for x in (indices, keys, boxes, flipped)]
         images = resample(memory.images.index_select(0, on_device[0]), on_device[2], self._augment.size, on_device[3])
         return Batch(images, on_device[1], unreadable)
 
     def _send(self, x: Tensor) -> Tensor:
-        """To the device, from page-locked memory so that the host does not wait for the GPU."""
+        """To the device; asynchronous, from page-locked memory."""
         return x.pin_memory().to(self.device, non_blocking=True) if self._pinned else x
 
 
@@ -200,52 +198,47 @@ class Augment:
     flip: bool
 
     def draw(self, keys: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (top, left, height, width) float64 and which images to mirror."""
+        """Boxes (top, left, height, width) float64 and which images to flip."""
         return crop_boxes(keys, sides, self.scale), flips(keys) & self.flip
 
 
 @dataclass(frozen=True)
 class _CroppedImages:
-    """What a worker does with the indices and keys of a micro-batch: read, crop, flip, stack.
+    """Reads the images of a micro-batch and crops, flips and stacks them, given their indices and keys.
 
-    Images wait for their crop encoded where they can: 64 decoded photographs would take gigabytes.
+    Images stay encoded until they are cropped, if possible: 64 decoded photographs would take gigabytes.
     """
 
     source: Source
     augment: Augment
 
-    def __getitems__(
-        self, drawn: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[Tensor, Tensor, list[Report]] | UnreadableImage:
-        """Images, keys and reports; a fatal error is returned, since one raised here would lose its type."""
+    def __call__(self, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, list[Report]]:
+        """Images, keys and reports."""
         indices, keys = (torch.from_numpy(x) for x in drawn)
-        places = list(zip(indices.tolist(), keys.tolist(), strict=True))
+        samples = list(zip(indices.tolist(), keys.tolist(), strict=True))
         unreadable: list[Report] = []
-        try:
-            opened = [self._open(index, key, unreadable) for index, key in places]
-            boxes, mirrored = self.augment.draw(keys, torch.tensor([image.size for image in opened]))
-            crops = [
-                self._crop(image, box, flip, place, unreadable)
-                for image, box, flip, place in zip(opened, boxes.tolist(), mirrored.tolist(), places, strict=True)
-            ]
-        except UnreadableImage as error:
-            return error
+        opened = [self._open(index, key, unreadable) for index, key in samples]
+        boxes, flipped = self.augment.draw(keys, torch.tensor([image.size for image in opened]))
+        crops = [
+            self._crop(image, box, flip, sample, unreadable)
+            for image, box, flip, sample in zip(opened, boxes.tolist(), flipped.tolist(), samples, strict=True)
+        ]
         return stack(crops), keys, unreadable
 
     def _open(self, index: int, key: int, unreadable: list[Report]) -> OpenImage:
-        """The image, or the one that takes its place."""
+        """The image, or its replacement."""
         image, reports = read_or_replace(self.source.open, index, key, len(self.source))
         unreadable += reports
         return image
 
     def _crop(
-        self, image: OpenImage, box: list[float], flip: bool, place: tuple[int, int], unreadable: list[Report]
+        self, image: OpenImage, box: list[float], flip: bool, sample: tuple[int, int], unreadable: list[Report]
     ) -> Tensor:
-        """One crop; where an image turns out to be damaged inside, that of the one that takes its place."""
+        """One crop; of the replacement if the image turns out to be damaged when it is decoded."""
         try:
             return crop_resize(*image.read_for(box, self.augment.size), self.augment.size, flip)
         except UnreadableImage:
-            index, key = place
+            index, key = sample
         whole, reports = read_or_replace(self.source.read, index, key, len(self.source))
         unreadable += reports
         boxes, _ = self.augment.draw(torch.tensor([key]), torch.tensor([whole.shape[:2]]))

@@ -1,4 +1,4 @@
-"""Random resized crop and flip: what is drawn is a pure function of the image key; CPU workers apply it per image."""
+"""Random resized crop and flip, drawn from an image's key."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def crop_boxes(
 ) -> Tensor:
     """Boxes distributed as those of torchvision's RandomResizedCrop, each drawn from its image's key.
 
-    Up to ten times an area (uniform) and proportions (log-uniform) are drawn; the first that fits the image is put
-    in a uniform place. Where none fits, the largest centerd box of allowed proportions is taken.
+    Up to ten times an area (uniform) and an aspect ratio (log-uniform) are drawn; the first box that fits the image
+    gets a uniform position. If none fits, the largest centered box of an allowed aspect ratio is taken.
 
     Args:
         keys: [B] int64. sizes: [B, 2] (H, W) of the images.
@@ -45,39 +45,40 @@ def crop_boxes(
     boxes = torch.stack([top, left, height, width], dim=-1)  # B, 10, 4
     first = fits.to(torch.uint8).argmax(1)
     drawn = boxes[torch.arange(len(keys), device=keys.device), first]  # B, 4
-    return torch.where(fits.any(1, keepdim=True), drawn, _centerd_boxes(H[:, 0], W[:, 0], ratio))
+    return torch.where(fits.any(1, keepdim=True), drawn, _centered_boxes(H[:, 0], W[:, 0], ratio))
 
 
-def _centerd_boxes(H: Tensor, W: Tensor, ratio: tuple[float, float]) -> Tensor:
-    """[B, 4]: the image, cut at both ends of its longer side to the nearest allowed proportions."""
+def _centered_boxes(H: Tensor, W: Tensor, ratio: tuple[float, float]) -> Tensor:
+    """[B, 4]: the image, cut at both ends of its longer side to the nearest allowed aspect ratio."""
     width = torch.minimum(W, (H * ratio[1]).round().clamp(min=1))
     height = torch.minimum(H, (W / ratio[0]).round().clamp(min=1))
     return torch.stack([((H - height) / 2).floor(), ((W - width) / 2).floor(), height, width], dim=-1)
 
 
 def flips(keys: Tensor) -> Tensor:
-    """[B] int64 keys -> [B] bool, true for one half: which images are mirrored left to right."""
+    """[B] int64 keys -> [B] bool, true for one half: which images are flipped left to right."""
     return hash64(STREAM_FLIP, keys) < 0
 
 
 def crop_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, int], flip: bool = False) -> Tensor:
-    """Cut, resize (bicubic, antialiased) and mirror one image.
+    """Crop, resize (bicubic, antialiased) and flip one image.
 
-    8-bit images and boxes of whole numbers take torch's kernel for bytes, several times as fast as Pillow's; like
-    torchvision's RandomResizedCrop it looks at no pixel beside the box.
+    8-bit images and boxes of whole numbers take torch's kernel for bytes, several times as fast as Pillow's. Like
+    torchvision's RandomResizedCrop it reads no pixel outside the box.
 
     Args:
         image: [H, W, C] uint8 or float32 on the 0..255 scale.
-        box: (top, left, height, width) in pixels. size: (h, w) of the result. flip: mirror left to right.
+        box: (top, left, height, width) in pixels. size: (h, w) of the result. flip: left to right.
 
     Returns:
-        [C, h, w], data type of ``image``; 8-bit color lies in memory channels last, as decoded and as the kernel
-        leaves it.
+        [C, h, w], data type of ``image``; 8-bit color is channels last in memory, as the kernel leaves it.
     """
     top, left, height, width = (int(x) for x in box)
     if image.dtype == np.uint8 and (top, left, height, width) == tuple(box):
         H, W, C = image.shape
-        cut = image.reshape(H, W * C)[top : top + height, C * left : C * (left + width)].copy()  # the kernel's is slow
+        cut = image.reshape(H, W * C)[
+            top : top + height, C * left : C * (left + width)
+        ].copy()  # contiguous: the kernel's own copy is slow
         pixels = torch.from_numpy(cut).view(1, height, width, C).permute(0, 3, 1, 2)
         resized = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
     else:

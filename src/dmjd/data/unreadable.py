@@ -1,4 +1,4 @@
-"""What happens to images that can't be used: another takes the place, and each is counted once."""
+"""Unreadable images: each is replaced by another and counted once."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,18 +20,18 @@ T = TypeVar("T")
 
 
 def replacement(keys: Tensor, attempt: int, num_images: int) -> Tensor:
-    """[B] int64 keys -> [B] int64: the image that takes the place of an unreadable one at this attempt (from 0)."""
+    """[B] int64 keys -> [B] int64: the index that replaces an unreadable image at this attempt (from 0)."""
     return hash64(STREAM_REPLACE, keys, attempt) % num_images
 
 
 def read_or_replace(read: Callable[[int], T], index: int, key: int, num_images: int) -> tuple[T, list[Report]]:
-    """Image ``index`` as ``read`` gives it, or the first readable one of those that its key names.
+    """``read(index)``, or that of the first readable index among the replacements drawn from the key.
 
     Returns:
-        What ``read`` gives and (name, reason) of each that could not be read.
+        The result of ``read``, and (name, reason) of each image that could not be read.
 
     Raises:
-        UnreadableImage: if none of a hundred can be read.
+        UnreadableImage: if a hundred attempts fail.
     """
     unreadable: list[Report] = []
     for attempt in range(_ATTEMPTS):
@@ -44,7 +44,7 @@ def read_or_replace(read: Callable[[int], T], index: int, key: int, num_images: 
 
 
 def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
-    """The same rule for many places at once, where it is known what can be read.
+    """The rule of :func:`read_or_replace` for many images at once, where it is known which are readable.
 
     Args:
         indices: [B] int64. keys: [B] int64. readable: [n] bool.
@@ -53,10 +53,10 @@ def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tenso
         [B] int64, all readable.
     """
     for attempt in range(_ATTEMPTS):
-        wrong = ~readable[indices]
-        if not wrong.any():
+        unreadable = ~readable[indices]
+        if not unreadable.any():
             return indices
-        indices = torch.where(wrong, replacement(keys, attempt, len(readable)), indices)
+        indices = torch.where(unreadable, replacement(keys, attempt, len(readable)), indices)
     raise _nothing_readable([])
 
 
@@ -69,7 +69,7 @@ class UnreadableImages:
     """The unreadable images of a run, each counted once.
 
     Args:
-        known: (name, reason) pairs to begin with, as ``reports`` of an earlier run.
+        known: (name, reason) pairs to start with: ``reports`` of an earlier run.
     """
 
     def __init__(self, known: Iterable[Report] = ()) -> None:
@@ -77,16 +77,16 @@ class UnreadableImages:
 
     @property
     def reports(self) -> list[Report]:
-        """(name, reason) of each, in the order of their discovery."""
+        """(name, reason) of each, in the order they were found."""
         return list(self._reasons.items())
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Their number."""
         return len(self._reasons)
 
     def add(self, reports: Iterable[Report]) -> list[Report]:
-        """Take reports in; returns those that are new."""
+        """Add reports; returns those that are new."""
         new = []
         for name, reason in reports:
             if name not in self._reasons:
@@ -94,11 +94,16 @@ class UnreadableImages:
                 new.append((name, reason))
         return new
 
+    def add_and_warn(self, reports: Iterable[Report], warn: Callable[[str], None]) -> None:
+        """Add reports, and warn of each new one."""
+        for name, reason in self.add(reports):
+            warn(f"unreadable, replaced by another image: {name}: {reason}")
+
     def check(self, max_unreadable: int | None, num_images: int) -> None:
-        """Stop a run that loses too many of its images.
+        """Raise an error if too many images are unreadable.
 
         Args:
-            max_unreadable: how many may be bad; None: the larger of 10 and 1 % of the set.
+            max_unreadable: how many may be unreadable; None: the larger of 10 and 1 % of the set.
             num_images: size of the set.
 
         Raises:

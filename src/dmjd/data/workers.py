@@ -3,15 +3,22 @@
 import atexit
 import os
 import signal
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
+from dmjd.images.decoding import UnreadableImage
+
 _MOST_WORKERS = 8
 
-_PREFETCH = 2  # batches per worker; they lie in shared memory, which containers keep small
+_PREFETCH = 2  # batches per worker; they lie in shared memory, which is small in containers
+
+Request = TypeVar("Request")
+
+Result = TypeVar("Result")
 
 
 def available_cores() -> int:
@@ -20,37 +27,47 @@ def available_cores() -> int:
 
 
 def auto_workers(world_size: int = 1) -> int:
-    """Reading processes for one training process: this machine's cores shared out, at most 8."""
+    """Reading processes for one training process: the machine's cores over its training processes, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size)
     return max(1, min(available_cores() // max(1, local), _MOST_WORKERS))
 
 
-def read_batches(dataset: Any, requests: Iterable[Any], num_workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """``dataset.__getitems__(request)`` of each request, in order.
+def auto_workers_once(num_images: int, few: int) -> int:
+    """Reading processes for one pass over a set: none for ``few`` images, read before workers would have started."""
+    return 0 if num_images <= few else auto_workers()
+
+
+def read_batches(
+    read: Callable[[Request], Result], requests: Iterable[Request], num_workers: int, pin_memory: bool = False
+) -> Iterator[Result]:
+    """``read(request)`` of each request, in order.
 
     Args:
-        dataset: picklable, with ``__getitems__`` that takes one request and returns tensors in tuples.
+        read: picklable; returns tensors in tuples.
         requests: may be endless; each goes to one worker.
         num_workers: 0: read in this process. Workers end when the iterator is closed, dropped or exhausted.
-        pin_memory: return tensors in page-locked memory, for copies to the GPU that do not stop the host.
+        pin_memory: return tensors in page-locked memory, which is copied to the GPU asynchronously.
+
+    Raises:
+        UnreadableImage: where ``read`` does.
     """
     if num_workers == 0:
         for request in requests:
-            yield dataset.__getitems__(request)
+            yield read(request)
         return
-    loader = DataLoader(
-        dataset,
-        batch_sampler=requests,
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(read),  # type: ignore[arg-type]
+        batch_sampler=requests,  # type: ignore[arg-type]
         num_workers=num_workers,
         prefetch_factor=_PREFETCH,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
-        # Its own generator: the loader would draw its seed from the global one, which dropout and drop path use.
+        # Without it the loader would draw a seed from the global generator, which dropout and drop path use.
         generator=torch.Generator().manual_seed(0),
     )
-    running = [iter(loader)]  # the only reference: the workers are ended when it goes
-    # At exit, multiprocessing would send a SIGTERM, which workers outlive, and wait; this is called before.
+    running = [iter(loader)]  # the only reference: dropping it ends the workers
+    # At exit, multiprocessing would send a SIGTERM, which workers ignore, and wait; this is called before.
     atexit.register(running.clear)
     try:
         while True:
@@ -58,21 +75,36 @@ def read_batches(dataset: Any, requests: Iterable[Any], num_workers: int, pin_me
                 batch = next(running[0])
             except StopIteration:
                 return
+            if isinstance(batch, UnreadableImage):
+                raise batch
             yield batch
     finally:
         running.clear()
         atexit.unregister(running.clear)
 
 
-def _as_it_is(batch: Any) -> Any:
+@dataclass(frozen=True)
+class _Batches(Generic[Request, Result]):
+    """A dataset for the loader. An UnreadableImage is returned: raised in a worker, it would lose its type."""
+
+    read: Callable[[Request], Result]
+
+    def __getitems__(self, request: Request) -> Result | UnreadableImage:
+        try:
+            return self.read(request)
+        except UnreadableImage as error:
+            return error
+
+
+def _unchanged(batch: Result) -> Result:
     return batch
 
 
 def _start_worker(_: int) -> None:
-    """Leave signals to the training process, which ends its workers after it has saved.
+    """Leave signals to the training process, which ends its workers after saving.
 
-    Ctrl-C and a cluster's SIGTERM reach the whole process group, and a worker that dies of them takes the training
-    process along. A second SIGTERM ends the worker.
+    Ctrl-C and a cluster's SIGTERM reach the whole process group, and a worker that dies of them kills the training
+    process too. A second SIGTERM ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,1 +1,1 @@
-"""Figures of runs, encoders and evaluations. Pyplot and its global state are not used."""
+"""Figures of runs, encoders and evaluations, as matplotlib ``Figure`` objects. Pyplot's global state is not used."""

@@ -1,4 +1,4 @@
-"""What the last block of an encoder attends to, and its tokens as colors.
+"""Attention of an encoder's last block, and principal components of its tokens.
 
 Shapes: B image, N patch token, D width, h, w token grid.
 """
@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.figures.grid import Columns, sheet
-from dmjd.figures.render import component_colors, glow, to_rgb
+from dmjd.figures.grid import Columns, image_grid
+from dmjd.figures.render import component_colors, heat_map, to_rgb
 from dmjd.nn.layers import TransformerBlock
 from dmjd.nn.modes import evaluating
 
-MOST_HEADS = 6  # that a figure has room for
+MAX_HEADS = 6  # shown in a figure
 
 
 def last_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,28 +25,30 @@ def last_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
         encoder: any encoder, in evaluation mode. images: [B, C, H, W] normalized.
 
     Returns:
-        received: [B, heads, N], the mean over the queries of all patch tokens; 1 in sum where there is no class token,
+        received: [B, heads, N], the mean over the queries of all patch tokens. It sums to 1 without a class token,
         whose share is left out.
-        tokens: [B, N, D], what ``encoder(images)`` gives, without the class token.
+        tokens: [B, N, D], ``encoder(images)`` without the class token.
     """
     inputs: list[Tensor] = []
 
-    def keep(block: nn.Module, given: tuple[Tensor, ...]) -> None:
-        inputs.append(given[0])
+    def record(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs.append(arguments[0])
 
     block = cast(TransformerBlock, cast(nn.ModuleList, encoder.blocks)[-1])
-    handle = block.register_forward_pre_hook(keep)
+    handle = block.register_forward_pre_hook(record)
     try:
         tokens = encoder(images)
     finally:
         handle.remove()
     prefix = encoder.num_prefix_tokens
-    received = torch.cat([_received(block, x, prefix) for x in inputs[0].split(1)])  # one at a time: N^2 values each
+    received = torch.cat(
+        [_received(block, x, prefix) for x in inputs[0].split(1)]
+    )  # one image at a time: N^2 values each
     return received, tokens[:, prefix:]
 
 
 def _received(block: TransformerBlock, x: Tensor, prefix: int) -> Tensor:
-    """The block's input [B, prefix + N, D] -> [B, heads, N]; its own forward pass keeps no attention weights."""
+    """The block's input [B, prefix + N, D] -> [B, heads, N]. Computed here: the block returns no attention weights."""
     heads = block.attn.num_heads
     qkv = cast(nn.Linear, block.attn.qkv)(block.norm1(x))
     q, k, _ = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # B, heads, N, d
@@ -58,8 +60,8 @@ def attention_figure(encoder: Encoder, images_0_255: Tensor, num_shown: int) -> 
     """Each image, the attention its tokens receive in the last block, and the tokens' principal components.
 
     Args:
-        encoder: whose ``preprocess`` is set; left as it was.
-        images_0_255: [B, C, H, W], from all of which the components are taken. num_shown: how many are drawn.
+        encoder: its ``preprocess`` is set. It is not changed.
+        images_0_255: [B, C, H, W]; the components are computed from all of them. num_shown: how many are drawn.
     """
     normalized = known_preprocess(encoder).normalize(images_0_255)
     with evaluating(encoder):
@@ -67,25 +69,25 @@ def attention_figure(encoder: Encoder, images_0_255: Tensor, num_shown: int) -> 
     received, tokens = (torch.cat(values).float() for values in zip(*parts, strict=True))
     rgb = to_rgb(images_0_255)[:num_shown]
     received, grid = received[:num_shown], encoder.grid  # b, heads, N
-    heads = _telling_heads(received)
+    heads = _most_uneven_heads(received)
     columns: Columns = {
         "image": list(rgb),
         "principal components\nof the tokens": list(component_colors(tokens, grid)[:num_shown]),
-        "attention received,\nmean of heads": list(glow(rgb, received.mean(1), grid)),
-    } | {f"head {i + 1}": list(glow(rgb, received[:, i], grid)) for i in heads}
-    return sheet(columns, [""] * len(rgb), _note(received.shape[1], len(images_0_255)))
+        "attention received,\nmean of heads": list(heat_map(rgb, received.mean(1), grid)),
+    } | {f"head {i + 1}": list(heat_map(rgb, received[:, i], grid)) for i in heads}
+    return image_grid(columns, [""] * len(rgb), _note(received.shape[1], len(images_0_255)))
 
 
-def _telling_heads(received: Tensor) -> list[int]:
-    """Of [B, heads, N] the heads whose attention is most uneven, in their own order."""
+def _most_uneven_heads(received: Tensor) -> list[int]:
+    """The heads of [B, heads, N] with the most uneven attention, in ascending order."""
     unevenness = (received.std(dim=-1) / received.mean(dim=-1)).mean(dim=0)  # heads
-    return sorted(unevenness.topk(min(MOST_HEADS, len(unevenness))).indices.tolist())
+    return sorted(unevenness.topk(min(MAX_HEADS, len(unevenness))).indices.tolist())
 
 
 def _note(num_heads: int, num_images: int) -> str:
-    heads = f" The {MOST_HEADS} of {num_heads} heads with the most uneven attention." if num_heads > MOST_HEADS else ""
+    heads = f" The {MAX_HEADS} of {num_heads} heads with the most uneven attention." if num_heads > MAX_HEADS else ""
     return (
-        "Attention of the last block: bright tokens are attended to by the others most; each panel has its own scale."
-        f"{heads} Principal components: tokens of one color are alike, within an image and across images; "
-        f"the mean token of each place over {num_images} images is taken away first."
+        "Attention of the last block: bright tokens receive the most attention; each panel has its own scale."
+        f"{heads} Principal components: similar tokens have similar colors, within and across images; the mean token "
+        f"of each position over {num_images} images is subtracted first."
     )

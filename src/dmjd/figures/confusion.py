@@ -4,33 +4,31 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch import Tensor
 
-from dmjd.files import atomic
+from dmjd.figures.grid import save_figure
 
-FEW_CLASSES = 30  # as many have names and numbers in the image of their confusions
+MANY_CLASSES = 30  # the most whose names and numbers fit into the figure
 
 
-def save_confusion_figure(truths: Tensor, guesses: Tensor, classes: list[str], file: Path) -> None:
-    """An image of the confusion matrix: rows are the true classes, each in shares of its own images.
+def save_confusion_figure(truths: Tensor, predictions: Tensor, classes: list[str], file: Path) -> None:
+    """Write the confusion matrix: one row per ground-truth class, in percent of its images.
 
     Args:
-        truths, guesses: [n] int64 indices into ``classes``.
+        truths, predictions: [n] int64 indices into ``classes``.
     """
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # slow to import
+
     count = len(classes)
-    shares = confusion_matrix(truths.numpy(), guesses.numpy(), labels=np.arange(count), normalize="true")
+    shares = confusion_matrix(truths.numpy(), predictions.numpy(), labels=np.arange(count), normalize="true")
     side = min(14.0, 3 + 0.5 * count)
     figure = Figure(figsize=(side, side), layout="constrained")
-    few = count <= FEW_CLASSES
+    named = count <= MANY_CLASSES
     display = ConfusionMatrixDisplay(100 * shares, display_labels=[name[:20] for name in classes])
-    display.plot(ax=figure.subplots(), include_values=few, values_format=".0f", cmap="Blues", colorbar=not few)
-    display.ax_.set_title("share of each true class, %")
-    display.ax_.set_xlabel("answer")
-    display.ax_.set_ylabel("truth")
-    if few:
+    display.plot(ax=figure.subplots(), include_values=named, values_format=".0f", cmap="Blues", colorbar=not named)
+    display.ax_.set(title="percent of each ground-truth class", xlabel="prediction", ylabel="ground truth")
+    if named:
         display.ax_.tick_params(axis="x", labelrotation=90)
     else:
         display.ax_.set(xticks=[], yticks=[])
-    with atomic(file) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, file)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dmjd.figures.grid import DPI, save_figure
 
-# panel -> scalars of metrics.jsonl it draws
+# panel -> scalars of metrics.jsonl
 _CURVES = {
     "loss": ("loss", "mim", "vis"),
     "learning rate": ("lr",),
@@ -18,13 +18,13 @@ _CURVES = {
 
 
 def curves_figure(metrics: str | Path) -> Figure:
-    """Training curves: the loss and its parts, the learning rate, and online kNN where there was one.
+    """Training curves: the loss and its parts, the learning rate, and online kNN if it was measured.
 
     Args:
-        metrics: ``metrics.jsonl`` of a run; half a last line, as a kill leaves it, is passed over.
+        metrics: ``metrics.jsonl`` of a run; an incomplete last line, left by a kill, is skipped.
 
     Raises:
-        ValueError: if there is nothing in it to draw.
+        ValueError: if nothing is logged yet.
     """
     lines = _read_metrics(Path(metrics))
     panels = {
@@ -54,5 +54,5 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def save_curves_figure(metrics: str | Path, path: str | Path) -> Path:
-    """:func:`curves_figure` as a file."""
+    """Write :func:`curves_figure` to a file."""
     return save_figure(curves_figure(metrics), path)

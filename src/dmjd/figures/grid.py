@@ -1,35 +1,37 @@
-"""Panels in rows and columns, and figures as files."""
+"""Grids of images, and saving of figures."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from dmjd.files import atomic
 
-PANEL_INCHES = 1.9
-
 DPI = 130
 
-# title -> one RGB image [H, W, 3] per row of the figure
+_PANEL_INCHES = 1.9
+
+# title -> one RGB image [H, W, 3] in 0..1 per row of the figure
 Columns = dict[str, list[Tensor]]
 
 
-def sheet(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure:
-    """Panels in rows and columns with a title over each column and a line of explanation below."""
+def image_grid(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure:
+    """Images in rows and columns, with a title above each column and a note below."""
     first = next(iter(columns.values()))[0]
     shape = first.shape[0] / first.shape[1]  # height over width
-    width, height = PANEL_INCHES / max(1, shape) ** 0.5, PANEL_INCHES * shape / max(1, shape) ** 0.5
+    width = _PANEL_INCHES / max(1, shape) ** 0.5
+    height = width * shape
     size = (len(columns) * (width + 0.08) + 0.3, len(row_labels) * (height + 0.08) + 0.7)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(len(row_labels), len(columns), squeeze=False)
     for column, (title, panels) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=9)
         for row, panel in enumerate(panels):
-            _show(axes[row, column], panel)
+            show_image(axes[row, column], panel.cpu().numpy())
     for row, label in enumerate(row_labels):
         axes[row, 1].set_ylabel(label, fontsize=8)
     if note:
@@ -37,17 +39,18 @@ def sheet(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure
     return figure
 
 
-def _show(axes: Axes, panel: Tensor) -> None:
+def show_image(axes: Axes, image: np.ndarray, interpolation: str | None = None) -> None:
+    """Draw an RGB image [H, W, 3] without ticks and spines; small images keep their pixels' edges."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.imshow(panel.cpu().numpy(), interpolation="nearest" if panel.shape[0] < 300 else "antialiased")
+    axes.imshow(image, interpolation=interpolation or ("nearest" if image.shape[0] < 300 else "antialiased"))
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure whole or not at all, in the format its ending names; missing folders are made.
+    """Write a figure atomically, in the format of the file's ending; missing folders are created.
 
     Raises:
-        ValueError: for an ending that is no image format, or a place that cannot be written.
+        ValueError: for an ending that is not an image format, or a path that cannot be written.
     """
     path = Path(path).expanduser()
     formats = figure.canvas.get_supported_filetypes()

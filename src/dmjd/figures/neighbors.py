@@ -1,4 +1,4 @@
-"""Images and those that an encoder finds most like them.
+"""Images and their nearest neighbors in the feature space of an encoder.
 
 Shapes: n candidate images, D width of a feature.
 """
@@ -13,22 +13,22 @@ from torch import Tensor
 from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.figures.grid import Columns, sheet
+from dmjd.figures.grid import Columns, image_grid
 from dmjd.figures.render import to_rgb
 from dmjd.nn.modes import evaluating
 
 NUM_NEIGHBORS = 7
 
-SAME, OTHER = "#2a9d3a", "#d1495b"  # frames of neighbors of the query's class and of others
+SAME, OTHER = "#2a9d3a", "#d1495b"  # borders of neighbors of the query's class and of other classes
 
-_MOST_LETTERS = 12  # of a class name below an image
+_MAX_LETTERS = 12  # of a class name below an image
 
 
 def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The most similar candidates of some of them, themselves left out.
+    """The most similar candidates of some candidates, except themselves.
 
     Args:
-        features: [n, D]. queries: [q] int64 rows. count: how many neighbors; at most n - 1.
+        features: [n, D]. queries: [q] int64, rows of ``features``. count: how many neighbors; at most n - 1.
 
     Returns:
         cosines [q, count], descending, and rows [q, count] int64.
@@ -46,59 +46,59 @@ def neighbors_figure(
     """Queries in the first column, each with its nearest images by cosine of pooled features.
 
     Args:
-        encoder: whose ``preprocess`` is set; left as it was. source: the images; with labels, frames tell whether
-            a neighbor has the query's class.
-        num_images: queries. num_candidates: how many images are searched, evenly spaced over the set.
-        seed: of the choice of queries.
+        encoder: its ``preprocess`` is set. It is not changed.
+        source: the images; with labels, borders show whether a neighbor has the query's class.
+        num_images: number of queries. num_candidates: how many images are searched, evenly spaced over the set.
+        seed: of the queries.
 
     Raises:
         ValueError: if fewer than two images can be read.
     """
     count = min(len(source), num_candidates)
-    features, places = _features(encoder, source, np.arange(count) * len(source) // count)
-    if len(places) < 2:
+    features, index = _features(encoder, source, np.arange(count) * len(source) // count)
+    if len(index) < 2:
         raise ValueError(f"{source.name} has fewer than two readable images: there are no neighbors to show")
-    queries = torch.from_numpy(np.random.default_rng(seed).permutation(len(places))[:num_images].copy())
-    cosines, rows = nearest(features, queries, min(NUM_NEIGHBORS, len(places) - 1))
-    shown = places[torch.cat([queries.unsqueeze(1), rows], dim=1)]  # q, 1 + k
+    queries = torch.from_numpy(np.random.default_rng(seed).permutation(len(index))[:num_images].copy())
+    cosines, rows = nearest(features, queries, min(NUM_NEIGHBORS, len(index) - 1))
+    shown = index[torch.cat([queries.unsqueeze(1), rows], dim=1)]  # q, 1 + k
     images = read_all(source, known_preprocess(encoder), shown.flatten().numpy(), num_workers=0)
     rgb = to_rgb(images.raw).unflatten(0, shown.shape)  # q, 1 + k, H, W, 3
     columns: Columns = {"query" if i == 0 else f"neighbor {i}": list(rgb[:, i]) for i in range(rgb.shape[1])}
-    figure = sheet(columns, [""] * len(queries), _note(source, len(places)))
+    figure = image_grid(columns, [""] * len(queries), _note(source, len(index)))
     axes = np.array(figure.axes).reshape(tuple(shown.shape))
     for row, (panels, ids, cosine) in enumerate(zip(axes, shown.numpy(), cosines.tolist(), strict=True)):
         _label(panels[0], _class_name(source, ids[0]))
-        for panel, place, value in zip(panels[1:], ids[1:], cosine, strict=True):
-            _label(panel, f"{value:.3f}  {_class_name(source, place)}".rstrip())
+        for panel, neighbor, value in zip(panels[1:], ids[1:], cosine, strict=True):
+            _label(panel, f"{value:.3f}  {_class_name(source, neighbor)}".rstrip())
             if source.labels is not None:
-                _frame(panel, SAME if source.labels[place] == source.labels[shown[row, 0]] else OTHER)
+                _border(panel, SAME if source.labels[neighbor] == source.labels[shown[row, 0]] else OTHER)
     return figure
 
 
 def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Pooled features [n, D] of the readable images among ``indices`` and their places [n] in the set."""
+    """Pooled features [n, D] of the readable images among ``indices`` and their indices [n] in the set."""
     preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
-    features, places = [torch.empty(0, encoder.embed_dim)], [torch.empty(0, dtype=torch.int64)]
+    features, index = [torch.empty(0, encoder.embed_dim)], [torch.empty(0, dtype=torch.int64)]
     with evaluating(encoder):
         for batch in EvalLoader(source, preprocess, batch_size=64, indices=indices):
             images = preprocess.normalize(batch.raw.to(device))
             features.append(encoder.pool(encoder(images)).cpu())
-            places.append(batch.index)
-    return torch.cat(features), torch.cat(places)
+            index.append(batch.index)
+    return torch.cat(features), torch.cat(index)
 
 
-def _class_name(source: Source, place: int) -> str:
-    return source.classes[source.labels[place]][:_MOST_LETTERS] if source.labels is not None else ""
+def _class_name(source: Source, index: int) -> str:
+    return source.classes[source.labels[index]][:_MAX_LETTERS] if source.labels is not None else ""
 
 
 def _label(axes: Axes, text: str) -> None:
     axes.set_xlabel(text, fontsize=8, labelpad=3)
 
 
-def _frame(axes: Axes, color: str) -> None:
+def _border(axes: Axes, color: str) -> None:
     axes.spines[:].set(visible=True, color=color, linewidth=2.5)
 
 
 def _note(source: Source, num_candidates: int) -> str:
-    frames = " Green frame: the query's class; red: another." if source.labels is not None else ""
-    return f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features.{frames}"
+    borders = " Green border: the query's class; red: another class." if source.labels is not None else ""
+    return f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features.{borders}"

@@ -1,4 +1,4 @@
-"""Figures of the method: masks, targets, and what the model predicts."""
+"""Figures of the method: masks, targets and predictions."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dmjd.encoders.base import known_preprocess
-from dmjd.figures.grid import Columns, sheet
-from dmjd.figures.render import HEAT, hide, painter_for, spread, tint, to_rgb
+from dmjd.figures.grid import Columns, image_grid
+from dmjd.figures.render import MASKED_OFTEN, gray_out, renderer_for, tint, to_rgb, upsample
 from dmjd.masking import Masks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import evaluating
@@ -16,14 +16,14 @@ from dmjd.targets.base import Target
 from dmjd.targets.hog import HogTarget
 from dmjd.targets.pixel import PixelTarget
 
-UNNORMALISED = "un-normalized with the true patch mean and std"
+UNNORMALIZED = "un-normalized with the true mean and standard deviation of each patch"
 
 
 def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
-    """Each image, what each view shows of it, and how often each token is masked.
+    """Each image, its masked views, and how often each token is masked.
 
     Args:
-        images_0_255: [B, c, H, W] of any number type, any channels.
+        images_0_255: [B, c, H, W] of any data type and number of channels.
         masks: of these images. grid: (h, w) tokens.
     """
     rgb = to_rgb(images_0_255).cpu()  # B, H, W, 3
@@ -31,22 +31,22 @@ def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Fi
     K, B, N = mask.shape
     columns: Columns = {"image": list(rgb)}
     for k in range(K):
-        columns[f"view {k + 1}\n{int(mask[k, 0].sum())} of {N} masked"] = list(hide(rgb, mask[k], grid))
+        columns[f"view {k + 1}\n{int(mask[k, 0].sum())} of {N} masked"] = list(gray_out(rgb, mask[k], grid))
     times = mask.sum(dim=0)  # B, N
-    heat = spread(times, grid, rgb).unsqueeze(-1) / K  # B, H, W, 1
-    columns["times masked"] = list(1 - heat * (1 - rgb.new_tensor(HEAT)))
+    share = upsample(times, grid, rgb).unsqueeze(-1) / K  # B, H, W, 1
+    columns["times masked"] = list(1 - share * (1 - rgb.new_tensor(MASKED_OFTEN)))
     union = (times > 0).float().mean().item()
-    note = f"Gray: masked. Times masked: white 0, darkest {K}. Masked in at least one view: {union:.0%} of all tokens."
-    return sheet(columns, [""] * B, note)
+    note = f"Gray: masked. Times masked: white 0, darkest {K}. Masked in at least one view: {union:.0%} of the tokens."
+    return image_grid(columns, [""] * B, note)
 
 
 def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int | None = None) -> Figure:
-    """Each image and the target of each branch that is on, for every token.
+    """Each image and the targets of all its tokens, for each active branch.
 
     Args:
-        model: whose encoder's ``preprocess`` is set.
-        images_0_255: [B, c, H, W]; principal components of features are taken from all of them.
-        num_shown: how many are drawn; None = all.
+        model: its encoder's ``preprocess`` is set.
+        images_0_255: [B, c, H, W]; principal components are computed from all of them.
+        num_shown: how many are drawn; None: all.
     """
     shown = images_0_255[:num_shown]
     with evaluating(model):
@@ -55,23 +55,23 @@ def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int 
         columns: Columns = {"image": list(to_rgb(shown))}
         for branches, target in _targets(model):
             truth = truths[branches[0]]
-            paint = painter_for(target, model.encoder, shown, truth)
-            columns[_target_title(target, branches)] = list(paint(truth[: len(shown)]))
+            render = renderer_for(target, model.encoder, shown, truth)
+            columns[_target_title(target, branches)] = list(render(truth[: len(shown)]))
     features = [target for _, target in _targets(model) if not isinstance(target, HogTarget | PixelTarget)]
-    return sheet(columns, [""] * len(shown), " ".join(_component_note(target) for target in features))
+    return image_grid(columns, [""] * len(shown), " ".join(_component_note(target) for target in features))
 
 
 def reconstruction_figure(
     model: MaskedImageModel, images_0_255: Tensor, *, masks: Masks | None = None, keys: Tensor | None = None
 ) -> Figure:
-    """One row for each view: the visible tokens, the target, and what each branch that is on predicts.
+    """One row per view: the visible tokens, the target, and the prediction of each active branch.
 
-    The reconstruction shows predictions in the masked places, among the true tokens (in blue for HOG); the
-    distillation shows predictions in the visible places. The model is left as it was.
+    Reconstruction shows predictions of masked tokens among the true visible ones (blue for HOG); distillation shows
+    predictions of visible tokens. The model is not changed.
 
     Args:
-        model: whose encoder's ``preprocess`` is set. images_0_255: [B, c, H, W] on the model's device.
-        masks: of these images; None = the model's own for ``keys`` [B] int64 (default 0, 1, ...).
+        model: its encoder's ``preprocess`` is set. images_0_255: [B, c, H, W] on the model's device.
+        masks: of these images; None: drawn by the model for ``keys`` [B] int64 (default 0, 1, ...).
     """
     B, device, encoder = len(images_0_255), images_0_255.device, model.encoder
     with evaluating(model):
@@ -84,44 +84,44 @@ def reconstruction_figure(
         rgb = to_rgb(images_0_255)
         columns: Columns = {
             "image": _by_image([rgb] * K),
-            "visible tokens": _by_image([hide(rgb, mask, encoder.grid) for mask in masks.mask]),
+            "visible tokens": _by_image([gray_out(rgb, mask, encoder.grid) for mask in masks.mask]),
         }
         for branches, target in _targets(model):
             truth = truths[branches[0]]
-            paint = painter_for(target, encoder, images_0_255, truth)
-            columns[_target_title(target, branches)] = _by_image([paint(truth)] * K)
+            render = renderer_for(target, encoder, images_0_255, truth)
+            columns[_target_title(target, branches)] = _by_image([render(truth)] * K)
             for branch in branches:
                 ids = masks.masked if branch == "mim" else masks.visible  # K, B, M or V
-                views = [paint(_placed(x, i, truth)) for x, i in zip(predictions[branch], ids, strict=True)]
+                views = [render(_paste(x, i, truth)) for x, i in zip(predictions[branch], ids, strict=True)]
                 columns[_BRANCH_TITLES[branch]] = _by_image(_mark(branch, target, views, masks, encoder.grid))
     labels = [f"view {k + 1}" if K > 1 else "" for _ in range(B) for k in range(K)]
-    return sheet(columns, labels, _note(model))
+    return image_grid(columns, labels, _note(model))
 
 
 _BRANCH_TITLES = {"mim": "reconstruction\nof masked tokens", "vis": "distillation\nof visible tokens"}
 
 
-def _placed(predictions: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
-    """Predicted tokens [B, n, C] in their places ids [B, n], among the true ones [B, N, C]."""
+def _paste(predictions: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
+    """The true tokens [B, N, C] with the predictions [B, n, C] at the positions ids [B, n]."""
     return truth.scatter(1, ids.unsqueeze(-1).expand_as(predictions), predictions)
 
 
 def _mark(branch: str, target: Target, views: list[Tensor], masks: Masks, grid: tuple[int, int]) -> list[Tensor]:
-    """Set the tokens of each view's image apart that the branch did not predict."""
+    """Mark the tokens that the branch did not predict."""
     if branch == "vis":
-        return [hide(view, mask, grid) for view, mask in zip(views, masks.mask, strict=True)]
-    if isinstance(target, HogTarget):  # glyphs have no color of their own to lose
+        return [gray_out(view, mask, grid) for view, mask in zip(views, masks.mask, strict=True)]
+    if isinstance(target, HogTarget):  # glyphs are white, so that color is free
         return [tint(view, ~mask, grid) for view, mask in zip(views, masks.mask, strict=True)]
     return views
 
 
 def _targets(model: MaskedImageModel) -> list[tuple[list[str], Target]]:
-    """The model's targets with the branches that learn them: one entry where both share one."""
+    """The model's targets, each with the branches that predict it: one entry if both share a target."""
     targets = {"mim": model.mim_target, "vis": model.vis_target}
-    on = [(branch, target) for branch, target in targets.items() if target is not None]
-    if len(on) == 2 and on[0][1] is on[1][1]:
-        return [(["mim", "vis"], on[0][1])]
-    return [([branch], target) for branch, target in on]
+    active = [(branch, target) for branch, target in targets.items() if target is not None]
+    if len(active) == 2 and active[0][1] is active[1][1]:
+        return [(["mim", "vis"], active[0][1])]
+    return [([branch], target) for branch, target in active]
 
 
 def _target_title(target: Target, branches: list[str]) -> str:
@@ -129,14 +129,14 @@ def _target_title(target: Target, branches: list[str]) -> str:
 
 
 def _note(model: MaskedImageModel) -> str:
-    """What a reader of the figure must know about how the targets are drawn."""
+    """How the targets are drawn."""
     notes = []
     for _, target in _targets(model):
         if isinstance(target, HogTarget):
-            known = "; blue: true tokens, not predicted" if target is model.mim_target else ""
-            notes.append(f"HOG: strokes lie along edges, brighter for larger whitened values{known}.")
+            blue = " Blue: true tokens, not predicted." if target is model.mim_target else ""
+            notes.append(f"HOG: strokes lie along edges; brighter for larger whitened values.{blue}")
         elif isinstance(target, PixelTarget):
-            notes.append(f"Pixel patches are {UNNORMALISED}.")
+            notes.append(f"Pixel patches are {UNNORMALIZED}.")
         else:
             notes.append(_component_note(target))
     return " ".join(notes)
@@ -144,11 +144,11 @@ def _note(model: MaskedImageModel) -> str:
 
 def _component_note(target: Target) -> str:
     return (
-        f"{target.name}: colors are the first three principal components of the true tokens, tokens of one color "
-        "being alike; the mean token of each place is taken away first."
+        f"{target.name}: colors are the first three principal components of the true tokens; similar tokens have "
+        "similar colors. The mean token of each position is subtracted first."
     )
 
 
 def _by_image(views: Sequence[Tensor]) -> list[Tensor]:
-    """K times [B, H, W, 3] -> rows of a figure, the views of an image below each other."""
+    """K times [B, H, W, 3] -> rows of a figure: the K views of each image below each other."""
     return [image for images in zip(*views, strict=True) for image in images]

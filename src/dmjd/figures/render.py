@@ -1,6 +1,6 @@
-"""From tensors to pixels: images, masked images and learning targets as RGB arrays that a figure can show.
+"""Rendering of tensors as RGB images: images, masked images and target features.
 
-Shapes: B image, N token, C target entries, H, W image sides, h, w token grid; RGB images are [B, H, W, 3] in 0..1.
+Shapes: B image, N token, C target channel, H, W image, h, w token grid. RGB images are [B, H, W, 3] in 0..1.
 """
 
 import math
@@ -17,16 +17,16 @@ from dmjd.targets.base import Target
 from dmjd.targets.hog import HogTarget
 from dmjd.targets.pixel import PixelTarget
 
-GRAY = 0.55  # of a masked token: apart from black, white and most images
+GRAY = 0.55  # of a masked token
 
-KNOWN_TINT = (0.25, 0.45, 0.9)  # of target tokens that are shown for orientation only
+TRUE_TINT = (0.25, 0.45, 0.9)  # of target tokens that are not predictions
 
-HEAT = (0.05, 0.15, 0.4)  # of a token masked in every view, where counts are shown
+MASKED_OFTEN = (0.05, 0.15, 0.4)  # of a token masked in every view, in a map of counts
 
-_SHEET_SIDE = 448  # pixels of a sheet of glyphs, about; more than a panel of a figure has
+_GLYPHS_SIDE = 448  # pixels of an image of HOG glyphs, approximately; a panel of a figure has fewer
 
 # Maps target tokens [B, N, C], true or predicted, to RGB images.
-Painter = Callable[[Tensor], Tensor]
+Renderer = Callable[[Tensor], Tensor]
 
 
 def to_rgb(images_0_255: Tensor) -> Tensor:
@@ -38,40 +38,40 @@ def to_rgb(images_0_255: Tensor) -> Tensor:
 
 
 def _three(x: Tensor) -> Tensor:
-    """[B, c, ...] -> [B, 3, ...] by the rule of :func:`image_rgb`."""
+    """[B, c, ...] -> [B, 3, ...] by the rule of :func:`to_rgb`."""
     return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, *x.shape[2:])
 
 
-def spread(tokens: Tensor, grid: tuple[int, int], rgb: Tensor) -> Tensor:
-    """One value per token, [B, N], as a map over the pixels of images [B, H, W, 3]: [B, H, W]."""
+def upsample(tokens: Tensor, grid: tuple[int, int], rgb: Tensor) -> Tensor:
+    """One value per token, [B, N] -> one per pixel, [B, H, W], for images [B, H, W, 3]; nearest neighbor."""
     _, H, W, _ = rgb.shape
     rows = torch.arange(H, device=tokens.device) * grid[0] // H
     columns = torch.arange(W, device=tokens.device) * grid[1] // W
     return tokens.unflatten(1, grid)[:, rows][:, :, columns]
 
 
-def hide(rgb: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cover tokens of RGB images with gray: hidden [B, N] bool."""
-    return torch.where(spread(hidden, grid, rgb).unsqueeze(-1), GRAY, rgb)
+def gray_out(rgb: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Replace the masked tokens, [B, N] bool, of RGB images by gray."""
+    return torch.where(upsample(masked, grid, rgb).unsqueeze(-1), GRAY, rgb)
 
 
-def tint(rgb: Tensor, known: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Set tokens of white-on-black RGB images back in dim blue: known [B, N] bool."""
-    dim = rgb.mean(-1, keepdim=True) * rgb.new_tensor(KNOWN_TINT)
-    return torch.where(spread(known, grid, rgb).unsqueeze(-1), dim, rgb)
+def tint(rgb: Tensor, selected: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Recolor the selected tokens, [B, N] bool, of white-on-black RGB images in dim blue."""
+    dim = rgb.mean(-1, keepdim=True) * rgb.new_tensor(TRUE_TINT)
+    return torch.where(upsample(selected, grid, rgb).unsqueeze(-1), dim, rgb)
 
 
 def hog_glyphs(weights: Tensor, side: int) -> Tensor:
-    """Draw histograms of gradient orientation as stars of strokes, each along the edge it stands for.
+    """Draw histograms of gradient orientation as stars of strokes, each along the edge of its bin.
 
     Args:
         weights: [..., rows, columns, bins], the brightness of each stroke, clipped to 0..1. Bin b holds unsigned
-            gradients from b to b + 1 times 180 / bins degrees, measured from rightwards to downwards. An edge is
-            perpendicular to its gradient, so bin 0 is a stroke that is upright to within one bin.
+            gradients from b to b + 1 times 180 / bins degrees, measured from rightward to downward. An edge is
+            perpendicular to its gradient, so bin 0 is a vertical stroke, to within one bin.
         side: pixels of a cell.
 
     Returns:
-        [..., rows * side, columns * side] in 0..1; where strokes cross, the brighter one shows.
+        [..., rows * side, columns * side] in 0..1; where strokes cross, the brighter one is visible.
     """
     rows, columns, bins = weights.shape[-3:]
     strokes = _strokes(bins, side).to(weights.device)  # bins, side, side
@@ -85,51 +85,51 @@ def _strokes(bins: int, side: int) -> Tensor:
     """One antialiased stroke through the middle of a cell for each orientation: [bins, side, side] in 0..1."""
     gradient = (torch.arange(bins) + 0.5) * math.pi / bins
     cos, sin = gradient.cos().view(-1, 1, 1), gradient.sin().view(-1, 1, 1)
-    place = torch.arange(side) - (side - 1) / 2
-    row, column = place.view(1, -1, 1), place.view(1, 1, -1)
+    offset = torch.arange(side) - (side - 1) / 2
+    row, column = offset.view(1, -1, 1), offset.view(1, 1, -1)
     across = (column * cos + row * sin).abs()  # distance from the edge's line
     along = (row * cos - column * sin).abs()
     half_width, half_length = max(0.5, side / 24), (side - 1) / 2
     return (half_width + 0.5 - across).clamp(0, 1) * (half_length + 0.5 - along).clamp(0, 1)
 
 
-def painter_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: Tensor) -> Painter:
-    """How the tokens of a target are drawn.
+def renderer_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: Tensor) -> Renderer:
+    """The renderer of a target.
 
     Args:
-        target: HOG becomes glyphs, pixels become an image, features of any other target their first three
-            principal components as colors.
-        encoder: whose grid, patch and preprocessing apply.
-        images_0_255: [B, c, H, W] images. truth: [b, N, C], the target of these or, for the components, of more.
+        target: HOG is drawn as glyphs, pixels as an image, any other target as its first three principal components.
+        encoder: gives grid, patch size and preprocessing.
+        images_0_255: [B, c, H, W] images. truth: [b, N, C], the targets of these images or, for the components, of
+            more.
 
     Returns:
         A function from tokens [B, N, C] of these images to RGB.
     """
     if isinstance(target, HogTarget):
-        return lambda tokens: paint_hog(tokens, target, encoder.grid)
+        return lambda tokens: render_hog(tokens, target, encoder.grid)
     if isinstance(target, PixelTarget):
-        return lambda tokens: paint_pixels(tokens, encoder, images_0_255)
-    return component_painter(truth, encoder.grid)
+        return lambda tokens: render_pixels(tokens, encoder, images_0_255)
+    return component_renderer(truth, encoder.grid)
 
 
-def paint_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
-    """HOG tokens [B, N, C] as glyphs on black; color channels in their colors.
+def render_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
+    """HOG tokens [B, N, C] as glyphs on black, color channels in their colors.
 
-    Of the whitened values the positive ones are drawn. Brightness grows with their square root, so that cautious
-    predictions stay visible; it is full for the value of a cell whose gradients all lie in one bin.
+    Only positive whitened values are drawn. Brightness is their square root, so that small predictions stay visible;
+    it is 1 for the value of a cell whose gradients all lie in one bin.
     """
     (h, w), s = grid, target.cells
     x = tokens.float().reshape(len(tokens), h, w, s, s, target.num_bins, -1)  # B, h, w, s, s, bins, c
     x = x.permute(0, 6, 1, 3, 2, 4, 5).reshape(
         len(tokens), -1, h * s, w * s, target.num_bins
     )  # B, c, rows, columns, bins
-    side = min(48, max(12, _SHEET_SIDE // (s * max(grid)))) | 1  # odd, so that strokes have a middle row of pixels
+    side = min(48, max(12, _GLYPHS_SIDE // (s * max(grid)))) | 1  # odd, so that strokes have a center row
     brightest = math.sqrt(max(1, target.num_bins - 1))
     return hog_glyphs((_three(x) / brightest).clamp(min=0).sqrt(), side).permute(0, 2, 3, 1)
 
 
-def paint_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:
-    """Normalized-pixel tokens [B, N, C] as images, each patch un-normalized with its true mean and deviation."""
+def render_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:
+    """Normalized-pixel tokens [B, N, C] as images; each patch gets back its true mean and standard deviation."""
     preprocess = known_preprocess(encoder)
     patches = patchify(preprocess.normalize(images_0_255), encoder.patch_size)  # B, N, P*P*c
     mean, std = PixelTarget.patch_statistics(patches)  # B, N, 1 each
@@ -137,10 +137,10 @@ def paint_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tens
     return to_rgb(preprocess.denormalize(images))
 
 
-def glow(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """RGB images [B, H, W, 3] in dim gray that glow where tokens have large values, [B, N], each on its own scale.
+def heat_map(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A heat map of token values, [B, N], over dim gray RGB images [B, H, W, 3]; each image has its own scale.
 
-    The values are interpolated between the middles of tokens, so that blocks do not hide the image.
+    The values are interpolated between token centers, so that block edges do not cover the image.
     """
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     shares = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid).unsqueeze(1)  # B, 1, h, w
@@ -150,18 +150,18 @@ def glow(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def component_colors(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """:func:`component_painter` of the tokens [B, N, D], on the same: [B, h, w, 3]."""
-    return component_painter(tokens, grid)(tokens)
+    """:func:`component_renderer` of the tokens [B, N, D], on the same: [B, h, w, 3]."""
+    return component_renderer(tokens, grid)(tokens)
 
 
-def component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
-    """The first three principal components of the tokens of all images as red, green and blue.
+def component_renderer(truth: Tensor, grid: tuple[int, int]) -> Renderer:
+    """Renders the first three principal components of the tokens of all images as red, green and blue.
 
-    Encoders trained by masking keep much of a token's place in it, which would paint every image with the same
-    gradient: the mean token of each place is taken away first, where there are several images.
+    Tokens of encoders trained by masking encode much of their position, which would color every image with the same
+    gradient: with several images, the mean token of each position is subtracted first.
 
     Args:
-        truth: [B, N, D], from which mean, components and range are taken. grid: (h, w).
+        truth: [B, N, D]; mean, components and range are computed from it. grid: (h, w).
 
     Returns:
         A function from tokens [b, N, D] of any images to [b, h, w, 3].
@@ -169,11 +169,11 @@ def component_painter(truth: Tensor, grid: tuple[int, int]) -> Painter:
     truth = truth.float()
     mean = truth.mean(dim=0 if len(truth) > 1 else 1, keepdim=True)  # 1, N, D or 1, 1, D
     rows = (truth - mean).flatten(0, 1)
-    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(-1)[:, :3]  # D, 3, or fewer of a narrow target
-    scale = 4 * (rows @ basis).std(dim=0) + 1e-6  # +- 2 deviations fill the range
+    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(-1)[:, :3]  # D, 3; fewer for D < 3
+    scale = 4 * (rows @ basis).std(dim=0) + 1e-6  # +- 2 standard deviations fill 0..1
 
-    def paint(tokens: Tensor) -> Tensor:
+    def render(tokens: Tensor) -> Tensor:
         colors = ((tokens.float() - mean) @ basis) / scale + 0.5  # b, N, 3
         return _three(colors.clamp(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(1, grid)
 
-    return paint
+    return render

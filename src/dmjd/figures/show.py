@@ -1,6 +1,5 @@
 """``dmjd show``: figures of a run."""
 
-import difflib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import pick_device
 from dmjd.figures.attention import attention_figure
 from dmjd.figures.grid import save_figure
+from dmjd.figures.kinds import MODEL_KINDS, check_kind
 from dmjd.figures.neighbors import neighbors_figure
 from dmjd.figures.reconstruction import mask_figure, reconstruction_figure, target_figure
 from dmjd.images.preprocess import Preprocess
@@ -22,19 +22,15 @@ from dmjd.model import MaskedImageModel
 from dmjd.rng import image_keys
 from dmjd.runs.build import LISTING, load_model, open_data, open_images
 
-MODEL_KINDS = ("masks", "targets", "reconstructions")
+_FOR_COMPONENTS = 64  # images from whose tokens principal components are computed
 
-KINDS = (*MODEL_KINDS, "attention", "neighbors")
-
-_FOR_COMPONENTS = 64  # images whose tokens give the principal components
-
-_MOST_UNREADABLE = 100  # unreadable images passed over in search of some to show
+_MOST_UNREADABLE = 100  # unreadable images skipped in search of readable ones
 
 
 def save_reconstruction_figure(
     model: MaskedImageModel, source: Source, path: str | Path, *, num_images: int = 6, seed: int = 0
 ) -> Path:
-    """:func:`reconstruction_figure` of some images of a set as a file; the same images and masks for a seed."""
+    """Write :func:`reconstruction_figure` of some images of a set; images and masks follow from the seed."""
     return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
 
 
@@ -49,27 +45,25 @@ def show(
     num_candidates: int = 2000,
     seed: int = 0,
 ) -> Path:
-    """Draw what the model of a run sees, is asked for and answers, or what its encoder makes of images.
+    """Draw masks, targets or predictions of a run's model, or attention or nearest neighbors of its encoder.
 
     Args:
         kind: "masks", "targets" or "reconstructions" of the pre-training model, on the CPU; "attention" (with principal
-            components of tokens) or "neighbors" of the encoder, on a GPU where there is one.
-        run: a run folder; for the encoder's kinds also an encoder file or checkpoint, together with ``data``.
-        data: where the images come from; None = the run's own data.
-        labels: neighbors: "none", "folder" or "column", where classes come from; None = as the run.
-        out: file to write; its ending names the format. num_images: how many images, or queries.
-        num_candidates: neighbors: how many images are searched.
-        seed: of the choice of images and masks.
+            components of tokens) or "neighbors" of the encoder, on a GPU if there is one.
+        run: a run folder; for attention and neighbors also an encoder file or checkpoint, together with ``data``.
+        data: the images; None: the run's own data.
+        labels: for neighbors, the source of class labels: "none", "folder" or "column"; None: as the run.
+        out: the file; its ending is the format. num_images: number of images, or of queries.
+        num_candidates: for neighbors, how many images are searched.
+        seed: of the images and masks.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: for an unknown kind, a folder that is no run, or data that cannot be read.
+        ValueError: for an unknown kind, a folder that is not a run, or data that cannot be read.
     """
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)
-        raise ValueError(f"cannot show '{kind}'; did you mean '{near[0]}'? There are: {', '.join(KINDS)}")
+    check_kind(kind)
     for name, count, least in (("num_images", num_images, 1), ("num_candidates", num_candidates, 2)):
         if count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
@@ -81,8 +75,8 @@ def show(
     encoder = load_encoder(Path(run).expanduser(), pick_device("auto"))
     source = open_images(run, known_preprocess(encoder), data, labels=labels)
     if kind == "neighbors":
-        drawn = neighbors_figure(encoder, source, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        return save_figure(drawn, out)
+        figure = neighbors_figure(encoder, source, num_images=num_images, num_candidates=num_candidates, seed=seed)
+        return save_figure(figure, out)
     raw, _ = _some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
     return save_figure(attention_figure(encoder, raw.to(next(encoder.parameters()).device), num_images), out)
 
@@ -102,10 +96,10 @@ def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int,
 
 
 def _some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Up to ``count`` readable images drawn by the seed: [n, C, H, W] on the 0..255 scale and places [n] int64.
+    """Up to ``count`` readable images drawn by the seed: [n, C, H, W] on the 0..255 scale and indices [n] int64.
 
     Raises:
-        ValueError: if none of the images tried can be read.
+        ValueError: if none of the images tried is readable.
     """
     order = np.random.default_rng(seed).permutation(len(source))[: count + _MOST_UNREADABLE]
     loader = EvalLoader(source, preprocess, batch_size=count, num_workers=0, indices=order)

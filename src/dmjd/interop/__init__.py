@@ -1,4 +1,4 @@
-"""Weights of other programs, exports and embeddings. Names are loaded when first used."""
+"""Published weights, exports and embeddings. Names are imported when first used."""
 
 import importlib
 from typing import Any

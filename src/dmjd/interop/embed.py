@@ -1,6 +1,6 @@
-"""Features of every image of a set as a table: streamed to finished parts, so that a kill loses little.
+"""Features of every image of a set as a table, written in parts so that a killed run resumes.
 
-Shapes: b images of a batch, N patch token, D width.
+Shapes: b image of a batch, N patch token, D width.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
+from dmjd.data.unreadable import Report
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.console import Console, duration_text
@@ -31,15 +32,13 @@ from dmjd.runs.build import open_images
 
 ENDINGS = (".parquet", ".npy")
 
-ROWS_ENDING = ".rows.parquet"  # beside features.npy: what each of its rows is
+ROWS_ENDING = ".rows.parquet"  # of the table beside features.npy that describes its rows
 
-PART_SECONDS = 20.0  # the most work a kill loses, besides a batch
+PART_SECONDS = 20.0  # the most work lost by a kill, besides a batch
 
-PART_BYTES = 64 << 20  # the most that waits in memory
+PART_BYTES = 64 << 20  # the most rows held in memory
 
-_SHOWN = 10  # unreadable images named on the terminal; the file lists all
-
-Unreadable = list[tuple[str, str]]  # name and reason
+_SHOWN = 10  # unreadable images named on the terminal; the file's metadata lists all
 
 
 def embed(
@@ -58,67 +57,53 @@ def embed(
 ) -> Path:
     """Write the features of every image of a set to a file.
 
-    Rows follow the set's order; images that cannot be read are left out and named. Finished parts lie in
-    ``<out>.parts`` until the file is whole: after a kill the same call goes on from them.
+    Rows are in the order of the set; unreadable images are left out and named. Finished parts are stored in
+    ``<out>.parts`` until the file is complete: after a kill the same call resumes from them.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
-        out: ``.parquet`` for columns ``index`` (place in the set), ``path``, with labels ``label`` (int64) and
+        out: ``.parquet`` for columns ``index`` (in the set), ``path``, for labeled sets ``label`` (int64) and
             ``class``, and ``features``; ``.npy`` for the features alone, with the other columns in
             ``<name>.rows.parquet`` beside it.
-        data: the images; None = what the run was pre-trained on. split: "train" or "test", of data that has both.
-        labels: "none", "folder" or "column"; None = as the run.
-        tokens: the encoder's block outputs of all patch tokens, [N, D] in raster order, not the pooled feature [D].
+        data: the images; None: those of pre-training. split: "train" or "test", of data that has both.
+        labels: "none", "folder" or "column"; None: as the run.
+        tokens: write all patch tokens [N, D] in raster order, not the pooled feature [D].
         half: store float16, not float32.
-        batch_size: images at once. precision: of the computation, "fp32" or "bf16" (autocast).
-        device: "auto", "cpu" or "cuda". num_workers: reading processes; None = by the machine.
+        batch_size: images per batch. precision: of the computation, "fp32" or "bf16" (autocast).
+        device: "auto", "cpu" or "cuda". num_workers: reading processes; None: chosen by the machine.
 
     Returns:
-        The file. The schema of the parquet file keeps, under ``dmjd``, settings and unreadable images as JSON.
+        The file. The schema of the parquet file holds settings and unreadable images as JSON, under ``dmjd``.
 
     Raises:
-        ValueError: before anything is computed: another ending, a file or parts of other settings, data that cannot
-            be opened; later: no readable image, or features that are not finite.
+        ValueError: before anything is computed, for a wrong ending, a file or parts of other settings, or data that
+            cannot be opened; later for a set without readable images, or features that are not finite.
     """
     out = _checked_out(out)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    place = pick_device(device)
-    keep_freed_memory(place)
-    encoder = load_encoder(Path(run).expanduser(), place)
+    chosen = pick_device(device)
+    keep_freed_memory(chosen)
+    encoder = load_encoder(Path(run).expanduser(), chosen)
     source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
     extract = _extractor(encoder, tokens, precision)
-    settings = {
-        "encoder": weights_hash(encoder),
-        "data": source.fingerprint(),
-        "num_images": len(source),
-        "labels": source.labels is not None,
-        "tokens": tokens,
-        "half": half,
-        "precision": precision,
-    }
+    settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
+    settings |= {"tokens": tokens, "half": half, "precision": precision}
     console = Console()
     if out.exists():
         _check_same(settings, _settings_of(out), out)
         console.say(f"{out} is finished already")
         return out
     shape = (encoder.num_patches, encoder.embed_dim) if tokens else (encoder.embed_dim,)
-    schema = _schema(source, shape, half)
-    with _Parts(out, settings, schema) as parts:
+    with _Parts(out, settings, _schema(source, shape, half)) as parts:
         _fill(parts, encoder, source, extract, console, batch_size, num_workers)
-        unreadable = parts.unreadable()
-        if not parts.num_rows:
-            parts.drop()
-            raise ValueError(
-                f"none of the {len(source)} images of {source.name} can be read; {': '.join(unreadable[0])}"
-            )
-        parts.merge({"settings": settings, "grid": encoder.grid, "bad": unreadable})
+        unreadable = parts.finish(source.name, {"settings": settings, "grid": encoder.grid})
     _name_unreadable(console, unreadable)
     return out
 
 
 def _checked_out(out: str | Path) -> Path:
-    """A file that can be written; missing folders are made."""
+    """The path of a file that can be written; missing folders are created."""
     out = Path(out).expanduser()
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: end it in {' or '.join(ENDINGS)}")
@@ -166,21 +151,21 @@ def _rows(source: Source, index: Tensor, features: Tensor, schema: pa.Schema) ->
     values: pa.Array = pa.array(x.reshape(-1))
     for side in x.shape[:0:-1]:
         values = pa.FixedSizeListArray.from_arrays(values, side)
-    places = index.tolist()
-    columns: list[Any] = [places, [_text(source.describe(i)) for i in places]]
+    rows = index.tolist()
+    columns: list[Any] = [rows, [_text(source.describe(i)) for i in rows]]
     if source.labels is not None:
-        labels = source.labels[places]
+        labels = source.labels[rows]
         columns += [labels, [source.classes[label] for label in labels]]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)] + [values], schema=schema)
 
 
 def _text(name: str) -> str:
-    """Any string as valid UTF-8, which parquet wants."""
+    """A string as valid UTF-8, as parquet requires."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _value_type(schema: pa.Schema) -> pa.DataType:
-    """The number type inside the lists of the features."""
+    """The data type of the feature values."""
     kind = schema.field("features").type
     while pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
@@ -196,20 +181,20 @@ def _fill(
     batch_size: int,
     num_workers: int | None,
 ) -> None:
-    """Compute what is missing, in the set's order."""
-    first, began = parts.done, time.monotonic()
+    """Compute the missing features, in the order of the set."""
+    first, start = parts.done, time.monotonic()
     preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
     loader = EvalLoader(source, preprocess, batch_size, num_workers, np.arange(first, len(source)))
     if first:
-        console.say(f"going on from image {first} of {len(source)}")
+        console.say(f"resuming from image {first} of {len(source)}")
     with evaluating(encoder), contextlib.closing(console):
         for batch in loader:
             x = extract(preprocess.normalize(batch.raw.to(device)))
             parts.add(_rows(source, batch.index, x, parts.schema), loader.unreadable)
-            end = first + ((int(batch.index[0]) - first) // batch_size + 1) * batch_size  # of the batch's stretch
+            end = first + ((int(batch.index[0]) - first) // batch_size + 1) * batch_size  # of the batch's range
             stop = min(len(source), end)
             parts.save_if_due(stop)
-            rate = (stop - first) / max(1e-9, time.monotonic() - began)
+            rate = (stop - first) / max(1e-9, time.monotonic() - start)
             left = duration_text((len(source) - stop) / rate)
             console.line(f"{stop} of {len(source)} images  {rate:.0f} images/s  left {left}", stop / len(source))
         parts.note_unreadable(loader.unreadable)
@@ -218,25 +203,25 @@ def _fill(
 
 
 class _Parts:
-    """Finished stretches of the set, each a parquet file named after the places it covers, and the file they make.
+    """Finished parts of a file: one parquet file for each range of the set, named after it.
 
     Args:
-        out: the file in the end. settings: what all parts must share. schema: of their rows.
+        out: the complete file. settings: shared by all parts. schema: of their rows.
 
     Attributes:
-        done: the first place that no part covers.
+        done: the first index that no part covers.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
         self.out, self.schema, self.folder = out, schema, out.with_name(out.name + ".parts")
         self._settings, self._file = settings, self.folder / "settings.json"
         self._rows: list[pa.Table] = []
-        self._unreadable: Unreadable = []
-        self._named = 0  # of the loader's unreadable images, those that are in parts
+        self._unreadable: list[Report] = []
+        self._num_noted = 0  # how many of the loader's unreadable images are noted
         self._saved = time.monotonic()
 
     def __enter__(self) -> "_Parts":
-        """Take the folder: one process at a time, and only for the settings its parts were made with."""
+        """Lock the folder for this process; its parts must have the same settings."""
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")
@@ -262,7 +247,7 @@ class _Parts:
         self._lock.close()
 
     def files(self) -> list[Path]:
-        """Finished parts, in the set's order."""
+        """Finished parts, in the order of the set."""
         return sorted(self.folder.glob("part-*.parquet"))
 
     @property
@@ -270,37 +255,50 @@ class _Parts:
         """Rows of the finished parts."""
         return sum(pq.read_metadata(file).num_rows for file in self.files())
 
-    def add(self, rows: pa.Table, unreadable: Unreadable) -> None:
-        """Take a batch in; ``bad`` are all unreadable images that the loader has met."""
+    def add(self, rows: pa.Table, unreadable: list[Report]) -> None:
+        """Add a batch; ``unreadable`` are all unreadable images of the loader so far."""
         self._rows.append(rows)
         self.note_unreadable(unreadable)
 
-    def note_unreadable(self, unreadable: Unreadable) -> None:
-        """Remember those of the loader's unreadable images that are new."""
-        self._unreadable += unreadable[self._named :]
-        self._named = len(unreadable)
+    def note_unreadable(self, unreadable: list[Report]) -> None:
+        """Note the new ones among the loader's unreadable images."""
+        self._unreadable += unreadable[self._num_noted :]
+        self._num_noted = len(unreadable)
 
     def save_if_due(self, stop: int) -> None:
-        """Finish a part when it holds enough work or memory."""
-        waiting = sum(rows.nbytes for rows in self._rows)
-        if waiting >= PART_BYTES or time.monotonic() - self._saved >= PART_SECONDS:
+        """Save a part if enough time has passed or enough rows are in memory."""
+        num_bytes = sum(rows.nbytes for rows in self._rows)
+        if num_bytes >= PART_BYTES or time.monotonic() - self._saved >= PART_SECONDS:
             self.save(stop)
 
     def save(self, stop: int) -> None:
-        """Finish a part that reaches to place ``stop``."""
+        """Save a part that ends before index ``stop``."""
         unreadable = {METADATA_KEY: json.dumps(self._unreadable)}
         table = pa.concat_tables([self.schema.empty_table(), *self._rows]).replace_schema_metadata(unreadable)
         with atomic(self.folder / f"part-{self.done:012d}-{stop:012d}.parquet") as temporary:
             pq.write_table(table, temporary)
         self._rows, self._unreadable, self.done, self._saved = [], [], stop, time.monotonic()
 
-    def unreadable(self) -> Unreadable:
+    def unreadable(self) -> list[Report]:
         """The unreadable images of all finished parts."""
         lists = (json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()]) for file in self.files())
         return [(name, reason) for part in lists for name, reason in part]
 
+    def finish(self, name: str, metadata: dict[str, Any]) -> list[Report]:
+        """Merge the parts of a whole set into the file; returns the unreadable images.
+
+        Raises:
+            ValueError: if no image of the set ``name`` was readable.
+        """
+        unreadable = self.unreadable()
+        if not self.num_rows:
+            self.drop()
+            raise ValueError(f"none of the {self.done} images of {name} can be read; {': '.join(unreadable[0])}")
+        self.merge(metadata | {"unreadable": unreadable})
+        return unreadable
+
     def merge(self, metadata: dict[str, Any]) -> None:
-        """Write the whole file, part by part, then drop the parts."""
+        """Write the complete file, part by part, then remove the parts."""
         schema = self.schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
         if self.out.suffix == ".npy":
             rows = schema.remove(schema.get_field_index("features"))
@@ -319,7 +317,7 @@ class _Parts:
 
 
 def rows_file(npy: Path) -> Path:
-    """What lies beside ``features.npy`` and says what its rows are."""
+    """The table beside ``features.npy`` that describes its rows."""
     return npy.with_name(npy.stem + ROWS_ENDING)
 
 
@@ -330,7 +328,7 @@ def _write_parquet(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) ->
 
 
 def _write_npy(tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, path: Path) -> None:
-    """The features of the tables below each other as one array."""
+    """The features of all tables as one array."""
     kind, shape = schema.field("features").type, []
     while pa.types.is_fixed_size_list(kind):
         shape.append(kind.list_size)
@@ -347,7 +345,7 @@ def _write_npy(tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, pat
 
 
 def _settings_of(out: Path) -> dict[str, Any]:
-    """The settings that a finished file was made with; empty for a file of another origin."""
+    """The settings of a finished file; empty for a file of other origin."""
     file = rows_file(out) if out.suffix == ".npy" else out
     try:
         return json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()])["settings"]
@@ -355,15 +353,15 @@ def _settings_of(out: Path) -> dict[str, Any]:
         return {}
 
 
-def _check_same(settings: dict[str, Any], old: dict[str, Any], place: Path) -> None:
-    """Refuse to write over, or go on with, features of another kind."""
+def _check_same(settings: dict[str, Any], old: dict[str, Any], path: Path) -> None:
+    """Refuse to overwrite or continue features of other settings. Version 0.1 stored more settings than these."""
     if different := [name for name, value in settings.items() if old.get(name) != value]:
         raise ValueError(
-            f"{place} was made with other settings ({', '.join(different)}): delete it, or give another --out"
+            f"{path} was made with other settings ({', '.join(different)}): delete it, or give another --out"
         )
 
 
-def _name_unreadable(console: Console, unreadable: Unreadable) -> None:
+def _name_unreadable(console: Console, unreadable: list[Report]) -> None:
     for name, reason in unreadable[:_SHOWN]:
         console.warn(f"left out {name}: {reason}")
     if len(unreadable) > _SHOWN:

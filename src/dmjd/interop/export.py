@@ -1,4 +1,4 @@
-"""A trained encoder as a file for other programs; what was written is compared with the encoder before it is kept."""
+"""Export of a trained encoder for other programs. Outputs are compared with the encoder's before a file is written."""
 
 import difflib
 import importlib.util
@@ -22,31 +22,31 @@ FORMATS = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx
 
 TOLERANCE = 1e-4  # absolute, and relative where values are above 1
 
-_BATCHES = (1, 3)  # the export itself sees two images: a batch size that were built in would show
+_BATCHES = (1, 3)  # other than the two images of the export, to detect a fixed batch size
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file, and how it is used: lines of Python."""
+    """An exported file, and Python code that loads it."""
 
     path: Path
     usage: str
 
 
 def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
-    """Write a run's encoder for another program.
+    """Write an encoder in the format of another program.
 
     Args:
         run: a run folder, an encoder file or a checkpoint.
         format: "timm": weights that ``timm.create_model`` loads strictly with the arguments in ``usage`` (ViT only);
             "safetensors": the encoder with its configuration and preprocessing, for :func:`load_encoder`;
-            "onnx": images [B, C, H, W], normalized, of any number B -> ``tokens`` [B, prefix + N, D] as
-            ``encoder(images)`` and ``features`` [B, D] as ``encoder.pool(tokens)``.
+            "onnx": normalized images [B, C, H, W] of any B -> ``tokens`` [B, prefix + N, D], ``encoder(images)``, and
+            ``features`` [B, D], ``encoder.pool(tokens)``.
         out: the file, ending in ``.safetensors`` or ``.onnx``.
 
     Raises:
-        ValueError: for what cannot be exported, an ending that does not fit, or outputs that differ from the
-            encoder's by more than 1e-4; there is no file then.
+        ValueError: for an encoder that the format cannot hold, a wrong ending, or outputs that differ from the
+            encoder's by more than 1e-4. No file is written then.
     """
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.0)
@@ -68,14 +68,14 @@ def _to_safetensors(encoder: Encoder, out: Path) -> Exported:
 
 
 def _to_timm(encoder: Encoder, out: Path) -> Exported:
-    """Our ViT has timm's parameter names, so its file is timm's file too."""
+    """The parameters have timm's names, so the encoder's own file is written."""
     name, arguments = timm_call(encoder)
     model = cast(VisionTransformer, timm.create_model(name, **arguments)).eval()
     model.load_state_dict(encoder.state_dict())
     images = _random_images(encoder, 2)
     with torch.inference_mode():
-        pair = model.forward_features(images), encoder.forward_features(images)
-    _check_close("timm's tokens", *(x.numpy() for x in pair))
+        theirs, ours = model.forward_features(images), encoder.forward_features(images)
+    _check_close("timm's tokens", theirs.numpy(), ours.numpy())
     write_bytes(out, encoder_bytes(encoder))
     lines = [f"    {name!r},", f"    checkpoint_path={str(out)!r},"]
     lines += [f"    {key}={value!r}," for key, value in arguments.items()]
@@ -83,7 +83,7 @@ def _to_timm(encoder: Encoder, out: Path) -> Exported:
 
 
 class _TokensAndFeatures(nn.Module):
-    """What an ONNX file computes."""
+    """The function in an ONNX file."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -125,10 +125,10 @@ def _to_onnx(encoder: Encoder, out: Path) -> Exported:
 
 
 def _scaling(encoder: Encoder) -> str:
-    """What has to be done to pixel values, in words; nothing where it is not known."""
-    if (known := encoder.preprocess) is None:
+    """A comment on how to normalize pixel values; empty if the preprocessing is unknown."""
+    if (preprocess := encoder.preprocess) is None:
         return ""
-    mean, std = ([round(value, 4) for value in values] for values in (known.mean, known.std))
+    mean, std = ([round(value, 4) for value in values] for values in (preprocess.mean, preprocess.std))
     return f": 0..255, divided by 255, minus {mean}, divided by {std}"
 
 
@@ -148,13 +148,12 @@ def _check_onnx(file: Path, model: _TokensAndFeatures) -> None:
 
 def _check_close(name: str, theirs: np.ndarray, ours: np.ndarray) -> None:
     if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE):
-        gap = (
-            f"by up to {np.abs(theirs - ours).max():.1e}" if theirs.shape == ours.shape else f"in shape {theirs.shape}"
-        )
+        same_shape = theirs.shape == ours.shape
+        gap = f"by up to {np.abs(theirs - ours).max():.1e}" if same_shape else f"in shape {theirs.shape}"
         raise ValueError(f"{name} differ from the encoder's {gap}; nothing was written")
 
 
 def _random_images(encoder: Encoder, batch: int) -> Tensor:
-    """Normalized images, the same at each call; torch's own random state is left alone."""
+    """Normalized images, the same at each call; torch's global generator is not used."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=generator)

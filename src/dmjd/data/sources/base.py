@@ -1,9 +1,11 @@
-"""What every source of images is."""
+"""The interface of a data source: an indexed set of images."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,15 +13,44 @@ from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage, open_image
 
 
-class Source(ABC):
-    """An indexed set of images, with labels or without; picklable, so that worker processes can have it.
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a set is opened; see :func:`~dmjd.data.sources.registry.open_source`."""
 
-    A new kind of source sets the attributes and defines ``__len__``, ``stored`` and ``describe``.
+    split: str = "train"
+    labels: str = "none"
+    in_chans: int = 3
+    value_range: tuple[float, float] | None = None
+    listing: Path | None = None
+    masks: bool = False
+
+    @property
+    def with_labels(self) -> bool:
+        """Whether labels are wanted."""
+        return self.labels != "none"
+
+
+class Source(ABC):
+    """An indexed set of images, with or without labels; picklable, so that worker processes can read it.
+
+    A new kind of source sets the attributes and defines ``__len__``, ``stored`` and ``describe``. To be opened by
+    :func:`~dmjd.data.sources.registry.open_source` it also defines ``from_data`` and either ``names`` or ``matches``,
+    and takes a line in that module's table.
 
     Attributes:
         name: what the user called it. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        labels: [n] int64 indices into ``classes``, or None. classes: names, empty without labels.
+        labels: [n] int64 indices into ``classes``, or None. classes: names; empty without labels.
+        names: the names that stand for sets of this kind, where there are such.
+        kind: what messages call data of this kind.
+        label_option: the one value of ``labels`` besides "none" that fits; None: all values are accepted.
+        can_hold_masks: whether such sets can have segmentation masks. remote: whether they lie on the network.
     """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[str] = "a set of images"
+    label_option: ClassVar[str | None] = None
+    can_hold_masks: ClassVar[bool] = False
+    remote: ClassVar[bool] = False
 
     name: str
     in_chans: int = 3
@@ -27,48 +58,67 @@ class Source(ABC):
     labels: np.ndarray | None = None
     classes: list[str]
 
+    @classmethod
+    def matches(cls, data: str, split: str) -> bool:
+        """Whether ``data`` is a set of this kind and has this split; without network access."""
+        return data in cls.names
+
+    @classmethod
+    def has_split(cls, data: str, split: str) -> bool:
+        """As :meth:`matches`, but certain: may ask the network."""
+        return cls.matches(data, split)
+
+    @classmethod
+    def from_data(cls, data: str, options: SourceOptions) -> "Source":
+        """Open data that :meth:`matches`.
+
+        Raises:
+            ValueError: saying what is wrong with it.
+        """
+        raise NotImplementedError(f"{cls.__name__} cannot be opened by name")
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of images."""
 
     @abstractmethod
     def stored(self, index: int) -> ImageLike:
-        """Image ``index`` as it is kept: a path, encoded bytes, a PIL image or an array."""
+        """Image ``index`` as stored: a path, encoded bytes, a PIL image or an array."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """What messages call image ``index``: its path, or "row 17 of x.parquet"."""
+        """The name of image ``index`` in messages: its path, or "row 17 of x.parquet"."""
 
     def read(self, index: int) -> np.ndarray:
         """Image ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale.
 
         Raises:
-            UnreadableImage: if it can't be used.
+            UnreadableImage: if it cannot be read.
         """
         return self.open(index).read()
 
     def open(self, index: int) -> OpenImage:
-        """Image ``index``, of known size but not always decoded yet.
+        """Image ``index``; its size is known, its pixels may not be decoded yet.
 
         Raises:
-            UnreadableImage: if it can't be used.
+            UnreadableImage: if it cannot be read.
         """
         return open_image(self.stored(index), self.in_chans, self.value_range, self.describe(index))
 
-    def save_listing(self, file: Path) -> None:  # noqa: B027 (most sets have nothing to keep)
-        """Keep what had to be searched for in a file of the run; nothing for sets that need no search."""
+    def save_listing(self, file: Path) -> None:  # noqa: B027 (most sets have nothing to save)
+        """Save the list of images that a search found, so that a resumed run need not search again."""
 
     def fingerprint(self) -> str:
-        """Short hash that changes when images come, go or change size; the same wherever the set lies."""
+        """Short hash that changes when images are added, removed or change size; independent of the set's path."""
         return short_hash([str(len(self)), *self._identity()])
 
     def _identity(self) -> Iterable[str]:
-        """The strings that tell this set from another of the same length."""
+        """The strings that distinguish this set from others of the same length."""
         return [self.name]
 
 
 def short_hash(parts: Iterable[str]) -> str:
-    """12 hexadecimal digits of a sequence of strings."""
+    """SHA-256 of a sequence of strings: the first 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")

@@ -1,7 +1,7 @@
-"""Images with boxes, and masks where there are some, in COCO's JSON form.
+"""Images with boxes, and with instance masks where every object has one, in COCO's JSON format.
 
-What can be put right without guessing (a box that reaches out of its image, a box without area) is put right or left
-out, and counted; what can't is an error that names the entry.
+Boxes that reach outside their image are clipped, and boxes without area are left out; both are counted. Anything
+else that is wrong is an error that names the entry.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ LEAST_SIDE = 1e-3  # pixels; narrower boxes have no area
 
 _PARTS = {"train": ("train", "train2017"), "test": ("test", "val", "valid", "val2017")}
 
-# Where the JSON of a part and its images lie below the root.
-_FORMS = (
+# JSON file and image folder of a part, below the root.
+_LAYOUTS = (
     ("{part}.json", "{part}"),
     ("annotations/{part}.json", "{part}"),
     ("annotations/instances_{part}.json", "{part}"),
@@ -40,7 +40,7 @@ class Instances:
 
     Attributes:
         boxes: [n, 4] float32 (left, top, right, bottom) in pixels. labels: [n] int64 from 0.
-        crowd: [n] bool, regions of many objects, which count neither for nor against a detector.
+        crowd: [n] bool, regions of many objects, which are ignored in training and evaluation.
         masks: [n, H, W] uint8 of 0 and 1, or None.
     """
 
@@ -49,24 +49,38 @@ class Instances:
     crowd: Tensor
     masks: Tensor | None = None
 
-    def keep(self, which: Tensor) -> "Instances":
-        """The objects chosen by [n] bool."""
-        masks = self.masks[which] if self.masks is not None else None
-        return Instances(self.boxes[which], self.labels[which], self.crowd[which], masks)
+    def keep(self, selected: Tensor) -> "Instances":
+        """The objects selected by [n] bool."""
+        masks = self.masks[selected] if self.masks is not None else None
+        return Instances(self.boxes[selected], self.labels[selected], self.crowd[selected], masks)
+
+    def to(self, device: torch.device) -> "Instances":
+        """The same on a device."""
+        masks = self.masks.to(device) if self.masks is not None else None
+        return Instances(self.boxes.to(device), self.labels.to(device), self.crowd.to(device), masks)
+
+
+class _Object(NamedTuple):
+    """One object: box (left, top, right, bottom), class, and its mask as COCO stores it, or None."""
+
+    box: list[float]
+    label: int
+    crowd: bool
+    segmentation: Any
 
 
 class CocoSource(Source):
-    """Images of a folder with the boxes that a COCO JSON file gives them.
+    """The images of a folder with the objects of a COCO JSON file.
 
     Args:
-        file: the JSON. folder: of the images. classes: names of the classes to use, in order; None: the file's own,
-            by their ids. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+        file: the JSON. folder: of the images. classes: names of the classes, in order; None: the file's own, sorted
+            by id. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
 
     Attributes:
-        notes: what was put right or left out, and how often. has_masks: whether every object has its outline.
+        notes: what was clipped or left out, and how often. has_masks: whether every object has a mask.
 
     Raises:
-        ValueError: naming what is wrong with the file.
+        ValueError: saying what is wrong with the file.
     """
 
     def __init__(
@@ -89,56 +103,56 @@ class CocoSource(Source):
     def _categories(
         self, categories: list[dict[str, Any]], classes: list[str] | None, used: set[Any]
     ) -> dict[Any, int]:
-        """Category id -> class from 0, of those that can be used."""
+        """Category id -> class from 0."""
         names: dict[Any, str] = {c.get("id"): str(c.get("name", c.get("id"))) for c in categories}
-        if lost := sorted(str(i) for i in used - set(names)):
-            known = ", ".join(f"{i} {name}" for i, name in list(names.items())[:10]) or "none"
+        if missing := sorted(str(i) for i in used - set(names)):
+            listed = ", ".join(f"{i} {name}" for i, name in list(names.items())[:10]) or "none"
             raise ValueError(
-                f"{self.file}: annotations have category_id {', '.join(lost[:10])}, which 'categories' does not list; "
-                f"it lists: {known}"
+                f"{self.file}: annotations have category_id {', '.join(missing[:10])}, which 'categories' does not "
+                f"list; it lists: {listed}"
             )
         self.classes = classes if classes is not None else [names[i] for i in sorted(names)]
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"{self.file}: two categories have the same name: {', '.join(self.classes[:10])}")
-        place = {name: k for k, name in enumerate(self.classes)}
-        if strange := sorted(names[i] for i in used if names[i] not in place):
+        index_of = {name: k for k, name in enumerate(self.classes)}
+        if unknown := sorted(names[i] for i in used if names[i] not in index_of):
             raise ValueError(
-                f"{self.file} has objects of {', '.join(strange[:10])}, which the training set does not have; "
+                f"{self.file} has objects of {', '.join(unknown[:10])}, which the training set does not have; "
                 f"it has {', '.join(self.classes[:10])}"
             )
-        return {i: place[name] for i, name in names.items() if name in place}
+        return {i: index_of[name] for i, name in names.items() if name in index_of}
 
     def _sort(self, annotations: list[dict[str, Any]], label_of: dict[int, int]) -> None:
-        """Objects by image, put right where they can be."""
-        place = {entry["id"]: i for i, entry in enumerate(self._entries)}
-        self._objects: list[list[dict[str, Any]]] = [[] for _ in self._entries]
+        """Objects by image; boxes are clipped to the image."""
+        index_of = {entry["id"]: i for i, entry in enumerate(self._entries)}
+        self._objects: list[list[_Object]] = [[] for _ in self._entries]
         counted: Counter[str] = Counter()
         for annotation in annotations:
-            if annotation.get("image_id") not in place:
+            if annotation.get("image_id") not in index_of:
                 raise ValueError(
                     f"{self.file}: annotation {annotation.get('id')} has image_id {annotation.get('image_id')}, which "
                     "'images' does not list"
                 )
-            index = place[annotation["image_id"]]
+            index = index_of[annotation["image_id"]]
             box, note = _corners(annotation, self._sizes[index], self.file)
             counted[note] += 1
             if box is not None:
                 label = label_of[annotation["category_id"]]
-                crowd, outline = bool(annotation.get("iscrowd")), annotation.get("segmentation") or None
-                self._objects[index].append({"box": box, "label": label, "crowd": crowd, "outline": outline})
+                crowd, segmentation = bool(annotation.get("iscrowd")), annotation.get("segmentation") or None
+                self._objects[index].append(_Object(box, label, crowd, segmentation))
         self.notes = [f"{count} of {len(annotations)} boxes {note}" for note, count in counted.items() if note]
-        outlined = sum(o["outline"] is not None for o in self._all())
-        self.has_masks = 0 < outlined == self.num_objects
-        if 0 < outlined < self.num_objects:
-            without = self.num_objects - outlined
-            self.notes.append(f"{without} of {self.num_objects} objects have no outline: boxes only")
+        with_mask = sum(o.segmentation is not None for o in self._all())
+        self.has_masks = 0 < with_mask == self.num_objects
+        if 0 < with_mask < self.num_objects:
+            without = self.num_objects - with_mask
+            self.notes.append(f"{without} of {self.num_objects} objects have no instance mask: boxes only")
 
-    def _all(self) -> Iterable[dict[str, Any]]:
+    def _all(self) -> Iterable[_Object]:
         return (o for objects in self._objects for o in objects)
 
     @property
     def num_objects(self) -> int:
-        """Objects of all images."""
+        """The number of objects in all images."""
         return sum(map(len, self._objects))
 
     def __len__(self) -> int:
@@ -156,45 +170,47 @@ class CocoSource(Source):
         """Image [H, W, C] on the 0..255 scale and its objects.
 
         Raises:
-            UnreadableImage: for an image that can't be read, or is not of the size that the JSON says.
+            UnreadableImage: for an image that cannot be read, or whose size is not that of the JSON.
         """
         image, size = self.read(index), self._sizes[index]
         if image.shape[:2] != size:
-            found = f"{image.shape[1]} x {image.shape[0]} pixels, {self.file.name} says {size[1]} x {size[0]}"
-            raise UnreadableImage(self.describe(index), f"the image has {found} (width x height)")
+            sizes = f"{image.shape[1]} x {image.shape[0]} pixels, {self.file.name} says {size[1]} x {size[0]}"
+            raise UnreadableImage(self.describe(index), f"the image has {sizes} (width x height)")
         objects = self._objects[index]
         masks = None
         if self.has_masks:
             masks = torch.zeros(0, *size, dtype=torch.uint8)
             if objects:
-                masks = torch.stack([outline_mask(o["outline"], size, self.describe(index)) for o in objects])
-        boxes = torch.tensor([o["box"] for o in objects], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([o["label"] for o in objects], dtype=torch.int64)
-        return image, Instances(boxes, labels, torch.tensor([o["crowd"] for o in objects], dtype=torch.bool), masks)
+                masks = torch.stack([instance_mask(o.segmentation, size, self.describe(index)) for o in objects])
+        boxes = torch.tensor([o.box for o in objects], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([o.label for o in objects], dtype=torch.int64)
+        return image, Instances(boxes, labels, torch.tensor([o.crowd for o in objects], dtype=torch.bool), masks)
 
     def _identity(self) -> Iterable[str]:
         yield from (entry["file_name"] for entry in self._entries)
-        yield short_hash(json.dumps(o, sort_keys=True) for o in self._all())
+        # The keys are those of version 0.1: fingerprints stay.
+        entries = ({"box": o.box, "crowd": o.crowd, "label": o.label, "outline": o.segmentation} for o in self._all())
+        yield short_hash(json.dumps(entry, sort_keys=True) for entry in entries)
 
 
-def outline_mask(outline: Any, size: tuple[int, int], name: str) -> Tensor:
+def instance_mask(segmentation: Any, size: tuple[int, int], name: str) -> Tensor:
     """A COCO "segmentation" (polygons or run lengths) as [H, W] uint8 of 0 and 1.
 
     Raises:
-        UnreadableImage: for an outline that can't be read.
+        UnreadableImage: if it cannot be decoded.
     """
     from pycocotools import mask as coco_mask  # an extra
 
     try:
-        if isinstance(outline, dict) and isinstance(outline.get("counts"), list):
-            outline = coco_mask.frPyObjects(outline, *size)
-        if isinstance(outline, list):
-            outline = coco_mask.merge(coco_mask.frPyObjects(outline, *size))
-        mask = coco_mask.decode(outline)
-    except Exception as error:  # the C library's own many
-        raise UnreadableImage(name, f"an object's outline can't be read ({str(error)[:100]})") from None
+        if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
+            segmentation = coco_mask.frPyObjects(segmentation, *size)
+        if isinstance(segmentation, list):
+            segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+        mask = coco_mask.decode(segmentation)
+    except Exception as error:  # the C library raises many types
+        raise UnreadableImage(name, f"an object's mask can't be decoded ({str(error)[:100]})") from None
     if mask.shape != size:
-        raise UnreadableImage(name, f"an object's outline is made for {mask.shape[1]} x {mask.shape[0]} pixels")
+        raise UnreadableImage(name, f"an object's mask is of an image of {mask.shape[1]} x {mask.shape[0]} pixels")
     return torch.from_numpy(np.ascontiguousarray(mask))
 
 
@@ -214,10 +230,10 @@ def open_coco(
         split: "train" or "test". classes, in_chans, value_range: see :class:`CocoSource`.
 
     Raises:
-        ValueError: for data of no such form.
+        ValueError: for data of no such layout.
     """
-    found = find_coco(data, split)
-    if found is None:
+    location = find_coco(data, split)
+    if location is None:
         root = Path(data).expanduser()
         if not root.is_dir():
             raise ValueError(f"there is no folder {data}: give one with train/ and train.json in COCO form")
@@ -227,42 +243,42 @@ def open_coco(
             f"{data} holds no images with boxes: give a folder with train/ and train.json in COCO form "
             "(or train2017/ and annotations/instances_train2017.json)"
         )
-    return CocoSource(*found, classes, in_chans, value_range)
+    return CocoSource(*location, classes, in_chans, value_range)
 
 
 def find_coco(data: str | Path, split: str) -> tuple[Path, Path] | None:
     """JSON file and image folder of a part, or None."""
     root = Path(data).expanduser()
     for part in _PARTS[split]:
-        for file, folder in _FORMS:
-            found = root / file.format(part=part), root / folder.format(part=part)
-            if found[0].is_file() and found[1].is_dir():
-                return found
+        for file, folder in _LAYOUTS:
+            location = root / file.format(part=part), root / folder.format(part=part)
+            if location[0].is_file() and location[1].is_dir():
+                return location
     return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The parsed file; ValueError for what is no COCO annotation."""
+    """The parsed file; ValueError for anything but COCO annotations."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} can't be read as JSON ({str(error)[:120]})") from None
     lists = ("images", "annotations", "categories")
-    lost = [name for name in lists if not isinstance(content, dict) or not isinstance(content.get(name), list)]
-    if lost:
-        raise ValueError(f"{file} has no list {' and no list '.join(map(repr, lost))}: it is not in COCO's form")
+    missing = [name for name in lists if not isinstance(content, dict) or not isinstance(content.get(name), list)]
+    if missing:
+        raise ValueError(f"{file} has no list {' and no list '.join(map(repr, missing))}: it is not in COCO's form")
     if not content["images"] or not content["categories"]:
         empty = "images" if not content["images"] else "categories"
         raise ValueError(f"{file}: the list '{empty}' is empty")
     ids = [entry.get("id") for entry in content["images"]]
     if len(set(ids)) < len(ids):
-        twice = next(i for i, count in Counter(ids).items() if count > 1)
-        raise ValueError(f"{file}: two images have the id {twice}")
+        repeated = next(i for i, count in Counter(ids).items() if count > 1)
+        raise ValueError(f"{file}: two images have the id {repeated}")
     return content
 
 
 def _image_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int, int]:
-    """(height, width) as the JSON says, else as the image's own header does."""
+    """(height, width) from the JSON, else from the image's header."""
     if not isinstance(entry.get("file_name"), str):
         raise ValueError(f"{file}: image {entry.get('id')} has no file_name")
     if not (folder / entry["file_name"]).is_file():
@@ -278,21 +294,21 @@ def _image_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int, i
 
 
 def _corners(annotation: dict[str, Any], size: tuple[int, int], file: Path) -> tuple[list[float] | None, str]:
-    """(left, top, right, bottom) inside the image, or None where nothing is left; and what had to be done."""
+    """(left, top, right, bottom) clipped to the image, or None if nothing is left; and a note of what was changed."""
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(v) for v in box)):
         raise ValueError(f"{file}: annotation {annotation.get('id')} needs a bbox of four numbers, it has {box}")
     left, top, width, height = map(float, box)
     if min(width, height) < LEAST_SIDE:
-        return None, "of no area were left out"
-    whole = left, top, left + width, top + height
+        return None, "without area were left out"
+    unclipped = left, top, left + width, top + height
     ends = size[1], size[0], size[1], size[0]
-    inside = [min(max(value, 0.0), float(end)) for value, end in zip(whole, ends, strict=True)]
+    inside = [min(max(value, 0.0), float(end)) for value, end in zip(unclipped, ends, strict=True)]
     if min(inside[2] - inside[0], inside[3] - inside[1]) < LEAST_SIDE:
-        return None, "wholly outside of their image were left out"
-    # Up to a pixel goes without saying: tools differ in where the last one ends.
-    changed = max(abs(a - b) for a, b in zip(inside, whole, strict=True)) > 1.0
-    return inside, "that reach out of their image were cut off at its edge" if changed else ""
+        return None, "outside their image were left out"
+    # Up to a pixel is not noted: annotation tools differ in where the last pixel ends.
+    changed = max(abs(a - b) for a, b in zip(inside, unclipped, strict=True)) > 1.0
+    return inside, "that reach outside their image were clipped" if changed else ""
 
 
 def _is_finite(value: Any) -> bool:

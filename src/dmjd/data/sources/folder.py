@@ -1,4 +1,4 @@
-"""A folder of images, flat or nested: one sorted walk, the list of which is kept with the run."""
+"""A folder of images, flat or nested. It is walked once; a run keeps the sorted list."""
 
 import json
 import os
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dmjd.data.sources.base import Source
+from dmjd.data.sources.base import Source, SourceOptions
+from dmjd.data.sources.paths import EXTENSIONS, existing_path, split_folder, warn_of_loose_images
 from dmjd.images.reading import OpenImage, open_image
-
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 
 _SIZES_IN_FINGERPRINT = 256
 
@@ -20,15 +19,18 @@ class FolderSource(Source):
 
     Args:
         root: the folder. Hidden files and folders, and files of unknown extensions, are left out.
-        with_labels: class = first folder below the root.
+        with_labels: take the first folder below the root as class.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        listing: file that may hold the sorted list (see :meth:`save_listing`). Where it exists nothing is walked, so
-            that a resumed run sees the images it began with.
+        listing: file that may hold the sorted list (see :meth:`save_listing`). Where it exists the folder is not
+            walked, so that a resumed run sees the images it started with.
         extensions: of the files wanted.
 
     Raises:
-        ValueError: no images, no permission, or an image that lies in no class folder.
+        ValueError: for a folder without images or permission, or an image that lies in no class folder.
     """
+
+    kind = "a folder of images"
+    label_option = "folder"
 
     def __init__(
         self,
@@ -49,6 +51,21 @@ class FolderSource(Source):
         if with_labels:
             self.labels, self.classes = _folder_labels(root, paths)
 
+    @classmethod
+    def matches(cls, data: str, split: str) -> bool:
+        """Whether this folder exists and has the split."""
+        path = existing_path(data)
+        return path is not None and split_folder(path, split) is not None
+
+    @classmethod
+    def from_data(cls, data: str, options: SourceOptions) -> "FolderSource":
+        """The images of a split of the folder ``data``."""
+        root = Path(data).expanduser()
+        folder = split_folder(root, options.split)
+        assert folder is not None, "see matches"
+        warn_of_loose_images(root)
+        return cls(folder, options.with_labels, options.in_chans, options.value_range, options.listing)
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -57,7 +74,7 @@ class FolderSource(Source):
         return self.root / self._paths[index]
 
     def save_listing(self, file: Path) -> None:
-        """Keep the sorted list of paths in a file, unless it is there already; readers see the whole list or none."""
+        """Write the sorted list of paths to a file, atomically, unless the file exists."""
         if file.exists():
             return
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
@@ -65,18 +82,18 @@ class FolderSource(Source):
         os.replace(partial, file)
 
     def describe(self, index: int) -> str:
-        """The image's path; bytes that are no text are shown escaped."""
+        """The image's path; bytes that are not UTF-8 are escaped."""
         return os.fsencode(self._path(index)).decode("utf-8", "backslashreplace")
 
     def open(self, index: int) -> OpenImage:
-        """See :meth:`Source.open`; without pathlib, which takes as long as opening the file."""
+        """See :meth:`Source.open`. Avoids pathlib, which takes as long as opening the file."""
         return open_image(self._path(index), self.in_chans, self.value_range, self.describe(index))
 
     def _path(self, index: int) -> str:
         return os.path.join(self.name, self._paths[index])
 
     def _identity(self) -> Iterable[str]:
-        """All names, and the sizes of some files: asking for all would take minutes on a network drive."""
+        """All names, and the sizes of some files: those of all would take minutes on a network drive."""
         yield from (self._paths[i] for i in range(len(self)))
         for index in np.linspace(0, len(self) - 1, min(len(self), _SIZES_IN_FINGERPRINT)).astype(int):
             path = self.stored(int(index))
@@ -84,7 +101,7 @@ class FolderSource(Source):
 
 
 class _Strings:
-    """A list of strings in two buffers: worker processes share it instead of copying a million objects."""
+    """A list of strings in two buffers, which worker processes share instead of copying a million objects."""
 
     def __init__(self, strings: list[str]) -> None:
         encoded = [os.fsencode(s) for s in strings]
@@ -103,7 +120,7 @@ class _Strings:
 def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Sorted relative paths, with "/", of the files below ``root`` that have one of the extensions.
 
-    Links are followed; a folder that was seen already is not entered again.
+    Links are followed; a folder that was already visited is not entered again.
 
     Raises:
         ValueError: naming a folder that may not be read.
@@ -131,12 +148,12 @@ def _walk(folder: str, prefix: str, extensions: tuple[str, ...], seen: set[tuple
 
 
 def _listed(root: Path, listing: Path | None, extensions: tuple[str, ...]) -> list[str]:
-    """The sorted paths from the listing where it exists, else from a walk."""
+    """The sorted paths: from the listing if it exists, else from a walk."""
     if listing is not None and listing.exists():
         try:
             return list(json.loads(listing.read_text())["paths"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{listing} is no list of images: delete it, and the folder is walked again") from None
+            raise ValueError(f"{listing} is not a list of images: delete it, and the folder is walked again") from None
     return walk(root, extensions)
 
 

@@ -1,7 +1,7 @@
-"""Images with index masks: two folders (CamVid and ADE20K forms), parquet files and Hugging Face sets.
+"""Images with segmentation masks: two folders (CamVid and ADE20K layouts), parquet files and Hugging Face sets.
 
-A mask is an image of one number a pixel: PNG in gray or palette form, TIFF, BMP, GIF or .npy. The classes are the
-numbers 0, 1, 2, ... without those that are ignored.
+A mask is an image of one number per pixel: gray or palette PNG, TIFF, BMP, GIF or .npy. The classes are the numbers
+0, 1, 2, ... without the ignored ones.
 """
 
 import io
@@ -20,11 +20,11 @@ from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.workers import available_cores
 from dmjd.images.decoding import ImageLike, UnreadableImage
 
-MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # none that loses values
+MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # lossless formats
 
 CLASS_NAMES = "classes.txt"
 
-NO_LABEL = 255  # what a mask says where it says nothing, unless the caller knows better
+NO_LABEL = 255  # the usual number of pixels without label
 
 _MOST_NUMBERS = 1 << 16
 
@@ -32,22 +32,22 @@ _MOST_UNREADABLE_SHARE = 0.01
 
 _FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 
-# Where images and masks of a part lie below the root.
-_FORMS: tuple[Callable[[str], tuple[str, str]], ...] = (
+# Folders of images and of masks of a part, below the root.
+_LAYOUTS: tuple[Callable[[str], tuple[str, str]], ...] = (
     lambda part: (f"{part}/images", f"{part}/masks"),
     lambda part: (f"{part}/images", f"{part}/labels"),
     lambda part: (f"images/{part}", f"masks/{part}"),
     lambda part: (f"images/{part}", f"annotations/{part}"),  # ADE20K
     lambda part: (f"images/{part}", f"labels/{part}"),
-    lambda part: (part, f"{part}annot"),  # CamVid as SegNet's authors gave it out
+    lambda part: (part, f"{part}annot"),  # CamVid as published with SegNet
 )
 
-_PLAIN_FORMS = (("images", "masks"), ("images", "annotations"), ("images", "labels"))
+_LAYOUTS_WITHOUT_PARTS = (("images", "masks"), ("images", "annotations"), ("images", "labels"))
 
 
 @dataclass(frozen=True)
-class Classes:
-    """Which numbers of the masks are which classes.
+class ClassMap:
+    """The classes of the numbers in the masks.
 
     Attributes:
         names: of the K classes. ignored: numbers that mean "no label".
@@ -58,11 +58,11 @@ class Classes:
 
     @property
     def numbers(self) -> list[int]:
-        """The number that stands for each class in the masks."""
+        """The number of each class in the masks."""
         return class_numbers(len(self.names), self.ignored)
 
     def table(self) -> np.ndarray:
-        """[65536] int16: number -> class, IGNORE, or IGNORE - 1 where it is neither."""
+        """[65536] int16: number -> class, IGNORE, or IGNORE - 1 if it is neither."""
         table = np.full(_MOST_NUMBERS, IGNORE - 1, np.int16)
         table[self.numbers] = np.arange(len(self.names))
         table[[number for number in self.ignored if 0 <= number < _MOST_NUMBERS]] = IGNORE
@@ -78,51 +78,51 @@ class SegmentationSource(Source):
     """Images and their masks.
 
     Args:
-        images, masks: sources. places: [n] int64, which mask belongs to each image; None: the same place.
+        images, masks: sources. mask_index: [n] int64, the mask of each image; None: that of the same index.
 
     Attributes:
-        known: what :meth:`set_classes` was told.
+        class_map: set by :meth:`set_classes`.
     """
 
-    def __init__(self, images: Source, masks: Source, places: np.ndarray | None = None) -> None:
+    def __init__(self, images: Source, masks: Source, mask_index: np.ndarray | None = None) -> None:
         self.name, self.in_chans, self.value_range = images.name, images.in_chans, images.value_range
         self.images, self.masks = images, masks
-        self._places = np.arange(len(masks)) if places is None else places
-        self.known: Classes | None = None
+        self._mask_index = np.arange(len(masks)) if mask_index is None else mask_index
+        self.class_map: ClassMap | None = None
         self._table: np.ndarray | None = None
 
-    def set_classes(self, classes: Classes) -> None:
-        """Say which numbers are which classes; needed before :meth:`read_example`."""
-        self.known, self.classes = classes, list(classes.names)
-        self._table = classes.table()
+    def set_classes(self, class_map: ClassMap) -> None:
+        """Set the classes of the numbers; needed before :meth:`read_example`."""
+        self.class_map, self.classes = class_map, list(class_map.names)
+        self._table = class_map.table()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._mask_index)
 
     def stored(self, index: int) -> ImageLike:
-        """The image as it is kept."""
+        """The image as stored."""
         return self.images.stored(index)
 
     def describe(self, index: int) -> str:
-        """As the image's source does."""
+        """The name of the image in messages."""
         return self.images.describe(index)
 
     def read_numbers(self, index: int) -> np.ndarray:
-        """The mask as it is stored: [H, W] of whole numbers.
+        """The mask as stored: [H, W] of integers.
 
         Raises:
-            UnreadableImage: if it can't be used.
+            UnreadableImage: if it cannot be read.
         """
-        place = int(self._places[index])
-        return read_mask(self.masks.stored(place), f"mask {self.masks.describe(place)}")
+        row = int(self._mask_index[index])
+        return read_mask(self.masks.stored(row), f"mask {self.masks.describe(row)}")
 
     def read_example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image [H, W, C] on the 0..255 scale and mask [H, W] int16 of classes and IGNORE.
 
         Raises:
-            UnreadableImage: for either that can't be read, or where their sizes differ.
+            UnreadableImage: if either cannot be read, or if their sizes differ.
         """
-        assert self._table is not None, "set_classes comes first"
+        assert self._table is not None, "call set_classes first"
         image, mask = self.read(index), self._table[self.read_numbers(index)]
         if image.shape[:2] != mask.shape:
             sizes = f"{image.shape[0]} x {image.shape[1]} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
@@ -135,23 +135,25 @@ class SegmentationSource(Source):
 
 
 def read_mask(stored: ImageLike, name: str) -> np.ndarray:
-    """Decode an index mask: [H, W] of whole numbers from 0 to 65535. A palette's colors are not looked at.
+    """Decode a mask: [H, W] of integers from 0 to 65535. The colors of a palette are ignored.
 
     Raises:
-        UnreadableImage: for what is no mask of one number a pixel.
+        UnreadableImage: for anything but one number per pixel.
     """
     try:
         array = _mask_values(stored)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
-    except Exception as error:  # decoders fail with nearly every built-in exception
+    except Exception as error:  # decoders raise nearly every built-in exception
         raise UnreadableImage(name, f"damaged or unsupported ({str(error)[:120] or type(error).__name__})") from None
     if array.ndim == 3 and (array[..., :1] == array[..., : min(3, array.shape[2])]).all():
-        array = array[..., 0]  # one number, kept in three equal channels
+        array = array[..., 0]  # one number in three equal channels
     if array.ndim != 2:
-        raise UnreadableImage(name, "it is in color: a mask needs one number a pixel, as gray or palette PNG holds it")
+        raise UnreadableImage(name, "it is in color: a mask needs one number per pixel, as in a gray or palette PNG")
     if array.dtype.kind not in "uib" or int(array.min()) < 0 or int(array.max()) >= _MOST_NUMBERS:
-        raise UnreadableImage(name, f"values of type {array.dtype} outside 0..{_MOST_NUMBERS - 1} number no classes")
+        raise UnreadableImage(
+            name, f"values of type {array.dtype} outside 0..{_MOST_NUMBERS - 1} cannot number classes"
+        )
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
@@ -165,7 +167,7 @@ def _mask_values(stored: ImageLike) -> np.ndarray:
     with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
         if image.format == "JPEG":
             raise UnreadableImage(
-                "", "it is a JPEG, which changes the numbers: masks need a format without loss, as PNG"
+                "", "it is a JPEG, which changes the numbers: masks need a lossless format such as PNG"
             )
         values = np.asarray(image)
     return values[..., :-1] if image.mode in ("LA", "RGBA") else values
@@ -177,13 +179,13 @@ def open_segmentation(
     """Open images with masks.
 
     Args:
-        data: a folder with ``train/images`` and ``train/masks`` (CamVid form), ``images/training`` and
-            ``annotations/training`` (ADE20K form), ``train`` and ``trainannot``, or ``images`` and ``masks``, the
-            names of a pair equal but for the ending; or a table of two columns of images: parquet or hub.
+        data: a folder with ``train/images`` and ``train/masks`` (CamVid layout), ``images/training`` and
+            ``annotations/training`` (ADE20K layout), ``train`` and ``trainannot``, or ``images`` and ``masks``, the
+            names of a pair equal except for the ending; or a table with two columns of images: parquet or hub.
         split: "train" or "test". in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
 
     Raises:
-        ValueError: for data of no such form, or images without masks.
+        ValueError: for data of no such layout, or images without masks.
     """
     options = {"in_chans": in_chans, "value_range": value_range}
     root = Path(data).expanduser()
@@ -194,43 +196,43 @@ def open_segmentation(
         return SegmentationSource(images, masks, _pair(images, masks))
     if root.is_dir() and split == "test" and _find_folders(root, "train") is not None:
         raise ValueError(f"{data} has no test part (test/ or val/ beside train/): pass --test-data")
-    mask_table = open_source(data, split=split, masks=True)  # says what is missing where there is none
+    mask_table = open_source(data, split=split, masks=True)  # its message says what is missing
     return SegmentationSource(open_source(data, split=split, **options), mask_table)  # type: ignore[arg-type]
 
 
 def has_segmentation_split(data: str | Path, split: str) -> bool:
-    """Whether :func:`open_segmentation` finds this part."""
+    """Whether :func:`open_segmentation` finds this split."""
     root = Path(data).expanduser()
-    forms = [_find_folders(root, name) for name in ("train", "test")]
-    return forms[split == "test"] is not None if any(forms) else has_split(data, split)
+    folders = {name: _find_folders(root, name) for name in ("train", "test")}
+    return folders[split] is not None if any(folders.values()) else has_split(data, split)
 
 
 def _find_folders(root: Path, split: str) -> tuple[Path, Path] | None:
-    """The folders of images and masks of a part, or None; without parts all is for training."""
+    """The folders of images and masks of a split, or None. Folders without parts are for training."""
     for part in _FOLDERS[split]:
-        for form in _FORMS:
-            images, masks = (root / folder for folder in form(part))
+        for layout in _LAYOUTS:
+            images, masks = (root / folder for folder in layout(part))
             if images.is_dir() and masks.is_dir():
                 return images, masks
-    for plain in _PLAIN_FORMS if split == "train" else ():
-        if all((root / folder).is_dir() for folder in plain):
-            return root / plain[0], root / plain[1]
+    for folders in _LAYOUTS_WITHOUT_PARTS if split == "train" else ():
+        if all((root / folder).is_dir() for folder in folders):
+            return root / folders[0], root / folders[1]
     return None
 
 
 def _pair(images: FolderSource, masks: FolderSource) -> np.ndarray:
-    """[n] int64: for each image the mask of the same relative path, endings aside."""
-    place = {_stem(masks, i): i for i in range(len(masks))}
+    """[n] int64: for each image the mask with the same relative path, except for the ending."""
+    mask_of = {_stem(masks, i): i for i in range(len(masks))}
     stems = [_stem(images, i) for i in range(len(images))]
-    if len(place) < len(masks):
+    if len(mask_of) < len(masks):
         raise ValueError(f"{masks.root} holds masks whose names differ only in the ending: keep one of each")
-    lost = [i for i, stem in enumerate(stems) if stem not in place]
-    if lost:
+    missing = [i for i, stem in enumerate(stems) if stem not in mask_of]
+    if missing:
         raise ValueError(
-            f"{len(lost)} of {len(images)} images have no mask in {masks.root}, {images.describe(lost[0])} for "
+            f"{len(missing)} of {len(images)} images have no mask in {masks.root}, {images.describe(missing[0])} for "
             "one: a mask has its image's name, with .png at the end"
         )
-    return np.array([place[stem] for stem in stems], dtype=np.int64)
+    return np.array([mask_of[stem] for stem in stems], dtype=np.int64)
 
 
 def _stem(source: FolderSource, index: int) -> str:
@@ -238,13 +240,13 @@ def _stem(source: FolderSource, index: int) -> str:
 
 
 def count_numbers(source: SegmentationSource) -> tuple[np.ndarray, dict[int, int]]:
-    """Look at every mask, in threads.
+    """Count the numbers in all masks, in threads.
 
     Returns:
-        [65536] int64, pixels of each number; and of each number the first image that has it.
+        [65536] int64, pixels of each number; and, for each number that occurs, the first image with it.
 
     Raises:
-        ValueError: when more than 1 % of the masks (and more than ten) can't be read.
+        ValueError: if more than 1 % of the masks (and more than ten) cannot be read.
     """
     pixels = np.zeros(_MOST_NUMBERS, np.int64)
     first: dict[int, int] = {}
@@ -269,55 +271,55 @@ def _count(source: SegmentationSource, index: int) -> np.ndarray | UnreadableIma
         return error
 
 
-def settle_classes(
+def resolve_classes(
     train: SegmentationSource, test: SegmentationSource, num_classes: int | None, ignored: Sequence[int]
-) -> Classes:
-    """Find the classes of a training set, check every mask of both sets against them, and tell both.
+) -> ClassMap:
+    """Find the classes of a training set, check every mask of both sets, and set the classes of both.
 
     Args:
-        train, test: the sets. num_classes: None: the lines of ``classes.txt`` beside the folders, else by the largest
+        train, test: the sets. num_classes: None: the lines of ``classes.txt`` beside the folders, else from the largest
             number in the training masks. ignored: numbers that mean "no label".
 
     Raises:
-        ValueError: numbers past the classes (naming a mask), nothing labeled, or a single class.
+        ValueError: for a number beyond the classes (naming the mask), no labels, or a single class.
     """
     counted = [(source, *count_numbers(source)) for source in (train, test)]
     present = [number for number in sorted(counted[0][2]) if number not in ignored]
     if len(present) < 2:
-        what = f"the number {present[0]} alone" if present else "no number but ignored ones"
-        raise ValueError(f"the masks of {train.name} hold {what}: segmentation needs at least two classes")
+        numbers = f"only the number {present[0]}" if present else "only ignored numbers"
+        raise ValueError(f"the masks of {train.name} hold {numbers}: segmentation needs at least two classes")
     names = _names(train, num_classes, present[-1] + 1 - sum(number <= present[-1] for number in ignored), ignored)
-    classes = Classes(names, tuple(ignored))
+    class_map = ClassMap(names, tuple(ignored))
     for source, _, first in counted:
-        _check_numbers(source, first, classes)
-        source.set_classes(classes)
-    return classes
+        _check_numbers(source, first, class_map)
+        source.set_classes(class_map)
+    return class_map
 
 
-def _names(train: SegmentationSource, given: int | None, found: int, ignored: Sequence[int]) -> tuple[str, ...]:
-    """Class names: of the file, else the numbers."""
+def _names(train: SegmentationSource, given: int | None, counted: int, ignored: Sequence[int]) -> tuple[str, ...]:
+    """Class names: from ``classes.txt``, else the numbers."""
     file = next(_class_files(train), None)
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] if file else []
     if lines and given is not None and len(lines) != given:
         raise ValueError(f"{file} names {len(lines)} classes, --num-classes says {given}: make them agree")
     if given is not None and given < 2:
         raise ValueError(f"num_classes must be at least 2, got {given}")
-    return tuple(lines) or tuple(map(str, class_numbers(given or found, ignored)))
+    return tuple(lines) or tuple(map(str, class_numbers(given or counted, ignored)))
 
 
 def _class_files(train: SegmentationSource) -> Iterator[Path]:
-    """``classes.txt`` in the folder of the images or up to two above it."""
+    """``classes.txt`` in the folder of the images or up to two levels above it."""
     if isinstance(train.images, FolderSource):
         folder = train.images.root
-        yield from (place / CLASS_NAMES for place in (folder, *folder.parents[:2]) if (place / CLASS_NAMES).is_file())
+        yield from (f / CLASS_NAMES for f in (folder, *folder.parents[:2]) if (f / CLASS_NAMES).is_file())
 
 
-def _check_numbers(source: SegmentationSource, first: dict[int, int], classes: Classes) -> None:
-    numbers = set(classes.numbers) | set(classes.ignored)
-    wrong = [number for number in sorted(first) if number not in numbers]
+def _check_numbers(source: SegmentationSource, first: dict[int, int], class_map: ClassMap) -> None:
+    allowed = set(class_map.numbers) | set(class_map.ignored)
+    wrong = [number for number in sorted(first) if number not in allowed]
     if wrong:
-        last = classes.numbers[-1]
+        last = class_map.numbers[-1]
         raise ValueError(
-            f"the mask of {source.describe(first[wrong[0]])} holds the number {wrong[0]}; the {len(classes.names)} "
+            f"the mask of {source.describe(first[wrong[0]])} holds the number {wrong[0]}; the {len(class_map.names)} "
             f"classes are numbered up to {last}. Pass --num-classes, or --ignore-index {wrong[0]} if it means no label"
         )

@@ -1,4 +1,4 @@
-"""Some images of a set, as a set: all training tasks with few labels go through it."""
+"""A subset of a set. Low-shot evaluations train on one."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,10 +9,10 @@ from dmjd.images.decoding import ImageLike
 
 
 class SubsetSource(Source):
-    """The images ``rows`` of a source, with the source's classes.
+    """The images ``rows`` of a source, with its classes.
 
     Args:
-        source: the whole set. rows: [m] indices into it, in the order wanted.
+        source: the whole set. rows: [m] indices into it, in the order of the subset.
     """
 
     def __init__(self, source: Source, rows: Sequence[int] | np.ndarray) -> None:
@@ -25,15 +25,15 @@ class SubsetSource(Source):
         return len(self.rows)
 
     def stored(self, index: int) -> ImageLike:
-        """Image ``rows[index]`` as the source keeps it."""
+        """Image ``rows[index]`` as the source stores it."""
         return self.source.stored(int(self.rows[index]))
 
     def read(self, index: int) -> np.ndarray:
-        """Image ``rows[index]``, decoded as the source does it."""
+        """Image ``rows[index]``, decoded as by the source."""
         return self.source.read(int(self.rows[index]))
 
     def describe(self, index: int) -> str:
-        """What messages call image ``rows[index]``."""
+        """The name of image ``rows[index]`` in messages."""
         return self.source.describe(int(self.rows[index]))
 
     def _identity(self) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Sets that torchvision knows how to download, under short names."""
+"""Sets that torchvision downloads, under short names."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dmjd.data.sources.base import Source
+from dmjd.data.sources.base import Source, SourceOptions
 
-# Name -> torchvision class, and the arguments of its training and test parts.
+# Name -> torchvision class, and the arguments of its training and test splits.
 NAMED_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
     "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
@@ -27,8 +27,10 @@ class NamedSource(Source):
     """A torchvision set, downloaded to ``$XDG_CACHE_HOME/dmjd`` (default ``~/.cache/dmjd``) at first use; labeled.
 
     Raises:
-        ValueError: if it can't be downloaded.
+        ValueError: if it cannot be downloaded.
     """
+
+    names = tuple(NAMED_SETS)
 
     def __init__(
         self, name: str, split: str = "train", in_chans: int = 3, value_range: tuple[float, float] | None = None
@@ -39,11 +41,16 @@ class NamedSource(Source):
         named = getattr(self._data, "classes", None)
         self.classes = [str(c) for c in named] if named else [str(c) for c in range(self.labels.max() + 1)]
 
+    @classmethod
+    def from_data(cls, data: str, options: SourceOptions) -> "NamedSource":
+        """A split of the set named ``data``."""
+        return cls(data, options.split, options.in_chans, options.value_range)
+
     def __len__(self) -> int:
         return len(self._data)
 
     def stored(self, index: int) -> Image.Image:
-        """The image as torchvision gives it."""
+        """The image as torchvision returns it."""
         return self._data[index][0]
 
     def describe(self, index: int) -> str:
@@ -55,7 +62,7 @@ class NamedSource(Source):
 
 
 def _targets(data: Any) -> Any:
-    """The labels, which torchvision's classes keep under different names."""
+    """The labels, which torchvision's classes store under different names."""
     for field in ("targets", "labels", "_labels"):
         if hasattr(data, field):
             return getattr(data, field)
@@ -72,6 +79,6 @@ def _download(name: str, split: str) -> Any:
         return getattr(torchvision.datasets, kind)(folder, download=True, **(train if split == "train" else test))
     except Exception as error:  # network, disk or a damaged archive, each with types of its own
         raise ValueError(
-            f"{name} can't be had from {folder} or the network ({str(error) or type(error).__name__}): "
+            f"{name} can't be loaded from {folder} or downloaded ({str(error) or type(error).__name__}): "
             "check the network, or give --data a folder or a .parquet file"
         ) from None

@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dmjd.config.dense import DetectionConfig
 from dmjd.data.dense_loader import Augmentation, BoxAugment, ExampleBatch
-from dmjd.data.dense_transforms import Placement, boxes_to_image, fitting, place_image, scaled
+from dmjd.data.dense_transforms import GeometricTransform, boxes_to_image, fit_scale, scaled_size, transform_image
 from dmjd.data.sources.coco import CocoSource, Instances, find_coco, open_coco
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.loop import Task
@@ -127,10 +127,10 @@ def _roi_pool(side: int) -> MultiScaleRoIAlign:
     return MultiScaleRoIAlign(_LEVEL_NAMES, side, 2)
 
 
-def whole(image: np.ndarray, size: tuple[int, int], frame: tuple[int, int]) -> Placement:
+def whole(image: np.ndarray, size: tuple[int, int], frame: tuple[int, int]) -> GeometricTransform:
     """The whole image, as large as it fits into ``size``, in the upper left of a frame."""
     sides = (image.shape[0], image.shape[1])
-    return Placement(sides, scaled(sides, fitting(sides, size)), frame)
+    return GeometricTransform(sides, scaled_size(sides, fit_scale(sides, size)), frame)
 
 
 def predict(task: DetectionTask, images: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
@@ -146,7 +146,7 @@ def predict(task: DetectionTask, images: Sequence[np.ndarray]) -> list[dict[str,
     device = next(task.parameters()).device
     placements = [whole(image, task.config.size, task.frame) for image in images]
     fill = fill_of(task.preprocess)
-    frames = [place_image(p, placement, fill).float() for p, placement in zip(images, placements, strict=True)]
+    frames = [transform_image(p, placement, fill).float() for p, placement in zip(images, placements, strict=True)]
     results = []
     for found, placement in zip(task.detect(torch.stack(frames).to(device)), placements, strict=True):
         result = {name: value.cpu() for name, value in found.items()}
@@ -157,7 +157,7 @@ def predict(task: DetectionTask, images: Sequence[np.ndarray]) -> list[dict[str,
     return results
 
 
-def _masks_to_image(masks: Tensor, placement: Placement) -> Tensor:
+def _masks_to_image(masks: Tensor, placement: GeometricTransform) -> Tensor:
     """Shares [n, 1, h, w] in the frame -> [n, H, W] bool in the image."""
     if not len(masks):
         return torch.zeros(0, *placement.image, dtype=torch.bool)

@@ -12,12 +12,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from dmjd.config.dense import SegmentationConfig
 from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, MaskAugment
-from dmjd.data.dense_transforms import IGNORE, Placement, covering, place_image, scaled
+from dmjd.data.dense_transforms import IGNORE, GeometricTransform, cover_scale, scaled_size, transform_image
 from dmjd.data.sources.segmentation_masks import (
     SegmentationSource,
     has_segmentation_split,
     open_segmentation,
-    settle_classes,
+    resolve_classes,
 )
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.loop import Task
@@ -82,7 +82,7 @@ def predict(task: SegmentationTask, images: Sequence[np.ndarray]) -> list[Tensor
     device = next(task.parameters()).device
     placements = [_whole(image, task) for image in images]
     canvases = [
-        place_image(image, placement, fill_of(task.preprocess)).float()
+        transform_image(image, placement, fill_of(task.preprocess)).float()
         for image, placement in zip(images, placements, strict=True)
     ]
     logits: list[Tensor | None] = [None] * len(canvases)
@@ -99,15 +99,15 @@ def predict(task: SegmentationTask, images: Sequence[np.ndarray]) -> list[Tensor
     return found
 
 
-def _whole(image: np.ndarray, task: SegmentationTask) -> Placement:
+def _whole(image: np.ndarray, task: SegmentationTask) -> GeometricTransform:
     """The whole image at the size it is tested at, in a frame that the patch (and a window) fits into."""
     size, config, patch = (image.shape[0], image.shape[1]), task.config, _patch(task)
-    resized = scaled(size, covering(size, config.covered))
+    resized = scaled_size(size, cover_scale(size, config.covered))
     frame = rounded_up(resized, patch)
     if config.inference == "slide":
         window = rounded_up(config.size, patch)
         frame = (max(frame[0], window[0]), max(frame[1], window[1]))
-    return Placement(size, resized, frame)
+    return GeometricTransform(size, resized, frame)
 
 
 def _patch(task: SegmentationTask) -> int:
@@ -194,8 +194,8 @@ class Segmentation(DenseEvaluation):
 
     def describe(self) -> dict[str, Any]:
         """Classes and what is ignored, for the result."""
-        assert self.train.known is not None
-        known = self.train.known
+        assert self.train.class_map is not None
+        known = self.train.class_map
         return {"classes": list(known.names), "numbers": known.numbers, "ignored": list(known.ignored)}
 
 
@@ -248,7 +248,7 @@ def segmentation(
     # A set of its own without parts is all for the test.
     alone = test_data is not None and not has_segmentation_split(test_data, "test")
     test = open_segmentation(place, "train" if alone else "test", **reading)
-    settle_classes(train, test, config.num_classes, config.ignore_index)
+    resolve_classes(train, test, config.num_classes, config.ignore_index)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Segmentation(config, encoder, train, test, device, precision, num_workers, seed)
     return compare(evaluation, folder, options)

@@ -1,0 +1,94 @@
+"""Image sets of the Hugging Face hub, or of its local cache, through the ``datasets`` library."""
+
+import contextlib
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from dmjd.data.sources.base import SourceOptions
+from dmjd.data.sources.paths import existing_path
+from dmjd.data.sources.tables import TableSource, first_line
+
+_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # the first that exists
+
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class HubSource(TableSource):
+    """A split of a set of the hub; "test" is its test split, else its validation split."""
+
+    kind = "the name of a hub dataset"
+    label_option = "column"
+    remote = True
+
+    @classmethod
+    def matches(cls, data: str, split: str) -> bool:
+        """Whether ``data`` has the form of a name and is not a path."""
+        return existing_path(data) is None and _NAME.fullmatch(data) is not None
+
+    @classmethod
+    def has_split(cls, data: str, split: str) -> bool:
+        """Whether the hub has this split of the set.
+
+        Raises:
+            ValueError: if the hub or the set cannot be reached.
+        """
+        return any(name in _split_names(data) for name in _SPLITS[split])
+
+    @classmethod
+    def from_data(cls, data: str, options: SourceOptions) -> "HubSource":
+        """A split of the set ``data``, downloaded at first use.
+
+        Raises:
+            ValueError: if the hub or the set cannot be reached or has no such split; see also :class:`TableSource`.
+        """
+        import datasets  # slow to import
+
+        names = _split_names(data)
+        split = next((name for name in _SPLITS[options.split] if name in names), None)
+        if split is None:
+            raise ValueError(f"{data} has no {options.split} split, only {', '.join(names)}: pass --test-data")
+        with _hub_errors(data):
+            table = datasets.load_dataset(data, split=split)
+        return cls(table, data, [(f"{data} ({split})", len(table))], Path(), options)
+
+
+def _split_names(data: str) -> list[str]:
+    """The splits of a set, as the hub names them."""
+    import datasets  # slow to import
+
+    with _hub_errors(data):
+        return list(datasets.get_dataset_split_names(data))
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn all errors into one message. Without a network only the cache is searched, at once."""
+    import datasets  # slow to import
+    import huggingface_hub.constants as hub
+
+    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not _reachable(hub.ENDPOINT):
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:  # dozens of types, from the socket to the set's own files
+        raise ValueError(
+            f"'{name}' is no file, folder or known set, and the Hugging Face hub did not give it "
+            f"({first_line(error)}): check the name and the network, or give a folder or a .parquet file"
+        ) from None
+    finally:
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the host's name resolves; the client would try for half a minute. A proxy may resolve it itself."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(endpoint.split("://")[-1].split("/")[0].split(":")[0], 443)
+    except OSError:
+        return False
+    return True
