@@ -203,7 +203,7 @@ class Finetuning(SupervisedEvaluation):
         return accuracies(self._predict(task, evenly_spaced(len(self.test), EVAL_IMAGES))[0])
 
     def evaluate(self, fitted: FitResult, start: str) -> dict[str, Any]:
-        """Last and best model on the whole test set; saves a confusion figure and the pre-trained start's classifiers."""
+        """Last and best model on the whole test set; saves a confusion figure and, if pre-trained, classifiers."""
         task = fitted.model
         assert isinstance(task, FinetuneTask)
         with fitted.testing():
@@ -218,9 +218,8 @@ class Finetuning(SupervisedEvaluation):
                 best = accuracies(self._predict(task)[0])
             if keep:
                 write_bytes(fitted.folder / BEST_FILE, classifier_bytes(task.classifier))
-        return (
-            last | {"best": {"step": fitted.best["step"], **best}} | self.identity() | {"data": self._data(len(ranks))}
-        )
+        best = {"step": fitted.best["step"], **best}
+        return last | {"best": best, "data": self._data(len(ranks))} | self.identity()
 
     def _data(self, num_test: int) -> dict[str, Any]:
         return {
