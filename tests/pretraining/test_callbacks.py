@@ -12,6 +12,7 @@ from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
 from dmjd.engine.console import Console
 from dmjd.engine.loop import Report, TrainState
+from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.callbacks import NUM_EVALS, Monitor
 from dmjd.runs.build import build_model
 from dmjd.runs.checkpoint import RunFolder
@@ -77,8 +78,9 @@ def test_a_finished_run_reads_its_evaluation(finished):
 def monitor(labeled, tmp_path):
     config = recipes.folder(labeled, str(tmp_path / "run"), steps=100, **FIELDS)
     source = open_source(str(labeled), split="train", labels="folder")
-    folder = RunFolder(tmp_path / "run")
-    yield Monitor(config.replace(eval_every=None), build_model(config), source, folder, Console())
+    folder, model = RunFolder(tmp_path / "run"), build_model(config)
+    model.encoder.preprocess = Preprocess(config.size)
+    yield Monitor(config.replace(eval_every=None), model, source, folder, Console())
     folder.close()
 
 

@@ -212,6 +212,6 @@ def bench_table(result: dict[str, Any]) -> Table:
     table.add_row("matrix multiply", f"{result['matmul_tflops']:.3g} TFLOP/s")
     table.add_row("MFU", f"{100 * result['mfu']:.0f} %")
     table.add_row("peak memory", f"{result['peak_memory_gb']:.1f} GB")
-    for part, share in result["parts"].items():
-        table.add_row(f"  {part}", f"{100 * share:.1f} %")
+    for part, fraction in result["parts"].items():
+        table.add_row(f"  {part}", f"{100 * fraction:.1f} %")
     return table
