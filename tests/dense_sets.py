@@ -27,7 +27,7 @@ def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Object
     objects = []
     for kind in range(2):
         side = int(rng.integers(14, 20))
-        left = int(rng.integers(0, SIZE[1] // 2 - side)) + kind * SIZE[1] // 2  # never over each other
+        left = int(rng.integers(0, SIZE[1] // 2 - side)) + kind * SIZE[1] // 2  # they never overlap
         top = int(rng.integers(0, SIZE[0] - side))
         center = top + (side - 1) / 2, left + (side - 1) / 2
         box = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
@@ -40,7 +40,7 @@ def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Object
 
 
 def make_segmentation_set(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """CamVid layout: ``{part}/images/*.png`` and ``{part}/masks/*.png``; a rim of two pixels has no label (255)."""
+    """CamVid form: ``{part}/images/*.png`` and ``{part}/masks/*.png``; the top two rows have no label (255)."""
     rng = np.random.default_rng(seed)
     for part, count in counts.items():
         for folder in ("images", "masks"):
@@ -62,7 +62,7 @@ def open_resolved(
 
 
 def make_detection_set(root: Path, counts: dict[str, int], instance_masks: bool = False, seed: int = 0) -> Path:
-    """``{part}/*.png`` and ``{part}.json``; instance masks are polygons of the box's corners, exact for rectangles."""
+    """``{part}/*.png`` and ``{part}.json``; instance masks are the boxes as polygons."""
     rng = np.random.default_rng(seed)
     for part, count in counts.items():
         (root / part).mkdir(parents=True)
@@ -85,7 +85,7 @@ def make_detection_set(root: Path, counts: dict[str, int], instance_masks: bool 
 
 
 def make_run(folder: Path, name: str = "vit_tiny_patch8", seed: int = 0, in_chans: int = 3, **options: object) -> Path:
-    """A run folder with an encoder of 32 x 32 pixels and nothing else."""
+    """A run folder with an encoder of 32 x 32 pixels only."""
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     if name.startswith("conv_vit"):
         sizes = {"embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": 2}

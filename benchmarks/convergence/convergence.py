@@ -47,7 +47,7 @@ from dmjd.engine.optim import requested_pred_ratio
 from dmjd.figures.grid import save_figure
 from dmjd.files import write_bytes, write_text
 from dmjd.pretraining.bench import machine
-from dmjd.pretraining.run import make_engine, make_loader
+from dmjd.pretraining.run import make_engine, training_batches
 from dmjd.runs.build import build_encoder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -192,7 +192,7 @@ class Study:
                     torch.cuda.synchronize()
                 stamps.append(time.perf_counter())
 
-        engine.run(make_loader(config, source, fabric, self.arguments.batch_size).batches(), [stamp], StopSignal())
+        engine.run(training_batches(config, source, fabric, self.arguments.batch_size), [stamp], StopSignal())
         return (stamps[1] - stamps[0]) / TIMED_STEPS
 
     def _searched(self, wave: dict[str, Variant]) -> dict[str, Variant]:

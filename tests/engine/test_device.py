@@ -1,12 +1,76 @@
-"""Device settings: freed memory is kept for the next tensors."""
+"""Devices, precision and seeds, freed memory, and the private parts of Lightning that are used."""
 
 import os
 import resource
 import subprocess
 import sys
 
+import lightning
 import pytest
+import torch
+from lightning.fabric import Fabric
 
+from dmjd.engine.device import (
+    Autocast,
+    loss_scaler,
+    make_fabric,
+    pick_device,
+    precision_name,
+    seed_device,
+    unscale_gradients,
+)
+
+LIGHTNING_TRIED = "2.6"  # the version whose private precision plugin was last looked at
+
+
+def test_a_step_is_seeded_as_by_torch():
+    seed_device(torch.device("cpu"), 2**63 - 1)
+    drawn = torch.rand(5)
+    torch.manual_seed(2**63 - 1)
+    assert torch.equal(drawn, torch.rand(5))
+
+
+def test_lightning_still_has_what_is_used_of_its_private_parts():
+    version = f"lightning {lightning.__version__} (tried: {LIGHTNING_TRIED})"
+    assert precision_name(make_fabric("cpu", "fp32")) == "32-true", version
+    assert precision_name(make_fabric("cpu", "bf16")) == "bf16-mixed", version
+    assert loss_scaler(make_fabric("cpu", "bf16")) is None, version
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=Autocast("16-mixed", "cpu", scaler))
+    assert precision_name(fabric) == "16-mixed", version
+    assert loss_scaler(fabric) is scaler, version
+    model, optimizer = fabric.setup(torch.nn.Linear(2, 1), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0))
+    weight = optimizer.param_groups[0]["params"][0]
+    fabric.backward((weight * 3).sum(), model=model)
+    assert weight.grad.item() == 12.0, version
+    unscale_gradients(fabric, optimizer)
+    assert weight.grad.item() == 3.0, version
+
+
+def test_inputs_are_not_rounded():
+    images = torch.full((2,), 254.7)
+    assert make_fabric("cpu", "bf16").to_device(images).dtype == torch.float32
+    assert Autocast("bf16-mixed", "cpu").convert_input(images) is images
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "message"),
+    [
+        ("gpu", "fp32", "device must be auto, cpu or cuda, got 'gpu'"),
+        ("cpu", "fp17", "precision must be one of auto, fp32, bf16, fp16, got 'fp17'"),
+        ("cpu", "fp16", "fp16 needs a CUDA device"),
+    ],
+)
+def test_mistakes(device, precision, message):
+    with pytest.raises(ValueError, match=message):
+        make_fabric(device, precision)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_cuda():
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="no CUDA device is available"):
+        pick_device("cuda")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is one of glibc's")
 def test_freed_memory_stays_with_the_process():

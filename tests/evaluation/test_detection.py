@@ -1,4 +1,4 @@
-"""Detection with a trained encoder: the model around it, its scores, and whole evaluations of tiny sets."""
+"""Detection: the model, its scores, and whole evaluations of tiny sets."""
 
 import json
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from dense_sets import KINDS, SIZE, make_detection_set, make_run
-from support import dmjd, mistake
+from support import mistake
 from torchvision.ops import box_iou
 
+from dmjd.cli.main import main
 from dmjd.config.dense import DetectionConfig
 from dmjd.data.dense_loader import ExampleBatch
 from dmjd.data.sources.coco import Instances, open_coco
@@ -73,7 +74,7 @@ def test_every_trained_parameter_gets_a_gradient(name, masks):
     assert all(p.grad is not None for p in trained)
 
 
-def test_images_without_objects_are_learned_from():
+def test_images_without_objects_give_a_loss():
     task = task_of(tiny()).train()
     batch = batch_of()
     batch.targets = [batch.targets[1]] * 2
@@ -82,7 +83,7 @@ def test_images_without_objects_are_learned_from():
     assert losses["loss_objectness"].item() > 0
 
 
-def test_anchors_lie_on_their_cells_and_follow_the_frame():
+def test_anchors_match_their_cells_and_the_canvas():
     task = task_of(tiny(img_size=(64, 128))).eval()
     grids = [tuple(x.shape[-2:]) for x in task.rcnn.backbone(torch.randn(1, 3, 64, 128)).values()]
     assert [(64 / h, 128 / w) for h, w in grids] == [(s, s) for s in (4, 8, 16, 32, 64)]
@@ -91,7 +92,7 @@ def test_anchors_lie_on_their_cells_and_follow_the_frame():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch16"])
 def test_an_object_is_cropped_from_the_finest_map_on_which_it_spans_14_to_28_cells(name):
-    """In a frame of any size: a smaller frame has smaller objects, not coarser ones."""
+    """On a canvas of any size: a smaller canvas has smaller objects, not coarser ones."""
     pool = task_of(tiny(name, (64, 64))).rcnn.roi_heads.box_roi_pool
     maps = {str(i): torch.full((1, 1, 256 // s, 256 // s), float(s)) for i, s in enumerate((4, 8, 16, 32))}
     found = torch.tensor([[0.0, 0.0, side, side] for side in (16, 64, 111, 113, 225)])
@@ -107,8 +108,8 @@ def test_heads_are_float32_under_bf16():
     assert torch.isfinite(losses["loss"])
 
 
-def test_found_objects_are_in_the_pixels_of_their_own_image():
-    """Images that differ only in size: what is found in one lies in the same place in the other."""
+def test_predictions_are_in_the_pixels_of_their_image():
+    """In images that differ only in size, predictions are at the same relative positions."""
     task = task_of(tiny(), masks=True).eval()
     rows, columns = np.mgrid[:32, :48]
     small = np.stack([rows * 8, columns * 5, (rows + columns) * 3], axis=2).astype(np.uint8)
@@ -128,7 +129,7 @@ def test_found_objects_are_in_the_pixels_of_their_own_image():
 
 
 def measured(source, found) -> dict:
-    """The scores of given answers, by the evaluation's own path."""
+    """The scores of given predictions, by the evaluation's own path."""
     evaluation = object.__new__(Detection)
     evaluation.train = evaluation.test = source
     task = task_of(tiny())
@@ -137,34 +138,34 @@ def measured(source, found) -> dict:
     return evaluation.measure(task)
 
 
-def answers(source, scale: float) -> list[dict[str, torch.Tensor]]:
-    """The truth as a detector would say it of frames ``scale`` times the image."""
-    said = []
+def perfect_predictions(source, scale: float) -> list[dict[str, torch.Tensor]]:
+    """The ground truth as predictions on canvases ``scale`` times the image."""
+    predictions = []
     for i in range(len(source)):
         target = source.read_example(i)[1]
         scores = torch.linspace(0.9, 0.8, len(target.labels))
-        said.append({"boxes": target.boxes * scale, "labels": target.labels, "scores": scores})
-    return said
+        predictions.append({"boxes": target.boxes * scale, "labels": target.labels, "scores": scores})
+    return predictions
 
 
-def test_the_truth_scores_one_and_errors_cost(boxes):
+def test_the_ground_truth_scores_one_and_errors_cost(boxes):
     source = open_coco(boxes, "test")
-    scale = 64 / SIZE[1]  # 48 x 64 fits into the frame of 64 x 64 as it is
-    perfect = measured(source, answers(source, scale))
+    scale = 64 / SIZE[1]  # 48 x 64 fits onto the canvas of 64 x 64 unscaled
+    perfect = measured(source, perfect_predictions(source, scale))
     assert perfect["ap"] == pytest.approx(1)
     assert perfect["ap50"] == pytest.approx(1)
     assert perfect["per_class"] == {name: pytest.approx(1) for name in KINDS}
     assert perfect["ap_large"] is None  # there are none
-    swapped = answers(source, scale)
+    swapped = perfect_predictions(source, scale)
     for one in swapped:
         one["labels"] = 1 - one["labels"]
     assert measured(source, swapped)["ap"] == 0
-    half = answers(source, scale)
+    half = perfect_predictions(source, scale)
     for one in half:
         for name in one:
             one[name] = one[name][:1]
     assert measured(source, half)["per_class"] == {KINDS[0]: pytest.approx(1), KINDS[1]: 0}
-    shifted = answers(source, scale)
+    shifted = perfect_predictions(source, scale)
     for one in shifted:
         one["boxes"][:, 3] -= 0.35 * (one["boxes"][:, 3] - one["boxes"][:, 1])  # 65 % of each box
     scores = measured(source, shifted)
@@ -177,13 +178,13 @@ def test_the_truth_scores_one_and_errors_cost(boxes):
 
 def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
     run = make_run(tmp_path / "run", "conv_vit_tiny_patch8")
-    options = {"steps": 60, "img_size": (48, 64), "blr": 0.06, "scale": (0.9, 1.1), "log_every": 10}
+    options = {"steps": 30, "img_size": (48, 64), "blr": 0.06, "scale": (0.9, 1.1), "log_every": 5}
     result = evaluate("detection", run, data=boxes, **options, **QUICK)
     assert json.loads((run / "evaluation" / "detection.json").read_text()) == result
     for start in ("result", "random_init"):
         lines = (run / result[start]["folder"] / "metrics.jsonl").read_text().splitlines()
         losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
-        assert losses[-1] < 0.5 * losses[0]
+        assert losses[-1] < 0.6 * losses[0]
         assert 0 <= result[start]["ap50"] <= 1
         assert set(result[start]["per_class"]) == set(KINDS)
         assert (run / result[start]["folder"] / "predictions.png").read_bytes().startswith(b"\x89PNG")
@@ -205,7 +206,7 @@ def test_masks_are_learned_where_every_object_has_one(tmp_path):
     assert again["result"] == result["result"]
 
 
-def test_boxes_keep_their_precision_in_a_training_of_less(boxes, tmp_path):
+def test_training_in_bf16(boxes, tmp_path):
     result = evaluate("detection", make_run(tmp_path / "run"), data=boxes, steps=1, precision="bf16", **QUICK)
     assert result["configuration"]["precision"] == "bf16"
     assert result["result"]["ap50"] is not None
@@ -222,38 +223,39 @@ def test_one_class_is_enough(tmp_path):
     assert list(result["result"]["per_class"]) == ["rectangle"]
 
 
-def test_as_a_user_runs_it(tmp_path):
+def test_the_command_prints_a_table_and_corrections(capsys, tmp_path):
     run = make_run(tmp_path / "run")
     data = make_detection_set(tmp_path / "data", {"train": 3, "test": 2})
     content = json.loads((data / "train.json").read_text())
     content["annotations"][0]["bbox"] = [-20, 0, 40, 30]
     (data / "train.json").write_text(json.dumps(content))
-    done = dmjd("evaluate", "detection", run, "--data", data, "--steps", 2, "--img-size", 32, *FLAGS)
-    assert "ap50" in done.stdout
-    assert "random initialization" in done.stdout
-    assert "1 of 6 boxes that reach out of their image were cut off at its edge" in done.stderr
-    assert "Traceback" not in done.stderr
+    command = ["evaluate", "detection", run, "--data", data, "--steps", 2, "--img-size", 32, *FLAGS]
+    assert main([str(argument) for argument in command]) == 0
+    printed = capsys.readouterr()
+    assert "ap50" in printed.out
+    assert "random initialization" in printed.out
+    assert "1 of 6 boxes that reach out" in printed.err
     result = json.loads((run / "evaluation" / "detection.json").read_text())
-    assert "cut off" in result["data"]["notes"][0]
+    assert "1 of 6 boxes that reach out" in result["data"]["notes"][0]
 
 
-def test_mistakes_say_what_to_do_before_anything_is_trained(capsys, boxes, tmp_path, image_folder):
+def test_mistakes_are_named_before_training(capsys, boxes, tmp_path, image_folder):
     run = make_run(tmp_path / "run")
 
-    def said(*arguments) -> str:
+    def message(*arguments) -> str:
         return mistake(capsys, "evaluate", "detection", *arguments, "--device", "cpu")
 
-    assert "say which images and boxes: --data" in said(run)
-    assert "holds no images with boxes" in said(run, "--data", image_folder)
-    assert "there is no folder" in said(run, "--data", tmp_path / "nowhere")
+    assert "say which images and boxes: --data" in message(run)
+    assert "holds no images with boxes" in message(run, "--data", image_folder)
+    assert "there is no folder" in message(run, "--data", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "holds no encoder.safetensors" in said(tmp_path / "empty", "--data", boxes)
+    assert "holds no encoder.safetensors" in message(tmp_path / "empty", "--data", boxes)
     odd = make_run(tmp_path / "odd", "vit_tiny_patch14", img_size=28)
-    assert "needs a patch of 2, 4, 8, 16" in said(odd, "--data", boxes)
+    assert "needs a patch of 2, 4, 8, 16" in message(odd, "--data", boxes)
     data = make_detection_set(tmp_path / "data", {"train": 2, "test": 2})
     content = json.loads((data / "train.json").read_text())
     (data / "train.json").write_text(json.dumps(content | {"categories": content["categories"][1:]}))
-    assert "category_id 10, which 'categories' does not list" in said(run, "--data", data)
+    assert "category_id 10, which 'categories' does not list" in message(run, "--data", data)
     (data / "train.json").write_text(json.dumps(content | {"annotations": []}))
-    assert "has no boxes: there is nothing to learn" in said(run, "--data", data)
+    assert "has no boxes: there is nothing to learn" in message(run, "--data", data)
     assert not (run / "evaluation").exists()

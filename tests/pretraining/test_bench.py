@@ -22,7 +22,7 @@ def test_bench_measures_a_recipe(data):
     assert result["images_per_s"]["step"] > 0
     assert (result["images_per_s"]["with_loader"] is None) == (data is None)
     expected = result["images_per_s"]["step"] * result["gflop_per_image"] * 1e9 / (result["matmul_tflops"] * 1e12)
-    assert result["share_of_matmul"] == pytest.approx(expected)
+    assert result["mfu"] == pytest.approx(expected)
     assert result["peak_memory_gb"] > 0.05
     json.dumps(result)
 

@@ -1,4 +1,4 @@
-"""Runs: they learn, resume bit for bit after any interruption, stop cleanly, and survive unreadable images."""
+"""Pre-training learns, resumes bit for bit after any interruption, stops cleanly, and survives unreadable images."""
 
 import os
 import shutil
@@ -10,19 +10,22 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
-from support import TINY, TINY_FIELDS, assert_same_bits, dmjd, metrics
+from support import TINY, TINY_FIELDS, assert_same_bits, metrics, mistake
 
-import dmjd as package
+import dmjd
+from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.encoders.weights import encoder_bytes
-from dmjd.engine.device import make_fabric, seed_device
-from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, StopSignal, Task
-from dmjd.engine.optim import adamw, scaled_learning_rate, warmup_cosine
-from dmjd.runs.build import build_model
+from dmjd.engine.optim import scaled_learning_rate, warmup_cosine
+
+
+def command(*arguments: object) -> None:
+    """``dmjd pretrain folder ...`` in this process."""
+    assert main(["pretrain", "folder", *map(str, arguments)]) == 0
 
 
 def start(*arguments: object) -> subprocess.Popen:
+    """``dmjd ...`` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "dmjd", *map(str, arguments)],
         stderr=subprocess.PIPE,
@@ -34,64 +37,90 @@ def start(*arguments: object) -> subprocess.Popen:
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if any(m["step"] >= step for m in metrics(run)[:-1]):  # the last line may be half written
+        if any(m["step"] >= step for m in metrics(run)[:-1]):  # the last line may be incomplete
             return
         time.sleep(0.005)
     raise AssertionError(f"no step {step} in time: {process.communicate()[1]}")
 
 
-def test_a_run_learns_and_leaves_everything_behind(tmp_path, image_folder):
+def test_a_run_learns_and_leaves_its_files(tmp_path, image_folder):
     run = tmp_path / "run"
-    result = package.pretrain(recipes.folder(image_folder, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
+    result = dmjd.pretrain(recipes.folder(image_folder, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
     assert result.finished
     assert result.step == 30
+    assert result.metrics == metrics(run)[-1]
     losses = [m["loss"] for m in metrics(run)]
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     names = {p.name for p in run.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "encoder.safetensors", "figures", "files.txt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    encoder = package.load_encoder(run)
+    encoder = dmjd.load_encoder(run)
     assert not encoder.training
     tokens = encoder(encoder.preprocess(str(next(image_folder.rglob("*.png")))))
     assert tokens.shape == (1, 16, 32)
-    again = package.load_encoder(run / "checkpoints" / "final.safetensors")
+    again = dmjd.load_encoder(run / "checkpoints" / "final.safetensors")
     assert encoder_bytes(again) == encoder_bytes(encoder)
-    # A finished run started again says so and changes nothing.
+    # A finished run, started again, changes nothing.
     before = (run / "encoder.safetensors").stat().st_mtime_ns
-    result = package.pretrain(recipes.folder(image_folder, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
+    result = dmjd.pretrain(recipes.folder(image_folder, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
     assert result.finished
     assert (run / "encoder.safetensors").stat().st_mtime_ns == before
 
 
-RESUME = [*TINY, "--steps", 14, "--checkpoint-every", 5, "--batch-size", 10, "--drop-path", 0.3]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [["--num-workers", 2, "--accumulate", 2], ["--num-workers", 0], ["--num-workers", 0, "--optimizer", "muon"]],
-    ids=["workers-accumulate", "plain", "muon"],
-)
-def test_kill_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, image_folder, flags):
+def test_a_killed_process_resumes_to_the_same_bits(capsys, tmp_path, image_folder):
     """Killed between checkpoints, mid-epoch (24 images, batches of 10); resumed with another number of workers."""
-    common = ["pretrain", "folder", "--data", image_folder, *RESUME, *flags]
-    dmjd(*common, "--out", tmp_path / "straight")
-    process = start(*common, "--out", tmp_path / "killed")
+    flags = ["--data", image_folder, *TINY, "--steps", 14, "--checkpoint-every", 5, "--batch-size", 10]
+    flags += ["--drop-path", 0.3, "--num-workers", 2, "--accumulate", 2]
+    command(*flags, "--out", tmp_path / "straight")
+    process = start("pretrain", "folder", *flags, "--out", tmp_path / "killed")
     wait_for_step(tmp_path / "killed", 7, process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "killed" / "checkpoints" / "final.safetensors").exists(), "the kill came too late"
-    resumed = dmjd(*common, "--num-workers", 1, "--out", tmp_path / "killed")
-    assert "resumed at step" in resumed.stderr
+    capsys.readouterr()
+    command(*flags, "--num-workers", 1, "--out", tmp_path / "killed")
+    assert "resumed at step" in capsys.readouterr().err
     assert_same_bits(tmp_path / "straight", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_exit_cleanly(tmp_path, number):
-    common = ["pretrain", "digits", *TINY, "--steps", 100000, "--batch-size", 32, "--out", tmp_path / "run"]
-    process = start(*common)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_crash_resumes_to_the_same_bits(capsys, tmp_path, image_folder, optimizer):
+    settings = {"steps": 14, "checkpoint_every": 5, "batch_size": 10, "drop_path": 0.3, "num_workers": 0}
+    config = recipes.folder(image_folder, **settings, optimizer=optimizer, **TINY_FIELDS)
+
+    def crash(report):
+        if report.state.step == 8:
+            raise RuntimeError("crash")
+
+    straight, crashed = tmp_path / "straight", tmp_path / "crashed"
+    dmjd.pretrain(config.replace(out=str(straight)))
+    with pytest.raises(RuntimeError, match="crash"):
+        dmjd.pretrain(config.replace(out=str(crashed)), hooks=[crash])
+    assert dmjd.pretrain(config.replace(out=str(crashed))).finished
+    assert "resumed at step 5" in capsys.readouterr().err
+    assert_same_bits(straight, crashed)
+
+
+def test_sigint_saves_and_stops(capsys, tmp_path):
+    def interrupt(report):
+        if report.state.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = recipes.digits(out=str(tmp_path / "run"), steps=100000, batch_size=32, **TINY_FIELDS)
+    result = dmjd.pretrain(config, hooks=[interrupt])
+    assert not result.finished
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / f"step-{result.step:09d}.safetensors").exists()
+
+
+def test_a_second_run_in_the_folder_is_refused_and_sigterm_ends_the_first_cleanly(capsys, tmp_path):
+    arguments = ["pretrain", "digits", *TINY, "--steps", 100000, "--batch-size", 32, "--out", tmp_path / "run"]
+    process = start(*arguments)
     wait_for_step(tmp_path / "run", 5, process)
-    process.send_signal(number)
+    assert "another process is training" in mistake(capsys, *arguments)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert "the same command goes on from there" in stderr
@@ -101,140 +130,68 @@ def test_signals_save_and_exit_cleanly(tmp_path, number):
 
 def test_minutes_and_a_longer_duration(tmp_path):
     fields = TINY_FIELDS | {"batch_size": 16, "out": str(tmp_path / "run")}
-    assert package.pretrain(recipes.digits(minutes=0.02, **fields)).finished
+    assert dmjd.pretrain(recipes.digits(minutes=0.02, **fields)).finished
     first = metrics(tmp_path / "run")
     assert all(m["seconds"] < 1.2 for m in first[:-1])
     assert first[-1]["seconds"] >= 1.2
-    assert package.pretrain(recipes.digits(minutes=0.04, **fields)).finished
+    assert dmjd.pretrain(recipes.digits(minutes=0.04, **fields)).finished
     both = metrics(tmp_path / "run")
     assert both[: len(first)] == first
     assert both[-1]["seconds"] >= 2.4
-    # The schedule follows the clock: each step's rate is that of the share of the minutes gone by before it.
+    # The schedule follows the clock: a step's learning rate is that of the time before it.
     config = recipes.digits(minutes=0.04, **fields)
     peak = scaled_learning_rate(config.blr, 16, config.num_views, config.mask_ratio, None, True)
     for before, after in pairwise(both[len(first) - 1 :]):
         assert after["lr"] == pytest.approx(peak * warmup_cosine(before["seconds"] / 2.4, config.warmup), abs=1e-9)
 
 
-def test_a_damaged_newest_checkpoint_falls_back(tmp_path, image_folder):
-    common = ["pretrain", "folder", "--data", image_folder, *TINY, "--batch-size", 8, "--checkpoint-every", 3]
-    dmjd(*common, "--steps", 8, "--out", tmp_path / "run")
+def test_a_damaged_newest_checkpoint_falls_back(capsys, tmp_path, image_folder):
+    flags = ["--data", image_folder, *TINY, "--steps", 8, "--batch-size", 8, "--checkpoint-every", 3]
+    flags += ["--num-workers", 0]
+    command(*flags, "--out", tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "straight")
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "final.safetensors").unlink()
     newest = checkpoints / "step-000000006.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    resumed = dmjd(*common, "--steps", 8, "--out", tmp_path / "run")
-    assert "not a readable checkpoint" in resumed.stderr
-    assert "resumed at step 3" in resumed.stderr
-    dmjd(*common, "--steps", 8, "--out", tmp_path / "straight")
+    command(*flags, "--out", tmp_path / "run")
+    printed = capsys.readouterr().err
+    assert "not a readable checkpoint" in printed
+    assert "resumed at step 3" in printed
     assert_same_bits(tmp_path / "run", tmp_path / "straight")
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    common = ["pretrain", "digits", *TINY, "--steps", 100000, "--batch-size", 32, "--out", tmp_path / "run"]
-    process = start(*common)
-    try:
-        wait_for_step(tmp_path / "run", 2, process)
-        second = dmjd(*common, check=False)
-        assert second.returncode == 2
-        assert "another process is training" in second.stderr
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_bad_images_are_replaced_counted_and_named_once(tmp_path, image_folder):
+def test_unreadable_images_are_replaced_counted_and_named_once(capsys, tmp_path, image_folder):
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     (data / "text.jpg").write_text("no image")
     (data / "empty.png").write_bytes(b"")
+    flags = ["--data", data, *TINY, "--steps", 6, "--num-workers", 0, "--batch-size", 13]
     run = tmp_path / "run"
-    result = dmjd("pretrain", "folder", "--data", data, "--out", run, *TINY, "--steps", 12, "--batch-size", 13)
-    assert result.stderr.count("text.jpg") == 1
-    assert "2 unreadable image(s)" in result.stderr
-    assert sorted(Path(line.split("\t")[0]).name for line in (run / "unreadable.txt").read_text().splitlines()) == [
-        "empty.png",
-        "text.jpg",
-    ]
-    strict = dmjd(
-        *(
-            "pretrain",
-            "folder",
-            "--data",
-            data,
-            "--out",
-            tmp_path / "strict",
-            *TINY,
-            "--steps",
-            12,
-            "--max-unreadable",
-            1,
-        ),
-        check=False,
-    )
-    assert strict.returncode == 2
-    assert "text.jpg" in strict.stderr
+    command(*flags, "--out", run)
+    printed = capsys.readouterr().err
+    assert printed.count("text.jpg") == 1
+    assert "2 unreadable image(s)" in printed
+    names = [Path(line.split("\t")[0]).name for line in (run / "unreadable.txt").read_text().splitlines()]
+    assert sorted(names) == ["empty.png", "text.jpg"]
+    strict = [*flags, "--out", tmp_path / "strict", "--max-unreadable", 1]
+    assert "text.jpg" in mistake(capsys, "pretrain", "folder", *strict)
 
 
-def test_one_image_trains_with_a_warning(tmp_path, image_folder):
+def test_one_image_trains_with_a_warning(capsys, tmp_path, image_folder):
     data = tmp_path / "one"
     data.mkdir()
     shutil.copy(next(image_folder.rglob("*.png")), data)
-    result = dmjd("pretrain", "folder", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3)
-    assert "only 1 image(s)" in result.stderr
-    assert "--batch-size 64 is more than there are: 1 a step" in result.stderr  # the recipe's own
+    command("--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3, "--num-workers", 0)
+    printed = capsys.readouterr().err
+    assert "only 1 image(s)" in printed
+    assert "--batch-size 64 is more than there are: 1 a step" in printed  # the recipe's
 
 
-def test_images_smaller_than_the_input_are_named(tmp_path, image_folder):
-    """CIFAR at 224 pixels is the costly mistake of one who leaves --img-size out."""
-    rest = [*TINY, "--steps", 1, "--no-final-eval"]
-    result = dmjd("pretrain", "folder", "--data", image_folder, "--out", tmp_path / "as_they_are", *rest)
-    assert "enlarged" not in result.stderr
-    result = dmjd("pretrain", "folder", "--data", image_folder, "--out", tmp_path / "large", *rest, "--img-size", 256)
-    assert "to 256 x 256: a step works on" in result.stderr
-
-
-class _Explodes(Task):
-    """Its loss becomes infinite at a given step."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3, 3))
-        self.at, self.calls = at, 0
-
-    def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.calls += 1
-        return {"loss": (self.weight * batch).sum() * (float("nan") if self.calls == self.at else 1.0)}
-
-
-@pytest.mark.parametrize("eager", [True, False], ids=["host", "device"])
-def test_a_non_finite_loss_stops_before_the_step(eager):
-    """On accelerators the update is skipped on the device and found when a line of metrics is due."""
-    fabric = make_fabric("cpu", "fp32")
-    task = _Explodes(at=4)
-    engine = Engine(fabric, task, adamw(task, 0.0), Duration(steps=10), 0.1, lambda share: 1.0, 1, log_every=6)
-    engine._eager = eager
-    seen = {}
-
-    def keep(report) -> None:
-        seen[report.state.step] = task.weight.detach().clone()
-
-    with pytest.raises(NonFiniteLoss, match="at step 4"), StopSignal() as stop:
-        engine.run(iter(lambda: torch.ones(3, 3), None), [keep], stop)
-    assert torch.equal(task.weight, seen[3])
-    assert not torch.equal(seen[2], seen[3])
-    assert engine.state.step == (3 if eager else 6)
-
-
-def test_the_seed_alone_decides_the_weights():
-    first, second = (encoder_bytes(build_model(recipes.digits(**TINY_FIELDS)).encoder) for _ in range(2))
-    assert first == second
-    assert encoder_bytes(build_model(recipes.digits(**TINY_FIELDS, seed=1)).encoder) != first
-
-
-def test_a_step_is_seeded_as_by_torch():
-    seed_device(torch.device("cpu"), 2**63 - 1)
-    drawn = torch.rand(5)
-    torch.manual_seed(2**63 - 1)
-    assert torch.equal(drawn, torch.rand(5))
+def test_images_smaller_than_the_input_are_named(capsys, tmp_path, image_folder):
+    """Training on CIFAR at 224 pixels is the costly mistake of leaving out --img-size."""
+    flags = ["--data", image_folder, *TINY, "--steps", 1, "--batch-size", 2, "--num-workers", 0]
+    command(*flags, "--out", tmp_path / "as_they_are")
+    assert "enlarged" not in capsys.readouterr().err
+    command(*flags, "--out", tmp_path / "large", "--img-size", 256)
+    assert "to 256 x 256: a step works on" in capsys.readouterr().err

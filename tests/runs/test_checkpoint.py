@@ -96,18 +96,18 @@ def test_a_second_owner_is_refused(tmp_path):
     RunFolder(tmp_path).close()
 
 
-def test_settle_refuses_other_settings_and_shows_them(tmp_path):
+def test_validate_config_refuses_other_settings_and_shows_them(tmp_path):
     folder = RunFolder(tmp_path)
     config = recipes.digits(out=str(tmp_path), steps=5)
-    folder.settle(config)
-    folder.settle(config.replace(steps=9))
+    folder.validate_config(config)
+    folder.validate_config(config.replace(steps=9))
     with pytest.raises(ValueError, match=r"seed: 0 -> 1"):
-        folder.settle(config.replace(steps=9, seed=1))
+        folder.validate_config(config.replace(steps=9, seed=1))
     with pytest.raises(ValueError, match="--no-resume"):
-        folder.settle(config.replace(steps=9, resume=False))
+        folder.validate_config(config.replace(steps=9, resume=False))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not a run's configuration"):
-        folder.settle(config)
+        folder.validate_config(config)
     folder.close()
 
 

@@ -1,1 +1,1 @@
-"""The training loop and what it needs of a machine; it knows no method."""
+"""The training loop, optimizers, devices and loggers. Knows nothing of the pre-training method."""

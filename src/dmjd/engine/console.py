@@ -1,4 +1,4 @@
-"""What a run says while it works: one live line on a terminal, a plain line now and then elsewhere."""
+"""Messages of a run: one live line on a terminal, a plain line every few seconds elsewhere."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_SECONDS = 15.0  # between lines when nobody watches a terminal
+PLAIN_SECONDS = 15.0  # between progress lines where stderr is not a terminal
 
 
 def duration_text(seconds: float) -> str:
@@ -18,10 +18,10 @@ def duration_text(seconds: float) -> str:
 
 
 class Console:
-    """Messages on stderr; tables on stdout. Silent in all processes but the first.
+    """Messages on stderr, tables on stdout. Silent in all processes but the first.
 
     Args:
-        enabled: whether this process speaks.
+        enabled: whether this process prints.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -32,36 +32,41 @@ class Console:
         self._line = ""
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print a message."""
         self._err.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """One line, marked as a warning."""
+        """Print a warning."""
         self._err.print(Text("warning: ", style="yellow") + Text(text))
 
     def table(self, table: Table) -> None:
-        """A result, on stdout."""
+        """Print a table to stdout."""
         self._out.print(table)
 
-    def progress(self, share: float, step: int, epoch: float, seconds: float, scalars: dict[str, Any]) -> None:
-        """Renew the live line: share done, loss, images/s, data wait, time left."""
-        left = seconds / share * (1 - share) if share > 0 else 0.0
+    def progress(self, progress: float, step: int, epoch: float, seconds: float, scalars: dict[str, Any]) -> None:
+        """Update the live line of a training.
+
+        Args:
+            progress: 0 to 1. step: optimizer steps done. epoch: epochs done. seconds: of training so far.
+            scalars: with "loss", "images_per_s" and "data_wait".
+        """
+        left = seconds / progress * (1 - progress) if progress > 0 else 0.0
         self.line(
             f"step {step}  epoch {epoch:.1f}  loss {scalars['loss']:.4f}  "
             f"{scalars['images_per_s']:.0f} images/s  data wait {100 * scalars['data_wait']:.0f} %  "
             f"left {duration_text(left)}",
-            share,
+            progress,
         )
 
-    def line(self, text: str, share: float) -> None:
-        """Renew the live line with the share done and a text."""
-        self._line = f"{100 * share:5.1f} %  {text}"
+    def line(self, text: str, progress: float) -> None:
+        """Update the live line: progress (0 to 1) in percent, then a text."""
+        self._line = f"{100 * progress:5.1f} %  {text}"
         if self._err.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._err, refresh_per_second=4, transient=True)
                 self._live.start()
             self._live.update(Text(self._line))
-        elif time.monotonic() >= self._next_plain or share >= 1.0:
+        elif time.monotonic() >= self._next_plain or progress >= 1.0:
             self._next_plain = time.monotonic() + PLAIN_SECONDS
             self._err.print(self._line, markup=False)
 

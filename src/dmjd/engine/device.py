@@ -1,4 +1,4 @@
-"""Devices and processes: which device to use, Fabric, precision, freed memory on the CPU."""
+"""Devices and processes: Lightning Fabric, precision, seeds, and memory freed on the CPU."""
 
 import ctypes
 import os
@@ -10,19 +10,27 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from dmjd.config.fields import DEVICES
+from dmjd.config.fields import DEVICES, PRECISIONS
+
+SMALL_BLOCK = 1 << 21  # bytes, the size of a huge page: the largest blocks kept where memory use must stay low
+
+_FABRIC_PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
 def make_fabric(device: str, precision: str) -> Fabric:
-    """Fabric for this process: devices and nodes as torchrun or SLURM laid them out, else one device.
+    """Launch Fabric in this process: devices and nodes as given by torchrun or SLURM, else one device.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        precision: "auto" (bf16 on a GPU that has it, else fp32), "fp32", "bf16" or "fp16".
+        precision: "auto" (bf16 on a GPU that supports it, else fp32), "fp32", "bf16" or "fp16".
 
     Raises:
-        ValueError: when the device is not there or cannot do the precision.
+        ValueError: if the device is not available or does not support the precision.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
     device = pick_device(device).type
     keep_freed_memory(device)
     if precision == "auto":
@@ -36,21 +44,49 @@ def make_fabric(device: str, precision: str) -> Fabric:
     elif SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         nodes = int(os.environ.get("SLURM_NNODES", 1))
         devices = int(os.environ["SLURM_NTASKS"]) // nodes
-    word = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(precision)
+    mixed = _FABRIC_PRECISIONS.get(precision)
     fabric = Fabric(
         accelerator=device,
         devices=devices,
         num_nodes=nodes,
-        plugins=Autocast(word, device) if word else None,  # type: ignore[arg-type]
+        plugins=Autocast(mixed, device) if mixed else None,  # type: ignore[arg-type]
         strategy="ddp" if devices * nodes > 1 else "auto",
     )
     fabric.launch()
     return fabric
 
 
+class Autocast(MixedPrecision):
+    """Lightning's mixed precision without the cast of the inputs, which would round boxes and raw pixels to 16 bits."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Return ``data`` unchanged."""
+        return data
+
+
+# Fabric has no public access to its precision plugin: the three functions below are all that touches it.
+
+
+def precision_name(fabric: Fabric) -> str:
+    """Lightning's name of the precision: "32-true", "bf16-mixed" or "16-mixed"."""
+    return fabric._precision.precision
+
+
+def loss_scaler(fabric: Fabric) -> Any | None:
+    """The ``GradScaler`` of fp16, None for other precisions."""
+    return getattr(fabric._precision, "scaler", None)
+
+
+def unscale_gradients(fabric: Fabric, optimizer: Any) -> None:
+    """Divide gradients by the loss scale of fp16; ``optimizer`` as wrapped by ``fabric.setup``."""
+    fabric._precision.unscale_gradients(optimizer)
+
+
 def seed_device(device: torch.device, seed: int) -> None:
-    """What ``torch.manual_seed`` does, for the CPU and one device: that one asks every backend and, where CUDA has not
-    started, formats the call stack, which takes longer than the optimizer of a small model.
+    """``torch.manual_seed`` for the CPU and one device only.
+
+    The original asks every backend and, where CUDA is not initialized, formats the call stack, which takes longer than
+    the optimizer step of a small model.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -58,24 +94,11 @@ def seed_device(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
-class Autocast(MixedPrecision):
-    """Lightning's mixed precision, but batches stay as they are: it would round boxes and raw pixels to 16 bits."""
-
-    def convert_input(self, data: Any) -> Any:
-        """The same."""
-        return data
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-
-SMALL_BLOCK = 1 << 21  # bytes up to which memory is kept where little of it is to be used: the size of a large page
-
-
 def pick_device(name: str) -> torch.device:
-    """The word "cpu", "cuda", or "auto" for CUDA where there is one.
+    """The device for "cpu", "cuda", or "auto": CUDA if available, else the CPU.
 
     Raises:
-        ValueError: for another word, or CUDA where there is none.
+        ValueError: for another name, or if CUDA is not available.
     """
     if name not in DEVICES:
         raise ValueError(f"device must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, got '{name}'")
@@ -85,20 +108,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_freed_memory(device: torch.device | str, up_to: int | None = None) -> bool:
-    """Let this process keep the memory that tensors on the CPU free, for the next step to use again.
+    """Let this process keep the memory that CPU tensors free, so that the next step reuses it.
 
-    By default the C library hands large blocks back to the system at once, which then has to find and clear them page
-    by page for the next tensor: a quarter of a training step's time. Only with glibc; elsewhere nothing happens.
+    By default the C library returns large blocks to the system at once, and the system has to find and clear them page
+    by page for the next tensor: a quarter of the time of a training step. Only with glibc; a no-op elsewhere.
 
-    The price is gaps: a block of the same size often does not fit where the last one lay, probably since aligned memory
-    is asked for with room to spare.
+    The price is fragmentation: a block of the same size often does not fit where the last one was.
 
     Args:
-        device: where the tensors are; nothing happens for others than the CPU.
-        up_to: keep blocks of at most so many bytes and give larger ones back: less memory, slower. None = keep all.
+        device: of the tensors; a no-op for devices other than the CPU.
+        up_to: keep blocks of at most this many bytes and return larger ones: less memory, slower. None: keep all.
 
     Returns:
-        whether it took effect.
+        Whether it took effect.
     """
     if torch.device(device).type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,14 +1,24 @@
-"""Scalars to TensorBoard and Weights & Biases."""
+"""Loggers of scalars: TensorBoard and Weights & Biases."""
 
 from pathlib import Path
 from typing import Any, Protocol
+
+
+class Logger(Protocol):
+    """A destination of scalars besides ``metrics.jsonl``."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log the scalars of a step."""
+
+    def close(self) -> None:
+        """Flush and close."""
 
 
 class TensorBoardLogger:
     """Scalars as TensorBoard events.
 
     Args:
-        folder: where the event file goes. step: events after it, of an interrupted run, are hidden.
+        folder: of the event file. step: events after this step, left by an interrupted run, are hidden.
     """
 
     def __init__(self, folder: str, step: int) -> None:
@@ -17,7 +27,7 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(folder, purge_step=step + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Write scalars of a step."""
+        """Log the scalars of a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -27,13 +37,13 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Scalars to Weights & Biases, one run for one folder.
+    """Scalars to Weights & Biases; a folder is one run there.
 
     Args:
-        name: of the run. config: shown with it.
+        name: of the run. config: stored with it.
 
     Raises:
-        ValueError: when the extra is not installed.
+        ValueError: if the extra is not installed.
     """
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
@@ -44,7 +54,7 @@ class WandbLogger:
         self._run = wandb.init(project="dmjd", name=name, id=name, resume="allow", config=config)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Send scalars of a step."""
+        """Log the scalars of a step."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
@@ -52,18 +62,8 @@ class WandbLogger:
         self._run.finish()
 
 
-class Logger(Protocol):
-    """Where scalars go besides ``metrics.jsonl``."""
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Take scalars of a step."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
 def open_loggers(folder: Path, step: int, wandb_config: dict[str, Any] | None) -> list[Logger]:
-    """TensorBoard events in the run folder and, where a configuration is given, Weights & Biases."""
+    """TensorBoard in the run folder and, if a configuration is given, Weights & Biases."""
     loggers: list[Logger] = [TensorBoardLogger(str(folder), step)]
     if wandb_config is not None:
         loggers.append(WandbLogger(folder.name, wandb_config))

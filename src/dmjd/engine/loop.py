@@ -1,6 +1,7 @@
-"""The only training loop. It knows no method and no run configuration: a task gives a loss, hooks do the rest.
+"""The training loop, shared by pre-training and all supervised training.
 
-On Lightning Fabric: one device or many, any precision, torchrun and SLURM.
+A task returns a loss; logging, evaluation and checkpoints are hooks. Runs on Lightning Fabric: one device or many, any
+precision, torchrun and SLURM.
 """
 
 import signal
@@ -16,24 +17,24 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from dmjd.engine.device import seed_device
+from dmjd.engine.device import loss_scaler, precision_name, seed_device, unscale_gradients
 from dmjd.engine.optim import reserve_state
 from dmjd.rng import STREAM_STEP, hash64
 
-SYNC_EVERY = 10  # steps between looks at device-side flags on an accelerator, where each look waits for it
+SYNC_EVERY = 10  # steps between reads of device-side flags on an accelerator, each of which waits for the device
 
 
-class NonFiniteLoss(FloatingPointError):  # noqa: N818, the name says what is wrong
-    """The loss or its gradient is not finite; the weights are those before the step."""
+class NonFiniteLoss(FloatingPointError):  # noqa: N818, the name is the error
+    """The loss or its gradient is not finite; the weights are those before that step."""
 
 
 @dataclass
 class TrainState:
-    """All state of the loop besides tensors; goes into every checkpoint."""
+    """The loop's state besides tensors; part of every checkpoint."""
 
     step: int = 0
     images: int = 0
-    seconds: float = 0.0  # of training: waiting for data counts, hooks do not
+    seconds: float = 0.0  # of training: includes waiting for data, excludes hooks
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Duration:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one ends the process at once."""
+    """Context in which SIGTERM or SIGINT requests a stop after the current step; a second one ends the process."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -74,7 +75,7 @@ class StopSignal:
 
 
 class Task(nn.Module):
-    """What is trained: ``forward(batch) -> {"loss": scalar, other scalars to log}``."""
+    """A module to train: ``forward(batch) -> {"loss": scalar, other scalars to log}``."""
 
     def after_step(self, step: int, progress: float) -> None:
         """Called after optimizer step ``step`` (from 1), at ``progress`` of the run (0 to 1)."""
@@ -82,7 +83,7 @@ class Task(nn.Module):
 
 @dataclass(frozen=True)
 class Report:
-    """What hooks receive after a step: the loop's state, progress of the run (0 to 1), and scalars if it was logged."""
+    """Passed to hooks after a step: the loop's state, progress (0 to 1), and the scalars at steps that are logged."""
 
     state: TrainState
     progress: float
@@ -94,16 +95,18 @@ Hook = Callable[[Report], None]
 
 @dataclass
 class Engine:
-    """The loop.
+    """The training loop.
 
     Args:
-        fabric: launched. task: the plain module. optimizer: over its parameters. A fused one, such as AdamW, costs
-            no wait for an accelerator to skip a step that is not finite; others cost one a step. A group with an
-            "lr_scale" (timm's name for layer-wise decay) learns at that multiple of the rate.
-        duration: length. peak_lr: learning rate at the schedule's top. schedule: progress of the run -> factor on it.
-        accumulate: micro-batches a step. clip_grad: largest gradient norm, or None. batch_size: images a step over
-            all processes. seed: of dropout and stochastic depth. log_every: steps between scalars.
-        compile: torch.compile the task.
+        fabric: launched.
+        task: the module to train, not wrapped.
+        optimizer: over its parameters. A group with an "lr_scale" (timm's key for layer-wise decay) uses that multiple
+            of the learning rate. On an accelerator, fused optimizers skip a non-finite step without waiting for the
+            device; others wait once a step.
+        duration: of the run. peak_lr: peak learning rate. schedule: progress -> factor on it.
+        batch_size: images per step over all processes. accumulate: micro-batches per step.
+        clip_grad: largest gradient norm, or None. seed: of dropout and stochastic depth.
+        log_every: steps between scalars. compile: use ``torch.compile``.
     """
 
     fabric: Fabric
@@ -121,8 +124,8 @@ class Engine:
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
-        self._scaled = self.fabric._precision.precision == "16-mixed"
-        self._eager = self.fabric.device.type == "cpu"  # looking at a value costs nothing
+        self._scaled = precision_name(self.fabric) == "16-mixed"
+        self._eager = self.fabric.device.type == "cpu"  # reading a value does not wait
         self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
         module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
@@ -130,22 +133,27 @@ class Engine:
             reserve_state(self.optimizer)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
 
+    @property
+    def progress(self) -> float:
+        """Progress of the run, 0 to 1."""
+        return self.duration.progress(self.state)
+
     def run(self, batches: Iterator[Any], hooks: Sequence[Hook], stop: StopSignal) -> bool:
-        """Train until the duration is over or a stop is asked for.
+        """Train to the end of the duration, or until a stop is requested.
 
         Args:
-            batches: endless micro-batches from the current step on.
+            batches: endless micro-batches, starting at the current step.
             hooks: called after every step.
 
         Returns:
-            whether the run is finished.
+            Whether the duration is over.
 
         Raises:
-            NonFiniteLoss: naming the step; its update has not been made.
+            NonFiniteLoss: naming the step, whose update was not applied.
         """
         meter = _Meter(self.fabric.device)
         self._model.train()
-        progress = self._progress()
+        progress = self._shared_progress()
         while progress < 1.0:
             started = time.perf_counter()
             lr = self.peak_lr * self.schedule(progress)
@@ -154,9 +162,9 @@ class Engine:
             self._step(batches, meter)
             step = self.state.step = self.state.step + 1
             self.state.images += self.batch_size
-            self.task.after_step(step, self.duration.progress(self.state))
+            self.task.after_step(step, self.progress)
             self.state.seconds += time.perf_counter() - started
-            progress = self._progress()
+            progress = self._shared_progress()
             sync = self._eager or step % SYNC_EVERY == 0 or progress >= 1.0
             stopping = self._agree_on_stop(stop) if sync else False
             scalars = None
@@ -171,14 +179,14 @@ class Engine:
         return True
 
     def _step(self, batches: Iterator[Any], meter: "_Meter") -> None:
-        """One optimizer step over ``accumulate`` micro-batches, skipped on the device if it is not finite."""
+        """One optimizer step over ``accumulate`` micro-batches; a non-finite one is skipped."""
         step, rank = self.state.step, self.fabric.global_rank
         loss = torch.zeros((), device=self.fabric.device)
         for part in range(self.accumulate):
             waited = time.perf_counter()
             batch = next(batches)
             meter.waited += time.perf_counter() - waited
-            # Seeding from the step makes dropout exact on resume without saving any generator.
+            # Seeds derived from the step make dropout exact on resume without saving generator states.
             seed_device(self.fabric.device, int(hash64(STREAM_STEP, self.seed, step, part, rank)) & (2**63 - 1))
             last = part == self.accumulate - 1
             with nullcontext() if last else self.fabric.no_backward_sync(self._model):
@@ -189,27 +197,27 @@ class Engine:
         meter.add({"grad_norm": self.update(loss)}, 1)
 
     def update(self, loss: Tensor) -> Tensor:
-        """Clip, guard, optimizer step from the gradients that are there; returns the gradient's norm, a scalar."""
+        """Clip the gradients, check them, step; returns the gradient norm before clipping, a scalar."""
         norm = self._gradient_norm()
-        self._guard(loss, norm)
+        self._check_step(loss, norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _gradient_norm(self) -> Tensor:
-        """Norm of the whole gradient before clipping; clips where asked to."""
+        """Norm of the whole gradient; gradients are clipped if ``clip_grad`` is set."""
         if self._scaled:
-            self.fabric._precision.unscale_gradients(self._optimizer)
+            unscale_gradients(self.fabric, self._optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         return norm
 
-    def _guard(self, loss: Tensor, norm: Tensor) -> None:
-        """Mark a step that is not finite, so that neither it nor any later one changes the weights.
+    def _check_step(self, loss: Tensor, norm: Tensor) -> None:
+        """Mark a non-finite step, so that neither it nor any later step changes the weights.
 
-        fp16's loss scaler meets infinite gradients in ordinary life, so there the loss alone decides.
+        With fp16 infinite gradients are normal (the loss scaler handles them), so only the loss is checked.
         """
         finite = torch.isfinite(loss) if self._scaled else torch.isfinite(loss) & torch.isfinite(norm)
         bad = (~finite).to(torch.float32)
@@ -220,47 +228,49 @@ class Engine:
         if self._eager or self._scaled or not self._skips_on_device:
             self.check_finite()
         else:
-            # Fused optimizers skip their update on the device where this is 1: no wait for the device.
+            # Fused optimizers skip their update on the device if this is 1.
             self.optimizer.found_inf = (self._bad_step >= 0).to(torch.float32)  # type: ignore[attr-defined]
 
     def check_finite(self) -> None:
-        """Raise :class:`NonFiniteLoss` if a step was marked; waits for the device."""
+        """Raise :class:`NonFiniteLoss` if a step was marked as non-finite; waits for the device."""
         step = int(self._bad_step)
         if step >= 0:
             raise NonFiniteLoss(
-                f"the loss or its gradient is not finite at step {step}; the step was not made and the last checkpoint "
-                "is good. Try a lower --blr, --clip-grad 1, or --precision fp32, in a new --out"
+                f"the loss or its gradient is not finite at step {step}; the step was not applied and the last "
+                "checkpoint is good. Try a lower --blr, --clip-grad 1, or --precision fp32, in a new --out"
             )
 
-    def _progress(self) -> float:
-        progress = self.duration.progress(self.state)
-        if self.fabric.world_size > 1 and self.duration.steps is None:  # clocks differ; the first process decides
+    def _shared_progress(self) -> float:
+        """Progress, the same in all processes."""
+        progress = self.progress
+        if self.fabric.world_size > 1 and self.duration.steps is None:  # clocks differ: use the first process's
             value = torch.tensor([progress, self.state.seconds], dtype=torch.float64, device=self.fabric.device)
             torch.distributed.broadcast(value, 0)
             progress, self.state.seconds = value.tolist()
         return progress
 
     def _agree_on_stop(self, stop: StopSignal) -> bool:
+        """Whether a stop was requested in any process."""
         if self.fabric.world_size == 1:
             return stop.requested
-        asked = torch.tensor(float(stop.requested), device=self.fabric.device)
-        return float(self.fabric.all_reduce(asked, reduce_op="sum")) > 0  # type: ignore[arg-type]
+        requested = torch.tensor(float(stop.requested), device=self.fabric.device)
+        return float(self.fabric.all_reduce(requested, reduce_op="sum")) > 0  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state for a checkpoint: the loop's and, with fp16, the loss scaler's."""
-        scaler = getattr(self.fabric._precision, "scaler", None)
+        """State for a checkpoint, as JSON types: of the loop and, with fp16, of the loss scaler."""
+        scaler = loss_scaler(self.fabric)
         return {"progress": asdict(self.state), "scaler": scaler.state_dict() if scaler is not None else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         self.state = TrainState(**state["progress"])
-        scaler = getattr(self.fabric._precision, "scaler", None)
+        scaler = loss_scaler(self.fabric)
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
 
 
 class _Meter:
-    """Sums of scalars, kept on the device until a line of metrics is due."""
+    """Sums of scalars, kept on the device until they are logged."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -279,7 +289,7 @@ class _Meter:
         self._steps += "grad_norm" in values
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """Means since the last call, images/s and the share of time spent waiting for data; starts afresh."""
+        """Means since the last call, images/s and the fraction of time spent waiting for data; resets the meter."""
         means = {name: float(total) / self._steps for name, total in self._sums.items()}  # waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)
         speed = {"images_per_s": batch_size * self._steps / seconds, "data_wait": self.waited / seconds}

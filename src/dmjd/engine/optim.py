@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate scale rule and schedule; schedules are functions of the share of the run that is done."""
+"""Optimizers, learning-rate scale rule and schedule. A schedule is a function of progress, 0 to 1."""
 
 import math
 from collections.abc import Callable
@@ -26,13 +26,13 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BE
 def muon(model: nn.Module, weight_decay: float) -> Muon:
     """Muon over :func:`parameter_groups`: updates of weight matrices are orthogonalized (Jordan et al. 2024).
 
-    timm's, which leaves tokens, biases, norms and depthwise kernels to AdamW and scales the updates of matrices to the
-    size of AdamW's (Liu et al. 2025), so that one learning rate, and the scale rule, serve both.
+    timm's implementation: tokens, biases, norms and depthwise kernels are left to AdamW, and updates of matrices are
+    scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and one scale rule serve both.
     """
     return Muon(parameter_groups(model, weight_decay), lr=0.0, betas=BETAS)
 
 
-# name in a configuration: maker(model, weight decay)
+# name in the configuration: factory(model, weight_decay)
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 
 
@@ -59,7 +59,11 @@ def scaled_learning_rate(
 
 
 def warmup_cosine(progress: float, warmup: float, floor: float = 0.0) -> float:
-    """Factor on the peak rate: linear from 0 over the first ``warmup`` of the run, then half a cosine to ``floor``."""
+    """Factor on the peak learning rate: linear warm-up from 0, then half a cosine to ``floor``.
+
+    Args:
+        progress: of the run, clamped to 0..1. warmup: progress at the peak. floor: factor at the end.
+    """
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:
         return progress / warmup
@@ -68,10 +72,10 @@ def warmup_cosine(progress: float, warmup: float, floor: float = 0.0) -> float:
 
 
 def reserve_state(optimizer: torch.optim.AdamW) -> None:
-    """Make AdamW's state now, on the parameters' device, instead of in the first step; its values are the same.
+    """Create AdamW's state now, on the parameters' device, with the values that the first step would create.
 
-    Made in the first step it would lie in the gaps that activations left, and a process that keeps freed memory
-    (:func:`dmjd.engine.device.keep_freed_memory`) would need new memory for the activations of the next one.
+    Created in the first step, it would fill the gaps that freed activations leave, and a process that keeps freed
+    memory (:func:`dmjd.engine.device.keep_freed_memory`) would need new memory for the activations of the next step.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -1,5 +1,6 @@
-"""``bench(config)``: how fast a recipe trains on this machine, against the machine's own limit, and where time goes."""
+"""``bench(config)``: training speed of a recipe on this machine, its MFU, and the time of each part of a step."""
 
+import itertools
 import os
 import platform
 import resource
@@ -7,7 +8,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -16,15 +17,15 @@ from dmjd import __version__
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.train_loader import Batch
 from dmjd.data.workers import available_cores
-from dmjd.engine.device import make_fabric
+from dmjd.engine.device import make_fabric, precision_name
 from dmjd.engine.loop import Engine, Report, StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
-from dmjd.pretraining.run import make_engine, make_loader, resolve_batch_size
+from dmjd.pretraining.run import make_engine, resolve_batch_size, training_batches
 from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
 
-BATCH_SIZE = {"cpu": 16, "cuda": 128}  # where the configuration leaves it open
+BATCH_SIZE = {"cpu": 16, "cuda": 128}  # where the configuration has none
 
 WARMUP_STEPS = 3
 
@@ -32,20 +33,22 @@ PARTS = ("data", "masks and targets", "encoder", "branches", "backward", "optimi
 
 
 def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
-    """Measure training steps of a configuration; nothing is written.
+    """Measure training steps of a configuration. Nothing is written.
 
     Args:
-        config: from a recipe. Its ``data`` is optional: without it only the step is measured, on made-up images.
-            A batch size left open is 16 on a CPU and 128 on a GPU. steps: measured ones, after 3 to warm up.
+        config: from a recipe. Without ``data`` only the step is measured, on synthetic images. The default batch size
+            is 16 on a CPU and 128 on a GPU.
+        steps: measured steps, after 3 for warm-up.
 
     Returns:
         ``images_per_s`` {"step", "with_loader" (None without data)}; ``gflop_per_image`` of forward and backward pass;
-        ``matmul_tflops``, the machine's own rate in the same precision, and ``share_of_matmul``, what the step makes
-        of it; ``peak_memory_gb`` (GPU: of tensors; CPU: of the process); ``parts``, share of the time of each of
-        :data:`PARTS`, measured one by one and not compiled; ``settings``, ``machine``, ``versions``.
+        ``matmul_tflops``, the machine's matrix-multiply rate in the same precision; ``mfu``, model FLOPs utilization:
+        the fraction of that rate which the step reaches; ``peak_memory_gb`` (GPU: of tensors; CPU: of the process);
+        ``parts``, fraction of the time in each of :data:`PARTS`, measured one by one and not compiled; ``settings``,
+        ``machine``, ``versions``.
 
     Raises:
-        ValueError: for settings that cannot be.
+        ValueError: for impossible settings.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -59,46 +62,56 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
     engine = make_engine(config, model, fabric, batch_size, num_images=batch_size)
-    batches = _made_up_batches(config, batch_size // config.accumulate, fabric.device)
-    step_rate, loader_rate = _rate(engine, batches, steps), None
+    batches = _synthetic_batches(config, batch_size // config.accumulate, fabric.device)
+    images_per_s: dict[str, float | None] = {"step": _images_per_s(engine, batches, steps), "with_loader": None}
     memory = peak_memory(fabric.device)
     if source is not None:
-        batches = cast(Generator[Batch, None, None], make_loader(config, source, fabric, batch_size).batches(0))
+        batches = training_batches(config, source, fabric, batch_size)
         engine.state.step = 0
-        loader_rate = _rate(engine, batches, steps)
-    with closing(batches):  # ends the loader's processes
+        images_per_s["with_loader"] = _images_per_s(engine, batches, steps)
+    with closing(batches):  # ends the worker processes
         parts = _parts(engine, model, batches, steps)
-    dtype = torch.float32 if fabric._precision.precision == "32-true" else torch.bfloat16
-    matmul = matmul_rate(fabric.device, dtype)
-    flops = 3 * model.flops()
+    return _result(config, engine, model, images_per_s, memory, parts) | {"machine": machine(fabric.device)}
+
+
+def _result(
+    config: PretrainConfig,
+    engine: Engine,
+    model: MaskedImageModel,
+    images_per_s: dict[str, float | None],
+    memory: int,
+    parts: dict[str, float],
+) -> dict[str, Any]:
+    """The result of :func:`bench` without the machine."""
+    precision = precision_name(engine.fabric)
+    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+    matmul, flops = matmul_rate(engine.fabric.device, dtype), 3 * model.flops()
+    assert images_per_s["step"] is not None
+    assert config.steps is not None
+    names = ("recipe", "encoder", "img_size", "batch_size", "compile", "data")
     return {
-        "images_per_s": {"step": step_rate, "with_loader": loader_rate},
+        "images_per_s": images_per_s,
         "gflop_per_image": flops / 1e9,
         "matmul_tflops": matmul / 1e12,
-        "share_of_matmul": step_rate * flops / matmul,
+        "mfu": images_per_s["step"] * flops / matmul,
         "peak_memory_gb": memory / 1e9,
         "parts": parts,
-        "settings": {
-            name: getattr(config, name) for name in ("recipe", "encoder", "img_size", "batch_size", "compile", "data")
-        }
-        | {"precision": fabric._precision.precision, "steps": steps},
-        "machine": machine(fabric.device),
+        "settings": {name: getattr(config, name) for name in names}
+        | {"precision": precision, "steps": config.steps - WARMUP_STEPS},
         "versions": {"dmjd": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
 
-def _made_up_batches(config: PretrainConfig, size: int, device: torch.device) -> Generator[Batch, None, None]:
-    """Noise images on the device, masked anew in every batch."""
+def _synthetic_batches(config: PretrainConfig, size: int, device: torch.device) -> Generator[Batch, None, None]:
+    """Noise images on the device, with new masks in every batch."""
     images = torch.randint(0, 256, (size, config.in_chans, *config.size), dtype=torch.uint8, device=device)
     index = torch.arange(size)
-    number = 0
-    while True:
-        yield Batch(images, image_keys(config.seed, torch.full_like(index, number), index).to(device))
-        number += 1
+    for epoch in itertools.count():
+        yield Batch(images, image_keys(config.seed, torch.full_like(index, epoch), index).to(device))
 
 
-def _rate(engine: Engine, batches: Iterator[Batch], steps: int) -> float:
-    """Images/s over ``steps`` steps of the real loop, after warming up."""
+def _images_per_s(engine: Engine, batches: Iterator[Batch], steps: int) -> float:
+    """Images/s over ``steps`` steps of the training loop, after warm-up."""
     stamps: list[float] = []
 
     def stamp(report: Report) -> None:
@@ -111,7 +124,7 @@ def _rate(engine: Engine, batches: Iterator[Batch], steps: int) -> float:
 
 
 def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], steps: int) -> dict[str, float]:
-    """Share of the time of each part of a step, the device waited for after each."""
+    """Fraction of the time in each part of a step, waiting for the device after each part."""
     fabric, seconds = engine.fabric, dict.fromkeys(PARTS, 0.0)
     preprocess = model.encoder.preprocess
     assert preprocess is not None
@@ -146,10 +159,10 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Floating-point operations a second of the machine's own matrix product, the best of a few.
+    """FLOP/s of a matrix product on this machine, the best of ``repeats``.
 
-    [4096, 1024] x [1024, 4096] on a CPU, [8192, 8192] x [8192, 8192] on a GPU; float32 without TF32. The result is
-    written to memory that is there already, so that only arithmetic is timed.
+    [4096, 1024] x [1024, 4096] on a CPU, [8192, 8192] x [8192, 8192] on a GPU; float32 without TF32. The output is
+    allocated before, so that only arithmetic is timed.
     """
     m, k, n = (4096, 1024, 4096) if device.type == "cpu" else (8192, 8192, 8192)
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
@@ -165,13 +178,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was asked."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU, of the process on a CPU."""
+    """Peak memory in bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -179,7 +192,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the measurement ran on."""
+    """CPU, cores, threads and GPU of this machine."""
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -189,16 +202,16 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def bench_table(result: dict[str, Any]) -> Table:
-    """The result of :func:`bench` for people."""
-    settings, rates = result["settings"], result["images_per_s"]
+    """The result of :func:`bench` as a table."""
+    settings, images_per_s = result["settings"], result["images_per_s"]
     table = Table(f"{settings['encoder']}, {settings['precision']}, {settings['batch_size']} images a step", "")
-    table.add_row("step alone", f"{rates['step']:.2f} images/s")
-    if rates["with_loader"] is not None:
-        table.add_row("with the loader", f"{rates['with_loader']:.2f} images/s")
-    table.add_row("arithmetic", f"{result['gflop_per_image']:.1f} GFLOP an image, forward and backward")
-    table.add_row("matrix products here", f"{result['matmul_tflops']:.3g} TFLOP/s")
-    table.add_row("share of that", f"{100 * result['share_of_matmul']:.0f} %")
+    table.add_row("step alone", f"{images_per_s['step']:.2f} images/s")
+    if images_per_s["with_loader"] is not None:
+        table.add_row("with the loader", f"{images_per_s['with_loader']:.2f} images/s")
+    table.add_row("arithmetic", f"{result['gflop_per_image']:.1f} GFLOP per image, forward and backward")
+    table.add_row("matrix multiply", f"{result['matmul_tflops']:.3g} TFLOP/s")
+    table.add_row("MFU", f"{100 * result['mfu']:.0f} %")
     table.add_row("peak memory", f"{result['peak_memory_gb']:.1f} GB")
-    for part, share in result["parts"].items():
-        table.add_row(f"  {part}", f"{100 * share:.1f} %")
+    for part, fraction in result["parts"].items():
+        table.add_row(f"  {part}", f"{100 * fraction:.1f} %")
     return table

@@ -1,1 +1,1 @@
-"""Run folders: checkpoints, and from a configuration to the parts of a run and back."""
+"""Run folders: checkpoints, the driver of a training, and building the parts of a run from its configuration."""

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run, and back from a run folder to its model."""
+"""Build the parts of a run from its configuration, and load them back from a run folder."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.runs.checkpoint import RunFolder
 from dmjd.targets.registry import create_target
 
-LISTING = "files.txt"  # a folder's sorted list of images, kept with the run
+LISTING = "files.txt"  # in a run folder: the sorted list of images
 
 
 def build_encoder(config: PretrainConfig) -> Encoder:
@@ -95,7 +95,7 @@ def _build_targets(config: PretrainConfig, encoder: Encoder) -> dict[str, Any]:
 
 
 def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:
-    """A source with the configuration's labels, channels and value range."""
+    """Open a data source with the labels, channels and value range of a configuration."""
     return open_source(
         data,
         split=split,
@@ -107,7 +107,7 @@ def open_data(config: PretrainConfig, data: str, split: str, listing: Path | Non
 
 
 def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> Source | None:
-    """The labeled test set: the test part of ``test_data``, all of it where it has no parts, else that of ``data``."""
+    """The test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none."""
     if test_data is not None:
         return open_data(config, test_data, "test" if has_split(test_data, "test") else "train")
     return open_data(config, data, "test") if has_split(data, "test") else None
@@ -116,12 +116,12 @@ def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> 
 def open_images(
     run: str | Path, preprocess: Preprocess, data: str | Path | None = None, split: str = "train", **changes: Any
 ) -> Source:
-    """Images as a trained encoder takes them: those of its run, or others.
+    """Open images for a trained encoder: those of its run, or others.
 
     Args:
         run: a run folder, or an encoder file together with ``data``. preprocess: the encoder's.
-        data: None = what the run was pre-trained on. split: "train" or "test".
-        changes: settings of the run that shall differ, such as ``labels``; None = as the run.
+        data: None: what the run was pre-trained on. split: "train" or "test".
+        changes: changed settings of the run, such as ``labels``; None: as the run.
 
     Raises:
         ValueError: for a folder that is no run, or data that cannot be opened.
@@ -153,16 +153,19 @@ def read_config(run: str | Path) -> PretrainConfig:
 
 
 def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
-    """The pre-training model of a run at its newest checkpoint, in evaluation mode, and the run's configuration.
+    """Load the pre-training model of a run at its newest checkpoint.
+
+    Returns:
+        The model in evaluation mode, and the run's configuration.
 
     Raises:
-        ValueError: for a folder that is no run, or has saved nothing that can be read.
+        ValueError: for a folder that is no run, or has no readable checkpoint.
     """
     config = read_config(run)
     checkpoint, _ = RunFolder(run, owner=False).newest()
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint yet; wait for its first one (--checkpoint-every steps)")
-    # A teacher may have moved since the checkpoint; that it is the same one is checked when the state is loaded.
+    # The teacher may have moved since the checkpoint; loading the state checks that it is the same one.
     config = PretrainConfig.from_json(json.dumps(checkpoint.state["config"])).replace(teacher=config.teacher)
     with torch.random.fork_rng(devices=[]):
         model = build_model(config)

@@ -1,7 +1,7 @@
-"""Files that survive: atomic writes, a run folder with one owner, checkpoints that hold the whole state.
+"""Run folders and checkpoints.
 
 A checkpoint is one safetensors file: tensors of model and optimizer, everything else as JSON in its metadata. Loading
-runs no code from it. Randomness needs no saving: it is a function of seed and step (see :mod:`dmjd.nn.tokens`).
+it runs no code. Random states are not saved: randomness is a function of seed and step (see :mod:`dmjd.rng`).
 """
 
 import contextlib
@@ -16,36 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmjd.config.pretrain import PretrainConfig, resume_differences
 from dmjd.files import read_safetensors, write_safetensors, write_text
 
 FORMAT_VERSION = 1
 
-KEEP = 2  # step checkpoints; the final one is kept besides
+KEEP = 2  # step checkpoints, besides the final one
 
 FINAL = "final.safetensors"
 
-ORPHANS_SECONDS = 30.0  # reading processes look every five seconds whether their owner is alive
+ORPHANS_SECONDS = 30.0  # worker processes check every five seconds whether their parent is alive
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds: tensors under ``model.*`` and ``optimizer.*``, and JSON-able ``state``."""
+    """A checkpoint: ``tensors`` under ``model.*``, ``optimizer.*``, ..., and ``state`` as JSON types."""
 
     path: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors under ``name.``, the prefix removed."""
+        """The tensors under ``name.``, without the prefix."""
         prefix = f"{name}."
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; a full disk or a kill never harms an earlier one."""
+    """Write a checkpoint atomically; a full disk or a kill never damages an earlier one."""
     write_safetensors(path, tensors, {"format": FORMAT_VERSION} | state)
 
 
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        ValueError: for a file that is cut short, of another kind, or of another format version.
+        ValueError: for a truncated file, another kind of file, or another format version.
     """
     tensors, state = read_safetensors(path, kind="checkpoint")
     if state.get("format") != FORMAT_VERSION or "progress" not in state:
@@ -62,7 +62,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as a flat dict ``<parameter index>.<name>``; the groups follow from the configuration."""
+    """Optimizer state as ``<parameter index>.<name>``; parameter groups follow from the configuration."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
 
@@ -77,8 +77,13 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": entries, "param_groups": whole["param_groups"]})
 
 
+def named_tensors(part: str, module: nn.Module) -> dict[str, Tensor]:
+    """State of a module as a checkpoint holds it, under ``<part>.<key>``."""
+    return {f"{part}.{key}": value for key, value in module.state_dict().items()}
+
+
 def _is_dead(owner: str) -> bool:
-    """Whether a lock file names a process of this machine that is no more."""
+    """Whether a lock names a process of this machine that no longer exists."""
     process, _, machine = owner.partition(" ")
     if machine != platform.node() or not process.isdigit():
         return False
@@ -86,20 +91,20 @@ def _is_dead(owner: str) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # alive, someone else's
+    except PermissionError:  # it exists and belongs to another user
         return False
     return False
 
 
 class RunFolder:
-    """One run's folder: configuration, lock, metrics, checkpoints.
+    """The folder of a training: configuration, lock, metrics, checkpoints.
 
     Args:
-        path: the folder; made if need be.
-        owner: whether this process writes to it and keeps others out; the other processes of a run only read.
+        path: the folder; created if missing.
+        owner: whether this process writes to the folder and locks it; the other processes of a run only read.
 
     Raises:
-        ValueError: when the path is a file, cannot be written, or another process trains in it.
+        ValueError: if the path is a file, cannot be written, or another process trains in it.
     """
 
     def __init__(self, path: str | Path, owner: bool = True) -> None:
@@ -111,7 +116,7 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+", encoding="utf-8")  # keeps what another owner wrote
+            self._lock = (self.path / ".lock").open("a+", encoding="utf-8")  # "w" would erase the name of another owner
         except OSError as error:
             raise ValueError(f"--out {self.path} cannot be written: {error.strerror}") from None
         if not self._locked():
@@ -122,7 +127,7 @@ class RunFolder:
         self._lock.flush()
 
     def _locked(self) -> bool:
-        """Take the lock; where its owner was killed, wait for the reading processes it leaves behind."""
+        """Take the lock; if its owner was killed, wait for the worker processes it left behind, which still hold it."""
         until = time.monotonic() + ORPHANS_SECONDS
         while True:
             try:
@@ -135,20 +140,20 @@ class RunFolder:
                 time.sleep(0.1)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self.owner:
             self._lock.close()
 
     @property
     def metrics(self) -> Path:
-        """The metrics file, one JSON object a line."""
+        """The metrics file, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
-    def settle(self, config: PretrainConfig) -> None:
-        """Write the configuration, or check that it continues the run that is here.
+    def validate_config(self, config: PretrainConfig) -> None:
+        """Check that a configuration continues the run in this folder, if there is one, and write it.
 
         Raises:
-            ValueError: naming the settings that differ, or that resuming was refused.
+            ValueError: naming the settings that differ, or if the folder holds a run and resuming is off.
         """
         file = self.path / "config.json"
         if file.exists():
@@ -172,10 +177,10 @@ class RunFolder:
         return sorted(self.checkpoints.glob("step-*.safetensors"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that can be read, and what was wrong with newer ones.
+        """The newest readable checkpoint, or None, and what is wrong with newer ones.
 
         Raises:
-            ValueError: when there are checkpoints and none can be read.
+            ValueError: if there are checkpoints and none is readable.
         """
         final = [self.checkpoints / FINAL] if (self.checkpoints / FINAL).exists() else []
         problems = []
@@ -187,7 +192,7 @@ class RunFolder:
                 problems.append(str(error))
                 continue
             if file.name != FINAL:
-                break  # step files are in order; only the final one may be older, from before a longer duration
+                break  # the final one may be older than step files: from before the duration was extended
         if problems and not found:
             raise ValueError(
                 "no checkpoint can be read; start again with another --out:\n  " + "\n  ".join(problems[:5])
@@ -195,7 +200,7 @@ class RunFolder:
         return max(found, key=lambda c: c.state["progress"]["step"], default=None), problems
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], final: bool = False) -> Path:
-        """Write a checkpoint, then drop all but the last two step files."""
+        """Write a checkpoint, then delete all but the last two step files."""
         file = self.checkpoints / (FINAL if final else f"step-{step:09d}.safetensors")
         save_checkpoint(file, tensors, state)
         for old in self.files()[:-KEEP]:
@@ -203,12 +208,12 @@ class RunFolder:
         return file
 
     def cut_metrics(self, step: int) -> None:
-        """Drop metrics of steps after ``step``: they will be made again."""
+        """Delete metrics of steps after ``step``, which will be repeated."""
         if not self.metrics.exists():
             return
         lines = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
+            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave an incomplete line
                 if json.loads(line).get("step", 0) <= step:
                     lines.append(line + "\n")
         write_text(self.metrics, "".join(lines))

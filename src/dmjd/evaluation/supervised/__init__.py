@@ -1,1 +1,1 @@
-"""Evaluations that train the whole encoder."""
+"""Evaluations that train the encoder with labels: fine-tuning, segmentation, detection."""

@@ -1,4 +1,4 @@
-"""Detection with a trained encoder (Faster R-CNN, Mask R-CNN), beside the same training from random weights."""
+"""Detection with a pre-trained encoder (Faster or Mask R-CNN), beside the same training from random weights."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,18 +24,18 @@ from dmjd.data.sources.coco import CocoSource, Instances, find_coco, open_coco
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.loop import Task
 from dmjd.evaluation.metrics import average_precisions
-from dmjd.evaluation.supervised.dense_task import DenseEvaluation, compare, open_encoder, rounded_up
+from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder, rounded_up
 from dmjd.evaluation.supervised.pyramid import LEVELS, Pyramid, group_norm, strides_of
 from dmjd.evaluation.supervised.segmentation import fill_of
 from dmjd.figures.overlays import detection_panels, save_overlays
 
-ANCHOR_SHARE = 1 / 32  # side of the smallest anchors over the longer side of the frame: COCO's 32 of 1024 pixels
+ANCHOR_SCALE = 1 / 32  # side of the smallest anchors over the longer side of the canvas: COCO's 32 of 1024 pixels
 
-ROIS_PER_IMAGE = 128  # proposals of an image that the box head learns from (Ren et al. 2015)
+ROIS_PER_IMAGE = 128  # proposals per image to train the box head (Ren et al. 2015)
 
 MASK_HEAD = 256  # width of torchvision's mask head
 
-SHOWN_SCORE = 0.5  # of boxes that are drawn
+MIN_SHOWN_SCORE = 0.5  # of boxes in figures
 
 MASK_THRESHOLD = 0.5
 
@@ -43,7 +43,7 @@ _LEVEL_NAMES = [str(level) for level in range(LEVELS)]
 
 
 class _Backbone(nn.Module):
-    """Encoder and feature pyramid as torchvision's detectors want them: float32 maps by name, for any autocast."""
+    """Encoder and feature pyramid as a torchvision backbone: float32 maps by name, under any autocast."""
 
     def __init__(self, pyramid: Pyramid, dim: int) -> None:
         super().__init__()
@@ -61,18 +61,18 @@ class _Backbone(nn.Module):
 
 
 class DetectionTask(Task):
-    """Faster R-CNN (Ren et al. 2015) or Mask R-CNN (He et al. 2017) of torchvision on an encoder's pyramid.
+    """torchvision's Faster R-CNN (Ren et al. 2015) or Mask R-CNN (He et al. 2017) on an encoder's pyramid.
 
     Args:
-        encoder: for the frame's size. config: resolved. num_classes: of objects. masks: learn them too.
+        encoder: for the size of the canvas. config: resolved. num_classes: of objects. masks: train on instance masks.
     """
 
     def __init__(self, encoder: Encoder, config: DetectionConfig, num_classes: int, masks: bool) -> None:
         super().__init__()
         self.config, self.preprocess, self.masks = config, known_preprocess(encoder), masks
-        self.frame = encoder.img_size
-        dim, K = config.decoder_dim, num_classes + 1  # torchvision counts the background as class 0
-        smallest = max(self.frame) * ANCHOR_SHARE
+        self.canvas = encoder.img_size
+        dim, K = config.decoder_dim, num_classes + 1  # class 0 is the background
+        smallest = max(self.canvas) * ANCHOR_SCALE
         sizes = tuple((round(smallest * 2**level, 1),) for level in range(LEVELS + 1))
         heads: dict[str, Any] = {}
         if masks:
@@ -82,7 +82,7 @@ class DetectionTask(Task):
             _Backbone(Pyramid(encoder, config.freeze), dim),
             image_mean=list(self.preprocess.mean),
             image_std=list(self.preprocess.std),
-            fixed_size=self.frame[::-1],  # images come in frames: no resizing, no further padding
+            fixed_size=self.canvas[::-1],  # images come on canvases: no resizing, no further padding
             size_divisible=1,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
             box_roi_pool=_roi_pool(7),
@@ -94,79 +94,79 @@ class DetectionTask(Task):
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder in it."""
+        """The encoder."""
         return self.rcnn.backbone.pyramid.encoder
 
     def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
-        """{"loss", and the parts it is the sum of}."""
+        """{"loss", and its summands}, scalars."""
         targets = []
-        for one in batch.targets:
-            target = {"boxes": one.boxes, "labels": one.labels + 1}
-            targets.append(target | ({"masks": one.masks} if self.masks else {}))
+        for instances in batch.targets:
+            target = {"boxes": instances.boxes, "labels": instances.labels + 1}
+            targets.append(target | ({"masks": instances.masks} if self.masks else {}))
         losses = self._run(batch.images, targets)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """[B, C, h, w] frames on the 0..255 scale -> of each boxes [n, 4], scores, labels from 0 (and masks)."""
-        found = self._run(images, None)
-        return [one | {"labels": one["labels"] - 1} for one in found]
+        """[B, C, h, w] canvases on the 0..255 scale -> boxes [n, 4], scores, labels from 0 (and masks) of each."""
+        predictions = self._run(images, None)
+        return [prediction | {"labels": prediction["labels"] - 1} for prediction in predictions]
 
     def _run(self, images: Tensor, targets: list[dict[str, Tensor]] | None) -> Any:
-        """torchvision's heads in float32, whatever the encoder runs in."""
-        kind = images.device.type
-        self.rcnn.backbone.autocast = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False):
+        """Run torchvision's heads in float32, whatever the precision of the encoder."""
+        device_type = images.device.type
+        self.rcnn.backbone.autocast = torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False):
             return self.rcnn(list(images.float() / 255), targets)
 
 
 def _roi_pool(side: int) -> MultiScaleRoIAlign:
-    """Crops of objects, each from the map on which it spans 14 to 28 cells, or the finest (Lin et al. 2017).
+    """Crops of objects, each from the map on which it spans 14 to 28 cells, or from the finest (Lin et al. 2017).
 
-    torchvision's rule goes by strides alone: 224 pixels are 14 cells of stride 16, in a frame of any size.
+    torchvision's rule depends on strides only: 224 pixels are 14 cells of stride 16, on a canvas of any size.
     """
     return MultiScaleRoIAlign(_LEVEL_NAMES, side, 2)
 
 
-def whole(image: np.ndarray, size: tuple[int, int], frame: tuple[int, int]) -> GeometricTransform:
-    """The whole image, as large as it fits into ``size``, in the upper left of a frame."""
-    sides = (image.shape[0], image.shape[1])
-    return GeometricTransform(sides, scaled_size(sides, fit_scale(sides, size)), frame)
+def _test_transform(image: np.ndarray, task: DetectionTask) -> GeometricTransform:
+    """The whole image, as large as it fits into ``config.size``, in the upper left of the canvas."""
+    size = (image.shape[0], image.shape[1])
+    return GeometricTransform(size, scaled_size(size, fit_scale(size, task.config.size)), task.canvas)
 
 
 def predict(task: DetectionTask, images: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
-    """Objects in images as they are.
+    """Detect objects in images at their own size.
 
     Args:
         task: in evaluation mode. images: [H, W, C] on the 0..255 scale, of any sizes.
 
     Returns:
-        for each on the CPU: "boxes" [n, 4] (left, top, right, bottom) in the image's pixels, "scores" [n], "labels"
-        [n] from 0 and, of Mask R-CNN, "masks" [n, H, W] bool.
+        For each image, on the CPU: "boxes" [n, 4] (left, top, right, bottom) in its pixels, "scores" [n], "labels" [n]
+        from 0 and, of Mask R-CNN, "masks" [n, H, W] bool.
     """
     device = next(task.parameters()).device
-    placements = [whole(image, task.config.size, task.frame) for image in images]
+    transforms = [_test_transform(image, task) for image in images]
     fill = fill_of(task.preprocess)
-    frames = [transform_image(p, placement, fill).float() for p, placement in zip(images, placements, strict=True)]
+    canvases = [transform_image(image, t, fill).float() for image, t in zip(images, transforms, strict=True)]
     results = []
-    for found, placement in zip(task.detect(torch.stack(frames).to(device)), placements, strict=True):
-        result = {name: value.cpu() for name, value in found.items()}
-        result["boxes"] = boxes_to_image(result["boxes"], placement)
+    for prediction, transform in zip(task.detect(torch.stack(canvases).to(device)), transforms, strict=True):
+        result = {name: value.cpu() for name, value in prediction.items()}
+        result["boxes"] = boxes_to_image(result["boxes"], transform)
         if "masks" in result:
-            result["masks"] = _masks_to_image(result["masks"], placement)
+            result["masks"] = _masks_to_image(result["masks"], transform)
         results.append(result)
     return results
 
 
-def _masks_to_image(masks: Tensor, placement: GeometricTransform) -> Tensor:
-    """Shares [n, 1, h, w] in the frame -> [n, H, W] bool in the image."""
+def _masks_to_image(masks: Tensor, transform: GeometricTransform) -> Tensor:
+    """Probabilities [n, 1, h, w] on the canvas -> [n, H, W] bool in the image."""
     if not len(masks):
-        return torch.zeros(0, *placement.image, dtype=torch.bool)
-    own = masks[..., : placement.resized[0], : placement.resized[1]]
-    return F.interpolate(own, size=placement.image, mode="bilinear", align_corners=False)[:, 0] > MASK_THRESHOLD
+        return torch.zeros(0, *transform.image, dtype=torch.bool)
+    own = masks[..., : transform.resized[0], : transform.resized[1]]
+    return F.interpolate(own, size=transform.image, mode="bilinear", align_corners=False)[:, 0] > MASK_THRESHOLD
 
 
 class Detection(DenseEvaluation):
-    """What :func:`dmjd.evaluation.supervised.dense_task.compare` wants to know of detection."""
+    """Detection on one pair of sets; arguments as :class:`DenseEvaluation`."""
 
     name = "detection"
     score = "ap50"
@@ -176,12 +176,12 @@ class Detection(DenseEvaluation):
 
     @property
     def masks(self) -> bool:
-        """Whether outlines are learned and measured."""
+        """Whether instance masks are trained and measured."""
         return self.config.instance_masks and self.train.has_masks and self.test.has_masks
 
     @property
-    def frame(self) -> tuple[int, int]:
-        """Divisible by the cells of the coarsest map, the RPN's own: so no anchor lies beside its cell."""
+    def canvas(self) -> tuple[int, int]:
+        """(h, w), divisible by the cells of the RPN's coarsest map, so that anchors are centered on their cells."""
         return rounded_up(self.config.size, int(2 * strides_of(self.encoder)[-1]))
 
     def build(self, encoder: Encoder) -> DetectionTask:
@@ -192,32 +192,30 @@ class Detection(DenseEvaluation):
         """Of training images and objects."""
         config = self.config
         fill = fill_of(known_preprocess(self.encoder))
-        return BoxAugment(self.frame, config.size, fill, (config.scale[0], config.scale[1]), config.flip)
+        return BoxAugment(self.canvas, config.size, fill, (config.scale[0], config.scale[1]), config.flip)
 
-    def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """COCO's average precision on test images ``rows`` (all), in their own pixels."""
-        assert isinstance(task, DetectionTask)
-        kinds: Any = ("bbox", "segm") if task.masks else ("bbox",)
-        metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, backend="pycocotools")
+    def measure(self, task: DetectionTask, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """COCO's average precision on test images ``rows`` (None: all), in their own pixels."""
+        types: Any = ("bbox", "segm") if task.masks else ("bbox",)
+        metric = MeanAveragePrecision(iou_type=types, class_metrics=True, backend="pycocotools")
         for examples in self.read(rows):
-            found = predict(task, [example.image for example in examples])
-            metric.update(found, [_truth(example.target) for example in examples])
+            predictions = predict(task, [example.image for example in examples])
+            metric.update(predictions, [_ground_truth(example.target) for example in examples])
         values = metric.compute()
         result = average_precisions(values, "bbox_" if task.masks else "", self.train.classes)
         return result | ({"mask": average_precisions(values, "segm_", self.train.classes)} if task.masks else {})
 
-    def draw(self, task: Task, rows: np.ndarray, file: Path) -> None:
-        """Images, their boxes and what is found."""
-        assert isinstance(task, DetectionTask)
+    def draw(self, task: DetectionTask, rows: np.ndarray, file: Path) -> None:
+        """Save images, their boxes and confident predictions."""
         panels = []
         for examples in self.read(rows):
-            found = predict(task, [example.image for example in examples])
-            sure = [{k: v[one["scores"] >= SHOWN_SCORE] for k, v in one.items()} for one in found]
-            panels += [(e.image, e.target, one) for e, one in zip(examples, sure, strict=True)]
+            predictions = predict(task, [example.image for example in examples])
+            shown = [{k: v[p["scores"] >= MIN_SHOWN_SCORE] for k, v in p.items()} for p in predictions]
+            panels += [(e.image, e.target, prediction) for e, prediction in zip(examples, shown, strict=True)]
         save_overlays(detection_panels(panels, self.train.classes), file)
 
     def describe(self) -> dict[str, Any]:
-        """Classes, objects and corrections, for the result."""
+        """Classes, numbers of objects and corrections of the data."""
         return {
             "classes": self.train.classes,
             "num_objects": [self.train.num_objects, self.test.num_objects],
@@ -226,16 +224,17 @@ class Detection(DenseEvaluation):
         }
 
 
-def _truth(target: Instances) -> dict[str, Tensor]:
-    truth = {"boxes": target.boxes, "labels": target.labels, "iscrowd": target.crowd.long()}
-    return truth | ({"masks": target.masks.bool()} if target.masks is not None else {})
+def _ground_truth(target: Instances) -> dict[str, Tensor]:
+    """Objects of an image, as torchmetrics expects them."""
+    objects = {"boxes": target.boxes, "labels": target.labels, "iscrowd": target.crowd.long()}
+    return objects | ({"masks": target.masks.bool()} if target.masks is not None else {})
 
 
 def detection(run: str | Path, **options: Any) -> dict[str, Any]:
-    """Train a detector from a trained encoder, and one from random weights on the same schedule.
+    """Train a detector from a pre-trained encoder, and one from random weights by the same schedule.
 
-    Each training has its own folder below ``evaluation/detection/``, named by everything it depends on. The same call
-    resumes an interrupted training and does not repeat a finished one.
+    Each training has its own folder under ``evaluation/detection/``. Called again, it resumes; what is finished is
+    not trained again.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``out``.
@@ -245,11 +244,11 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
     Returns:
         What is written to ``evaluation/detection.json``: "result" and "random_init" with "ap" (0.5 to 0.95), "ap50",
         "ap75", "per_class" (and the same under "mask"), all of the last step on the whole test set; configuration,
-        data (what was put right under "notes"), ...
+        data (corrections under "notes"), ...
 
     Raises:
-        Stopped: after a signal, with everything saved.
-        ValueError: for a mistake of the caller, before training.
+        Stopped: after a signal; everything is saved.
+        ValueError: for any mistake of the caller, before training.
     """
     config = DetectionConfig(**options)
     try:
@@ -267,12 +266,19 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
     if train.num_objects == 0:
         raise ValueError(f"{train.name} has no boxes: there is nothing to learn")
     test_data = config.test_data or config.data
-    alone = config.test_data is not None and find_coco(test_data, "test") is None  # a set of its own, all for the test
-    test = open_coco(test_data, "train" if alone else "test", classes=train.classes, **reading)
+    whole = config.test_data is not None and find_coco(test_data, "test") is None  # a test set without parts
+    test = open_coco(test_data, "train" if whole else "test", classes=train.classes, **reading)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Detection(
-        config, encoder, train, test, config.device, config.precision, config.num_workers, config.seed
+        config,
+        encoder,
+        train,
+        test,
+        device=config.device,
+        precision=config.precision,
+        num_workers=config.num_workers,
+        seed=config.seed,
     )
-    for note in (f"{source.name}: {note}" for source in (train, test) for note in source.notes):
+    for note in [f"{part.name}: {note}" for part in (train, test) for note in part.notes]:
         evaluation.console.warn(note)
-    return compare(evaluation, folder, config.own(options))
+    return evaluation.compare(folder, config.own(options))

@@ -1,6 +1,6 @@
-"""Semantic segmentation with a trained encoder, beside the same training from random weights."""
+"""Semantic segmentation with a pre-trained encoder, beside the same training from random weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from dmjd.data.sources.segmentation_masks import (
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.loop import Task
 from dmjd.evaluation.metrics import iou_scores
-from dmjd.evaluation.supervised.dense_task import DenseEvaluation, compare, open_encoder, rounded_up
+from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder, rounded_up
 from dmjd.evaluation.supervised.pyramid import EncoderMaps, LastMap, LinearDecoder, Pyramid, UPerNet
 from dmjd.figures.overlays import save_overlays, segmentation_panels
 from dmjd.images.preprocess import Preprocess
 
-OVERLAP = 1 / 3  # of sliding windows, as is usual
+OVERLAP = 1 / 3  # of neighboring sliding windows, as usual
 
 _WINDOWS_AT_ONCE = 8
 
@@ -36,7 +36,7 @@ class SegmentationTask(Task):
     """Encoder, decoder and cross-entropy over the labeled pixels.
 
     Args:
-        encoder: for the frame's size. config: resolved. num_classes: K.
+        encoder: for the size of the canvas. config: resolved. num_classes: K.
     """
 
     def __init__(self, encoder: Encoder, config: SegmentationConfig, num_classes: int) -> None:
@@ -52,7 +52,7 @@ class SegmentationTask(Task):
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder in it."""
+        """The encoder."""
         return self.maps.encoder
 
     def logits(self, images: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ class SegmentationTask(Task):
 
 
 def predict(task: SegmentationTask, images: Sequence[np.ndarray]) -> list[Tensor]:
-    """The class of every pixel of images as they are.
+    """The class of every pixel of images at their own size.
 
-    An image is resized to cover ``config.covered``, filled up to what the patch divides, and the scores of the
-    image's own part are resized back: what was filled up touches no result.
+    An image is resized to cover ``config.covered`` and padded to what the patch divides. The scores of the image's own
+    part are resized back, so padding affects no result.
 
     Args:
         task: in evaluation mode. images: [H, W, C] on the 0..255 scale, of any sizes.
@@ -80,34 +80,35 @@ def predict(task: SegmentationTask, images: Sequence[np.ndarray]) -> list[Tensor
         [H, W] int64 each, on the task's device.
     """
     device = next(task.parameters()).device
-    placements = [_whole(image, task) for image in images]
+    transforms = [_test_transform(image, task) for image in images]
     canvases = [
-        transform_image(image, placement, fill_of(task.preprocess)).float()
-        for image, placement in zip(images, placements, strict=True)
+        transform_image(image, transform, fill_of(task.preprocess)).float()
+        for image, transform in zip(images, transforms, strict=True)
     ]
     logits: list[Tensor | None] = [None] * len(canvases)
-    for shape in {canvas.shape for canvas in canvases}:  # those of one shape go together
+    for shape in {canvas.shape for canvas in canvases}:  # canvases of one shape are a batch
         rows = [i for i, canvas in enumerate(canvases) if canvas.shape == shape]
-        together = torch.stack([canvases[i] for i in rows]).to(device)
-        for i, one in zip(rows, _scores(task, together), strict=True):
-            logits[i] = one
-    found = []
-    for one, placement in zip(logits, placements, strict=True):
-        assert one is not None
-        own = one[None, :, : placement.resized[0], : placement.resized[1]]
-        found.append(F.interpolate(own, size=placement.image, mode="bilinear", align_corners=False)[0].argmax(0))
-    return found
+        batch = torch.stack([canvases[i] for i in rows]).to(device)
+        for i, scores in zip(rows, _scores(task, batch), strict=True):
+            logits[i] = scores
+    predictions = []
+    for scores, transform in zip(logits, transforms, strict=True):
+        assert scores is not None
+        own = scores[None, :, : transform.resized[0], : transform.resized[1]]
+        full = F.interpolate(own, size=transform.image, mode="bilinear", align_corners=False)[0]
+        predictions.append(full.argmax(0))
+    return predictions
 
 
-def _whole(image: np.ndarray, task: SegmentationTask) -> GeometricTransform:
-    """The whole image at the size it is tested at, in a frame that the patch (and a window) fits into."""
+def _test_transform(image: np.ndarray, task: SegmentationTask) -> GeometricTransform:
+    """The whole image at test size, on a canvas that the patch divides and that a window fits into."""
     size, config, patch = (image.shape[0], image.shape[1]), task.config, _patch(task)
     resized = scaled_size(size, cover_scale(size, config.covered))
-    frame = rounded_up(resized, patch)
+    canvas = rounded_up(resized, patch)
     if config.inference == "slide":
         window = rounded_up(config.size, patch)
-        frame = (max(frame[0], window[0]), max(frame[1], window[1]))
-    return GeometricTransform(size, resized, frame)
+        canvas = (max(canvas[0], window[0]), max(canvas[1], window[1]))
+    return GeometricTransform(size, resized, canvas)
 
 
 def _patch(task: SegmentationTask) -> int:
@@ -115,38 +116,38 @@ def _patch(task: SegmentationTask) -> int:
 
 
 def _scores(task: SegmentationTask, images: Tensor) -> Tensor:
-    """[B, C, H, W] on the 0..255 scale -> [B, K, H, W]: at once, or the mean over overlapping windows."""
+    """[B, C, H, W] on the 0..255 scale -> [B, K, H, W]: of the whole image, or the mean over overlapping windows."""
     if task.config.inference == "whole":
         return task.logits(images)
     window = rounded_up(task.config.size, _patch(task))
-    places = [(top, left) for top in starts(images.shape[2], window[0]) for left in starts(images.shape[3], window[1])]
-    total, times = None, images.new_zeros(1, 1, *images.shape[2:])
-    for first in range(0, len(places), _WINDOWS_AT_ONCE):
-        part = places[first : first + _WINDOWS_AT_ONCE]
-        cuts = torch.cat([images[..., t : t + window[0], n : n + window[1]] for t, n in part])
-        logits = task.logits(cuts).unflatten(0, (len(part), len(images)))
+    corners = [(top, left) for top in starts(images.shape[2], window[0]) for left in starts(images.shape[3], window[1])]
+    total, counts = None, images.new_zeros(1, 1, *images.shape[2:])
+    for first in range(0, len(corners), _WINDOWS_AT_ONCE):
+        part = corners[first : first + _WINDOWS_AT_ONCE]
+        windows = torch.cat([images[..., t : t + window[0], n : n + window[1]] for t, n in part])
+        logits = task.logits(windows).unflatten(0, (len(part), len(images)))
         if total is None:
             total = logits.new_zeros(len(images), logits.shape[2], *images.shape[2:])
-        for (t, n), one in zip(part, logits, strict=True):
-            total[..., t : t + window[0], n : n + window[1]] += one
-            times[..., t : t + window[0], n : n + window[1]] += 1
+        for (t, n), scores in zip(part, logits, strict=True):
+            total[..., t : t + window[0], n : n + window[1]] += scores
+            counts[..., t : t + window[0], n : n + window[1]] += 1
     assert total is not None
-    return total / times
+    return total / counts
 
 
 def starts(length: int, window: int) -> list[int]:
-    """Where windows begin that together cover ``length``, each overlapping the next by at least a third."""
+    """Starts of windows that cover ``length``, each overlapping the next by at least a third."""
     stride = max(1, int(window * (1 - OVERLAP)))
     return sorted({min(start, length - window) for start in range(0, length - window + stride, stride)})
 
 
 def fill_of(preprocess: Preprocess) -> tuple[float, ...]:
-    """What a frame shows where there is no image, per channel on the 0..255 scale: 0 once it is normalized."""
+    """The padding value per channel on the 0..255 scale: 0 after normalization."""
     return tuple(255 * mean for mean in preprocess.mean)
 
 
 class Segmentation(DenseEvaluation):
-    """What :func:`dmjd.evaluation.supervised.dense_task.compare` wants to know of segmentation."""
+    """Segmentation of one pair of sets; arguments as :class:`DenseEvaluation`."""
 
     name = "segmentation"
     score = "miou"
@@ -155,8 +156,8 @@ class Segmentation(DenseEvaluation):
     test: SegmentationSource
 
     @property
-    def frame(self) -> tuple[int, int]:
-        """Of training crops."""
+    def canvas(self) -> tuple[int, int]:
+        """(h, w) of training crops."""
         return rounded_up(self.config.size, self.encoder.patch_size)
 
     def build(self, encoder: Encoder) -> SegmentationTask:
@@ -168,46 +169,39 @@ class Segmentation(DenseEvaluation):
         config = self.config
         scale = (config.scale[0], config.scale[1])
         fill = fill_of(known_preprocess(self.encoder))
-        return MaskAugment(self.frame, config.covered, fill, scale, config.flip, config.color_jitter)
+        return MaskAugment(self.canvas, config.covered, fill, scale, config.flip, config.color_jitter)
 
-    def measure(self, task: Task, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Scores on test images ``rows`` (all), at their own size."""
-        assert isinstance(task, SegmentationTask)
+    def measure(self, task: SegmentationTask, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """Scores on test images ``rows`` (None: all), at their own size."""
         metric = MulticlassConfusionMatrix(len(self.train.classes), ignore_index=IGNORE, validate_args=False)
-        for examples in self.read(rows):
-            found = predict(task, [example.image for example in examples])
-            for example, classes in zip(examples, found, strict=True):
-                metric.update(classes.cpu(), torch.from_numpy(example.target).long())
+        for example, prediction in self._predictions(task, rows):
+            metric.update(prediction.cpu(), torch.from_numpy(example.target).long())
         confusion = metric.compute()
         if int(confusion.sum()) == 0:
             raise ValueError(f"no pixel of the images of {self.test.name} has a label")
         return iou_scores(confusion, self.train.classes)
 
-    def draw(self, task: Task, rows: np.ndarray, file: Path) -> None:
-        """Images, their masks and what is found."""
-        assert isinstance(task, SegmentationTask)
-        panels = []
-        for examples in self.read(rows):
-            found = predict(task, [example.image for example in examples])
-            panels += [_panel(example, classes) for example, classes in zip(examples, found, strict=True)]
+    def draw(self, task: SegmentationTask, rows: np.ndarray, file: Path) -> None:
+        """Save images, their masks and predictions."""
+        panels = [(e.image, e.target, prediction.cpu().numpy()) for e, prediction in self._predictions(task, rows)]
         save_overlays(segmentation_panels(panels, self.train.classes), file)
 
+    def _predictions(self, task: SegmentationTask, rows: np.ndarray | None) -> Iterator[tuple[Example, Tensor]]:
+        for examples in self.read(rows):
+            yield from zip(examples, predict(task, [example.image for example in examples]), strict=True)
+
     def describe(self) -> dict[str, Any]:
-        """Classes and what is ignored, for the result."""
+        """Classes and ignored numbers of the masks."""
         assert self.train.class_map is not None
-        known = self.train.class_map
-        return {"classes": list(known.names), "numbers": known.numbers, "ignored": list(known.ignored)}
-
-
-def _panel(example: Example, classes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return example.image, example.target, classes.cpu().numpy()
+        classes = self.train.class_map
+        return {"classes": list(classes.names), "numbers": classes.numbers, "ignored": list(classes.ignored)}
 
 
 def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
-    """Train a segmentation model from a trained encoder, and one from random weights on the same schedule.
+    """Train a segmentation model from a pre-trained encoder, and one from random weights by the same schedule.
 
-    Each training has its own folder below ``evaluation/segmentation/``, named by everything it depends on. The same
-    call resumes an interrupted training and does not repeat a finished one.
+    Each training has its own folder under ``evaluation/segmentation/``. Called again, it resumes; what is finished is
+    not trained again.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``out``.
@@ -219,8 +213,8 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
         "pixel_accuracy", "mean_accuracy", all of the last step on the whole test set; configuration, data, ...
 
     Raises:
-        Stopped: after a signal, with everything saved.
-        ValueError: for a mistake of the caller, before training.
+        Stopped: after a signal; everything is saved.
+        ValueError: for any mistake of the caller, before training.
     """
     config = SegmentationConfig(**options)
     encoder, folder = open_encoder(run, config.out)
@@ -230,12 +224,19 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
     train = open_segmentation(config.data, "train", **reading)
     test_data = config.test_data or config.data
-    # A set of its own without parts is all for the test.
-    alone = config.test_data is not None and not has_segmentation_split(test_data, "test")
-    test = open_segmentation(test_data, "train" if alone else "test", **reading)
+    # A test set without parts is used as a whole.
+    whole = config.test_data is not None and not has_segmentation_split(test_data, "test")
+    test = open_segmentation(test_data, "train" if whole else "test", **reading)
     resolve_classes(train, test, config.num_classes, config.ignore_index)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Segmentation(
-        config, encoder, train, test, config.device, config.precision, config.num_workers, config.seed
+        config,
+        encoder,
+        train,
+        test,
+        device=config.device,
+        precision=config.precision,
+        num_workers=config.num_workers,
+        seed=config.seed,
     )
-    return compare(evaluation, folder, config.own(options))
+    return evaluation.compare(folder, config.own(options))

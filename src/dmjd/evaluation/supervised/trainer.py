@@ -1,72 +1,58 @@
-"""Supervised training of an evaluation, on the one engine: resumable like pre-training, with a best and a last model.
+"""``fit``: supervised training with AdamW. Resumable like pre-training, and keeps the best and the last model."""
 
-A task gives its module, its batches and its parameter groups; everything else (schedule, checkpoints, lock, metrics,
-signals, validation) stands here.
-"""
-
-import contextlib
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.fabric import Fabric
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
+from dmjd.config.dense import DenseConfig
+from dmjd.config.finetune import FinetuneConfig
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric
-from dmjd.engine.loop import Duration, Engine, Hook, Report, StopSignal, Task
+from dmjd.engine.loop import Duration, Engine, Report, Task
 from dmjd.engine.optim import warmup_cosine
 from dmjd.files import write_text
 from dmjd.nn.modes import evaluating
-from dmjd.runs.checkpoint import (
-    FINAL,
-    Checkpoint,
-    RunFolder,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from dmjd.runs.checkpoint import FINAL, Checkpoint, RunFolder, load_checkpoint, named_tensors, save_checkpoint
+from dmjd.runs.driver import Callback, Driver, newest_checkpoint
 
 BEST = "best.safetensors"
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 BETAS = (0.9, 0.999)
 
 # start step, fabric (it knows the device) -> endless micro-batches on the device, from a generator that ends its
-# processes when closed. What a step gets must follow from its number alone.
+# worker processes when closed. What a step gets must depend on its number only.
 Batches = Callable[[int, Fabric], Generator[Any, None, None]]
 
-# model in evaluation mode, under no gradient and the training's autocast -> scores; the first says which is best.
+# model in evaluation mode, without gradients, under the training's autocast -> scores; the first one selects the best.
 Validate = Callable[[nn.Module], dict[str, float]]
 
 
-class Stopped(Exception):  # noqa: N818, no error: it was asked for
-    """A signal ended the training; its state is saved, and the same call goes on from there."""
+class Stopped(Exception):  # noqa: N818, not an error: it was requested
+    """A signal stopped the training. Its state is saved, and the same call resumes it."""
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a supervised evaluation is trained.
+    """Settings of a supervised training.
 
     Attributes:
-        steps: optimizer steps. batch_size: images of a step, over all processes and ``accumulate`` micro-batches.
-        lr: peak rate, of groups whose ``lr_scale`` is 1. min_lr: what half a cosine ends at.
-        warmup: share of the run with a rising rate. clip_grad: largest gradient norm, or None.
-        ema: decay of a moving average of the weights, warmed up; it is then what is validated and saved. None: none.
+        steps: optimizer steps. batch_size: images per step, over all ``accumulate`` micro-batches.
+        lr: peak learning rate, of groups whose ``lr_scale`` is 1. min_lr: learning rate at the end.
+        warmup: progress (0 to 1) at the peak. clip_grad: largest gradient norm, or None.
+        ema: decay of a moving average of the weights, warmed up, which is then validated and saved; None: off.
         seed: of dropout and stochastic depth. precision: "auto", "fp32", "bf16" or "fp16".
-        num_evals: validations in a run, evenly spaced, besides the last one at its end.
-        device: "auto", "cpu" or "cuda". checkpoint_every, log_every: steps. These three may change on resume.
-
-    Raises:
-        ValueError: for numbers that cannot be.
+        num_evals: validations per run, evenly spaced, besides the one at the end.
+        device: "auto", "cpu" or "cuda". checkpoint_every, log_every: in steps. These three may change on resume.
     """
 
     steps: int
@@ -84,20 +70,26 @@ class FitSettings:
     checkpoint_every: int = 500
     log_every: int = 20
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"the learning rate must be positive, got {self.lr}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be a share between 0 and 1, got {self.warmup}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must lie between 0 and 1 (both excluded), got {self.ema}")
-        if self.num_evals < 0:
-            raise ValueError(f"num_evals must be at least 0, got {self.num_evals}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
+    @classmethod
+    def from_config(cls, config: FinetuneConfig | DenseConfig, num_images: int, **others: Any) -> Self:
+        """Settings of a resolved configuration.
+
+        Args:
+            config: resolved. num_images: of the training set. others: fields that the configuration does not have.
+        """
+        assert config.batch_size is not None
+        assert config.blr is not None
+        return cls(
+            steps=num_steps(config.epochs, config.steps, num_images, config.batch_size),
+            batch_size=config.batch_size,
+            lr=config.blr * config.batch_size / 256,
+            min_lr=config.min_lr,
+            accumulate=config.accumulate,
+            clip_grad=config.clip_grad,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            **others,
+        )
 
     def identity(self) -> dict[str, Any]:
         """The settings that may not change on resume."""
@@ -109,10 +101,10 @@ class FitResult:
     """A finished training.
 
     Attributes:
-        model: the module with the last weights (their moving average where one was kept), on its device.
-        scores: of the last validation. best: {"step": ..., scores of the best one}. step: steps done.
+        model: the module with the last weights (their moving average if one was kept), on its device.
+        scores: of the last validation. best: {"step": ..., scores of the best validation}. step: steps done.
         folder: with ``checkpoints/final.safetensors`` and ``checkpoints/best.safetensors`` (tensors ``model.*``).
-        fabric: the device and precision it was trained with.
+        fabric: device and precision of the training.
     """
 
     model: Task
@@ -122,15 +114,15 @@ class FitResult:
     folder: Path
     fabric: Fabric
 
-    @contextlib.contextmanager
+    @contextmanager
     def testing(self) -> Iterator[Task]:
         """The model in evaluation mode, without gradients, in the precision of the training."""
         with evaluating(self.model), self.fabric.autocast():
             yield self.model
 
-    @contextlib.contextmanager
+    @contextmanager
     def best_weights(self) -> Iterator[Task]:
-        """The model with the weights of its best validation; the last ones are put back afterwards."""
+        """The model with the weights of its best validation; the last weights are restored afterwards."""
         last = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.model.load_state_dict(load_checkpoint(self.folder / "checkpoints" / BEST).part("model"))
         try:
@@ -143,7 +135,7 @@ def num_steps(epochs: float | None, steps: int | None, num_images: int, batch_si
     """Optimizer steps of a duration.
 
     Raises:
-        ValueError: where not exactly one of ``epochs`` and ``steps`` is given, or it is not positive.
+        ValueError: unless exactly one of ``epochs`` and ``steps`` is given, and it is positive.
     """
     if (epochs is None) == (steps is None):
         raise ValueError("give exactly one of --epochs and --steps")
@@ -167,41 +159,56 @@ def fit(
     name: str = "training",
     console: Console | None = None,
 ) -> FitResult:
-    """Train a task with AdamW; called again with the same folder, go on where it stopped, or return what is finished.
+    """Train a task with AdamW. Called again with the same folder, it resumes, or returns the finished result.
 
-    On CPU a training that was interrupted and resumed ends with the same bits as one that was not.
+    On CPU an interrupted and resumed training ends with the same bits as an uninterrupted one.
 
     Args:
         task: gives the loss; initialized the same way at every call.
         batches: where its batches come from.
         groups: parameter groups with "params", "weight_decay" and, for layer-wise decay, "lr_scale".
         settings: of the training.
-        folder: its own folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, a lock.
-        validate: scores of the model, larger is better; its images may be a part of those of the final verdict.
+        folder: of this training: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, a lock.
+        validate: scores of the model, larger is better. It may use a part of the test images only.
         identity: what else the training depends on (data fingerprint, initial weights, task settings), as JSON types.
-        num_images: of the training set, to count epochs. name: what messages call it.
+        num_images: of the training set, to count epochs. name: prefix of messages.
 
     Raises:
-        Stopped: after SIGTERM or Ctrl-C, everything saved.
-        ValueError: when the folder is in use or holds a training with other settings, or under torchrun: evaluations
+        Stopped: after SIGTERM or Ctrl-C; everything is saved.
+        ValueError: if the folder is in use or holds a training with other settings, or under torchrun: evaluations
             train on one device.
-        NonFiniteLoss: when training diverges; the last checkpoint is good.
+        NonFiniteLoss: if training diverges; the last checkpoint is good.
     """
     fabric = make_fabric(settings.device, settings.precision)
     if fabric.world_size > 1:
         raise ValueError("an evaluation trains on one device: start it without torchrun, in a single task")
     console = console or Console()
-    place = RunFolder(folder)
-    try:
-        _settle(place, {"settings": settings.identity()} | dict(identity))
-        return _Fit(task, batches, groups, settings, place, validate, num_images, name, fabric, console).run()
-    finally:
-        console.close()
-        place.close()
+    with closing(RunFolder(folder)) as run, closing(console):
+        _validate_config(run, {"settings": settings.identity()} | dict(identity))
+        checkpoint = newest_checkpoint(run, console)
+        engine = _make_engine(task, groups, settings, fabric)
+        validation = Validation(engine, settings, validate, run, console, name)
+        driver = Driver(
+            engine,
+            task,
+            run,
+            console,
+            lambda step: batches(step, fabric),
+            num_images,
+            settings.checkpoint_every,
+            validation,
+            name=name,
+        )
+        driver.restore(checkpoint)
+        if checkpoint is not None and engine.progress < 1.0:
+            console.say(f"{name}: resumed at step {engine.state.step}")
+        if not driver.run():
+            raise Stopped
+    return FitResult(validation.model, validation.scores, validation.best, engine.state.step, run.path, fabric)
 
 
-def _settle(folder: RunFolder, description: dict[str, Any]) -> None:
-    """Write what the training is, or check that it is the one that is here."""
+def _validate_config(folder: RunFolder, description: dict[str, Any]) -> None:
+    """Check that the folder holds no other training, and write what this one is."""
     file = folder.path / "config.json"
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     if file.exists() and (old := file.read_text(encoding="utf-8")) != text:
@@ -211,142 +218,92 @@ def _settle(folder: RunFolder, description: dict[str, Any]) -> None:
     write_text(file, text)
 
 
-class _Fit:
-    """The parts of one training; :meth:`run` is the reading order."""
+def _make_engine(task: Task, groups: Sequence[dict[str, Any]], settings: FitSettings, fabric: Fabric) -> Engine:
+    return Engine(
+        fabric=fabric,
+        task=task,
+        optimizer=torch.optim.AdamW(list(groups), lr=0.0, betas=BETAS, fused=True),
+        duration=Duration(steps=settings.steps),
+        peak_lr=settings.lr,
+        schedule=partial(warmup_cosine, warmup=settings.warmup, floor=min(1.0, settings.min_lr / settings.lr)),
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        clip_grad=settings.clip_grad,
+        seed=settings.seed,
+        log_every=settings.log_every,
+    )
+
+
+class Validation(Callback):
+    """Validates a training at intervals, keeps the best model and, if configured, a moving average of the weights.
+
+    Attributes:
+        model: what is validated: the moving average if there is one, else the task.
+        scores: of the last validation. best: {"step": ..., scores of the best one}.
+    """
 
     def __init__(
         self,
-        task: Task,
-        batches: Batches,
-        groups: Sequence[dict[str, Any]],
+        engine: Engine,
         settings: FitSettings,
-        folder: RunFolder,
         validate: Validate,
-        num_images: int,
-        name: str,
-        fabric: Fabric,
+        folder: RunFolder,
         console: Console,
+        name: str,
     ) -> None:
-        self.task, self.batches, self.settings, self.folder = task, batches, settings, folder
-        self.validate, self.num_images, self.name = validate, num_images, name
-        self.fabric, self.console = fabric, console
-        optimizer = torch.optim.AdamW(list(groups), lr=0.0, betas=BETAS, fused=True)
-        self.engine = Engine(
-            fabric=fabric,
-            task=task,
-            optimizer=optimizer,
-            duration=Duration(steps=settings.steps),
-            peak_lr=settings.lr,
-            schedule=partial(warmup_cosine, warmup=settings.warmup, floor=min(1.0, settings.min_lr / settings.lr)),
-            batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
-            clip_grad=settings.clip_grad,
-            seed=settings.seed,
-            log_every=settings.log_every,
-        )
-        self.ema = ModelEmaV3(task, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
+        self.engine, self.settings, self.validate = engine, settings, validate
+        self.folder, self.console, self.name = folder, console, name
+        self.average: ModelEmaV3 | None = None
+        self.model = engine.task
+        if settings.ema is not None:
+            self.average = ModelEmaV3(engine.task, decay=settings.ema, use_warmup=True)
+            self.model = self.average.module
         self.scores: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
-    @property
-    def model(self) -> Task:
-        """What is validated: the moving average, where one is kept."""
-        return self.ema.module if self.ema is not None else self.task
-
-    def run(self) -> FitResult:
-        """Go on from the newest checkpoint, if any, to the end."""
-        checkpoint, problems = self.folder.newest()
-        for problem in problems:
-            self.console.warn(f"{problem}; going on from an older one")
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        if self.engine.state.step < self.settings.steps:
-            if checkpoint is not None:
-                self.console.say(f"{self.name}: resumed at step {self.engine.state.step}")
-            self._train()
-        return FitResult(self.model, self.scores, self.best, self.engine.state.step, self.folder.path, self.fabric)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Scores, moving average and, from the checkpoint of a finished training, the model."""
         self.scores, self.best = checkpoint.state["scores"], checkpoint.state["best"]
-        if checkpoint.path.name == FINAL:  # finished: it holds the model to use and nothing to go on with
-            self.engine.load_state_dict(checkpoint.state)
+        if checkpoint.path.name == FINAL:
             self.model.load_state_dict(checkpoint.part("model"))
-            return
-        self.task.load_state_dict(checkpoint.part("model"))
-        load_optimizer_tensors(self.engine.optimizer, checkpoint.part("optimizer"))
-        if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint.part("ema"))
-        self.engine.load_state_dict(checkpoint.state)
+        elif self.average is not None:
+            self.average.module.load_state_dict(checkpoint.part("ema"))
 
-    def _train(self) -> None:
-        self.folder.cut_metrics(self.engine.state.step)
-        hooks: list[Hook] = [self._log, self._look, self._save]
-        if self.ema is not None:
-            hooks.insert(0, self._average)
-        with StopSignal() as stop:
-            batches = self.batches(self.engine.state.step, self.fabric)
-            try:
-                finished = self.engine.run(batches, hooks, stop)
-            finally:
-                batches.close()  # ends its processes
-        if finished:
-            self._finish()
-        else:
-            self._checkpoint()
-            step = self.engine.state.step
-            self.console.say(f"{self.name}: stopped at step {step}, saved; the same command goes on from there")
-            raise Stopped
+    def state(self) -> dict[str, Any]:
+        """Scores so far."""
+        return {"scores": self.scores, "best": self.best}
 
-    def _average(self, report: Report) -> None:
-        assert self.ema is not None
-        self.ema.update(self.task, report.state.step)
+    def tensors(self, tensors: dict[str, Tensor], final: bool) -> dict[str, Tensor]:
+        """Adds the moving average; the final checkpoint holds the model only."""
+        if final:
+            return named_tensors("model", self.model)
+        return tensors | (named_tensors("ema", self.average.module) if self.average is not None else {})
 
-    def _log(self, report: Report) -> None:
-        if report.scalars is None:
-            return
-        progress = report.state
-        epoch = progress.images / self.num_images
-        self.folder.log({"step": progress.step, "epoch": epoch, "seconds": progress.seconds} | report.scalars)
-        self.console.progress(report.progress, progress.step, epoch, progress.seconds, report.scalars)
+    def after_save(self, final: bool) -> None:
+        """Delete the step checkpoints of a finished training."""
+        if final:
+            for file in self.folder.files():
+                file.unlink()
 
-    def _look(self, report: Report) -> None:
-        """Validate where it is due: as often as asked for, at places that follow from the step alone."""
+    def after_step(self, report: Report) -> None:
+        """Update the moving average."""
+        if self.average is not None:
+            self.average.update(self.engine.task, report.state.step)
+
+    def is_due(self, report: Report) -> bool:
+        """Evenly spaced, at steps that depend on the step number only; always at the end."""
         step, total, num_evals = report.state.step, self.settings.steps, self.settings.num_evals
-        if step < total and step * num_evals // total == (step - 1) * num_evals // total:
-            return
-        self.engine.check_finite()
-        with evaluating(self.model), self.fabric.autocast():
+        return step >= total or step * num_evals // total > (step - 1) * num_evals // total
+
+    def evaluate(self, report: Report) -> dict[str, float]:
+        """Validate the model, and save it if it is the best so far."""
+        with evaluating(self.model), self.engine.fabric.autocast():
             self.scores = self.validate(self.model)
-        first = next(iter(self.scores))
+        step, first = report.state.step, next(iter(self.scores))
         if not self.best or self.scores[first] > self.best[first]:
             self.best = {"step": step} | self.scores
-            save_checkpoint(self.folder.checkpoints / BEST, self._weights("model", self.model), self._state())
-        self.folder.log({"step": step} | self.scores)
+            state = self.engine.state_dict() | self.state()
+            save_checkpoint(self.folder.checkpoints / BEST, named_tensors("model", self.model), state)
         shown = ", ".join(f"{name} {100 * value:.1f}" for name, value in self.scores.items())
-        self.console.say(f"{self.name}, step {step} of {total}: {shown}")
-
-    def _save(self, report: Report) -> None:
-        if report.state.step % self.settings.checkpoint_every == 0 and report.progress < 1.0:
-            self._checkpoint()
-
-    def _weights(self, part: str, module: nn.Module) -> dict[str, torch.Tensor]:
-        return {f"{part}.{key}": value for key, value in module.state_dict().items()}
-
-    def _state(self) -> dict[str, Any]:
-        return self.engine.state_dict() | {"scores": self.scores, "best": self.best}
-
-    def _checkpoint(self) -> None:
-        """Everything to go on with; never when the weights may be spoilt."""
-        self.engine.check_finite()
-        tensors = self._weights("model", self.task)
-        tensors |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.engine.optimizer).items()}
-        if self.ema is not None:
-            tensors |= self._weights("ema", self.ema.module)
-        self.folder.save(self.engine.state.step, tensors, self._state())
-
-    def _finish(self) -> None:
-        """The last model in place of the step checkpoints, which nothing needs any more."""
-        self.engine.check_finite()
-        self.folder.save(self.engine.state.step, self._weights("model", self.model), self._state(), final=True)
-        for file in self.folder.files():
-            file.unlink()
+        self.console.say(f"{self.name}, step {step} of {self.settings.steps}: {shown}")
+        return self.scores

@@ -1,0 +1,138 @@
+"""What fine-tuning, segmentation and detection share: train from pre-trained and from random weights, and test both."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.fabric import Fabric
+
+from dmjd.config.dense import DenseConfig
+from dmjd.config.finetune import FinetuneConfig
+from dmjd.data.sources.base import Source
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.weights import weights_hash
+from dmjd.engine.console import Console
+from dmjd.engine.layer_decay import layer_groups
+from dmjd.engine.loop import Task
+from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
+from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit
+from dmjd.files import write_text
+
+STARTS = {"result": "pre-trained", "random_init": "from scratch"}  # key of a result -> its initial weights
+
+
+class SupervisedEvaluation(ABC):
+    """A task on one pair of sets, trained from both starts by the same schedule.
+
+    Args:
+        config: resolved. encoder: pre-trained; not changed. train, test: the sets. device, precision, num_workers: of
+            the caller. seed: of new weights, order and augmentation.
+
+    Attributes:
+        name: of the task.
+    """
+
+    name: ClassVar[str]
+    config: FinetuneConfig | DenseConfig
+
+    def __init__(
+        self,
+        config: FinetuneConfig | DenseConfig,
+        encoder: Encoder,
+        train: Source,
+        test: Source,
+        *,
+        device: str,
+        precision: str,
+        num_workers: int | None,
+        seed: int,
+    ) -> None:
+        self.config, self.encoder, self.train, self.test = config, encoder, train, test
+        self.device, self.precision, self.num_workers, self.seed = device, precision, num_workers, seed
+        self.console = Console()
+
+    @abstractmethod
+    def task(self, start: str) -> Task:
+        """The untrained task of a start; its ``encoder`` has pre-trained ("result") or random weights."""
+
+    @abstractmethod
+    def settings(self) -> FitSettings:
+        """Of the training."""
+
+    @abstractmethod
+    def batches(self, start_step: int, fabric: Fabric) -> Generator[Any, None, None]:
+        """Endless micro-batches from a step on; closing the generator ends its worker processes."""
+
+    @abstractmethod
+    def validate(self, task: Any) -> dict[str, float]:
+        """Scores on a part of the test set while training; the first one selects the best model."""
+
+    @abstractmethod
+    def evaluate(self, fitted: FitResult, start: str) -> dict[str, Any]:
+        """Result of a finished training on the whole test set, as JSON types."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on besides encoder, start, seed and data, as JSON types."""
+
+    def run(self, start: str, folder: Path) -> dict[str, Any]:
+        """Train from one start and test, in a subfolder named by all that the result depends on.
+
+        Called again, it resumes; a finished result is read. Layer-wise decay is off from scratch: it assumes that the
+        early layers are trained.
+
+        Args:
+            start: of :data:`STARTS`. folder: gets ``evaluation/<task>/<subfolder>``.
+        """
+        identity = {
+            "init": start,
+            "seed": self.seed,
+            "encoder": weights_hash(self.encoder) if start == "result" else key_of(self.encoder),
+            "data": data_fingerprint(self.train, self.test),
+            **self.identity(),
+        }
+        key = key_of(self.encoder, identity)
+        subfolder = f"evaluation/{self.name}/{STARTS[start].replace(' ', '-')}-seed{self.seed}-{key}"
+        file = folder / subfolder / "result.json"
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        task = self.task(start)
+        decay = self.config.layer_decay if start == "result" else 1.0
+        assert decay is not None
+        fitted = fit(
+            task,
+            self.batches,
+            layer_groups(task, self.config.weight_decay, decay),
+            self.settings(),
+            folder / subfolder,
+            validate=self.validate,
+            identity=identity,
+            num_images=len(self.train),
+            name=f"{self.name}, {STARTS[start]}, seed {self.seed}",
+            console=self.console,
+        )
+        result = self.evaluate(fitted, start) | {"steps": fitted.step, "folder": subfolder}
+        write_text(file, json.dumps(result, indent=2) + "\n")
+        return result
+
+
+def save_comparison(
+    folder: Path, task: str, results: Mapping[str, Any], encoder: Encoder, seed: int, **described: Any
+) -> dict[str, Any]:
+    """Write ``evaluation/<task>.json`` and return its content.
+
+    Args:
+        results: start -> result. described: "configuration", "overrides" and "data".
+    """
+    content = {
+        "task": task,
+        **results,
+        **described,
+        "encoder": weights_hash(encoder),
+        "seed": seed,
+        "versions": versions(),
+    }
+    write_result(folder, task, content)
+    return content

@@ -1,0 +1,45 @@
+"""Messages go to stderr, tables to stdout; processes that are not enabled print nothing."""
+
+import pytest
+from rich.table import Table
+
+from dmjd.engine.console import PLAIN_SECONDS, Console, duration_text
+
+SCALARS = {"loss": 0.5, "images_per_s": 12.3, "data_wait": 0.25}
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (-1, "0:00:00")])
+def test_durations(seconds, text):
+    assert duration_text(seconds) == text
+
+
+def test_messages_and_tables(capsys):
+    console = Console()
+    console.say("[b]not markup[/b]")
+    console.warn("careful")
+    table = Table("name")
+    table.add_row("value")
+    console.table(table)
+    printed = capsys.readouterr()
+    assert printed.err == "[b]not markup[/b]\nwarning: careful\n"
+    assert "value" in printed.out
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then_and_at_the_end(capsys):
+    console = Console()
+    for step in (1, 2, 4):
+        console.progress(step / 4, step, step / 2, seconds=step, scalars=SCALARS)
+    console.close()
+    first, last = capsys.readouterr().err.splitlines()
+    assert PLAIN_SECONDS > 1  # so the line of step 2 comes too soon
+    assert first == " 25.0 %  step 1  epoch 0.5  loss 0.5000  12 images/s  data wait 25 %  left 0:00:03"
+    assert last.startswith("100.0 %  step 4  epoch 2.0")
+
+
+def test_other_processes_are_silent(capsys):
+    console = Console(enabled=False)
+    console.say("a")
+    console.warn("b")
+    console.progress(1.0, 1, 1.0, 1.0, SCALARS)
+    console.table(Table("name"))
+    assert capsys.readouterr() == ("", "")

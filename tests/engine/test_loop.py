@@ -1,0 +1,110 @@
+"""The training loop: non-finite steps, durations, stop signals, accumulation."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from dmjd.engine.device import make_fabric
+from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Report, StopSignal, Task
+from dmjd.engine.optim import adamw
+
+
+class Toy(Task):
+    """A linear loss that becomes NaN at a given call."""
+
+    def __init__(self, nan_at: int = -1) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3, 3))
+        self.nan_at, self.calls = nan_at, 0
+        self.after: list[tuple[int, float]] = []
+
+    def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return {"loss": (self.weight * batch).sum() * (float("nan") if self.calls == self.nan_at else 1.0)}
+
+    def after_step(self, step: int, progress: float) -> None:
+        self.after.append((step, progress))
+
+
+def engine_of(task: Task, steps: int = 10, **options) -> Engine:
+    fabric = make_fabric("cpu", "fp32")
+    return Engine(fabric, task, adamw(task, 0.0), Duration(steps=steps), 0.1, lambda progress: 1.0, 1, **options)
+
+
+def ones():
+    return iter(lambda: torch.ones(3, 3), None)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["host", "device"])
+def test_a_non_finite_loss_stops_before_the_step(eager):
+    """On accelerators the update is skipped on the device, and the step is found when scalars are logged."""
+    task = Toy(nan_at=4)
+    engine = engine_of(task, log_every=6)
+    engine._eager = eager
+    seen = {}
+
+    def keep(report: Report) -> None:
+        seen[report.state.step] = task.weight.detach().clone()
+
+    with pytest.raises(NonFiniteLoss, match="at step 4"), StopSignal() as stop:
+        engine.run(ones(), [keep], stop)
+    assert torch.equal(task.weight, seen[3])
+    assert not torch.equal(seen[2], seen[3])
+    assert engine.state.step == (3 if eager else 6)
+
+
+def test_hooks_and_task_see_every_step_and_scalars_at_intervals():
+    task, reports = Toy(), []
+
+    def keep(report: Report) -> None:
+        reports.append((report.state.step, report.progress, report.scalars is not None))
+
+    assert engine_of(task, steps=5, log_every=2).run(ones(), [keep], StopSignal())
+    assert reports == [(1, 0.2, False), (2, 0.4, True), (3, 0.6, False), (4, 0.8, True), (5, 1.0, True)]
+    assert task.after == [(step, progress) for step, progress, _ in reports]
+
+
+def test_a_signal_stops_after_the_step_and_the_run_resumes():
+    engine = engine_of(Toy())
+
+    def interrupt(report: Report) -> None:
+        if report.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopSignal() as stop:
+        assert not engine.run(ones(), [interrupt], stop)
+    assert engine.state.step == 4  # the signal of step 3 is seen in the step after it
+    state = engine.state_dict()
+    again = engine_of(Toy())
+    again.load_state_dict(state)
+    assert again.progress == 0.4
+    assert again.run(ones(), [], StopSignal())
+    assert again.state.step == 10
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    class Mean(Toy):
+        def forward(self, batch):
+            return {"loss": (self.weight * batch).square().mean()}
+
+    data = torch.randn(4, 6, 3, 3)
+    whole, parts = Mean(), Mean()
+    engine_of(whole, steps=4).run(iter(data), [], StopSignal())
+    engine_of(parts, steps=4, accumulate=2).run(iter(data.reshape(8, 3, 3, 3)), [], StopSignal())
+    torch.testing.assert_close(whole.weight, parts.weight)
+
+
+def test_gradients_are_clipped():
+    norms = []
+
+    def keep(report: Report) -> None:
+        norms.append(report.scalars["grad_norm"])
+
+    engine = engine_of(Toy(), steps=1, clip_grad=0.5)
+    stepped = []
+    engine.optimizer.register_step_pre_hook(lambda optimizer, *_: stepped.append(engine.task.weight.grad.norm().item()))
+    engine.run(ones(), [keep], StopSignal())
+    assert norms == [pytest.approx(3.0)]  # logged before clipping
+    assert stepped == [pytest.approx(0.5, rel=1e-4)]
