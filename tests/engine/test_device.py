@@ -72,6 +72,7 @@ def test_without_cuda():
     with pytest.raises(ValueError, match="no CUDA device is available"):
         pick_device("cuda")
 
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is one of glibc's")
 def test_freed_memory_stays_with_the_process():
     """Tensors of sizes seen before cost no new pages; by default each tensor does."""

@@ -19,13 +19,12 @@ from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.metrics import iou_scores
-from dmjd.evaluation.registry import evaluate
-from dmjd.evaluation.supervised.dense_task import encoder_for, rounded_up
+from dmjd.evaluation.run import evaluate
+from dmjd.evaluation.supervised.dense_task import rounded_up
 from dmjd.evaluation.supervised.pyramid import LastMap, Pyramid, UPerNet
 from dmjd.evaluation.supervised.segmentation import SegmentationTask, predict, starts
 from dmjd.evaluation.tables import results_table
 from dmjd.images.preprocess import Preprocess
-from dmjd.nn.tokens import sincos_positions
 from dmjd.runs.checkpoint import FINAL, load_checkpoint
 
 QUICK = {"decoder_dim": 32, "batch_size": 4, "num_workers": 0, "device": "cpu", "num_evals": 0, "num_images": 2}
@@ -127,23 +126,6 @@ def test_unlabeled_pixels_count_in_no_loss():
 
 
 # --- another size
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
-def test_positions_of_another_shape(name):
-    encoder = tiny(name, img_size=(32, 32)).eval()
-    copy = encoder_for(encoder, (24, 64), None, 0.0).eval()
-    assert copy.grid == (3, 8)
-    torch.testing.assert_close(copy.pos_embed, sincos_positions(32, (3, 8)))
-    images = torch.randn(2, 3, 24, 64)
-    torch.testing.assert_close(copy(images), encoder(images))
-    with torch.no_grad():
-        encoder.pos_embed += torch.randn_like(encoder.pos_embed)  # learned ones
-    copy = encoder_for(encoder, (24, 64), None, 0.0).eval()
-    torch.testing.assert_close(copy(images), encoder(images))
-    fresh = [encoder_for(encoder, (24, 64), seed, 0.0).state_dict() for seed in (1, 1, 2)]
-    assert all(torch.equal(v, fresh[1][k]) for k, v in fresh[0].items())
-    assert any(not torch.equal(v, fresh[2][k]) for k, v in fresh[0].items())
 
 
 # --- inference
