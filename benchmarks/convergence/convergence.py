@@ -43,12 +43,11 @@ from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric, pick_device
 from dmjd.engine.loop import NonFiniteLoss, Report, StopSignal, TrainState
-from dmjd.engine.optim import requested_pred_ratio
 from dmjd.figures.grid import save_figure
 from dmjd.files import write_bytes, write_text
 from dmjd.pretraining.bench import machine
 from dmjd.pretraining.run import make_engine, make_loader
-from dmjd.runs.build import build_encoder
+from dmjd.runs.build import build_encoder, build_masks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from labels import labels_of
@@ -125,8 +124,8 @@ class Study:
             | given.override
             | own
         )
-        p = requested_pred_ratio(config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint)
-        rule = 1.0 if variant.scale_rule else config.mask_ratio / p
+        masks = build_masks(config)
+        rule = 1.0 if variant.scale_rule else masks.mask_ratio / masks.pred_ratio
         return config.replace(blr=blr * rule, **self._duration(name, share * variant.share))
 
     def _duration(self, name: str, share: float) -> dict[str, float]:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmjd.branches import Branch, Distillation, DistillationBranch
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.masking import Masks
+from dmjd.encoders.base import Encoder
+from dmjd.masking import Masks, MaskSampler
 from dmjd.model import MaskedImageModel
 from dmjd.rng import hash64
-from dmjd.runs.build import build_model
+from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
 
 
 @dataclass(frozen=True)
@@ -140,30 +142,56 @@ def with_share(name: str, known: dict[str, Variant]) -> Variant:
     )
 
 
-class Misaligned(MaskedImageModel):
-    """The published order of the visible branch: tokens come shuffled, their targets by place.
+class ShuffledVisible(MaskSampler):
+    """The masks of another sampler with the visible tokens of each view in random order, as published."""
 
-    So the prediction of each visible token is compared with the target of some other one. Reconstruction is left alone.
-    """
+    def __init__(self, sampler: MaskSampler) -> None:
+        self.sampler, self.num_views = sampler, sampler.num_views
+        self.mask_ratio, self.pred_ratio = sampler.mask_ratio, sampler.pred_ratio
 
-    def draw_masks(self, keys: Tensor) -> Masks:
-        """The model's masks, the visible tokens of each view in random order."""
-        masks = super().draw_masks(keys)
+    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """(V, M, U) in tokens."""
+        return self.sampler.counts(grid)
+
+    def draw(self, keys: Tensor, grid: tuple[int, int]) -> Masks:
+        """Draw K views of each image: keys [B] int64 -> masks."""
+        masks = self.sampler.draw(keys, grid)
         K, B, V = masks.visible.shape
-        device = keys.device
-        views, places = (torch.arange(n, device=device) for n in (K, V))
-        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), places)  # K, B, V
+        views, positions = (torch.arange(n, device=keys.device) for n in (K, V))
+        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), positions)  # K, B, V
         return dataclasses.replace(masks, visible=masks.visible.gather(2, noise.argsort(dim=-1)))
 
-    def losses(self, predictions: dict[str, Tensor], targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-        """The model's losses, visible targets in raster order."""
-        raster = dataclasses.replace(masks, visible=masks.visible.sort(dim=-1).values)
-        return super().losses(predictions, targets, raster)
+
+class MisalignedBranch(DistillationBranch):
+    """Compares the shuffled visible tokens with targets in raster order, as published.
+
+    So the prediction of a visible token is compared with the target of another one.
+    """
+
+    def token_ids(self, masks: Masks) -> Tensor:
+        """[K, B, V] ids of the visible tokens, sorted."""
+        return masks.visible.sort(dim=-1).values
+
+
+@dataclass(frozen=True)
+class Misaligned(Distillation):
+    """Settings of :class:`MisalignedBranch`."""
+
+    def build(self, encoder: Encoder, out_dim: int) -> Branch:
+        """The branch for an encoder, with fresh weights."""
+        return MisalignedBranch(encoder, out_dim, self)
 
 
 def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
-    """The fresh model of a variant; both orders start from the same weights."""
-    model = build_model(config)
-    if variant.misaligned:
-        model.__class__ = Misaligned
-    return model
+    """The untrained model of a variant; both orders start from the same weights."""
+    if not variant.misaligned:
+        return build_model(config)
+    torch.manual_seed(config.seed)
+    encoder, distillation = build_encoder(config), build_distillation(config)
+    assert distillation is not None
+    return MaskedImageModel(
+        encoder,
+        masks=ShuffledVisible(build_masks(config)),
+        mim=build_reconstruction(config),
+        vis=Misaligned(**{f.name: getattr(distillation, f.name) for f in dataclasses.fields(distillation)}),
+    )

@@ -43,10 +43,10 @@ class DenseReference(nn.Module):
         losses = []
         for visible, masked, mask in zip(masks.visible, masks.masked, masks.mask, strict=True):
             latent = self._encode(images, visible, mask)
-            everything = model.decoder(latent, visible, masked, all_tokens=True)  # B, V + M, C
+            everything = model.branches["mim"].decoder(latent, visible, masked, all_tokens=True)  # B, V + M, C
             prediction = everything[:, visible.shape[1] :].float()
             losses.append(F.mse_loss(prediction, gather_tokens(targets["mim"], masked)))
-            distilled = model.distillation(latent).float()
+            distilled = model.branches["vis"](latent, masks).float()
             losses.append(F.smooth_l1_loss(distilled, gather_tokens(targets["vis"], visible), beta=2.0))
         return torch.stack(losses).sum() / len(masks.visible)
 
@@ -162,4 +162,5 @@ def dmjd_model() -> dmjd.MaskedImageModel:
 def mae_model() -> dmjd.MaskedImageModel:
     """ViT-B in MAE's configuration, by our code."""
     encoder = dmjd.create_encoder("vit_base_patch16", img_size=IMG_SIZE, class_token=True)
-    return dmjd.MaskedImageModel(encoder, "pixel", num_views=1, mask_ratio=0.75, block_size=1, vis=False)
+    masks = dmjd.DisjointMasks(num_views=1, mask_ratio=0.75, block_size=1)
+    return dmjd.MaskedImageModel(encoder, masks, mim=dmjd.Reconstruction(target="pixel"), vis=None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dmjd.config.fields import value_types
+from dmjd.config.pretrain import REPLACED
 
 
 def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], defaults: Any) -> None:
@@ -51,6 +52,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             flags = [text for action in self._actions for text in action.option_strings]
+            former = flag.removeprefix("--").removeprefix("no-")
+            if former in REPLACED:
+                self.error(f"setting '{former}' is now {REPLACED[former]}")
             near = difflib.get_close_matches(flag, flags, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             kind = "flag" if flag.startswith("-") else "argument"

@@ -17,6 +17,7 @@ DURATIONS = ("epochs", "steps", "minutes")
 
 FORMAT_VERSION = 1
 RENAMED = {"max_bad": "max_unreadable"}  # settings of former versions, for their run folders
+REPLACED = {"disjoint": "masks: 'disjoint' (the default) or 'independent' (--masks independent)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class PretrainConfig:
     mask_ratio: float = option(0.6, "share masked in each view (c)", "method", common=True)
     pred_ratio: float | None = option(None, "share masked in at least one view (p); default the most", "method")
     block_size: int | None = option(None, "side of a masking block in tokens; default 2 where it divides", "method")
-    disjoint: bool = option(True, "views avoid each other's masks", "method")
+    masks: str = option("disjoint", "masking strategy: disjoint, independent or complementary", "method")
     mim: bool = option(True, "reconstruction of masked tokens", "method")
     vis: bool = option(True, "distillation on visible tokens", "method")
     theta: float = option(1.0, "weight of the distillation loss", "method")
@@ -146,8 +147,8 @@ class PretrainConfig:
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
-        if not self.disjoint and self.pred_ratio is not None:
-            raise ValueError("pred_ratio has no meaning without disjoint views: leave out one of them")
+        if self.masks in ("independent", "complementary") and self.pred_ratio is not None:
+            raise ValueError(f"pred_ratio has no meaning with {self.masks} masks: leave out one of them")
         if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
             raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 
@@ -164,6 +165,8 @@ class PretrainConfig:
 
     def replace(self, **changes: Any) -> "PretrainConfig":
         """A copy with changes; a new duration takes the place of the old one. ValueError for unknown names."""
+        if former := [name for name in changes if name in REPLACED]:
+            raise ValueError(f"setting '{former[0]}' is now {REPLACED[former[0]]}")
         if unknown := set(changes) - {f.name for f in dataclasses.fields(self)}:
             raise ValueError(f"unknown setting: {', '.join(sorted(unknown))}")
         if any(changes.get(name) is not None for name in DURATIONS):
@@ -183,10 +186,21 @@ class PretrainConfig:
                 f"config.json is not of format {FORMAT_VERSION}: it was written by another version of dmjd"
             )
         values = {RENAMED.get(name, name): value for name, value in values.items()}
+        if "disjoint" in values:  # of version 0.1
+            values["masks"] = _former_masks(values)
         if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
             raise ValueError(f"config.json holds unknown settings: {', '.join(sorted(unknown))}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields)
+
+
+def _former_masks(values: dict[str, Any]) -> str:
+    """The masking strategy of a configuration of version 0.1, which had the field ``disjoint``."""
+    if not values.pop("disjoint"):
+        return "independent"
+    partition = values.get("num_views", 2) * (1 - values.get("mask_ratio", 0.6)) == 1
+    own = values.get("recipe") == "complementary" and partition and values.get("pred_ratio") is None
+    return "complementary" if own else "disjoint"
 
 
 # field: (lowest, highest, whether the ends are allowed)

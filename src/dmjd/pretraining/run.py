@@ -155,9 +155,7 @@ def make_engine(
         task=task,
         optimizer=OPTIMIZERS[config.optimizer](task, config.weight_decay),
         duration=Duration(steps, config.minutes),
-        peak_lr=scaled_learning_rate(
-            config.blr, batch_size, config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint
-        ),
+        peak_lr=scaled_learning_rate(config.blr, batch_size, model.masks),
         schedule=partial(warmup_cosine, warmup=config.warmup),
         batch_size=batch_size,
         accumulate=config.accumulate,
@@ -273,7 +271,7 @@ class _Run:
             f"  data     {self.source.name}: {len(self.source)} images -> {config.size[0]} x {config.size[1]} x "
             f"{config.in_chans}, {self.batch_size} a step\n"
             f"  encoder  {encoder.name}, {parameters / 1e6:.1f} M parameters, {encoder.num_patches} tokens, "
-            f"{self.model.counts[0]} visible in each of {config.num_views} view(s)\n"
+            f"{self.model.counts[0]} visible in each of {self.model.masks.num_views} view(s)\n"
             f"  device   {self.fabric.device}, {self.fabric._precision.precision}, {self.fabric.world_size} process(es)"
         )
         if len(self.source) < FEW_IMAGES:
