@@ -8,6 +8,7 @@ from matplotlib import colors
 from PIL import Image
 
 import dmjd.figures.render as painters
+from dmjd.branches import Distillation, Reconstruction
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.registry import create_encoder
@@ -17,7 +18,7 @@ from dmjd.figures.grid import save_figure
 from dmjd.figures.reconstruction import UNNORMALISED, mask_figure, reconstruction_figure, target_figure
 from dmjd.figures.show import KINDS, save_reconstruction_figure, show
 from dmjd.images.preprocess import Preprocess
-from dmjd.masking import Masks, disjoint_masks
+from dmjd.masking import DisjointMasks, Masks, disjoint_masks
 from dmjd.model import MaskedImageModel
 from dmjd.runs.build import build_model
 from dmjd.runs.checkpoint import RunFolder
@@ -25,11 +26,16 @@ from dmjd.targets import hog
 from dmjd.targets.base import Target
 
 
-def model_for(patch=8, size=(32, 32), chans=3, **options) -> MaskedImageModel:
+def model_for(patch=8, size=(32, 32), chans=3, mim="hog", vis="hog", **masks) -> MaskedImageModel:
     torch.manual_seed(0)
     encoder = create_encoder(f"vit_tiny_patch{patch}", size, chans, embed_dim=32, depth=1, num_heads=2)
     encoder.preprocess = Preprocess(size, chans, (0.5,) * chans, (0.25,) * chans)
-    return MaskedImageModel(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2, **options)
+    return MaskedImageModel(
+        encoder,
+        DisjointMasks(**masks),
+        mim and Reconstruction(mim, decoder_dim=32, decoder_depth=1, decoder_heads=2),
+        vis and Distillation(vis, projector_dim=32),
+    )
 
 
 def images_of(size=(32, 32), chans=3, count=2) -> torch.Tensor:
@@ -96,7 +102,7 @@ def test_hog_cells_of_a_token_are_drawn_in_their_places():
     model = model_for(patch=16, size=(32, 64), mask_ratio=0.5)
     raw = torch.zeros(1, 3, 32, 64)
     raw[..., 18:22, 42:46] = 255  # cell (2, 5) of the 4 x 8 cells of 8 pixels
-    rgb = painters.paint_hog(model.mim_target(raw, raw), model.mim_target, model.encoder.grid)[0]
+    rgb = painters.paint_hog(model.target("mim")(raw, raw), model.target("mim"), model.encoder.grid)[0]
     side = rgb.shape[0] // 4
     lit = rgb.amax(-1).unflatten(0, (4, side)).unflatten(2, (8, side)).amax((1, 3)) > 0
     assert lit.nonzero().tolist() == [[2, 5]]
@@ -117,9 +123,9 @@ def test_images_of_any_channels_become_rgb(chans):
 
 @pytest.mark.parametrize(("patch", "size", "chans"), [(4, (16, 32), 1), (8, (32, 32), 3), (16, (64, 48), 5)])
 def test_true_pixel_targets_paint_the_very_image(patch, size, chans):
-    model = model_for(patch, size, chans, target="pixel")
+    model = model_for(patch, size, chans, "pixel", "pixel")
     images = images_of(size, chans)
-    target = model.mim_target(model.encoder.preprocess.normalize(images), images)
+    target = model.target("mim")(model.encoder.preprocess.normalize(images), images)
     painted = painters.paint_pixels(target, model.encoder, images)
     assert torch.allclose(painted, painters.to_rgb(images), atol=1e-4)
 
@@ -159,7 +165,7 @@ def test_mask_figure_shows_each_view_and_how_often_tokens_are_masked(views, grid
     [(4, (16, 24), 1, "hog"), (8, (32, 32), 3, "hog"), (16, (32, 64), 5, "hog"), (8, (48, 32), 3, "pixel")],
 )
 def test_reconstruction_figure_has_a_row_for_each_view(views, patch, size, chans, target):
-    model = model_for(patch, size, chans, target=target, num_views=views, mask_ratio=0.5)
+    model = model_for(patch, size, chans, target, target, num_views=views, mask_ratio=0.5)
     figure = reconstruction_figure(model, images_of(size, chans))
     columns = panels(figure)
     assert len(columns) == 5
@@ -171,7 +177,7 @@ def test_reconstruction_figure_has_a_row_for_each_view(views, patch, size, chans
 
 
 def test_predictions_stand_in_the_masked_places_and_the_image_in_the_others():
-    model = model_for(target="pixel", num_views=2)
+    model = model_for(mim="pixel", vis="pixel", num_views=2)
     images, masks = images_of(), model.draw_masks(torch.arange(2))
     columns = panels(reconstruction_figure(model, images, masks=masks))
     pasted = columns["reconstruction\nof masked tokens"]
@@ -200,10 +206,10 @@ def test_known_hog_tokens_are_tinted():
 @pytest.mark.parametrize(
     ("options", "titles"),
     [
-        ({"vis": False}, ["target 'hog'\nof mim", "reconstruction\nof masked tokens"]),
-        ({"mim": False}, ["target 'hog'\nof vis", "distillation\nof visible tokens"]),
+        ({"vis": None}, ["target 'hog'\nof mim", "reconstruction\nof masked tokens"]),
+        ({"mim": None}, ["target 'hog'\nof vis", "distillation\nof visible tokens"]),
         (
-            {"mim_target": "pixel", "vis_target": "hog"},
+            {"mim": "pixel", "vis": "hog"},
             [
                 "target 'pixel'\nof mim",
                 "reconstruction\nof masked tokens",
@@ -235,14 +241,15 @@ class Edges(Target):
 
 
 def test_a_new_target_is_shown_by_its_principal_components():
-    figure = reconstruction_figure(model_for(target=Edges()), images_of())
+    edges = Edges()
+    figure = reconstruction_figure(model_for(mim=edges, vis=edges), images_of())
     assert "principal components" in words(figure)
     assert panels(figure)["target 'edges'"][0].shape == (4, 4, 3)
 
 
 def test_figures_leave_the_model_as_it_was():
     model = model_for().train()
-    model.decoder.eval()
+    model.branches["mim"].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     reconstruction_figure(model, images_of())
@@ -257,7 +264,7 @@ def test_conv_vit_models_are_drawn_too():
     torch.manual_seed(0)
     encoder = create_encoder("conv_vit_tiny_patch8", 32, embed_dims=(16, 32, 48), depths=(1, 1, 1), num_heads=3)
     encoder.preprocess = Preprocess((32, 32))
-    model = MaskedImageModel(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    model = MaskedImageModel(encoder)
     assert len(panels(reconstruction_figure(model, images_of()))) == 5
 
 

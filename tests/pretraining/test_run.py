@@ -19,7 +19,7 @@ from dmjd.encoders.weights import encoder_bytes
 from dmjd.engine.device import make_fabric, seed_device
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, StopSignal, Task
 from dmjd.engine.optim import adamw, scaled_learning_rate, warmup_cosine
-from dmjd.runs.build import build_model
+from dmjd.runs.build import build_masks, build_model
 
 
 def start(*arguments: object) -> subprocess.Popen:
@@ -111,7 +111,7 @@ def test_minutes_and_a_longer_duration(tmp_path):
     assert both[-1]["seconds"] >= 2.4
     # The schedule follows the clock: each step's rate is that of the share of the minutes gone by before it.
     config = recipes.digits(minutes=0.04, **fields)
-    peak = scaled_learning_rate(config.blr, 16, config.num_views, config.mask_ratio, None, True)
+    peak = scaled_learning_rate(config.blr, 16, build_masks(config))
     for before, after in pairwise(both[len(first) - 1 :]):
         assert after["lr"] == pytest.approx(peak * warmup_cosine(before["seconds"] / 2.4, config.warmup), abs=1e-9)
 
