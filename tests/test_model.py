@@ -366,3 +366,10 @@ def test_encoder_flops_of_the_dense_form(name):
     with torch.no_grad(), counted_products() as counter:
         encoder(torch.randn(1, 3, 64, 64))
     assert encoder.flops() == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_one_graph_when_compiled():
+    """Also with a random subset of masked tokens, which is drawn inside the graph."""
+    model = tiny_model(mim={"decode_ratio": 0.5})
+    report = torch._dynamo.explain(model)(*smooth_images(), keys=KEYS)
+    assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons

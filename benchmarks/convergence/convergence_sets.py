@@ -1,6 +1,8 @@
-"""What ``convergence.py`` compares: named sets of variants, each a recipe of the library with a few changes."""
+"""What ``convergence.py`` compares: named sets of variants, each a recipe of the library with a few overrides."""
 
 import dataclasses
+import json
+import random
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -19,22 +21,23 @@ from dmjd.runs.build import build_distillation, build_encoder, build_masks, buil
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a study.
+    """One row of a study.
 
     Attributes:
         recipe: of the library. overrides: its settings that differ.
-        misaligned: compare the visible branch with targets in the published order, see :class:`Misaligned`.
-        scale_rule: whether the rate follows p / c.
-        rate_of: the variant whose base rate it takes over; None = its own is searched.
-        teacher: the variant whose first run is its teacher; that run's own time is not counted.
-        share: of the study's time, for whole schedules that are shorter.
+        misaligned: whether the visible branch is compared with targets in the published order, see
+            :class:`MisalignedBranch`.
+        scale_rule: whether the learning rate is scaled by p / c.
+        blr_of: the variant whose base learning rate it uses; None = its own is searched.
+        teacher: the variant whose first run is its teacher; the time of that run is not counted.
+        share: of the study's time, for a shorter schedule.
     """
 
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict)
     misaligned: bool = False
     scale_rule: bool = True
-    rate_of: str | None = None
+    blr_of: str | None = None
     teacher: str | None = None
     share: float = 1.0
 
@@ -53,8 +56,8 @@ SETS += ("targets", "beyond")
 
 
 def of_dmjd(**overrides: Any) -> Variant:
-    """The paper's recipe with changes, at the rate found for it."""
-    return Variant("dmjd", overrides, rate_of="dmjd")
+    """The paper's recipe with overrides, at its base learning rate."""
+    return Variant("dmjd", overrides, blr_of="dmjd")
 
 
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
@@ -67,22 +70,22 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return {pixels: Variant(pixels)} | fair | own
     if name == "speed":
         return {pixels: Variant(pixels), "maskfeat": own["maskfeat"]} | {
-            f"dmjd@{share}": Variant("dmjd", rate_of="dmjd", share=float(Fraction(share)))
+            f"dmjd@{share}": Variant("dmjd", blr_of="dmjd", share=float(Fraction(share)))
             for share in ("1", "10/18", "10/30", "10/37")
         }
     if name == "alignment":
         misaligned = {f"{each}_misaligned": Variant(each, misaligned=True) for each in ("jd", "dmjd")}
         return {each: own[each] for each in ("maskfeat", "dm", "jd", "dmjd")} | misaligned
-    if name == "rule":  # a rate that was found for one view, where the rule changes nothing
+    if name == "rule":  # a learning rate found for one view, where the rule changes nothing
         return {"jd": own["jd"]} | {
-            f"{recipe}{'' if rule else '_no_rule'}": Variant(recipe, scale_rule=rule, rate_of="jd")
+            f"{recipe}{'' if rule else '_no_rule'}": Variant(recipe, scale_rule=rule, blr_of="jd")
             for recipe in ("dmjd", "complementary")
             for rule in (True, False)
         }
     if name == "targets":
         by = {"pixel": ("pixel", "pixel"), "ema": ("ema", "ema"), "pixel_hog": ("pixel", "hog")}
         by |= {"hog_pixel": ("hog", "pixel"), "hog_ema": ("hog", "ema")}
-        taught = {
+        with_teacher = {
             "teacher": ("teacher", "teacher"),
             "hog_teacher": ("hog", "teacher"),
             "pixel_teacher": ("pixel", "teacher"),
@@ -92,23 +95,23 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
             | {key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}) for key, (mim, vis) in by.items()}
             | {
                 key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}, teacher="dmjd")
-                for key, (mim, vis) in taught.items()
+                for key, (mim, vis) in with_teacher.items()
             }
         )
     if name == "beyond":
         muon, mixed = {"optimizer": "muon"}, {"mim_target": "pixel", "vis_target": "hog"}
-        hidden = mixed | {"mask_ratio": 0.75, "block_size": 1, "hog_cell": 4}
+        c75 = mixed | {"mask_ratio": 0.75, "block_size": 1, "hog_cell": 4}
         return {
             pixels: Variant(pixels),
             f"{pixels}_muon": Variant(pixels, muon),
             "dmjd": own["dmjd"],
             "dmjd_muon": Variant("dmjd", muon),
             "pixel_hog_muon": Variant("dmjd", mixed | muon),
-            "pixel_hog_c75": Variant("dmjd", hidden),
-            "pixel_hog_muon_c75": Variant("dmjd", hidden | muon),
-            "pixel_hog_muon_c75_one_view": Variant("jd", hidden | muon),
+            "pixel_hog_c75": Variant("dmjd", c75),
+            "pixel_hog_muon_c75": Variant("dmjd", c75 | muon),
+            "pixel_hog_muon_c75_one_view": Variant("jd", c75 | muon),
             "pixel_hog_muon_c75_two_stage": Variant(
-                "dmjd", hidden | muon | {"vis_target": "teacher"}, teacher="pixel_hog_muon_c75"
+                "dmjd", c75 | muon | {"vis_target": "teacher"}, teacher="pixel_hog_muon_c75"
             ),
         }
     changes: dict[str, dict[str, dict[str, Any]]] = {
@@ -120,26 +123,43 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         "hog": {f"cell_{cell}": {"hog_cell": cell} for cell in (1, 4)}
         | {f"bins_{bins}": {"hog_bins": bins} for bins in (4, 18)},
         "projector": {f"projector_{depth}": {"projector_depth": depth} for depth in (1, 2, 5)},
-        "decode": {f"decode_{share}": {"decode_ratio": share} for share in (0.25, 0.5)},
+        "decode": {f"decode_{ratio}": {"decode_ratio": ratio} for ratio in (0.25, 0.5)},
     }
     return {"dmjd": own["dmjd"]} | {key: of_dmjd(**change) for key, change in changes[name].items()}
 
 
-def with_share(name: str, known: dict[str, Variant]) -> Variant:
-    """``name`` or ``name@share`` (a number or a fraction such as 10/37): a variant of that share of the time.
+def base_name(name: str) -> str:
+    """A variant's name without its share of the time."""
+    return name.partition("@")[0]
+
+
+def with_share(name: str, available: dict[str, Variant]) -> Variant:
+    """``name`` or ``name@share`` (a number or a fraction, e.g. 10/37): a variant that runs for this share of the time.
 
     Raises:
-        ValueError: for a name that is not known, or a share that is no number.
+        ValueError: for an unknown name, or a share that is not a number.
     """
     base, at, share = name.partition("@")
-    if name in known:
-        return known[name]
-    if base not in known:
-        raise ValueError(f"no variant '{base}' in this set; there are: {', '.join(known)}")
-    variant = known[base]
-    return (
-        dataclasses.replace(variant, share=float(Fraction(share)), rate_of=variant.rate_of or base) if at else variant
-    )
+    if name in available:
+        return available[name]
+    if base not in available:
+        raise ValueError(f"no variant '{base}' in this set; there are: {', '.join(available)}")
+    variant = available[base]
+    return dataclasses.replace(variant, share=float(Fraction(share)), blr_of=variant.blr_of or base) if at else variant
+
+
+def shuffled(jobs: list[Any]) -> list[Any]:
+    """A fixed random order, so that a drifting machine favors no variant and the study can be resumed."""
+    return random.Random(0).sample(jobs, len(jobs))
+
+
+def override(text: str) -> tuple[str, Any]:
+    """Parse ``name=value``, the value as JSON or a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 class ShuffledVisible(MaskSampler):

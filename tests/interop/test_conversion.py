@@ -51,10 +51,10 @@ def test_key_tables_invert_each_other(name, conv_vit):
         ("blocks.1.attn.proj.bias", "encoder.blocks.1.attn.proj.bias", False),
         ("cls_token", "encoder.cls_token", False),
         ("norm.weight", "encoder.norm.weight", False),
-        ("mask_token", "decoder.mask_token", False),
-        ("decoder_pred.bias", "decoder.head.bias", False),
-        ("predictor.0.weight", "distillation.predictor.weight", True),
-        ("proj_embed.3.weight", "distillation.projector.3.weight", True),
+        ("mask_token", "branches.mim.decoder.mask_token", False),
+        ("decoder_pred.bias", "branches.mim.decoder.head.bias", False),
+        ("predictor.0.weight", "branches.vis.head.predictor.weight", True),
+        ("proj_embed.3.weight", "branches.vis.head.projector.3.weight", True),
     ],
 )
 def test_known_names(published, ours, conv_vit):
