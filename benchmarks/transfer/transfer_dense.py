@@ -102,7 +102,7 @@ def summary(
     score = config["score"]
     scores = {start: [result[start][score] for result in results] for start in STARTS}
     gains = [a - b for a, b in zip(*scores.values(), strict=True)]
-    spread = {
+    mean_std = {
         name: {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
         for name, values in (scores | {"gain": gains}).items()
     }
@@ -112,7 +112,7 @@ def summary(
         "score": score,
         "seeds": given.seeds,
         "scores": scores,
-        "spread": spread,
+        "spread": mean_std,
         "pretraining": {"steps": steps, "seconds": training_seconds(run), **PRETRAIN, **config["pretrain"]},
         "training_seconds": sum(training),
         "configuration": results[0]["configuration"],

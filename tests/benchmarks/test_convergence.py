@@ -117,10 +117,10 @@ def test_sweeps_are_drawn_by_the_recipe_they_start_from(tmp_path):
 
 
 def test_probes_after_an_interruption_are_made_again(tmp_path):
-    asked = []
+    probed = []
 
     def probe(encoder):
-        asked.append(1)
+        probed.append(1)
         return {"knn": 0.5, "linear": 0.5}
 
     def hook() -> ProbeHook:
@@ -136,7 +136,7 @@ def test_probes_after_an_interruption_are_made_again(tmp_path):
         again(Report(TrainState(step, step, step), step / 10, None))
     assert [line["step"] for line in again.lines] == [0, 3, 5, 10]
     assert hook().lines == again.lines
-    assert len(asked) == 5
+    assert len(probed) == 5
 
 
 def test_held_out_images_are_apart(tmp_path, image_folder):
