@@ -1,10 +1,10 @@
-"""Where the labels of a data set are."""
+"""Where the labels of a data set come from."""
 
 from pathlib import Path
 
 
 def labels_of(data: str) -> str:
-    """Where a set's labels are: in a column of tables, in a folder's names, or in the set itself."""
+    """The ``labels`` setting of a data set: "column", "folder", or "none" if the set has its own."""
     path = Path(data).expanduser()
     if not path.exists():
         return "none" if data == "cifar10" else "column"

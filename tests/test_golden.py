@@ -1,4 +1,4 @@
-"""Values made once with the published code: DMJD at commit 881b21d, MAE at commit efb2a80 (float32, CPU)."""
+"""Against the published code: DMJD at commit 881b21d, MAE at commit efb2a80 (float32, CPU)."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
-    """Values with the two photographs they belong to, the published state dict, configuration."""
+    """Expected values with their two input photographs, the published state dict, the configuration."""
     with safe_open(GOLDEN / name, "pt") as file:
         values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
@@ -55,7 +55,7 @@ def test_convit_pretraining_outputs(convit):
     with torch.no_grad():
         latent = model.encode(values["images"], masks.visible)
         torch.testing.assert_close(latent, values["latent"], rtol=0, atol=1e-4)
-        everything = model.decoder(latent, visible, masked, all_tokens=True)
+        everything = model.branches["mim"].decoder(latent, visible, masked, all_tokens=True)
         expected = gather_tokens(values["pred"], torch.cat([visible, masked], dim=1))
         torch.testing.assert_close(everything, expected, rtol=0, atol=1e-4)
         predictions = model.predict(values["images"], masks)
@@ -75,7 +75,7 @@ def test_convit_losses_and_gradients(convit):
 
 
 def test_published_misaligned_loss_differs(convit):
-    """The published total compares visible tokens with targets in raster order; ours must not reproduce it."""
+    """The published loss compares visible tokens with targets in raster order; ours must differ from it."""
     model, values, masks = convit
     _, _, config = read("convit_pretrain.safetensors")
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_published_misaligned_loss_differs(convit):
 def test_hog_and_whitened_target(convit):
     model, values, _ = convit
     torch.testing.assert_close(hog(values["images_u8"], cell_size=8), values["hog"], rtol=0, atol=1e-4)
-    target = model.mim_target(values["images"], values["images_u8"])
+    target = model.target("mim")(values["images"], values["images_u8"])
     torch.testing.assert_close(target, values["target"], rtol=0, atol=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_mae():
     visible, masked = masks.visible[0], masks.masked[0]
     latent = model.encode(values["images"], masks.visible)
     torch.testing.assert_close(latent, values["latent"], rtol=0, atol=1e-4)
-    everything = model.decoder(latent, visible, masked, all_tokens=True)
+    everything = model.branches["mim"].decoder(latent, visible, masked, all_tokens=True)
     expected = gather_tokens(values["pred"], torch.cat([visible, masked], dim=1))
     torch.testing.assert_close(everything, expected, rtol=0, atol=1e-4)
     assert torch.equal(masks.mask[0], values["mask"].bool())

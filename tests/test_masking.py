@@ -1,4 +1,4 @@
-"""Every invariant of disjoint masking, over the whole range of settings and on the edges of floating point."""
+"""Invariants of the masks over the whole range of settings and at the edges of floating point."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from dmjd.masking import Masks, disjoint_masks, mask_counts, resolve_block_size
+from dmjd.masking import Masks, disjoint_masks, mask_counts, num_decoded, resolve_block_size
 from dmjd.rng import image_keys
 
 
@@ -24,7 +24,7 @@ def floor_with_tolerance(value: Fraction) -> int:
 
 @st.composite
 def ratios_of(draw, num_units: int) -> float:
-    """Mask ratios anywhere, and on or a hair beside a whole number of units."""
+    """Any mask ratio, and those at or next to a whole number of units."""
     whole = draw(st.integers(0, num_units)) / num_units
     edge = draw(
         st.sampled_from([whole, 1 - whole, whole + 1e-9, whole - 1e-9, math.nextafter(whole, 0), 1 - (1 - whole)])
@@ -89,7 +89,7 @@ def test_two_views_at_p_1_see_disjoint_sets(c):
 
 
 def test_ratios_that_are_whole_numbers_of_units_never_lose_one():
-    """k / N as a float times N is often a hair below k: 1 - 0.6, 49 * 0.6 and their like."""
+    """k / N as a float times N is often slightly below k, e.g. 49 * 0.6."""
     for N in range(2, 260):
         for k in range(1, N):
             assert mask_counts(N, 1, k / N)[:2] == (N - k, k)
@@ -114,7 +114,7 @@ def test_the_published_setting():
 
 @pytest.mark.parametrize(("c", "p"), [(0.6, 1.0), (0.6, 0.8), (0.3, 0.6), (0.3, 0.3), (0.75, 0.9), (0.25, 0.4)])
 def test_the_published_rule_for_two_views(c, p):
-    """View 2 hides U - M of those that view 1 left visible, the rest from those it masked: both drawn evenly."""
+    """View 2 masks U - M of the units that view 1 left visible, the rest among those it masked, both uniformly."""
     B, N = 6000, 12
     V, M, U = mask_counts(N, 2, c, p)
     first, second = disjoint_masks(B, (3, 4), 2, c, p, keys=keys_of(B)).mask
@@ -175,28 +175,28 @@ def test_masks_of_a_key_never_change():
     assert masks.visible[:, 0].tolist() == [[0, 5, 8, 11, 12, 14], [1, 2, 3, 4, 9, 13]]
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.99])
-def test_a_part_of_the_masked_tokens_is_drawn_anew_for_every_view(share):
-    """A sorted part of the masked tokens, any place as likely as another; a function of each view's mask alone."""
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.99])
+def test_a_subset_of_the_masked_tokens_is_drawn_for_every_view(ratio):
+    """A sorted subset of the masked tokens, every token equally likely, a function of each view's mask alone."""
     B, N = 4000, 30
     masks = disjoint_masks(B, (5, 6), 2, 0.6, keys=keys_of(B))
-    asked = masks.asked(share)
-    assert torch.equal(asked.visible, masks.visible)
-    assert torch.equal(asked.mask, masks.mask)
-    assert asked.masked.shape[-1] == round(18 * share)
-    assert bool((asked.masked.diff(dim=-1) > 0).all())
-    assert bool(masks.mask.gather(-1, asked.masked).all())
-    counts = torch.zeros(2, N).scatter_add_(1, asked.masked.flatten(1), torch.ones(2, asked.masked[0].numel()))
-    q = asked.masked.shape[-1] / N
+    subset = masks.subset_masked(ratio)
+    assert torch.equal(subset.visible, masks.visible)
+    assert torch.equal(subset.mask, masks.mask)
+    assert subset.masked.shape[-1] == round(18 * ratio) == num_decoded(18, ratio)
+    assert bool((subset.masked.diff(dim=-1) > 0).all())
+    assert bool(masks.mask.gather(-1, subset.masked).all())
+    counts = torch.zeros(2, N).scatter_add_(1, subset.masked.flatten(1), torch.ones(2, subset.masked[0].numel()))
+    q = subset.masked.shape[-1] / N
     assert (counts / B - q).abs().max() < 5 * math.sqrt(q * (1 - q) / B)
-    alone = disjoint_masks(1, (5, 6), 2, 0.6, keys=keys_of(B)[7:8]).asked(share)
-    assert torch.equal(alone.masked[:, 0], asked.masked[:, 7])
+    alone = disjoint_masks(1, (5, 6), 2, 0.6, keys=keys_of(B)[7:8]).subset_masked(ratio)
+    assert torch.equal(alone.masked[:, 0], subset.masked[:, 7])
 
 
-def test_asking_for_all_masked_tokens_changes_nothing_and_one_is_always_left():
+def test_the_whole_subset_is_the_same_and_one_token_is_always_left():
     masks = disjoint_masks(3, (4, 4), 2, 0.6, keys=keys_of(3))
-    assert torch.equal(masks.asked(1.0).masked, masks.masked)
-    assert masks.asked(0.001).masked.shape == (2, 3, 1)
+    assert torch.equal(masks.subset_masked(1.0).masked, masks.masked)
+    assert masks.subset_masked(0.001).masked.shape == (2, 3, 1)
 
 
 def test_images_and_views_differ():
@@ -222,7 +222,7 @@ def test_generators_make_masks_repeatable():
     assert not torch.equal(first, disjoint_masks(4).visible)
 
 
-def test_independent_views_overlap_as_chance_has_it():
+def test_independent_views_overlap_by_chance():
     B, N, K, c = 4000, 40, 3, 0.6
     mask = disjoint_masks(B, (5, 8), K, c, disjoint=False, keys=keys_of(B)).mask
     assert (mask.sum(-1) == 24).all()
@@ -282,7 +282,7 @@ def test_pred_ratio_cannot_exceed_all_views_together():
         disjoint_masks(2, num_views=2, mask_ratio=0.3, pred_ratio=0.7)
 
 
-def test_other_settings_that_cannot_be():
+def test_other_settings_out_of_range():
     with pytest.raises(ValueError, match="num_views must be at least 1, got 0"):
         disjoint_masks(2, num_views=0)
     with pytest.raises(
@@ -342,7 +342,7 @@ def test_from_visible_agrees_with_the_draw(num_tokens, K, seed):
         (torch.zeros(0, 2, 3), "K >= 1"),
     ],
 )
-def test_from_visible_refuses_what_is_no_mask(visible, message):
+def test_from_visible_refuses_invalid_ids(visible, message):
     with pytest.raises(ValueError, match=message):
         Masks.from_visible(visible, num_tokens=6)
 

@@ -1,46 +1,52 @@
-"""Tiny encoders and models for figures, and what a figure shows."""
+"""Tiny pre-training models and the images they run on."""
 
-import numpy as np
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.registry import create_encoder
-from dmjd.images.preprocess import Preprocess
+from dmjd.masking import DisjointMasks, MaskSampler
 from dmjd.model import MaskedImageModel
 
+SIZES: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch8": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+    "conv_vit_tiny_patch8": {"embed_dims": (8, 12, 16), "depths": (1, 1, 1), "num_heads": 2},
+}
+KEYS = torch.tensor([3, 14, 159])
 
-def model_for(patch=8, size=(32, 32), chans=3, **options) -> MaskedImageModel:
+
+def tiny_model(
+    name: str = "vit_tiny_patch8",
+    encoder: dict[str, Any] | None = None,
+    *,
+    masks: MaskSampler | dict[str, Any] | None = None,
+    mim: dict[str, Any] | None = {},  # noqa: B006, it is only read
+    vis: dict[str, Any] | None = {},  # noqa: B006, it is only read
+    target: Any = "hog",
+) -> MaskedImageModel:
+    """A model of 32-pixel images; ``masks``, ``mim`` and ``vis`` hold what differs from the defaults, None = off."""
     torch.manual_seed(0)
-    encoder = create_encoder(f"vit_tiny_patch{patch}", size, chans, embed_dim=32, depth=1, num_heads=2)
-    encoder.preprocess = Preprocess(size, chans, (0.5,) * chans, (0.25,) * chans)
-    return MaskedImageModel(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2, **options)
-
-
-def images_of(size=(32, 32), chans=3, count=2) -> torch.Tensor:
-    return torch.randint(0, 256, (count, chans, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-def panels(figure) -> dict[str, list[np.ndarray]]:
-    """Title of each column -> the images of its panels."""
-    axes = figure.axes
-    columns = axes[0].get_gridspec().ncols
-    return {
-        axes[c].get_title(): [np.asarray(a.images[0].get_array()) for a in axes[c::columns]] for c in range(columns)
-    }
-
-
-def words(figure) -> str:
-    return figure.get_supxlabel() + " ".join(axes.get_title() for axes in figure.axes)
-
-
-def small_encoder(name="vit_tiny_patch8", size=(32, 48), chans=3, heads=2, **options):
-    torch.manual_seed(0)
-    sizes = (
-        {"embed_dims": (8, 8, 16), "depths": (1, 1, 2)} if name.startswith("conv") else {"embed_dim": 16, "depth": 2}
+    decoder = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+    return MaskedImageModel(
+        create_encoder(name, **{"img_size": 32} | SIZES[name] | (encoder or {})),
+        masks=masks if isinstance(masks, MaskSampler) else DisjointMasks(**masks or {}),
+        mim=None if mim is None else Reconstruction(**{"target": target} | decoder | mim),
+        vis=None if vis is None else Distillation(**{"target": target, "projector_dim": 32} | vis),
     )
-    encoder = create_encoder(name, size, chans, num_heads=heads, **sizes, **options).eval()
-    encoder.preprocess = Preprocess(size, chans, (0.5,) * chans, (0.25,) * chans)
-    return encoder
 
 
-def titles(figure) -> list[str]:
-    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+def smooth_images(B: int = 3, channels: int = 3, size: tuple[int, int] = (32, 32)) -> tuple[Tensor, Tensor]:
+    """(normalized, raw) of smooth random images."""
+    generator = torch.Generator().manual_seed(B)
+    coarse = torch.rand(B, channels, 5, 5, generator=generator)
+    raw = (F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1) * 255).round()
+    return (raw / 255 - 0.5) / 0.25, raw
+
+
+def losses_of(model: MaskedImageModel, **arguments: Any) -> dict[str, float]:
+    """All scalars of one pass over :func:`smooth_images`."""
+    with torch.no_grad():
+        return {k: v.item() for k, v in model(*smooth_images(), **{"keys": KEYS} | arguments).items()}

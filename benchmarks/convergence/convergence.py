@@ -1,28 +1,27 @@
-"""Recipes of the same code against each other: equal time (or epochs), several seeds, each at its best base rate.
+"""Compare recipes: equal time (or epochs), several seeds, each at its best base learning rate.
 
     python benchmarks/convergence/convergence.py main --encoder vit_lite --data cifar10 --minutes 8 --seeds 3 \
       --out runs/convergence
 
-A tenth of the training images is held out: no encoder sees them, and every choice is made on them. In this order,
-each part resumable and read where it is finished:
+A tenth of the training images is held out: no encoder trains on them, and every choice is made on them. The phases
+can be resumed:
 
-- calibrate (with ``--clock calibrated``): seconds a step of each variant, the fastest of rounds that alternate. Runs
-  then have as many steps as fit into the minutes, and other work on the machine costs patience only. With ``--clock
-  wall`` runs follow the engine's own clock, which does not count hooks and so no probes;
-- search: the same candidates of the base rate for every variant, short runs, best linear probe;
-- train: variants and seeds in shuffled order; kNN and linear probe at equal shares of the run;
-- test: once all are trained, kNN and linear probe by the library's own protocol on the test set, once;
-- report: JSON, and beside it a figure (.png) and the table (.md).
+- calibrate (with ``--clock calibrated``): seconds per step of each variant, the fastest of several alternating rounds.
+  Runs then have as many steps as fit into the minutes, so other load on the machine changes no result. With ``--clock
+  wall`` runs follow the engine's own clock, which excludes hooks and so the probes;
+- search: the same candidate base learning rates for every variant, short runs, best linear probe;
+- train: variants and seeds in shuffled order; kNN and linear probe at regular intervals;
+- test: after all training, kNN and linear probe by the library's own protocol on the test set, once;
+- report: JSON, a figure (.png) and a table (.md).
 
-``name@share`` among ``--variants`` is a variant whose whole schedule lasts that share of the time: ``dmjd@10/37``.
-``--slice-minutes 8`` saves and stops in time; the same command goes on.
+``name@share`` in ``--variants`` is a variant whose whole schedule lasts that share of the time: ``dmjd@10/37``.
+``--slice-minutes 8`` saves and stops after that time; the same command continues.
 """
 
 import argparse
 import json
 import os
 import platform
-import random
 import shutil
 import signal
 import sys
@@ -32,8 +31,18 @@ from typing import Any
 
 import torch
 from convergence_probe import SIDE, Probe, ProbeHook, split
-from convergence_report import curves_figure, result_table, summarize
-from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
+from convergence_report import curves_figure, final_score, result_table, summarize
+from convergence_sets import (
+    ENCODERS,
+    SETS,
+    Variant,
+    base_name,
+    make_model,
+    override,
+    shuffled,
+    variants_of,
+    with_share,
+)
 
 import dmjd
 from dmjd.config.pretrain import PretrainConfig, resume_differences
@@ -43,19 +52,18 @@ from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric, pick_device
 from dmjd.engine.loop import NonFiniteLoss, Report, StopSignal, TrainState
-from dmjd.engine.optim import requested_pred_ratio
 from dmjd.figures.grid import save_figure
 from dmjd.files import write_bytes, write_text
 from dmjd.pretraining.bench import machine
 from dmjd.pretraining.run import make_engine, training_batches
-from dmjd.runs.build import build_encoder
+from dmjd.runs.build import build_encoder, build_masks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from labels import labels_of
 
 PHASES = ("calibrate", "search", "train", "test", "report")
-SEARCH_SEED = 1000  # apart from the seeds of the runs
-PLACES = ("data", "out", "json", "encoders")  # folders and files of one machine, left out of the record
+SEARCH_SEED = 1000  # differs from the seeds of the runs
+PATHS = ("data", "out", "json", "encoders")  # paths of one machine, left out of the record
 ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_IMAGES = 3, 3, 10, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "img_size": SIDE,
@@ -70,18 +78,18 @@ COMMON: dict[str, Any] = {
 
 
 class Study:
-    """The parts of a study; finished jobs are JSON files in ``out/jobs``."""
+    """The phases of a study; finished jobs are JSON files in ``out/jobs``."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.out = arguments, Path(os.path.abspath(arguments.out))
         self.console, self.device, self.started = Console(), pick_device(arguments.device), time.monotonic()
-        self.known = variants_of(arguments.set, arguments.encoder.startswith("conv"))
-        self.trained = {name: with_share(name, self.known) for name in arguments.variants or self.known}
+        self.available = variants_of(arguments.set, arguments.encoder.startswith("conv"))
+        self.trained = {name: with_share(name, self.available) for name in arguments.variants or self.available}
         for teacher in [v.teacher for v in self.trained.values() if v.teacher is not None]:
-            self.trained.setdefault(teacher, self.known[teacher])
+            self.trained.setdefault(teacher, self.available[teacher])
         self.baseline = arguments.baseline or next(iter(self.trained))
         if self.baseline not in self.trained:
-            raise ValueError(f"the baseline {self.baseline} is none of the variants: {', '.join(self.trained)}")
+            raise ValueError(f"the baseline {self.baseline} is not one of the variants: {', '.join(self.trained)}")
         self.jobs = self.out / "jobs"
         self.jobs.mkdir(parents=True, exist_ok=True)
         split(arguments.data, self.out / "data", arguments.held_out)
@@ -89,18 +97,18 @@ class Study:
         self.features = "bf16" if arguments.precision == "bf16" else "fp32"
         counts = (arguments.probe_train, arguments.probe_test)
         self.probe = Probe(self.out / "data", *counts, self.device, self.features)
-        self._asked = False  # the run that is under way, to stop
-        self.seconds: dict[str, float] = {}  # a step, by variant, where calibrated
-        self.rates: dict[str, float] = {}
+        self._stop_sent = False  # to the current run
+        self.seconds: dict[str, float] = {}  # per step, by variant, if calibrated
+        self.best_blrs: dict[str, float] = {}
 
     def run(self) -> None:
-        """The phases in order; those that are taught come after their teachers."""
+        """The phases in order; variants with a teacher come after their teachers."""
         until = PHASES.index(self.arguments.until)
         if self.arguments.clock == "calibrated":
             self.calibrate()
         runs = []
-        for taught in (False, True):
-            wave = {name: v for name, v in self.trained.items() if (v.teacher is not None) == taught}
+        for has_teacher in (False, True):
+            wave = {name: v for name, v in self.trained.items() if (v.teacher is not None) == has_teacher}
             if until >= PHASES.index("search"):
                 self.search(wave)
             if until >= PHASES.index("train"):
@@ -113,20 +121,19 @@ class Study:
     # ---- settings
 
     def config(self, name: str, variant: Variant, blr: float, seed: int, out: Path, share: float) -> PretrainConfig:
-        """The run of a variant that lasts ``share`` of the study's time."""
+        """Configuration of a run of a variant over ``share`` of the study's time."""
         given, own = self.arguments, dict(variant.overrides)
         if variant.teacher is not None:
             own["teacher"] = str(self._teacher(variant.teacher))
-        recipe = dmjd.recipes.get_recipe(variant.recipe)
-        config = recipe(data=str(self.out / "data"), out=str(out), steps=1).replace(
+        config = dmjd.recipes.get_recipe(variant.recipe)(data=str(self.out / "data"), out=str(out), steps=1).replace(
             **COMMON
             | ENCODERS[given.encoder]
             | {"batch_size": given.batch_size, "precision": given.precision, "device": given.device, "seed": seed}
             | given.override
             | own
         )
-        p = requested_pred_ratio(config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint)
-        rule = 1.0 if variant.scale_rule else config.mask_ratio / p
+        masks = build_masks(config)
+        rule = 1.0 if variant.scale_rule else masks.mask_ratio / masks.pred_ratio
         return config.replace(blr=blr * rule, **self._duration(name, share * variant.share))
 
     def _duration(self, name: str, share: float) -> dict[str, float]:
@@ -135,11 +142,11 @@ class Study:
             return {"epochs": given.epochs * share}
         if given.clock == "wall":
             return {"minutes": given.minutes * share}
-        return {"steps": max(1, round(60 * given.minutes * share / self.seconds.get(_base(name), 1.0)))}
+        return {"steps": max(1, round(60 * given.minutes * share / self.seconds.get(base_name(name), 1.0)))}
 
     def _teacher(self, name: str) -> Path:
-        """The first run of the teacher; before there is one, an encoder of its size, which costs the same time."""
-        blr = self.rates.get(name)
+        """The first run of the teacher; if there is none yet, an untrained encoder of its size, which is as fast."""
+        blr = self.best_blrs.get(name)
         folder = self.out / "runs" / self._key("train", name, blr, 0, 1.0) if blr is not None else None
         if folder is not None and folder.exists():
             return folder
@@ -161,19 +168,18 @@ class Study:
     # ---- phases
 
     def calibrate(self) -> None:
-        """Seconds of one step of each variant, the fastest of some rounds that alternate; measured once and kept."""
+        """Seconds per step of each variant, the fastest of several alternating rounds; measured once and saved."""
         file = self.out / f"calibration-{self.arguments.encoder}.json"
         kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-        missing = {
-            _base(n): v for n, v in (self.trained | self._searched(self.trained)).items() if _base(n) not in kept
-        }
+        needed = {base_name(n): v for n, v in (self.trained | self._searched(self.trained)).items()}
+        missing = {name: variant for name, variant in needed.items() if name not in kept}
         for _ in range(ROUNDS):
             for name in shuffled(list(missing)):
                 kept[name] = min(kept.get(name, float("inf")), self._step_seconds(name, missing[name]))
         if missing:
             write_text(file, json.dumps(kept, indent=2) + "\n")
             for name in missing:
-                self.console.say(f"{name}: {1000 * kept[name]:.1f} ms a step")
+                self.console.say(f"{name}: {1000 * kept[name]:.1f} ms per step")
         self.seconds = kept
 
     def _step_seconds(self, name: str, variant: Variant) -> float:
@@ -196,35 +202,35 @@ class Study:
         return (stamps[1] - stamps[0]) / TIMED_STEPS
 
     def _searched(self, wave: dict[str, Variant]) -> dict[str, Variant]:
-        """The variants whose base rate is needed."""
-        names = {variant.rate_of or name for name, variant in wave.items()}
-        return {name: self.trained.get(name) or self.known.get(name) or Variant(name) for name in sorted(names)}
+        """The variants whose base learning rate is needed."""
+        names = {variant.blr_of or name for name, variant in wave.items()}
+        return {name: self.trained.get(name) or self.available.get(name) or Variant(name) for name in sorted(names)}
 
     def search(self, wave: dict[str, Variant]) -> None:
-        """The best base rate of each variant: equal candidates, equal time, best linear probe on held-out images."""
+        """Best base learning rate of each variant: equal candidates and time, best linear probe on held-out images."""
         blrs, share = self.arguments.blrs, self.arguments.search_share
-        wanted = {name: variant for name, variant in self._searched(wave).items() if name not in self.rates}
+        wanted = {name: variant for name, variant in self._searched(wave).items() if name not in self.best_blrs}
         scores: dict[str, dict[float, float]] = {name: {} for name in wanted}
         if len(blrs) > 1:
             for name, blr in shuffled([(name, blr) for name in wanted for blr in blrs]):
-                scores[name][blr] = _score(self._job("search", name, wanted[name], blr, SEARCH_SEED, [1.0], share))
-        for name, found in scores.items():
-            self.rates[name] = max(blrs, key=lambda blr: found.get(blr, 0.0))
-            if found:
-                listed = ", ".join(f"{blr:g}: {100 * found[blr]:.1f}" for blr in sorted(found))
-                at_edge = len(blrs) > 2 and self.rates[name] in (min(blrs), max(blrs))
+                scores[name][blr] = final_score(self._job("search", name, wanted[name], blr, SEARCH_SEED, [1.0], share))
+        for name, tried in scores.items():
+            self.best_blrs[name] = max(blrs, key=lambda blr: tried.get(blr, 0.0))
+            if tried:
+                listed = ", ".join(f"{blr:g}: {100 * tried[blr]:.1f}" for blr in sorted(tried))
+                at_edge = len(blrs) > 2 and self.best_blrs[name] in (min(blrs), max(blrs))
                 edge = " (at the edge of the candidates)" if at_edge else ""
-                self.console.say(f"{name}: base rate {self.rates[name]:g}{edge}; linear probe {listed}")
+                self.console.say(f"{name}: base learning rate {self.best_blrs[name]:g}{edge}; linear probe {listed}")
 
     def train(self, wave: dict[str, Variant]) -> list[dict[str, Any]]:
         """All runs of a wave, in shuffled order."""
         shares = [(i + 1) / self.arguments.probes for i in range(self.arguments.probes)]
         jobs = shuffled([(name, seed) for name in wave for seed in range(self._seeds(name))])
-        found = {
-            (name, seed): self._job("train", name, wave[name], self.rates[wave[name].rate_of or name], seed, shares)
+        records = {
+            (name, seed): self._job("train", name, wave[name], self.best_blrs[wave[name].blr_of or name], seed, shares)
             for name, seed in jobs
         }
-        return [found[name, seed] for name in wave for seed in range(self._seeds(name))]
+        return [records[name, seed] for name in wave for seed in range(self._seeds(name))]
 
     def _seeds(self, name: str) -> int:
         given = self.arguments
@@ -233,14 +239,14 @@ class Study:
     def _job(
         self, kind: str, name: str, variant: Variant, blr: float, seed: int, shares: list[float], share: float = 1.0
     ) -> dict[str, Any]:
-        """One run with its probes; a finished one is read."""
+        """One run with its probes; a finished one is read from its file."""
         key = self._key(kind, name, blr, seed, share)
         file, folder = self.jobs / f"{key}.json", self.out / "runs" / key
         config = self.config(name, variant, blr, seed, folder, share)
         if file.exists():
             record = json.loads(file.read_text())
             if lines := resume_differences(PretrainConfig.from_json(json.dumps(record["config"])), config):
-                raise ValueError(f"{file} was made with other settings; give another --out:\n  " + "\n  ".join(lines))
+                raise ValueError(f"{file} has other settings; give another --out:\n  " + "\n  ".join(lines))
             return record
         self._stop_if_due()
         self.console.say(f"--- {key}")
@@ -264,13 +270,13 @@ class Study:
         return record
 
     def _line(self, name: str, line: dict[str, float]) -> dict[str, float]:
-        """A probe with its place on the axes of the figures."""
-        seconds = line["step"] * self.seconds[_base(name)] if self.seconds else line["seconds"]
+        """A probe with its coordinates on the axes of the figures."""
+        seconds = line["step"] * self.seconds[base_name(name)] if self.seconds else line["seconds"]
         values = {key: line[key] for key in ("share", "step", "images", "knn", "linear")}
         return values | {"minutes": seconds / 60, "epochs": line["images"] / self.num_images}
 
     def _tidy(self, kind: str, folder: Path) -> None:
-        """Of a finished run the encoder is kept, of the search nothing."""
+        """Delete the checkpoints of a finished run, and the whole folder of a search run."""
         shutil.rmtree(folder if kind == "search" else folder / "checkpoints")
         if kind == "train" and self.arguments.encoders is not None:
             self.arguments.encoders.mkdir(parents=True, exist_ok=True)
@@ -278,9 +284,9 @@ class Study:
             write_bytes(self.arguments.encoders / f"{folder.name}.safetensors", encoder_bytes(half))
 
     def _guard(self, report: Report) -> None:
-        """Ask the run to save and stop, as a user would, when the slice is over; a second signal would kill it."""
-        if self._over() and not self._asked:
-            self._asked = True
+        """Stop the run by a signal, as a user would, when the slice is over; a second signal would kill it."""
+        if self._over() and not self._stop_sent:
+            self._stop_sent = True
             signal.raise_signal(signal.SIGTERM)
 
     def _over(self) -> bool:
@@ -289,11 +295,11 @@ class Study:
 
     def _stop_if_due(self) -> None:
         if self._over():
-            self.console.say("the slice is over; the same command goes on")
+            self.console.say("the slice is over; the same command continues")
             raise SystemExit(0)
 
     def test(self, runs: list[dict[str, Any]]) -> None:
-        """The test set, once for each run, after everything is chosen and trained."""
+        """Evaluate each run once on the test set, after everything is chosen and trained."""
         for run in runs:
             file = self.jobs / f"{run['key'].replace('train', 'test', 1)}.json"
             if not file.exists() and not run["diverged"]:
@@ -317,17 +323,17 @@ class Study:
             run["test"] = json.loads(file.read_text()) if file.exists() else None
 
     def report(self, runs: list[dict[str, Any]]) -> None:
-        """JSON and figure beside it, table on the terminal."""
+        """Write JSON, figure and table; print the table."""
         given = self.arguments
         rows = summarize(runs, self.baseline)
         searches = [json.loads(file.read_text()) for file in sorted(self.jobs.glob(f"search-{given.encoder}-*.json"))]
         content = {
             "set": given.set,
-            "settings": {k: v for k, v in vars(given).items() if k not in PLACES} | {"data": Path(given.data).name},
+            "settings": {k: v for k, v in vars(given).items() if k not in PATHS} | {"data": Path(given.data).name},
             "baseline": self.baseline,
             "summary": rows,
             "seconds_per_step": self.seconds,
-            "search": [{"variant": s["variant"], "blr": s["blr"], "linear": _score(s)} for s in searches],
+            "search": [{"variant": s["variant"], "blr": s["blr"], "linear": final_score(s)} for s in searches],
             "runs": [{key: value for key, value in run.items() if key != "config"} for run in runs],
             "machine": machine(self.device),
             "versions": {"dmjd": dmjd.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -340,65 +346,47 @@ class Study:
         table = result_table(rows, self.baseline)
         write_text(file.with_suffix(".md"), table)
         print(table)
-        self.console.say(f"{file}, and beside it the figure (.png) and the table (.md)")
-
-
-def _base(name: str) -> str:
-    """A variant's name without its share of the time."""
-    return name.partition("@")[0]
-
-
-def _score(record: dict[str, Any]) -> float:
-    """Linear probe at the end of a run; 0 for one that diverged."""
-    return 0.0 if record["diverged"] or not record["probes"] else record["probes"][-1]["linear"]
-
-
-def shuffled(jobs: list[Any]) -> list[Any]:
-    """In an order that is the same whenever the study goes on, so that a drifting machine favors no variant."""
-    return random.Random(0).sample(jobs, len(jobs))
-
-
-def override(text: str) -> tuple[str, Any]:
-    """``name=value``, the value as JSON or a plain word."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+        self.console.say(f"wrote {file}, the figure (.png) and the table (.md)")
 
 
 def main() -> None:
-    """Read the arguments and run the study."""
+    """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--encoder", choices=list(ENCODERS), default="vit_lite")
     parser.add_argument("--data", default="cifar10", help="images with labels and a test part")
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
-    parser.add_argument("--json", type=Path, help="result; the figure lies beside it")
-    parser.add_argument("--encoders", type=Path, help="folder that gets the trained encoders in half precision")
+    parser.add_argument("--json", type=Path, help="result; figure and table go to the same folder")
+    parser.add_argument("--encoders", type=Path, help="folder for the trained encoders in half precision")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=8.0, help="of training, for each run")
     length.add_argument("--epochs", type=float, help="for each run, instead of minutes")
     parser.add_argument("--clock", choices=("wall", "calibrated"), default="wall")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--repeat", nargs="+", help="variants that have all the seeds, others one; default all")
-    parser.add_argument("--blrs", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3], help="one: no search")
-    parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run, of a whole one")
-    parser.add_argument("--probes", type=int, default=8, help="in each run")
+    parser.add_argument("--repeat", nargs="+", help="variants run with all seeds, the others with one; default all")
+    parser.add_argument(
+        "--blrs",
+        type=float,
+        nargs="+",
+        default=[1.5e-3, 3e-3, 6e-3],
+        help="one: no search",
+    )
+    parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run, a full one being 1")
+    parser.add_argument("--probes", type=int, default=8, help="number in each run")
     parser.add_argument("--probe-train", type=int, default=5000, help="images")
     parser.add_argument("--probe-test", type=int, default=2500, help="held-out images")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the training images")
-    parser.add_argument("--label-fraction", type=float, help="of the labels the last probes use; default all")
+    parser.add_argument("--label-fraction", type=float, help="share of the labels in the final evaluation; default all")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--variants", nargs="+", help="of the set, also name@share; default all")
-    parser.add_argument("--baseline", help="whose final accuracy is to be reached; default the first variant")
+    parser.add_argument("--variants", nargs="+", help="from the set, or name@share; default all")
+    parser.add_argument("--baseline", help="variant whose final accuracy is to be reached; default the first")
     parser.add_argument(
-        "--override", type=override, nargs="+", default=[], help="settings of all runs, under a variant's own"
+        "--override", type=override, nargs="+", default=[], help="settings of all runs; a variant's own win"
     )
-    parser.add_argument("--slice-minutes", type=float, help="save and stop in time")
-    parser.add_argument("--skip-test", action="store_true", help="while choices are still to be made")
+    parser.add_argument("--slice-minutes", type=float, help="save and stop after this time")
+    parser.add_argument("--skip-test", action="store_true", help="while settings are still being chosen")
     parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")
     arguments = parser.parse_args()
     arguments.override = dict(arguments.override)

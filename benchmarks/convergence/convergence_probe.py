@@ -1,4 +1,4 @@
-"""Held-out images of a training set, and probes of an encoder on them while it trains, for ``convergence.py``."""
+"""Held-out training images, and probes of an encoder on them during training, for ``convergence.py``."""
 
 import io
 import json
@@ -33,21 +33,21 @@ from labels import labels_of
 SIDE = 32  # of images, in pixels
 
 
-def split(data: str, folder: Path, share: float) -> None:
-    """Training images without a held-out part as train.parquet, and that part as test.parquet; written once."""
+def split(data: str, folder: Path, held_out: float) -> None:
+    """Write a held-out part of the training images as test.parquet and the rest as train.parquet, once."""
     files = {name: folder / f"{name}.parquet" for name in ("train", "test")}
     if all(file.exists() for file in files.values()):
         return
     folder.mkdir(parents=True, exist_ok=True)
     source: Source = open_source(data, split="train", labels=labels_of(data))
-    held = hold_out(source.labels, share, seed=0)
+    held = hold_out(source.labels, held_out, seed=0)
     for name, chosen in (("train", ~held), ("test", held)):
         with atomic(files[name]) as temporary:
             pq.write_table(pa.Table.from_pylist([_row(source, int(i)) for i in np.flatnonzero(chosen)]), temporary)
 
 
 def _row(source: Source, index: int) -> dict[str, Any]:
-    """An image as Hugging Face's schema has it; encoded bytes are kept as they are."""
+    """A row in Hugging Face's image schema; encoded bytes are kept unchanged."""
     stored = source.stored(index)
     if not isinstance(stored, bytes):
         buffer = io.BytesIO()
@@ -57,11 +57,11 @@ def _row(source: Source, index: int) -> dict[str, Any]:
 
 
 class Probe:
-    """kNN and linear probe of an encoder, on a fixed part of the training images and of the held-out ones.
+    """kNN and linear probe of an encoder on fixed subsets of the training and the held-out images.
 
     Args:
         data: folder of :func:`split`. num_train, num_test: images, evenly spaced.
-        device: where the encoder runs. precision: of features, "fp32" or "bf16".
+        device: of the encoder. precision: of features, "fp32" or "bf16".
     """
 
     def __init__(self, data: Path, num_train: int, num_test: int, device: torch.device, precision: str) -> None:
@@ -73,10 +73,10 @@ class Probe:
             self.sets.append(read_all(source, self.preprocess, rows))
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """Top-1 accuracies, 0 to 1; the encoder is left as it was."""
-        known, asked = (Features(self._features(encoder, s.raw), s.labels, s.index) for s in self.sets)
+        """Top-1 accuracies, 0 to 1; the encoder is left unchanged."""
+        train, test = (Features(self._features(encoder, s.raw), s.labels, s.index) for s in self.sets)
         tasks = {"knn": knn, "linear": linear_probe}
-        return {name: task(known, asked, device=self.device)["top1"] for name, task in tasks.items()}
+        return {name: task(train, test, device=self.device)["top1"] for name, task in tasks.items()}
 
     def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
         extract = pooled(encoder, self.precision)
@@ -86,28 +86,29 @@ class Probe:
 
 
 class ProbeHook:
-    """Probes at shares of a run, as lines of a file that survives interruptions.
+    """Probes at given points of a run, written to a file that survives interruptions.
 
     Args:
-        encoder: of the run. probe: what is asked of it. shares: when, ascending. file: the lines.
+        encoder: of the run. probe: evaluates it. points: progress of the run (0 to 1) at each probe, ascending.
+        file: JSON lines, progress under "share".
     """
 
-    def __init__(self, encoder: Encoder, probe: Probe, shares: list[float], file: Path) -> None:
-        self.encoder, self.probe, self.shares, self.file = encoder, probe, shares, file
+    def __init__(self, encoder: Encoder, probe: Probe, points: list[float], file: Path) -> None:
+        self.encoder, self.probe, self.points, self.file = encoder, probe, points, file
         self.lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         self._began = False
 
     def __call__(self, report: Report) -> None:
-        """One line where a share is crossed."""
-        if not self._began:  # after an interruption: what came later than the checkpoint is made again
+        """Probe when a point has been passed."""
+        if not self._began:  # after an interruption, probes later than the checkpoint are repeated
             self.lines = [line for line in self.lines if line["step"] < report.state.step]
             self._began = True
         last = self.lines[-1]["share"] if self.lines else -1.0
-        due = [share for share in self.shares if last < share <= report.progress]
+        due = [point for point in self.points if last < point <= report.progress]
         if due:
             self.write(due[-1], report.state)
 
-    def write(self, share: float, progress: TrainState) -> None:
+    def write(self, progress: float, state: TrainState) -> None:
         """Probe now."""
-        self.lines.append({"share": share} | asdict(progress) | self.probe(self.encoder))
+        self.lines.append({"share": progress} | asdict(state) | self.probe(self.encoder))
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))

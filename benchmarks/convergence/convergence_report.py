@@ -1,4 +1,4 @@
-"""Tables and figures of ``convergence.py``, from its finished runs."""
+"""Tables and figures of ``convergence.py`` from its finished runs."""
 
 import statistics
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def curve(runs: Sequence[Run], x: str, y: str) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Means over the seeds at each probe: x, y, and the lowest and highest y."""
+    """Means over seeds at each probe: x, y, and the lowest and highest y."""
     columns = list(zip(*(run["probes"] for run in runs), strict=False))
     xs = [statistics.fmean(p[x] for p in column) for column in columns]
     ys = [[p[y] for p in column] for column in columns]
@@ -32,7 +32,7 @@ def curve(runs: Sequence[Run], x: str, y: str) -> tuple[list[float], list[float]
 
 
 def time_to_reach(xs: Sequence[float], ys: Sequence[float], level: float) -> float | None:
-    """Where a curve first reaches a level, straight between probes; None if it never does."""
+    """x at which a curve first reaches a level, interpolated linearly; None if it never does."""
     for i, y in enumerate(ys):
         if y >= level:
             if i == 0:
@@ -42,10 +42,10 @@ def time_to_reach(xs: Sequence[float], ys: Sequence[float], level: float) -> flo
 
 
 def summarize(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Any]]:
-    """Variant -> rate, length, accuracies (mean, spread of a sample), and the time to the baseline's final accuracy.
+    """Variant -> learning rate, length, accuracies (mean, std), and the time to the baseline's final accuracy.
 
-    Times are read off probes on held-out images along one long schedule. A schedule that is short as a whole
-    (``name@share``) decays sooner and is the fairer test of a speed-up.
+    Times are interpolated between probes on held-out images along one long schedule. A shorter schedule
+    (``name@share``) decays earlier and is the fairer test of a speed-up.
     """
     groups = by_variant(runs)
     rows: dict[str, dict[str, Any]] = {}
@@ -59,10 +59,10 @@ def summarize(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Any]]:
             "diverged": sum(run["variant"] == name for run in runs) > len(own),
             "blr": own[0]["blr"],
             **{x: statistics.fmean(p[x] for p in last) for x in ("step", *AXES)},
-            "held_out": {y: mean_and_spread([p[y] for p in last]) for y in PROBES},
+            "held_out": {y: mean_and_std([p[y] for p in last]) for y in PROBES},
         }
         if all(run.get("test") for run in own):
-            rows[name]["test"] = {y: mean_and_spread([run["test"][y]["result"]["top1"] for run in own]) for y in PROBES}
+            rows[name]["test"] = {y: mean_and_std([run["test"][y]["result"]["top1"] for run in own]) for y in PROBES}
             rows[name]["untrained"] = {
                 who: {y: {"mean": own[0]["test"][y][who]["top1"]} for y in PROBES}
                 for who in ("random_init", "raw_pixels")
@@ -76,15 +76,20 @@ def summarize(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Any]]:
 
 
 def _untrained(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """What needs no training, on the test set; the random encoder is the first variant's."""
-    found = next((row["untrained"] for row in rows.values() if "untrained" in row), None)
-    return {"random weights": found["random_init"], "raw pixels": found["raw_pixels"]} if found else {}
+    """Test-set results of random weights (the first variant's) and raw pixels."""
+    scores = next((row["untrained"] for row in rows.values() if "untrained" in row), None)
+    return {"random weights": scores["random_init"], "raw pixels": scores["raw_pixels"]} if scores else {}
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and, of several, the sample's standard deviation."""
-    spread = {"std": statistics.stdev(values)} if len(values) > 1 else {}
-    return {"mean": statistics.fmean(values)} | spread
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """Mean and, for several values, the sample standard deviation."""
+    std = {"std": statistics.stdev(values)} if len(values) > 1 else {}
+    return {"mean": statistics.fmean(values)} | std
+
+
+def final_score(run: Run) -> float:
+    """Linear probe at the end of a run; 0 if it diverged."""
+    return 0.0 if run["diverged"] or not run["probes"] else run["probes"][-1]["linear"]
 
 
 def _percent(value: dict[str, float] | None) -> str:
@@ -94,7 +99,7 @@ def _percent(value: dict[str, float] | None) -> str:
 
 
 def result_table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
-    """:func:`summarize` for people, in Markdown."""
+    """The result of :func:`summarize` as a Markdown table."""
     titles = ["variant", "seeds", "blr", "steps", "epochs", "minutes", "held-out kNN", "held-out linear"]
     titles += ["test kNN", "test linear", f"minutes to {baseline}'s linear", "times faster"]
     lines = [titles, ["---"] * len(titles)]

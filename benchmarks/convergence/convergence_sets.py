@@ -1,6 +1,8 @@
-"""What ``convergence.py`` compares: named sets of variants, each a recipe of the library with a few changes."""
+"""What ``convergence.py`` compares: named sets of variants, each a recipe of the library with a few overrides."""
 
 import dataclasses
+import json
+import random
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -8,31 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmjd.branches import Branch, Distillation, DistillationBranch
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.masking import Masks
+from dmjd.encoders.base import Encoder
+from dmjd.masking import Masks, MaskSampler
 from dmjd.model import MaskedImageModel
 from dmjd.rng import hash64
-from dmjd.runs.build import build_model
+from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a study.
+    """One row of a study.
 
     Attributes:
         recipe: of the library. overrides: its settings that differ.
-        misaligned: compare the visible branch with targets in the published order, see :class:`Misaligned`.
-        scale_rule: whether the rate follows p / c.
-        rate_of: the variant whose base rate it takes over; None = its own is searched.
-        teacher: the variant whose first run is its teacher; that run's own time is not counted.
-        share: of the study's time, for whole schedules that are shorter.
+        misaligned: whether the visible branch is compared with targets in the published order, see
+            :class:`MisalignedBranch`.
+        scale_rule: whether the learning rate is scaled by p / c.
+        blr_of: the variant whose base learning rate it uses; None = its own is searched.
+        teacher: the variant whose first run is its teacher; the time of that run is not counted.
+        share: of the study's time, for a shorter schedule.
     """
 
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict)
     misaligned: bool = False
     scale_rule: bool = True
-    rate_of: str | None = None
+    blr_of: str | None = None
     teacher: str | None = None
     share: float = 1.0
 
@@ -51,8 +56,8 @@ SETS += ("targets", "beyond")
 
 
 def of_dmjd(**overrides: Any) -> Variant:
-    """The paper's recipe with changes, at the rate found for it."""
-    return Variant("dmjd", overrides, rate_of="dmjd")
+    """The paper's recipe with overrides, at its base learning rate."""
+    return Variant("dmjd", overrides, blr_of="dmjd")
 
 
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
@@ -65,22 +70,22 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return {pixels: Variant(pixels)} | fair | own
     if name == "speed":
         return {pixels: Variant(pixels), "maskfeat": own["maskfeat"]} | {
-            f"dmjd@{share}": Variant("dmjd", rate_of="dmjd", share=float(Fraction(share)))
+            f"dmjd@{share}": Variant("dmjd", blr_of="dmjd", share=float(Fraction(share)))
             for share in ("1", "10/18", "10/30", "10/37")
         }
     if name == "alignment":
         misaligned = {f"{each}_misaligned": Variant(each, misaligned=True) for each in ("jd", "dmjd")}
         return {each: own[each] for each in ("maskfeat", "dm", "jd", "dmjd")} | misaligned
-    if name == "rule":  # a rate that was found for one view, where the rule changes nothing
+    if name == "rule":  # a learning rate found for one view, where the rule changes nothing
         return {"jd": own["jd"]} | {
-            f"{recipe}{'' if rule else '_no_rule'}": Variant(recipe, scale_rule=rule, rate_of="jd")
+            f"{recipe}{'' if rule else '_no_rule'}": Variant(recipe, scale_rule=rule, blr_of="jd")
             for recipe in ("dmjd", "complementary")
             for rule in (True, False)
         }
     if name == "targets":
         by = {"pixel": ("pixel", "pixel"), "ema": ("ema", "ema"), "pixel_hog": ("pixel", "hog")}
         by |= {"hog_pixel": ("hog", "pixel"), "hog_ema": ("hog", "ema")}
-        taught = {
+        with_teacher = {
             "teacher": ("teacher", "teacher"),
             "hog_teacher": ("hog", "teacher"),
             "pixel_teacher": ("pixel", "teacher"),
@@ -90,23 +95,23 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
             | {key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}) for key, (mim, vis) in by.items()}
             | {
                 key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}, teacher="dmjd")
-                for key, (mim, vis) in taught.items()
+                for key, (mim, vis) in with_teacher.items()
             }
         )
     if name == "beyond":
         muon, mixed = {"optimizer": "muon"}, {"mim_target": "pixel", "vis_target": "hog"}
-        hidden = mixed | {"mask_ratio": 0.75, "block_size": 1, "hog_cell": 4}
+        c75 = mixed | {"mask_ratio": 0.75, "block_size": 1, "hog_cell": 4}
         return {
             pixels: Variant(pixels),
             f"{pixels}_muon": Variant(pixels, muon),
             "dmjd": own["dmjd"],
             "dmjd_muon": Variant("dmjd", muon),
             "pixel_hog_muon": Variant("dmjd", mixed | muon),
-            "pixel_hog_c75": Variant("dmjd", hidden),
-            "pixel_hog_muon_c75": Variant("dmjd", hidden | muon),
-            "pixel_hog_muon_c75_one_view": Variant("jd", hidden | muon),
+            "pixel_hog_c75": Variant("dmjd", c75),
+            "pixel_hog_muon_c75": Variant("dmjd", c75 | muon),
+            "pixel_hog_muon_c75_one_view": Variant("jd", c75 | muon),
             "pixel_hog_muon_c75_two_stage": Variant(
-                "dmjd", hidden | muon | {"vis_target": "teacher"}, teacher="pixel_hog_muon_c75"
+                "dmjd", c75 | muon | {"vis_target": "teacher"}, teacher="pixel_hog_muon_c75"
             ),
         }
     changes: dict[str, dict[str, dict[str, Any]]] = {
@@ -118,52 +123,95 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         "hog": {f"cell_{cell}": {"hog_cell": cell} for cell in (1, 4)}
         | {f"bins_{bins}": {"hog_bins": bins} for bins in (4, 18)},
         "projector": {f"projector_{depth}": {"projector_depth": depth} for depth in (1, 2, 5)},
-        "decode": {f"decode_{share}": {"decode_ratio": share} for share in (0.25, 0.5)},
+        "decode": {f"decode_{ratio}": {"decode_ratio": ratio} for ratio in (0.25, 0.5)},
     }
     return {"dmjd": own["dmjd"]} | {key: of_dmjd(**change) for key, change in changes[name].items()}
 
 
-def with_share(name: str, known: dict[str, Variant]) -> Variant:
-    """``name`` or ``name@share`` (a number or a fraction such as 10/37): a variant of that share of the time.
+def base_name(name: str) -> str:
+    """A variant's name without its share of the time."""
+    return name.partition("@")[0]
+
+
+def with_share(name: str, available: dict[str, Variant]) -> Variant:
+    """``name`` or ``name@share`` (a number or a fraction, e.g. 10/37): a variant that runs for this share of the time.
 
     Raises:
-        ValueError: for a name that is not known, or a share that is no number.
+        ValueError: for an unknown name, or a share that is not a number.
     """
     base, at, share = name.partition("@")
-    if name in known:
-        return known[name]
-    if base not in known:
-        raise ValueError(f"no variant '{base}' in this set; there are: {', '.join(known)}")
-    variant = known[base]
-    return (
-        dataclasses.replace(variant, share=float(Fraction(share)), rate_of=variant.rate_of or base) if at else variant
-    )
+    if name in available:
+        return available[name]
+    if base not in available:
+        raise ValueError(f"no variant '{base}' in this set; there are: {', '.join(available)}")
+    variant = available[base]
+    return dataclasses.replace(variant, share=float(Fraction(share)), blr_of=variant.blr_of or base) if at else variant
 
 
-class Misaligned(MaskedImageModel):
-    """The published order of the visible branch: tokens come shuffled, their targets by place.
+def shuffled(jobs: list[Any]) -> list[Any]:
+    """A fixed random order, so that a drifting machine favors no variant and the study can be resumed."""
+    return random.Random(0).sample(jobs, len(jobs))
 
-    So the prediction of each visible token is compared with the target of some other one. Reconstruction is left alone.
-    """
 
-    def draw_masks(self, keys: Tensor) -> Masks:
-        """The model's masks, the visible tokens of each view in random order."""
-        masks = super().draw_masks(keys)
+def override(text: str) -> tuple[str, Any]:
+    """Parse ``name=value``, the value as JSON or a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+class ShuffledVisible(MaskSampler):
+    """The masks of another sampler with the visible tokens of each view in random order, as published."""
+
+    def __init__(self, sampler: MaskSampler) -> None:
+        self.sampler, self.num_views = sampler, sampler.num_views
+        self.mask_ratio, self.pred_ratio = sampler.mask_ratio, sampler.pred_ratio
+
+    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """(V, M, U) in tokens."""
+        return self.sampler.counts(grid)
+
+    def draw(self, keys: Tensor, grid: tuple[int, int]) -> Masks:
+        """Draw K views of each image: keys [B] int64 -> masks."""
+        masks = self.sampler.draw(keys, grid)
         K, B, V = masks.visible.shape
-        device = keys.device
-        views, places = (torch.arange(n, device=device) for n in (K, V))
-        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), places)  # K, B, V
+        views, positions = (torch.arange(n, device=keys.device) for n in (K, V))
+        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), positions)  # K, B, V
         return dataclasses.replace(masks, visible=masks.visible.gather(2, noise.argsort(dim=-1)))
 
-    def losses(self, predictions: dict[str, Tensor], targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-        """The model's losses, visible targets in raster order."""
-        raster = dataclasses.replace(masks, visible=masks.visible.sort(dim=-1).values)
-        return super().losses(predictions, targets, raster)
+
+class MisalignedBranch(DistillationBranch):
+    """Compares the shuffled visible tokens with targets in raster order, as published.
+
+    So the prediction of a visible token is compared with the target of another one.
+    """
+
+    def token_ids(self, masks: Masks) -> Tensor:
+        """[K, B, V] ids of the visible tokens, sorted."""
+        return masks.visible.sort(dim=-1).values
+
+
+@dataclass(frozen=True)
+class Misaligned(Distillation):
+    """Settings of :class:`MisalignedBranch`."""
+
+    def build(self, encoder: Encoder, out_dim: int) -> Branch:
+        """The branch for an encoder, with fresh weights."""
+        return MisalignedBranch(encoder, out_dim, self)
 
 
 def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
-    """The fresh model of a variant; both orders start from the same weights."""
-    model = build_model(config)
-    if variant.misaligned:
-        model.__class__ = Misaligned
-    return model
+    """The untrained model of a variant; both orders start from the same weights."""
+    if not variant.misaligned:
+        return build_model(config)
+    torch.manual_seed(config.seed)
+    encoder, distillation = build_encoder(config), build_distillation(config)
+    assert distillation is not None
+    return MaskedImageModel(
+        encoder,
+        masks=ShuffledVisible(build_masks(config)),
+        mim=build_reconstruction(config),
+        vis=Misaligned(**{f.name: getattr(distillation, f.name) for f in dataclasses.fields(distillation)}),
+    )

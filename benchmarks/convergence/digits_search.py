@@ -1,10 +1,10 @@
-"""Which settings of the digits recipe learn most in the same wall-clock time.
+"""Compare settings of the digits recipe at equal wall-clock time.
 
     python benchmarks/convergence/digits_search.py --minutes 1 --out runs/search \
       --json benchmarks/results/digits_search.json
 
-Variants run one after the other in shuffled order, so that a drifting machine favors none; finished ones are not run
-again. Each is evaluated by the run's own protocol: kNN and linear probe on the 2,000 test renderings.
+Variants run one after the other in shuffled order, so that a drifting machine favors none; finished ones are not
+repeated. Each gets the final evaluation of a run: kNN and linear probe on the 2,000 test images.
 """
 
 import argparse
@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run the variants and write one JSON."""
+    """Run the variants and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=Path("runs/search"))

@@ -19,9 +19,9 @@ AXES = {"minutes": "minutes of training", "images": "images seen, thousands"}
 def main() -> None:
     """Read, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files; a run that is in several counts once")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files; a run that occurs in several counts once")
     parser.add_argument("--variants", nargs="+", required=True)
-    parser.add_argument("--labels", nargs="+", help="what the figure calls them; default their names")
+    parser.add_argument("--labels", nargs="+", help="of the variants in the figure; default their names")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     runs = {run["key"]: run for file in given.results for run in json.loads(file.read_text())["runs"]}
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def draw(groups: dict[str, list[Run]]) -> Figure:
-    """One line a variant; bands from the lowest to the highest seed."""
+    """One line per variant; bands from the lowest to the highest seed."""
     figure = Figure(figsize=(9.5, 3.6), dpi=DPI, layout="constrained")
     for axes, (x, title) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
         scale = 1e-3 if x == "images" else 1.0

@@ -1,4 +1,4 @@
-"""The figure of the sweeps in docs/evidence.md: what each change does to a recipe, from results of convergence.py.
+"""The figure of the sweeps in docs/evidence.md: the effect of each change to a recipe, from results of convergence.py.
 
     python benchmarks/convergence/sweeps_figure.py \
       benchmarks/results/convergence_{ratio,views,targets}_vit_lite_2min.json --out docs/figures/sweeps.png
@@ -23,7 +23,7 @@ def main() -> None:
     """Read, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files")
-    parser.add_argument("--titles", nargs="+", help="of the panels, in the order in which their recipes come")
+    parser.add_argument("--titles", nargs="+", help="of the panels, in the order of the recipes in the files")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     panels: dict[str, dict[str, dict[str, float]]] = {}  # recipe -> variant -> its last probe, the recipe itself first
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def draw(panels: dict[str, dict[str, Any]]) -> Figure:
-    """One row a variant, linear probe and kNN as dots, the recipe itself as a dashed line through all rows."""
+    """One row per variant, linear probe and kNN as dots, the recipe itself as a dashed line through all rows."""
     rows = max(len(panel) for panel in panels.values())
     figure = Figure(figsize=(4.8 * len(panels), ROW * rows + 1.2), dpi=DPI, layout="constrained")
     for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

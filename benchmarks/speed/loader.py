@@ -65,7 +65,7 @@ def make_jpegs(folder: Path, count: int, height: int = HEIGHT, width: int = WIDT
 
 
 def in_turns(ways: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
-    """Things per second of each way: the best of some turns; a way returns how many it did."""
+    """Items per second of each function, the best of several rounds; a function returns the number of its items."""
     best = dict.fromkeys(ways, 0.0)
     for way in ways.values():
         way()
@@ -95,15 +95,15 @@ def difference(loader: TrainLoader, pillows: Callable[[int, list[float]], Image.
     return {"mean": levels.mean().item(), "99 %": tail, "largest": levels.max().item()}
 
 
-def check(found: dict[str, float], mean: float) -> dict[str, float]:
-    """The same, or an error where the mean difference is above ``mean`` levels."""
-    if found["mean"] > mean:
-        raise SystemExit(f"our crops are not Pillow's: {found}")
-    return found
+def check(differences: dict[str, float], mean: float) -> dict[str, float]:
+    """Return the differences; exit with an error if the mean is above ``mean`` levels."""
+    if differences["mean"] > mean:
+        raise SystemExit(f"our crops differ from Pillow's: {differences}")
+    return differences
 
 
 def ordinary_transform(size: int) -> transforms.Compose:
-    """What training scripts usually do to each image."""
+    """The usual transforms of training scripts."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, (0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -115,7 +115,7 @@ def ordinary_transform(size: int) -> transforms.Compose:
 
 
 def each(function: Callable[[bytes], Any], images: list[bytes]) -> Callable[[], int]:
-    """One turn of a way that takes images one by one."""
+    """One round of a function that takes images one by one."""
 
     def turn() -> int:
         for encoded in images:
@@ -137,7 +137,7 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
 
 
 def ours(loader: TrainLoader, batches: int, normalized: bool = False) -> Callable[[], int]:
-    """One turn of our loader, with or without the normalization that a run leaves to its device."""
+    """One round of our loader, with or without the normalization that a run does on its device."""
     endless, preprocess = loader.batches(), Preprocess(loader._augment.size)
 
     def take() -> Tensor:
@@ -153,7 +153,7 @@ def folder_loader(folder: Path, batch_size: int) -> TrainLoader:
 
 
 def pillows_crops(folder: Path) -> Callable[[int, list[float]], Image.Image]:
-    """What the ordinary pipeline makes of a box of a file."""
+    """A crop of a file by the usual pipeline."""
     files = sorted(folder.iterdir())
 
     def crop(index: int, box: list[float]) -> Image.Image:
@@ -165,7 +165,7 @@ def pillows_crops(folder: Path) -> Callable[[int, list[float]], Image.Image]:
 
 
 def jpeg_ways(folder: Path, encoded: list[bytes]) -> dict[str, Callable[[], int]]:
-    """Ordinary pipeline, bare decoders, and our loader reading in this process."""
+    """The usual pipeline, bare decoders, and our loader in this process."""
     files = sorted(folder.iterdir())
     transform = ordinary_transform(224)
 
@@ -240,7 +240,7 @@ def pillows_small_crop(index: int, box: list[float]) -> Image.Image:
 
 
 def photograph_ways(folder: Path) -> dict[str, Callable[[], int]]:
-    """12-megapixel images: the ordinary pipeline and ours, which decodes them at a fraction of their size."""
+    """12-megapixel images: the usual pipeline and ours, which decodes them at a fraction of their size."""
     files = sorted(folder.iterdir())
     transform = ordinary_transform(224)
 
@@ -287,7 +287,7 @@ def orders() -> dict[str, float]:
 
 @contextlib.contextmanager
 def took(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add how long the block took."""
+    """Add the seconds of the block."""
     began = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - began
@@ -305,7 +305,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(title: str, rates: dict[str, float], base: str) -> None:
-    """One line a way: things per second, times the base."""
+    """One line per function: items per second, relative to the base."""
     print(f"\n{title}")
     for name, rate in rates.items():
         print(f"  {name:26s} {rate:10.0f} /s  {rate / rates[base]:6.2f} x")
@@ -314,14 +314,14 @@ def table(title: str, rates: dict[str, float], base: str) -> None:
 def main() -> None:
     """Measure, print tables, write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--json", type=Path, help="result")
     parser.add_argument("--images", type=int, default=128, help="JPEGs, a multiple of 64")
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--files", type=int, default=1_000_000, help="files of the folder that is listed")
-    parser.add_argument("--temp", type=Path, help="where files are made; default: the system's temporary folder")
+    parser.add_argument("--files", type=int, default=1_000_000, help="in the folder that is listed")
+    parser.add_argument("--temp", type=Path, help="folder for generated files; default the system's temporary folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory("cpu")  # as a training run does; both sides profit
+    keep_freed_memory("cpu")  # as a training run does; both sides benefit
     with tempfile.TemporaryDirectory(dir=arguments.temp) as temp:
         folders = [Path(temp) / name for name in ("jpegs", "photographs", "listing")]
         for folder in folders:
@@ -344,8 +344,8 @@ def main() -> None:
     table("4000 x 3000 JPEGs, crops of 224", photographs, "ordinary pipeline")
     table("32 x 32 images in memory", memory, "per-sample torchvision")
     print("\nDifference to Pillow's crops of the same boxes, in levels of 255")
-    for name, found in levels.items():
-        print(f"  {name:15s}" + "".join(f"  {what} {value:.3f}" for what, value in found.items()))
+    for name, differences in levels.items():
+        print(f"  {name:15s}" + "".join(f"  {what} {value:.3f}" for what, value in differences.items()))
     print(f"\nA folder of {arguments.files:,} files, and orders, in seconds")
     for name, value in list(seconds.items())[1:]:
         print(f"  {name:30s} {value:8.2f}")

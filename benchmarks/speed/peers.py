@@ -1,6 +1,6 @@
-"""The other side of the speed comparisons: training steps of the same work in other software, each as it comes.
+"""Training steps of other software for the speed comparisons, in their default form.
 
-All give ``step()``: forward, backward and AdamW on made-up images that are already normalized.
+All take random images that are already normalized.
 """
 
 from functools import partial
@@ -20,12 +20,12 @@ IMG_SIZE = 224
 
 
 class DenseReference(nn.Module):
-    """DMJD with ConvViT the way the published code computes it: every position of both views, then pick.
+    """DMJD with ConvViT as the published code computes it: every position of both views, then select.
 
     Each view embeds and convolves the whole image under its mask, the scales are fused densely, the decoder and its
     head run on all tokens. Same weights, attention kernel, targets and precision as ours; channels last throughout,
     which is faster than the published layout. It keeps what plain layers keep for the backward pass, but for the GELU,
-    which is taken again: a little thriftier than the published code.
+    which is recomputed: slightly less memory than the published code.
     """
 
     def __init__(self, model: dmjd.MaskedImageModel) -> None:
@@ -43,10 +43,10 @@ class DenseReference(nn.Module):
         losses = []
         for visible, masked, mask in zip(masks.visible, masks.masked, masks.mask, strict=True):
             latent = self._encode(images, visible, mask)
-            everything = model.decoder(latent, visible, masked, all_tokens=True)  # B, V + M, C
+            everything = model.branches["mim"].decoder(latent, visible, masked, all_tokens=True)  # B, V + M, C
             prediction = everything[:, visible.shape[1] :].float()
             losses.append(F.mse_loss(prediction, gather_tokens(targets["mim"], masked)))
-            distilled = model.distillation(latent).float()
+            distilled = model.branches["vis"](latent, masks).float()
             losses.append(F.smooth_l1_loss(distilled, gather_tokens(targets["vis"], visible), beta=2.0))
         return torch.stack(losses).sum() / len(masks.visible)
 
@@ -83,12 +83,12 @@ def _plain_block(block: TransformerBlock, x: Tensor, skip: int = 0) -> Tensor:
 
 
 def _plain_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    hidden = mlp.fc1(x)
-    return _GeluLinear.apply(hidden, mlp.fc2.weight.to(hidden.dtype), mlp.fc2.bias.to(hidden.dtype))
+    x = mlp.fc1(x)
+    return _GeluLinear.apply(x, mlp.fc2.weight.to(x.dtype), mlp.fc2.bias.to(x.dtype))
 
 
 class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(x)) that keeps x alone."""
+    """linear(gelu(x)) that saves only x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class _GeluLinear(torch.autograd.Function):
 
 
 class LightlyMAE(nn.Module):
-    """MAE from lightly's building blocks, put together as its documentation does; ViT-B/16 instead of its B/32."""
+    """MAE from lightly's building blocks, as in its documentation, but with ViT-B/16 instead of B/32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,12 +129,12 @@ class LightlyMAE(nn.Module):
         from lightly.models import utils
 
         B, length = images.shape[0], self.backbone.sequence_length
-        keep, hidden = utils.random_token_mask(size=(B, length), mask_ratio=0.75, device=images.device)
+        keep, masked = utils.random_token_mask(size=(B, length), mask_ratio=0.75, device=images.device)
         encoded = self.decoder.embed(self.backbone.encode(images=images, idx_keep=keep))
         tokens = utils.repeat_token(self.decoder.mask_token, (B, length))
         tokens = utils.set_at_index(tokens, keep, encoded.type_as(tokens))
-        predicted = self.decoder.predict(utils.get_at_index(self.decoder.decode(tokens), hidden))
-        target = utils.get_at_index(utils.patchify(images, 16), hidden - 1)
+        predicted = self.decoder.predict(utils.get_at_index(self.decoder.decode(tokens), masked))
+        target = utils.get_at_index(utils.patchify(images, 16), masked - 1)
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return F.mse_loss(predicted.float(), target)
 
@@ -160,6 +160,7 @@ def dmjd_model() -> dmjd.MaskedImageModel:
 
 
 def mae_model() -> dmjd.MaskedImageModel:
-    """ViT-B in MAE's configuration, by our code."""
+    """Our ViT-B in MAE's configuration."""
     encoder = dmjd.create_encoder("vit_base_patch16", img_size=IMG_SIZE, class_token=True)
-    return dmjd.MaskedImageModel(encoder, "pixel", num_views=1, mask_ratio=0.75, block_size=1, vis=False)
+    masks = dmjd.DisjointMasks(num_views=1, mask_ratio=0.75, block_size=1)
+    return dmjd.MaskedImageModel(encoder, masks, mim=dmjd.Reconstruction(target="pixel"), vis=None)

@@ -1,4 +1,4 @@
-"""Cost grows as it should: flat in the number of images, linear in views, memory flat over thousands of steps.
+"""How cost scales: constant in the number of images, linear in views, constant memory over thousands of steps.
 
     python benchmarks/speed/scaling.py --json benchmarks/results/scaling_cpu.json --figure docs/figures/scaling.png
 
@@ -35,7 +35,7 @@ ENCODER = {"encoder": "vit_tiny_patch4", "img_size": (32,), "batch_size": 16}
 
 
 class Generated(Source):
-    """Any number of small images that take no space, of two sizes, so that they are not all held in memory."""
+    """Any number of small images, generated on access, of two sizes so that the loader does not cache them all."""
 
     def __init__(self, count: int) -> None:
         self.name, self.count = f"generated {count}", count
@@ -57,27 +57,27 @@ def loader_sizes(turns: int = 5, batches: int = 30) -> list[dict[str, float]]:
 
     The sizes take turns; each keeps its best.
     """
-    found: list[dict[str, float]] = []
+    sizes: list[dict[str, float]] = []
     streams = []
     for count in SIZES:
         started = time.perf_counter()
         loader = TrainLoader(Generated(count), img_size=(32, 32), batch_size=64, num_workers=0)
         streams.append(loader.batches(0))
         next(streams[-1])
-        found.append({"count": count, "first_batch_s": time.perf_counter() - started, "images_per_s": 0.0})
+        sizes.append({"count": count, "first_batch_s": time.perf_counter() - started, "images_per_s": 0.0})
     for _ in range(turns):
-        for size, stream in zip(found, streams, strict=True):
-            next(stream)  # the order of the set's epoch is drawn again: only two are kept, and four sets take turns
+        for size, stream in zip(sizes, streams, strict=True):
+            next(stream)  # the epoch order is drawn again: the loader caches two, and four sets alternate
             started = time.perf_counter()
             for _ in range(batches):
                 next(stream)
             rate = 64 * batches / (time.perf_counter() - started)
             size["images_per_s"] = max(size["images_per_s"], rate)
-    return found
+    return sizes
 
 
 def step_views(device: torch.device, turns: int = 2) -> list[dict[str, float]]:
-    """Images/s of a training step for each number of views, in turns; each keeps its best."""
+    """Images/s of a training step for each number of views, the best of alternating rounds."""
     keep_freed_memory(device)
     best = dict.fromkeys(VIEWS, 0.0)
     for _ in range(turns):
@@ -88,8 +88,8 @@ def step_views(device: torch.device, turns: int = 2) -> list[dict[str, float]]:
 
 
 def memory_over_steps(steps: int) -> list[tuple[int, float]]:
-    """(step, resident MB) of a whole digits run of so many steps, with its checkpoints, looked at from outside."""
-    found: list[tuple[int, float]] = []
+    """(step, resident MB) of a digits run of so many steps with checkpoints, sampled from outside."""
+    samples: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dmjd", "pretrain", "digits", "--out", f"{folder}/run", "--steps", str(steps)]
         command += ["--no-final-eval", "--eval-every", "0", "--checkpoint-every", "250"]
@@ -97,15 +97,15 @@ def memory_over_steps(steps: int) -> list[tuple[int, float]]:
         while run.poll() is None:
             pages = Path(f"/proc/{run.pid}/statm").read_text().split()
             if step := last_step(Path(folder, "run", "metrics.jsonl")):
-                found.append((step, int(pages[1]) * resource.getpagesize() / 1e6))
+                samples.append((step, int(pages[1]) * resource.getpagesize() / 1e6))
             time.sleep(0.5)
     if run.returncode:
         sys.exit(f"the run ended with {run.returncode}")
-    return found[:-1]
+    return samples[:-1]
 
 
 def last_step(metrics: Path) -> int:
-    """The step a run has reported last, 0 before its first."""
+    """The last step a run has logged, 0 before its first."""
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     return json.loads(whole[-1]).get("step", 0) if whole else 0
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--steps", type=int, default=2000, help="of the memory curve")
-    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
+    parser.add_argument("--only", choices=PARTS, help="measure this part only")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}

@@ -1,4 +1,4 @@
-"""Small models: `dmjd`'s loop beside a plain PyTorch loop over the same model, on 32-pixel images.
+"""Small models: our training loop against a plain PyTorch loop over the same model, on 32-pixel images.
 
     python benchmarks/speed/small_models.py --json benchmarks/results/small_models_cpu.json
     python benchmarks/speed/small_models.py --data cifar10_train.parquet
@@ -40,11 +40,11 @@ Side = Callable[[int], None]
 
 WARMUP = 2
 LOG_EVERY = 20
-READY = 8  # batches made beforehand
+READY = 8  # batches prepared in advance
 
 
 class PlainImages(Dataset):
-    """A set as people wrap one: a PIL image at a time through torchvision's transforms."""
+    """The usual dataset class: one PIL image at a time through torchvision's transforms."""
 
     def __init__(self, source: Source) -> None:
         self._images = [Image.fromarray(source.read(i)) for i in range(min(len(source), 12_000))]
@@ -116,7 +116,7 @@ def run_engine(engine: Engine, batches: Iterator[Batch], steps: int) -> None:
 
 
 def make_sides(config: Any, source: Source, kept: bool, workers: int, device: torch.device) -> dict[str, Side]:
-    """name -> runs so many steps; our own only where memory is kept, since the engine sees to that."""
+    """name -> function that runs so many steps; ours only with kept memory, which the engine sets up itself."""
     loader = TrainLoader(source, img_size=(32, 32), batch_size=config.batch_size, device=device)
     ready = list(itertools.islice(loader.batches(0), READY))
     loop, given = PlainLoop(config, device), itertools.cycle([batch.images for batch in ready])
@@ -134,7 +134,7 @@ def make_sides(config: Any, source: Source, kept: bool, workers: int, device: to
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Images/s of every side of this process, a number for each turn."""
+    """Images/s of every side in this process, a number for each round."""
     if args.kept:
         keep_freed_memory(device)
     config = dmjd.recipes.dmjd(
@@ -144,15 +144,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[fl
     sides = make_sides(config, source, args.kept, args.workers, device)
     for run in sides.values():
         run(WARMUP)
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(args.turns):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             wait(device)
             started = time.perf_counter()
             sides[name](args.steps)
             wait(device)
-            found[name].append(args.batch * args.steps / (time.perf_counter() - started))
-    return found
+            rates[name].append(args.batch * args.steps / (time.perf_counter() - started))
+    return rates
 
 
 def measure_apart(args: argparse.Namespace, batch: int, precision: str, kept: bool) -> dict[str, list[float]]:
@@ -160,12 +160,12 @@ def measure_apart(args: argparse.Namespace, batch: int, precision: str, kept: bo
     command = [sys.executable, __file__, "--batch", str(batch), "--precision", precision, "--data", args.data]
     command += ["--steps", str(max(1, args.steps * 64 // batch)), "--turns", str(args.turns)]
     command += ["--workers", str(args.workers)] + ["--kept"] * kept + ["--compile"] * args.compile
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(answer.stdout.splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def summary(turns: dict[str, list[float]]) -> dict[str, Any]:
-    """Best turn of each side and what ours are against the others."""
+    """Best round of each side, and ours relative to the others."""
     best = {name: max(rates) for name, rates in turns.items()}
     ours = best["dmjd and its loader"]
     return {"images_per_s": best, "times": {name: ours / rate for name, rate in best.items()}, "turns": turns}
@@ -173,10 +173,10 @@ def summary(turns: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="measurements that are in it already are not made again")
+    parser.add_argument("--json", type=Path, help="result; measurements it already holds are not repeated")
     parser.add_argument("--data", default="digits", help="the generated digits, or a set of 32-pixel images")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="a turn at 64 images a step")
+    parser.add_argument("--steps", type=int, default=8, help="per round, at 64 images per step")
     parser.add_argument("--workers", type=int, default=2, help="of the plain DataLoader")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])

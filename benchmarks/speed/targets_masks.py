@@ -1,4 +1,4 @@
-"""What targets and masks cost: HOG beside a histogram by one-hot bins, masks, and both as a share of a training step.
+"""Cost of targets and masks: HOG against a histogram by one-hot bins, masks, and both as a share of a training step.
 
     python benchmarks/speed/targets_masks.py --json benchmarks/results/targets_masks_cpu.json
 
@@ -34,7 +34,7 @@ PARTS = ("hog", "masks", "fp32", "bf16")  # the last two: share of a ViT-tiny st
 
 
 def one_hot_hog(images: Tensor, cell_size: int = 8, num_bins: int = 9) -> Tensor:
-    """The same histogram by a plane for every bin: [B, C, H, W] -> [B, C, H/cell, W/cell, bins] float32.
+    """The same histogram with one plane per bin: [B, C, H, W] -> [B, C, H/cell, W/cell, bins] float32.
 
     Gradients by a fixed convolution, each pixel's magnitude scattered into its bin's plane, planes averaged by cells:
     the way HOG is usually written in PyTorch.
@@ -69,7 +69,7 @@ def make_images() -> Tensor:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
-    """Median of some repeats, after warming up."""
+    """Median of several repeats, after a warm-up."""
     times = []
     for _ in range(repeats + 2):
         wait(device)
@@ -87,7 +87,7 @@ def measure_side(side: str, file: str, device: torch.device) -> dict[str, float]
         keep_freed_memory(device)
     images = torch.from_file(file, shared=False, size=BATCH * 3 * SIZE * SIZE, dtype=torch.uint8)
     images = images.view(BATCH, 3, SIZE, SIZE).to(device, dtype)
-    histogram(images[:1, :, :32, :32].float())  # libraries loaded; our table for bytes is not made yet
+    histogram(images[:1, :, :32, :32].float())  # loads libraries; our table for uint8 is not built yet
     for image in images:
         image.amax()  # the file's pages are in memory
     memory = extra_memory(lambda: histogram(images), device)
@@ -95,13 +95,13 @@ def measure_side(side: str, file: str, device: torch.device) -> dict[str, float]
 
 
 def extra_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes by which the peak rises while it runs: of tensors on a GPU, of the process on a CPU (Linux)."""
+    """Bytes by which peak memory rises while it runs: of tensors on a GPU, of the process on a CPU (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to current use
     before = _status("VmHWM")
     run()
     return _status("VmHWM") - before
@@ -118,20 +118,20 @@ def draw_masks(keys: Tensor) -> None:
 
 
 def compare_hog(rounds: int, device: torch.device) -> dict[str, Any]:
-    """All sides in turn, medians; stops where the values differ."""
+    """Medians of all sides, in alternation; exits if their values differ."""
     images = make_images()
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # borders are treated differently
     ours, theirs = (hog(images[:8].to(device))[inner] for hog in (dmjd.hog, one_hot_hog))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    measured: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.NamedTemporaryFile(suffix=".bytes") as file:
         images.numpy().tofile(file.name)
         for _ in range(rounds):
             for side in SIDES:
                 command = [sys.executable, __file__, "--side", side, "--file", file.name]
-                answer = subprocess.run(command, capture_output=True, text=True, check=True)
-                found[side].append(json.loads(answer.stdout))
-    sides = {side: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for side, runs in found.items()}
+                process = subprocess.run(command, capture_output=True, text=True, check=True)
+                measured[side].append(json.loads(process.stdout))
+    sides = {side: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for side, runs in measured.items()}
     best = sides["dmjd.hog"]
     return {
         "sides": sides,
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="measured ViT-tiny steps")
-    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
+    parser.add_argument("--only", choices=PARTS, help="measure this part only")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Training steps a second and memory, ours beside others, on this machine.
+"""Training speed and memory, ours against others, on this machine.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed/throughput.py --json benchmarks/results/throughput_cpu.json
     python benchmarks/speed/throughput.py --json benchmarks/results/throughput_cpu.json --rounds 0 \
-      --figure docs/figures/throughput.png                # draws what the file holds, measures nothing
+      --figure docs/figures/throughput.png                # draws the results in the file, measures nothing
 
 Every measurement runs in a process of its own, in shuffled order, several rounds; beside each stands the machine's
 matrix-multiply rate measured in that process. ``+ kept`` gives a peer our setting of the memory allocator as well
@@ -50,7 +50,7 @@ USEFUL_GFLOP = {"ConvViT-B, DMJD": 237.0, "ViT-B, MAE": 58.7}
 
 
 def make_step(side: str, batch: int, device: torch.device, precision: str, compiled: bool) -> Callable[[], None]:
-    """A whole training step of a side; the images are made up, masks are drawn anew each time."""
+    """A whole training step of a side; the images are random, masks are redrawn in every step."""
     torch.manual_seed(0)
     raw = torch.randint(0, 256, (batch, 3, IMG_SIZE, IMG_SIZE), device=device).float()
     images = (raw / 255 - 0.45) / 0.225
@@ -117,20 +117,20 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what is compared."""
+    """Versions of the compared packages."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("dmjd", "torch", "timm", "transformers", "lightly"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a side and precision: medians over the rounds, and the rates of all of them."""
+    """One row per side and precision: medians over the rounds, and images/s of every round."""
     rows = []
     for name, rounds in sorted(result["measurements"].items()):
         if not rounds:
@@ -163,8 +163,8 @@ def summarize(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        spread = f"{row['images_per_s']:.2f} ({min(row['rates']):.2f} to {max(row['rates']):.2f})"
-        cells = (row["comparison"], row["label"], row["precision"], spread, f"{row['matmul_gflops']:.0f} GFLOP/s")
+        speed = f"{row['images_per_s']:.2f} ({min(row['rates']):.2f} to {max(row['rates']):.2f})"
+        cells = (row["comparison"], row["label"], row["precision"], speed, f"{row['matmul_gflops']:.0f} GFLOP/s")
         lines.append(f"| {' | '.join(cells)} | {100 * row['share']:.0f} % | {row['memory']:.1f} GB |")
     return lines
 
@@ -189,18 +189,18 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 axis.tick_params(labelsize=8)
                 axis.set_xlabel("images/s" if key == "images_per_s" else "peak memory, GB", fontsize=8)
                 axis.set_title(f"{comparison}, {precision}", fontsize=9)
-            for place, row in enumerate(shown):
-                line[start].plot(row["rates"], [place] * len(row["rates"]), "k.", markersize=4)
+            for y, row in enumerate(shown):
+                line[start].plot(row["rates"], [y] * len(row["rates"]), "k.", markersize=4)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="results, added to as they come")
+    parser.add_argument("--json", type=Path, help="results, appended after each measurement")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--minutes", type=float, help="begin no measurement after so many; call again to go on")
-    parser.add_argument("--figure", type=Path, help="draw all that --json holds into this file")
+    parser.add_argument("--minutes", type=float, help="start no measurement after this; call again to continue")
+    parser.add_argument("--figure", type=Path, help="draw the results in --json into this file")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--batch-size", type=int, help="default 8 for ConvViT-B and 16 for ViT-B")
@@ -257,10 +257,10 @@ def measure_apart(side: str, precision: str, kept: str, args: argparse.Namespace
     command += ["--compile"] if args.compile else []
     command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
     command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        sys.exit(f"{side}: {answer.stderr[-2000:]}")
-    return json.loads(answer.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"{side}: {process.stderr[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What pre-training is worth on CIFAR-10: fine-tuning from a pre-trained ViT against from scratch, same schedule.
+"""Gain of pre-training on CIFAR-10: fine-tuning a pre-trained ViT against training from scratch, same schedule.
 
     OMP_NUM_THREADS=1 python benchmarks/transfer/transfer_cifar10.py --data cifar10 --out runs/transfer_cifar10
 
@@ -49,7 +49,7 @@ PRETRAIN: dict[str, Any] = {
     "eval_every": 0,
     "final_eval": False,
 }
-# Few epochs leave nothing to overfit, so crops and flips alone. The rate lies between the default, 2.8e-3, and four
+# Too few epochs to overfit, so only crops and flips. The learning rate lies between the default, 2.8e-3, and four
 # times as much, which on held-out training images was better for the pre-trained start and worse for the other.
 FINETUNE: dict[str, Any] = {
     "batch_size": 32,
@@ -90,7 +90,7 @@ def write_tenth(data: str, folder: Path) -> None:
 
 
 def compare(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Pre-train where that is not done, and fine-tune from both starts on every seed."""
+    """Pre-train unless that is done, and fine-tune from both initializations with every seed."""
     tenth, steps, options = COMPARISONS[name]
     data, labels = given.data, labels_of(given.data)
     if tenth:
@@ -130,7 +130,7 @@ def compare(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
-    """Mean and spread over the seeds, in percent."""
+    """Mean and standard deviation over the seeds, in percent."""
     print(f"{'top-1, %':26s} {'pre-trained':>14s} {'from scratch':>14s} {'gain':>7s}")
     for name, row in rows.items():
         ours, scratch = row["result"], row["random_init"]

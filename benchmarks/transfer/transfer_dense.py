@@ -1,4 +1,4 @@
-"""What pre-training is worth for segmentation and detection: an encoder pre-trained on a set's own images, no labels.
+"""Gain of pre-training for segmentation and detection: an encoder pre-trained on the same images without labels.
 
     OMP_NUM_THREADS=1 python benchmarks/transfer/transfer_dense.py camvid --data DATA/camvid --out runs/transfer
     OMP_NUM_THREADS=1 python benchmarks/transfer/transfer_dense.py bccd --data DATA/bccd --out runs/transfer
@@ -98,11 +98,11 @@ def main() -> None:
 def summary(
     config: Mapping[str, Any], given: argparse.Namespace, steps: int, run: Path, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Scores of every seed, their mean and spread, and where they come from."""
+    """Scores of every seed, their mean and standard deviation, and their provenance."""
     score = config["score"]
     scores = {start: [result[start][score] for result in results] for start in STARTS}
     gains = [a - b for a, b in zip(*scores.values(), strict=True)]
-    spread = {
+    mean_std = {
         name: {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
         for name, values in (scores | {"gain": gains}).items()
     }
@@ -112,7 +112,7 @@ def summary(
         "score": score,
         "seeds": given.seeds,
         "scores": scores,
-        "spread": spread,
+        "spread": mean_std,
         "pretraining": {"steps": steps, "seconds": training_seconds(run), **PRETRAIN, **config["pretrain"]},
         "training_seconds": sum(training),
         "configuration": results[0]["configuration"],
@@ -124,7 +124,7 @@ def summary(
 
 
 def print_table(name: str, score: str, content: Mapping[str, Any]) -> None:
-    """One row for each start, in percent."""
+    """One row per initialization, in percent."""
     print(f"{name}, {score} in percent, seeds {content['seeds']}")
     for start, label in (*zip(STARTS, ("pre-trained", "from scratch"), strict=True), ("gain", "gain")):
         mean, std = content["spread"][start]["mean"], content["spread"][start]["std"]

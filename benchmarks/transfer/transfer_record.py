@@ -1,4 +1,4 @@
-"""What the transfer studies write down beside their scores: seconds of training, names of sets without their paths."""
+"""Records of the transfer studies: seconds of training, names of data sets without their paths."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def training_seconds(folder: Path) -> float:
-    """Seconds of optimizer steps of the training in a folder, waiting for images included, tests not."""
+    """Seconds of the optimizer steps of a run, including waiting for images, excluding evaluation."""
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return float([line["seconds"] for line in lines if "seconds" in line][-1])
 
 
 def portable(data: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation's description of its data, sets called by the last part of their path."""
+    """An evaluation's description of its data, with paths shortened to their last part."""
     return {k: Path(v).name if k in ("train", "test") else v for k, v in data.items()}
 
 

@@ -9,9 +9,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
+    "ComplementaryMasks": "dmjd.masking",
+    "DisjointMasks": "dmjd.masking",
+    "Distillation": "dmjd.branches",
+    "IndependentMasks": "dmjd.masking",
     "MaskedImageModel": "dmjd.model",
     "Masks": "dmjd.masking",
     "PretrainConfig": "dmjd.config",
+    "Reconstruction": "dmjd.branches",
     "bench": "dmjd.pretraining.bench",
     "compare": "dmjd.evaluation.compare",
     "create_encoder": "dmjd.encoders",

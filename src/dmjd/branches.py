@@ -1,12 +1,20 @@
-"""The two light branches on the shared encoder (DMJD, section III-B): reconstruction of masked tokens, distillation on
-visible ones.
+"""The two light branches on the shared encoder (DMJD, section III-B): reconstruction of the masked tokens and
+distillation on the visible ones.
+
+:class:`Reconstruction` and :class:`Distillation` are settings; ``build`` makes the branch for an encoder. A branch
+holds its network and its loss. Its target belongs to the model, which computes a target that two branches share once.
 """
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmjd.encoders.base import Encoder
+from dmjd.masking import Masks, num_decoded
 from dmjd.nn.layers import (
     TRANSFORMER_NORM_EPS,
     TransformerBlock,
@@ -15,7 +23,25 @@ from dmjd.nn.layers import (
     init_linear,
     strided_conv,
 )
-from dmjd.nn.tokens import gather_tokens, sincos_positions
+from dmjd.nn.tokens import gather_tokens, gather_views, sincos_positions
+from dmjd.targets.base import Target, TargetSettings
+
+LOSSES = ("l2", "smooth_l1")
+
+SMOOTH_L1_BETA = 2.0
+
+
+def regression_loss(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens and entries, in float32: "l2" is the mean squared error, "smooth_l1" has beta 2."""
+    prediction = prediction.float()
+    if kind == "l2":
+        return F.mse_loss(prediction, target)
+    return F.smooth_l1_loss(prediction, target, beta=SMOOTH_L1_BETA)
+
+
+def _check_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss '{loss}'; choose one of {', '.join(LOSSES)}")
 
 
 def default_decoder(embed_dim: int) -> tuple[int, int, int]:
@@ -28,11 +54,177 @@ def default_decoder(embed_dim: int) -> tuple[int, int, int]:
     return (256, 2, 8) if embed_dim >= 384 else (128, 2, 4)
 
 
-class ReconstructionDecoder(nn.Module):
-    """Invisible reconstruction: mask tokens in the masked places, positions, transformer blocks, linear head (MAE).
+class Branch(nn.Module, ABC):
+    """A head on the latent tokens of the encoder and its loss.
 
     Args:
-        encoder_dim: D. grid: (h, w) tokens. num_prefix_tokens: class tokens that pass through.
+        loss: "l2" or "smooth_l1". weight: factor of the loss in the model's total.
+    """
+
+    def __init__(self, loss: str, weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_kind, self.weight = loss, weight
+
+    def train_masks(self, masks: Masks) -> Masks:
+        """The masks that the loss is computed on; all tokens of the branch unless overridden."""
+        return masks
+
+    @abstractmethod
+    def token_ids(self, masks: Masks) -> Tensor:
+        """Ids of the tokens that the branch predicts: [K, B, n] int64."""
+
+    @abstractmethod
+    def forward(self, latent: Tensor, masks: Masks) -> Tensor:
+        """Predict: latent [R, prefix + V, D] -> [R, n, C], in the order of :meth:`token_ids`."""
+
+    def loss(self, predictions: Tensor, targets: Tensor, masks: Masks) -> Tensor:
+        """Mean loss over views, images, tokens and entries, a scalar.
+
+        Targets are gathered by the ids that were predicted. The published code compares the visible branch's shuffled
+        tokens with targets in raster order instead.
+
+        Args:
+            predictions: [R, n, C] of :meth:`forward`. targets: [B, N, C] float32.
+        """
+        own = gather_views(targets, self.token_ids(masks).flatten(0, 1))  # R, n, C
+        return regression_loss(self.loss_kind, predictions, own)
+
+    @abstractmethod
+    def flops(self, num_visible: int, num_masked: int) -> int:
+        """Floating-point operations of one forward pass of one view in training."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Settings of the branch that reconstructs the masked tokens.
+
+    Args:
+        target: name of a target (:data:`dmjd.targets.TARGETS`), its settings, or a :class:`~dmjd.targets.Target`.
+        loss: "l2" or "smooth_l1".
+        decoder_dim, decoder_depth, decoder_heads: of the transformer; None = by the encoder's width
+            (:func:`default_decoder`).
+        decoder_mlp_ratio: None = the encoder's own.
+        decode_ratio: share of the masked tokens, drawn at random, that the decoder predicts in training.
+
+    Raises:
+        ValueError: for an unknown loss or a ratio out of range.
+    """
+
+    target: str | TargetSettings | Target = "hog"
+    loss: str = "l2"
+    decoder_dim: int | None = None
+    decoder_depth: int | None = None
+    decoder_heads: int | None = None
+    decoder_mlp_ratio: float | None = None
+    decode_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_loss(self.loss)
+        if not 0 < self.decode_ratio <= 1:
+            raise ValueError(f"decode_ratio must be greater than 0 and at most 1, got {self.decode_ratio}")
+
+    def build(self, encoder: Encoder, out_dim: int) -> Branch:
+        """The branch for an encoder, with fresh weights. out_dim: C, numbers predicted per token."""
+        return ReconstructionBranch(encoder, out_dim, self)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of the branch that distills target features into the visible tokens.
+
+    Args:
+        target: name of a target (:data:`dmjd.targets.TARGETS`), its settings, or a :class:`~dmjd.targets.Target`.
+        loss: "l2" or "smooth_l1".
+        theta: weight of the loss.
+        projector_dim: width of the projector; None = that of the default decoder. projector_depth: its linear layers.
+
+    Raises:
+        ValueError: for an unknown loss.
+    """
+
+    target: str | TargetSettings | Target = "hog"
+    loss: str = "smooth_l1"
+    theta: float = 1.0
+    projector_dim: int | None = None
+    projector_depth: int = 3
+
+    def __post_init__(self) -> None:
+        _check_loss(self.loss)
+
+    def build(self, encoder: Encoder, out_dim: int) -> Branch:
+        """The branch for an encoder, with fresh weights. out_dim: C, numbers predicted per token."""
+        return DistillationBranch(encoder, out_dim, self)
+
+
+class ReconstructionBranch(Branch):
+    """Predicts the targets of the masked tokens from the visible ones."""
+
+    def __init__(self, encoder: Encoder, out_dim: int, settings: Reconstruction) -> None:
+        super().__init__(settings.loss)
+        self.decode_ratio = settings.decode_ratio
+        given = (settings.decoder_dim, settings.decoder_depth, settings.decoder_heads)
+        defaults = default_decoder(encoder.embed_dim)
+        dim, depth, heads = (d if g is None else g for g, d in zip(given, defaults, strict=True))
+        if min(dim, depth, heads) < 1 or dim % heads or dim % 4:
+            raise ValueError(
+                f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}, and decoder_depth {depth} at "
+                "least 1"
+            )
+        self.decoder = ReconstructionDecoder(
+            encoder.embed_dim,
+            encoder.grid,
+            dim=dim,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=settings.decoder_mlp_ratio or encoder.decoder_mlp_ratio,
+            out_dim=out_dim,
+            num_prefix_tokens=encoder.num_prefix_tokens,
+        )
+
+    def train_masks(self, masks: Masks) -> Masks:
+        """Masks whose masked tokens are those that the decoder predicts in training."""
+        return masks.subset_masked(self.decode_ratio)
+
+    def token_ids(self, masks: Masks) -> Tensor:
+        """[K, B, M] ids of the masked tokens."""
+        return masks.masked
+
+    def forward(self, latent: Tensor, masks: Masks) -> Tensor:
+        """[R, prefix + V, D] -> [R, M, C]."""
+        return self.decoder(latent, masks.visible.flatten(0, 1), masks.masked.flatten(0, 1))
+
+    def flops(self, num_visible: int, num_masked: int) -> int:
+        """Floating-point operations of one forward pass of one view in training."""
+        return self.decoder.flops(num_visible, num_decoded(num_masked, self.decode_ratio))
+
+
+class DistillationBranch(Branch):
+    """Predicts the targets of the visible tokens from these tokens alone."""
+
+    def __init__(self, encoder: Encoder, out_dim: int, settings: Distillation) -> None:
+        super().__init__(settings.loss, settings.theta)
+        self.num_prefix_tokens = encoder.num_prefix_tokens
+        dim = settings.projector_dim or default_decoder(encoder.embed_dim)[0]
+        self.head = DistillationHead(encoder.embed_dim, dim, out_dim, settings.projector_depth)
+
+    def token_ids(self, masks: Masks) -> Tensor:
+        """[K, B, V] ids of the visible tokens."""
+        return masks.visible
+
+    def forward(self, latent: Tensor, masks: Masks) -> Tensor:
+        """[R, prefix + V, D] -> [R, V, C]."""
+        return self.head(latent[:, self.num_prefix_tokens :])
+
+    def flops(self, num_visible: int, num_masked: int) -> int:
+        """Floating-point operations of one forward pass of one view."""
+        return 2 * num_visible * sum(p.numel() for p in self.parameters() if p.dim() > 1)
+
+
+class ReconstructionDecoder(nn.Module):
+    """Mask tokens at the masked positions, position embeddings, transformer blocks, linear head (MAE).
+
+    Args:
+        encoder_dim: D. grid: (h, w) tokens. num_prefix_tokens: class tokens, which pass through.
         dim, depth, num_heads, mlp_ratio: of the transformer. out_dim: C, numbers predicted per token.
     """
 
@@ -62,7 +254,7 @@ class ReconstructionDecoder(nn.Module):
     def forward(self, latent: Tensor, visible: Tensor, masked: Tensor, all_tokens: bool = False) -> Tensor:
         """Predict the masked tokens.
 
-        The blocks don't care about token order, so visible and mask tokens are laid side by side instead of scattered.
+        The blocks do not depend on token order, so mask tokens are appended to the visible ones instead of scattered.
 
         Args:
             latent: [R, prefix + V, D]. visible: [R, V] ids in the latent's order. masked: [R, M] ids.
@@ -73,19 +265,19 @@ class ReconstructionDecoder(nn.Module):
         """
         P, V = self.num_prefix_tokens, visible.shape[1]
         x = self.embed(latent)  # R, prefix + V, dim
-        hidden = self.mask_token.to(x.dtype).expand(x.shape[0], masked.shape[1], -1)  # R, M, dim
-        table = self.pos_embed[:, P:].expand(x.shape[0], -1, -1)
+        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], masked.shape[1], -1)  # R, M, dim
+        table = self.pos_embed[:, P:].expand(x.shape[0], -1, -1)  # R, N, dim
         positions = gather_tokens(table, torch.cat([visible, masked], dim=1))  # R, V + M, dim
         if P:
             positions = torch.cat([self.pos_embed[:, :P].expand(x.shape[0], -1, -1), positions], dim=1)
-        x = torch.cat([x, hidden], dim=1) + positions  # R, prefix + V + M, dim
+        x = torch.cat([x, mask_tokens], dim=1) + positions  # R, prefix + V + M, dim
         for block in self.blocks[:-1]:
             x = block(x)
-        # The last block computes only the tokens that are predicted; it attends to all.
+        # The last block computes only the tokens that are predicted; these attend to all tokens.
         return self.head(self.norm(self.blocks[-1](x, skip=P if all_tokens else P + V)))
 
     def flops(self, num_visible: int, num_masked: int) -> int:
-        """Floating-point operations of one pass of one view: all tokens in the blocks, masked ones from the last on."""
+        """Floating-point operations of one pass of one view; the last block and the head see masked tokens only."""
         dim, T = self.embed.out_features, self.num_prefix_tokens + num_visible + num_masked
         embed = 2 * (T - num_masked) * self.embed.in_features * dim
         blocks = (len(self.blocks) - 1) * block_flops(T, dim, self.mlp_ratio)
@@ -94,10 +286,10 @@ class ReconstructionDecoder(nn.Module):
 
 
 class DistillationHead(nn.Module):
-    """Visible distillation: a projector on each visible token and one linear predictor.
+    """A projector on each visible token and one linear predictor.
 
     Args:
-        encoder_dim: D. dim: width of the projector (the decoder's). out_dim: C, numbers predicted per token.
+        encoder_dim: D. dim: width of the projector. out_dim: C, numbers predicted per token.
         depth: linear layers of the projector; the paper's has three.
     """
 
@@ -114,13 +306,9 @@ class DistillationHead(nn.Module):
         """Visible tokens without prefix [R, V, D] -> predictions for the same tokens [R, V, C]."""
         return self.predictor(self.projector(latent))
 
-    def flops(self, num_visible: int) -> int:
-        """Floating-point operations of one forward pass of one view."""
-        return 2 * num_visible * sum(p.numel() for p in self.parameters() if p.dim() > 1)
-
 
 class MultiScaleFusion(nn.Module):
-    """Brings the convolutional stages to token resolution in pre-training (ConvMAE): one strided convolution each.
+    """Adds the convolution stages to the latent tokens in pre-training (ConvMAE): one strided convolution each.
 
     Args:
         scales: (width, cells per token side) of each stage. dim: D.
@@ -131,7 +319,7 @@ class MultiScaleFusion(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(width, dim, cells, cells) for width, cells in scales)
 
     def forward(self, stages: list[Tensor]) -> Tensor:
-        """[R, V, s, s, d] for each stage -> [R, V, D]."""
+        """[R, V, s, s, d] of each stage -> [R, V, D]."""
         convs = (cast(nn.Conv2d, conv) for conv in self.convs)
         fused = [strided_conv(conv, x).flatten(2) for conv, x in zip(convs, stages, strict=True)]
         return torch.stack(fused).sum(0)

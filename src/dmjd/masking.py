@@ -1,10 +1,13 @@
-"""Disjoint masking (DM): K masked views of an image whose masks avoid each other (DMJD, section III-A).
+"""Disjoint masking (DM): K masked views of an image whose masks overlap as little as possible (DMJD, section III-A).
 
-One routine serves single tokens and square blocks of tokens, any grid, any number of views. Each view hides the same
-number of units; the disjoint regulation makes a new view prefer what earlier views left visible.
+:class:`Masks` holds the masks of a batch. A :class:`MaskSampler` draws them: :class:`DisjointMasks` is the paper's,
+:class:`IndependentMasks` and :class:`ComplementaryMasks` are what it is compared with. To add one, write a subclass and
+a line in :data:`SAMPLERS`.
 """
 
+import difflib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from dmjd.rng import STREAM_DECODE, STREAM_MASK, hash64
 
-# Places of unit, noise and count in a 64-bit sort key.
+# Layout of a 64-bit sort key: mask count in the high bits, then noise, then the unit's index.
 _UNITS, _NOISE, _COUNTS = 1 << 20, 1 << 52, 1 << 11
 
 _TOLERANCE = 1e-6  # so that e.g. 49 * (1 - 0.6) = 19.6 and 50 * (1 - 0.6) = 20.0 never lose a unit to rounding
@@ -21,11 +24,12 @@ _TOLERANCE = 1e-6  # so that e.g. 49 * (1 - 0.6) = 19.6 and 50 * (1 - 0.6) = 20.
 
 @dataclass(frozen=True)
 class Masks:
-    """Which tokens each view of each image sees. Token ids are raster positions and never count prefix tokens.
+    """Visible and masked tokens of each view of each image. Token ids are in raster order and skip prefix tokens.
 
     Attributes:
-        visible: [K, B, V] int64 ids the encoder sees, sorted (in the caller's order when made by ``from_visible``).
-        masked: [K, B, M] int64 ids that are masked, sorted.
+        visible: [K, B, V] int64 ids of the tokens the encoder sees, sorted (in the caller's order when built by
+            :meth:`from_visible`).
+        masked: [K, B, M] int64 ids of the masked tokens, sorted.
         mask: [K, B, N] bool, True = masked.
     """
 
@@ -35,14 +39,14 @@ class Masks:
 
     @classmethod
     def from_visible(cls, visible: Tensor, num_tokens: int) -> "Masks":
-        """Masks of the caller's own making.
+        """Build masks from the ids of the visible tokens.
 
         Args:
             visible: [K, B, V] (or [B, V] for one view) integer ids, distinct within a row; their order is kept.
-            num_tokens: N, tokens of the whole image without prefix tokens.
+            num_tokens: N, tokens of an image without prefix tokens.
 
         Raises:
-            ValueError: for ids out of range or repeated, or when nothing or everything is visible.
+            ValueError: if ids are out of range or repeated, or if no token or every token is visible.
         """
         visible = visible.long().unsqueeze(0) if visible.dim() == 2 else visible.long()
         if visible.dim() != 3 or visible.shape[0] == 0:
@@ -58,17 +62,19 @@ class Masks:
             raise ValueError("visible ids must be distinct within each row")
         return cls(visible=visible, masked=_split(mask, V)[1], mask=mask)
 
-    def asked(self, share: float) -> "Masks":
-        """The same views with a part of their masked tokens: what a decoder is asked for (CrossMAE, Fu et al. 2024).
+    def subset_masked(self, ratio: float) -> "Masks":
+        """The same views with a random subset of their masked tokens, for a decoder that predicts only these.
+
+        CrossMAE (Fu et al. 2024). The subset is a pure function of the masks.
 
         Args:
-            share: of the masked tokens, in (0, 1]; at least one is left.
+            ratio: share of the masked tokens to keep, in (0, 1]; at least one is kept.
 
         Returns:
-            Masks with ``masked`` [K, B, A] int64, sorted, drawn at random: a pure function of the masks.
+            Masks with ``masked`` [K, B, :func:`num_decoded`] int64, sorted.
         """
         M = self.masked.shape[-1]
-        A = asked_count(M, share)
+        A = num_decoded(M, ratio)
         if A == M:
             return self
         row = hash64(STREAM_DECODE, self.masked).sum(dim=-1, keepdim=True)  # K, B, 1
@@ -77,9 +83,222 @@ class Masks:
         return replace(self, masked=_sorted(order))
 
 
-def asked_count(num_masked: int, share: float) -> int:
-    """Masked tokens of a view that the decoder is asked for."""
-    return max(1, round(num_masked * share))
+def num_decoded(num_masked: int, ratio: float) -> int:
+    """Number of masked tokens in a view that :meth:`Masks.subset_masked` keeps."""
+    return max(1, round(num_masked * ratio))
+
+
+class MaskSampler(ABC):
+    """Draws the masks of K views for each image of a batch.
+
+    Attributes:
+        num_views: K.
+        mask_ratio: c, the share of an image that is masked in each view.
+        pred_ratio: p, the share that is masked in at least one view, as requested; the learning-rate scale rule
+            multiplies by p / c.
+    """
+
+    num_views: int
+    mask_ratio: float
+    pred_ratio: float
+
+    @abstractmethod
+    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """Tokens visible in a view, masked in a view, and masked in at least one view: (V, M, U).
+
+        Where the union differs from draw to draw, U is the largest possible.
+
+        Args:
+            grid: (h, w) tokens of an image.
+
+        Raises:
+            ValueError: if the settings do not fit the grid.
+        """
+
+    @abstractmethod
+    def draw(self, keys: Tensor, grid: tuple[int, int]) -> Masks:
+        """Draw masks.
+
+        Args:
+            keys: [B] int64, one per image. The masks must be a pure function of them, the same on every device.
+            grid: (h, w) tokens of an image.
+
+        Returns:
+            :class:`Masks` with V visible and M masked tokens in every view.
+        """
+
+
+class _BlockSampler(MaskSampler):
+    """What the samplers below share: they mask square blocks of tokens, called units."""
+
+    disjoint = True
+
+    def __init__(self, num_views: int, mask_ratio: float, pred_ratio: float | None, block_size: int | None) -> None:
+        _check_ratios(num_views, mask_ratio, pred_ratio)
+        self.num_views, self.mask_ratio, self.block_size = num_views, mask_ratio, block_size
+        self.pred_ratio = pred_ratio if pred_ratio is not None else min(1.0, num_views * mask_ratio)
+        self._requested = pred_ratio
+
+    def _units(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """Rows and columns of units, and the side of a unit in tokens."""
+        block = resolve_block_size(grid, self.block_size)
+        return grid[0] // block, grid[1] // block, block
+
+    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """(V, M, U) in tokens."""
+        h, w, block = self._units(grid)
+        V, M, U = mask_counts(h * w, self.num_views, self.mask_ratio, self._requested)
+        return V * block**2, M * block**2, U * block**2
+
+    def draw(self, keys: Tensor, grid: tuple[int, int]) -> Masks:
+        """Draw K views of each image: keys [B] int64 -> :class:`Masks`."""
+        h, w, block = self._units(grid)
+        V, M, U = mask_counts(h * w, self.num_views, self.mask_ratio, self._requested)
+        mask = _draw_units(keys, h * w, self.num_views, M, U if self.disjoint else None)  # K, B, h*w
+        if block > 1:  # K, B, N
+            mask = mask.unflatten(-1, (h, w)).repeat_interleave(block, -2).repeat_interleave(block, -1).flatten(-2)
+        visible, masked = _split(mask, V * block**2)
+        return Masks(visible=visible, masked=masked, mask=mask)
+
+
+class DisjointMasks(_BlockSampler):
+    """Views that prefer to mask what earlier views left visible (DMJD, section III-A and Eq. 3).
+
+    View k masks M units: those masked least often so far, ties broken at random. Units never masked before are eligible
+    only while the union of the masks is smaller than U (see :func:`mask_counts`).
+
+    Args:
+        num_views: K.
+        mask_ratio: c, share of an image masked in each view.
+        pred_ratio: p, share masked in at least one view, from c to min(1, K c); None = as disjoint as possible.
+        block_size: side in tokens of the square block that is masked as one; None = 2 where it divides, else 1.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_views: int = 2,
+        mask_ratio: float = 0.6,
+        pred_ratio: float | None = None,
+        block_size: int | None = None,
+    ) -> None:
+        super().__init__(num_views, mask_ratio, pred_ratio, block_size)
+
+
+class IndependentMasks(_BlockSampler):
+    """Views that are masked independently of each other, the ablation of :class:`DisjointMasks` with its arguments.
+
+    Its prediction rate is the expected one, p = 1 - (1 - c)^K.
+    """
+
+    disjoint = False
+
+    def __init__(self, num_views: int = 2, mask_ratio: float = 0.6, block_size: int | None = None) -> None:
+        super().__init__(num_views, mask_ratio, None, block_size)
+        self.pred_ratio = 1.0 - (1.0 - mask_ratio) ** num_views
+
+
+class ComplementaryMasks(_BlockSampler):
+    """Views whose visible tokens partition the image (FastConvMAE): disjoint views with c = 1 - 1 / K.
+
+    Args:
+        num_views: K >= 2; it must divide the number of units. mask_ratio: None, or 1 - 1 / K.
+        block_size: as of :class:`DisjointMasks`.
+    """
+
+    def __init__(self, num_views: int = 4, mask_ratio: float | None = None, block_size: int | None = 1) -> None:
+        if num_views < 2:
+            raise ValueError(f"complementary masks need a num_views of at least 2, got {num_views}")
+        ratio = 1.0 - 1.0 / num_views
+        if mask_ratio is not None and abs(mask_ratio - ratio) > _TOLERANCE:
+            raise ValueError(
+                f"complementary masks of {num_views} views have mask_ratio {ratio:.7g}, so that the visible tokens "
+                f"partition the image; got {mask_ratio}"
+            )
+        super().__init__(num_views, ratio, None, block_size)
+
+    def _units(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        h, w, block = super()._units(grid)
+        if h * w % self.num_views:
+            blocks = f"{h * w} blocks of {block} x {block} tokens"
+            raise ValueError(f"num_views {self.num_views} does not divide the {blocks} that complementary views share")
+        return h, w, block
+
+
+SAMPLERS: dict[str, type[MaskSampler]] = {
+    "disjoint": DisjointMasks,
+    "independent": IndependentMasks,
+    "complementary": ComplementaryMasks,
+}
+
+
+def sampler_class(name: str) -> type[MaskSampler]:
+    """The class of a masking strategy.
+
+    Raises:
+        ValueError: if the name is not in :data:`SAMPLERS`.
+    """
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.0)
+        raise ValueError(f"unknown masks '{name}'; did you mean '{near[0]}'? Masks: {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def disjoint_masks(
+    batch_size: int,
+    grid: tuple[int, int] = (14, 14),
+    num_views: int = 2,
+    mask_ratio: float = 0.6,
+    pred_ratio: float | None = None,
+    block_size: int | None = 1,
+    disjoint: bool = True,
+    keys: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Masks:
+    """Draw K masked views for each image: :class:`DisjointMasks` as a function.
+
+    Args:
+        batch_size: B images.
+        grid: (h, w) tokens.
+        num_views: K.
+        mask_ratio: share of an image masked in each view.
+        pred_ratio: share masked in at least one view; None = as much as K views can.
+        block_size: side in tokens of the square block that is masked as one; None = 2 where it divides, else 1.
+        disjoint: False draws the views independently of each other (:class:`IndependentMasks`).
+        keys: [B] int64, one per image; the masks are a pure function of them, the same on every device.
+        generator: source of the keys if none are given (default: torch's global one).
+        device: of the masks; default the keys' device, else the CPU.
+
+    Returns:
+        :class:`Masks` with exactly V visible and M masked tokens in every view.
+
+    Raises:
+        ValueError: if a setting is out of its range or does not fit the grid.
+    """
+    if batch_size < 0:
+        raise ValueError(f"batch_size must not be negative, got {batch_size}")
+    if keys is not None and generator is not None:
+        raise ValueError("give keys or a generator, not both: masks are a pure function of the keys")
+    if not disjoint and pred_ratio is not None:
+        raise ValueError("pred_ratio has no meaning with disjoint=False: independent views cannot be steered to it")
+    if disjoint:
+        sampler: MaskSampler = DisjointMasks(num_views, mask_ratio, pred_ratio, block_size)
+    else:
+        sampler = IndependentMasks(num_views, mask_ratio, block_size)
+    if keys is None:
+        keys = random_keys(batch_size, generator)
+    elif keys.shape != (batch_size,) or keys.dtype != torch.int64:
+        raise ValueError(f"keys must be [{batch_size}] int64, got {list(keys.shape)} {keys.dtype}")
+    return sampler.draw(keys.to(device if device is not None else keys.device), grid)
+
+
+def random_keys(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+    """[B] int64 keys from a generator (default: torch's global one), on its device."""
+    device = None if generator is None else generator.device
+    return torch.randint(-(2**63), 2**63 - 1, (batch_size,), generator=generator, device=device)
 
 
 def mask_counts(
@@ -94,32 +313,38 @@ def mask_counts(
         pred_ratio: p, the prediction rate; None = as disjoint as possible.
 
     Raises:
-        ValueError: for what cannot be, naming the allowed range.
+        ValueError: if a setting is out of its range; the message names the range.
     """
     N, K, c, p = num_units, num_views, mask_ratio, pred_ratio
-    if K < 1:
-        raise ValueError(f"num_views must be at least 1, got {K}")
-    if K >= _COUNTS or N > _UNITS:
-        raise ValueError(f"at most {_COUNTS - 1} views and {_UNITS} masking units an image, got {K} and {N}")
-    if not 0.0 < c < 1.0:
-        raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {c}")
+    _check_ratios(K, c, p)
+    if N > _UNITS:
+        raise ValueError(f"at most {_UNITS} masking units an image, got {N}")
     V = math.floor(N * (1.0 - c) + _TOLERANCE)
     M = N - V
     if V == 0 or M == 0:
-        # Rounded inwards, so that the bounds the message names are themselves allowed.
+        # Rounded inwards, so that the bounds in the message are themselves allowed.
         least, most = math.ceil(1e4 / N) / 1e4, math.floor(1e4 - 1e4 / N) / 1e4
-        what = "visible" if V == 0 else "masked"
         cure = f"use a mask_ratio in [{least}, {most}]" if N > 1 else "use smaller blocks, patches or a larger image"
-        raise ValueError(f"mask_ratio {c} leaves none of the {N} masking units {what}; {cure}")
+        kind = "visible" if V == 0 else "masked"
+        raise ValueError(f"mask_ratio {c} leaves none of the {N} masking units {kind}; {cure}")
     if p is None:
         return V, M, min(N, K * M)
+    return V, M, max(M, min(math.floor(p * N + _TOLERANCE), K * M, N))
+
+
+def _check_ratios(K: int, c: float, p: float | None = None) -> None:
+    if K < 1:
+        raise ValueError(f"num_views must be at least 1, got {K}")
+    if K >= _COUNTS:
+        raise ValueError(f"at most {_COUNTS - 1} views, got {K}")
+    if not 0.0 < c < 1.0:
+        raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {c}")
     top = min(1.0, K * c)
-    if not c - _TOLERANCE <= p <= top + _TOLERANCE:
+    if p is not None and not c - _TOLERANCE <= p <= top + _TOLERANCE:
         raise ValueError(
             f"pred_ratio must lie in [{c:.7g}, {top:.7g}] for mask_ratio {c} and {K} view(s), got {p}: the union of "
             "the views' masks is at least one view's mask and at most all of them together"
         )
-    return V, M, max(M, min(math.floor(p * N + _TOLERANCE), K * M, N))
 
 
 def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
@@ -135,84 +360,24 @@ def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
     return block_size
 
 
-def disjoint_masks(
-    batch_size: int,
-    grid: tuple[int, int] = (14, 14),
-    num_views: int = 2,
-    mask_ratio: float = 0.6,
-    pred_ratio: float | None = None,
-    block_size: int | None = 1,
-    disjoint: bool = True,
-    keys: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Masks:
-    """Draw K masked views for each image (DMJD, section III-A and Eq. 3; counts for every K by this project).
+def _draw_units(keys: Tensor, N: int, K: int, M: int, U: int | None) -> Tensor:
+    """Draw M of N units in each of K views: [K, B, N] bool, True = masked. U = None draws the views independently.
 
-    View k takes its M units in the order of how often they have been masked so far, fewest first, ties by fresh
-    noise; units never masked are eligible only while the union of the masks is below U (see :func:`mask_counts`).
-
-    Args:
-        batch_size: B images.
-        grid: (h, w) tokens.
-        num_views: K.
-        mask_ratio: share of an image masked in each view.
-        pred_ratio: share masked in at least one view; None = as much as K views can.
-        block_size: side in tokens of the square block that is masked as one; None = 2 where it divides, else 1.
-        disjoint: False draws the views independently of each other (the ablation).
-        keys: [B] int64, one per image; the masks are a pure function of them, the same on every device.
-        generator: source of the keys when none are given (default: torch's own).
-        device: where the masks are made; default the keys' device, else the CPU.
-
-    Returns:
-        :class:`Masks` with exactly V visible and M masked tokens in every view.
-
-    Raises:
-        ValueError: for what cannot be.
+    The union has the same size for every image, so a number stands for it.
     """
-    if batch_size < 0:
-        raise ValueError(f"batch_size must not be negative, got {batch_size}")
-    if keys is not None and generator is not None:
-        raise ValueError("give keys or a generator, not both: masks are a pure function of the keys")
-    block = resolve_block_size(grid, block_size)
-    h, w = grid[0] // block, grid[1] // block
-    if not disjoint and pred_ratio is not None:
-        raise ValueError("pred_ratio has no meaning with disjoint=False: independent views cannot be steered to it")
-    V, M, U = mask_counts(h * w, num_views, mask_ratio, pred_ratio)
-    if keys is None:
-        keys = _draw_keys(batch_size, generator)
-    elif keys.shape != (batch_size,) or keys.dtype != torch.int64:
-        raise ValueError(f"keys must be [{batch_size}] int64, got {list(keys.shape)} {keys.dtype}")
-    keys = keys.to(device if device is not None else keys.device)
-    mask = _draw_units(keys, h * w, num_views, M, U, disjoint)  # K, B, units
-    if block > 1:
-        mask = (
-            mask.unflatten(-1, (h, w)).repeat_interleave(block, -2).repeat_interleave(block, -1).flatten(-2)
-        )  # K, B, N
-    visible, masked = _split(mask, V * block * block)
-    return Masks(visible=visible, masked=masked, mask=mask)
-
-
-def _draw_keys(batch_size: int, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else None
-    return torch.randint(-(2**63), 2**63 - 1, (batch_size,), generator=generator, device=device)
-
-
-def _draw_units(keys: Tensor, N: int, K: int, M: int, U: int, disjoint: bool) -> Tensor:
-    """The draw itself: bool [K, B, N], True = masked. The union is equally large for every image, so it is a number."""
     units = torch.arange(N, device=keys.device)
     counts = torch.zeros(keys.shape[0], N, dtype=torch.int64, device=keys.device)  # B, N times masked so far
     views = []
     union = 0
     for view in range(K):
         noise = hash64(STREAM_MASK, keys.unsqueeze(1), view, units)  # B, N
-        noise = (noise >> 12) & (_NOISE - _UNITS)  # 32 bits between the count above and the unit below, in one sort key
+        noise = (noise >> 12) & (_NOISE - _UNITS)  # 32 bits, below the count and above the unit in the sort key
         order = _sorted(counts * _NOISE | noise | units) & (_UNITS - 1)  # B, N units
-        fresh = min(M, U - union)  # units no earlier view has masked come first in the order
+        fresh = M if U is None else min(M, U - union)  # units masked in no earlier view come first in the order
         chosen = torch.cat([order[:, :fresh], order[:, N - union : N - union + M - fresh]], dim=1)  # B, M
         mask = torch.zeros_like(counts, dtype=torch.bool).scatter_(1, chosen, True)
         views.append(mask)
-        if disjoint:
+        if U is not None:
             counts = counts + mask
             union += fresh
     return torch.stack(views)
@@ -226,7 +391,7 @@ def _split(mask: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
 
 
 def _sorted(keys: Tensor) -> Tensor:
-    """int64 keys that differ within a row, ascending in each row. NumPy's sort is many times as fast on a CPU."""
+    """Sort int64 keys that differ within a row, each row ascending. On a CPU NumPy's sort is many times as fast."""
     if keys.device.type == "cpu":
         return torch.from_numpy(np.sort(keys.numpy(), axis=-1))
     return keys.sort(dim=-1).values

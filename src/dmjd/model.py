@@ -3,200 +3,132 @@
 Shapes: B image, K view, R = K * B rows (view-major), N token, V visible, M masked, D width, C target entries.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.branches import DistillationHead, MultiScaleFusion, ReconstructionDecoder, default_decoder
+from dmjd.branches import Branch, Distillation, MultiScaleFusion, Reconstruction
 from dmjd.encoders.base import Encoder
-from dmjd.masking import Masks, asked_count, disjoint_masks, mask_counts, resolve_block_size
+from dmjd.masking import DisjointMasks, Masks, MaskSampler, random_keys
 from dmjd.nn.layers import set_checkpointing
-from dmjd.nn.tokens import gather_views
 from dmjd.targets.base import Target
 from dmjd.targets.registry import create_target
 
-LOSSES = ("l2", "smooth_l1")
-
-SMOOTH_L1_BETA = 2.0
-
-
-def regression_loss(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens and entries, in float32: "l2" is the mean squared error, "smooth_l1" has beta 2."""
-    prediction = prediction.float()
-    if kind == "l2":
-        return F.mse_loss(prediction, target)
-    return F.smooth_l1_loss(prediction, target, beta=SMOOTH_L1_BETA)
+# State-dict prefixes of version 0.1: ours. Its checkpoints load.
+FORMER_KEYS = {"decoder.": "branches.mim.decoder.", "distillation.": "branches.vis.head."}
 
 
 class MaskedImageModel(nn.Module):
     """Disjoint masking with joint distillation around any encoder.
 
+    Example::
+
+        model = MaskedImageModel(
+            encoder,
+            masks=DisjointMasks(num_views=2, mask_ratio=0.6),
+            mim=Reconstruction(target="hog"),
+            vis=Distillation(target="hog", theta=1.0),
+        )
+        model(images_normalized, images_0_255)["loss"].backward()
+
     Args:
         encoder: the encoder to pre-train.
-        target: name of the learning target of both branches, or a ready :class:`~dmjd.targets.base.Target`.
-        mim_target, vis_target: targets of the branches apart; None = ``target``.
-        num_views: K. mask_ratio: c. pred_ratio: p, None = as disjoint as possible.
-        block_size: masking block in tokens; None = 2 where it divides the grid, else 1.
-        disjoint: False draws the views independently (the ablation).
-        decoder_dim, decoder_depth, decoder_heads: of the reconstruction decoder; None = by the encoder's width
-            (:func:`~dmjd.branches.default_decoder`). decoder_mlp_ratio: None = the encoder's first.
-        decode_ratio: share of the masked tokens that the decoder is asked for in training, drawn anew for each view.
-        projector_depth: linear layers of the distillation branch's projector.
-        mim: build the reconstruction branch. vis: build the distillation branch.
-        theta: weight of the distillation loss.
-        mim_loss, vis_loss: "l2" or "smooth_l1".
-        hog_cell: side of a HOG cell in pixels; None = by the patch.
+        masks: draws the masks of the views; any :class:`~dmjd.masking.MaskSampler`.
+        mim: settings of the branch on masked tokens; None = the branch is not built.
+        vis: settings of the branch on visible tokens; None = the branch is not built.
 
     Raises:
-        ValueError: for combinations that cannot be; nothing long has started by then.
+        ValueError: for settings that do not fit together or do not fit the encoder.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        target: str | Target = "hog",
-        *,
-        mim_target: str | Target | None = None,
-        vis_target: str | Target | None = None,
-        num_views: int = 2,
-        mask_ratio: float = 0.6,
-        pred_ratio: float | None = None,
-        block_size: int | None = None,
-        disjoint: bool = True,
-        decoder_dim: int | None = None,
-        decoder_depth: int | None = None,
-        decoder_heads: int | None = None,
-        decoder_mlp_ratio: float | None = None,
-        decode_ratio: float = 1.0,
-        projector_depth: int = 3,
-        mim: bool = True,
-        vis: bool = True,
-        theta: float = 1.0,
-        mim_loss: str = "l2",
-        vis_loss: str = "smooth_l1",
-        hog_cell: int | None = None,
+        masks: MaskSampler | None = None,
+        mim: Reconstruction | None = Reconstruction(),  # noqa: B008, it is frozen
+        vis: Distillation | None = Distillation(),  # noqa: B008, it is frozen
+        **former: Any,
     ) -> None:
         super().__init__()
-        if not (mim or vis):
-            raise ValueError("both branches are off: leave mim or vis on")
-        if bad := [loss for loss in (mim_loss, vis_loss) if loss not in LOSSES]:
-            raise ValueError(f"unknown loss '{bad[0]}'; choose one of {', '.join(LOSSES)}")
+        masks = DisjointMasks() if masks is None else masks
+        _check_arguments(masks, mim, vis, former)
         self.encoder = encoder
-        self.num_views, self.mask_ratio, self.pred_ratio = num_views, mask_ratio, pred_ratio
-        self.block_size = resolve_block_size(encoder.grid, block_size)
-        self.disjoint, self.theta, self.mim_loss, self.vis_loss = disjoint, theta, mim_loss, vis_loss
-        if not disjoint and pred_ratio is not None:
-            raise ValueError("pred_ratio has no meaning with disjoint=False; leave one of them out")
-        if not 0 < decode_ratio <= 1:
-            raise ValueError(f"decode_ratio must be greater than 0 and at most 1, got {decode_ratio}")
-        self.decode_ratio = decode_ratio
-        units = encoder.num_patches // self.block_size**2
-        self.counts = tuple(n * self.block_size**2 for n in mask_counts(units, num_views, mask_ratio, pred_ratio))
-        mim_target = target if mim_target is None else mim_target
-        vis_target = target if vis_target is None else vis_target
-        self.mim, self.vis = mim, vis
-        self.branch_targets = nn.ModuleDict()  # a target shared by both branches is held, saved and computed once
-        if mim:
-            self.branch_targets["mim"] = self._target(mim_target, hog_cell)
-        if vis and not (mim and vis_target == mim_target):
-            self.branch_targets["vis"] = self._target(vis_target, hog_cell)
-        dim, depth, heads = (
-            default if given is None else given
-            for given, default in zip(
-                (decoder_dim, decoder_depth, decoder_heads), default_decoder(encoder.embed_dim), strict=True
-            )
-        )
-        if min(dim, depth, heads) < 1 or dim % heads or dim % 4:
-            raise ValueError(
-                f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}, and decoder_depth {depth} at "
-                "least 1"
-            )
+        self.masks = masks
+        self.counts = masks.counts(encoder.grid)  # tokens visible, masked, masked in at least one view
+        settings = {name: one for name, one in (("mim", mim), ("vis", vis)) if one is not None}
+        # Branch -> key of its target in branch_targets. A target that branches share is held, saved and computed once.
+        self.target_keys: dict[str, str] = {}
+        self.branch_targets = nn.ModuleDict()
+        for name, own in settings.items():
+            shared = [key for key in self.branch_targets if settings[key].target == own.target]
+            self.target_keys[name] = shared[0] if shared else name
+            if not shared:
+                self.branch_targets[name] = create_target(own.target, encoder)
         self.fusion = MultiScaleFusion(encoder.scales, encoder.embed_dim) if encoder.scales else None
-        self.decoder = None
-        if self.mim_target is not None:
-            self.decoder = ReconstructionDecoder(
-                encoder.embed_dim,
-                encoder.grid,
-                dim=dim,
-                depth=depth,
-                num_heads=heads,
-                mlp_ratio=decoder_mlp_ratio or encoder.decoder_mlp_ratio,
-                out_dim=self.mim_target.dim,
-                num_prefix_tokens=encoder.num_prefix_tokens,
-            )
-        self.distillation = None
-        if self.vis_target is not None:
-            self.distillation = DistillationHead(encoder.embed_dim, dim, self.vis_target.dim, projector_depth)
+        self.branches = nn.ModuleDict(
+            {name: own.build(encoder, self.target(name).dim) for name, own in settings.items()}
+        )
+        self.register_load_state_dict_pre_hook(_rename_former_keys)
 
-    @property
-    def mim_target(self) -> Target | None:
-        """Target of the reconstruction branch, None where that is off."""
-        return self.branch_targets["mim"] if self.mim else None  # type: ignore[return-value]
+    def target(self, branch: str) -> Target:
+        """The target of a branch, "mim" or "vis"."""
+        target = self.branch_targets[self.target_keys[branch]]
+        assert isinstance(target, Target)
+        return target
 
-    @property
-    def vis_target(self) -> Target | None:
-        """Target of the distillation branch, None where that is off."""
-        if not self.vis:
-            return None
-        return self.branch_targets["vis" if "vis" in self.branch_targets else "mim"]  # type: ignore[return-value]
-
-    def _target(self, target: str | Target, hog_cell: int | None) -> Target:
-        return create_target(target, self.encoder, hog_cell=hog_cell)
+    def _named_branches(self) -> list[tuple[str, Branch]]:
+        return list(self.branches.items())  # type: ignore[arg-type]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks' activations again in the backward pass, in encoder and decoder: less memory, slower."""
+        """Recompute activations of encoder and decoder blocks in the backward pass: less memory, slower."""
         set_checkpointing(self, enable)
 
     def draw_masks(self, keys: Tensor) -> Masks:
-        """Masks of the model's own settings, a pure function of the image keys [B] int64."""
-        return disjoint_masks(
-            keys.shape[0],
-            self.encoder.grid,
-            self.num_views,
-            self.mask_ratio,
-            self.pred_ratio,
-            self.block_size,
-            self.disjoint,
-            keys=keys,
-        )
+        """Masks of K views of each image, a pure function of the image keys [B] int64."""
+        if keys.dim() != 1 or keys.dtype != torch.int64:
+            raise ValueError(f"keys must be [B] int64, one for each image, got {list(keys.shape)} {keys.dtype}")
+        return self.masks.draw(keys, self.encoder.grid)
 
     def encode(self, normalized: Tensor, visible: Tensor) -> Tensor:
         """Latent tokens of all views: images [B, c, H, W], ids [K, B, V] -> [R, prefix + V, D].
 
-        Multi-scale fusion and the last norm belong to pre-training only; the encoder itself runs as it does downstream.
+        Multi-scale fusion and the final norm belong to pre-training only; downstream the encoder runs without them.
         """
         x, stages = self.encoder.forward_stages(normalized, visible.flatten(0, 1))  # R, prefix + V, D
         if self.fusion is not None:
-            x = x + self.fusion(stages)  # R, V, D (such encoders have no prefix)
+            x = x + self.fusion(stages)  # R, V, D (encoders with stages have no prefix)
         return self.encoder.norm(x)
 
+    @torch.no_grad()
+    def targets(self, normalized: Tensor, raw: Tensor) -> dict[str, Tensor]:
+        """Targets of each branch, computed once per image: [B, N, C] float32 each."""
+        device = normalized.device.type
+        reduced, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        computed = {}
+        for key, target in self.branch_targets.items():
+            with torch.autocast(device, dtype=dtype, enabled=reduced and bool(target.autocast)):
+                computed[key] = target(normalized, raw)
+        return {name: computed[key] for name, key in self.target_keys.items()}
+
     def predict(self, normalized: Tensor, masks: Masks) -> dict[str, Tensor]:
-        """What each branch says of its own tokens.
+        """Predictions of each branch for all of its tokens.
 
         Returns:
             "mim": [R, M, C] in the order of ``masks.masked``; "vis": [R, V, C] in the order of ``masks.visible``.
         """
-        return self.branches(self.encode(normalized, masks.visible), masks)
+        latent = self.encode(normalized, masks.visible)  # R, prefix + V, D
+        return {name: branch(latent, masks) for name, branch in self._named_branches()}
 
-    def branches(self, latent: Tensor, masks: Masks) -> dict[str, Tensor]:
-        """Predictions of :meth:`predict` from the latent tokens [R, prefix + V, D] of :meth:`encode`."""
-        predictions = {}
-        if self.decoder is not None:
-            predictions["mim"] = self.decoder(latent, masks.visible.flatten(0, 1), masks.masked.flatten(0, 1))
-        if self.distillation is not None:
-            predictions["vis"] = self.distillation(latent[:, self.encoder.num_prefix_tokens :])
-        return predictions
-
-    @torch.no_grad()
-    def targets(self, normalized: Tensor, raw: Tensor) -> dict[str, Tensor]:
-        """Targets of the branches that are on, once per image: [B, N, C] float32 each."""
-        device = normalized.device.type
-        reduced, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        targets = {}
-        for branch, target in self.branch_targets.items():
-            with torch.autocast(device, dtype=dtype, enabled=reduced and bool(target.autocast)):
-                targets[branch] = target(normalized, raw)
-        return targets | ({"vis": targets["mim"]} if self.vis and "vis" not in targets else {})
+    def losses(self, latent: Tensor, targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+        """Loss of each branch from the latent tokens of :meth:`encode`, and their weighted sum "loss"."""
+        losses: dict[str, Tensor] = {}
+        loss = torch.zeros((), device=latent.device)
+        for name, branch in self._named_branches():
+            own = branch.train_masks(masks)
+            losses[name] = branch.loss(branch(latent, own), targets[name], own)
+            loss = loss + branch.weight * losses[name]
+        return {"loss": loss, **losses}
 
     def forward(
         self,
@@ -205,44 +137,30 @@ class MaskedImageModel(nn.Module):
         masks: Masks | None = None,
         keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One pass: loss = mim + theta * vis.
+        """One training pass: loss = mim + theta * vis.
 
         Args:
             images_normalized: [B, c, H, W], the encoder's input.
-            images_0_255: [B, c, H, W], the same images on the 0..255 scale (HOG is taken from these).
-            masks: the caller's own masks, of any K; they override the model's.
-            keys: [B] int64, from which the model draws its masks; None = from torch's random state.
+            images_0_255: [B, c, H, W], the same images on the 0..255 scale (HOG is computed from these).
+            masks: of these images, with any K; they replace the model's own.
+            keys: [B] int64, from which the model draws its masks; None = random ones.
 
         Returns:
-            {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Besides, what targets say of themselves.
+            {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Targets may add scalars of their own.
         """
         if masks is None:
-            masks = self._fresh_masks(images_normalized, keys)
+            keys = random_keys(images_normalized.shape[0]) if keys is None else keys
+            masks = self.draw_masks(keys.to(images_normalized.device))
         self._check_sizes(images_normalized, images_0_255, masks)
         targets = self.targets(images_normalized, images_0_255)
-        masks = masks.asked(self.decode_ratio)
-        out = self.losses(self.predict(images_normalized, masks), targets, masks)
-        for branch, target in self.branch_targets.items():
-            out |= target.scalars(targets[branch])  # type: ignore[operator]
+        latent = self.encode(images_normalized, masks.visible)
+        out = self.losses(latent, targets, masks)
+        for key in self.branch_targets:
+            out |= self.target(key).scalars(targets[key])
         return out
 
-    def losses(self, predictions: dict[str, Tensor], targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-        """What :meth:`forward` returns, from :meth:`predict` and :meth:`targets`.
-
-        Both branches pick their targets by the very ids they predicted. The published code compares the visible
-        branch's shuffled tokens with targets in raster order.
-        """
-        losses: dict[str, Tensor] = {}
-        for branch, kind, ids in (("mim", self.mim_loss, masks.masked), ("vis", self.vis_loss, masks.visible)):
-            if branch in predictions:
-                target = gather_views(targets[branch], ids.flatten(0, 1))  # R, M or V, C
-                losses[branch] = regression_loss(kind, predictions[branch], target)
-        nothing = torch.zeros((), device=masks.visible.device)
-        loss = losses.get("mim", nothing) + self.theta * losses.get("vis", nothing)
-        return {"loss": loss, **losses}
-
     def _check_sizes(self, images: Tensor, raw: Tensor, masks: Masks) -> None:
-        """Masks, both forms of the images and the decoder's grid must agree: a larger image would be cut unnoticed."""
+        """Check that masks, both forms of the images and the model's grid agree; none would be cropped silently."""
         expected = (masks.visible.shape[1], self.encoder.in_chans, *self.encoder.img_size)
         if masks.mask.shape[-1] != self.encoder.num_patches:
             raise ValueError(f"masks are for {masks.mask.shape[-1]} tokens, the model has {self.encoder.num_patches}")
@@ -250,22 +168,39 @@ class MaskedImageModel(nn.Module):
             if tuple(got) != expected:
                 raise ValueError(f"{name} must be {list(expected)} for these masks and this model, got {list(got)}")
 
-    def _fresh_masks(self, images: Tensor, keys: Tensor | None) -> Masks:
-        if keys is None:
-            keys = torch.randint(-(2**63), 2**63 - 1, (images.shape[0],))
-        return self.draw_masks(keys.to(images.device))
-
     def after_step(self, step: int, progress: float = 0.0) -> None:
-        """Let the targets follow the encoder after optimizer step ``step``, at ``progress`` of the run (0 to 1)."""
-        for target in self.branch_targets.values():
-            target.after_step(self.encoder, step, progress)  # type: ignore[operator]
+        """Update targets that follow the encoder after optimizer step ``step``, at ``progress`` of the run (0 to 1)."""
+        for key in self.branch_targets:
+            self.target(key).after_step(self.encoder, step, progress)
 
     def flops(self) -> int:
-        """Floating-point operations of one forward pass of one unique image with its K views; training takes 3 x."""
+        """Floating-point operations of one forward pass of one image with its K views; training takes 3 times that."""
         visible, masked, _ = self.counts
         view = self.encoder.flops(visible)
-        for part in (self.fusion, self.distillation):
-            view += part.flops(visible) if part is not None else 0
-        if self.decoder is not None:
-            view += self.decoder.flops(visible, asked_count(masked, self.decode_ratio))
-        return self.num_views * view
+        view += self.fusion.flops(visible) if self.fusion is not None else 0
+        view += sum(branch.flops(visible, masked) for _, branch in self._named_branches())
+        return self.masks.num_views * view
+
+
+def _check_arguments(masks: Any, mim: Any, vis: Any, former: dict[str, Any]) -> None:
+    """Arguments of version 0.1 raise one error that shows how to write them now."""
+    wrong = list(former)
+    wrong += ["masks"] if not isinstance(masks, MaskSampler) else []
+    wrong += ["mim"] if not isinstance(mim, Reconstruction | None) else []
+    wrong += ["vis"] if not isinstance(vis, Distillation | None) else []
+    if wrong:
+        raise ValueError(
+            f"MaskedImageModel does not take {', '.join(wrong)} like this. Write MaskedImageModel(encoder, "
+            'masks=DisjointMasks(num_views=2, mask_ratio=0.6), mim=Reconstruction(target="hog"), '
+            'vis=Distillation(target="hog", theta=1.0)); None in place of a branch leaves it out'
+        )
+    if mim is None and vis is None:
+        raise ValueError("both branches are off: leave mim or vis on")
+
+
+def _rename_former_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Bring the keys of a checkpoint of version 0.1 to ours, in place."""
+    for key in list(state_dict):
+        for former, ours in FORMER_KEYS.items():
+            if key.startswith(prefix + former):
+                state_dict[prefix + ours + key[len(prefix + former) :]] = state_dict.pop(key)

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-# One stream per random decision, so that e.g. the crop of an image never shares bits with its mask.
+# One stream per random decision, so that e.g. the crop of an image shares no bits with its masks.
 STREAM_EPOCH, STREAM_IMAGE, STREAM_CROP, STREAM_FLIP, STREAM_MASK, STREAM_REPLACE, STREAM_STEP = range(1, 8)
 
 STREAM_SUBSET, STREAM_HOLD_OUT, STREAM_AUGMENT, STREAM_MIX = range(8, 12)  # of evaluations
 
-STREAM_DECODE = 12  # which masked tokens the decoder is asked for
+STREAM_DECODE = 12  # of the subset of masked tokens that the decoder predicts
 
 STREAM_PLACE, STREAM_COLOR = 16, 17  # of images with masks or boxes
 
@@ -22,35 +22,35 @@ _MIX2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """The two's-complement reading of a 64-bit pattern, since torch has no usable uint64 arithmetic."""
+    """A 64-bit pattern as a signed integer (two's complement); torch has no usable uint64 arithmetic."""
     value &= _MASK64
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64: torch's own copies the sign bit."""
+    """Logical right shift of int64; torch's own copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) on wrapping int64."""
+    """SplitMix64 finalizer (Steele, Lea, Flood, OOPSLA 2014) on wrapping int64."""
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
     return x ^ _shift_right(x, 31)
 
 
 def _mix_int(x: int) -> int:
-    """The same as :func:`_mix` on an unsigned Python integer."""
+    """:func:`_mix` of an unsigned Python integer."""
     x = ((x ^ (x >> 30)) * _MIX1) & _MASK64
     x = ((x ^ (x >> 27)) * _MIX2) & _MASK64
     return x ^ (x >> 31)
 
 
 def hash64(*parts: int | Tensor) -> Tensor:
-    """Counter-based 64-bit hash of a tuple of integers: the package's only source of randomness in data and masks.
+    """Counter-based 64-bit hash of a tuple of integers, the only source of randomness in data and masks.
 
     Args:
-        parts: Python integers (taken modulo 2^64) and int64 tensors that broadcast together; the order matters.
+        parts: Python integers (modulo 2^64) and int64 tensors that broadcast together; the order matters.
 
     Returns:
         int64 tensor of the broadcast shape, uniform over all 64-bit patterns; the same bits on every device.
@@ -72,11 +72,11 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def image_keys(seed: int, epoch: Tensor, index: Tensor) -> Tensor:
-    """The key of each image of an epoch, from which its crop, flip and masks follow.
+    """The key of each image in an epoch; its crop, flip and masks are functions of it.
 
     Args:
-        seed: the run's seed.
-        epoch: [B] int64. index: [B] int64, position of the image in its set.
+        seed: of the run.
+        epoch: [B] int64. index: [B] int64, index of the image in its data set.
 
     Returns:
         [B] int64.

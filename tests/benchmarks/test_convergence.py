@@ -1,4 +1,4 @@
-"""The study's parts: every variant can be built, the published order is what it says, tables read curves rightly."""
+"""The convergence study: every variant builds, the published order is reproduced, tables read curves correctly."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_every_variant_can_be_built(name, encoder):
     models = {key: make_model(variant, config(variant, encoder)) for key, variant in variants.items()}
     assert len({str(vars(variant)) for variant in variants.values()}) == len(variants)  # no variant twice
     for variant in variants.values():
-        assert variant.rate_of is None or variant.rate_of in {*variants, "dmjd"}
+        assert variant.blr_of is None or variant.blr_of in {*variants, "dmjd"}
         assert variant.teacher is None or variant.teacher in variants
     assert models
 
@@ -57,13 +57,13 @@ def test_the_published_order_differs_in_the_visible_branch_alone():
     torch.testing.assert_close(theirs["vis"], expected)
 
 
-def test_shares_of_the_time():
-    known = variants_of("speed", False)
-    assert with_share("dmjd@10/37", known).share == pytest.approx(1 / 3.7)
-    assert with_share("mae@1/2", known) == Variant("mae", share=0.5, rate_of="mae")
-    assert with_share("mae", known) == Variant("mae")
+def test_shorter_schedules():
+    available = variants_of("speed", False)
+    assert with_share("dmjd@10/37", available).share == pytest.approx(1 / 3.7)
+    assert with_share("mae@1/2", available) == Variant("mae", share=0.5, blr_of="mae")
+    assert with_share("mae", available) == Variant("mae")
     with pytest.raises(ValueError, match="no variant 'may' in this set"):
-        with_share("may@1/2", known)
+        with_share("may@1/2", available)
 
 
 def test_time_to_reach_a_level():
@@ -117,10 +117,10 @@ def test_sweeps_are_drawn_by_the_recipe_they_start_from(tmp_path):
 
 
 def test_probes_after_an_interruption_are_made_again(tmp_path):
-    asked = []
+    probed = []
 
     def probe(encoder):
-        asked.append(1)
+        probed.append(1)
         return {"knn": 0.5, "linear": 0.5}
 
     def hook() -> ProbeHook:
@@ -136,7 +136,7 @@ def test_probes_after_an_interruption_are_made_again(tmp_path):
         again(Report(TrainState(step, step, step), step / 10, None))
     assert [line["step"] for line in again.lines] == [0, 3, 5, 10]
     assert hook().lines == again.lines
-    assert len(asked) == 5
+    assert len(probed) == 5
 
 
 def test_held_out_images_are_apart(tmp_path, image_folder):

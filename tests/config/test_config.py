@@ -94,7 +94,7 @@ def test_json_round_trip(name):
         ({"mean": (0.5, 0.5, 0.5)}, "both mean and std"),
         ({"labels": "colum"}, "labels must be one of none, folder, column"),
         ({"batch_size": 10, "accumulate": 4}, "not divisible"),
-        ({"disjoint": False, "pred_ratio": 0.9}, "pred_ratio has no meaning"),
+        ({"masks": "independent", "pred_ratio": 0.9}, "pred_ratio has no meaning"),
         ({"img_size": (1, 2, 3)}, "img_size takes 1 or 2"),
         ({"crop_scale": (0.9, 0.1)}, "crop_scale must rise"),
         ({"target": "teacher"}, "--teacher and target 'teacher'"),

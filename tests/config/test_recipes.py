@@ -1,10 +1,12 @@
-"""Recipes: each differs from its neighbor only in what names it, and makes a model that trains."""
+"""Recipes: each differs from its neighbor only in what it is named after, and builds a model that trains."""
 
 import dataclasses
 import inspect
+import json
 
 import pytest
 import torch
+from support import mistake
 
 from dmjd.config import recipes
 from dmjd.config.pretrain import PretrainConfig
@@ -33,8 +35,8 @@ def differences(name: str, base: str) -> dict:
         ("jd", "maskfeat", {"vis": True}),
         ("dmjd", "dm", {"vis": True}),
         ("dmjd", "jd", {"num_views": 2}),
-        ("complementary", "dmjd", {"num_views": 4, "mask_ratio": 0.75, "block_size": 1}),
-        ("independent", "dmjd", {"disjoint": False}),
+        ("complementary", "dmjd", {"masks": "complementary", "num_views": 4, "mask_ratio": 0.75, "block_size": 1}),
+        ("independent", "dmjd", {"masks": "independent"}),
         (
             "convmae",
             "mae",
@@ -48,12 +50,12 @@ def differences(name: str, base: str) -> dict:
         ),
     ],
 )
-def test_only_what_names_it_differs(name, base, expected):
+def test_it_differs_only_in_what_it_is_named_after(name, base, expected):
     assert differences(name, base) == expected
 
 
-def test_folder_goes_by_the_size_of_the_images():
-    """Small images start from what the study found, larger ones from the paper's method; flags win over both."""
+def test_folder_depends_on_the_image_size():
+    """Small images use the settings of our study, larger ones the paper's method; overrides win over both."""
     large = recipes.folder(img_size=(64, 80))
     assert large == recipes.folder().replace(img_size=(64, 80))
     assert (large.encoder, large.optimizer, large.branch_targets) == (
@@ -83,7 +85,7 @@ def test_folder_goes_by_the_size_of_the_images():
     assert recipes.folder(img_size=32, target="ema").branch_targets == {"mim": "ema", "vis": "ema"}
     assert recipes.folder(img_size=32, vis_target="ema").branch_targets == {"mim": "pixel", "vis": "ema"}
     for patch in (2, 8):
-        assert build_model(recipes.folder(img_size=32, encoder=f"vit_tiny_patch{patch}")).vis_target is not None
+        assert build_model(recipes.folder(img_size=32, encoder=f"vit_tiny_patch{patch}")).target("vis").name == "hog"
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 
@@ -122,8 +124,41 @@ def test_models_of_the_recipes(name):
 def test_convmaes_own_ratios_and_dmjds():
     own = build_model(recipes.convmae(**HYBRID))
     assert own.encoder.mlp_ratios == (4.0, 4.0, 4.0)
-    assert own.decoder.mlp_ratio == 4.0
+    assert own.branches["mim"].decoder.mlp_ratio == 4.0
     same = build_model(recipes.convmae(mlp_ratio=(8, 8, 4), decoder_mlp_ratio=8, **HYBRID))
     theirs = build_model(recipes.dmjd(**HYBRID))
     assert same.encoder.mlp_ratios == theirs.encoder.mlp_ratios == (8.0, 8.0, 4.0)
-    assert same.decoder.mlp_ratio == theirs.decoder.mlp_ratio == 8.0
+    assert same.branches["mim"].decoder.mlp_ratio == theirs.branches["mim"].decoder.mlp_ratio == 8.0
+
+
+def test_the_field_that_masks_replaced_is_named():
+    with pytest.raises(ValueError, match=r"'disjoint' is now masks: .*--masks independent"):
+        recipes.dmjd(disjoint=False)
+
+
+@pytest.mark.parametrize("flag", ["--no-disjoint", "--disjoint"])
+def test_the_flag_that_masks_replaced_is_named(flag, capsys):
+    assert "setting 'disjoint' is now masks" in mistake(capsys, "pretrain", flag)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "disjoint", "masks"),
+    [
+        ("dmjd", {}, True, "disjoint"),
+        ("independent", {}, False, "independent"),
+        ("complementary", {}, True, "complementary"),
+        ("complementary", {"masks": "disjoint", "mask_ratio": 0.8}, True, "disjoint"),
+    ],
+)
+def test_masks_of_a_configuration_of_version_0_1(recipe, changes, disjoint, masks):
+    config = recipes.get_recipe(recipe)(**changes)
+    former = json.loads(config.to_json())
+    del former["masks"]
+    assert PretrainConfig.from_json(json.dumps(former | {"disjoint": disjoint})) == config.replace(masks=masks)
+
+
+def test_unknown_masks_are_named():
+    with pytest.raises(ValueError, match=r"unknown masks 'disjiont'; did you mean 'disjoint'\?"):
+        build_model(recipes.dmjd(masks="disjiont", **TINY))
+    with pytest.raises(ValueError, match=r"complementary masks of 2 views have mask_ratio 0.5, .* got 0.6"):
+        build_model(recipes.dmjd(masks="complementary", **TINY))

@@ -163,7 +163,7 @@ def test_initialization(name):
         else:
             assert not module.bias.any(), key
     assert seen == {(False, "xavier"), (True, "xavier")} | ({(True, "default")} if name.startswith("conv") else set())
-    tokens = [model.decoder.mask_token] + ([] if name.startswith("conv") else [model.encoder.cls_token])
+    tokens = [model.branches["mim"].decoder.mask_token] + ([] if name.startswith("conv") else [model.encoder.cls_token])
     for token in tokens:
         assert token.std().item() == pytest.approx(0.02, rel=0.25)
         assert abs(token.mean().item()) < 0.006

@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dmjd import DisjointMasks, IndependentMasks
 from dmjd.engine.optim import OPTIMIZERS, adamw, parameter_groups, reserve_state, scaled_learning_rate, warmup_cosine
 
 
 def test_scale_rule():
-    one_view = scaled_learning_rate(6e-4, 512, 1, 0.6, None, True)
+    one_view = scaled_learning_rate(6e-4, 512, DisjointMasks(1, 0.6))
     assert one_view == pytest.approx(6e-4 * 2)
-    assert scaled_learning_rate(6e-4, 512, 2, 0.6, None, True) == pytest.approx(one_view / 0.6)  # p = 1
-    assert scaled_learning_rate(6e-4, 512, 2, 0.6, 0.9, True) == pytest.approx(one_view * 1.5)
-    assert scaled_learning_rate(6e-4, 512, 2, 0.3, None, True) == pytest.approx(one_view * 2)  # p = 2 c
-    assert scaled_learning_rate(6e-4, 512, 2, 0.6, None, False) == pytest.approx(one_view * (1 - 0.4**2) / 0.6)
+    assert scaled_learning_rate(6e-4, 512, DisjointMasks(2, 0.6)) == pytest.approx(one_view / 0.6)  # p = 1
+    assert scaled_learning_rate(6e-4, 512, DisjointMasks(2, 0.6, 0.9)) == pytest.approx(one_view * 1.5)
+    assert scaled_learning_rate(6e-4, 512, DisjointMasks(2, 0.3)) == pytest.approx(one_view * 2)  # p = 2 c
+    assert scaled_learning_rate(6e-4, 512, IndependentMasks(2, 0.6)) == pytest.approx(one_view * (1 - 0.4**2) / 0.6)
 
 
 def test_schedule_values():

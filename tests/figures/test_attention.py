@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import small_encoder, titles
+from figure_models import small_encoder, titles
 
 from dmjd.figures.attention import MAX_HEADS, attention_figure, last_attention
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from figure_models import panels
 from PIL import Image
-from tiny_models import panels
 
 from dmjd.figures.grid import image_grid, save_figure
 

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from figure_models import small_encoder, titles
 from matplotlib.colors import to_rgba
-from tiny_models import small_encoder, titles
 
 from dmjd.data.sources.registry import open_source
 from dmjd.figures.neighbors import NUM_NEIGHBORS, OTHER, SAME, nearest, neighbors_figure

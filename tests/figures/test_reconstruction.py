@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from figure_models import images_of, model_for, panels, words
 from matplotlib import colors
-from tiny_models import images_of, model_for, panels, words
 
 import dmjd.figures.render as rendering
 from dmjd.encoders.registry import create_encoder
@@ -39,7 +39,7 @@ def test_mask_figure_shows_each_view_and_how_often_tokens_are_masked(views, grid
     [(4, (16, 24), 1, "hog"), (8, (32, 32), 3, "hog"), (16, (32, 64), 5, "hog"), (8, (48, 32), 3, "pixel")],
 )
 def test_reconstruction_figure_has_a_row_for_each_view(views, patch, size, chans, target):
-    model = model_for(patch, size, chans, target=target, num_views=views, mask_ratio=0.5)
+    model = model_for(patch, size, chans, target, target, num_views=views, mask_ratio=0.5)
     figure = reconstruction_figure(model, images_of(size, chans))
     columns = panels(figure)
     assert len(columns) == 5
@@ -51,7 +51,7 @@ def test_reconstruction_figure_has_a_row_for_each_view(views, patch, size, chans
 
 
 def test_predictions_replace_masked_tokens_only():
-    model = model_for(target="pixel", num_views=2)
+    model = model_for(mim="pixel", vis="pixel", num_views=2)
     images, masks = images_of(), model.draw_masks(torch.arange(2))
     columns = panels(reconstruction_figure(model, images, masks=masks))
     pasted = columns["reconstruction\nof masked tokens"]
@@ -80,10 +80,10 @@ def test_true_hog_tokens_are_tinted():
 @pytest.mark.parametrize(
     ("options", "titles"),
     [
-        ({"vis": False}, ["target 'hog'\nof mim", "reconstruction\nof masked tokens"]),
-        ({"mim": False}, ["target 'hog'\nof vis", "distillation\nof visible tokens"]),
+        ({"vis": None}, ["target 'hog'\nof mim", "reconstruction\nof masked tokens"]),
+        ({"mim": None}, ["target 'hog'\nof vis", "distillation\nof visible tokens"]),
         (
-            {"mim_target": "pixel", "vis_target": "hog"},
+            {"mim": "pixel", "vis": "hog"},
             [
                 "target 'pixel'\nof mim",
                 "reconstruction\nof masked tokens",
@@ -115,14 +115,15 @@ class Edges(Target):
 
 
 def test_a_new_target_is_shown_by_its_principal_components():
-    figure = reconstruction_figure(model_for(target=Edges()), images_of())
+    edges = Edges()
+    figure = reconstruction_figure(model_for(mim=edges, vis=edges), images_of())
     assert "principal components" in words(figure)
     assert panels(figure)["target 'edges'"][0].shape == (4, 4, 3)
 
 
 def test_figures_do_not_change_the_model():
     model = model_for().train()
-    model.decoder.eval()
+    model.branches["mim"].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     reconstruction_figure(model, images_of())
@@ -137,5 +138,5 @@ def test_conv_vit_models_are_drawn_too():
     torch.manual_seed(0)
     encoder = create_encoder("conv_vit_tiny_patch8", 32, embed_dims=(16, 32, 48), depths=(1, 1, 1), num_heads=3)
     encoder.preprocess = Preprocess((32, 32))
-    model = MaskedImageModel(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    model = MaskedImageModel(encoder)
     assert len(panels(reconstruction_figure(model, images_of()))) == 5

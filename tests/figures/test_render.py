@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import images_of, model_for
+from figure_models import images_of, model_for
 
 import dmjd.figures.render as rendering
 from dmjd.targets import hog
@@ -52,7 +52,7 @@ def test_hog_cells_of_a_token_are_drawn_at_their_positions():
     model = model_for(patch=16, size=(32, 64), mask_ratio=0.5)
     raw = torch.zeros(1, 3, 32, 64)
     raw[..., 18:22, 42:46] = 255  # cell (2, 5) of the 4 x 8 cells of 8 pixels
-    rgb = rendering.render_hog(model.mim_target(raw, raw), model.mim_target, model.encoder.grid)[0]
+    rgb = rendering.render_hog(model.target("mim")(raw, raw), model.target("mim"), model.encoder.grid)[0]
     side = rgb.shape[0] // 4
     lit = rgb.amax(-1).unflatten(0, (4, side)).unflatten(2, (8, side)).amax((1, 3)) > 0
     assert lit.nonzero().tolist() == [[2, 5]]
@@ -70,9 +70,9 @@ def test_images_of_any_channels_become_rgb(chans):
 
 @pytest.mark.parametrize(("patch", "size", "chans"), [(4, (16, 32), 1), (8, (32, 32), 3), (16, (64, 48), 5)])
 def test_true_pixel_targets_render_the_image(patch, size, chans):
-    model = model_for(patch, size, chans, target="pixel")
+    model = model_for(patch, size, chans, "pixel", "pixel")
     images = images_of(size, chans)
-    target = model.mim_target(model.encoder.preprocess.normalize(images), images)
+    target = model.target("mim")(model.encoder.preprocess.normalize(images), images)
     rendered = rendering.render_pixels(target, model.encoder, images)
     assert torch.allclose(rendered, rendering.to_rgb(images), atol=1e-4)
 

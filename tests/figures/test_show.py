@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from figure_models import model_for
 from PIL import Image
-from tiny_models import model_for
 
 import dmjd
 from dmjd.config.pretrain import PretrainConfig

@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.classifier import Classifier
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.interop.conversion import from_timm, load_official, timm_arguments, to_ours, to_published
-from dmjd.masking import disjoint_masks
+from dmjd.masking import DisjointMasks, disjoint_masks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.tokens import sincos_positions
 
@@ -50,10 +51,10 @@ def test_key_tables_invert_each_other(name, conv_vit):
         ("blocks.1.attn.proj.bias", "encoder.blocks.1.attn.proj.bias", False),
         ("cls_token", "encoder.cls_token", False),
         ("norm.weight", "encoder.norm.weight", False),
-        ("mask_token", "decoder.mask_token", False),
-        ("decoder_pred.bias", "decoder.head.bias", False),
-        ("predictor.0.weight", "distillation.predictor.weight", True),
-        ("proj_embed.3.weight", "distillation.projector.3.weight", True),
+        ("mask_token", "branches.mim.decoder.mask_token", False),
+        ("decoder_pred.bias", "branches.mim.decoder.head.bias", False),
+        ("predictor.0.weight", "branches.vis.head.predictor.weight", True),
+        ("proj_embed.3.weight", "branches.vis.head.projector.3.weight", True),
     ],
 )
 def test_known_names(published, ours, conv_vit):
@@ -84,7 +85,7 @@ def shake(model: nn.Module) -> None:
         (
             "vit_tiny_patch8",
             {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": True},
-            {"vis": False, "target": "pixel"},
+            {"vis": None},
         ),
         ("vit_tiny_patch4", {"embed_dim": 32, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "in_chans": 5}, {}),
         ("conv_vit_tiny_patch16", {"embed_dims": (8, 12, 16), "depths": (1, 2, 1), "num_heads": 2}, {}),
@@ -97,7 +98,7 @@ def shake(model: nn.Module) -> None:
                 "mlp_ratios": (4.0, 2.0, 3.0),
                 "in_chans": 1,
             },
-            {"vis": False, "target": "pixel"},
+            {"vis": None},
         ),
     ],
 )
@@ -106,9 +107,9 @@ def test_pretraining_weights_round_trip(name, encoder_options, options, suffix, 
     torch.manual_seed(0)
     side = 64 if name.endswith("16") else 32
     encoder = create_encoder(name, img_size=side, **encoder_options)
-    model = MaskedImageModel(
-        encoder, decoder_dim=16, decoder_depth=2, decoder_heads=4, block_size=1, mask_ratio=0.5, num_views=1, **options
-    ).eval()
+    mim = Reconstruction("pixel" if "vis" in options else "hog", decoder_dim=16, decoder_depth=2, decoder_heads=4)
+    vis = None if "vis" in options else Distillation(projector_dim=16)
+    model = MaskedImageModel(encoder, DisjointMasks(1, 0.5, block_size=1), mim, vis).eval()
     shake(model)
     state = as_published(model, name.startswith("conv"))
     source: Path | dict[str, Tensor] = state
@@ -122,7 +123,7 @@ def test_pretraining_weights_round_trip(name, encoder_options, options, suffix, 
     assert isinstance(loaded, MaskedImageModel)
     assert not loaded.training
     assert (loaded.encoder.grid, loaded.encoder.in_chans) == (encoder.grid, encoder.in_chans)
-    assert (loaded.distillation is None) == (options.get("vis") is False)
+    assert list(loaded.branches) == (["mim"] if "vis" in options else ["mim", "vis"])
     images = torch.randn(2, encoder.in_chans, side, side)
     raw = torch.randint(0, 256, images.shape)
     masks = disjoint_masks(2, encoder.grid, 1, 0.5, keys=torch.arange(2))
@@ -163,7 +164,8 @@ def test_classifier_round_trip(with_norm):
 def mae_state() -> dict[str, Tensor]:
     torch.manual_seed(0)
     encoder = create_encoder("vit_tiny_patch8", img_size=32, embed_dim=32, depth=1, num_heads=2)
-    model = MaskedImageModel(encoder, "pixel", vis=False, decoder_dim=16, decoder_depth=1, decoder_heads=4)
+    mim = Reconstruction("pixel", decoder_dim=16, decoder_depth=1, decoder_heads=4)
+    model = MaskedImageModel(encoder, mim=mim, vis=None)
     return as_published(model, False)
 
 

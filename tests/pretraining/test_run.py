@@ -17,6 +17,7 @@ from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.encoders.weights import encoder_bytes
 from dmjd.engine.optim import scaled_learning_rate, warmup_cosine
+from dmjd.runs.build import build_masks
 
 
 def command(*arguments: object) -> None:
@@ -140,7 +141,7 @@ def test_minutes_and_a_longer_duration(tmp_path):
     assert both[-1]["seconds"] >= 2.4
     # The schedule follows the clock: a step's learning rate is that of the time before it.
     config = recipes.digits(minutes=0.04, **fields)
-    peak = scaled_learning_rate(config.blr, 16, config.num_views, config.mask_ratio, None, True)
+    peak = scaled_learning_rate(config.blr, 16, build_masks(config))
     for before, after in pairwise(both[len(first) - 1 :]):
         assert after["lr"] == pytest.approx(peak * warmup_cosine(before["seconds"] / 2.4, config.warmup), abs=1e-9)
 

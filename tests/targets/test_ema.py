@@ -1,4 +1,4 @@
-"""The ema target: a copy that follows the encoder slowly, the same after every restart, and says when it fails."""
+"""The ema target: a copy that follows the encoder slowly, resumes bit for bit, and warns of a collapse."""
 
 import math
 import signal
@@ -7,13 +7,13 @@ import pytest
 import torch
 from support import TINY_FIELDS, assert_same_bits, metrics
 
-from dmjd import MaskedImageModel, create_encoder, pretrain
+from dmjd import ComplementaryMasks, Distillation, MaskedImageModel, Reconstruction, create_encoder, pretrain
 from dmjd.config import recipes
 from dmjd.encoders.base import Encoder
 from dmjd.figures.show import show
 from dmjd.runs.build import build_model
 from dmjd.targets.base import whiten
-from dmjd.targets.ema import COLLAPSED, EmaTarget, feature_deviation
+from dmjd.targets.ema import COLLAPSED, EmaSettings, EmaTarget, feature_deviation
 from dmjd.targets.registry import create_target
 
 
@@ -32,15 +32,15 @@ def normalized(count: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
 def test_it_is_the_whitened_mean_of_the_last_blocks_of_the_whole_image(name):
     source = encoder(name, drop_path=0.5)
-    target = EmaTarget(source, layers=2).train()  # stochastic depth stays off
+    target = EmaTarget(source, EmaSettings(layers=2)).train()  # stochastic depth stays off
     images = normalized()
-    found = target(images, torch.full_like(images, float("nan")))
+    actual = target(images, torch.full_like(images, float("nan")))
     outputs = source.eval().block_outputs(images, 4)
     assert torch.equal(outputs[-1], source(images))
-    torch.testing.assert_close(found, whiten((whiten(outputs[2]) + whiten(outputs[3])) / 2))
-    torch.testing.assert_close(EmaTarget(source, layers=1)(images, images), whiten(outputs[3]))
+    torch.testing.assert_close(actual, whiten((whiten(outputs[2]) + whiten(outputs[3])) / 2))
+    torch.testing.assert_close(EmaTarget(source, EmaSettings(layers=1))(images, images), whiten(outputs[3]))
     assert EmaTarget(source).layers == 2  # half of four
-    assert found.shape == (3, 16, target.dim)
+    assert actual.shape == (3, 16, target.dim)
 
 
 def test_a_class_token_is_dropped():
@@ -48,14 +48,14 @@ def test_a_class_token_is_dropped():
 
 
 def test_momentum_rises_to_one_by_half_a_cosine():
-    target = EmaTarget(encoder(), momentum=0.9)
-    assert [round(target.momentum_at(share), 6) for share in (0.0, 0.5, 1.0)] == [0.9, 0.95, 1.0]
+    target = EmaTarget(encoder(), EmaSettings(momentum=0.9))
+    assert [round(target.momentum_at(progress), 6) for progress in (0.0, 0.5, 1.0)] == [0.9, 0.95, 1.0]
     assert target.momentum_at(0.25) == pytest.approx(1 - 0.1 * (1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_the_copy_moves_by_the_momentum_of_the_share_that_is_done():
-    model = MaskedImageModel(encoder(), target="ema")
-    target = model.mim_target
+def test_the_copy_moves_by_the_momentum_at_the_progress_of_the_run():
+    model = MaskedImageModel(encoder(), mim=Reconstruction(target="ema"), vis=Distillation(target="ema"))
+    target = model.target("mim")
     before = [p.clone() for p in target.copy.parameters()]
     with torch.no_grad():
         for parameter in model.encoder.parameters():
@@ -63,28 +63,30 @@ def test_the_copy_moves_by_the_momentum_of_the_share_that_is_done():
     model.after_step(5, progress=0.5)
     for old, new in zip(before, target.copy.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.002, rtol=0, atol=2e-6)
-    model.after_step(6, progress=1.0)  # momentum 1: it stands still
+    model.after_step(6, progress=1.0)  # momentum 1: it does not move
     for old, new in zip(before, target.copy.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.002, rtol=0, atol=2e-6)
 
 
 def test_one_pass_for_all_views_and_no_gradient():
-    model = MaskedImageModel(encoder(), target="ema", num_views=4, mask_ratio=0.75, block_size=1).train()
+    model = MaskedImageModel(
+        encoder(), ComplementaryMasks(4), Reconstruction(target="ema"), Distillation(target="ema")
+    ).train()
     passes = []
-    model.mim_target.copy.blocks[-1].register_forward_hook(lambda *_: passes.append(1))
+    model.target("mim").copy.blocks[-1].register_forward_hook(lambda *_: passes.append(1))
     raw = normalized() * 50 + 128
     out = model(normalized(), raw, keys=torch.arange(3))
     out["loss"].backward()
     assert len(passes) == 1
-    assert model.vis_target is model.mim_target
-    assert all(p.grad is None and not p.requires_grad for p in model.mim_target.parameters())
-    assert float(out["target_std"]) == pytest.approx(float(feature_deviation(model.mim_target(normalized(), raw))))
+    assert model.target("vis") is model.target("mim")
+    assert all(p.grad is None and not p.requires_grad for p in model.target("mim").parameters())
+    assert float(out["target_std"]) == pytest.approx(float(feature_deviation(model.target("mim")(normalized(), raw))))
 
 
-def test_it_computes_in_the_runs_precision_and_answers_in_float32():
-    model = MaskedImageModel(encoder(), target="ema", mim_target="hog")
+def test_it_computes_in_the_runs_precision_and_returns_float32():
+    model = MaskedImageModel(encoder(), vis=Distillation(target="ema"))
     seen = []
-    model.vis_target.copy.blocks[-1].mlp.fc1.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    model.target("vis").copy.blocks[-1].mlp.fc1.register_forward_hook(lambda *args: seen.append(args[2].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         targets = model.targets(normalized(), normalized() * 50 + 128)
     assert seen == [torch.bfloat16]
@@ -93,9 +95,9 @@ def test_it_computes_in_the_runs_precision_and_answers_in_float32():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"ema_layers": 5}, "ema_layers must be 1 to 4"), ({"ema_momentum": 1.5}, "ema_momentum must lie in")],
+    [({"layers": 5}, "ema_layers must be 1 to 4"), ({"momentum": 1.5}, "ema_momentum must lie in")],
 )
-def test_what_cannot_be(options, message):
+def test_settings_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         create_target("ema", encoder(), **options)
 
@@ -104,8 +106,8 @@ def test_deviation_sees_both_kinds_of_collapse():
     features = whiten(torch.randn(8, 16, 64))
     assert float(feature_deviation(features)) > 0.8
     assert float(feature_deviation(features[:1, :1].expand(8, 16, 64))) < 1e-6  # all the same
-    assert float(feature_deviation(features[:1].expand(8, 16, 64))) < 1e-6  # every place its own, every image the same
-    assert float(feature_deviation(features[:1])) > 0.8  # a single image is compared within itself
+    assert float(feature_deviation(features[:1].expand(8, 16, 64))) < 1e-6  # every image the same
+    assert float(feature_deviation(features[:1])) > 0.8  # the tokens of a single image are compared
 
 
 def config(image_folder, out, **changes):
@@ -114,7 +116,7 @@ def config(image_folder, out, **changes):
 
 
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, image_folder):
-    """The copy is saved and momentum follows the share of the run, also where targets differ by branch."""
+    """The copy is saved and the momentum follows the progress, also where targets differ by branch."""
 
     def stop(report):
         if report.state.step == 5:
@@ -131,15 +133,15 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, image_folder):
     assert show("targets", tmp_path / "straight", out=tmp_path / "t.png", num_images=2).stat().st_size > 1000
 
 
-def test_a_collapse_is_told_while_it_happens_and_at_the_end(tmp_path, image_folder, capsys):
-    """An encoder that cannot tell images apart stands for one that has unlearned it."""
+def test_a_collapse_is_reported_when_it_happens_and_at_the_end(tmp_path, image_folder, capsys):
+    """An encoder with zero weights stands for one that has collapsed."""
     settings = config(image_folder, tmp_path / "run")
     model = build_model(settings)
-    for part in (model.encoder, model.mim_target.copy):
+    for part in (model.encoder, model.target("mim").copy):
         part.patch_embed.proj.weight.requires_grad_(False).zero_()
     result = pretrain(settings, model=model)
     assert result.metrics["target_std"] < COLLAPSED
-    told = capsys.readouterr().err
-    assert told.count("step 1: the ema target has collapsed") == 1
-    assert "at the end of the run: the ema target has collapsed" in told
-    assert "step 2: the ema" not in told
+    reported = capsys.readouterr().err
+    assert reported.count("step 1: the ema target has collapsed") == 1
+    assert "at the end of the run: the ema target has collapsed" in reported
+    assert "step 2: the ema" not in reported

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from support import TINY_FIELDS
 
-from dmjd import MaskedImageModel, create_encoder, pretrain
+from dmjd import ComplementaryMasks, Distillation, MaskedImageModel, Reconstruction, create_encoder, pretrain
 from dmjd.config import recipes
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, load_encoder
@@ -17,8 +17,7 @@ from dmjd.figures.show import show
 from dmjd.images.preprocess import Preprocess
 from dmjd.runs.build import load_model
 from dmjd.targets.base import whiten
-from dmjd.targets.registry import create_target
-from dmjd.targets.teacher import TeacherTarget, to_channels, to_grid
+from dmjd.targets.teacher import TeacherSettings, TeacherTarget, to_channels, to_grid
 
 OWN = Preprocess((32, 32), 3, (0.3, 0.4, 0.5), (0.2, 0.2, 0.3))
 
@@ -49,7 +48,7 @@ def make_images(channels: int = 3, size: tuple[int, int] = (32, 32)) -> torch.Te
     return torch.randint(0, 256, (4, channels, *size), generator=torch.Generator().manual_seed(0)).float()
 
 
-NOISE = torch.full((4, 3, 32, 32), float("nan"))  # the student's own normalized images play no part
+NOISE = torch.full((4, 3, 32, 32), float("nan"))  # the student's own normalized images are not used
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
@@ -58,23 +57,23 @@ def test_a_runs_encoder_gives_its_own_whitened_features_on_the_same_grid(tmp_pat
     (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(teacher))
     raw = make_images()
     for source in (teacher, str(tmp_path), tmp_path / "encoder.safetensors"):
-        target = TeacherTarget(student(), source)
-        found = target(NOISE, raw)
+        target = TeacherTarget(student(), TeacherSettings(source))
+        actual = target(NOISE, raw)
         with torch.no_grad():
             expected = whiten(teacher(OWN.normalize(raw))[:, teacher.num_prefix_tokens :])
         assert target.dim == 48
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_timm_model_gives_its_normed_patch_tokens():
     teacher, raw = timm_vit(), make_images()
     teacher.norm.weight.data.uniform_(0.5, 2.0)
-    found = TeacherTarget(student(), teacher)(NOISE, raw)
+    actual = TeacherTarget(student(), TeacherSettings(teacher))(NOISE, raw)
     mean, std = (torch.tensor(teacher.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         tokens = teacher.forward_features((raw / 255 - mean) / std)
     assert tokens.shape[1] == 17  # a class token before the 16 of the grid
-    torch.testing.assert_close(found, whiten(tokens[:, 1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, whiten(tokens[:, 1:]), rtol=1e-4, atol=1e-5)
 
 
 def test_several_layers_are_whitened_averaged_and_whitened():
@@ -85,9 +84,9 @@ def test_several_layers_are_whitened_averaged_and_whitened():
             x = block(x)
             outputs.append(x[:, 1:])
     expected = whiten((whiten(outputs[1]) + whiten(outputs[2])) / 2)
-    found = TeacherTarget(student(), teacher, layers=2)(NOISE, raw)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found, TeacherTarget(student(), teacher)(NOISE, raw), atol=0.01)
+    actual = TeacherTarget(student(), TeacherSettings(teacher, layers=2))(NOISE, raw)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(actual, TeacherTarget(student(), TeacherSettings(teacher))(NOISE, raw), atol=0.01)
     convolutional = own_teacher("conv_vit_tiny_patch8")
     last = convolutional.block_outputs(OWN.normalize(raw), 2)
     assert len(last) == 2
@@ -98,9 +97,9 @@ def test_several_layers_are_whitened_averaged_and_whitened():
 def test_other_grids_and_sizes_are_resized(patch, size):
     """The teacher sees its own 32 x 32 pixels and its 4 x 4 tokens come in the student's grid."""
     teacher = own_teacher()
-    target = TeacherTarget(student(patch, size=size), teacher)
+    target = TeacherTarget(student(patch, size=size), TeacherSettings(teacher))
     raw = make_images(size=size)
-    found = target(raw, raw)
+    actual = target(raw, raw)
     resized = F.interpolate(raw, (32, 32), mode="bicubic", antialias=True).clamp(0, 255) if size != (32, 32) else raw
     with torch.no_grad():
         tokens = teacher(OWN.normalize(resized))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
@@ -109,19 +108,19 @@ def test_other_grids_and_sizes_are_resized(patch, size):
         expected = F.avg_pool2d(tokens, 2)
     else:
         expected = F.interpolate(tokens, (h, w), mode="bilinear", align_corners=False)
-    assert found.shape == (4, h * w, 48)
-    torch.testing.assert_close(found, whiten(expected.flatten(2).transpose(1, 2)), rtol=1e-4, atol=1e-4)
+    assert actual.shape == (4, h * w, 48)
+    torch.testing.assert_close(actual, whiten(expected.flatten(2).transpose(1, 2)), rtol=1e-4, atol=1e-4)
 
 
 def test_feature_maps_of_a_convolutional_network():
     network = timm.create_model("resnet10t", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    target = TeacherTarget(student(), network)
+    target = TeacherTarget(student(), TeacherSettings(network))
     assert target(make_images(), make_images()).shape == (4, 16, 512)
     with pytest.raises(ValueError, match="differ in width: use --teacher-layers 1"):
-        TeacherTarget(student(), network, layers=2)
+        TeacherTarget(student(), TeacherSettings(network, layers=2))
 
 
-def test_to_grid_keeps_what_is_there():
+def test_to_grid_pools_and_interpolates():
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert torch.equal(to_grid(x, (4, 4)), x)
     assert to_grid(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
@@ -136,14 +135,15 @@ def test_channels_become_the_teachers():
     clear = torch.cat([color, torch.zeros(4, 1, 32, 32)], dim=1)
     assert torch.equal(to_channels(clear, 3), torch.full_like(color, 255))
     assert to_channels(clear, 1).shape == gray.shape
-    target = TeacherTarget(student(in_chans=1), own_teacher())
+    target = TeacherTarget(student(in_chans=1), TeacherSettings(own_teacher()))
     assert target(gray, gray).shape == (4, 16, 48)
 
 
 def test_the_teacher_is_frozen_and_outside_the_model():
     teacher = own_teacher()
+    target = TeacherTarget(student(), TeacherSettings(teacher))
     model = MaskedImageModel(
-        student(), target=TeacherTarget(student(), teacher), block_size=1, num_views=4, mask_ratio=0.75
+        student(), ComplementaryMasks(4), Reconstruction(target=target), Distillation(target=target)
     )
     passes = []
     teacher.register_forward_hook(lambda *_: passes.append(1))
@@ -162,29 +162,28 @@ def test_the_teacher_is_frozen_and_outside_the_model():
         "branch_targets.mim._extra_state"
     ]
     model.to(torch.float64)
-    assert next(teacher.parameters()).dtype == torch.float64  # it goes where the model goes
+    assert next(teacher.parameters()).dtype == torch.float64  # it is cast with the model
 
 
 def test_branches_may_differ():
     encoder = student()
-    vis = create_target("teacher", encoder, teacher=own_teacher(), teacher_layers=2, hog_cell=4)
-    model = MaskedImageModel(encoder, mim_target="hog", vis_target=vis)
-    assert (model.mim_target.name, model.vis_target.name) == ("hog", "teacher")
-    assert model.distillation.predictor.out_features == 48
-    assert vis.layers == 2
+    model = MaskedImageModel(encoder, vis=Distillation(target=TeacherSettings(own_teacher(), layers=2)))
+    assert (model.target("mim").name, model.target("vis").name) == ("hog", "teacher")
+    assert model.branches["vis"].head.predictor.out_features == 48
+    assert model.target("vis").layers == 2
 
 
 def test_another_teacher_is_refused():
     teacher = own_teacher()
-    state = TeacherTarget(student(), teacher).state_dict()
-    TeacherTarget(student(), teacher).load_state_dict(state)
+    state = TeacherTarget(student(), TeacherSettings(teacher)).state_dict()
+    TeacherTarget(student(), TeacherSettings(teacher)).load_state_dict(state)
     teacher.blocks[0].mlp.fc1.bias.data[0] += 1e-3
     with pytest.raises(ValueError, match="is not the teacher this run began with"):
-        TeacherTarget(student(), teacher).load_state_dict(state)
+        TeacherTarget(student(), TeacherSettings(teacher)).load_state_dict(state)
 
 
 def test_timm_weights_from_a_folder(tmp_path):
-    """How weights come in without a network; random state is left alone."""
+    """Weights without a network; the random state is left unchanged."""
     teacher = timm_vit()
     save_file(teacher.state_dict(), tmp_path / "model.safetensors")
     config = {
@@ -195,7 +194,7 @@ def test_timm_weights_from_a_folder(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    target = TeacherTarget(student(), f"local-dir:{tmp_path}")
+    target = TeacherTarget(student(), TeacherSettings(f"local-dir:{tmp_path}"))
     state = torch.get_rng_state()
     torch.manual_seed(0)
     student()
@@ -219,13 +218,13 @@ def test_timm_weights_from_a_folder(tmp_path):
         (timm_vit(in_chans=5), {}, "takes 5 channels, the run has 3"),
     ],
 )
-def test_teachers_that_cannot_be(teacher, options, message):
+def test_unusable_teachers(teacher, options, message):
     with pytest.raises(ValueError, match=message):
-        TeacherTarget(student(), teacher, **options)
+        TeacherTarget(student(), TeacherSettings(teacher, **options))
 
 
 def test_a_run_teaches_the_next_one(tmp_path, image_folder):
-    """Two stages: resumed with a moved teacher, shown, loaded; refused with another or a missing teacher."""
+    """Two stages: resume with a moved teacher, show, load; another or a missing teacher is refused."""
     fields = TINY_FIELDS | {"data": str(image_folder), "batch_size": 8}
     first, second = tmp_path / "first", tmp_path / "second"
     pretrain(recipes.folder(out=str(first), steps=3, **fields))
@@ -243,7 +242,7 @@ def test_a_run_teaches_the_next_one(tmp_path, image_folder):
     assert "target_std" not in result.metrics
     model, config = load_model(second)
     assert config.teacher == str(tmp_path / "moved")
-    assert model.mim_target is model.vis_target
+    assert model.target("mim") is model.target("vis")
     for kind in ("targets", "reconstructions"):
         assert show(kind, second, out=tmp_path / f"{kind}.png").stat().st_size > 1000
     assert load_encoder(second / "checkpoints" / "final.safetensors").embed_dim == 32

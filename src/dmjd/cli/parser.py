@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dmjd.config.fields import RENAMED, Config, value_types
+from dmjd.config.fields import RENAMED, REPLACED, Config, value_types
 
 WIDTH = 88
 
@@ -35,6 +35,8 @@ class Parser(argparse.ArgumentParser):
         former |= {f"--no-{old[2:]}": f"--no-{new[2:]}" for old, new in former.items()}
         if former.get(flag) in flags:
             raise ValueError(f"the flag {flag} is now called {former[flag]}")
+        if (replaced := flag.removeprefix("--").removeprefix("no-")) in REPLACED:
+            raise ValueError(f"the setting {replaced} is now {REPLACED[replaced]}")
         near = difflib.get_close_matches(flag, flags, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         self.error(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint}")

@@ -29,6 +29,8 @@ RENAMED = {
     "colours": "color_jitter",
     "outlines": "instance_masks",
 }
+# Settings that another one replaced, not only by name: what a caller is told.
+REPLACED = {"disjoint": "masks: 'disjoint' (the default) or 'independent' (--masks independent)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,8 @@ class Config:
         for name in unknown:
             if RENAMED.get(name) in known:
                 raise ValueError(f"the setting {name} is now called {RENAMED[name]}")
+            if name in REPLACED and REPLACED[name].split(":")[0] in known:
+                raise ValueError(f"the setting {name} is now {REPLACED[name]}")
         if unknown:
             raise ValueError(
                 f"'{cls.task}' does not take {', '.join(unknown)}: did you mean {nearest(unknown[0], known)}? "

@@ -1,6 +1,7 @@
 """The configuration of a pre-training run. Imports no torch."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -88,7 +89,7 @@ class PretrainConfig(Config):
     block_size: int | None = option(
         None, "side of a masking block in tokens; default 2 where it divides", "method", ge=1
     )
-    disjoint: bool = option(True, "views avoid each other's masks", "method")
+    masks: str = option("disjoint", "masking strategy: disjoint, independent or complementary", "method")
     mim: bool = option(True, "reconstruction of masked tokens", "method")
     vis: bool = option(True, "distillation on visible tokens", "method")
     theta: float = option(1.0, "weight of the distillation loss", "method", ge=0)
@@ -163,8 +164,8 @@ class PretrainConfig(Config):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
-        if not self.disjoint and self.pred_ratio is not None:
-            raise ValueError("pred_ratio has no meaning without disjoint views: leave out one of them")
+        if self.masks in ("independent", "complementary") and self.pred_ratio is not None:
+            raise ValueError(f"pred_ratio has no meaning with {self.masks} masks: leave out one of them")
         if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
             raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 
@@ -185,9 +186,27 @@ class PretrainConfig(Config):
             changes = dict.fromkeys(DURATIONS) | changes
         return super().replace(**changes)
 
+    @classmethod
+    def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that a former version may have written; version 0.1 had ``disjoint``, not ``masks``."""
+        settings = super().from_former(values)
+        if "disjoint" in settings:
+            settings["masks"] = _former_masks(settings)
+            del settings["disjoint"]
+        return settings
+
 
 def _not_rising(name: str, value: tuple[float, ...]) -> str:
     return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"
+
+
+def _former_masks(values: Mapping[str, Any]) -> str:
+    """The masking strategy of a configuration of version 0.1."""
+    if not values["disjoint"]:
+        return "independent"
+    partition = values.get("num_views", 2) * (1 - values.get("mask_ratio", 0.6)) == 1
+    own = values.get("recipe") == "complementary" and partition and values.get("pred_ratio") is None
+    return "complementary" if own else "disjoint"
 
 
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Named whole runs: functions ``recipe(data=None, out=None, **overrides) -> PretrainConfig``. Imports no torch."""
+"""Recipes: functions ``recipe(data=None, out=None, **overrides) -> PretrainConfig``. Imports no torch."""
 
 import difflib
 from collections.abc import Callable
@@ -8,21 +8,21 @@ from dmjd.config.pretrain import PretrainConfig
 
 Recipe = Callable[..., PretrainConfig]
 
-SMALL_SIDE = 64  # pixels; up to here `folder` takes what was found on CIFAR-10
+SMALL_SIDE = 64  # pixels; up to this size `folder` uses the settings found best on CIFAR-10
 
 
 def dmjd(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """The paper's recipe: two disjoint views, both branches, HOG.
 
     ``dmjd pretrain --data imagenet/train --out runs/dmjd --batch-size 512``. Published for ConvViT-B on ImageNet-1K,
-    400 epochs at 512 images a step: fine-tuning 85.2, linear probe 76.7, 101 hours on 8 A100-40GB (Ma et al. 2023;
+    400 epochs at 512 images per step: fine-tuning 85.2, linear probe 76.7, 101 hours on 8 A100-40GB (Ma et al. 2023;
     not measured by us). Large: ``--encoder conv_vit_large_patch16 --clip-grad 3``.
     """
     return PretrainConfig(recipe="dmjd", data=data, out=out).replace(**overrides)
 
 
 def mae(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """Masked auto-encoding: one view, three quarters masked, pixels, class token.
+    """Masked autoencoder: one view, three quarters masked, pixel targets, class token.
 
     ``dmjd pretrain mae --data imagenet/train --out runs/mae --batch-size 4096``. Published for ViT-B on ImageNet-1K,
     1600 epochs: fine-tuning 83.6, linear probe 67.8 (He et al. 2022; not measured by us).
@@ -46,7 +46,7 @@ def mae(data: str | None = None, out: str | None = None, **overrides: Any) -> Pr
 
 
 def convmae(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """ConvMAE: as ``mae`` on the hybrid encoder with ConvMAE's own MLP ratios.
+    """ConvMAE: ``mae`` on the hybrid encoder with ConvMAE's MLP ratios.
 
     ``dmjd pretrain convmae --data imagenet/train --out runs/convmae --batch-size 1024``. Published for ConvViT-B on
     ImageNet-1K, 1600 epochs: fine-tuning 85.0, linear probe 70.9 (Gao et al. 2022), 300 hours on 8 GPUs (as Ma et al.
@@ -73,7 +73,7 @@ def convmae(data: str | None = None, out: str | None = None, **overrides: Any) -
 
 
 def maskfeat(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """``dmjd`` without its two parts: HOG, one view, masked tokens (MaskFeat).
+    """``dmjd`` with one view and without the branch on visible tokens: HOG of masked tokens (MaskFeat).
 
     ``dmjd pretrain maskfeat --encoder vit_base_patch16 --data imagenet/train --out runs/maskfeat --epochs 1600``.
     Published for ViT-B on ImageNet-1K, 1600 epochs: fine-tuning 84.0, linear probe 68.5, 240 hours on 8 GPUs (as Ma et
@@ -85,8 +85,8 @@ def maskfeat(data: str | None = None, out: str | None = None, **overrides: Any) 
 def dm(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Disjoint masking alone: ``maskfeat`` with two disjoint views.
 
-    ``dmjd pretrain dm --data imagenet/train --out runs/dm``. Published: an accuracy that competes with one view's in up
-    to 3.7 times less time (Ma et al. 2023, abstract; not measured by us).
+    ``dmjd pretrain dm --data imagenet/train --out runs/dm``. Published: competitive with one view in up to 3.7 times
+    less time (Ma et al. 2023, abstract; not measured by us).
     """
     return dmjd(data, out, **{"recipe": "dm", "vis": False} | overrides)
 
@@ -94,7 +94,7 @@ def dm(data: str | None = None, out: str | None = None, **overrides: Any) -> Pre
 def jd(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Joint distillation alone: ``maskfeat`` with the branch on visible tokens, one view.
 
-    ``dmjd pretrain jd --data imagenet/train --out runs/jd``. Published: up to 3.4 points more of linear probe (Ma et
+    ``dmjd pretrain jd --data imagenet/train --out runs/jd``. Published: up to 3.4 points more in linear probing (Ma et
     al. 2023, abstract; not measured by us).
     """
     return dmjd(data, out, **{"recipe": "jd", "num_views": 1} | overrides)
@@ -103,32 +103,32 @@ def jd(data: str | None = None, out: str | None = None, **overrides: Any) -> Pre
 def complementary(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """``dmjd`` with four views whose visible quarters partition the image.
 
-    ``dmjd pretrain complementary --data imagenet/train --out runs/complementary``. Single-token masks, since only they
-    divide by four. The masks are FastConvMAE's, for which 84.4 fine-tuning in 50 epochs is published with pixel targets
-    and without the visible branch (ConvViT-B, ImageNet-1K, its README; not measured by us).
+    ``dmjd pretrain complementary --data imagenet/train --out runs/complementary``. Single-token masks, because the
+    number of 2 x 2 blocks is not divisible by four. The masks are FastConvMAE's, for which 84.4 fine-tuning in 50
+    epochs is published with pixel targets and without the visible branch (ConvViT-B, ImageNet-1K, its README; not
+    measured by us).
     """
-    return dmjd(
-        data, out, **{"recipe": "complementary", "num_views": 4, "mask_ratio": 0.75, "block_size": 1} | overrides
-    )
+    masks = {"masks": "complementary", "num_views": 4, "mask_ratio": 0.75, "block_size": 1}
+    return dmjd(data, out, **{"recipe": "complementary"} | masks | overrides)
 
 
 def independent(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """``dmjd`` with two views drawn independently: without regulation.
+    """``dmjd`` with two views that are masked independently of each other.
 
-    ``dmjd pretrain independent --data imagenet/train --out runs/independent``. Two such views hide 84 % of the tokens
+    ``dmjd pretrain independent --data imagenet/train --out runs/independent``. Two such views mask 84 % of the tokens
     at least once, two disjoint ones all. No published result that we know of.
     """
-    return dmjd(data, out, **{"recipe": "independent", "disjoint": False} | overrides)
+    return dmjd(data, out, **{"recipe": "independent", "masks": "independent"} | overrides)
 
 
 def folder(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """A person's own images on one machine: what our study found best for their size.
+    """Your own images on one machine: the settings our study found best for their size.
 
     ``dmjd pretrain folder --data ~/images --out runs/mine``. With ``--img-size`` up to 64: two disjoint views with
     three quarters of single tokens masked, pixels for masked tokens and HOG for visible ones, Muon, ConvViT-tiny with
-    4-pixel tokens, 64 images a step. CIFAR-10, one core of a server, ``--img-size 32 --minutes 20 --precision bf16``:
-    linear probe 56.4 where random weights give 45.4 (README has the table). Larger: the defaults below, the paper's
-    method on a small encoder, clipping against the odd outlier; our study does not reach there.
+    4-pixel tokens, 64 images per step. CIFAR-10, one core of a server, ``--img-size 32 --minutes 20 --precision bf16``:
+    linear probe 56.4, random weights 45.4 (README has the table). Larger images: the defaults below, the paper's method
+    on a small encoder with gradient clipping; not covered by our study.
     """
     config = PretrainConfig(
         recipe="folder", data=data, out=out, encoder="conv_vit_tiny_patch16", epochs=200, blr=6e-4, clip_grad=3.0
@@ -142,15 +142,15 @@ def folder(data: str | None = None, out: str | None = None, **overrides: Any) ->
             batch_size=64,
             blr=3e-3,
         )
-        if "target" not in overrides:  # a target that is asked for is meant for both branches
+        if "target" not in overrides:  # a target given by the user is meant for both branches
             config = config.replace(mim_target="pixel", vis_target="hog")
         if overrides.get("encoder", config.encoder).endswith("patch4"):
-            config = config.replace(hog_cell=4)  # one cell a token; of larger tokens the usual cell, half their side
+            config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
     return config.replace(**overrides)
 
 
 def digits(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """The embedded default: handwritten digits on colored gradients, 32 x 32, nothing to download.
+    """Handwritten digits on colored gradients, 32 x 32, rendered on the fly: nothing to download.
 
     ``dmjd pretrain digits --out runs/first``: under three minutes on 2 cores. README has the measured table.
     """

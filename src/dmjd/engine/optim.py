@@ -7,6 +7,8 @@ import torch
 from timm.optim import Muon
 from torch import nn
 
+from dmjd.masking import MaskSampler
+
 BETAS = (0.9, 0.95)
 
 
@@ -36,26 +38,17 @@ def muon(model: nn.Module, weight_decay: float) -> Muon:
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 
 
-def requested_pred_ratio(num_views: int, mask_ratio: float, pred_ratio: float | None, disjoint: bool) -> float:
-    """p of the scale rule: the requested one, else the most K views can reach, or expected of independent ones."""
-    if not disjoint:
-        return 1.0 - (1.0 - mask_ratio) ** num_views
-    return pred_ratio if pred_ratio is not None else min(1.0, num_views * mask_ratio)
-
-
-def scaled_learning_rate(
-    blr: float, batch_size: int, num_views: int, mask_ratio: float, pred_ratio: float | None, disjoint: bool
-) -> float:
+def scaled_learning_rate(blr: float, batch_size: int, masks: MaskSampler) -> float:
     """Adaptive learning-rate scale rule (DMJD): lr = blr * B * (p / c) / 256.
 
     More tokens predicted per image mean more gradient signal per image.
 
     Args:
-        blr: base rate. batch_size: B, unique images per optimizer step (views not counted).
-        num_views, mask_ratio, pred_ratio, disjoint: as *requested*.
+        blr: base learning rate.
+        batch_size: B, unique images per optimizer step (views not counted).
+        masks: whose requested ratios p and c apply.
     """
-    p = requested_pred_ratio(num_views, mask_ratio, pred_ratio, disjoint)
-    return blr * batch_size * (p / mask_ratio) / 256
+    return blr * batch_size * (masks.pred_ratio / masks.mask_ratio) / 256
 
 
 def warmup_cosine(progress: float, warmup: float, floor: float = 0.0) -> float:

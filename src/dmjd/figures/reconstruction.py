@@ -117,11 +117,10 @@ def _mark(branch: str, target: Target, views: list[Tensor], masks: Masks, grid: 
 
 def _targets(model: MaskedImageModel) -> list[tuple[list[str], Target]]:
     """The model's targets, each with the branches that predict it: one entry if both share a target."""
-    targets = {"mim": model.mim_target, "vis": model.vis_target}
-    active = [(branch, target) for branch, target in targets.items() if target is not None]
-    if len(active) == 2 and active[0][1] is active[1][1]:
-        return [(["mim", "vis"], active[0][1])]
-    return [([branch], target) for branch, target in active]
+    branches: dict[str, list[str]] = {}
+    for branch, key in model.target_keys.items():
+        branches.setdefault(key, []).append(branch)
+    return [(names, model.target(key)) for key, names in branches.items()]
 
 
 def _target_title(target: Target, branches: list[str]) -> str:
@@ -131,9 +130,9 @@ def _target_title(target: Target, branches: list[str]) -> str:
 def _note(model: MaskedImageModel) -> str:
     """How the targets are drawn."""
     notes = []
-    for _, target in _targets(model):
+    for branches, target in _targets(model):
         if isinstance(target, HogTarget):
-            blue = " Blue: true tokens, not predicted." if target is model.mim_target else ""
+            blue = " Blue: true tokens, not predicted." if "mim" in branches else ""
             notes.append(f"HOG: strokes lie along edges; brighter for larger whitened values.{blue}")
         elif isinstance(target, PixelTarget):
             notes.append(f"Pixel patches are {UNNORMALIZED}.")

@@ -11,25 +11,27 @@ import torch
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
+from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.base import Encoder, TimmModel
 from dmjd.encoders.classifier import Classifier
 from dmjd.encoders.conv_vit import ConvViT
 from dmjd.encoders.registry import ENCODERS, create_encoder, nearest_name
 from dmjd.encoders.vit import VisionTransformer
 from dmjd.files import read_safetensors
+from dmjd.masking import DisjointMasks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS
 
 # (published prefix, ours); the first match counts.
 DECODER_KEYS = (
-    ("decoder_embed.", "decoder.embed."),
-    ("decoder_pos_embed", "decoder.pos_embed"),
-    ("decoder_blocks.", "decoder.blocks."),
-    ("decoder_norm.", "decoder.norm."),
-    ("decoder_pred.", "decoder.head."),
-    ("mask_token", "decoder.mask_token"),
-    ("proj_embed.", "distillation.projector."),
-    ("predictor.0.", "distillation.predictor."),
+    ("decoder_embed.", "branches.mim.decoder.embed."),
+    ("decoder_pos_embed", "branches.mim.decoder.pos_embed"),
+    ("decoder_blocks.", "branches.mim.decoder.blocks."),
+    ("decoder_norm.", "branches.mim.decoder.norm."),
+    ("decoder_pred.", "branches.mim.decoder.head."),
+    ("mask_token", "branches.mim.decoder.mask_token"),
+    ("proj_embed.", "branches.vis.head.projector."),
+    ("predictor.0.", "branches.vis.head.predictor."),
     ("stage1_output_decode.", "fusion.convs.0."),
     ("stage2_output_decode.", "fusion.convs.1."),
     ("fc_norm.", "fc_norm."),
@@ -195,19 +197,17 @@ def _pretraining_model(state: Mapping[str, Tensor], encoder: Encoder, decoder_he
     dim = state["decoder_embed.weight"].shape[0]
     out_dim = state["decoder_pred.weight"].shape[0]
     vis = "proj_embed.0.weight" in state
-    pixels = encoder.patch_size**2 * encoder.in_chans
-    return MaskedImageModel(
-        encoder,
-        "pixel" if out_dim == pixels else "hog",
-        vis=vis,
-        num_views=2 if vis else 1,
-        mask_ratio=0.6 if vis else 0.75,
-        block_size=None if vis else 1,
+    target = "pixel" if out_dim == encoder.patch_size**2 * encoder.in_chans else "hog"
+    mim = Reconstruction(
+        target=target,
         decoder_dim=dim,
         decoder_depth=_depth(state, "decoder_blocks."),
         decoder_heads=decoder_heads if decoder_heads is not None else 16,
         decoder_mlp_ratio=state["decoder_blocks.0.mlp.fc1.weight"].shape[0] / dim,
     )
+    if vis:
+        return MaskedImageModel(encoder, DisjointMasks(2, 0.6), mim, Distillation(target=target, projector_dim=dim))
+    return MaskedImageModel(encoder, DisjointMasks(1, 0.75, block_size=1), mim, vis=None)
 
 
 def _load_strictly(

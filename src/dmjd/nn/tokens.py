@@ -53,11 +53,11 @@ def sincos_positions(dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Te
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Pick tokens by id: x [B, N, D], ids [B, V] int64 -> [B, V, D]."""
+    """Select tokens by id: x [B, N, D], ids [B, V] int64 -> [B, V, D]."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def gather_views(x: Tensor, ids: Tensor) -> Tensor:
-    """Pick tokens of images for all their views: x [B, N, D], ids [R, V] with R = K * B, view-major -> [R, V, D]."""
+    """Select tokens for all views of each image: x [B, N, D], ids [R, V] with R = K * B, view-major -> [R, V, D]."""
     image = torch.arange(ids.shape[0], device=ids.device) % x.shape[0]  # R
     return x[image.unsqueeze(1), ids]

@@ -145,11 +145,10 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
                 normalized = preprocess.normalize(raw)
                 masks = model.draw_masks(batch.keys)
                 targets = model.targets(normalized, raw)
-                masks = masks.asked(model.decode_ratio)
             with timed("encoder"):
                 latent = model.encode(normalized, masks.visible)
             with timed("branches"):
-                loss = model.losses(model.branches(latent, masks), targets, masks)["loss"]
+                loss = model.losses(latent, targets, masks)["loss"]
         with timed("backward"):
             fabric.backward(loss)
         with timed("optimizer"):

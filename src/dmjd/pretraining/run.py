@@ -194,9 +194,7 @@ def make_engine(
         task=task,
         optimizer=OPTIMIZERS[config.optimizer](task, config.weight_decay),
         duration=Duration(steps, config.minutes),
-        peak_lr=scaled_learning_rate(
-            config.blr, batch_size, config.num_views, config.mask_ratio, config.pred_ratio, config.disjoint
-        ),
+        peak_lr=scaled_learning_rate(config.blr, batch_size, model.masks),
         schedule=partial(warmup_cosine, warmup=config.warmup),
         batch_size=batch_size,
         accumulate=config.accumulate,
@@ -260,7 +258,7 @@ def log_summary(
         f"  data     {source.name}: {len(source)} images -> {config.size[0]} x {config.size[1]} x "
         f"{config.in_chans}, {batch_size} a step\n"
         f"  encoder  {encoder.name}, {parameters / 1e6:.1f} M parameters, {encoder.num_patches} tokens, "
-        f"{model.counts[0]} visible in each of {config.num_views} view(s)\n"
+        f"{model.counts[0]} visible in each of {model.masks.num_views} view(s)\n"
         f"  device   {fabric.device}, {precision_name(fabric)}, {fabric.world_size} process(es)"
     )
     if len(source) < FEW_IMAGES:

@@ -1,20 +1,25 @@
 """Build the parts of a run from its configuration, and load them back from a run folder."""
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dmjd.branches import Distillation, Reconstruction
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, encoder_family
 from dmjd.images.preprocess import Preprocess
+from dmjd.masking import MaskSampler, sampler_class
 from dmjd.model import MaskedImageModel
 from dmjd.runs.checkpoint import RunFolder
-from dmjd.targets.registry import create_target
+from dmjd.targets.base import TargetSettings
+from dmjd.targets.registry import target_class
 
 LISTING = "files.txt"  # in a run folder: the sorted list of images
 
@@ -49,49 +54,56 @@ def _encoder_sizes(config: PretrainConfig) -> dict[str, Any]:
 
 
 def build_model(config: PretrainConfig) -> MaskedImageModel:
-    """The whole pre-training model of a configuration, weights from its seed."""
+    """The pre-training model of a configuration, its weights initialized from the seed."""
     torch.manual_seed(config.seed)
     encoder = build_encoder(config)
     return MaskedImageModel(
-        encoder,
-        config.target,
-        **_build_targets(config, encoder),
-        num_views=config.num_views,
-        mask_ratio=config.mask_ratio,
-        pred_ratio=config.pred_ratio,
-        block_size=config.block_size,
-        disjoint=config.disjoint,
+        encoder, masks=build_masks(config), mim=build_reconstruction(config), vis=build_distillation(config)
+    )
+
+
+def build_masks(config: PretrainConfig) -> MaskSampler:
+    """The mask sampler of a configuration; it takes the fields that its constructor names."""
+    cls = sampler_class(config.masks)
+    return cls(**{name: getattr(config, name) for name in inspect.signature(cls).parameters})
+
+
+def build_reconstruction(config: PretrainConfig) -> Reconstruction | None:
+    """Settings of the branch on masked tokens; None where it is off."""
+    if not config.mim:
+        return None
+    return Reconstruction(
+        target=_build_target(config, config.mim_target or config.target),
+        loss=config.mim_loss,
         decoder_dim=config.decoder_dim,
         decoder_depth=config.decoder_depth,
         decoder_heads=config.decoder_heads,
         decoder_mlp_ratio=config.decoder_mlp_ratio,
         decode_ratio=config.decode_ratio,
-        projector_depth=config.projector_depth,
-        mim=config.mim,
-        vis=config.vis,
-        theta=config.theta,
-        mim_loss=config.mim_loss,
-        vis_loss=config.vis_loss,
     )
 
 
-def _build_targets(config: PretrainConfig, encoder: Encoder) -> dict[str, Any]:
-    """The targets of the branches that are on, as the model's arguments; one target where both have the same name."""
-    names = config.branch_targets
-    made = {
-        name: create_target(
-            name,
-            encoder,
-            hog_cell=config.hog_cell,
-            hog_bins=config.hog_bins,
-            teacher=config.teacher,
-            teacher_layers=config.teacher_layers,
-            ema_layers=config.ema_layers,
-            ema_momentum=config.ema_momentum,
-        )
-        for name in dict.fromkeys(names.values())
-    }
-    return {f"{branch}_target": made[name] for branch, name in names.items()}
+def build_distillation(config: PretrainConfig) -> Distillation | None:
+    """Settings of the branch on visible tokens; None where it is off. Its projector is as wide as the decoder."""
+    if not config.vis:
+        return None
+    return Distillation(
+        target=_build_target(config, config.vis_target or config.target),
+        loss=config.vis_loss,
+        theta=config.theta,
+        projector_dim=config.decoder_dim,
+        projector_depth=config.projector_depth,
+    )
+
+
+def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
+    """A target with its settings. The configuration calls field ``x`` of target ``name`` ``name_x``, and ``source``
+    ``name``."""
+    settings_class = target_class(name).settings_class
+    if settings_class is None:
+        return name
+    fields = [field.name for field in dataclasses.fields(settings_class)]
+    return settings_class(**{f: getattr(config, name if f == "source" else f"{name}_{f}") for f in fields})
 
 
 def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:

@@ -1,7 +1,9 @@
-"""The protocol every target keeps; the model sees nothing else of it."""
+"""The interface of learning targets; the model knows nothing else about them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ def whiten(x: Tensor) -> Tensor:
 
 
 def whitened_mean(layers: Sequence[Tensor]) -> Tensor:
-    """Features of one or more layers as one target: each whitened, so that none outweighs the others, then averaged.
+    """Average the features of one or more layers, each whitened first so that none outweighs the others.
 
     Args:
         layers: [B, N, C] each, of any floating type.
@@ -28,39 +30,52 @@ def whitened_mean(layers: Sequence[Tensor]) -> Tensor:
     return white[0] if len(white) == 1 else whiten(torch.stack(white).mean(dim=0))
 
 
+@dataclass(frozen=True)
+class TargetSettings:
+    """Base of the settings of a target: a frozen dataclass beside the target's class."""
+
+
 class Target(nn.Module, ABC):
     """Maps the unmasked image to one vector per token; no gradient flows through it.
 
+    A target that is created by name is constructed as ``cls(encoder)``, or ``cls(encoder, settings)`` if it has
+    settings.
+
     Attributes:
-        name: the word users choose it by.
+        name: by which users choose it.
+        settings_class: dataclass of its settings; None = it has none. In a run's configuration, field ``x`` of target
+            ``name`` is called ``name_x``.
         dim: C, numbers per token.
         autocast: whether it may compute in the run's reduced precision; its result is float32 either way.
     """
 
-    name: str
+    name: ClassVar[str]
+    settings_class: ClassVar[type[TargetSettings] | None] = None
     dim: int
-    autocast = False
+    autocast: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
-        """The targets.
+        """Compute the targets.
 
         Args:
             normalized: [B, c, H, W], the encoder's input.
-            raw: [B, c, H, W] the same images on the 0..255 scale, bytes (as they come from most sets) or float32.
+            raw: [B, c, H, W], the same images on the 0..255 scale, uint8 (as most sources give them) or float32.
 
         Returns:
             [B, N, C] float32.
         """
 
     def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
-        """Called after optimizer step ``step`` (from 1), at ``progress`` of the run; targets that follow the encoder
-        override it."""
+        """Called after optimizer step ``step`` (from 1), at ``progress`` of the run (0 to 1).
+
+        Targets that follow the encoder override it.
+        """
 
     def scalars(self, features: Tensor) -> dict[str, Tensor]:
-        """What is to be logged of the targets [B, N, C] of a step: name -> scalar."""
+        """Scalars to log about the targets [B, N, C] of a step: name -> scalar."""
         return {}
 
     def warning(self, scalars: Mapping[str, float]) -> str | None:
-        """What a user must be told, given the logged means of :meth:`scalars`; None where all is well."""
+        """A warning for the user, given the logged means of :meth:`scalars`; None if there is none."""
         return None

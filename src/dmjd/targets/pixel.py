@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dmjd.encoders.base import Encoder
 from dmjd.nn.tokens import patchify
 from dmjd.targets.base import Target
 
@@ -10,18 +11,23 @@ PIXEL_EPS = 1e-6
 
 
 class PixelTarget(Target):
-    """Each patch of the normalized image brought to zero mean and unit variance over all its values.
+    """Each patch of the normalized image with zero mean and unit variance over all its values.
+
+    Entries are in the order (row, column, channel); the variance is unbiased.
 
     Args:
-        patch_size: P. in_chans: C. Entries in the order (row, column, channel); unbiased variance.
+        encoder: its patch size P and channels C apply.
+
+    Raises:
+        ValueError: for patches of a single value.
     """
 
     name = "pixel"
 
-    def __init__(self, *, patch_size: int, in_chans: int) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.dim = patch_size * patch_size * in_chans
+        self.patch_size = encoder.patch_size
+        self.dim = self.patch_size**2 * encoder.in_chans
         if self.dim < 2:
             raise ValueError("a pixel target needs patches of more than one value: use a larger patch or target 'hog'")
 
@@ -33,6 +39,6 @@ class PixelTarget(Target):
 
     @staticmethod
     def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-        """What undoes the normalization: mean and standard deviation of each patch, [B, N, 1] each."""
+        """Mean and standard deviation of each patch, which undo the normalization: [B, N, 1] each."""
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return mean, (variance + PIXEL_EPS).sqrt()

@@ -1,56 +1,64 @@
-"""Learning targets: one vector per token of the unmasked image. To add one, write a file and a line in ``TARGETS``."""
+"""Targets by name. To add one, write a file with a :class:`~dmjd.targets.base.Target` and a line in ``TARGETS``."""
 
+import dataclasses
 import difflib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dmjd.encoders.base import Encoder
-from dmjd.targets.base import Target
-from dmjd.targets.ema import MOMENTUM, EmaTarget
-from dmjd.targets.hog import NUM_BINS, HogTarget
+from dmjd.targets.base import Target, TargetSettings
+from dmjd.targets.ema import EmaTarget
+from dmjd.targets.hog import HogTarget
 from dmjd.targets.pixel import PixelTarget
 from dmjd.targets.teacher import TeacherTarget
 
-
-def _hog(encoder: Encoder, *, hog_cell: int | None = None, hog_bins: int = NUM_BINS, **others: Any) -> Target:
-    return HogTarget(patch_size=encoder.patch_size, in_chans=encoder.in_chans, cell_size=hog_cell, num_bins=hog_bins)
-
-
-def _pixel(encoder: Encoder, **others: Any) -> Target:
-    return PixelTarget(patch_size=encoder.patch_size, in_chans=encoder.in_chans)
-
-
-def _teacher(
-    encoder: Encoder, *, teacher: str | Path | nn.Module | None = None, teacher_layers: int = 1, **others: Any
-) -> Target:
-    return TeacherTarget(encoder, teacher, layers=teacher_layers)
+TARGETS: dict[str, type[Target]] = {
+    "hog": HogTarget,
+    "pixel": PixelTarget,
+    "teacher": TeacherTarget,
+    "ema": EmaTarget,
+}
 
 
-def _ema(encoder: Encoder, *, ema_layers: int | None = None, ema_momentum: float = MOMENTUM, **others: Any) -> Target:
-    return EmaTarget(encoder, layers=ema_layers, momentum=ema_momentum)
-
-
-# name: maker(encoder, **settings of a run by the names of the configuration), which takes its own and leaves others
-TARGETS: dict[str, Callable[..., Target]] = {"hog": _hog, "pixel": _pixel, "teacher": _teacher, "ema": _ema}
-
-
-def create_target(target: str | Target, encoder: Encoder, **settings: Any) -> Target:
-    """A target by name, or a ready one passed through.
-
-    Args:
-        target: a name of :data:`TARGETS`, or a target. encoder: the encoder that will learn from it.
-        settings: ``hog_cell``, ``hog_bins``, ``teacher``, ``teacher_layers``, ``ema_layers``, ``ema_momentum``, as in
-            :class:`~dmjd.config.pretrain.PretrainConfig`; those of other targets are left alone.
+def target_class(name: str) -> type[Target]:
+    """The class of a target.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested), or settings that cannot be.
+        ValueError: if the name is not in :data:`TARGETS`; the nearest is suggested.
     """
+    if name not in TARGETS:
+        near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.0)
+        raise ValueError(f"unknown target '{name}'; did you mean '{near[0]}'? Targets: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def create_target(target: str | TargetSettings | Target, encoder: Encoder, **settings: Any) -> Target:
+    """Create a target for an encoder.
+
+    Args:
+        target: a name of :data:`TARGETS`, the settings of one (such as ``HogSettings(cell=4)``), or a target, which is
+            returned as it is.
+        encoder: the encoder that will learn from it.
+        settings: fields of the target's settings, with a name only.
+
+    Raises:
+        ValueError: for an unknown name or setting (the nearest is suggested), or a value out of range.
+    """
+    if not isinstance(target, str) and settings:
+        raise ValueError(f"settings ({', '.join(settings)}) go with the name of a target only")
     if isinstance(target, Target):
         return target
-    if target not in TARGETS:
-        near = difflib.get_close_matches(target, TARGETS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown target '{target}'; did you mean '{near[0]}'? Targets: {', '.join(TARGETS)}")
-    return TARGETS[target](encoder, **settings)
+    if isinstance(target, TargetSettings):
+        cls = next((c for c in TARGETS.values() if c.settings_class is type(target)), None)
+        if cls is None:
+            raise ValueError(f"{type(target).__name__} belongs to none of the targets: {', '.join(TARGETS)}")
+        return cls(encoder, target)
+    cls = target_class(target)
+    known = [] if cls.settings_class is None else [f.name for f in dataclasses.fields(cls.settings_class)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            hint = f"; did you mean '{near[0]}'? Its settings: {', '.join(known)}" if known else "; it has none"
+            raise ValueError(f"target '{target}' has no setting '{name}'{hint}")
+    if cls.settings_class is None:
+        return cls(encoder)
+    return cls(encoder, cls.settings_class(**settings))

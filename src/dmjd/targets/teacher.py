@@ -1,9 +1,10 @@
-"""Targets from a frozen trained model: any timm model with feature maps, or the encoder of a previous run."""
+"""Targets from a frozen pre-trained model: any timm model with feature maps, or the encoder of a previous run."""
 
 import difflib
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,40 +17,54 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
 from dmjd.images.reading import LUMINANCE
-from dmjd.targets.base import Target, whitened_mean
+from dmjd.targets.base import Target, TargetSettings, whitened_mean
 
-_SOURCES = ("hf-hub:", "local-dir:")  # timm's own words for weights that are not in its list
+_SOURCES = ("hf-hub:", "local-dir:")  # timm's prefixes for weights that are not in its list
 
 _HASH_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class TeacherSettings(TargetSettings):
+    """Settings of :class:`TeacherTarget`.
+
+    Args:
+        source: a run folder, an encoder file or checkpoint, a timm model name (pre-trained weights are downloaded, or
+            taken from the cache), or a timm model or :class:`~dmjd.encoders.base.Encoder`, which is put into
+            evaluation mode.
+        layers: last blocks that are averaged, each whitened first.
+    """
+
+    source: str | Path | nn.Module | None = None
+    layers: int = 1
 
 
 class TeacherTarget(Target):
     """Dense features of a frozen model, resized to the token grid and whitened.
 
-    The teacher sees the image as it was trained to: from the 0..255 scale through its own channels, size, mean and
-    deviation. A previous run gives its block outputs, as it does downstream; a timm model its maps after the final
-    norm. Prefix tokens are dropped. Its weights are in no checkpoint; their hash is, and is compared on resume.
+    The teacher gets the image with its own preprocessing: channels, size, mean and standard deviation. The features are
+    the block outputs of an encoder of ours, as downstream, or the maps after the final norm of a timm model; prefix
+    tokens are dropped. The teacher's weights are in no checkpoint. Their hash is, and is compared on resume.
 
     Args:
-        encoder: the student, whose token grid and channels apply.
-        teacher: a run folder, an encoder file or checkpoint, a name of timm's (pretrained weights are fetched, or taken
-            from the cache), or a ready timm model or :class:`Encoder`, which is put into evaluation mode.
-        layers: last blocks that are averaged, each whitened first.
+        encoder: the student, whose token grid and channels apply. settings: source and layers.
 
     Raises:
-        ValueError: naming what is wrong with the teacher and the cure.
+        ValueError: if the source is not a usable teacher; the message names the cure.
     """
 
     name = "teacher"
+    settings_class = TeacherSettings
     autocast = True
 
-    def __init__(self, encoder: Encoder, teacher: str | Path | nn.Module | None, *, layers: int = 1) -> None:
+    def __init__(self, encoder: Encoder, settings: TeacherSettings = TeacherSettings()) -> None:
         super().__init__()
+        teacher, layers = settings.source, settings.layers
         if teacher is None:
             raise ValueError("target 'teacher' needs a teacher: --teacher RUN, an encoder file or a timm model")
         self.source = "the model given" if isinstance(teacher, nn.Module) else str(teacher)
         model = teacher if isinstance(teacher, nn.Module) else load_teacher(str(teacher))
-        # In a tuple it is no submodule: it is not saved, not trained, not synchronized and never in training mode.
+        # Inside a tuple it is not a submodule: not saved, not trained, not synchronized, never in training mode.
         self._held = (model.eval(),)
         self.layers, self.grid = layers, encoder.grid
         self.preprocess = _preprocess_of(model, self.source)
@@ -60,7 +75,7 @@ class TeacherTarget(Target):
         self.dim = maps[0].shape[1]
 
     def _try(self, in_chans: int) -> list[Tensor]:
-        """Maps of an empty image: what cannot work is found out here."""
+        """Feature maps of an empty image, so that a teacher that does not fit fails here."""
         wanted = self.preprocess.in_chans
         if in_chans != wanted and not (in_chans in (1, 3, 4) and wanted in (1, 3)):
             raise ValueError(
@@ -83,12 +98,12 @@ class TeacherTarget(Target):
         try:
             intermediates = cast(Callable[..., list[Tensor]], model.forward_intermediates)
             return intermediates(images, indices=self.layers, norm=True, output_fmt="NCHW", intermediates_only=True)
-        except AssertionError:  # timm's way to say that there are not so many
+        except AssertionError:  # raised by timm for more layers than there are
             raise ValueError(f"--teacher-layers {self.layers}: teacher {self.source} has fewer layers") from None
 
     @torch.no_grad()
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
-        """[B, c, H, W] on the 0..255 scale (``raw``) -> [B, N, C]."""
+        """``raw`` [B, c, H, W] -> [B, N, C]."""
         images = to_channels(raw.float(), self.preprocess.in_chans)
         if images.shape[2:] != self.preprocess.img_size:
             images = F.interpolate(images, self.preprocess.img_size, mode="bicubic", antialias=True).clamp(0, 255)
@@ -96,7 +111,7 @@ class TeacherTarget(Target):
         return whitened_mean([to_grid(x.float(), self.grid).flatten(2).transpose(1, 2) for x in maps])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherTarget":
-        """The teacher goes where the model goes."""
+        """Move or cast the teacher together with the model."""
         self._held[0]._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -105,19 +120,19 @@ class TeacherTarget(Target):
         return torch.tensor(list(self.fingerprint.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse to go on with another teacher than the run began with."""
+        """Compare the hash; ValueError for another teacher than the run began with."""
         if (saved := bytes(state.tolist()).decode()) != self.fingerprint:
             raise ValueError(
-                f"--teacher {self.source} is not the teacher this run began with (its weights hash to "
-                f"{self.fingerprint}, those of the run to {saved}): give the former one, or another --out"
+                f"--teacher {self.source} is not the teacher this run began with (the hash of its weights is "
+                f"{self.fingerprint}, the run's is {saved}): pass the former one, or another --out"
             )
 
 
 def load_teacher(source: str) -> nn.Module:
-    """A trained model by the name users give; torch's random state is left alone.
+    """Load a pre-trained model from a path or a timm name; torch's random state is left unchanged.
 
     Raises:
-        ValueError: when there is no such model, or its weights cannot be had.
+        ValueError: if there is no such model, or its weights are not available.
     """
     with torch.random.fork_rng(devices=[]):
         if Path(source).expanduser().exists():
@@ -128,7 +143,7 @@ def load_teacher(source: str) -> nn.Module:
             raise ValueError(f"teacher {source} is no run folder, no encoder file and no model of timm{hint}")
         try:
             return timm.create_model(source, pretrained=True, num_classes=0)
-        # Networks, caches and timm itself fail in many ways; each means that the weights are not here.
+        # Networks, caches and timm fail in many ways; all mean that the weights are not available.
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise ValueError(
@@ -138,7 +153,7 @@ def load_teacher(source: str) -> nn.Module:
 
 
 def _preprocess_of(model: nn.Module, source: str) -> Preprocess:
-    """What the teacher wants done to an image."""
+    """The teacher's own preprocessing."""
     if isinstance(model, Encoder):
         if model.preprocess is None:
             raise ValueError(f"teacher {source} does not know its preprocessing: set its preprocess = Preprocess(...)")
@@ -149,7 +164,7 @@ def _preprocess_of(model: nn.Module, source: str) -> Preprocess:
 
 
 def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
-    """Hexadecimal digits that change with weights, their names or the preprocessing."""
+    """Hash of the weights, their names and the preprocessing."""
     digest = hashlib.sha256(json.dumps(preprocess.to_dict(), sort_keys=True).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -158,7 +173,8 @@ def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
 
 
 def to_channels(raw: Tensor, in_chans: int) -> Tensor:
-    """Images [B, c, H, W] on the 0..255 scale with 1 or 3 channels, as images are read: gray, alpha over white."""
+    """Convert images [B, c, H, W] on the 0..255 scale to 1 or 3 channels, as images are read: luminance, alpha over
+    white."""
     if raw.shape[1] == in_chans:
         return raw
     if raw.shape[1] == 4:
@@ -170,7 +186,7 @@ def to_channels(raw: Tensor, in_chans: int) -> Tensor:
 
 
 def to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Feature maps [B, C, h, w] on another grid: means of what falls into a cell, or bilinear where there is less."""
+    """Resize feature maps [B, C, h, w] to a grid: average pooling to a coarser one, bilinear to a finer one."""
     h, w = x.shape[2:]
     if (h, w) == grid:
         return x

@@ -1,4 +1,4 @@
-"""Targets against slow references written from the definition, value by value."""
+"""HOG targets against a slow reference written from the definition, value by value."""
 
 import math
 
@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmjd import create_encoder
+from dmjd.encoders.base import Encoder
 from dmjd.targets import hog
-from dmjd.targets.base import Target, whiten
-from dmjd.targets.hog import HogTarget, default_cell
-from dmjd.targets.pixel import PixelTarget
-from dmjd.targets.registry import TARGETS, create_target
+from dmjd.targets.base import whiten
+from dmjd.targets.hog import HogSettings, HogTarget, default_cell
+
+
+def encoder(patch: int, channels: int = 3) -> Encoder:
+    return create_encoder(f"vit_tiny_patch{patch}", 2 * patch, channels, embed_dim=32, depth=1, num_heads=2)
 
 
 def slow_hog(images: np.ndarray, cell: int, bins: int) -> np.ndarray:
@@ -39,9 +42,9 @@ def test_hog_equals_the_slow_reference(cell, bins, channels, rows, columns, seed
     """Few gray levels make flat places and exact 0, 45, 90, 135 and 180 degrees frequent."""
     values = np.random.default_rng(seed).integers(0, levels, (1, channels, rows * cell, columns * cell))
     images = (values * (255 // (levels - 1))).astype(np.uint8)
-    found = hog(torch.from_numpy(images), cell, bins)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), slow_hog(images, cell, bins), rtol=1e-5, atol=1e-4)
+    actual = hog(torch.from_numpy(images), cell, bins)
+    assert actual.dtype == torch.float32
+    np.testing.assert_allclose(actual.numpy(), slow_hog(images, cell, bins), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.float64])
@@ -90,7 +93,7 @@ def test_hog_ignores_a_constant_and_scales_with_contrast():
     assert not hog(torch.full((1, 1, 16, 16), 7.0)).any()
 
 
-def test_hog_channels_stand_apart():
+def test_hog_channels_are_separate():
     images = torch.randint(0, 256, (1, 5, 16, 16), generator=torch.Generator().manual_seed(2))
     together = hog(images, 8)
     for c in range(5):
@@ -111,7 +114,7 @@ def test_hog_errors(cell, bins, message):
 )
 def test_default_cell(patch, cell):
     assert default_cell(patch) == cell
-    assert HogTarget(patch_size=patch, in_chans=3).cell_size == cell
+    assert HogTarget(encoder(patch)).cell_size == cell
 
 
 @pytest.mark.parametrize(
@@ -119,30 +122,30 @@ def test_default_cell(patch, cell):
     [(8, None, 9, 3, (2, 3)), (6, 2, 5, 1, (3, 1)), (4, 4, 12, 5, (1, 2))],
 )
 def test_hog_target_order_and_whitening(patch, cell, bins, channels, grid):
-    target = HogTarget(patch_size=patch, in_chans=channels, cell_size=cell, num_bins=bins)
+    target = HogTarget(encoder(patch, channels), HogSettings(cell, bins))
     s, side = target.cells, target.cell_size
     assert target.dim == s * s * bins * channels
     shape = (2, channels, grid[0] * patch, grid[1] * patch)
     raw = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    found = target(torch.full(shape, float("nan")), raw)  # the normalized image plays no part
-    assert found.shape == (2, grid[0] * grid[1], target.dim)
-    assert found.dtype == torch.float32
+    actual = target(torch.full(shape, float("nan")), raw)  # the normalized image is not used
+    assert actual.shape == (2, grid[0] * grid[1], target.dim)
+    assert actual.dtype == torch.float32
     cells = slow_hog(raw.numpy(), side, bins)
     white = (cells - cells.mean(-1, keepdims=True)) / np.sqrt(cells.var(-1, keepdims=True) + 1e-5)
     for b, row, column in np.ndindex(2, *grid):
         for r, q, k, c in np.ndindex(s, s, bins, channels):
             entry = ((r * s + q) * bins + k) * channels + c
             expected = white[b, c, row * s + r, column * s + q, k]
-            assert found[b, row * grid[1] + column, entry].item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+            assert actual[b, row * grid[1] + column, entry].item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_a_patch_of_16_holds_108_numbers():
-    assert HogTarget(patch_size=16, in_chans=3).dim == 108
+    assert HogTarget(encoder(16)).dim == 108
 
 
 def test_hog_target_needs_a_cell_that_divides_the_patch():
     with pytest.raises(ValueError, match="hog_cell 3 does not divide the 16-pixel patch"):
-        HogTarget(patch_size=16, in_chans=3, cell_size=3)
+        HogTarget(encoder(16), HogSettings(cell=3))
 
 
 def test_whitening():
@@ -150,43 +153,3 @@ def test_whitening():
     expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(whiten(x), expected)
     assert not whiten(torch.full((2, 9), 3.0)).any()
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.sampled_from([1, 3, 5]), st.sampled_from([2, 4, 7]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31)
-)
-def test_pixel_target_equals_maes_formula(channels, patch, h, w, seed):
-    images = torch.randn(2, channels, h * patch, w * patch, generator=torch.Generator().manual_seed(seed))
-    x = images.reshape(2, channels, h, patch, w, patch)
-    x = torch.einsum("nchpwq->nhwpqc", x).reshape(2, h * w, patch * patch * channels)
-    expected = (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, keepdim=True) + 1.0e-6) ** 0.5
-    target = PixelTarget(patch_size=patch, in_chans=channels)
-    found = target(images, torch.full_like(images, float("nan")))  # the raw image plays no part
-    assert found.shape[-1] == target.dim
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    mean, std = target.patch_statistics(x)
-    torch.testing.assert_close(found * std + mean, x, rtol=1e-4, atol=1e-5)
-
-
-def test_pixel_target_of_a_flat_patch_is_zero():
-    images = torch.full((1, 1, 4, 4), 0.3)
-    assert PixelTarget(patch_size=4, in_chans=1)(images, images).abs().max() < 1e-3
-    with pytest.raises(ValueError, match="more than one value"):
-        PixelTarget(patch_size=1, in_chans=1)
-
-
-def test_targets_by_name():
-    assert set(TARGETS) >= {"hog", "pixel", "teacher", "ema"}
-    encoder = create_encoder("vit_tiny_patch8", img_size=16)
-    for name in ("hog", "pixel"):
-        target = create_target(name, encoder)
-        assert isinstance(target, Target)
-        assert target.name == name
-        assert not target.state_dict()
-        assert target.dim == {"hog": 108, "pixel": 192}[name]
-        assert create_target(target, create_encoder("vit_tiny_patch16", in_chans=1)) is target
-    assert create_target("hog", encoder, hog_cell=2, ema_layers=3).cell_size == 2
-    assert create_target("hog", encoder, hog_bins=18).dim == 216
-    with pytest.raises(ValueError, match=r"unknown target 'hogg'; did you mean 'hog'\?"):
-        create_target("hogg", encoder)
