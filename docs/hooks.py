@@ -38,14 +38,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Sphinx roles of docstrings become links."""
+    """Sphinx roles of docstrings become links; a number and its deviation stay on one line."""
 
     def link(match: re.Match[str]) -> str:
         target = match[1]
         code = f"<code>{target.rpartition('.')[2]}</code>"
         return f'<autoref identifier="{target}" optional>{code}</autoref>' if "." in target else code
 
-    return ROLE.sub(link, html)
+    return ROLE.sub(link, html).replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def root_page(name: str) -> str:
@@ -83,6 +83,11 @@ def command_line_page() -> str:
     return "\n".join(lines)
 
 
+def directive(source: str, title: str) -> list[str]:
+    """The docstrings of an object or module, under a title."""
+    return [f"::: {source}", "    options:", f"      heading: {title}", f"      toc_label: {title}", ""]
+
+
 def public_names_page() -> str:
     """The names of ``import dmjd``, each from where it is defined."""
     import dmjd
@@ -92,14 +97,11 @@ def public_names_page() -> str:
     for name in sorted(dmjd.__all__, key=str.lower):
         value = getattr(dmjd, name)
         if hasattr(value, "__qualname__"):
-            lines += [f"## dmjd.{name}", ""]
-            lines += [f"::: {value.__module__}.{value.__qualname__}"]
-            lines += ["    options: {heading_level: 3, show_root_heading: false, show_root_toc_entry: false}", ""]
+            lines += directive(f"{value.__module__}.{value.__qualname__}", f"dmjd.{name}")
         else:
             modules.append(value.__name__)
     lines += ["## Modules", "", ", ".join(f"`{name}`" for name in modules) + ". ", ""]
-    lines += ["## dmjd.interop", "", "::: dmjd.interop.conversion"]
-    lines += ["    options: {heading_level: 3, show_root_heading: false, show_root_toc_entry: false}", ""]
+    lines += directive("dmjd.interop.conversion", "dmjd.interop")
     return "\n".join(lines)
 
 
@@ -108,5 +110,5 @@ def extending_page() -> str:
     lines = ["# Extending", "", "The modules that extensions build on. [Contributing](contributing.md) says how.", ""]
     for name in MODULES_TO_EXTEND:
         importlib.import_module(name)  # a module that moved fails here, by name
-        lines += [f"::: {name}", ""]
+        lines += directive(name, name)
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import ROOT
 
@@ -94,12 +95,21 @@ def run_page(page: Path, folder: Path, first_run: Path, slow: bool) -> None:
                 execute(block, names)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads of tiny models wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory) -> Path:
     """What ``dmjd pretrain digits --out runs/first`` leaves, after a few steps instead of minutes."""
     folder = tmp_path_factory.mktemp("first") / "runs" / "first"
-    flags = ["--steps", "3", "--eval-every", "0", "--no-final-eval", "--device", "cpu", "--num-workers", "0"]
-    assert main(["pretrain", "digits", "--out", str(folder), *flags]) == 0
+    flags = "--steps 3 --batch-size 8 --eval-every 0 --no-final-eval --device cpu --num-workers 0"
+    assert main(["pretrain", "digits", "--out", str(folder), *flags.split()]) == 0
     return folder
 
 
