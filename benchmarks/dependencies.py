@@ -2,9 +2,9 @@
 
 python benchmarks/dependencies.py
 
-"with its own" is the dependency and the packages that nothing else here needs, once it is gone. The share is of all
-that ``pip install dmjd`` installs. Import times are the best of three fresh processes; "after torch" is what a process
-pays that has imported torch.
+"with its own" is the dependency and the packages that nothing else here needs, once it is gone. The share is of
+all that ``pip install dmjd`` installs. Import times are processor time, the best of two processes; "after torch" is
+what a process pays that has imported torch.
 """
 
 import importlib.metadata as metadata
@@ -57,15 +57,15 @@ def closure(roots: Iterable[str], without: str = "") -> set[str]:
 
 
 def seconds(code: str) -> float:
-    """Best of three fresh processes, measured inside."""
-    text = f"import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
-    return min(float(subprocess.check_output([sys.executable, "-c", text]).split()[-1]) for _ in range(3))
+    """Processor time of a statement, the best of two fresh processes."""
+    text = f"import time; start = time.process_time(); {code}; print(time.process_time() - start)"
+    return min(float(subprocess.check_output([sys.executable, "-c", text]).split()[-1]) for _ in range(2))
 
 
 def after_torch(module: str) -> float:
-    """Seconds to import a module where torch is imported already."""
-    text = f"import torch, time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
-    return min(float(subprocess.check_output([sys.executable, "-c", text]).split()[-1]) for _ in range(3))
+    """The same for an import where torch is imported already."""
+    text = f"import torch, time; start = time.process_time(); import {module}; print(time.process_time() - start)"
+    return min(float(subprocess.check_output([sys.executable, "-c", text]).split()[-1]) for _ in range(2))
 
 
 def main() -> None:

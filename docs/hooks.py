@@ -23,6 +23,7 @@ MODULES_TO_EXTEND = (
     "dmjd.config.pretrain",
     "dmjd.config.recipes",
 )
+SHORT_CODE = re.compile(r"<code>(?=[^<\n]{1,28}</code>)")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):<code>~?([\w.]+)</code>")
 
 
@@ -38,14 +39,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Sphinx roles of docstrings become links; a number and its deviation stay on one line."""
+    """Sphinx roles of docstrings become links; flags, and numbers with their deviation, stay on one line."""
 
     def link(match: re.Match[str]) -> str:
         target = match[1]
         code = f"<code>{target.rpartition('.')[2]}</code>"
         return f'<autoref identifier="{target}" optional>{code}</autoref>' if "." in target else code
 
-    return ROLE.sub(link, html).replace(" ± ", "&nbsp;±&nbsp;")
+    html = SHORT_CODE.sub('<code class="short">', ROLE.sub(link, html))
+    return html.replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def root_page(name: str) -> str:
