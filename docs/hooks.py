@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -85,9 +86,11 @@ def command_line_page() -> str:
     return "\n".join(lines)
 
 
-def directive(source: str, title: str) -> list[str]:
-    """The docstrings of an object or module, under a title."""
-    return [f"::: {source}", "    options:", f"      heading: {title}", f"      toc_label: {title}", ""]
+def directive(source: str, title: str, without: Sequence[str] = ()) -> list[str]:
+    """The docstrings of an object or module, under a title; private names and some others left out."""
+    filters = ["!^_[^_]", *(f"!^{name}$" for name in without)]
+    options = [f"heading: {title}", f"toc_label: {title}", f"filters: {filters}"]
+    return [f"::: {source}", "    options:", *(f"      {option}" for option in options), ""]
 
 
 def public_names_page() -> str:
@@ -109,8 +112,12 @@ def public_names_page() -> str:
 
 def extending_page() -> str:
     """The modules that one reads to extend the library."""
-    lines = ["# Extending", "", "The modules that extensions build on. [Contributing](contributing.md) says how.", ""]
+    import dmjd
+
+    lines = ["# Extending", "", "The modules that extensions build on. [Contributing](contributing.md) says how."]
+    lines += ["What `import dmjd` offers is in [Python API](python_api.md) and not repeated.", ""]
     for name in MODULES_TO_EXTEND:
         importlib.import_module(name)  # a module that moved fails here, by name
-        lines += directive(name, name)
+        shown = [public for public in dmjd.__all__ if getattr(getattr(dmjd, public), "__module__", "") == name]
+        lines += directive(name, name, without=shown)
     return "\n".join(lines)
