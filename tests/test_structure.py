@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom, what an import costs, how long a file may be."""
+"""The layout of the package: who imports whom, what an import costs, how long files and functions are."""
 
 import ast
 import graphlib
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "src" / "dmjd"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "dmjd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Data flows one way: a file may import only from files before it in this list. Folders count as one place.
 ORDER = [
@@ -121,6 +122,48 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = dmjd.nonsense
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_files_stay_short(file):
-    assert len(file.read_text().splitlines()) <= 400
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+EVERYWHERE = sorted(
+    file for folder in ("src", "tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("file", EVERYWHERE, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_stay_short(file):
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    functions = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= MOST_FUNCTION_LINES}
+    assert not long
+
+
+def test_init_files_only_export():
+    """``__init__.py`` holds imports, ``__all__`` and lazy loading: no classes, no functions of its own."""
+    allowed = {"__getattr__", "__dir__"}
+    for file in PACKAGE.rglob("__init__.py"):
+        defined = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        assert defined <= allowed, file
+
+
+def test_no_private_names_cross_files():
+    """A name with an underscore belongs to its file."""
+    crossing = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmjd"):
+                crossing += [
+                    f"{file}: {a.name}" for a in node.names if a.name.startswith("_") and a.name != "__version__"
+                ]
+    assert not crossing
+
+
+def test_tests_mirror_the_package():
+    """A folder of tests has the name of a folder of the package, a file in it that of a file there."""
+    tests = ROOT / "tests"
+    own = {"golden", "benchmarks", "docs", "examples"}
+    for file in tests.rglob("test_*.py"):
+        folder = file.relative_to(tests).parent
+        if folder.parts and folder.parts[0] not in own:
+            assert (PACKAGE / folder).is_dir(), f"{file}: the package has no folder {folder}"
+    for name in ("engine/test_loop.py", "test_branches.py", "runs/test_build.py", "pretraining/test_callbacks.py"):
+        assert (tests / name).exists(), name

@@ -60,6 +60,44 @@ def of_dmjd(**overrides: Any) -> Variant:
     return Variant("dmjd", overrides, blr_of="dmjd")
 
 
+def _targets() -> dict[str, Variant]:
+    """Other targets for one or both branches."""
+    by = {"pixel": ("pixel", "pixel"), "ema": ("ema", "ema"), "pixel_hog": ("pixel", "hog")}
+    by |= {"hog_pixel": ("hog", "pixel"), "hog_ema": ("hog", "ema")}
+    with_teacher = {
+        "teacher": ("teacher", "teacher"),
+        "hog_teacher": ("hog", "teacher"),
+        "pixel_teacher": ("pixel", "teacher"),
+    }
+    return (
+        {"dmjd": Variant("dmjd")}
+        | {key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}) for key, (mim, vis) in by.items()}
+        | {
+            key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}, teacher="dmjd")
+            for key, (mim, vis) in with_teacher.items()
+        }
+    )
+
+
+def _beyond(pixels: str) -> dict[str, Variant]:
+    """What goes beyond the paper: Muon, mixed targets, three quarters masked."""
+    muon, mixed = {"optimizer": "muon"}, {"mim_target": "pixel", "vis_target": "hog"}
+    c75 = mixed | {"mask_ratio": 0.75, "block_size": 1, "hog_cell": 4}
+    return {
+        pixels: Variant(pixels),
+        f"{pixels}_muon": Variant(pixels, muon),
+        "dmjd": Variant("dmjd"),
+        "dmjd_muon": Variant("dmjd", muon),
+        "pixel_hog_muon": Variant("dmjd", mixed | muon),
+        "pixel_hog_c75": Variant("dmjd", c75),
+        "pixel_hog_muon_c75": Variant("dmjd", c75 | muon),
+        "pixel_hog_muon_c75_one_view": Variant("jd", c75 | muon),
+        "pixel_hog_muon_c75_two_stage": Variant(
+            "dmjd", c75 | muon | {"vis_target": "teacher"}, teacher="pixel_hog_muon_c75"
+        ),
+    }
+
+
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
     """The variants of a set, the baseline first."""
     pixels = "convmae" if convolutional else "mae"
@@ -83,37 +121,9 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
             for rule in (True, False)
         }
     if name == "targets":
-        by = {"pixel": ("pixel", "pixel"), "ema": ("ema", "ema"), "pixel_hog": ("pixel", "hog")}
-        by |= {"hog_pixel": ("hog", "pixel"), "hog_ema": ("hog", "ema")}
-        with_teacher = {
-            "teacher": ("teacher", "teacher"),
-            "hog_teacher": ("hog", "teacher"),
-            "pixel_teacher": ("pixel", "teacher"),
-        }
-        return (
-            {"dmjd": own["dmjd"]}
-            | {key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}) for key, (mim, vis) in by.items()}
-            | {
-                key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}, teacher="dmjd")
-                for key, (mim, vis) in with_teacher.items()
-            }
-        )
+        return _targets()
     if name == "beyond":
-        muon, mixed = {"optimizer": "muon"}, {"mim_target": "pixel", "vis_target": "hog"}
-        c75 = mixed | {"mask_ratio": 0.75, "block_size": 1, "hog_cell": 4}
-        return {
-            pixels: Variant(pixels),
-            f"{pixels}_muon": Variant(pixels, muon),
-            "dmjd": own["dmjd"],
-            "dmjd_muon": Variant("dmjd", muon),
-            "pixel_hog_muon": Variant("dmjd", mixed | muon),
-            "pixel_hog_c75": Variant("dmjd", c75),
-            "pixel_hog_muon_c75": Variant("dmjd", c75 | muon),
-            "pixel_hog_muon_c75_one_view": Variant("jd", c75 | muon),
-            "pixel_hog_muon_c75_two_stage": Variant(
-                "dmjd", c75 | muon | {"vis_target": "teacher"}, teacher="pixel_hog_muon_c75"
-            ),
-        }
+        return _beyond(pixels)
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}

@@ -13,6 +13,8 @@ from dmjd.config import DetectionConfig, FinetuneConfig, KnnConfig, LinearConfig
 from dmjd.config.fields import Config, option
 from dmjd.config.pretrain import PretrainConfig, resume_differences
 from dmjd.evaluation.registry import TASKS, FrozenTask
+from dmjd.masking import SAMPLERS
+from dmjd.targets.registry import TARGETS
 
 SOURCE = Path(__file__).parents[2] / "src" / "dmjd"
 
@@ -50,6 +52,11 @@ def unread(config: type[Config], readers: set[str]) -> set[str]:
 def test_every_setting_of_pretraining_is_read():
     """A setting that nobody reads misleads users: the published --theta and --pred_ratio never reached the model."""
     readers = attributes_read(READERS)
+    for sampler in SAMPLERS.values():  # the table of samplers says which fields each one takes
+        readers |= set(inspect.signature(sampler).parameters)
+    for name, target in TARGETS.items():  # and so does the table of targets
+        fields = dataclasses.fields(target.settings_class) if target.settings_class is not None else ()
+        readers |= {f"{name}_{field.name}" for field in fields}
     assert unread(PretrainConfig, readers) == {"recipe"}  # a label
 
 

@@ -132,13 +132,13 @@ def test_convmaes_own_ratios_and_dmjds():
 
 
 def test_the_field_that_masks_replaced_is_named():
-    with pytest.raises(ValueError, match=r"'disjoint' is now masks: .*--masks independent"):
+    with pytest.raises(ValueError, match=r"disjoint is now masks: .*--masks independent"):
         recipes.dmjd(disjoint=False)
 
 
 @pytest.mark.parametrize("flag", ["--no-disjoint", "--disjoint"])
 def test_the_flag_that_masks_replaced_is_named(flag, capsys):
-    assert "setting 'disjoint' is now masks" in mistake(capsys, "pretrain", flag)
+    assert "setting disjoint is now masks" in mistake(capsys, "pretrain", flag)
 
 
 @pytest.mark.parametrize(

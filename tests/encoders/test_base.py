@@ -9,9 +9,10 @@ from support import SMALL_CONV_VIT, small_encoder
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.base import drop_path_rates
 from dmjd.encoders.registry import create_encoder
-from dmjd.masking import disjoint_masks
+from dmjd.masking import DisjointMasks, disjoint_masks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import PointwiseConv
 from dmjd.nn.tokens import gather_tokens, sincos_positions
@@ -190,7 +191,12 @@ def test_training_step_compiles_to_one_graph(name, backend):
     sizes = {"embed_dims": (4, 4, 8), "depths": (1, 1, 1)} if name.startswith("conv") else {"embed_dim": 8, "depth": 1}
     torch.manual_seed(0)
     encoder = create_encoder(name, img_size=16, num_heads=2, **sizes)
-    model = MaskedImageModel(encoder, decoder_dim=8, decoder_depth=1, decoder_heads=2, block_size=1, mask_ratio=0.5)
+    model = MaskedImageModel(
+        encoder,
+        masks=DisjointMasks(mask_ratio=0.5, block_size=1),
+        mim=Reconstruction(decoder_dim=8, decoder_depth=1, decoder_heads=2),
+        vis=Distillation(projector_dim=8),
+    )
     images, raw, keys = torch.randn(2, 3, 16, 16), torch.randint(0, 256, (2, 3, 16, 16)), torch.arange(2)
     losses, gradients = [], []
     for step in (model, torch.compile(model, fullgraph=True, backend=backend)):

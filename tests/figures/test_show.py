@@ -29,7 +29,7 @@ def run(tmp_path, image_folder):
     model = build_model(config)
     model.encoder.preprocess = Preprocess((32, 48))
     folder = RunFolder(tmp_path / "run")
-    folder.settle(config)
+    folder.validate_config(config)
     state = {
         "progress": {"step": 3, "images": 9, "seconds": 1.0},
         "encoder": encoder_metadata(model.encoder),
