@@ -75,7 +75,7 @@ class Source(ABC):
         Raises:
             ValueError: saying what is wrong with it.
         """
-        raise NotImplementedError(f"{cls.__name__} cannot be opened by name")
+        raise TypeError(f"{cls.__name__} cannot be opened by name: it defines no from_data")
 
     @abstractmethod
     def __len__(self) -> int:
