@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dmjd.data.sources.base import Source
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 MIXED = ((12, 12), (9, 15), (20, 11))  # sizes that keep a set out of memory
 

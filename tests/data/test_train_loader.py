@@ -13,7 +13,7 @@ from image_sets import MIXED, Arrays
 from dmjd.data.cache import load_to_memory
 from dmjd.data.train_loader import Stream, TrainLoader, permutation
 from dmjd.data.unreadable import replacement
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 from dmjd.rng import image_keys
 
 

@@ -6,7 +6,7 @@ import torch
 
 import dmjd
 from dmjd.data.unreadable import UnreadableImages, read_or_replace, replace_unreadable
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 
 def test_unreadable_images_are_counted_once():

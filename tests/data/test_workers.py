@@ -13,7 +13,7 @@ import torch
 from dmjd.data import workers
 from dmjd.data.train_loader import TrainLoader
 from dmjd.data.workers import auto_workers, auto_workers_once, read_batches
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 
 def test_cores_are_divided_among_processes(monkeypatch):

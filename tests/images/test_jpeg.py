@@ -15,9 +15,9 @@ from dmjd.data.sources.folder import FolderSource
 from dmjd.data.train_loader import TrainLoader
 from dmjd.data.transforms import crop_resize
 from dmjd.images import jpeg
-from dmjd.images.decoding import UnreadableImage
 from dmjd.images.reading import open_image, read_image
 from dmjd.images.resampling import resize_box
+from dmjd.images.stored import UnreadableImage
 
 
 def natural(height, width, channels=3, seed=0):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import smooth_image
 
-from dmjd.images.decoding import UnreadableImage
 from dmjd.images.preprocess import IMAGENET_MEAN, Preprocess
 from dmjd.images.resampling import center_box
+from dmjd.images.stored import UnreadableImage
 
 pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from support import encoded, smooth_image
 
-from dmjd.images.decoding import UnreadableImage
 from dmjd.images.reading import read_image
+from dmjd.images.stored import UnreadableImage
 
 pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report
 from dmjd.data.workers import available_cores
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 MAX_BYTES = 1 << 30
 

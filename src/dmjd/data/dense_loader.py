@@ -22,7 +22,7 @@ from dmjd.data.sources.coco import Instances
 from dmjd.data.train_loader import Stream, stack
 from dmjd.data.unreadable import Report, UnreadableImages, read_or_replace
 from dmjd.data.workers import auto_workers, auto_workers_once, read_batches
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 LEAST_VISIBLE = 1.0  # pixels on the canvas; narrower objects are not trained on
 

@@ -19,9 +19,9 @@ from dmjd.data.sources.base import Source
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
 from dmjd.data.workers import auto_workers, read_batches
-from dmjd.images.decoding import UnreadableImage
 from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
+from dmjd.images.stored import UnreadableImage
 from dmjd.rng import STREAM_EPOCH, hash64, image_keys
 
 # On the CPU, larger images are cropped faster one by one in workers than in batches.

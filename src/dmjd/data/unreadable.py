@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 from dmjd.rng import STREAM_REPLACE, hash64
 
 _ATTEMPTS = 100

@@ -4,7 +4,6 @@ Arrays are [H, W, C] in the stored data type: 1 gray, 2 gray + alpha, 3 RGB, 4 R
 """
 
 import io
-import logging
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,26 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from dmjd.images import jpeg
-
-MAX_PIXELS = 178_956_970  # larger images are taken for decompression bombs, as in Pillow
+from dmjd.images import jpeg, tiff
+from dmjd.images.stored import MAX_PIXELS, Stored, UnreadableImage, check_pixels, upright
 
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
-
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
 
 _NPY_MAGIC = b"\x93NUMPY"
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
+# Bit depth 16 with color, with alpha, or both: Pillow would reduce these to 8 bits.
+_PNG_16_BITS = (b"\x10\x02", b"\x10\x04", b"\x10\x06")
+
+# What Pillow may decode. It knows others, some of which start programs (PostScript starts Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
 _OPAQUE_MODES = {"1": "L", "L": "L", "RGB": "RGB", "RGBX": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
-class UnreadableImage(ValueError):  # noqa: N818, the name is clear without "Error"
-    """An image that cannot be used: its ``name``, and the ``reason`` in a few words."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both are arguments, so that the exception can be pickled
-        self.name = name
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
-
-
-def open_stored(source: ImageLike, in_chans: int) -> np.ndarray | jpeg.PlainJpeg:
-    """The stored values [H, W, C] in the stored data type, or a plain JPEG that is not decoded yet.
+def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
+    """The stored values, or a plain JPEG that is not decoded yet.
 
     Args:
         source: path, encoded bytes, PIL image or array. in_chans: helps to find the channel axis of an array.
@@ -50,7 +40,7 @@ def open_stored(source: ImageLike, in_chans: int) -> np.ndarray | jpeg.PlainJpeg
         UnreadableImage, or nearly any other exception, for damaged data; :func:`reason` puts it into words.
     """
     if isinstance(source, np.ndarray):
-        return _channels_last(source, in_chans)
+        return _from_array(source, in_chans)
     if isinstance(source, Image.Image):
         with jpeg.no_warnings():
             return _from_pil(source)
@@ -77,46 +67,41 @@ def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
     array = jpeg.decode(plain, factor)
     if array is not None:
         return array
-    with jpeg.no_warnings(), Image.open(io.BytesIO(plain.data)) as image:
+    with jpeg.no_warnings(), Image.open(io.BytesIO(plain.data), formats=["JPEG"]) as image:
         image.draft(image.mode, (plain.width // factor, plain.height // factor))
-        return np.ascontiguousarray(_from_pil(image))
+        return np.ascontiguousarray(_from_pil(image).values)
 
 
-def _decode(file: Any, head: bytes, in_chans: int) -> np.ndarray:
+def _decode(file: Any, head: bytes, in_chans: int) -> Stored:
     """Decode with the library that reads the format best."""
     if not head:
         raise UnreadableImage("", "the file is empty")
     if head.startswith(_NPY_MAGIC):
-        return _channels_last(np.load(file, allow_pickle=False), in_chans)
-    if head.startswith(_PNG_MAGIC) and head[24:26] in (b"\x10\x02", b"\x10\x06"):
+        return _from_array(np.load(file, allow_pickle=False), in_chans)
+    if head.startswith(_PNG_MAGIC) and head[24:26] in _PNG_16_BITS:
         return _decode_png16(file.read())
-    if head.startswith(_TIFF_MAGIC):
-        return _decode_tiff(file, in_chans)
-    with Image.open(file) as image:
+    if head.startswith(tiff.MAGIC):
+        return tiff.decode_tiff(file, in_chans, _from_pil)
+    with Image.open(file, formats=FORMATS) as image:
         return _from_pil(image)
 
 
-def _check_pixels(height: int, width: int) -> None:
-    """Refuse empty images, and decompression bombs before they are decoded."""
-    if height * width > MAX_PIXELS:
-        raise UnreadableImage("", f"{height} x {width} pixels, more than {MAX_PIXELS:,}")
-    if height * width == 0:
-        raise UnreadableImage("", f"{height} x {width} pixels: the image is empty")
-
-
-def _from_pil(image: Image.Image) -> np.ndarray:
-    """[H, W, C] upright: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha; uint8, uint16, int32 or float32."""
-    _check_pixels(image.height, image.width)
+def _from_pil(image: Image.Image) -> Stored:
+    """Upright gray or RGB with or without alpha; uint8, uint16, int32 or float32."""
+    check_pixels(image.height, image.width)
     image.load()  # some formats store transparency and rotation after the pixels
+    alpha = False
     if image.mode.startswith(("I", "F")):  # 16-bit gray, integers and floats: read as stored
         array = np.asarray(image)
         if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:
             array = array.astype(np.uint16)  # Pillow opens some 16-bit files as 32-bit integers
+        if array.dtype == np.uint16 and isinstance(clear := image.info.get("transparency"), int):
+            array, alpha = np.stack([array, np.where(array == clear, 0, 65535).astype(np.uint16)], axis=-1), True
     else:
         mode = _plain_mode(image)
-        array = np.asarray(image if image.mode == mode else image.convert(mode))
-    array = _UPRIGHT.get(jpeg.orientation(image), lambda a: a)(array)
-    return array[:, :, None] if array.ndim == 2 else array
+        array, alpha = np.asarray(image if image.mode == mode else image.convert(mode)), mode in ("LA", "RGBA")
+    array = upright(array, jpeg.orientation(image))
+    return Stored(array[:, :, None] if array.ndim == 2 else array, alpha)
 
 
 def _plain_mode(image: Image.Image) -> str:
@@ -126,46 +111,26 @@ def _plain_mode(image: Image.Image) -> str:
     return _OPAQUE_MODES.get(image.mode, "RGB")
 
 
-_UPRIGHT = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: a.swapaxes(0, 1)[::-1],
-}
-
-
-def _decode_png16(data: bytes) -> np.ndarray:
-    """Decode a 16-bit color PNG, which Pillow would reduce to 8 bits: [H, W, 3 or 4] uint16."""
+def _decode_png16(data: bytes) -> Stored:
+    """Decode a 16-bit PNG with color or alpha: [H, W, 2, 3 or 4] uint16."""
     from torchvision.io import ImageReadMode, decode_png  # takes seconds to import and is rarely needed
 
-    _check_pixels(*struct.unpack(">II", data[16:24]))
+    check_pixels(*struct.unpack(">II", data[16:24]))
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as header:  # not decoded
+        orientation, clear = jpeg.orientation(header), header.info.get("transparency")
     pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    return pixels.permute(1, 2, 0).numpy()
+    values = pixels.permute(1, 2, 0).numpy()
+    alpha = values.shape[2] in (2, 4)
+    if isinstance(clear, tuple) and not alpha:
+        opaque = np.where((values == np.array(clear)).all(-1, keepdims=True), 0, 65535).astype(np.uint16)
+        values, alpha = np.concatenate([values, opaque], axis=-1), True
+    return Stored(upright(values, orientation), alpha)
 
 
-def _decode_tiff(file: Any, in_chans: int) -> np.ndarray:
-    """Decode with Pillow if 8-bit or gray, else with tifffile: Pillow would reduce to 8 bits or 4 channels."""
-    if in_chans in (1, 3, 4):
-        try:
-            with Image.open(file) as image:
-                samples, bits = image.tag_v2.get(277, 1), max(image.tag_v2.get(258, (1,)))  # type: ignore[attr-defined]
-                if samples == 1 or (samples <= 4 and bits <= 8):
-                    return _from_pil(image)
-        except UnidentifiedImageError:
-            pass
-    import tifffile  # slow to import and rarely needed
-
-    file.seek(0)
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs every unusual tag; errors are raised anyway
-    with tifffile.TiffFile(file) as tiff:
-        series = tiff.series[0]
-        sides = dict(zip(series.axes, series.shape, strict=True))
-        _check_pixels(sides.get("Y", 1), sides.get("X", 1))
-        array = series.asarray()
-    return _channels_last(array[0] if array.ndim == 4 else array, in_chans)
+def _from_array(array: np.ndarray, in_chans: int) -> Stored:
+    """An array of the caller's; the second of two and the fourth of four channels are alpha."""
+    values = _channels_last(array, in_chans)
+    return Stored(values, values.shape[2] in (2, 4))
 
 
 def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
@@ -176,7 +141,7 @@ def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
         array = array[:, :, None]
     elif array.shape[2] != in_chans and (array.shape[0] == in_chans or array.shape[0] < array.shape[2]):
         array = array.transpose(1, 2, 0)
-    _check_pixels(array.shape[0], array.shape[1])
+    check_pixels(array.shape[0], array.shape[1])
     return array
 
 

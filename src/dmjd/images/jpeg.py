@@ -67,7 +67,7 @@ def _plain_frame(header: bytes) -> tuple[int, int, int] | None:
 def _is_rotated(data: bytes) -> bool:
     """Whether EXIF or XMP contain a rotation, as Pillow reads them."""
     try:
-        with no_warnings(), Image.open(io.BytesIO(data)) as image:
+        with no_warnings(), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             return orientation(image) != 1
     except Exception:  # let Pillow decode it, and report what is wrong
         return True

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from dmjd.images import jpeg
-from dmjd.images.decoding import ImageLike, UnreadableImage, decode_plain, open_stored, reason
+from dmjd.images.decoding import ImageLike, decode_plain, open_stored, reason
+from dmjd.images.stored import Stored, UnreadableImage
 
 LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green, blue (ITU-R Rec. 601)
 
@@ -25,7 +26,8 @@ def read_image(
     """Decode an image and convert it to ``in_chans`` channels on the 0..255 scale.
 
     Reads JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) and ``.npy`` ([H, W], [H, W, C] or [C, H, W]), and applies EXIF
-    rotation. The second of two and the fourth of four channels are alpha. Conversion to
+    rotation. The second of two and the fourth of four channels are alpha, except for TIFF samples that the file does
+    not call alpha: these are dropped where ``in_chans`` is smaller. Conversion to
 
     - 1 channel: luminance (Rec. 601), alpha composited over white;
     - 3 channels: gray is repeated, alpha composited over white;
@@ -55,9 +57,8 @@ def open_image(
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
         stored = open_stored(source, in_chans)
-        if isinstance(stored, np.ndarray):
-            stored = _converted(stored, in_chans, value_range)
-    return OpenImage(stored, in_chans, value_range, name)
+        pixels = _converted(stored, in_chans, value_range) if isinstance(stored, Stored) else stored
+    return OpenImage(pixels, in_chans, value_range, name)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class OpenImage:
         if isinstance(self.stored, np.ndarray):
             return self.stored
         with _naming(self.name):
-            return _converted(decode_plain(self.stored), self.in_chans, self.value_range)
+            return _converted(Stored(decode_plain(self.stored)), self.in_chans, self.value_range)
 
     def read_for(self, box: Sequence[float], size: tuple[int, int]) -> tuple[np.ndarray, Sequence[float]]:
         """Pixels for resizing ``box`` (top, left, height, width) to ``size`` (h, w), and the box in these pixels.
@@ -97,7 +98,7 @@ class OpenImage:
         if isinstance(self.stored, np.ndarray) or factor == 1:
             return self.read(), box
         with _naming(self.name):
-            reduced = _converted(decode_plain(self.stored, factor), self.in_chans, self.value_range)
+            reduced = _converted(Stored(decode_plain(self.stored, factor)), self.in_chans, self.value_range)
         return reduced, [x / factor for x in box]
 
 
@@ -113,9 +114,17 @@ def _naming(name: str) -> Iterator[None]:
         raise UnreadableImage(name, reason(error)) from None
 
 
-def _converted(stored: np.ndarray, in_chans: int, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Stored values -> [H, W, in_chans] on the 0..255 scale."""
-    return np.ascontiguousarray(_to_channels(_to_255(stored, value_range), in_chans))
+def _converted(stored: Stored, in_chans: int, value_range: tuple[float, float] | None) -> np.ndarray:
+    """Stored values -> [H, W, in_chans] on the 0..255 scale. ``value_range`` is that of the colors, not of alpha."""
+    values, alpha = stored.values, None
+    if stored.alpha and in_chans in (1, 3, 4):
+        values, alpha = values[..., :-1], _to_255(values[..., -1:], _full_range(values.dtype))
+    return np.ascontiguousarray(_to_channels(_to_255(values, value_range), alpha, in_chans))
+
+
+def _full_range(dtype: np.dtype) -> tuple[float, float]:
+    """From transparent to opaque."""
+    return (0.0, float(np.iinfo(dtype).max)) if dtype.kind in "ui" else (0.0, 1.0)
 
 
 def _to_255(array: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
@@ -144,22 +153,24 @@ def _natural_range(array: np.ndarray) -> tuple[float, float]:
     raise UnreadableImage("", f"{array.dtype} values from {lo:g} to {hi:g}, {expected}: give value_range=(lo, hi)")
 
 
-def _to_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
-    """The channel conversion of :func:`read_image`, on [H, W, C] with values on the 0..255 scale."""
-    channels = array.shape[2]
-    if channels == in_chans:
-        return array
-    if in_chans not in (1, 3, 4) or channels > 4:
+def _to_channels(color: np.ndarray, alpha: np.ndarray | None, in_chans: int) -> np.ndarray:
+    """The channel conversion of :func:`read_image`: [H, W, C] and alpha [H, W, 1] on the 0..255 scale."""
+    bands = color.shape[2]
+    if alpha is None and bands == in_chans:
+        return color
+    if in_chans not in (1, 3, 4) or bands > 4:
+        channels = bands + (alpha is not None)
         raise UnreadableImage("", f"it has {channels} channel{'s' * (channels != 1)}, in_chans is {in_chans}")
-    color, alpha = (array[..., :-1], array[..., -1:]) if channels in (2, 4) else (array, None)
+    if bands in (2, 4):  # gray or RGB, and a band of unknown meaning
+        color = color[..., :-1]
     if in_chans == 4:
-        opaque = np.full_like(array[..., :1], 255)
-        return np.concatenate([np.broadcast_to(color, (*array.shape[:2], 3)), opaque if alpha is None else alpha], 2)
+        color = np.broadcast_to(color, (*color.shape[:2], 3))
+        return np.concatenate([color, np.full_like(color[..., :1], 255) if alpha is None else alpha], axis=2)
     if alpha is not None:
         color = _over_white(color, alpha)
     if in_chans == 1:
         return _luminance(color) if color.shape[2] == 3 else color
-    return np.broadcast_to(color, (*array.shape[:2], 3))
+    return np.broadcast_to(color, (*color.shape[:2], 3))
 
 
 def _over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from dense_sets import KINDS, SIZE
 
 from dmjd.data.sources.coco import open_coco
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 
 def change(root: Path, part: str, **lists) -> None:

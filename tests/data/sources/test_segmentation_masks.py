@@ -10,7 +10,7 @@ from PIL import Image
 
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.segmentation_masks import open_segmentation, read_mask
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 
 def test_masks_become_classes_and_ignore(camvid_layout):

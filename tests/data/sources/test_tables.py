@@ -11,7 +11,7 @@ from support import REAL_DATA
 
 from dmjd.data.sources.registry import align_labels, has_split, open_source
 from dmjd.data.statistics import measure_stats
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 
 def test_rows_labels_and_names(tmp_path):

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from dmjd.data.sources.base import Source, short_hash
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.decoding import FORMATS
+from dmjd.images.stored import UnreadableImage
 
 LEAST_SIDE = 1e-3  # pixels; narrower boxes have no area
 
@@ -287,7 +288,7 @@ def _image_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int, i
     if all(isinstance(side, int) and side > 0 for side in size):
         return size  # type: ignore[return-value]
     try:
-        with Image.open(folder / entry["file_name"]) as image:
+        with Image.open(folder / entry["file_name"], formats=FORMATS) as image:
             return image.height, image.width
     except OSError:
         raise ValueError(f"{file}: image {entry['file_name']} has no height and width, and can't be opened") from None

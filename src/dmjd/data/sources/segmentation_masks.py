@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,10 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.workers import available_cores
-from dmjd.images.decoding import ImageLike, UnreadableImage
+from dmjd.images.decoding import ImageLike
+from dmjd.images.stored import UnreadableImage
+
+MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "JPEG")  # JPEG to say why not
 
 MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # lossless formats
 
@@ -164,13 +168,28 @@ def _mask_values(stored: ImageLike) -> np.ndarray:
         return np.asarray(stored)
     if not isinstance(stored, bytes) and str(stored).lower().endswith(".npy"):
         return np.load(stored, allow_pickle=False)
-    with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
+    with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored, formats=MASK_FORMATS) as image:
         if image.format == "JPEG":
             raise UnreadableImage(
                 "", "it is a JPEG, which changes the numbers: masks need a lossless format such as PNG"
             )
+        # Pillow spreads gray values of 2 and 4 bits over 0..255.
+        step = 255 // (2 ** _gray_bits(image) - 1) if image.mode == "L" else 1
         values = np.asarray(image)
-    return values[..., :-1] if image.mode in ("LA", "RGBA") else values
+    return values[..., :-1] if image.mode in ("LA", "RGBA") else values // step
+
+
+def _gray_bits(image: Any) -> int:
+    """Bits of a gray value as stored in an opened PNG or TIFF file, before it is loaded; 8 for other formats."""
+    if image.format == "TIFF":
+        return int(image.tag_v2.get(258, (8,))[0])
+    if image.format != "PNG":
+        return 8
+    at = image.fp.tell()
+    image.fp.seek(24)
+    bits = image.fp.read(1)[0]
+    image.fp.seek(at)
+    return bits
 
 
 def open_segmentation(
@@ -287,7 +306,9 @@ def resolve_classes(
     present = [number for number in sorted(counted[0][2]) if number not in ignored]
     if len(present) < 2:
         numbers = f"only the number {present[0]}" if present else "only ignored numbers"
-        raise ValueError(f"the masks of {train.name} hold {numbers}: segmentation needs at least two classes")
+        unlabeled = ", ".join(str(number) for number in sorted(counted[0][2]) if number in ignored)
+        hint = f", and {unlabeled}, which means no label: renumber it where it is a class" if unlabeled else ""
+        raise ValueError(f"the masks of {train.name} hold {numbers}{hint}: segmentation needs at least two classes")
     names = _names(train, num_classes, present[-1] + 1 - sum(number <= present[-1] for number in ignored), ignored)
     class_map = ClassMap(names, tuple(ignored))
     for source, _, first in counted:

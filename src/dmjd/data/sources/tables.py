@@ -12,7 +12,7 @@ import numpy as np
 
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.paths import existing_path, split_tables, warn_of_loose_images
-from dmjd.images.decoding import UnreadableImage
+from dmjd.images.stored import UnreadableImage
 
 _IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
 

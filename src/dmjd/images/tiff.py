@@ -1,0 +1,162 @@
+"""Decode TIFF: photometric interpretation, extra samples, orientation, pages and sample formats are handled here.
+
+Pillow decodes images of up to 8 bits, which it reads faithfully; tifffile decodes the rest: uncompressed, deflated and
+packed data by itself, other compressions with the package imagecodecs.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dmjd.images.stored import Stored, UnreadableImage, check_pixels, upright
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
+
+_COLORS = {0: 1, 1: 1, 2: 3, 5: 4}  # photometric interpretation -> color samples: gray, gray, RGB, CMYK
+_WHITE_IS_ZERO, _CMYK = 0, 5
+_UNSPECIFIED, _PREMULTIPLIED = 0, 1  # kinds of extra samples; 2 is alpha that is not premultiplied
+
+
+def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], Stored]) -> Stored:
+    """Decode the first image of a file, or its pages as channels.
+
+    Pages are channels if ImageJ or OME metadata says so, or if ``in_chans`` (other than 1, 3, 4) pages are there.
+    Other files that an OME-TIFF names are not opened.
+
+    Args:
+        file: open for reading, at its start. in_chans: number of channels wanted.
+        from_pillow: converts an opened Pillow image.
+
+    Raises:
+        UnreadableImage: with the reason, or another exception for damaged data.
+    """
+    import tifffile  # slow to import and rarely needed
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs every unusual tag; errors are raised anyway
+    with tifffile.TiffFile(file, is_ome=False) as tiff:
+        page: Any = tiff.pages[0]
+        channels = _paged_channels(tiff, in_chans)
+        check_pixels(page.imagelength, page.imagewidth)
+        if channels == 1 and in_chans in (1, 3, 4) and _pillow_is_faithful(page):
+            file.seek(0)
+            with Image.open(file, formats=["TIFF"]) as image:
+                return from_pillow(image)
+        try:
+            values = _pages(tiff, channels) if channels > 1 else _last_axis(page.asarray(), page.axes)
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            file.seek(0)
+            return _without_codec(file, page, channels, from_pillow)
+        orientation = page.tags[274].value if 274 in page.tags else 1
+        if channels > 1:
+            if channels != in_chans:
+                raise UnreadableImage("", f"it has {channels} channels, in_chans is {in_chans}")
+            return Stored(upright(values, orientation))
+        stored = _interpreted(values, page)
+        return Stored(upright(stored.values, orientation), stored.alpha)
+
+
+def _paged_channels(tiff: Any, in_chans: int) -> int:
+    """How many pages are channels of one image; 1: the first page alone is read."""
+    page, axes = tiff.pages[0], dict(zip(tiff.series[0].axes, tiff.series[0].shape, strict=True))
+    if page.samplesperpixel > 1:
+        return 1
+    if "C" in axes:
+        return axes["C"]
+    sizes = {name: int(size) for name, size in re.findall(r'\bSize([CZT])="(\d+)"', page.description or "")}
+    if sizes.get("C", 1) == len(tiff.pages) and sizes.get("Z", 1) == sizes.get("T", 1) == 1:
+        return len(tiff.pages)
+    return in_chans if in_chans not in (1, 3, 4) and len(tiff.pages) == in_chans else 1
+
+
+def _pages(tiff: Any, channels: int) -> np.ndarray:
+    """Pages that are channels: [H, W, C]; the first of any other axis."""
+    series = tiff.series[0]
+    if "C" in series.axes:
+        array = series.asarray()
+        keep = tuple(slice(None) if axis in "CYX" else 0 for axis in series.axes)
+        return np.moveaxis(array[keep], [axis for axis in series.axes if axis in "CYX"].index("C"), -1)
+    pages = [tiff.pages[i].asarray() for i in range(channels)]
+    if len({(page.shape, page.dtype) for page in pages}) > 1:
+        raise UnreadableImage("", "its pages differ in size or type")
+    return np.stack(pages, axis=-1)
+
+
+def _last_axis(array: np.ndarray, axes: str) -> np.ndarray:
+    """A page [H, W], [H, W, S] or [S, H, W] as [H, W, S]."""
+    if "S" not in axes:
+        return array[..., None]
+    return np.moveaxis(array, axes.index("S"), -1)
+
+
+def _pillow_is_faithful(page: Any) -> bool:
+    """Unsigned integers of up to 8 bits, and no extra sample that Pillow would take for alpha."""
+    return max(_bits(page)) <= 8 and _unsigned(page) and _UNSPECIFIED not in page.extrasamples
+
+
+def _unsigned(page: Any) -> bool:
+    return page.sampleformat in (None, 1)
+
+
+def _bits(page: Any) -> tuple[int, ...]:
+    bits = page.bitspersample
+    return bits if isinstance(bits, tuple) else (bits,)
+
+
+def _without_codec(file: Any, page: Any, channels: int, from_pillow: Callable[[Image.Image], Stored]) -> Stored:
+    """Gray images of 16-bit unsigned integers by Pillow; others need the missing decoder."""
+    plain_gray = page.samplesperpixel == 1 and _bits(page) == (16,) and _unsigned(page)
+    if channels == 1 and plain_gray and page.photometric == 1:
+        with Image.open(file, formats=["TIFF"]) as image:
+            return from_pillow(image)
+    compression = getattr(page.compression, "name", page.compression)
+    raise UnreadableImage(
+        "", f"its compression ({compression}) needs the package imagecodecs: pip install 'dmjd[tiff]'"
+    )
+
+
+def _interpreted(values: np.ndarray, page: Any) -> Stored:
+    """Samples [H, W, S] -> gray or RGB, with alpha or bands after it."""
+    photometric = int(page.photometric)
+    if photometric not in _COLORS:
+        name = getattr(page.photometric, "name", photometric)
+        raise UnreadableImage("", f"photometric interpretation {name} of {max(_bits(page))} bits is not supported")
+    colors = _COLORS[photometric]
+    kinds = [int(kind) for kind in page.extrasamples]
+    color, extra = values[..., :colors], values[..., colors:]
+    if photometric == _WHITE_IS_ZERO:
+        color = _top(color, page) - color
+    if photometric == _CMYK:
+        color = _rgb_from_cmyk(color, _top(color, page))
+    alpha = extra.shape[2] == 1 and kinds[:1] not in ([], [_UNSPECIFIED])
+    if alpha and kinds[0] == _PREMULTIPLIED:
+        color = _straight(color, extra)
+    return Stored(np.concatenate([color, extra], axis=-1) if extra.shape[2] else color, alpha)
+
+
+def _top(values: np.ndarray, page: Any) -> Any:
+    """The largest value of unsigned samples, in their data type."""
+    if values.dtype.kind != "u":
+        raise UnreadableImage("", f"inverted samples of type {values.dtype} are not supported")
+    return values.dtype.type(2 ** max(_bits(page)) - 1)
+
+
+def _rgb_from_cmyk(cmyk: np.ndarray, top: Any) -> np.ndarray:
+    """[H, W, 4] -> [H, W, 3] of the same unsigned type: (top - C) (top - K) / top, as Pillow converts 8 bits."""
+    light = (float(top) - cmyk.astype(np.float64)) / float(top)
+    return np.rint(light[..., :3] * light[..., 3:] * float(top)).astype(cmyk.dtype)
+
+
+def _straight(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Undo the multiplication of color by alpha; black where alpha is 0."""
+    top = float(np.iinfo(alpha.dtype).max) if alpha.dtype.kind == "u" else 1.0
+    opacity = alpha.astype(np.float64) / top
+    straight = np.divide(color, opacity, out=np.zeros(color.shape), where=opacity > 0)
+    return (
+        np.rint(straight).clip(0, top).astype(color.dtype) if color.dtype.kind == "u" else straight.astype(color.dtype)
+    )
