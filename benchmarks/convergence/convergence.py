@@ -372,33 +372,27 @@ def main() -> None:
         help="candidates; no search if only one is given",
     )
     parser.add_argument(
-        "--search-share", type=float, default=0.25, help="length of a search run as a fraction of a full run"
+        "--search-share", type=float, default=0.25, help="length of a search run, relative to a full run"
     )
     parser.add_argument("--probes", type=int, default=8, help="probes per run")
     parser.add_argument("--probe-train", type=int, default=5000, help="training images of the probe")
     parser.add_argument("--probe-test", type=int, default=2500, help="held-out images of the probe")
     parser.add_argument("--held-out", type=float, default=0.1, help="fraction of the training images to hold out")
-    parser.add_argument(
-        "--label-fraction", type=float, help="fraction of the labels used by the final evaluation; default all"
-    )
+    parser.add_argument("--label-fraction", type=float, help="fraction of the labels in the final evaluation")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--variants", nargs="+", help="from the set, or name@share; default all")
-    parser.add_argument(
-        "--baseline", help="variant whose final accuracy the others are timed against; default the first"
-    )
+    parser.add_argument("--baseline", help="variant whose final accuracy the others must reach; default the first")
     parser.add_argument(
         "--override",
         type=override,
         nargs="+",
         default=[],
-        help="settings of all runs; a variant's own settings take precedence",
+        help="settings of all runs; those of a variant take precedence",
     )
     parser.add_argument("--slice-minutes", type=float, help="save and stop after this time")
-    parser.add_argument(
-        "--skip-test", action="store_true", help="do not use the test set (while settings are being chosen)"
-    )
+    parser.add_argument("--skip-test", action="store_true", help="do not evaluate on the test set")
     parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")
     arguments = parser.parse_args()
     arguments.override = dict(arguments.override)

@@ -144,7 +144,7 @@ def base_name(name: str) -> str:
 
 
 def with_share(name: str, available: dict[str, Variant]) -> Variant:
-    """``name`` or ``name@share`` (a number or a fraction, e.g. 10/37): a variant that runs for this fraction of the time.
+    """The variant called ``name`` or ``name@share``; share is a number or a fraction of the time, e.g. 10/37.
 
     Raises:
         ValueError: for an unknown name, or a share that is not a number.

@@ -26,9 +26,7 @@ def main() -> None:
     parser.add_argument("--titles", nargs="+", help="of the panels, in the order of the recipes in the files")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    panels: dict[
-        str, dict[str, dict[str, float]]
-    ] = {}  # recipe -> variant -> its last probe; the unchanged recipe first
+    panels: dict[str, dict[str, dict[str, float]]] = {}  # recipe -> variant -> last probe
     for file in given.results:
         result = json.loads(file.read_text())
         panel = panels.setdefault(json.dumps(result["settings"]["override"], sort_keys=True), {})

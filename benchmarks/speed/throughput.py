@@ -198,9 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="results; written after each measurement")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--minutes", type=float, help="start no measurement after this time; repeat the command to continue"
-    )
+    parser.add_argument("--minutes", type=float, help="start no measurement after this; repeat to continue")
     parser.add_argument("--figure", type=Path, help="draw the results in --json into this file")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=3)
