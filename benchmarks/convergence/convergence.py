@@ -364,16 +364,9 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "calibrated"), default="wall")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--repeat", nargs="+", help="variants run with all seeds, the others with one; default all")
-    parser.add_argument(
-        "--blrs",
-        type=float,
-        nargs="+",
-        default=[1.5e-3, 3e-3, 6e-3],
-        help="candidates; no search if only one is given",
-    )
-    parser.add_argument(
-        "--search-share", type=float, default=0.25, help="length of a search run, relative to a full run"
-    )
+    blrs = [1.5e-3, 3e-3, 6e-3]
+    parser.add_argument("--blrs", type=float, nargs="+", default=blrs, help="candidates; one: no search")
+    parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run; 1: a full run")
     parser.add_argument("--probes", type=int, default=8, help="probes per run")
     parser.add_argument("--probe-train", type=int, default=5000, help="training images of the probe")
     parser.add_argument("--probe-test", type=int, default=2500, help="held-out images of the probe")
@@ -385,11 +378,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="from the set, or name@share; default all")
     parser.add_argument("--baseline", help="variant whose final accuracy the others must reach; default the first")
     parser.add_argument(
-        "--override",
-        type=override,
-        nargs="+",
-        default=[],
-        help="settings of all runs; those of a variant take precedence",
+        "--override", type=override, nargs="+", default=[], help="settings of all runs; a variant's own win"
     )
     parser.add_argument("--slice-minutes", type=float, help="save and stop after this time")
     parser.add_argument("--skip-test", action="store_true", help="do not evaluate on the test set")
