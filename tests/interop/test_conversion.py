@@ -195,7 +195,7 @@ def test_heads_that_cannot_be_inferred_from_shapes(mae_state):
 
 def test_weights_of_something_else():
     with pytest.raises(
-        ValueError, match=r"no DMJD, ConvMAE or MAE weights: pos_embed, patch_embed\.proj\.weight missing"
+        ValueError, match=r"not DMJD, ConvMAE or MAE weights: pos_embed, patch_embed\.proj\.weight missing"
     ):
         load_official({"conv1.weight": torch.zeros(1)})
 
