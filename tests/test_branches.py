@@ -1,4 +1,4 @@
-"""The branches: what each predicts, their defaults, switching them off, and their errors."""
+"""The branches: predictions, defaults, switching them off, and errors."""
 
 import pytest
 import torch

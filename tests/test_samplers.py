@@ -1,4 +1,4 @@
-"""The mask samplers: what they draw, their counts and ratios, their errors."""
+"""The mask samplers: draws, counts, ratios and errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a newcomer adds: one file and one line each, and a run uses them all by name."""
+"""Extensions need one file and one line each, and a run uses them all by name."""
 
 import importlib
 

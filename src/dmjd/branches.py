@@ -2,7 +2,7 @@
 distillation on the visible ones.
 
 :class:`Reconstruction` and :class:`Distillation` are settings; ``build`` makes the branch for an encoder. A branch
-holds its network and its loss. Its target belongs to the model, which computes a target that two branches share once.
+holds its network and its loss. Targets belong to the model, which computes a target that two branches share only once.
 """
 
 from abc import ABC, abstractmethod
@@ -45,9 +45,9 @@ def _check_loss(loss: str) -> None:
 
 
 def default_decoder(embed_dim: int) -> tuple[int, int, int]:
-    """(width, depth, heads) of the decoder for an encoder width: the published 512 x 8 from 768 on, smaller below.
+    """(width, depth, heads) of the default decoder: the published 512 x 8 for encoders of width 768 and up.
 
-    A 512 x 8 decoder on a tiny encoder would take nine tenths of the time.
+    Smaller encoders get a smaller decoder: with a tiny encoder, 512 x 8 would take 90 % of the time.
     """
     if embed_dim >= 768:
         return 512, 8, 16
@@ -58,7 +58,8 @@ class Branch(nn.Module, ABC):
     """A head on the latent tokens of the encoder and its loss.
 
     Args:
-        loss: "l2" or "smooth_l1". weight: factor of the loss in the model's total.
+        loss: "l2" or "smooth_l1".
+        weight: factor of the loss in the model's total.
     """
 
     def __init__(self, loss: str, weight: float = 1.0) -> None:
@@ -66,7 +67,7 @@ class Branch(nn.Module, ABC):
         self.loss_kind, self.weight = loss, weight
 
     def train_masks(self, masks: Masks) -> Masks:
-        """The masks that the loss is computed on; all tokens of the branch unless overridden."""
+        """Masks for the loss in training; the same masks unless overridden."""
         return masks
 
     @abstractmethod
@@ -84,7 +85,8 @@ class Branch(nn.Module, ABC):
         tokens with targets in raster order instead.
 
         Args:
-            predictions: [R, n, C] of :meth:`forward`. targets: [B, N, C] float32.
+            predictions: [R, n, C] from :meth:`forward`.
+            targets: [B, N, C] float32.
         """
         own = gather_views(targets, self.token_ids(masks).flatten(0, 1))  # R, n, C
         return regression_loss(self.loss_kind, predictions, own)
@@ -101,9 +103,10 @@ class Reconstruction:
     Args:
         target: name of a target (:data:`dmjd.targets.TARGETS`), its settings, or a :class:`~dmjd.targets.Target`.
         loss: "l2" or "smooth_l1".
-        decoder_dim, decoder_depth, decoder_heads: of the transformer; None = by the encoder's width
-            (:func:`default_decoder`).
-        decoder_mlp_ratio: None = the encoder's own.
+        decoder_dim: width of the decoder; None = by the encoder's width (:func:`default_decoder`).
+        decoder_depth: transformer blocks of the decoder; None = by the encoder's width.
+        decoder_heads: attention heads of the decoder; None = by the encoder's width.
+        decoder_mlp_ratio: MLP ratio of the decoder; None = that of the encoder.
         decode_ratio: share of the masked tokens, drawn at random, that the decoder predicts in training.
 
     Raises:
@@ -124,7 +127,7 @@ class Reconstruction:
             raise ValueError(f"decode_ratio must be greater than 0 and at most 1, got {self.decode_ratio}")
 
     def build(self, encoder: Encoder, out_dim: int) -> Branch:
-        """The branch for an encoder, with fresh weights. out_dim: C, numbers predicted per token."""
+        """Build the branch for an encoder, with new weights. It predicts ``out_dim`` = C numbers per token."""
         return ReconstructionBranch(encoder, out_dim, self)
 
 
@@ -136,7 +139,8 @@ class Distillation:
         target: name of a target (:data:`dmjd.targets.TARGETS`), its settings, or a :class:`~dmjd.targets.Target`.
         loss: "l2" or "smooth_l1".
         theta: weight of the loss.
-        projector_dim: width of the projector; None = that of the default decoder. projector_depth: its linear layers.
+        projector_dim: width of the projector; None = that of the default decoder.
+        projector_depth: linear layers of the projector.
 
     Raises:
         ValueError: for an unknown loss.
@@ -152,7 +156,7 @@ class Distillation:
         _check_loss(self.loss)
 
     def build(self, encoder: Encoder, out_dim: int) -> Branch:
-        """The branch for an encoder, with fresh weights. out_dim: C, numbers predicted per token."""
+        """Build the branch for an encoder, with new weights. It predicts ``out_dim`` = C numbers per token."""
         return DistillationBranch(encoder, out_dim, self)
 
 
@@ -182,7 +186,7 @@ class ReconstructionBranch(Branch):
         )
 
     def train_masks(self, masks: Masks) -> Masks:
-        """Masks whose masked tokens are those that the decoder predicts in training."""
+        """Masks that keep only the masked tokens that the decoder predicts in training."""
         return masks.subset_masked(self.decode_ratio)
 
     def token_ids(self, masks: Masks) -> Tensor:
@@ -224,8 +228,14 @@ class ReconstructionDecoder(nn.Module):
     """Mask tokens at the masked positions, position embeddings, transformer blocks, linear head (MAE).
 
     Args:
-        encoder_dim: D. grid: (h, w) tokens. num_prefix_tokens: class tokens, which pass through.
-        dim, depth, num_heads, mlp_ratio: of the transformer. out_dim: C, numbers predicted per token.
+        encoder_dim: D.
+        grid: (h, w) tokens.
+        num_prefix_tokens: class tokens; they pass through the decoder, but are not predicted.
+        dim: width of the transformer.
+        depth: transformer blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLPs divided by ``dim``.
+        out_dim: C, numbers predicted per token.
     """
 
     def __init__(
@@ -257,7 +267,9 @@ class ReconstructionDecoder(nn.Module):
         The blocks do not depend on token order, so mask tokens are appended to the visible ones instead of scattered.
 
         Args:
-            latent: [R, prefix + V, D]. visible: [R, V] ids in the latent's order. masked: [R, M] ids.
+            latent: [R, prefix + V, D].
+            visible: [R, V] ids in the latent's order.
+            masked: [R, M] ids.
             all_tokens: predict the visible ones too.
 
         Returns:
@@ -286,11 +298,13 @@ class ReconstructionDecoder(nn.Module):
 
 
 class DistillationHead(nn.Module):
-    """A projector on each visible token and one linear predictor.
+    """A projector on each visible token, followed by a linear predictor.
 
     Args:
-        encoder_dim: D. dim: width of the projector. out_dim: C, numbers predicted per token.
-        depth: linear layers of the projector; the paper's has three.
+        encoder_dim: D.
+        dim: width of the projector.
+        out_dim: C, numbers predicted per token.
+        depth: linear layers of the projector; three in the paper.
     """
 
     def __init__(self, encoder_dim: int, dim: int, out_dim: int, depth: int = 3) -> None:
@@ -308,10 +322,11 @@ class DistillationHead(nn.Module):
 
 
 class MultiScaleFusion(nn.Module):
-    """Adds the convolution stages to the latent tokens in pre-training (ConvMAE): one strided convolution each.
+    """Adds the convolutional stages to the latent tokens in pre-training (ConvMAE), by one strided convolution each.
 
     Args:
-        scales: (width, cells per token side) of each stage. dim: D.
+        scales: (width, cells per token side) of each stage.
+        dim: D.
     """
 
     def __init__(self, scales: tuple[tuple[int, int], ...], dim: int) -> None:

@@ -1,4 +1,4 @@
-"""Configurations: every setting is read, mistakes are explained, JSON round trip, what may change on resume."""
+"""Configurations: every setting is read, errors are explained, JSON round trip, changes on resume."""
 
 import ast
 import dataclasses
@@ -19,7 +19,7 @@ from dmjd.targets.registry import TARGETS
 SOURCE = Path(__file__).parents[2] / "src" / "dmjd"
 
 
-# Setting -> property of the configuration through which it is read.
+# Setting -> property of the configuration that reads it.
 BY_PROPERTY = {
     "img_size": "size",
     "mim_target": "branch_targets",
@@ -50,11 +50,11 @@ def unread(config: type[Config], readers: set[str]) -> set[str]:
 
 
 def test_every_setting_of_pretraining_is_read():
-    """A setting that nobody reads misleads users: the published --theta and --pred_ratio never reached the model."""
+    """An unused setting misleads users: in the published code, --theta and --pred_ratio never reached the model."""
     readers = attributes_read(READERS)
-    for sampler in SAMPLERS.values():  # the table of samplers says which fields each one takes
+    for sampler in SAMPLERS.values():  # fields are passed to samplers by the names of their arguments
         readers |= set(inspect.signature(sampler).parameters)
-    for name, target in TARGETS.items():  # and so does the table of targets
+    for name, target in TARGETS.items():  # and to targets
         fields = dataclasses.fields(target.settings_class) if target.settings_class is not None else ()
         readers |= {f"{name}_{field.name}" for field in fields}
     assert unread(PretrainConfig, readers) == {"recipe"}  # a label
@@ -71,7 +71,7 @@ def test_every_setting_of_an_evaluation_is_read(task):
     assert not unread(TASKS[task].load_config(), readers)
 
 
-def test_the_search_for_readers_finds_a_setting_that_nobody_reads():
+def test_an_unused_setting_is_found():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class More(PretrainConfig):
         nobody_reads_this: int = option(1, "nothing", "method")
@@ -116,7 +116,7 @@ def test_json_round_trip(name):
         ({"max_bad": 3}, "the setting max_bad is now called max_unreadable"),
     ],
 )
-def test_mistakes_name_the_setting_and_the_fix(changes, message):
+def test_errors_name_the_setting_and_the_fix(changes, message):
     with pytest.raises(ValueError, match=message):
         recipes.dmjd(**changes)
 
@@ -126,7 +126,7 @@ def test_the_constructor_refuses_names_like_a_recipe():
         PretrainConfig(max_bad=3)
 
 
-def test_python_numbers_are_brought_to_type():
+def test_values_are_converted_to_their_types():
     config = recipes.dmjd(img_size=32, epochs=3, crop_scale=[1, 1])
     assert config.img_size == (32,)
     assert config.size == (32, 32)
@@ -186,10 +186,10 @@ def test_all_configurations_share_the_checks(config):
         (SegmentationConfig, {"colours": True}, "now called color_jitter"),
         (DetectionConfig, {"outlines": True}, "now called instance_masks"),
         (DetectionConfig, {"pictures": 3}, "now called num_images"),
-        (DetectionConfig, {"colours": True}, "does not take colours"),  # it never did
+        (DetectionConfig, {"colours": True}, "does not take colours"),  # never a setting of this task
     ],
 )
-def test_mistakes_in_the_settings_of_evaluations(config, changes, message):
+def test_invalid_settings_of_evaluations(config, changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
 

@@ -1,4 +1,4 @@
-"""The scripts of examples/ run, with tiny settings."""
+"""The scripts in examples/ run, with tiny settings."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from dmjd.cli.main import main
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads of tiny models wait for each other longer than they compute."""
+    """With tiny models, threads spend more time waiting for each other than computing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,7 +22,7 @@ def one_thread():
 
 
 def run(monkeypatch, capsys, name: str, *arguments: object) -> str:
-    """What ``python examples/NAME.py ARGUMENTS`` prints."""
+    """The output of ``python examples/NAME.py ARGUMENTS``."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

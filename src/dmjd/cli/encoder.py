@@ -45,7 +45,7 @@ def run_embed(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="dmjd embed",
         usage="dmjd embed RUN --data SOURCE --out FILE.parquet|FILE.npy [flags]",
-        description="Write the features of every image to a table. An interrupted command is resumed when repeated.",
+        description="Write the features of every image to a table. Repeat an interrupted command to resume it.",
         epilog="examples:\n"
         "  dmjd embed runs/first --out features.parquet\n"
         "  dmjd embed runs/mine --data ~/images --out tokens.npy --tokens --half",
@@ -78,7 +78,7 @@ def run_export(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="dmjd export",
         usage="dmjd export RUN --format {timm,safetensors,onnx} --out FILE",
-        description="Write the encoder for another program, check that its outputs agree, and print how to load it.",
+        description="Write the encoder for another library, check that its outputs agree, and print how to load it.",
         epilog="examples:\n"
         "  dmjd export runs/first --format timm --out vit.safetensors\n"
         "  dmjd export runs/first --format onnx --out vit.onnx",
@@ -90,7 +90,7 @@ def run_export(arguments: Sequence[str]) -> None:
     from dmjd.interop.export import export  # imports torch
 
     exported = export(given.pop("run"), **given)
-    print(f"{exported.path} gives the encoder's outputs. Load it by:\n\n{exported.usage}")
+    print(f"{exported.path} reproduces the encoder's outputs. Load it with:\n\n{exported.usage}")
 
 
 def run_compare(arguments: Sequence[str]) -> None:

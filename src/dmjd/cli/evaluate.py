@@ -1,4 +1,4 @@
-"""``dmjd evaluate``: overview and flags follow from the table of evaluations."""
+"""``dmjd evaluate``: overview and flags are made from the table of evaluations."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     from dmjd.evaluation.supervised.trainer import Stopped
     from dmjd.evaluation.tables import results_table
 
-    with contextlib.suppress(Stopped):  # by a signal, after saving: there is no result yet
+    with contextlib.suppress(Stopped):  # stopped by a signal, after saving: there is no result yet
         if task == FROZEN:
             results = evaluate_all({name: {} for name in frozen_names()}, run, **given)
         else:
@@ -51,7 +51,7 @@ def _overview() -> str:
         [
             "usage: dmjd evaluate TASK RUN [flags]",
             "",
-            "Evaluate an encoder on labeled images, beside a randomly initialized one.",
+            "Evaluate an encoder on labeled images, together with a randomly initialized one.",
             "",
             *lines,
             "",
@@ -76,7 +76,7 @@ def _parser(task: str) -> Parser:
     parser = Parser(
         prog=f"dmjd evaluate {task}",
         usage=f"dmjd evaluate {task} RUN [flags]",
-        description=f"{text[0].upper()}{text[1:]}, beside a randomly initialized encoder.",
+        description=f"{text[0].upper()}{text[1:]}, together with a randomly initialized encoder.",
         epilog=f"example:\n  dmjd evaluate {task} runs/first --data {example}",
     )
     add_run_argument(parser, _RUN_HELP)

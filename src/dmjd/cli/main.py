@@ -1,4 +1,4 @@
-"""``dmjd ...``: the public functions as commands, with the same names. Imports no torch before a command runs."""
+"""``dmjd ...``: the public functions as commands of the same names. Torch is not imported before a command runs."""
 
 import os
 import sys
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for a mistake of the user (a short message on stderr, no traceback); 130 after Ctrl-C outside of training,
-        which saves and returns 0.
+        0; 2 for a user error (a short message on stderr, no traceback); 130 after Ctrl-C outside of training. Training
+        saves its state and returns 0.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):

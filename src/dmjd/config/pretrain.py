@@ -39,9 +39,9 @@ class PretrainConfig(Config):
     )
     in_chans: int = option(3, "input channels of the encoder", "data", ge=1)
     mean: tuple[float, ...] | None = option(
-        None, "per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured", "data"
+        None, "mean per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured", "data"
     )
-    std: tuple[float, ...] | None = option(None, "as mean", "data", gt=0)
+    std: tuple[float, ...] | None = option(None, "standard deviation per channel; default as for mean", "data", gt=0)
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255; default the data type's own range", "data", length=(2,)
     )
@@ -87,7 +87,7 @@ class PretrainConfig(Config):
         le=1,
     )
     block_size: int | None = option(
-        None, "side of a masking block in tokens; default 2 where it divides", "method", ge=1
+        None, "side of a masking block in tokens; default 2 if it divides the grid, else 1", "method", ge=1
     )
     masks: str = option("disjoint", "masking strategy: disjoint, independent or complementary", "method")
     mim: bool = option(True, "reconstruction of masked tokens", "method")
@@ -140,7 +140,7 @@ class PretrainConfig(Config):
     eval_every: int | None = option(
         None, "steps between figures and online kNN; default ten times a run; 0: never", "run", resume=True, ge=0
     )
-    final_eval: bool = option(True, "kNN and linear probe at the end where there are labels", "run", resume=True)
+    final_eval: bool = option(True, "kNN and linear probe at the end if there are labels", "run", resume=True)
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)
 
     def __post_init__(self) -> None:
@@ -176,7 +176,7 @@ class PretrainConfig(Config):
 
     @property
     def branch_targets(self) -> dict[str, str]:
-        """Branch that is on, "mim" or "vis" -> name of its target."""
+        """Active branch, "mim" or "vis" -> name of its target."""
         own = {"mim": self.mim_target, "vis": self.vis_target}
         return {branch: name or self.target for branch, name in own.items() if getattr(self, branch)}
 
@@ -188,7 +188,7 @@ class PretrainConfig(Config):
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that a former version may have written; version 0.1 had ``disjoint``, not ``masks``."""
+        """Rename the settings of former versions; version 0.1 had ``disjoint`` instead of ``masks``."""
         settings = super().from_former(values)
         if "disjoint" in settings:
             settings["masks"] = _former_masks(settings)
@@ -210,7 +210,7 @@ def _former_masks(values: Mapping[str, Any]) -> str:
 
 
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
-    """Settings that changed although a resumed run must keep them, as "name: old -> new".
+    """Settings that differ although a resumed run must keep them, as "name: old -> new".
 
     Fields marked ``resume`` may change: workers, device, logging, intervals, tolerance of unreadable images, test data.
     A duration may become longer, in the same unit.

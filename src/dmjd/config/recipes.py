@@ -193,7 +193,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by name; ValueError with the nearest for an unknown one."""
+    """Look up a recipe by name; ValueError with a suggestion for an unknown one."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)
         raise ValueError(f"unknown recipe '{name}'; did you mean '{near[0]}'? Recipes: {', '.join(RECIPES)}")

@@ -18,7 +18,8 @@ class TensorBoardLogger:
     """Scalars as TensorBoard events.
 
     Args:
-        folder: of the event file. step: events after this step, left by an interrupted run, are hidden.
+        folder: folder of the event file.
+        step: events after this step, left by an interrupted run, are hidden.
     """
 
     def __init__(self, folder: str, step: int) -> None:
@@ -37,10 +38,11 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Scalars to Weights & Biases; a folder is one run there.
+    """Scalars to Weights & Biases, as one run per run folder.
 
     Args:
-        name: of the run. config: stored with it.
+        name: name and id of the run.
+        config: settings stored with the run.
 
     Raises:
         ValueError: if the extra is not installed.

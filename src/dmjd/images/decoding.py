@@ -29,7 +29,7 @@ _OPAQUE_MODES = {"1": "L", "L": "L", "RGB": "RGB", "RGBX": "RGB", "P": "RGB", "C
 
 
 class UnreadableImage(ValueError):  # noqa: N818, the name is clear without "Error"
-    """An image that cannot be used: its ``name``, and the ``reason`` in a few words."""
+    """An image that cannot be used, with its ``name`` and the ``reason`` in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both are arguments, so that the exception can be pickled
@@ -44,10 +44,11 @@ def open_stored(source: ImageLike, in_chans: int) -> np.ndarray | jpeg.PlainJpeg
     """The stored values [H, W, C] in the stored data type, or a plain JPEG that is not decoded yet.
 
     Args:
-        source: path, encoded bytes, PIL image or array. in_chans: helps to find the channel axis of an array.
+        source: path, encoded bytes, PIL image or array.
+        in_chans: number of channels, used to find the channel axis of an array.
 
     Raises:
-        UnreadableImage, or nearly any other exception, for damaged data; :func:`reason` puts it into words.
+        UnreadableImage, or nearly any other exception, for damaged data; :func:`reason` describes it.
     """
     if isinstance(source, np.ndarray):
         return _channels_last(source, in_chans)
@@ -69,10 +70,11 @@ def open_stored(source: ImageLike, in_chans: int) -> np.ndarray | jpeg.PlainJpeg
 def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
     """Decode a plain JPEG: [ceil(H / factor), ceil(W / factor), 1 or 3] uint8, contiguous.
 
-    Raises what :func:`open_stored` raises.
+    Raises the same errors as :func:`open_stored`.
 
     Args:
-        plain: the image. factor: 1, 2, 4 or 8, the reduction of each side.
+        plain: the image.
+        factor: 1, 2, 4 or 8, the reduction of each side.
     """
     array = jpeg.decode(plain, factor)
     if array is not None:

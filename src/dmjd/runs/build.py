@@ -63,13 +63,13 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
 
 
 def build_masks(config: PretrainConfig) -> MaskSampler:
-    """The mask sampler of a configuration; it takes the fields that its constructor names."""
+    """The mask sampler of a configuration; its constructor arguments are fields of the configuration."""
     cls = sampler_class(config.masks)
     return cls(**{name: getattr(config, name) for name in inspect.signature(cls).parameters})
 
 
 def build_reconstruction(config: PretrainConfig) -> Reconstruction | None:
-    """Settings of the branch on masked tokens; None where it is off."""
+    """Settings of the branch on masked tokens; None if it is off."""
     if not config.mim:
         return None
     return Reconstruction(
@@ -84,7 +84,7 @@ def build_reconstruction(config: PretrainConfig) -> Reconstruction | None:
 
 
 def build_distillation(config: PretrainConfig) -> Distillation | None:
-    """Settings of the branch on visible tokens; None where it is off. Its projector is as wide as the decoder."""
+    """Settings of the branch on visible tokens; None if it is off. Its projector is as wide as the decoder."""
     if not config.vis:
         return None
     return Distillation(
@@ -97,8 +97,10 @@ def build_distillation(config: PretrainConfig) -> Distillation | None:
 
 
 def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
-    """A target with its settings. The configuration calls field ``x`` of target ``name`` ``name_x``, and ``source``
-    ``name``."""
+    """The settings of a target, or its name if it has none.
+
+    Setting ``x`` of target ``name`` is field ``name_x`` of the configuration; ``source`` is field ``name``.
+    """
     settings_class = target_class(name).settings_class
     if settings_class is None:
         return name
@@ -119,7 +121,7 @@ def open_data(config: PretrainConfig, data: str, split: str, listing: Path | Non
 
 
 def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> Source | None:
-    """The test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none."""
+    """Open the test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none."""
     if test_data is not None:
         return open_data(config, test_data, "test" if has_split(test_data, "test") else "train")
     return open_data(config, data, "test") if has_split(data, "test") else None
@@ -128,15 +130,17 @@ def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> 
 def open_images(
     run: str | Path, preprocess: Preprocess, data: str | Path | None = None, split: str = "train", **changes: Any
 ) -> Source:
-    """Open images for a trained encoder: those of its run, or others.
+    """Open images for a trained encoder: its run's own, or others.
 
     Args:
-        run: a run folder, or an encoder file together with ``data``. preprocess: the encoder's.
-        data: None: what the run was pre-trained on. split: "train" or "test".
-        changes: changed settings of the run, such as ``labels``; None: as the run.
+        run: a run folder, or an encoder file together with ``data``.
+        preprocess: preprocessing of the encoder.
+        data: path or name of the images; None: those of the run.
+        split: "train" or "test".
+        changes: settings that differ from the run's, such as ``labels``; None values are ignored.
 
     Raises:
-        ValueError: for a folder that is no run, or data that cannot be opened.
+        ValueError: if the folder is not a run, or the data cannot be opened.
     """
     run = Path(run).expanduser()
     config = read_config(run) if run.is_dir() else PretrainConfig()
@@ -146,7 +150,7 @@ def open_images(
         **{name: value for name, value in changes.items() if value is not None},
     )
     if data is None and config.data is None:
-        raise ValueError(f"{run} is no run folder, so it has no data of its own: pass --data")
+        raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
     listing = run / LISTING if data is None and split == "train" else None
     return open_data(config, str(data or config.data), split, listing=listing)
 
@@ -155,13 +159,13 @@ def read_config(run: str | Path) -> PretrainConfig:
     """The configuration of a run folder.
 
     Raises:
-        ValueError: for a folder that is no run.
+        ValueError: if the folder is not a run.
     """
     file = Path(run).expanduser() / "config.json"
     try:
         return PretrainConfig.from_json(file.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"{run} is no run folder: it has no config.json; give the --out of a pre-training") from None
+        raise ValueError(f"{run} is not a run folder: it has no config.json; give the --out of dmjd pretrain") from None
 
 
 def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
@@ -171,7 +175,7 @@ def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
         The model in evaluation mode, and the run's configuration.
 
     Raises:
-        ValueError: for a folder that is no run, or has no readable checkpoint.
+        ValueError: if the folder is not a run, or has no readable checkpoint.
     """
     config = read_config(run)
     checkpoint, _ = RunFolder(run, owner=False).newest()

@@ -35,10 +35,10 @@ def create_target(target: str | TargetSettings | Target, encoder: Encoder, **set
     """Create a target for an encoder.
 
     Args:
-        target: a name of :data:`TARGETS`, the settings of one (such as ``HogSettings(cell=4)``), or a target, which is
-            returned as it is.
+        target: a name in :data:`TARGETS`, the settings of a target (such as ``HogSettings(cell=4)``), or a target,
+            which is returned unchanged.
         encoder: the encoder that will learn from it.
-        settings: fields of the target's settings, with a name only.
+        settings: fields of the target's settings, if ``target`` is a name.
 
     Raises:
         ValueError: for an unknown name or setting (the nearest is suggested), or a value out of range.

@@ -21,15 +21,18 @@ _MAX_BYTES = 1 << 30
 class OnlineKnn:
     """Accuracy of a weighted kNN on up to 5,000 training and 2,000 test images, evenly spaced over their sets.
 
-    The images are read by the constructor and kept, preprocessed, in main memory. Of large images fewer are used, to
-    stay below 1 GiB.
+    The images are read by the constructor and kept, preprocessed, in main memory. Fewer images are used if they are
+    large, to stay below 1 GiB.
 
     Args:
-        train, test: labeled sources. preprocess: that of the encoder. device: where the encoder runs.
-        batch_size: images per batch. num_workers: data loading processes; None: by the number of cores.
+        train, test: labeled sources.
+        preprocess: preprocessing of the encoder.
+        device: device that the encoder runs on.
+        batch_size: images per batch.
+        num_workers: data loading processes; None: by the number of cores.
 
     Raises:
-        ValueError: for sources without labels, with a single class, or whose classes differ.
+        ValueError: if a source is unlabeled, has a single class, or their classes differ.
     """
 
     def __init__(
