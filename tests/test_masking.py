@@ -283,7 +283,7 @@ def test_pred_ratio_cannot_exceed_all_views_together():
 
 
 def test_other_settings_out_of_range():
-    with pytest.raises(ValueError, match="num_views must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_views must be an integer of at least 1, got 0"):
         disjoint_masks(2, num_views=0)
     with pytest.raises(
         ValueError, match=r"block_size 4 does not divide the 14 x 14 token grid; choose one of \[1, 2, 7, 14\]"

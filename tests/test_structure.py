@@ -13,6 +13,7 @@ PACKAGE = ROOT / "src" / "dmjd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Data flows one way: a file may import only from files before it in this list. Each folder is one entry.
 ORDER = [
+    "suggest",
     "config",
     "files",
     "rng",

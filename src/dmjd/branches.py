@@ -5,9 +5,11 @@ distillation on the visible ones.
 holds its network and its loss. Targets belong to the model, which computes a target that two branches share only once.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import cast
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,14 @@ def regression_loss(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
 def _check_loss(loss: str) -> None:
     if loss not in LOSSES:
         raise ValueError(f"unknown loss '{loss}'; choose one of {', '.join(LOSSES)}")
+
+
+def _check_sizes(settings: Any, *names: str) -> None:
+    """Sizes are integers from 1, or None for the default."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def default_decoder(embed_dim: int) -> tuple[int, int, int]:
@@ -123,6 +133,9 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         _check_loss(self.loss)
+        _check_sizes(self, "decoder_dim", "decoder_depth", "decoder_heads")
+        if self.decoder_mlp_ratio is not None and not 0 < self.decoder_mlp_ratio < math.inf:
+            raise ValueError(f"decoder_mlp_ratio must be greater than 0, got {self.decoder_mlp_ratio}")
         if not 0 < self.decode_ratio <= 1:
             raise ValueError(f"decode_ratio must be greater than 0 and at most 1, got {self.decode_ratio}")
 
@@ -154,6 +167,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         _check_loss(self.loss)
+        _check_sizes(self, "projector_dim", "projector_depth")
+        if not 0 <= self.theta < math.inf:
+            raise ValueError(f"theta must be a number of at least 0, got {self.theta}")
 
     def build(self, encoder: Encoder, out_dim: int) -> Branch:
         """Build the branch for an encoder, with new weights. It predicts ``out_dim`` = C numbers per token."""
@@ -169,11 +185,8 @@ class ReconstructionBranch(Branch):
         given = (settings.decoder_dim, settings.decoder_depth, settings.decoder_heads)
         defaults = default_decoder(encoder.embed_dim)
         dim, depth, heads = (d if g is None else g for g, d in zip(given, defaults, strict=True))
-        if min(dim, depth, heads) < 1 or dim % heads or dim % 4:
-            raise ValueError(
-                f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}, and decoder_depth {depth} at "
-                "least 1"
-            )
+        if dim % heads or dim % 4:
+            raise ValueError(f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}")
         self.decoder = ReconstructionDecoder(
             encoder.embed_dim,
             encoder.grid,

@@ -5,16 +5,17 @@
 subclass and a line in :data:`SAMPLERS`.
 """
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmjd.rng import STREAM_DECODE, STREAM_MASK, hash64
+from dmjd.suggest import did_you_mean
 
 # Layout of a 64-bit sort key: mask count in the high bits, then noise, then the unit's index.
 _UNITS, _NOISE, _COUNTS = 1 << 20, 1 << 52, 1 << 11
@@ -135,6 +136,8 @@ class _BlockSampler(MaskSampler):
 
     def __init__(self, num_views: int, mask_ratio: float, pred_ratio: float | None, block_size: int | None) -> None:
         _check_ratios(num_views, mask_ratio, pred_ratio)
+        if block_size is not None and (not isinstance(block_size, Integral) or block_size < 1):
+            raise ValueError(f"block_size must be an integer of at least 1, got {block_size}")
         self.num_views, self.mask_ratio, self.block_size = num_views, mask_ratio, block_size
         self.pred_ratio = pred_ratio if pred_ratio is not None else min(1.0, num_views * mask_ratio)
         self._requested = pred_ratio
@@ -242,8 +245,7 @@ def sampler_class(name: str) -> type[MaskSampler]:
         ValueError: if the name is not in :data:`SAMPLERS`.
     """
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown masks '{name}'; did you mean '{near[0]}'? Masks: {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown masks '{name}'{did_you_mean(name, SAMPLERS)} Masks: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
@@ -334,8 +336,8 @@ def mask_counts(
 
 
 def _check_ratios(K: int, c: float, p: float | None = None) -> None:
-    if K < 1:
-        raise ValueError(f"num_views must be at least 1, got {K}")
+    if not isinstance(K, Integral) or K < 1:
+        raise ValueError(f"num_views must be an integer of at least 1, got {K}")
     if K >= _COUNTS:
         raise ValueError(f"at most {_COUNTS - 1} views, got {K}")
     if not 0.0 < c < 1.0:

@@ -15,7 +15,7 @@ import pytest
 from support import TINY, dmjd, mistake
 
 from dmjd.cli.main import main
-from dmjd.config.fields import SHOW_KINDS
+from dmjd.figures.kinds import KINDS
 
 
 def test_help_is_quick_and_ends_with_an_example():
@@ -165,7 +165,7 @@ def test_all_commands_in_sequence(tmp_path, image_folder, capsys):
     assert (run / "evaluation" / "knn.json").exists()
     assert "linear_sweep" in run_command(capsys, "evaluate", "linear", run, *sets, "--sweep", "--steps", 2)
     assert (run / "evaluation" / "linear_sweep.json").exists()
-    for kind in SHOW_KINDS:
+    for kind in KINDS:
         run_command(capsys, "show", kind, run, "--out", tmp_path / f"{kind}.png", "--num-images", 2)
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     assert "knn" in run_command(capsys, "compare", run, run, "--out", tmp_path / "bars.png")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from dmjd.cli.parser import Parser, add_field, add_run_argument, flag_of
 from dmjd.config.evaluation import COMMON, EvaluationConfig, FrozenConfig
-from dmjd.config.fields import nearest
 from dmjd.evaluation.registry import TASKS, frozen_names
+from dmjd.suggest import did_you_mean
 
 FROZEN = "frozen"  # on the command line: all tasks on frozen features
 
@@ -22,9 +22,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     task = arguments[0]
     names = [*TASKS, FROZEN]
     if task not in names:
-        raise ValueError(
-            f"unknown evaluation '{task}'; did you mean '{nearest(task, names)}'? There are: {', '.join(names)}"
-        )
+        raise ValueError(f"unknown evaluation '{task}'{did_you_mean(task, names)} Evaluations: {', '.join(names)}")
     given = _parser(task).parse(arguments[1:])
     if given.pop("sweep", False):
         task = "linear_sweep"

@@ -4,7 +4,6 @@ Command-line flags are made from the fields, so names, defaults, bounds and help
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -13,11 +12,12 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from dmjd.suggest import did_you_mean
+
 LABELS = ("none", "folder", "column")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FEATURE_PRECISIONS = ("fp32", "bf16")
-SHOW_KINDS = ("masks", "targets", "reconstructions", "attention", "neighbors")
 
 FORMAT_VERSION = 1
 
@@ -110,11 +110,6 @@ def value_types(field_type: Any) -> tuple[type, bool, bool]:
     return (typing.get_args(plain)[0] if many else plain), many, optional
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """The most similar word, for "did you mean" in messages."""
-    return difflib.get_close_matches(word, list(words), n=1, cutoff=0.0)[0]
-
-
 class Config:
     """Base of the configurations, which are frozen dataclasses with keyword-only fields made by :func:`option`.
 
@@ -151,7 +146,7 @@ class Config:
                 raise ValueError(f"the setting {name} is now {REPLACED[name]}")
         if unknown:
             raise ValueError(
-                f"'{cls.task}' does not take {', '.join(unknown)}: did you mean {nearest(unknown[0], known)}? "
+                f"'{cls.task}' does not take {', '.join(unknown)}{did_you_mean(unknown[0], known)} "
                 f"It takes {', '.join(known)}"
             )
 

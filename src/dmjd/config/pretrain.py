@@ -164,8 +164,6 @@ class PretrainConfig(Config):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
-        if self.masks in ("independent", "complementary") and self.pred_ratio is not None:
-            raise ValueError(f"pred_ratio has no meaning with {self.masks} masks: leave out one of them")
         if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
             raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 
@@ -191,8 +189,7 @@ class PretrainConfig(Config):
         """Rename the settings of former versions; version 0.1 had ``disjoint`` instead of ``masks``."""
         settings = super().from_former(values)
         if "disjoint" in settings:
-            settings["masks"] = _former_masks(settings)
-            del settings["disjoint"]
+            settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"
         return settings
 
 
@@ -200,20 +197,12 @@ def _not_rising(name: str, value: tuple[float, ...]) -> str:
     return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"
 
 
-def _former_masks(values: Mapping[str, Any]) -> str:
-    """The masking strategy of a configuration of version 0.1."""
-    if not values["disjoint"]:
-        return "independent"
-    partition = values.get("num_views", 2) * (1 - values.get("mask_ratio", 0.6)) == 1
-    own = values.get("recipe") == "complementary" and partition and values.get("pred_ratio") is None
-    return "complementary" if own else "disjoint"
-
-
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
     """Settings that differ although a resumed run must keep them, as "name: old -> new".
 
     Fields marked ``resume`` may change: workers, device, logging, intervals, tolerance of unreadable images, test data.
-    A duration may become longer, in the same unit.
+    A duration may become longer, in the same unit. Complementary masks are disjoint masks of a certain ratio, and are
+    drawn the same, so that each may replace the other.
     """
     lines = []
     for field in dataclasses.fields(old):
@@ -223,6 +212,8 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
         if field.name in DURATIONS:
             if before is None or after is None or after < before:
                 lines.append(f"{field.name}: {before} -> {after} (a run may only become longer, in the same unit)")
+        elif field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
+            continue
         elif not field.metadata["resume"]:
             lines.append(f"{field.name}: {before} -> {after}")
     return lines

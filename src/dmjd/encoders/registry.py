@@ -1,6 +1,5 @@
 """Encoders by name."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dmjd.encoders.conv_vit import ConvViT
 from dmjd.encoders.timm_features import feature_backbone
 from dmjd.encoders.vit import VisionTransformer
 from dmjd.files import lists_to_tuples, tuples_to_lists
+from dmjd.suggest import did_you_mean
 
 # A new family is its class and one entry here.
 ENCODERS: dict[str, type[Encoder]] = {"vit": VisionTransformer, "conv_vit": ConvViT}
@@ -44,8 +44,8 @@ def encoder_family(name: str) -> type[Encoder]:
     """
     match = _NAME.fullmatch(name)
     if match is None or match[1] not in ENCODERS or match[2] not in ENCODERS[match[1]].SIZES or int(match[3]) == 0:
-        near = difflib.get_close_matches(name, encoder_names(), n=1, cutoff=0.0)
-        raise ValueError(f"unknown encoder '{name}'; did you mean '{near[0]}'?")
+        names = encoder_names()
+        raise ValueError(f"unknown encoder '{name}'{did_you_mean(name, names)} Encoders: {', '.join(names)}")
     return ENCODERS[match[1]]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmjd.config.evaluation import EvaluationConfig
-from dmjd.config.fields import nearest
+from dmjd.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,7 @@ TASKS: dict[str, EvaluationTask] = {
 def get_task(name: str) -> EvaluationTask:
     """Look up a task by name; ValueError with a suggestion for an unknown one."""
     if name not in TASKS:
-        raise ValueError(
-            f"unknown evaluation '{name}'; did you mean '{nearest(name, TASKS)}'? There are: {', '.join(TASKS)}"
-        )
+        raise ValueError(f"unknown evaluation '{name}'{did_you_mean(name, TASKS)} Evaluations: {', '.join(TASKS)}")
     return TASKS[name]
 
 

@@ -1,6 +1,5 @@
 """Export of a trained encoder to other libraries. Outputs are compared with the encoder's before a file is written."""
 
-import difflib
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
 from dmjd.files import METADATA_KEY, atomic, write_bytes
 from dmjd.interop.conversion import timm_call
+from dmjd.suggest import did_you_mean
 
 FORMATS = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx"}
 
@@ -49,8 +49,7 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
             encoder's by more than 1e-4. No file is written then.
     """
     if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.0)
-        raise ValueError(f"cannot export '{format}'; did you mean '{near[0]}'? There are: {', '.join(FORMATS)}")
+        raise ValueError(f"cannot export '{format}'{did_you_mean(format, FORMATS)} Formats: {', '.join(FORMATS)}")
     out = Path(out).expanduser()
     if out.suffix != FORMATS[format]:
         raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")

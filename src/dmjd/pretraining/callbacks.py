@@ -143,6 +143,7 @@ class Monitor(Callback):
         if len(results) < len(FINAL_TASKS):
             tasks: dict[str, dict[str, Any]] = {task: {} for task in FINAL_TASKS}
             seed, test = self.config.seed, self._test_source
+            self.console.say(f"final evaluation: {' and '.join(FINAL_TASKS)}, with their baselines")
             results = evaluate_frozen(tasks, encoder, self.source, test, folder=path, seed=seed)
         self.console.table(results_table(results))
         return results

@@ -267,7 +267,7 @@ def log_summary(
     if len(source) < FEW_IMAGES:
         console.warn(f"only {len(source)} image(s): the encoder will hardly generalize beyond them")
     if (config.batch_size or 0) > batch_size:
-        console.warn(f"--batch-size {config.batch_size} exceeds the number of images: {batch_size} per step")
+        console.warn(f"batch size {config.batch_size} exceeds the number of images: {batch_size} per step")
     if not resumed and fabric.is_global_zero:
         warn_enlarged(config, source, console)
     if engine.progress >= 1.0:

@@ -21,6 +21,8 @@ from dmjd.runs.checkpoint import RunFolder
 from dmjd.targets.base import TargetSettings
 from dmjd.targets.registry import target_class
 
+MASK_SETTINGS = ("num_views", "mask_ratio", "pred_ratio", "block_size")
+
 LISTING = "files.txt"  # in a run folder: the sorted list of images
 
 
@@ -63,9 +65,23 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
 
 
 def build_masks(config: PretrainConfig) -> MaskSampler:
-    """The mask sampler of a configuration; its constructor arguments are fields of the configuration."""
+    """The mask sampler of a configuration.
+
+    Fields of the configuration are passed as the constructor's arguments of the same names.
+
+    Raises:
+        ValueError: if a setting is changed that the sampler does not take, or its value is invalid.
+    """
     cls = sampler_class(config.masks)
-    return cls(**{name: getattr(config, name) for name in inspect.signature(cls).parameters})
+    taken = inspect.signature(cls).parameters
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in MASK_SETTINGS:
+        if name not in taken and getattr(config, name) != defaults[name]:
+            reset = (
+                f"; --{name.replace('_', '-')} {defaults[name]} is the default" if defaults[name] is not None else ""
+            )
+            raise ValueError(f"{name} has no meaning with {config.masks} masks: leave out one of them{reset}")
+    return cls(**{name: getattr(config, name) for name in taken if name in defaults})
 
 
 def build_reconstruction(config: PretrainConfig) -> Reconstruction | None:
@@ -99,13 +115,14 @@ def build_distillation(config: PretrainConfig) -> Distillation | None:
 def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
     """The settings of a target, or its name if it has none.
 
-    Setting ``x`` of target ``name`` is field ``name_x`` of the configuration; ``source`` is field ``name``.
+    Setting ``x`` of target ``name`` is field ``name_x`` of the configuration; ``source`` is field ``name``. Settings
+    that the configuration does not have keep their defaults.
     """
     settings_class = target_class(name).settings_class
     if settings_class is None:
         return name
-    fields = [field.name for field in dataclasses.fields(settings_class)]
-    return settings_class(**{f: getattr(config, name if f == "source" else f"{name}_{f}") for f in fields})
+    names = {f.name: name if f.name == "source" else f"{name}_{f.name}" for f in dataclasses.fields(settings_class)}
+    return settings_class(**{f: getattr(config, field) for f, field in names.items() if hasattr(config, field)})
 
 
 def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:

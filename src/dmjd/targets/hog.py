@@ -13,6 +13,8 @@ from dmjd.targets.base import Target, TargetSettings, whiten
 
 NUM_BINS = 9
 
+MAX_BINS = 255  # their numbers are stored in 8 bits
+
 # Pixels processed at a time: intermediate results fit into a CPU's cache, and memory stays small elsewhere.
 _CPU_PIXELS, _DEVICE_PIXELS = 1 << 18, 1 << 25
 
@@ -138,11 +140,15 @@ class HogSettings(TargetSettings):
 
     Args:
         cell: side of a cell in pixels, which must divide the patch; None = :func:`default_cell`.
-        bins: number of orientations.
+        bins: number of orientations, 1 to 255.
     """
 
     cell: int | None = None
     bins: int = NUM_BINS
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bins <= MAX_BINS:
+            raise ValueError(f"hog_bins must be 1 to {MAX_BINS}, got {self.bins}")
 
 
 class HogTarget(Target):

@@ -1,6 +1,5 @@
 """Targets from a frozen pre-trained model: any timm model with feature maps, or the encoder of a previous run."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
 from dmjd.images.reading import LUMINANCE
+from dmjd.suggest import did_you_mean
 from dmjd.targets.base import Target, TargetSettings, whitened_mean
 
 _SOURCES = ("hf-hub:", "local-dir:")  # timm's prefixes for weights that are not in its list
@@ -139,8 +139,7 @@ def load_teacher(source: str) -> nn.Module:
         if Path(source).expanduser().exists():
             return load_encoder(source)
         if not (source.startswith(_SOURCES) or timm.is_model(source)):
-            near = difflib.get_close_matches(source, timm.list_models(), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(source, timm.list_models())
             raise ValueError(f"teacher {source} is not a run folder, an encoder file or a timm model{hint}")
         try:
             return timm.create_model(source, pretrained=True, num_classes=0)
