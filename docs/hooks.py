@@ -39,6 +39,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Link to the generated pages instead of the files at the root, which is what the sources link to."""
+    for page, source in ROOT_PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({page}")
+    return markdown
+
+
 def on_page_content(html: str, **_: object) -> str:
     """Turn Sphinx roles of docstrings into links; keep flags and numbers with their deviation on one line."""
 

@@ -99,6 +99,8 @@ def test_json_round_trip(name):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"in_chans": 0}, "in_chans must be at least 1"),
         ({"epochs": 1, "steps": 3}, "exactly one"),
+        ({"seed": 10**23}, "seed must lie between"),
+        ({"seed": 10**400}, "seed must lie between"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"mim": False, "vis": False}, "both branches are off"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean has 1 values for 3 channels"),

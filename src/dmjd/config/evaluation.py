@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, Config, option
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, MAX_SEED, Config, option
 
 PROBE_EPOCHS = 90  # published length of a linear probe
 
@@ -20,7 +20,7 @@ class EvaluationConfig(Config):
     test_data: str | None = option(None, "test set of the same form; default the test part of --data", COMMON)
     out: str | None = option(None, "folder for evaluation/TASK.json; default the run folder", COMMON)
     num_workers: int | None = option(None, "data loading processes; default by the number of cores", COMMON, ge=0)
-    seed: int = option(0, "seed of random weights, training and subsets", COMMON)
+    seed: int = option(0, "seed of random weights, training and subsets", COMMON, ge=-MAX_SEED, le=MAX_SEED)
     device: str = option("auto", "device to evaluate on", COMMON, choices=DEVICES)
 
     def to_dict(self) -> dict[str, Any]:

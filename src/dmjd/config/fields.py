@@ -19,6 +19,8 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FEATURE_PRECISIONS = ("fp32", "bf16")
 
+MAX_SEED = 2**63 - 1  # 64 bits
+
 FORMAT_VERSION = 1
 
 # Former name -> name of a setting. Files with former names are read; callers get an error with the new name.
@@ -45,7 +47,7 @@ class Bounds:
     def allow(self, value: float) -> bool:
         """Whether a value is finite and within the limits."""
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)
             and (self.lt is None or value < self.lt)

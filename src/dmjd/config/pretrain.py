@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
+from dmjd.config.fields import DEVICES, LABELS, MAX_SEED, PRECISIONS, Config, option
 
 DEFAULT_BATCH_SIZE = 256
 
@@ -126,7 +126,7 @@ class PretrainConfig(Config):
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0)
     warmup: float = option(0.05, "fraction of the run with linear warm-up", "training", ge=0, le=1)
     clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "training", gt=0)
-    seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True)
+    seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)
     device: str = option("auto", "device to train on", "machine", resume=True, common=True, choices=DEVICES)
     compile: bool = option(False, "torch.compile the model", "machine")

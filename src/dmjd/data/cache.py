@@ -38,6 +38,12 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64))
 
 
+def first_of_parts(length: int, count: int) -> np.ndarray:
+    """The first index of each of at most ``count`` equal parts of range(length), in order."""
+    count = min(length, count)
+    return np.arange(count) * length // count
+
+
 def try_read(source: Source, index: int) -> np.ndarray | Report:
     """The image, or (name, reason) if it is unreadable."""
     try:

@@ -37,6 +37,19 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+def import_wandb() -> Any:
+    """The package of Weights & Biases.
+
+    Raises:
+        ValueError: if the extra is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs Weights & Biases: pip install 'dmjd[wandb]'") from None
+    return wandb
+
+
 class WandbLogger:
     """Scalars to Weights & Biases, as one run per run folder.
 
@@ -49,11 +62,7 @@ class WandbLogger:
     """
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb needs Weights & Biases: pip install 'dmjd[wandb]'") from None
-        self._run = wandb.init(project="dmjd", name=name, id=name, resume="allow", config=config)
+        self._run = import_wandb().init(project="dmjd", name=name, id=name, resume="allow", config=config)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Log the scalars of a step."""

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dmjd.data.cache import first_of_parts
 from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
@@ -57,8 +58,7 @@ def neighbors_figure(
     Raises:
         ValueError: if fewer than two images can be read.
     """
-    count = min(len(source), num_candidates)
-    features, index = _features(encoder, source, np.arange(count) * len(source) // count)
+    features, index = _features(encoder, source, first_of_parts(len(source), num_candidates))
     if len(index) < 2:
         raise ValueError(f"{source.name} has fewer than two readable images: there are no neighbors to show")
     queries = torch.from_numpy(np.random.default_rng(seed).permutation(len(index))[:num_images].copy())

@@ -19,6 +19,7 @@ from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.engine.console import Console
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
+from dmjd.engine.loggers import import_wandb
 from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, scaled_learning_rate, warmup_cosine
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -74,6 +75,8 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         NonFiniteLoss: if training diverges; the last checkpoint is good.
     """
     config = resolve_paths(config)
+    if config.wandb:
+        import_wandb()
     out, data = Path(str(config.out)).expanduser(), str(config.data)
     # 1. The model. Invalid settings raise before anything is written.
     model = build_model(config) if model is None else model
