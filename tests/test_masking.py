@@ -289,7 +289,7 @@ def test_other_settings_out_of_range():
         ValueError, match=r"block_size 4 does not divide the 14 x 14 token grid; choose one of \[1, 2, 7, 14\]"
     ):
         disjoint_masks(2, block_size=4)
-    with pytest.raises(ValueError, match="block_size 0"):
+    with pytest.raises(ValueError, match="block_size must be an integer of at least 1, got 0"):
         disjoint_masks(2, block_size=0)
     with pytest.raises(ValueError, match="none of the 1 masking units visible; use smaller blocks"):
         disjoint_masks(2, block_size=14)

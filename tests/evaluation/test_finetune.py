@@ -272,7 +272,7 @@ def test_invalid_settings(capsys, run, flags, message):
 
 
 def test_a_misspelled_setting_is_named(run):
-    with pytest.raises(ValueError, match="does not take mixupp: did you mean mixup"):
+    with pytest.raises(ValueError, match="does not take mixupp; did you mean 'mixup'"):
         finetune(run, mixupp=0.8)
 
 
