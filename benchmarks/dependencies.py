@@ -1,10 +1,10 @@
-"""What each dependency weighs: disk and import time, as a Markdown table.
+"""Disk size and import time of each dependency, as a Markdown table.
 
 python benchmarks/dependencies.py
 
-"with its own" is the dependency and the packages that nothing else here needs, once it is gone. The share is of
-all that ``pip install dmjd`` installs. Import times are processor time, the best of two processes; "after torch" is
-what a process pays that has imported torch.
+"with its own" adds the packages that only this dependency requires. "fraction" is relative to everything that
+``pip install dmjd`` installs. Import times are processor time, the best of two processes; "after torch" is the time in
+a process that has already imported torch.
 """
 
 import importlib.metadata as metadata
@@ -45,7 +45,7 @@ def size(name: str) -> float:
 
 
 def closure(roots: Iterable[str], without: str = "") -> set[str]:
-    """The distributions and everything they require, but for one and what only that one requires."""
+    """The distributions and everything they require, except one and what only that one requires."""
     found = {without}
     waiting = list(roots)
     while waiting:
@@ -63,7 +63,7 @@ def seconds(code: str) -> float:
 
 
 def after_torch(module: str) -> float:
-    """The same for an import where torch is imported already."""
+    """The same for an import in a process that has imported torch."""
     text = f"import torch, time; start = time.process_time(); import {module}; print(time.process_time() - start)"
     return min(float(subprocess.check_output([sys.executable, "-c", text]).split()[-1]) for _ in range(2))
 
@@ -73,7 +73,7 @@ def main() -> None:
     total = closure(direct)
     whole = sum(map(size, total))
     print(f"{len(total)} distributions, {whole:,.0f} MB\n")
-    print("| dependency | MB | with its own | share | import s | after torch |\n|---|---|---|---|---|---|")
+    print("| dependency | MB | with its own | fraction | import s | after torch |\n|---|---|---|---|---|---|")
     for name in direct:
         own = total - closure(direct, without=name)
         weight = sum(map(size, own))

@@ -1,4 +1,4 @@
-"""What MkDocs makes while it builds: pages from the parsers, the public names and the files at the root."""
+"""MkDocs hooks: generate pages from the parsers, the public names and the files at the root."""
 
 import contextlib
 import importlib
@@ -39,8 +39,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Link to the generated pages instead of the files at the root, which is what the sources link to."""
+    for page, source in ROOT_PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({page}")
+    return markdown
+
+
 def on_page_content(html: str, **_: object) -> str:
-    """Sphinx roles of docstrings become links; flags, and numbers with their deviation, stay on one line."""
+    """Turn Sphinx roles of docstrings into links; keep flags and numbers with their deviation on one line."""
 
     def link(match: re.Match[str]) -> str:
         target = match[1]
@@ -52,7 +59,7 @@ def on_page_content(html: str, **_: object) -> str:
 
 
 def root_page(name: str) -> str:
-    """A Markdown file of the root, with its links as they are from docs/."""
+    """A Markdown file of the root folder, with links relative to docs/."""
     text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
     for page, source in ROOT_PAGES.items():
         text = text.replace(f"]({source})", f"]({page})")
@@ -60,7 +67,7 @@ def root_page(name: str) -> str:
 
 
 def help_text(*arguments: str) -> str:
-    """What ``dmjd ... --help`` prints."""
+    """The output of ``dmjd ... --help``."""
     from dmjd.cli.main import main
 
     out = io.StringIO()
@@ -76,7 +83,7 @@ def command_line_page() -> str:
     tasks = re.findall(r"^  ([a-z_]+) {2,}\S", overview, re.MULTILINE)
     if not tasks:
         raise RuntimeError("dmjd evaluate --help lists no task")
-    lines = ["# Command line", "", "Made from the parsers: this is what `--help` prints.", ""]
+    lines = ["# Command line", "", "Generated from the parsers: this is the output of `--help`.", ""]
     lines += ["```text", help_text(), "```", ""]
     for command in COMMANDS:
         lines += [f"## dmjd {command}", "", "```text", help_text(command), "```", ""]
@@ -87,17 +94,17 @@ def command_line_page() -> str:
 
 
 def directive(source: str, title: str, without: Sequence[str] = ()) -> list[str]:
-    """The docstrings of an object or module, under a title; private names and some others left out."""
+    """The docstrings of an object or module under a title, without private names and those in ``without``."""
     filters = ["!^_[^_]", *(f"!^{name}$" for name in without)]
     options = [f"heading: {title}", f"toc_label: {title}", f"filters: {filters}"]
     return [f"::: {source}", "    options:", *(f"      {option}" for option in options), ""]
 
 
 def public_names_page() -> str:
-    """The names of ``import dmjd``, each from where it is defined."""
+    """The public names of ``dmjd``, each from the module that defines it."""
     import dmjd
 
-    lines = ["# Python API", "", "The names of `import dmjd`. They are loaded when first used.", ""]
+    lines = ["# Python API", "", "The public names of `dmjd`. They are loaded when first used.", ""]
     modules = []
     for name in sorted(dmjd.__all__, key=str.lower):
         value = getattr(dmjd, name)
@@ -111,11 +118,11 @@ def public_names_page() -> str:
 
 
 def extending_page() -> str:
-    """The modules that one reads to extend the library."""
+    """The modules that extensions build on."""
     import dmjd
 
-    lines = ["# Extending", "", "The modules that extensions build on. [Contributing](contributing.md) says how."]
-    lines += ["What `import dmjd` offers is in [Python API](python_api.md) and not repeated.", ""]
+    lines = ["# Extending", "", "The modules that extensions build on. [Contributing](contributing.md) describes how."]
+    lines += ["The public names of `dmjd` are in [Python API](python_api.md) and not repeated here.", ""]
     for name in MODULES_TO_EXTEND:
         importlib.import_module(name)  # a module that moved fails here, by name
         shown = [public for public in dmjd.__all__ if getattr(getattr(dmjd, public), "__module__", "") == name]

@@ -1,4 +1,4 @@
-"""Features of every image into scikit-learn.
+"""Train a scikit-learn classifier on the features of every image.
 
 python examples/features_to_sklearn.py runs/mine --data ~/labeled --labels folder
 """
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of dmjd pretrain")
     parser.add_argument("--data", help="labeled images with train/ and test/; default the run's own")
-    parser.add_argument("--labels", choices=("folder", "column"), help="where labels are; default as in the run")
+    parser.add_argument("--labels", choices=("folder", "column"), help="source of the labels; default as in the run")
     parser.add_argument("--out", type=Path, default=Path("features"), help="folder for the tables")
     given = parser.parse_args()
 

@@ -26,7 +26,7 @@ def main() -> None:
     config = dmjd.recipes.folder(
         data=given.images, out=given.out, img_size=given.img_size, encoder=given.encoder, **length
     )
-    dmjd.pretrain(config)  # run again, it resumes
+    dmjd.pretrain(config)  # resumes an interrupted run
 
     encoder = dmjd.load_encoder(given.out)
     name, arguments = dmjd.interop.timm_call(encoder)

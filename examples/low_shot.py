@@ -1,4 +1,4 @@
-"""Was pre-training worth it? Fine-tune with a few labels per class, beside the same training from random weights.
+"""Was pre-training worth it? Classify with a few labels per class, from pre-trained and from random weights.
 
 python examples/low_shot.py runs/mine --data ~/labeled --labels folder --labels-per-class 10
 """
@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of dmjd pretrain")
     parser.add_argument("--data", help="labeled images with train/ and test/; default the run's own")
-    parser.add_argument("--labels", choices=("folder", "column"), help="where labels are; default as in the run")
+    parser.add_argument("--labels", choices=("folder", "column"), help="source of the labels; default as in the run")
     parser.add_argument("--labels-per-class", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
@@ -25,11 +25,11 @@ def main() -> None:
     tuned = dmjd.evaluate("finetune", given.run, steps=given.steps, **settings)
     print(f"top-1 in percent with {given.labels_per_class} labels per class, mean of {given.seeds} draws")
     for name, scores in (("linear probe", probe), ("fine-tuning", tuned)):
-        pretrained, scratch = scores["result"]["top1"], scores["random_init"]["top1"]
+        pretrained, scratch = (100 * scores[start]["top1"] for start in ("result", "random_init"))
         print(f"{name:<13} pre-trained {pretrained:5.1f}   random weights {scratch:5.1f}")
 
     classifier = dmjd.load_classifier(given.run)
-    print(f"the classifier knows: {', '.join(classifier.classes)}")
+    print(f"classes of the classifier: {', '.join(classifier.classes)}")
 
 
 if __name__ == "__main__":

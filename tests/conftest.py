@@ -1,4 +1,4 @@
-"""Shared pieces: a folder of images, tiny settings, and the command line run as a user runs it."""
+"""Shared fixtures."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the processes the tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the processes that tests start
 torch.set_num_threads(2)
 
 

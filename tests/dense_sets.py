@@ -12,7 +12,7 @@ from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 from dmjd.images.preprocess import Preprocess
 
-SIZE = (48, 64)  # of images: height, width
+SIZE = (48, 64)  # height, width of images
 KINDS = ("rectangle", "disc")
 
 
@@ -40,7 +40,7 @@ def make_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Object
 
 
 def make_segmentation_set(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """CamVid form: ``{part}/images/*.png`` and ``{part}/masks/*.png``; the top two rows have no label (255)."""
+    """CamVid layout: ``{part}/images/*.png`` and ``{part}/masks/*.png``; the top two rows have no label (255)."""
     rng = np.random.default_rng(seed)
     for part, count in counts.items():
         for folder in ("images", "masks"):
@@ -85,7 +85,7 @@ def make_detection_set(root: Path, counts: dict[str, int], instance_masks: bool 
 
 
 def make_run(folder: Path, name: str = "vit_tiny_patch8", seed: int = 0, in_chans: int = 3, **options: object) -> Path:
-    """A run folder with an encoder of 32 x 32 pixels only."""
+    """A run folder that holds only an encoder for 32 x 32 pixels."""
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     if name.startswith("conv_vit"):
         sizes = {"embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": 2}

@@ -1,4 +1,4 @@
-"""Tiny encoders and models for figures, and what a figure shows."""
+"""Tiny encoders and models for figures, and access to the content of a figure."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What tests share: tiny settings, the command line as a user runs it, small sets of features."""
+"""Shared by tests: tiny settings, running the command line, small sets of features, small encoders."""
 
 import io
 import json
@@ -22,7 +22,7 @@ SHARED = ROOT.parent / "shared"  # real data, a real teacher, files that go wron
 REAL_DATA = SHARED / "data"
 GOLDEN = ROOT / "tests" / "golden"
 
-# A model and a run of a second or two, as flags.
+# Flags of a model and run that take a second or two.
 TINY = [
     "--encoder",
     "vit_tiny_patch8",
@@ -71,7 +71,7 @@ FEATURE_SIZE = (16, 16)
 
 
 def dmjd(*arguments: object, check: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
-    """``dmjd ...`` in a process of its own."""
+    """Run ``dmjd ...`` in a separate process."""
     result = subprocess.run(
         [sys.executable, "-m", "dmjd", *map(str, arguments)],
         capture_output=True,
@@ -85,7 +85,7 @@ def dmjd(*arguments: object, check: bool = True, timeout: float = 240) -> subpro
 
 
 def mistake(capsys, *arguments: object) -> str:
-    """Run in this process; returns stderr of a command that must fail as a user's mistake does."""
+    """Run a command that must fail with a user error, in this process; returns its stderr."""
     assert main([str(a) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
@@ -161,7 +161,7 @@ def smooth_image(height: int = 12, width: int = 16, channels: int = 3) -> np.nda
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    """A PIL image as the bytes of a file."""
+    """Encode a PIL image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -41,7 +41,7 @@ def test_equal_content_is_equal_bytes(tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == content
 
 
-def test_a_file_of_another_program_has_no_metadata(tmp_path):
+def test_a_file_of_another_library_has_no_metadata(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {"format": "pt"})
     assert read_safetensors(tmp_path / "a.safetensors")[1] == {}
 

@@ -1,4 +1,4 @@
-"""Against the published code: DMJD at commit 881b21d, MAE at commit efb2a80 (float32, CPU)."""
+"""Comparison with the published code: DMJD at commit 881b21d, MAE at commit efb2a80 (float32, CPU)."""
 
 import json
 from pathlib import Path

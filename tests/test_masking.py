@@ -24,7 +24,7 @@ def floor_with_tolerance(value: Fraction) -> int:
 
 @st.composite
 def ratios_of(draw, num_units: int) -> float:
-    """Any mask ratio, and those at or next to a whole number of units."""
+    """Any mask ratio, with those at or next to a whole number of units."""
     whole = draw(st.integers(0, num_units)) / num_units
     edge = draw(
         st.sampled_from([whole, 1 - whole, whole + 1e-9, whole - 1e-9, math.nextafter(whole, 0), 1 - (1 - whole)])
@@ -170,7 +170,7 @@ def test_masks_of_an_image_do_not_depend_on_its_batch(block, disjoint):
 
 
 def test_masks_of_a_key_never_change():
-    """Runs of earlier versions resume with the same masks."""
+    """Runs of earlier versions must resume with the same masks."""
     masks = disjoint_masks(1, (4, 4), 2, 0.6, keys=torch.tensor([20230]))
     assert masks.visible[:, 0].tolist() == [[0, 5, 8, 11, 12, 14], [1, 2, 3, 4, 9, 13]]
 
@@ -235,7 +235,7 @@ def test_independent_views_overlap_by_chance():
     ("grid", "given", "expected"),
     [((14, 14), None, 2), ((4, 6), None, 2), ((7, 7), None, 1), ((4, 7), None, 1), ((9, 6), 3, 3), ((1, 1), None, 1)],
 )
-def test_block_size_none_means_two_where_it_divides(grid, given, expected):
+def test_block_size_none_means_two_if_it_divides(grid, given, expected):
     assert resolve_block_size(grid, given) == expected
 
 
@@ -283,13 +283,13 @@ def test_pred_ratio_cannot_exceed_all_views_together():
 
 
 def test_other_settings_out_of_range():
-    with pytest.raises(ValueError, match="num_views must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_views must be an integer of at least 1, got 0"):
         disjoint_masks(2, num_views=0)
     with pytest.raises(
         ValueError, match=r"block_size 4 does not divide the 14 x 14 token grid; choose one of \[1, 2, 7, 14\]"
     ):
         disjoint_masks(2, block_size=4)
-    with pytest.raises(ValueError, match="block_size 0"):
+    with pytest.raises(ValueError, match="block_size must be an integer of at least 1, got 0"):
         disjoint_masks(2, block_size=0)
     with pytest.raises(ValueError, match="none of the 1 masking units visible; use smaller blocks"):
         disjoint_masks(2, block_size=14)
@@ -307,7 +307,7 @@ def test_other_settings_out_of_range():
         disjoint_masks(2, keys=keys_of(2), generator=torch.Generator())
 
 
-def test_an_empty_batch_is_no_error():
+def test_an_empty_batch_is_allowed():
     assert disjoint_masks(0, keys=keys_of(0)).visible.shape == (2, 0, 78)
 
 

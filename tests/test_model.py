@@ -1,4 +1,4 @@
-"""The whole model: the loss is the formula computed token by token, every setting reaches it, former ways are told."""
+"""The whole model: the loss equals the formula token by token, every setting affects it, and errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +83,7 @@ def test_loss_does_not_depend_on_the_order_of_visible_ids(name):
         prediction = model.predict(normalized, shuffled)["vis"]
         target = model.targets(normalized, raw)["vis"]
     misaligned = F.smooth_l1_loss(prediction, gather_views(target, sorted_masks.visible.flatten(0, 1)), beta=2.0).item()
-    assert abs(misaligned - actual["vis"]) > 1e-4 * actual["vis"]  # this test would detect the error
+    assert abs(misaligned - actual["vis"]) > 1e-4 * actual["vis"]  # so this test would detect the error
 
 
 def test_training_fits_aligned_targets():
@@ -105,7 +105,7 @@ def test_training_fits_aligned_targets():
     assert own < 0.7 * raster
 
 
-# ---- no dead setting
+# ---- no unused setting
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ class EveryOther(MaskSampler):
         return Masks.from_visible(visible, num_tokens=len(ids))
 
 
-def test_a_sampler_of_the_users_own():
+def test_a_user_defined_sampler():
     model = tiny_model(masks=EveryOther()).eval()
     assert model.counts == (8, 8, 16)
     assert model.draw_masks(KEYS).visible[:, 0].tolist() == [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]]
@@ -329,7 +329,7 @@ def test_inputs_that_do_not_belong_together():
 
 @contextmanager
 def counted_products() -> Iterator[FlopCounterMode]:
-    """Torch's count with unfused attention: not every version counts the fused form on a CPU."""
+    """torch's count with unfused attention, because not every version counts the fused form on a CPU."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
@@ -351,7 +351,7 @@ def counted_products() -> Iterator[FlopCounterMode]:
     ],
 )
 def test_flops_are_what_runs(name, encoder, options):
-    """Against torch's own count of matrix products and convolutions, at the real widths."""
+    """Compare with torch's count of matrix products and convolutions, at realistic widths."""
     torch.manual_seed(0)
     channels = encoder.get("in_chans", 3)
     model = dmjd.MaskedImageModel(create_encoder(name, img_size=64, **encoder), **options).eval()
@@ -369,7 +369,7 @@ def test_encoder_flops_of_the_dense_form(name):
 
 
 def test_one_graph_when_compiled():
-    """Also with a random subset of masked tokens, which is drawn inside the graph."""
+    """Including a random subset of masked tokens, which is drawn inside the graph."""
     model = tiny_model(mim={"decode_ratio": 0.5})
     report = torch._dynamo.explain(model)(*smooth_images(), keys=KEYS)
     assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons

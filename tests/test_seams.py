@@ -1,4 +1,4 @@
-"""What a newcomer adds: one file and one line each, and a run uses them all by name."""
+"""Extensions need one file and one line each, and a run uses them all by name."""
 
 import importlib
 
@@ -8,6 +8,7 @@ from dmjd.data.sources import registry as sources
 from dmjd.encoders.registry import ENCODERS
 from dmjd.evaluation.registry import TASKS, FrozenTask
 from dmjd.masking import SAMPLERS
+from dmjd.runs.build import load_model
 from dmjd.targets.registry import TARGETS
 
 FILES = {
@@ -22,6 +23,9 @@ class CheckerMasks(MaskSampler):
 
     num_views, mask_ratio, pred_ratio = 2, 0.5, 1.0
 
+    def __init__(self, block_size=None, sigma=1.0):  # a setting of every sampler, and one of its own
+        self.block_size, self.sigma = block_size, sigma
+
     def counts(self, grid):
         N = grid[0] * grid[1]
         return N // 2, N // 2, N
@@ -32,22 +36,30 @@ class CheckerMasks(MaskSampler):
         return Masks.from_visible(visible, num_tokens=len(ids))
 ''',
     "toy_target": '''
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 
-from dmjd.targets.base import Target
+from dmjd.targets.base import Target, TargetSettings
+
+
+@dataclass(frozen=True)
+class MeanColorSettings(TargetSettings):
+    scale: float = 2.0
 
 
 class MeanColorTarget(Target):
     """The mean color of each token."""
 
     name = "mean_color"
+    settings_class = MeanColorSettings
 
-    def __init__(self, encoder, settings=None):
+    def __init__(self, encoder, settings):
         super().__init__()
-        self.patch_size, self.dim = encoder.patch_size, encoder.in_chans
+        self.patch_size, self.dim, self.scale = encoder.patch_size, encoder.in_chans, settings.scale
 
     def forward(self, normalized, raw):
-        return F.avg_pool2d(normalized, self.patch_size).flatten(2).transpose(1, 2)  # B, N, C
+        return self.scale * F.avg_pool2d(normalized, self.patch_size).flatten(2).transpose(1, 2)  # B, N, C
 ''',
     "toy_encoder": '''
 from typing import ClassVar
@@ -129,8 +141,11 @@ def test_one_file_and_one_line_each(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     flags = ["--encoder", "wide_mini_patch4", "--img-size", "16", "--masks", "checker", "--target", "mean_color"]
     flags += ["--data", "stripes", "--steps", "4", "--batch-size", "8", "--eval-every", "2", "--device", "cpu"]
+    assert main(["pretrain", *flags, "--num-views", "3", "--out", str(run)]) == 2
+    assert "num_views has no meaning with checker masks" in capsys.readouterr().err
     assert main(["pretrain", *flags, "--out", str(run)]) == 0
     assert type(dmjd.load_encoder(run)).__name__ == "Wide"
+    assert load_model(run)[0].branch_targets["mim"].scale == 2.0
     assert (run / "figures" / "final.png").exists()
     assert (run / "evaluation" / "knn.json").exists()
     assert main(["evaluate", "majority", str(run), "--add", "1", "--device", "cpu"]) == 0

@@ -1,4 +1,4 @@
-"""The layout of the package: who imports whom, what an import costs, how long files and functions are."""
+"""The structure of the package: order and cost of imports, length of files and functions."""
 
 import ast
 import graphlib
@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dmjd"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Data flows one way: a file may import only from files before it in this list. Folders count as one place.
+# Data flows one way: a file may import only from files before it in this list. Each folder is one entry.
 ORDER = [
+    "suggest",
     "config",
     "files",
     "rng",
@@ -54,24 +55,24 @@ def imports_of(file: Path) -> set[str]:
             source = ".".join([*base, node.module] if node.module else base)
             inside = {f"{source}.{alias.name}" for alias in node.names} & set(MODULES)
             found |= inside
-            if len(inside) < len(node.names):  # some of the names are no modules: they come from the source itself
+            if len(inside) < len(node.names):  # some of the names are not modules, but defined in the module itself
                 found.add(source)
     return {name for name in found if name == "dmjd" or name.startswith("dmjd.")}
 
 
-def place_of(module: str) -> int:
+def rank_of(module: str) -> int:
     return ORDER.index(module.split(".")[1])
 
 
-def test_every_file_has_its_place():
-    places = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
-    assert not places - {*ORDER, "__init__", "__main__"}, "say in ORDER where new files stand"
+def test_every_file_is_in_the_order():
+    entries = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
+    assert not entries - {*ORDER, "__init__", "__main__"}, "add new files to ORDER"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in ("dmjd", "dmjd.__main__")])
 def test_imports_follow_the_flow_of_data(module):
-    upwards = {name for name in imports_of(MODULES[module]) if name != "dmjd" and place_of(name) > place_of(module)}
-    assert not upwards, f"{module} imports {sorted(upwards)}, which stand below it"
+    upwards = {name for name in imports_of(MODULES[module]) if name != "dmjd" and rank_of(name) > rank_of(module)}
+    assert not upwards, f"{module} imports {sorted(upwards)}, which come later in ORDER"
 
 
 def test_no_circles():
@@ -80,7 +81,7 @@ def test_no_circles():
 
 
 def test_the_walk_sees_hidden_imports(tmp_path, monkeypatch):
-    """The rule would mean nothing if an import inside a function or under TYPE_CHECKING escaped it."""
+    """Imports inside functions and under TYPE_CHECKING count too."""
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "dmjd")
     file = tmp_path / "dmjd" / "targets" / "ema.py"
     file.parent.mkdir(parents=True)
@@ -138,7 +139,7 @@ def test_files_and_functions_stay_short(file):
 
 
 def test_init_files_only_export():
-    """``__init__.py`` holds imports, ``__all__`` and lazy loading: no classes, no functions of its own."""
+    """``__init__.py`` holds imports, ``__all__`` and lazy loading, but no classes or other functions."""
     allowed = {"__getattr__", "__dir__"}
     for file in PACKAGE.rglob("__init__.py"):
         defined = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
@@ -146,7 +147,7 @@ def test_init_files_only_export():
 
 
 def test_no_private_names_cross_files():
-    """A name with an underscore belongs to its file."""
+    """Names with a leading underscore are private to their file."""
     crossing = []
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -158,7 +159,7 @@ def test_no_private_names_cross_files():
 
 
 def test_tests_mirror_the_package():
-    """A folder of tests has the name of a folder of the package, a file in it that of a file there."""
+    """Each test folder has the name of a package folder."""
     tests = ROOT / "tests"
     own = {"golden", "benchmarks", "docs", "examples"}
     for file in tests.rglob("test_*.py"):

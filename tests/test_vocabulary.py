@@ -1,4 +1,4 @@
-"""The words of the field, and none of the words this project once had for them."""
+"""The project uses the field's words, and none of its own former words for the same things."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# former word (a regular expression): what is written instead
+# former word (a regular expression) -> what to write instead
 FORMER = {
     r"pictures?": "image",
     r"hidden (token|place|position)s?": "masked token",
@@ -32,7 +32,7 @@ FORMER = {
     r"labelled|unlabelled|modelling": "labeled, unlabeled, modeling",
     r"behaviours?": "behavior",
 }
-# Lines that name a former word because it is former: tables of renamed settings, what a message says of them.
+# Lines that name a former word on purpose: tables of renamed settings and their messages.
 EXEMPT_LINES = re.compile(r"former|renamed|now called|does not take|version 0\.1|did you mean|_bad=", re.IGNORECASE)
 # Former settings and file keys as quoted words or flags; "picture" is also a column name in other people's tables.
 FORMER_NAMES = re.compile(r"""(?<=["'-])(max.bad|(num_)?pictures?|looks|colours|outlines?|neighbours)(?=["' ])""")

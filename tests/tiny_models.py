@@ -27,7 +27,7 @@ def tiny_model(
     vis: dict[str, Any] | None = {},  # noqa: B006, it is only read
     target: Any = "hog",
 ) -> MaskedImageModel:
-    """A model of 32-pixel images; ``masks``, ``mim`` and ``vis`` hold what differs from the defaults, None = off."""
+    """A model for 32-pixel images; ``masks``, ``mim`` and ``vis`` change the default settings, None = off."""
     torch.manual_seed(0)
     decoder = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
     return MaskedImageModel(

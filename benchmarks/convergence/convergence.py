@@ -1,4 +1,4 @@
-"""Compare recipes: equal time (or epochs), several seeds, each at its best base learning rate.
+"""Compare recipes in equal time (or epochs), over several seeds, each at its best base learning rate.
 
     python benchmarks/convergence/convergence.py main --encoder vit_lite --data cifar10 --minutes 8 --seeds 3 \
       --out runs/convergence
@@ -14,8 +14,8 @@ can be resumed:
 - test: after all training, kNN and linear probe by the library's own protocol on the test set, once;
 - report: JSON, a figure (.png) and a table (.md).
 
-``name@share`` in ``--variants`` is a variant whose whole schedule lasts that share of the time: ``dmjd@10/37``.
-``--slice-minutes 8`` saves and stops after that time; the same command continues.
+``name@share`` in ``--variants`` is a variant whose whole schedule takes that fraction of the time: ``dmjd@10/37``.
+``--slice-minutes 8`` saves and stops after eight minutes; repeat the command to continue.
 """
 
 import argparse
@@ -145,7 +145,7 @@ class Study:
         return {"steps": max(1, round(60 * given.minutes * share / self.seconds.get(base_name(name), 1.0)))}
 
     def _teacher(self, name: str) -> Path:
-        """The first run of the teacher; if there is none yet, an untrained encoder of its size, which is as fast."""
+        """The first run of the teacher; before it exists, an untrained encoder of its size, which takes as long."""
         blr = self.best_blrs.get(name)
         folder = self.out / "runs" / self._key("train", name, blr, 0, 1.0) if blr is not None else None
         if folder is not None and folder.exists():
@@ -284,7 +284,7 @@ class Study:
             write_bytes(self.arguments.encoders / f"{folder.name}.safetensors", encoder_bytes(half))
 
     def _guard(self, report: Report) -> None:
-        """Stop the run by a signal, as a user would, when the slice is over; a second signal would kill it."""
+        """Stop the run with one signal when the slice is over, as a user would; a second signal would kill it."""
         if self._over() and not self._stop_sent:
             self._stop_sent = True
             signal.raise_signal(signal.SIGTERM)
@@ -295,7 +295,7 @@ class Study:
 
     def _stop_if_due(self) -> None:
         if self._over():
-            self.console.say("the slice is over; the same command continues")
+            self.console.say("the slice is over; repeat the command to continue")
             raise SystemExit(0)
 
     def test(self, runs: list[dict[str, Any]]) -> None:
@@ -359,34 +359,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="result; figure and table go to the same folder")
     parser.add_argument("--encoders", type=Path, help="folder for the trained encoders in half precision")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=8.0, help="of training, for each run")
-    length.add_argument("--epochs", type=float, help="for each run, instead of minutes")
+    length.add_argument("--minutes", type=float, default=8.0, help="training time per run")
+    length.add_argument("--epochs", type=float, help="epochs per run, instead of minutes")
     parser.add_argument("--clock", choices=("wall", "calibrated"), default="wall")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--repeat", nargs="+", help="variants run with all seeds, the others with one; default all")
-    parser.add_argument(
-        "--blrs",
-        type=float,
-        nargs="+",
-        default=[1.5e-3, 3e-3, 6e-3],
-        help="one: no search",
-    )
-    parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run, a full one being 1")
-    parser.add_argument("--probes", type=int, default=8, help="number in each run")
-    parser.add_argument("--probe-train", type=int, default=5000, help="images")
-    parser.add_argument("--probe-test", type=int, default=2500, help="held-out images")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the training images")
-    parser.add_argument("--label-fraction", type=float, help="share of the labels in the final evaluation; default all")
+    blrs = [1.5e-3, 3e-3, 6e-3]
+    parser.add_argument("--blrs", type=float, nargs="+", default=blrs, help="candidates; one: no search")
+    parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run; 1: a full run")
+    parser.add_argument("--probes", type=int, default=8, help="probes per run")
+    parser.add_argument("--probe-train", type=int, default=5000, help="training images of the probe")
+    parser.add_argument("--probe-test", type=int, default=2500, help="held-out images of the probe")
+    parser.add_argument("--held-out", type=float, default=0.1, help="fraction of the training images to hold out")
+    parser.add_argument("--label-fraction", type=float, help="fraction of the labels in the final evaluation")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--variants", nargs="+", help="from the set, or name@share; default all")
-    parser.add_argument("--baseline", help="variant whose final accuracy is to be reached; default the first")
+    parser.add_argument("--baseline", help="variant whose final accuracy the others must reach; default the first")
     parser.add_argument(
         "--override", type=override, nargs="+", default=[], help="settings of all runs; a variant's own win"
     )
     parser.add_argument("--slice-minutes", type=float, help="save and stop after this time")
-    parser.add_argument("--skip-test", action="store_true", help="while settings are still being chosen")
+    parser.add_argument("--skip-test", action="store_true", help="do not evaluate on the test set")
     parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")
     arguments = parser.parse_args()
     arguments.override = dict(arguments.override)

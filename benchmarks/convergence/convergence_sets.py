@@ -30,7 +30,7 @@ class Variant:
         scale_rule: whether the learning rate is scaled by p / c.
         blr_of: the variant whose base learning rate it uses; None = its own is searched.
         teacher: the variant whose first run is its teacher; the time of that run is not counted.
-        share: of the study's time, for a shorter schedule.
+        share: fraction of the study's time, for a shorter schedule.
     """
 
     recipe: str
@@ -139,12 +139,12 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
 
 
 def base_name(name: str) -> str:
-    """A variant's name without its share of the time."""
+    """A variant's name without ``@share``."""
     return name.partition("@")[0]
 
 
 def with_share(name: str, available: dict[str, Variant]) -> Variant:
-    """``name`` or ``name@share`` (a number or a fraction, e.g. 10/37): a variant that runs for this share of the time.
+    """The variant called ``name`` or ``name@share``; share is a number or a fraction of the time, e.g. 10/37.
 
     Raises:
         ValueError: for an unknown name, or a share that is not a number.

@@ -3,8 +3,8 @@
     python benchmarks/convergence/digits_search.py --minutes 1 --out runs/search \
       --json benchmarks/results/digits_search.json
 
-Variants run one after the other in shuffled order, so that a drifting machine favors none; finished ones are not
-repeated. Each gets the final evaluation of a run: kNN and linear probe on the 2,000 test images.
+Variants run one after the other in shuffled order, so a drifting machine favors none. Finished ones are not repeated.
+Each ends with kNN and a linear probe on the 2,000 test images.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import dmjd
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "theta 1": {"theta": 1.0},
-    "batch 256, same rate": {"batch_size": 256, "blr": 1.5e-3},
+    "batch 256, same learning rate": {"batch_size": 256, "blr": 1.5e-3},
     "one view": {"num_views": 1, "blr": 1.2e-2},
     "no crops": {"crop_scale": (1.0, 1.0)},
     "pixel target": {"target": "pixel"},
@@ -57,7 +57,7 @@ def main() -> None:
     arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["linear"]["result"]):
         scores = f"kNN {100 * row['knn']['result']:5.1f}  linear {100 * row['linear']['result']:5.1f}"
-        print(f"{name:24s} {row['steps']:6d} steps  {scores}")
+        print(f"{name:32s} {row['steps']:6d} steps  {scores}")
 
 
 if __name__ == "__main__":

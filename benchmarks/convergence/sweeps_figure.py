@@ -3,7 +3,7 @@
     python benchmarks/convergence/sweeps_figure.py \
       benchmarks/results/convergence_{ratio,views,targets}_vit_lite_2min.json --out docs/figures/sweeps.png
 
-Results that share their starting recipe (``--override``) share a panel; the dashed line is that recipe itself.
+Results with the same starting recipe (``--override``) share a panel; the dashed line is the unchanged recipe.
 """
 
 import argparse
@@ -26,12 +26,12 @@ def main() -> None:
     parser.add_argument("--titles", nargs="+", help="of the panels, in the order of the recipes in the files")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    panels: dict[str, dict[str, dict[str, float]]] = {}  # recipe -> variant -> its last probe, the recipe itself first
+    panels: dict[str, dict[str, dict[str, float]]] = {}  # recipe -> variant -> last probe
     for file in given.results:
         result = json.loads(file.read_text())
         panel = panels.setdefault(json.dumps(result["settings"]["override"], sort_keys=True), {})
         last = {name: own[0]["probes"][-1] for name, own in by_variant(result["runs"]).items() if own}
-        panel.setdefault("as it is", last.pop(result["baseline"]))
+        panel.setdefault("unchanged", last.pop(result["baseline"]))
         panel |= last
     titles = given.titles or list(panels)
     if len(titles) != len(panels):
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def draw(panels: dict[str, dict[str, Any]]) -> Figure:
-    """One row per variant, linear probe and kNN as dots, the recipe itself as a dashed line through all rows."""
+    """One row per variant, linear probe and kNN as dots, the unchanged recipe as a dashed line."""
     rows = max(len(panel) for panel in panels.values())
     figure = Figure(figsize=(4.8 * len(panels), ROW * rows + 1.2), dpi=DPI, layout="constrained")
     for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

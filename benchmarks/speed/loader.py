@@ -1,11 +1,11 @@
-"""How fast images come: JPEGs from disk, small sets from memory, and the list of a large folder.
+"""Loading speed: JPEGs from disk, small sets in memory, and the listing of a large folder.
 
     python benchmarks/speed/loader.py --json benchmarks/results/loader.json
 
-One core. What counts is the processor time of this process, and all rows of a table are measured in turns within one
-run, the best turn of each: other work on the machine favors none. The JPEGs are made here: 500 x 375 pixels, smooth
-colors with texture, about 60 KB each. First our crops are compared with Pillow's of the same boxes; the run stops
-where they differ by more than resampling does.
+One core. Processor time of this process counts. All rows of a table alternate within one run, and the best round of
+each counts, so other load on the machine favors none. The JPEGs are generated: 500 x 375 pixels, smooth colors with
+texture, about 60 KB each. First our crops are compared with Pillow's crops of the same boxes; the benchmark stops if
+they differ by more than resampling does.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def image(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 
 def make_jpegs(folder: Path, count: int, height: int = HEIGHT, width: int = WIDTH) -> list[bytes]:
-    """Write that many images into a folder; returns their bytes."""
+    """Write ``count`` images into a folder and return their bytes."""
     for seed in range(count):
         Image.fromarray(image(seed, height, width)).save(folder / f"{seed:05d}.jpg", quality=QUALITY)
     return [(folder / f"{seed:05d}.jpg").read_bytes() for seed in range(count)]
@@ -78,10 +78,11 @@ def in_turns(ways: dict[str, Callable[[], int]], turns: int) -> dict[str, float]
 
 
 def difference(loader: TrainLoader, pillows: Callable[[int, list[float]], Image.Image]) -> dict[str, float]:
-    """Mean, 99th percentile and largest difference, in levels of 255, between a batch and Pillow's own crops.
+    """Mean, 99th percentile and largest difference between a batch and Pillow's crops, in levels of 255.
 
     Args:
-        loader: ours. pillows: index of an image and its box (top, left, height, width) -> Pillow's crop, not mirrored.
+        loader: ours.
+        pillows: image index and box (top, left, height, width) -> Pillow's crop, not flipped.
     """
     batch = next(loader.batches())
     indices, keys = loader.stream.draw(next(loader.stream.micro_batches(0)))
@@ -233,7 +234,7 @@ def memory_loader(source: Arrays) -> TrainLoader:
 
 
 def pillows_small_crop(index: int, box: list[float]) -> Image.Image:
-    """Pillow's crop of one of the random images; it sees pixels beside the box, as our batches do."""
+    """Pillow's crop of one of the random images; its filter reads pixels outside the box, as ours does."""
     top, left, height, width = box
     image = Image.fromarray(Arrays().images[index])
     return image.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
@@ -255,7 +256,7 @@ def photograph_ways(folder: Path) -> dict[str, Callable[[], int]]:
 
 
 def listing(folder: Path, count: int) -> dict[str, float]:
-    """Seconds to list that many empty files in folders of 1,000, to keep the list, and to read it again."""
+    """Seconds to list ``count`` empty files in folders of 1,000, to save the list, and to read it again."""
     for first in range(0, count, 1000):
         inner = folder / f"n{first // 1000:08d}"
         inner.mkdir()
@@ -276,7 +277,7 @@ def listing(folder: Path, count: int) -> dict[str, float]:
 
 
 def orders() -> dict[str, float]:
-    """Seconds for the order of an epoch."""
+    """Seconds to draw the order of an epoch."""
     seconds: dict[str, float] = {}
     for n in (10**6, 10**7):
         with took(seconds, f"order of {n:,} images"):

@@ -1,6 +1,6 @@
-"""Training steps of other software for the speed comparisons, in their default form.
+"""Models of other libraries for the speed comparisons, in their default form.
 
-All take random images that are already normalized.
+All take normalized images.
 """
 
 from functools import partial
@@ -20,12 +20,12 @@ IMG_SIZE = 224
 
 
 class DenseReference(nn.Module):
-    """DMJD with ConvViT as the published code computes it: every position of both views, then select.
+    """DMJD with ConvViT as in the published code: all positions are computed in both views, then selected.
 
-    Each view embeds and convolves the whole image under its mask, the scales are fused densely, the decoder and its
-    head run on all tokens. Same weights, attention kernel, targets and precision as ours; channels last throughout,
-    which is faster than the published layout. It keeps what plain layers keep for the backward pass, but for the GELU,
-    which is recomputed: slightly less memory than the published code.
+    Each view embeds and convolves the whole masked image, the scales are fused densely, and the decoder and its head
+    run on all tokens. Weights, attention kernel, targets and precision are ours. Channels are last throughout, which is
+    faster than the published layout. Activations are kept for the backward pass as by plain layers, except that GELU
+    is recomputed: slightly less memory than the published code.
     """
 
     def __init__(self, model: dmjd.MaskedImageModel) -> None:

@@ -1,8 +1,8 @@
-"""How cost scales: constant in the number of images, linear in views, constant memory over thousands of steps.
+"""How cost scales with the number of images, the number of views, and the number of steps.
 
     python benchmarks/speed/scaling.py --json benchmarks/results/scaling_cpu.json --figure docs/figures/scaling.png
 
-``--only images`` (or views, or memory) measures one part and leaves the others in the JSON file as they are.
+``--only images`` (or views, or memory) measures one part and keeps the others in the JSON file.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ENCODER = {"encoder": "vit_tiny_patch4", "img_size": (32,), "batch_size": 16}
 
 
 class Generated(Source):
-    """Any number of small images, generated on access, of two sizes so that the loader does not cache them all."""
+    """Small images generated on access. They have two sizes, so that the loader does not cache them all."""
 
     def __init__(self, count: int) -> None:
         self.name, self.count = f"generated {count}", count
@@ -53,9 +53,9 @@ class Generated(Source):
 
 
 def loader_sizes(turns: int = 5, batches: int = 30) -> list[dict[str, float]]:
-    """Of the loader alone, for each size of the set: seconds to the first batch, images/s read one by one.
+    """The loader alone, for each data set size: seconds to the first batch, and images/s.
 
-    The sizes take turns; each keeps its best.
+    Sizes alternate over several rounds; the best round counts.
     """
     sizes: list[dict[str, float]] = []
     streams = []
@@ -67,7 +67,7 @@ def loader_sizes(turns: int = 5, batches: int = 30) -> list[dict[str, float]]:
         sizes.append({"count": count, "first_batch_s": time.perf_counter() - started, "images_per_s": 0.0})
     for _ in range(turns):
         for size, stream in zip(sizes, streams, strict=True):
-            next(stream)  # the epoch order is drawn again: the loader caches two, and four sets alternate
+            next(stream)  # draws the epoch order again: the loader caches two orders, and four sets alternate
             started = time.perf_counter()
             for _ in range(batches):
                 next(stream)
@@ -88,7 +88,7 @@ def step_views(device: torch.device, turns: int = 2) -> list[dict[str, float]]:
 
 
 def memory_over_steps(steps: int) -> list[tuple[int, float]]:
-    """(step, resident MB) of a digits run of so many steps with checkpoints, sampled from outside."""
+    """(step, resident MB) samples of a digits run with checkpoints, taken from another process."""
     samples: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dmjd", "pretrain", "digits", "--out", f"{folder}/run", "--steps", str(steps)]
@@ -105,20 +105,21 @@ def memory_over_steps(steps: int) -> list[tuple[int, float]]:
 
 
 def last_step(metrics: Path) -> int:
-    """The last step a run has logged, 0 before its first."""
+    """The last logged step of a run; 0 if there is none yet."""
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     return json.loads(whole[-1]).get("step", 0) if whole else 0
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
+    """Draw one panel per part."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     sizes = result["images"]
     axes[0].semilogx([s["count"] for s in sizes], [1e3 / s["images_per_s"] for s in sizes], "o-")
-    axes[0].set(xlabel="images in the set", ylabel="loader, ms an image")
+    axes[0].set(xlabel="images in the set", ylabel="loader, ms per image")
     views = result["views"]
     axes[1].plot([v["num_views"] for v in views], [1e3 / v["images_per_s"] for v in views], "o-")
-    axes[1].set(xlabel="views of an image", ylabel="step, ms an image", xticks=VIEWS)
+    axes[1].set(xlabel="views per image", ylabel="step, ms per image", xticks=VIEWS)
     axes[2].plot(*zip(*result["memory"], strict=True))
     axes[2].set(xlabel="training steps", ylabel="resident memory, MB")
     for axis in axes:
@@ -131,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--steps", type=int, default=2000, help="of the memory curve")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the run whose memory is measured")
     parser.add_argument("--only", choices=PARTS, help="measure this part only")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,8 +149,8 @@ def main() -> None:
     print(json.dumps({name: value for name, value in result.items() if name != "memory"}, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.image and set(PARTS) <= set(result):
-        draw(result, args.image)
+    if args.figure and set(PARTS) <= set(result):
+        draw(result, args.figure)
 
 
 if __name__ == "__main__":

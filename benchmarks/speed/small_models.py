@@ -1,13 +1,15 @@
-"""Small models: our training loop against a plain PyTorch loop over the same model, on 32-pixel images.
+"""Small models: our training loop and a plain PyTorch loop with the same model, on 32-pixel images.
 
     python benchmarks/speed/small_models.py --json benchmarks/results/small_models_cpu.json
     python benchmarks/speed/small_models.py --data cifar10_train.parquet
 
-The plain loop is what a careful person writes: fused AdamW, autocast, gradients set to None, the loss looked at every
-20 steps; its images come from a DataLoader with torchvision's transforms image by image. Beside it stands the
-same loop on ready batches, so that one sees what comes from the loader and what from the step. "kept" gives the plain
-loop our setting of the memory allocator (:func:`dmjd.engine.device.keep_freed_memory`), which cannot be taken back in a
-process: the sides with and without it run in two processes, the sides of a process alternately.
+The plain loop is what a careful person would write: fused AdamW, autocast, gradients set to None, the loss read every
+20 steps. Its images come from a DataLoader with torchvision's transforms, one image at a time. The same loop on
+prepared batches separates the cost of the loader from that of the step.
+
+"kept" means that the plain loop runs with our memory allocator setting
+(:func:`dmjd.engine.device.keep_freed_memory`). It cannot be undone within a process, so the sides with and without it
+run in two processes. The sides within a process alternate.
 """
 
 import argparse
@@ -59,7 +61,7 @@ class PlainImages(Dataset):
 
 
 class PlainLoop:
-    """Model, optimizer and step written out, without a library around them."""
+    """Model, optimizer and step written out without a training library."""
 
     def __init__(self, config: Any, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -73,7 +75,7 @@ class PlainLoop:
         self.step = 0
 
     def run(self, batches: Iterator[Tensor], steps: int) -> None:
-        """Some steps."""
+        """Run ``steps`` steps."""
         for images in itertools.islice(batches, steps):
             raw = images.to(self.device, non_blocking=True).float()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -110,13 +112,13 @@ def our_engine(config: Any) -> Engine:
 
 
 def run_engine(engine: Engine, batches: Iterator[Batch], steps: int) -> None:
-    """Some steps of the real loop."""
+    """Run ``steps`` steps of the library's loop."""
     engine.duration = Duration(steps=engine.state.step + steps)
     engine.run(batches, [], StopSignal())
 
 
 def make_sides(config: Any, source: Source, kept: bool, workers: int, device: torch.device) -> dict[str, Side]:
-    """name -> function that runs so many steps; ours only with kept memory, which the engine sets up itself."""
+    """Name -> function that runs n steps. Ours run only with kept memory, which the engine sets up itself."""
     loader = TrainLoader(source, img_size=(32, 32), batch_size=config.batch_size, device=device)
     ready = list(itertools.islice(loader.batches(0), READY))
     loop, given = PlainLoop(config, device), itertools.cycle([batch.images for batch in ready])
@@ -134,7 +136,7 @@ def make_sides(config: Any, source: Source, kept: bool, workers: int, device: to
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Images/s of every side in this process, a number for each round."""
+    """Images/s of every side in this process, one number per round."""
     if args.kept:
         keep_freed_memory(device)
     config = dmjd.recipes.dmjd(
@@ -156,7 +158,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[fl
 
 
 def measure_apart(args: argparse.Namespace, batch: int, precision: str, kept: bool) -> dict[str, list[float]]:
-    """:func:`measure` in a process of its own."""
+    """:func:`measure` in its own process."""
     command = [sys.executable, __file__, "--batch", str(batch), "--precision", precision, "--data", args.data]
     command += ["--steps", str(max(1, args.steps * 64 // batch)), "--turns", str(args.turns)]
     command += ["--workers", str(args.workers)] + ["--kept"] * kept + ["--compile"] * args.compile
@@ -165,7 +167,7 @@ def measure_apart(args: argparse.Namespace, batch: int, precision: str, kept: bo
 
 
 def summary(turns: dict[str, list[float]]) -> dict[str, Any]:
-    """Best round of each side, and ours relative to the others."""
+    """Best round of each side, and the speed of ours relative to it."""
     best = {name: max(rates) for name, rates in turns.items()}
     ours = best["dmjd and its loader"]
     return {"images_per_s": best, "times": {name: ours / rate for name, rate in best.items()}, "turns": turns}
@@ -173,7 +175,7 @@ def summary(turns: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="result; measurements it already holds are not repeated")
+    parser.add_argument("--json", type=Path, help="result; measurements already in the file are not repeated")
     parser.add_argument("--data", default="digits", help="the generated digits, or a set of 32-pixel images")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="per round, at 64 images per step")

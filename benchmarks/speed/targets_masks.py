@@ -1,11 +1,11 @@
-"""Cost of targets and masks: HOG against a histogram by one-hot bins, masks, and both as a share of a training step.
+"""Cost of targets and masks: HOG and a one-hot implementation of it, masks, and both as a fraction of a training step.
 
     python benchmarks/speed/targets_masks.py --json benchmarks/results/targets_masks_cpu.json
 
-Every side of the HOG comparison runs in a process of its own, several times in turn, on the same bytes mapped from a
-file. Its memory is how far the process's peak rises above what it held before; the peak is set back to that first, so
-that nothing earlier hides it. "kept" is the allocator setting of a training run (``keep_freed_memory``).
-``--only`` measures one part and leaves the others in the JSON file as they are.
+Each side of the HOG comparison runs in its own process, several times in alternation, on the same bytes mapped from a
+file. Its memory is the rise of the process's peak above its current use; the peak is reset first, so that earlier
+allocations do not hide it. "kept" is the allocator setting of a training run (``keep_freed_memory``).
+``--only`` measures one part and keeps the others in the JSON file.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from dmjd.engine.device import keep_freed_memory
 from dmjd.pretraining.bench import bench, machine, wait
 
 BATCH, SIZE = 64, 224
-PARTS = ("hog", "masks", "fp32", "bf16")  # the last two: share of a ViT-tiny step
+PARTS = ("hog", "masks", "fp32", "bf16")  # the last two: fraction of a ViT-tiny step
 
 
 def one_hot_hog(images: Tensor, cell_size: int = 8, num_bins: int = 9) -> Tensor:
     """The same histogram with one plane per bin: [B, C, H, W] -> [B, C, H/cell, W/cell, bins] float32.
 
-    Gradients by a fixed convolution, each pixel's magnitude scattered into its bin's plane, planes averaged by cells:
-    the way HOG is usually written in PyTorch.
+    The usual way to write HOG in PyTorch: gradients by a fixed convolution, each pixel's magnitude scattered into the
+    plane of its bin, planes averaged over cells.
     """
     C = images.shape[1]
     kernel = torch.tensor([[0.0, 0, 0], [-1, 0, 1], [0, 0, 0]], device=images.device)
@@ -118,7 +118,7 @@ def draw_masks(keys: Tensor) -> None:
 
 
 def compare_hog(rounds: int, device: torch.device) -> dict[str, Any]:
-    """Medians of all sides, in alternation; exits if their values differ."""
+    """Medians of all sides, measured in alternation; fails if their values differ."""
     images = make_images()
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # borders are treated differently
     ours, theirs = (hog(images[:8].to(device))[inner] for hog in (dmjd.hog, one_hot_hog))

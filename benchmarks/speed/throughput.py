@@ -1,15 +1,15 @@
-"""Training speed and memory, ours against others, on this machine.
+"""Training speed and memory of this library and of others, on this machine.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed/throughput.py --json benchmarks/results/throughput_cpu.json
     python benchmarks/speed/throughput.py --json benchmarks/results/throughput_cpu.json --rounds 0 \
-      --figure docs/figures/throughput.png                # draws the results in the file, measures nothing
+      --figure docs/figures/throughput.png                # only draws the results in the file
 
-Every measurement runs in a process of its own, in shuffled order, several rounds; beside each stands the machine's
-matrix-multiply rate measured in that process. ``+ kept`` gives a peer our setting of the memory allocator as well
-(:func:`dmjd.engine.device.keep_freed_memory`), which it does not have by itself. A measurement that is in the JSON file
-already is not made again, so an interrupted comparison goes on; ``--minutes 8`` begins no measurement after eight
-minutes, so that the whole can be made in slices.
+Each measurement runs in its own process, in shuffled order, over several rounds. The same process also measures the
+machine's matrix-multiply throughput. ``+ kept`` means that the other library runs with our memory allocator setting
+(:func:`dmjd.engine.device.keep_freed_memory`), which it does not use by default. Measurements already in the JSON file
+are not repeated, so an interrupted comparison can be resumed. With ``--minutes 8`` no measurement starts after eight
+minutes.
 """
 
 import argparse
@@ -44,13 +44,13 @@ SIDES = {
     "transformers ViTMAE": ("ViT-B, MAE", 16, False),
     "lightly MAE": ("ViT-B, MAE", 16, False),
 }
-# GFLOP of a step and image that count: visible cells in the convolution stages, all tokens in every decoder block
 COLORS = {"dmjd": "tab:blue", "other": "tab:gray", "kept": "lightgray"}
+# Necessary GFLOP per image and step: visible cells in the convolution stages, all tokens in every decoder block
 USEFUL_GFLOP = {"ConvViT-B, DMJD": 237.0, "ViT-B, MAE": 58.7}
 
 
 def make_step(side: str, batch: int, device: torch.device, precision: str, compiled: bool) -> Callable[[], None]:
-    """A whole training step of a side; the images are random, masks are redrawn in every step."""
+    """A training step of a side: random images, new masks in every step."""
     torch.manual_seed(0)
     raw = torch.randint(0, 256, (batch, 3, IMG_SIZE, IMG_SIZE), device=device).float()
     images = (raw / 255 - 0.45) / 0.225
@@ -90,7 +90,7 @@ def make_step(side: str, batch: int, device: torch.device, precision: str, compi
 
 
 def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One side in this process."""
+    """Measure one side in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.kept:
         keep_freed_memory(device)
@@ -145,7 +145,7 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "kind": "dmjd" if ours else "kept" if kept == "kept" else "other",
                 "precision": precision,
                 "rates": [r["images_per_s"] for r in rounds],
-                "share": statistics.median(
+                "mfu": statistics.median(
                     r["images_per_s"] * USEFUL_GFLOP[comparison] / r["matmul_gflops"] for r in rounds
                 ),
                 "memory": statistics.median(r["peak_memory_gb"] for r in rounds),
@@ -158,19 +158,18 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 def summarize(rows: list[dict[str, Any]]) -> list[str]:
     """The table, in Markdown."""
     lines = [
-        "| comparison | side | precision | images/s (of the rounds) | matrix products | share of the arithmetic limit "
-        "| peak memory |",
+        "| comparison | side | precision | images/s (lowest to highest) | matmul throughput | MFU | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         speed = f"{row['images_per_s']:.2f} ({min(row['rates']):.2f} to {max(row['rates']):.2f})"
         cells = (row["comparison"], row["label"], row["precision"], speed, f"{row['matmul_gflops']:.0f} GFLOP/s")
-        lines.append(f"| {' | '.join(cells)} | {100 * row['share']:.0f} % | {row['memory']:.1f} GB |")
+        lines.append(f"| {' | '.join(cells)} | {100 * row['mfu']:.0f} % | {row['memory']:.1f} GB |")
     return lines
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Bars of images/s, with the rounds as dots, and of memory: a row of panels for each comparison."""
+    """Bar charts of images/s (rounds as dots) and of memory, one row of panels per comparison."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -197,9 +196,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="results, appended after each measurement")
+    parser.add_argument("--json", type=Path, help="results; written after each measurement")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--minutes", type=float, help="start no measurement after this; call again to continue")
+    parser.add_argument("--minutes", type=float, help="start no measurement after this; repeat to continue")
     parser.add_argument("--figure", type=Path, help="draw the results in --json into this file")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=3)
@@ -237,7 +236,7 @@ def main() -> None:
             if len(done) > number:
                 continue
             if time.monotonic() > until:
-                print("time is up; the same command goes on")
+                print("time is up; repeat the command to continue")
                 return
             done.append(measure_apart(side, precision, kept, args))
             print(f"round {number}: {precision} {side}, {kept}: {done[-1]['images_per_s']:.2f} images/s", flush=True)
@@ -246,8 +245,8 @@ def main() -> None:
                 file.write_text(json.dumps(result, indent=1) + "\n")
     rows = rows_of(result)
     print("\n".join(summarize(rows)))
-    if args.image:
-        draw(rows, args.image)
+    if args.figure:
+        draw(rows, args.figure)
 
 
 def measure_apart(side: str, precision: str, kept: str, args: argparse.Namespace) -> dict[str, Any]:

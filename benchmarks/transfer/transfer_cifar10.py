@@ -1,4 +1,4 @@
-"""Gain of pre-training on CIFAR-10: fine-tuning a pre-trained ViT against training from scratch, same schedule.
+"""Gain of pre-training on CIFAR-10: fine-tune a ViT from pre-trained and from random weights by the same schedule.
 
     OMP_NUM_THREADS=1 python benchmarks/transfer/transfer_cifar10.py --data cifar10 --out runs/transfer_cifar10
 
@@ -7,8 +7,8 @@ Three comparisons, each over several seeds (of subset, head, order and random we
 - 1 % and 10 % of the labels, the encoder pre-trained on all 50,000 images without labels;
 - all labels of a tenth of the images, the encoder pre-trained on that tenth only.
 
-Lengths are in steps, so that a busy machine changes no result. Everything is resumable: started again, finished parts
-are read and the interrupted one goes on. All 10,000 test images are looked at once, at the end of each training.
+Lengths are in steps, so a busy machine changes no result. The script can be resumed: finished parts are read from their
+files. The 10,000 test images are evaluated once, at the end of each training.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PRETRAIN: dict[str, Any] = {
     "final_eval": False,
 }
 # Too few epochs to overfit, so only crops and flips. The learning rate lies between the default, 2.8e-3, and four
-# times as much, which on held-out training images was better for the pre-trained start and worse for the other.
+# times the default. On held-out training images the higher one was better for pre-trained and worse for random weights.
 FINETUNE: dict[str, Any] = {
     "batch_size": 32,
     "blr": 5e-3,
@@ -90,7 +90,7 @@ def write_tenth(data: str, folder: Path) -> None:
 
 
 def compare(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Pre-train unless that is done, and fine-tune from both initializations with every seed."""
+    """Pre-train if needed, then fine-tune from both initializations with every seed."""
     tenth, steps, options = COMPARISONS[name]
     data, labels = given.data, labels_of(given.data)
     if tenth:
@@ -139,7 +139,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the comparisons, write one JSON, print the table."""
+    """Run the comparisons, write the JSON file, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer_cifar10"))

@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/transfer/transfer_dense.py bccd --data DATA/bccd --out runs/transfer
 
 CamVid at 240 x 180 (mean IoU on the 233 test images), BCCD at 320 x 240 (AP50 on the 72 test images). One encoder
-is pre-trained on the training images; then, for each seed, a model is trained from it and one from random weights by
-the same schedule. Lengths are in steps, so that a busy machine changes no result. Run again, it goes on where it
-stopped. Writes ``benchmarks/results/transfer_SET.json`` and prints a table.
+is pre-trained on the training images. Then, for each seed, one model is trained from it and one from random weights,
+by the same schedule. Lengths are in steps, so a busy machine changes no result. The script can be resumed. It writes
+``benchmarks/results/transfer_SET.json`` and prints a table.
 """
 
 import argparse
@@ -56,7 +56,7 @@ STARTS = ("result", "random_init")
 
 
 def main() -> None:
-    """Pre-train once, compare for every seed, write one JSON."""
+    """Pre-train once, compare for every seed, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--data", type=Path, required=True)

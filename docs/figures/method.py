@@ -1,4 +1,4 @@
-"""Draw docs/figures/method.png: a real image, its two disjoint views, and how they become a loss.
+"""Draw docs/figures/method.png: an image, its two disjoint views, the two branches and the loss.
 
 python docs/figures/method.py
 """
@@ -21,7 +21,7 @@ COLORS = {"encoder": "#dfe3f5", "mim": "#fde3cf", "vis": "#d5ecd8", "loss": "#ee
 
 
 def photograph() -> np.ndarray:
-    """A photograph that scikit-learn brings along (china.jpg), [224, 224, 3] uint8."""
+    """A photograph from scikit-learn (china.jpg), [224, 224, 3] uint8."""
     image = torch.from_numpy(load_sample_image("china.jpg")[:420, 110:530].copy()).permute(2, 0, 1)[None].float()
     small = torch.nn.functional.interpolate(image, (SIDE, SIDE), mode="bicubic", antialias=True)
     return small[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
@@ -34,9 +34,9 @@ def view(image: np.ndarray, mask: torch.Tensor) -> np.ndarray:
 
 
 def hog_image(image: np.ndarray) -> np.ndarray:
-    """Strength of each cell's strongest orientation, as gray: enough to tell what the target is."""
+    """Magnitude of each cell's strongest orientation: [rows, columns]."""
     raw = torch.from_numpy(image).permute(2, 0, 1)[None]
-    return hog(raw, PATCH // 2)[0].amax(-1).mean(0).numpy()  # rows of cells, columns of cells
+    return hog(raw, PATCH // 2)[0].amax(-1).mean(0).numpy()
 
 
 def show(ax: Axes, x: float, y: float, side: float, image: np.ndarray, title: str, **kwargs: object) -> None:

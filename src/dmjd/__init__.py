@@ -1,6 +1,6 @@
 """DMJD: pre-train vision encoders on your own unlabeled images by masked image modeling.
 
-Public names are loaded when first used, so that importing the package costs little more than Python itself.
+Public names are loaded when first used, so that importing the package is fast.
 """
 
 import importlib
@@ -41,7 +41,7 @@ _MODULES = {
     "recipes": "dmjd.config.recipes",
     "targets": "dmjd.targets",
 }
-_FORMER_MODULES = {"visualize": "figures"}  # of version 0.1
+_FORMER_MODULES = {"visualize": "figures"}  # names in version 0.1
 __all__ = [*_NAMES, *_MODULES]
 
 

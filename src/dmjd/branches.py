@@ -2,12 +2,14 @@
 distillation on the visible ones.
 
 :class:`Reconstruction` and :class:`Distillation` are settings; ``build`` makes the branch for an encoder. A branch
-holds its network and its loss. Its target belongs to the model, which computes a target that two branches share once.
+holds its network and its loss. Targets belong to the model, which computes a target that two branches share only once.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import cast
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +46,18 @@ def _check_loss(loss: str) -> None:
         raise ValueError(f"unknown loss '{loss}'; choose one of {', '.join(LOSSES)}")
 
 
-def default_decoder(embed_dim: int) -> tuple[int, int, int]:
-    """(width, depth, heads) of the decoder for an encoder width: the published 512 x 8 from 768 on, smaller below.
+def _check_sizes(settings: Any, *names: str) -> None:
+    """Sizes are integers from 1, or None for the default."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
-    A 512 x 8 decoder on a tiny encoder would take nine tenths of the time.
+
+def default_decoder(embed_dim: int) -> tuple[int, int, int]:
+    """(width, depth, heads) of the default decoder: the published 512 x 8 for encoders of width 768 and up.
+
+    Smaller encoders get a smaller decoder: with a tiny encoder, 512 x 8 would take 90 % of the time.
     """
     if embed_dim >= 768:
         return 512, 8, 16
@@ -58,7 +68,8 @@ class Branch(nn.Module, ABC):
     """A head on the latent tokens of the encoder and its loss.
 
     Args:
-        loss: "l2" or "smooth_l1". weight: factor of the loss in the model's total.
+        loss: "l2" or "smooth_l1".
+        weight: factor of the loss in the model's total.
     """
 
     def __init__(self, loss: str, weight: float = 1.0) -> None:
@@ -66,7 +77,7 @@ class Branch(nn.Module, ABC):
         self.loss_kind, self.weight = loss, weight
 
     def train_masks(self, masks: Masks) -> Masks:
-        """The masks that the loss is computed on; all tokens of the branch unless overridden."""
+        """Masks for the loss in training; the same masks unless overridden."""
         return masks
 
     @abstractmethod
@@ -84,7 +95,8 @@ class Branch(nn.Module, ABC):
         tokens with targets in raster order instead.
 
         Args:
-            predictions: [R, n, C] of :meth:`forward`. targets: [B, N, C] float32.
+            predictions: [R, n, C] from :meth:`forward`.
+            targets: [B, N, C] float32.
         """
         own = gather_views(targets, self.token_ids(masks).flatten(0, 1))  # R, n, C
         return regression_loss(self.loss_kind, predictions, own)
@@ -101,9 +113,10 @@ class Reconstruction:
     Args:
         target: name of a target (:data:`dmjd.targets.TARGETS`), its settings, or a :class:`~dmjd.targets.Target`.
         loss: "l2" or "smooth_l1".
-        decoder_dim, decoder_depth, decoder_heads: of the transformer; None = by the encoder's width
-            (:func:`default_decoder`).
-        decoder_mlp_ratio: None = the encoder's own.
+        decoder_dim: width of the decoder; None = by the encoder's width (:func:`default_decoder`).
+        decoder_depth: transformer blocks of the decoder; None = by the encoder's width.
+        decoder_heads: attention heads of the decoder; None = by the encoder's width.
+        decoder_mlp_ratio: MLP ratio of the decoder; None = that of the encoder.
         decode_ratio: share of the masked tokens, drawn at random, that the decoder predicts in training.
 
     Raises:
@@ -120,11 +133,14 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         _check_loss(self.loss)
+        _check_sizes(self, "decoder_dim", "decoder_depth", "decoder_heads")
+        if self.decoder_mlp_ratio is not None and not 0 < self.decoder_mlp_ratio < math.inf:
+            raise ValueError(f"decoder_mlp_ratio must be greater than 0, got {self.decoder_mlp_ratio}")
         if not 0 < self.decode_ratio <= 1:
             raise ValueError(f"decode_ratio must be greater than 0 and at most 1, got {self.decode_ratio}")
 
     def build(self, encoder: Encoder, out_dim: int) -> Branch:
-        """The branch for an encoder, with fresh weights. out_dim: C, numbers predicted per token."""
+        """Build the branch for an encoder, with new weights. It predicts ``out_dim`` = C numbers per token."""
         return ReconstructionBranch(encoder, out_dim, self)
 
 
@@ -136,7 +152,8 @@ class Distillation:
         target: name of a target (:data:`dmjd.targets.TARGETS`), its settings, or a :class:`~dmjd.targets.Target`.
         loss: "l2" or "smooth_l1".
         theta: weight of the loss.
-        projector_dim: width of the projector; None = that of the default decoder. projector_depth: its linear layers.
+        projector_dim: width of the projector; None = that of the default decoder.
+        projector_depth: linear layers of the projector.
 
     Raises:
         ValueError: for an unknown loss.
@@ -150,9 +167,12 @@ class Distillation:
 
     def __post_init__(self) -> None:
         _check_loss(self.loss)
+        _check_sizes(self, "projector_dim", "projector_depth")
+        if not 0 <= self.theta < math.inf:
+            raise ValueError(f"theta must be a number of at least 0, got {self.theta}")
 
     def build(self, encoder: Encoder, out_dim: int) -> Branch:
-        """The branch for an encoder, with fresh weights. out_dim: C, numbers predicted per token."""
+        """Build the branch for an encoder, with new weights. It predicts ``out_dim`` = C numbers per token."""
         return DistillationBranch(encoder, out_dim, self)
 
 
@@ -165,11 +185,8 @@ class ReconstructionBranch(Branch):
         given = (settings.decoder_dim, settings.decoder_depth, settings.decoder_heads)
         defaults = default_decoder(encoder.embed_dim)
         dim, depth, heads = (d if g is None else g for g, d in zip(given, defaults, strict=True))
-        if min(dim, depth, heads) < 1 or dim % heads or dim % 4:
-            raise ValueError(
-                f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}, and decoder_depth {depth} at "
-                "least 1"
-            )
+        if dim % heads or dim % 4:
+            raise ValueError(f"decoder_dim {dim} must be divisible by 4 and by decoder_heads {heads}")
         self.decoder = ReconstructionDecoder(
             encoder.embed_dim,
             encoder.grid,
@@ -182,7 +199,7 @@ class ReconstructionBranch(Branch):
         )
 
     def train_masks(self, masks: Masks) -> Masks:
-        """Masks whose masked tokens are those that the decoder predicts in training."""
+        """Masks that keep only the masked tokens that the decoder predicts in training."""
         return masks.subset_masked(self.decode_ratio)
 
     def token_ids(self, masks: Masks) -> Tensor:
@@ -224,8 +241,14 @@ class ReconstructionDecoder(nn.Module):
     """Mask tokens at the masked positions, position embeddings, transformer blocks, linear head (MAE).
 
     Args:
-        encoder_dim: D. grid: (h, w) tokens. num_prefix_tokens: class tokens, which pass through.
-        dim, depth, num_heads, mlp_ratio: of the transformer. out_dim: C, numbers predicted per token.
+        encoder_dim: D.
+        grid: (h, w) tokens.
+        num_prefix_tokens: class tokens; they pass through the decoder, but are not predicted.
+        dim: width of the transformer.
+        depth: transformer blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLPs divided by ``dim``.
+        out_dim: C, numbers predicted per token.
     """
 
     def __init__(
@@ -257,7 +280,9 @@ class ReconstructionDecoder(nn.Module):
         The blocks do not depend on token order, so mask tokens are appended to the visible ones instead of scattered.
 
         Args:
-            latent: [R, prefix + V, D]. visible: [R, V] ids in the latent's order. masked: [R, M] ids.
+            latent: [R, prefix + V, D].
+            visible: [R, V] ids in the latent's order.
+            masked: [R, M] ids.
             all_tokens: predict the visible ones too.
 
         Returns:
@@ -286,11 +311,13 @@ class ReconstructionDecoder(nn.Module):
 
 
 class DistillationHead(nn.Module):
-    """A projector on each visible token and one linear predictor.
+    """A projector on each visible token, followed by a linear predictor.
 
     Args:
-        encoder_dim: D. dim: width of the projector. out_dim: C, numbers predicted per token.
-        depth: linear layers of the projector; the paper's has three.
+        encoder_dim: D.
+        dim: width of the projector.
+        out_dim: C, numbers predicted per token.
+        depth: linear layers of the projector; three in the paper.
     """
 
     def __init__(self, encoder_dim: int, dim: int, out_dim: int, depth: int = 3) -> None:
@@ -308,10 +335,11 @@ class DistillationHead(nn.Module):
 
 
 class MultiScaleFusion(nn.Module):
-    """Adds the convolution stages to the latent tokens in pre-training (ConvMAE): one strided convolution each.
+    """Adds the convolutional stages to the latent tokens in pre-training (ConvMAE), by one strided convolution each.
 
     Args:
-        scales: (width, cells per token side) of each stage. dim: D.
+        scales: (width, cells per token side) of each stage.
+        dim: D.
     """
 
     def __init__(self, scales: tuple[tuple[int, int], ...], dim: int) -> None:

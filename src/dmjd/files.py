@@ -60,10 +60,11 @@ def read_safetensors(path: Path, kind: str = "safetensors file") -> tuple[dict[s
     """Read tensors and metadata. No code in the file is executed.
 
     Args:
-        path: the file. kind: what an error calls it.
+        path: the file.
+        kind: kind of file, for error messages.
 
     Returns:
-        the tensors, on the CPU, and the JSON metadata; ``{}`` for a file that dmjd did not write.
+        The tensors, on the CPU, and the JSON metadata; ``{}`` for a file that dmjd did not write.
 
     Raises:
         ValueError: if the file is missing, cut short or of another format.
@@ -99,10 +100,10 @@ def _header(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tuples_to_lists(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as JSON knows them. Inverse: :func:`lists_to_tuples`."""
+    """Replace tuples by lists, for JSON. Inverse: :func:`lists_to_tuples`."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def lists_to_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments read from JSON, lists as the tuples they were."""
+    """Replace lists, as read from JSON, by tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

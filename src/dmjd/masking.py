@@ -1,20 +1,21 @@
 """Disjoint masking (DM): K masked views of an image whose masks overlap as little as possible (DMJD, section III-A).
 
 :class:`Masks` holds the masks of a batch. A :class:`MaskSampler` draws them: :class:`DisjointMasks` is the paper's,
-:class:`IndependentMasks` and :class:`ComplementaryMasks` are what it is compared with. To add one, write a subclass and
-a line in :data:`SAMPLERS`.
+:class:`IndependentMasks` and :class:`ComplementaryMasks` are alternatives to compare it with. To add a sampler, write a
+subclass and a line in :data:`SAMPLERS`.
 """
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmjd.rng import STREAM_DECODE, STREAM_MASK, hash64
+from dmjd.suggest import did_you_mean
 
 # Layout of a 64-bit sort key: mask count in the high bits, then noise, then the unit's index.
 _UNITS, _NOISE, _COUNTS = 1 << 20, 1 << 52, 1 << 11
@@ -106,7 +107,7 @@ class MaskSampler(ABC):
     def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
         """Tokens visible in a view, masked in a view, and masked in at least one view: (V, M, U).
 
-        Where the union differs from draw to draw, U is the largest possible.
+        If the size of the union varies between draws, U is the largest possible size.
 
         Args:
             grid: (h, w) tokens of an image.
@@ -129,12 +130,14 @@ class MaskSampler(ABC):
 
 
 class _BlockSampler(MaskSampler):
-    """What the samplers below share: they mask square blocks of tokens, called units."""
+    """Base of the samplers below, which mask square blocks of tokens, called units."""
 
     disjoint = True
 
     def __init__(self, num_views: int, mask_ratio: float, pred_ratio: float | None, block_size: int | None) -> None:
         _check_ratios(num_views, mask_ratio, pred_ratio)
+        if block_size is not None and (not isinstance(block_size, Integral) or block_size < 1):
+            raise ValueError(f"block_size must be an integer of at least 1, got {block_size}")
         self.num_views, self.mask_ratio, self.block_size = num_views, mask_ratio, block_size
         self.pred_ratio = pred_ratio if pred_ratio is not None else min(1.0, num_views * mask_ratio)
         self._requested = pred_ratio
@@ -171,7 +174,7 @@ class DisjointMasks(_BlockSampler):
         num_views: K.
         mask_ratio: c, share of an image masked in each view.
         pred_ratio: p, share masked in at least one view, from c to min(1, K c); None = as disjoint as possible.
-        block_size: side in tokens of the square block that is masked as one; None = 2 where it divides, else 1.
+        block_size: side of a masking block in tokens; None = 2 if it divides both grid sides, else 1.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -188,9 +191,9 @@ class DisjointMasks(_BlockSampler):
 
 
 class IndependentMasks(_BlockSampler):
-    """Views that are masked independently of each other, the ablation of :class:`DisjointMasks` with its arguments.
+    """Views that are masked independently of each other: an ablation of :class:`DisjointMasks`.
 
-    Its prediction rate is the expected one, p = 1 - (1 - c)^K.
+    It takes the same arguments, without ``pred_ratio``: the expected prediction rate is p = 1 - (1 - c)^K.
     """
 
     disjoint = False
@@ -204,8 +207,9 @@ class ComplementaryMasks(_BlockSampler):
     """Views whose visible tokens partition the image (FastConvMAE): disjoint views with c = 1 - 1 / K.
 
     Args:
-        num_views: K >= 2; it must divide the number of units. mask_ratio: None, or 1 - 1 / K.
-        block_size: as of :class:`DisjointMasks`.
+        num_views: K >= 2; it must divide the number of units.
+        mask_ratio: None, or 1 - 1 / K.
+        block_size: see :class:`DisjointMasks`.
     """
 
     def __init__(self, num_views: int = 4, mask_ratio: float | None = None, block_size: int | None = 1) -> None:
@@ -241,8 +245,7 @@ def sampler_class(name: str) -> type[MaskSampler]:
         ValueError: if the name is not in :data:`SAMPLERS`.
     """
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown masks '{name}'; did you mean '{near[0]}'? Masks: {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown masks '{name}'{did_you_mean(name, SAMPLERS)} Masks: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
@@ -266,11 +269,11 @@ def disjoint_masks(
         num_views: K.
         mask_ratio: share of an image masked in each view.
         pred_ratio: share masked in at least one view; None = as much as K views can.
-        block_size: side in tokens of the square block that is masked as one; None = 2 where it divides, else 1.
+        block_size: side of a masking block in tokens; None = 2 if it divides both grid sides, else 1.
         disjoint: False draws the views independently of each other (:class:`IndependentMasks`).
         keys: [B] int64, one per image; the masks are a pure function of them, the same on every device.
         generator: source of the keys if none are given (default: torch's global one).
-        device: of the masks; default the keys' device, else the CPU.
+        device: device of the masks; default: the device of the keys, else the CPU.
 
     Returns:
         :class:`Masks` with exactly V visible and M masked tokens in every view.
@@ -333,8 +336,8 @@ def mask_counts(
 
 
 def _check_ratios(K: int, c: float, p: float | None = None) -> None:
-    if K < 1:
-        raise ValueError(f"num_views must be at least 1, got {K}")
+    if not isinstance(K, Integral) or K < 1:
+        raise ValueError(f"num_views must be an integer of at least 1, got {K}")
     if K >= _COUNTS:
         raise ValueError(f"at most {_COUNTS - 1} views, got {K}")
     if not 0.0 < c < 1.0:
@@ -348,7 +351,7 @@ def _check_ratios(K: int, c: float, p: float | None = None) -> None:
 
 
 def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
-    """The side of a masking block in tokens; None means 2 where it divides both grid sides, else 1."""
+    """The side of a masking block in tokens; None means 2 if it divides both grid sides, else 1."""
     h, w = grid
     if h < 1 or w < 1:
         raise ValueError(f"the token grid must be at least 1 x 1, got {h} x {w}")
@@ -363,7 +366,7 @@ def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
 def _draw_units(keys: Tensor, N: int, K: int, M: int, U: int | None) -> Tensor:
     """Draw M of N units in each of K views: [K, B, N] bool, True = masked. U = None draws the views independently.
 
-    The union has the same size for every image, so a number stands for it.
+    The union has the same size for every image, so one number keeps track of it.
     """
     units = torch.arange(N, device=keys.device)
     counts = torch.zeros(keys.shape[0], N, dtype=torch.int64, device=keys.device)  # B, N times masked so far
@@ -391,7 +394,7 @@ def _split(mask: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
 
 
 def _sorted(keys: Tensor) -> Tensor:
-    """Sort int64 keys that differ within a row, each row ascending. On a CPU NumPy's sort is many times as fast."""
+    """Sort the rows of int64 keys, which are distinct within a row. On the CPU NumPy's sort is many times faster."""
     if keys.device.type == "cpu":
         return torch.from_numpy(np.sort(keys.numpy(), axis=-1))
     return keys.sort(dim=-1).values

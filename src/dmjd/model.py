@@ -15,7 +15,7 @@ from dmjd.nn.layers import set_checkpointing
 from dmjd.targets.base import Target
 from dmjd.targets.registry import create_target
 
-# State-dict prefixes of version 0.1: ours. Its checkpoints load.
+# State-dict prefix of version 0.1 -> ours, so that its checkpoints still load.
 FORMER_KEYS = {"decoder.": "branches.mim.decoder.", "distillation.": "branches.vis.head."}
 
 
@@ -142,8 +142,8 @@ class MaskedImageModel(nn.Module):
         Args:
             images_normalized: [B, c, H, W], the encoder's input.
             images_0_255: [B, c, H, W], the same images on the 0..255 scale (HOG is computed from these).
-            masks: of these images, with any K; they replace the model's own.
-            keys: [B] int64, from which the model draws its masks; None = random ones.
+            masks: masks for these images, with any K; None = the model draws them.
+            keys: [B] int64, from which the model draws the masks; None = random keys.
 
         Returns:
             {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Targets may add scalars of their own.
@@ -160,7 +160,7 @@ class MaskedImageModel(nn.Module):
         return out
 
     def _check_sizes(self, images: Tensor, raw: Tensor, masks: Masks) -> None:
-        """Check that masks, both forms of the images and the model's grid agree; none would be cropped silently."""
+        """Check that the masks and both forms of the images fit the model and each other."""
         expected = (masks.visible.shape[1], self.encoder.in_chans, *self.encoder.img_size)
         if masks.mask.shape[-1] != self.encoder.num_patches:
             raise ValueError(f"masks are for {masks.mask.shape[-1]} tokens, the model has {self.encoder.num_patches}")
@@ -183,7 +183,7 @@ class MaskedImageModel(nn.Module):
 
 
 def _check_arguments(masks: Any, mim: Any, vis: Any, former: dict[str, Any]) -> None:
-    """Arguments of version 0.1 raise one error that shows how to write them now."""
+    """Raise one error for arguments of version 0.1, which shows how to write them now."""
     wrong = list(former)
     wrong += ["masks"] if not isinstance(masks, MaskSampler) else []
     wrong += ["mim"] if not isinstance(mim, Reconstruction | None) else []
@@ -199,7 +199,7 @@ def _check_arguments(masks: Any, mim: Any, vis: Any, former: dict[str, Any]) -> 
 
 
 def _rename_former_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Bring the keys of a checkpoint of version 0.1 to ours, in place."""
+    """Rename the keys of a version 0.1 checkpoint, in place."""
     for key in list(state_dict):
         for former, ours in FORMER_KEYS.items():
             if key.startswith(prefix + former):

@@ -6,11 +6,11 @@ from torch import Tensor
 # One stream per random decision, so that e.g. the crop of an image shares no bits with its masks.
 STREAM_EPOCH, STREAM_IMAGE, STREAM_CROP, STREAM_FLIP, STREAM_MASK, STREAM_REPLACE, STREAM_STEP = range(1, 8)
 
-STREAM_SUBSET, STREAM_HOLD_OUT, STREAM_AUGMENT, STREAM_MIX = range(8, 12)  # of evaluations
+STREAM_SUBSET, STREAM_HOLD_OUT, STREAM_AUGMENT, STREAM_MIX = range(8, 12)  # for evaluations
 
-STREAM_DECODE = 12  # of the subset of masked tokens that the decoder predicts
+STREAM_DECODE = 12  # for the subset of masked tokens that the decoder predicts
 
-STREAM_PLACE, STREAM_COLOR = 16, 17  # of images with masks or boxes
+STREAM_PLACE, STREAM_COLOR = 16, 17  # for images with masks or boxes
 
 _MASK64 = (1 << 64) - 1
 
@@ -75,8 +75,9 @@ def image_keys(seed: int, epoch: Tensor, index: Tensor) -> Tensor:
     """The key of each image in an epoch; its crop, flip and masks are functions of it.
 
     Args:
-        seed: of the run.
-        epoch: [B] int64. index: [B] int64, index of the image in its data set.
+        seed: seed of the run.
+        epoch: [B] int64.
+        index: [B] int64, index of the image in its data set.
 
     Returns:
         [B] int64.

@@ -98,7 +98,7 @@ def test_the_table_compares_with_the_baselines_end():
     assert len(curves_figure(runs, "x").axes) == 6
 
 
-def test_sweeps_are_drawn_by_the_recipe_they_start_from(tmp_path):
+def test_sweeps_are_grouped_by_the_recipe_they_start_from(tmp_path):
     files = []
     for number, override in enumerate([{}, {}, {"theta": 4}]):
         runs = [run(name, 0, [0.1, 0.2, value], 2.0) for name, value in (("dmjd", 0.4), (f"change_{number}", 0.5))]
@@ -116,7 +116,7 @@ def test_sweeps_are_drawn_by_the_recipe_they_start_from(tmp_path):
     assert (tmp_path / "sweeps.png").stat().st_size > 5000
 
 
-def test_probes_after_an_interruption_are_made_again(tmp_path):
+def test_probes_after_an_interruption_are_repeated(tmp_path):
     probed = []
 
     def probe(encoder):
@@ -139,7 +139,7 @@ def test_probes_after_an_interruption_are_made_again(tmp_path):
     assert len(probed) == 5
 
 
-def test_held_out_images_are_apart(tmp_path, image_folder):
+def test_held_out_images_are_disjoint_from_the_training_images(tmp_path, image_folder):
     split(str(image_folder), tmp_path / "data", 0.25)
     train, test = (open_source(str(tmp_path / "data"), split=part, labels="column") for part in ("train", "test"))
     assert (len(train), len(test)) == (18, 6)

@@ -1,4 +1,4 @@
-"""The command line: help, suggestions, one short message for each mistake, and all commands in turn."""
+"""The command line: help, suggestions, a short message for each user error, and all commands in sequence."""
 
 import contextlib
 import importlib
@@ -15,7 +15,7 @@ import pytest
 from support import TINY, dmjd, mistake
 
 from dmjd.cli.main import main
-from dmjd.config.fields import SHOW_KINDS
+from dmjd.figures.kinds import KINDS
 
 
 def test_help_is_quick_and_ends_with_an_example():
@@ -32,7 +32,7 @@ print([name for name in ("torch", "numpy", "matplotlib") if name in sys.modules]
     assert done.stdout.strip() == "[]"
     started = time.perf_counter()
     assert dmjd("--help").stdout.splitlines()[-1].strip().startswith("dmjd pretrain")
-    assert time.perf_counter() - started < 5  # far above the second promised, far below an import of torch
+    assert time.perf_counter() - started < 5  # it should take one, but an import of torch takes more
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_flag_of_a_former_version_names_the_new_one(capsys, command, old, new)
         (["compare"], "required: RUN"),
     ],
 )
-def test_mistakes_before_anything_heavy(capsys, arguments, message):
+def test_user_errors_found_before_torch_is_imported(capsys, arguments, message):
     assert message in mistake(capsys, *arguments)
 
 
@@ -92,7 +92,7 @@ def test_mistakes_before_anything_heavy(capsys, arguments, message):
         (["--depth", "1", "2", "3"], "takes 1 number(s)"),
     ],
 )
-def test_mistakes_found_when_the_parts_are_built(capsys, tmp_path, flags, message):
+def test_user_errors_found_while_building(capsys, tmp_path, flags, message):
     arguments = ["pretrain", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags]
     assert message in mistake(capsys, *arguments)
     assert not (tmp_path / "run").exists()
@@ -110,7 +110,7 @@ def test_data_without_images(capsys, tmp_path):
 
 @contextlib.contextmanager
 def as_somebody() -> Iterator[None]:
-    """Drop the superuser's permission to read everything, if the tests run as superuser."""
+    """Drop root's permission to read everything, if the tests run as root."""
     superuser = os.geteuid() == 0
     if superuser:
         os.seteuid(65534)
@@ -139,9 +139,9 @@ def test_a_folder_without_permission(capsys, tmp_path):
         data.chmod(0o755)
 
 
-def test_folders_that_are_no_runs(capsys, tmp_path):
-    assert "is no run folder" in mistake(capsys, "evaluate", "knn", tmp_path / "nothing", "--data", "digits")
-    assert "is no run folder" in mistake(capsys, "evaluate", "knn", tmp_path)
+def test_folders_that_are_not_runs(capsys, tmp_path):
+    assert "is not a run folder" in mistake(capsys, "evaluate", "knn", tmp_path / "nothing", "--data", "digits")
+    assert "is not a run folder" in mistake(capsys, "evaluate", "knn", tmp_path)
     assert mistake(capsys, "show", "masks", tmp_path, "--out", tmp_path / "x.png")
     (tmp_path / "file").write_text("x")
     assert "is a file" in mistake(capsys, "pretrain", "digits", "--out", tmp_path / "file", *TINY, "--steps", 1)
@@ -153,7 +153,7 @@ def run_command(capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_the_whole_way(tmp_path, image_folder, capsys):
+def test_all_commands_in_sequence(tmp_path, image_folder, capsys):
     """Folder -> encoder -> evaluation with folder labels -> figures, features, exported file."""
     run = tmp_path / "run"
     run_command(
@@ -165,7 +165,7 @@ def test_the_whole_way(tmp_path, image_folder, capsys):
     assert (run / "evaluation" / "knn.json").exists()
     assert "linear_sweep" in run_command(capsys, "evaluate", "linear", run, *sets, "--sweep", "--steps", 2)
     assert (run / "evaluation" / "linear_sweep.json").exists()
-    for kind in SHOW_KINDS:
+    for kind in KINDS:
         run_command(capsys, "show", kind, run, "--out", tmp_path / f"{kind}.png", "--num-images", 2)
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     assert "knn" in run_command(capsys, "compare", run, run, "--out", tmp_path / "bars.png")
@@ -174,7 +174,7 @@ def test_the_whole_way(tmp_path, image_folder, capsys):
     assert np.load(features).shape == (24, 32)
     usage = run_command(capsys, "export", run, "--format", "timm", "--out", tmp_path / "vit.safetensors")
     found: dict = {}
-    exec(usage.partition("Load it by:")[2].strip(), found)
+    exec(usage.partition("Load it with:")[2].strip(), found)
     assert found["model"].num_features == 32
     cats = image_folder / "cats"
     mistake(capsys, "evaluate", "knn", run, "--data", cats, "--test-data", cats, "--labels", "folder")

@@ -1,4 +1,4 @@
-"""Recipes: each differs from its neighbor only in what it is named after, and builds a model that trains."""
+"""Recipes: each differs from its base only in what it is named after, and builds a model that trains."""
 
 import dataclasses
 import inspect
@@ -9,8 +9,8 @@ import torch
 from support import mistake
 
 from dmjd.config import recipes
-from dmjd.config.pretrain import PretrainConfig
-from dmjd.runs.build import build_model
+from dmjd.config.pretrain import PretrainConfig, resume_differences
+from dmjd.runs.build import build_masks, build_model
 
 TINY = {"img_size": 32, "encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False}
 HYBRID = {
@@ -89,7 +89,7 @@ def test_folder_depends_on_the_image_size():
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 
-def test_the_papers_recipe_is_the_default_and_its_numbers_stand():
+def test_the_default_recipe_has_the_papers_settings():
     assert dataclasses.replace(PretrainConfig(), recipe="dmjd") == recipes.dmjd()
     config = recipes.dmjd()
     assert (config.num_views, config.mask_ratio, config.target, config.theta) == (2, 0.6, "hog", 1.0)
@@ -102,7 +102,7 @@ def test_the_papers_recipe_is_the_default_and_its_numbers_stand():
 def test_a_docstring_holds_the_command(name):
     text = inspect.getdoc(recipes.RECIPES[name])
     assert f"dmjd pretrain {'' if name == 'dmjd' else name + ' '}" in text
-    assert len(text.splitlines()[0]) < 105  # it stands in the help
+    assert len(text.splitlines()[0]) < 105  # the help shows it
 
 
 @pytest.mark.parametrize("name", ["mae", "maskfeat", "dm", "jd", "dmjd", "complementary", "independent"])
@@ -131,13 +131,13 @@ def test_convmaes_own_ratios_and_dmjds():
     assert same.branches["mim"].decoder.mlp_ratio == theirs.branches["mim"].decoder.mlp_ratio == 8.0
 
 
-def test_the_field_that_masks_replaced_is_named():
+def test_the_former_field_of_masks_is_an_error_with_the_new_name():
     with pytest.raises(ValueError, match=r"disjoint is now masks: .*--masks independent"):
         recipes.dmjd(disjoint=False)
 
 
 @pytest.mark.parametrize("flag", ["--no-disjoint", "--disjoint"])
-def test_the_flag_that_masks_replaced_is_named(flag, capsys):
+def test_the_former_flag_of_masks_is_an_error_with_the_new_name(flag, capsys):
     assert "setting disjoint is now masks" in mistake(capsys, "pretrain", flag)
 
 
@@ -146,7 +146,7 @@ def test_the_flag_that_masks_replaced_is_named(flag, capsys):
     [
         ("dmjd", {}, True, "disjoint"),
         ("independent", {}, False, "independent"),
-        ("complementary", {}, True, "complementary"),
+        ("complementary", {}, True, "disjoint"),
         ("complementary", {"masks": "disjoint", "mask_ratio": 0.8}, True, "disjoint"),
     ],
 )
@@ -155,6 +155,24 @@ def test_masks_of_a_configuration_of_version_0_1(recipe, changes, disjoint, mask
     former = json.loads(config.to_json())
     del former["masks"]
     assert PretrainConfig.from_json(json.dumps(former | {"disjoint": disjoint})) == config.replace(masks=masks)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_views": 3, "mask_ratio": 2 / 3}])
+def test_a_complementary_run_of_version_0_1_resumes(changes):
+    config = recipes.complementary(**changes)
+    former = json.loads(config.to_json())
+    del former["masks"]
+    before = PretrainConfig.from_json(json.dumps(former | {"disjoint": True}))
+    assert resume_differences(before, config) == []
+    assert resume_differences(before, config.replace(masks="independent")) == ["masks: disjoint -> independent"]
+    keys = torch.arange(5)
+    masks = [build_masks(c).draw(keys, (6, 6)) for c in (before, config)]
+    assert torch.equal(masks[0].mask, masks[1].mask)
+
+
+def test_a_changed_setting_that_the_masks_do_not_take_is_an_error():
+    with pytest.raises(ValueError, match="pred_ratio has no meaning with independent masks"):
+        build_model(recipes.dmjd(masks="independent", pred_ratio=0.9, **TINY))
 
 
 def test_unknown_masks_are_named():

@@ -18,7 +18,7 @@ def mask_loader(root: Path, workers: int = 0) -> ExampleLoader:
     return ExampleLoader(open_resolved(root)[0], augment, batch_size=3, seed=1, num_workers=workers)
 
 
-def test_batches_follow_from_the_step_for_any_workers(camvid_layout):
+def test_batches_depend_on_the_step_only_for_any_number_of_workers(camvid_layout):
     streams = [
         mask_loader(camvid_layout).batches(),
         mask_loader(camvid_layout, 2).batches(),
@@ -50,7 +50,7 @@ def test_an_unreadable_image_is_replaced_and_named_once(camvid_layout):
     assert "01.png" in warnings[0]
 
 
-def test_objects_off_the_canvas_and_crowds_are_dropped():
+def test_objects_outside_the_canvas_and_crowds_are_dropped():
     rng = np.random.default_rng(0)
     image, _, objects = make_scene(rng)
     boxes = torch.tensor([[x, y, x + w, y + h] for _, (x, y, w, h) in objects], dtype=torch.float32)

@@ -87,7 +87,7 @@ def test_covering_and_fit_scale():
     assert scaled_size((100, 200), fit_scale((100, 200), (50, 50))) == (25, 50)
 
 
-def test_color_jitter_follows_from_the_key_and_stays_in_range():
+def test_color_jitter_depends_on_the_key_and_stays_in_range():
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
     changed = [jitter_colors(image, key) for key in range(12)]
     assert all(torch.equal(jitter_colors(image, key), changed[key]) for key in range(12))

@@ -20,7 +20,7 @@ def test_mean_and_deviation_are_those_of_all_pixels(tmp_path):
     assert warning is None
 
 
-def test_a_small_range_is_warned_of(tmp_path):
+def test_a_small_range_gives_a_warning(tmp_path):
     for i in range(3):
         np.save(tmp_path / f"{i}.npy", np.full((4, 5, 6), 1000 * (i + 1), np.uint16))
     mean, std, warning = measure_stats(open_source(tmp_path, in_chans=6))

@@ -39,7 +39,7 @@ def keys(batches):
     return torch.cat([b.keys for b in batches])
 
 
-def test_permutation_is_one_and_differs_by_epoch_and_seed():
+def test_permutations_differ_by_epoch_and_seed():
     for n in (1, 2, 1000):
         assert torch.equal(permutation(0, 3, n).sort().values, torch.arange(n))
     orders = [tuple(permutation(seed, epoch, 50).tolist()) for seed in (0, 1) for epoch in (0, 1)]
@@ -55,7 +55,7 @@ def test_permutation_is_one_and_differs_by_epoch_and_seed():
     start=st.integers(0, 5),
     seed=st.integers(0, 2**31),
 )
-def test_ranks_and_micro_batches_join_to_the_one_stream(length, per_process, accumulate, world_size, start, seed):
+def test_ranks_and_micro_batches_together_give_one_stream(length, per_process, accumulate, world_size, start, seed):
     batch_size = per_process * accumulate * world_size
     whole = Stream(length, batch_size, seed=seed)
     parts = [Stream(length, batch_size, accumulate, seed, rank, world_size) for rank in range(world_size)]
@@ -72,7 +72,7 @@ def test_ranks_and_micro_batches_join_to_the_one_stream(length, per_process, acc
 
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(1, 50), batch_size=st.integers(1, 60))
-def test_no_image_is_lost_or_doubled_in_an_epoch(length, batch_size):
+def test_no_image_is_lost_or_repeated_in_an_epoch(length, batch_size):
     stream = Stream(length, batch_size)
     steps = -(-3 * length // batch_size)
     indices, drawn_keys = zip(*map(stream.draw, itertools.islice(stream.micro_batches(0), steps)), strict=True)
@@ -85,7 +85,7 @@ def test_no_image_is_lost_or_doubled_in_an_epoch(length, batch_size):
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "world_size"), [(0, 1, 1), (10, 4, 1), (10, 1, 3), (12, 2, 4)])
-def test_uneven_shares_are_refused(batch_size, accumulate, world_size):
+def test_uneven_batches_are_refused(batch_size, accumulate, world_size):
     with pytest.raises(ValueError, match="make it a multiple of"):
         Stream(100, batch_size, accumulate, 0, 0, world_size)
 
@@ -105,7 +105,7 @@ def test_images_are_those_of_the_keys(shapes, dtype):
         assert torch.equal(keys(half), image_keys(0, torch.full((30,), epoch), seen))
 
 
-def test_same_bits_for_any_workers_and_any_start(noise_folder):
+def test_same_bits_for_any_number_of_workers_and_any_start(noise_folder):
     def loader(workers):
         return TrainLoader(noise_folder, img_size=(16, 12), batch_size=8, accumulate=2, seed=3, num_workers=workers)
 

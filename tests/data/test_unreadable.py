@@ -24,14 +24,14 @@ def test_unreadable_images_are_counted_once():
     unreadable.check(None, 1001)
 
 
-def test_each_is_warned_of_once():
+def test_each_image_gives_one_warning():
     unreadable, warnings = UnreadableImages([("a", "cut")]), []
     unreadable.add_and_warn([("a", "cut"), ("b", "empty"), ("b", "empty")], warnings.append)
     assert warnings == ["unreadable, replaced by another image: b: empty"]
     assert unreadable.count == 2
 
 
-def test_both_replacement_rules_are_one():
+def test_both_replacement_functions_agree():
     readable = torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.4
     all_keys = torch.arange(200) * 1_000_003
     indices = all_keys % 50
@@ -47,7 +47,7 @@ def test_both_replacement_rules_are_one():
     assert replace_unreadable(indices, all_keys, readable).tolist() == one_by_one
 
 
-def test_the_former_name_names_the_new_one():
+def test_the_former_name_is_an_error_with_the_new_name():
     with pytest.raises(AttributeError, match=r"BadPictures is now dmjd\.data\.UnreadableImages"):
         _ = dmjd.data.BadPictures
     assert all(callable(getattr(dmjd.data, name)) for name in dmjd.data.__all__)

@@ -1,4 +1,4 @@
-"""Worker processes: their number, errors, signals and end."""
+"""Worker processes: number, errors, signals and termination."""
 
 import itertools
 import os
@@ -52,7 +52,7 @@ def test_the_global_generator_is_not_used(noise_folder):
 
 
 def children():
-    """Ids of the worker processes of this one."""
+    """Ids of the child processes of this process."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True)
     return {int(pid) for pid in listed.stdout.split() if os.path.exists(f"/proc/{pid}")}
 
@@ -65,7 +65,7 @@ def test_closing_ends_the_workers_and_interrupts_do_not(noise_folder):
     workers = {pid for pid in children() - before if b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()}
     assert len(workers) >= 2
     for pid, name in itertools.product(workers, ["INT", "TERM"]):
-        subprocess.run(["kill", f"-{name}", str(pid)], check=True)  # from another process, as a cluster does
+        subprocess.run(["kill", f"-{name}", str(pid)], check=True)  # sent by another process, as on a cluster
     for _ in range(20):
         next(batches)
     batches.close()
@@ -89,7 +89,7 @@ if sys.argv[2] == "raise":
 
 
 def test_a_process_ends_with_a_live_iterator(noise_folder):
-    """Neither a normal end nor an exception may hang on workers that ignore signals."""
+    """A process must not hang on workers that ignore signals, whether it ends normally or by an exception."""
     runs = {
         end: subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(noise_folder.root), end],

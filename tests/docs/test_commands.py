@@ -37,7 +37,7 @@ class Block:
     run: bool
     slow: bool
     flags: tuple[str, ...]  # added to its ``dmjd pretrain`` commands
-    given: tuple[str, ...]  # what must be there before it
+    given: tuple[str, ...]  # what must exist before it runs
 
 
 def blocks(page: Path) -> list[Block]:
@@ -52,14 +52,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The commands of a shell block, as words; comments and line continuations are the shell's."""
+    """The commands of a shell block, split into words; comments and line continuations as in a shell."""
     lines = code.replace("\\\n", " ").splitlines()
     parts = [part for line in lines for part in line.split("&&")]
     return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 def provide(name: str, folder: Path, first_run: Path) -> None:
-    """Put what a page starts from into its folder."""
+    """Put the files that a page starts from into its folder."""
     path = folder / name
     if path.exists():
         return
@@ -98,7 +98,7 @@ def run_page(page: Path, folder: Path, first_run: Path, slow: bool) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads of tiny models wait for each other longer than they compute."""
+    """With tiny models, threads spend more time waiting for each other than computing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -107,7 +107,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory) -> Path:
-    """What ``dmjd pretrain digits --out runs/first`` leaves, after a few steps instead of minutes."""
+    """The result of ``dmjd pretrain digits --out runs/first``, after a few steps instead of minutes."""
     folder = tmp_path_factory.mktemp("first") / "runs" / "first"
     flags = "--steps 3 --batch-size 8 --eval-every 0 --no-final-eval --device cpu --num-workers 0"
     assert main(["pretrain", "digits", "--out", str(folder), *flags.split()]) == 0
@@ -134,7 +134,7 @@ def test_all_blocks_of_a_page_run(page, tmp_path, first_run, monkeypatch):
 
 
 def test_every_command_of_the_pages_parses():
-    """Blocks too long to run still have flags that exist: their ``--help`` and flags come from the same parser."""
+    """Blocks that take too long to run must still use flags that exist."""
     unknown = []
     for page in PAGES:
         for language, code in FENCE.findall(page.read_text(encoding="utf-8")):

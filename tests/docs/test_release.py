@@ -1,4 +1,4 @@
-"""What a release states in several places agrees."""
+"""Facts that a release states in several places agree."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ def test_readme_keeps_the_lines_that_ci_reads():
 
 
 def test_links_of_the_root_files_lead_somewhere():
-    """MkDocs checks the pages; README and its neighbors are read on their own."""
+    """MkDocs checks the pages of docs/; this covers the Markdown files in the root."""
     for page in ROOT.glob("*.md"):
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (ROOT / link).exists(), f"{page.name}: {link}"

@@ -1,4 +1,4 @@
-"""What all encoders have in common: visible tokens, positions, pooling, initialization, stochastic depth."""
+"""Behavior of all encoders: visible tokens, positions, pooling, initialization, stochastic depth."""
 
 import copy
 import math
@@ -59,7 +59,7 @@ def test_masked_positions_never_influence_visible_ones(name):
             if name.startswith("conv"):
                 dense = encoder.forward_masked_dense(changed, masks.visible[k])[0]
                 torch.testing.assert_close(dense, before[k], rtol=0, atol=1e-5)
-        other = torch.where(masked, images, images + 1.0)  # and visible pixels do matter
+        other = torch.where(masked, images, images + 1.0)  # visible pixels do matter
         assert not torch.allclose(encoder(other, visible=masks.visible)[1], before[1])
 
 
@@ -132,7 +132,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(name):
 
 
 def assert_uniform(weight: torch.Tensor, bound: float, key: str) -> None:
-    """Uniform in +-bound: nothing outside, the edges reached, the right variance."""
+    """Check a uniform distribution in +-bound: nothing outside, edges reached, the right variance."""
     n = weight.numel()
     assert weight.abs().max() <= bound * (1 + 1e-6), key
     assert weight.abs().max() > bound * (1 - 20 / n), key
@@ -187,7 +187,7 @@ def test_parameters_have_layers(name):
 
 @pytest.mark.parametrize(("name", "backend"), [("vit_tiny_patch8", "eager"), ("conv_vit_tiny_patch8", "aot_eager")])
 def test_training_step_compiles_to_one_graph(name, backend):
-    """``fullgraph`` refuses graph breaks; "aot_eager" traces the backward pass too."""
+    """``fullgraph`` fails on graph breaks; "aot_eager" traces the backward pass too."""
     sizes = {"embed_dims": (4, 4, 8), "depths": (1, 1, 1)} if name.startswith("conv") else {"embed_dim": 8, "depth": 1}
     torch.manual_seed(0)
     encoder = create_encoder(name, img_size=16, num_heads=2, **sizes)

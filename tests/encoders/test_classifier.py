@@ -31,7 +31,7 @@ def test_file_round_trip(classifier, tmp_path):
         assert torch.equal(loaded(images), classifier(images))
 
 
-def test_prediction_is_of_the_center(classifier):
+def test_predictions_use_the_center_crop(classifier):
     torch.nn.init.normal_(classifier.head.weight)
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     predictions = classifier.predict(image)
@@ -61,7 +61,7 @@ def test_errors(classifier, tmp_path):
         load_classifier(tmp_path)
     file = tmp_path / "encoder.safetensors"
     file.write_bytes(encoder_bytes(classifier.encoder))
-    with pytest.raises(ValueError, match=r"encoder\.safetensors is no classifier of dmjd; dmjd\.load_encoder reads"):
+    with pytest.raises(ValueError, match=r"encoder\.safetensors is not a dmjd classifier; dmjd\.load_encoder reads"):
         load_classifier(file)
     file.write_bytes(classifier_bytes(classifier)[:1000])
     with pytest.raises(ValueError, match=r"not a readable safetensors file .* cut short"):

@@ -1,4 +1,4 @@
-"""Encoders by name: sizes, errors, copies, and a family that a single registry entry adds."""
+"""Encoders by name: sizes, errors, copies, and a new family added by one registry entry."""
 
 import ast
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_every_name_builds(name):
         ("vit_tiny_patch16", {"embed_dim": 30}, "divisible by 4"),
     ],
 )
-def test_what_cannot_be_built_says_why(name, options, message):
+def test_errors_explain_what_cannot_be_built(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_encoder(name, **{"img_size": 32} | options)
 
@@ -102,7 +102,7 @@ def test_the_nearest_name_is_that_of_the_nearest_width():
 
 
 class Toy(Encoder):
-    """Two transformer blocks on patches; a finer map of its own from the quarters of each patch."""
+    """Two transformer blocks on patches, and a finer map from the quarters of each patch."""
 
     SIZES: ClassVar = {"mini": {"width": 16, "layers": 2}}
     PATCHES = (8,)
@@ -156,7 +156,7 @@ def toy(monkeypatch):
 
 
 def test_one_entry_adds_a_family(toy, image_folder, tmp_path):
-    """Named, sized by settings, pre-trained, saved, loaded and evaluated; nothing else knows of it."""
+    """It is named, sized by settings, pre-trained, saved, loaded and evaluated without any other change."""
     assert toy in encoder_names()
     with pytest.raises(ValueError, match="did you mean 'toy_mini_patch8'"):
         create_encoder("toy_mni_patch8")
@@ -193,7 +193,7 @@ def test_a_new_family_has_layers_and_a_pyramid(toy):
 
 
 def test_families_are_named_in_their_own_files_only():
-    """Outside of the encoders no string is the name of a family: nobody asks what kind an encoder is."""
+    """Outside of the encoders, no string is the name of a family: no code depends on the kind of encoder."""
     package, literal = Path(dmjd.__file__).parent, {"vit", "conv_vit", "conv"}
     for file in package.rglob("*.py"):
         if file.parent.name == "encoders":

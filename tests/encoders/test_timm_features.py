@@ -1,4 +1,4 @@
-"""The parts of timm that are not public: tried on the versions below; a failure here means that timm has moved them."""
+"""Non-public parts of timm, tested with the versions below. A failure means that timm has changed them."""
 
 import inspect
 
@@ -9,7 +9,7 @@ from timm.models import _features
 
 from dmjd.encoders.timm_features import FeatureGetterNet, feature_backbone, take_indices
 
-TRIED_ON = ("1.0.21", "1.0.31")  # timm: the oldest version allowed, and the newest at the time
+TRIED_ON = ("1.0.21", "1.0.31")  # timm: the oldest version allowed, and the newest one tested
 
 
 def test_timm_still_has_what_is_used():

@@ -1,4 +1,4 @@
-"""Encoder files: round trips, use by other programs, errors."""
+"""Encoder files: round trips, use by other libraries, errors."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_encoder_file_does_not_depend_on_drop_path():
     [("vit_tiny_patch8", {"class_token": True}, (0, 1)), ("conv_vit_tiny_patch4", {}, (0, 1, 2))],
 )
 def test_a_trained_encoder_as_a_frozen_backbone(name, options, indices, tmp_path):
-    """What libraries ask of a timm backbone (feature_info, a list of maps), inside somebody's own training step."""
+    """Libraries use ``feature_info`` and the list of maps of a timm backbone, in their own training step."""
     encoder = small_encoder(name, img_size=(16, 24), **options)
     (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
     backbone = load_encoder(tmp_path, features_only=True, out_indices=indices)
@@ -75,7 +75,7 @@ def test_a_trained_encoder_as_a_frozen_backbone(name, options, indices, tmp_path
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_a_trained_encoder_in_anyones_loop(tmp_path):
+def test_a_trained_encoder_in_a_custom_loop(tmp_path):
     encoder = small_encoder("vit_tiny_patch8", img_size=16)
     (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
     loaded = load_encoder(tmp_path)
@@ -110,7 +110,7 @@ def test_load_encoder_errors(tmp_path):
         assert "\n" not in str(caught.value)
 
     refused(tmp_path / "nowhere", "nowhere does not exist: give a run folder")
-    refused(tmp_path, "holds no encoder.safetensors: it is no run folder")
+    refused(tmp_path, "holds no encoder.safetensors: it is not a run folder")
     (tmp_path / "text.safetensors").write_text("not weights")
     refused(tmp_path / "text.safetensors", "not a readable safetensors file .* may be cut short")
     encoder = small_encoder("vit_tiny_patch8", img_size=16)

@@ -25,13 +25,13 @@ def test_messages_and_tables(capsys):
     assert "value" in printed.out
 
 
-def test_progress_off_a_terminal_is_a_line_now_and_then_and_at_the_end(capsys):
+def test_progress_without_a_terminal_is_an_occasional_line_and_one_at_the_end(capsys):
     console = Console()
     for step in (1, 2, 4):
         console.progress(step / 4, step, step / 2, seconds=step, scalars=SCALARS)
     console.close()
     first, last = capsys.readouterr().err.splitlines()
-    assert PLAIN_SECONDS > 1  # so the line of step 2 comes too soon
+    assert PLAIN_SECONDS > 1  # so it is too soon for the line of step 2
     assert first == " 25.0 %  step 1  epoch 0.5  loss 0.5000  12 images/s  data wait 25 %  left 0:00:03"
     assert last.startswith("100.0 %  step 4  epoch 2.0")
 

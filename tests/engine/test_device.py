@@ -1,4 +1,4 @@
-"""Devices, precision and seeds, freed memory, and the private parts of Lightning that are used."""
+"""Devices, precision, seeds, freed memory, and the private parts of Lightning that are used."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ from dmjd.engine.device import (
     unscale_gradients,
 )
 
-LIGHTNING_TRIED = "2.6"  # the version whose private precision plugin was last looked at
+LIGHTNING_TRIED = "2.6"  # the version whose private precision plugin was last checked
 
 
 def test_a_step_is_seeded_as_by_torch():
@@ -30,7 +30,7 @@ def test_a_step_is_seeded_as_by_torch():
     assert torch.equal(drawn, torch.rand(5))
 
 
-def test_lightning_still_has_what_is_used_of_its_private_parts():
+def test_lightning_still_has_the_private_parts_that_are_used():
     version = f"lightning {lightning.__version__} (tried: {LIGHTNING_TRIED})"
     assert precision_name(make_fabric("cpu", "fp32")) == "32-true", version
     assert precision_name(make_fabric("cpu", "bf16")) == "bf16-mixed", version
@@ -61,7 +61,7 @@ def test_inputs_are_not_rounded():
         ("cpu", "fp16", "fp16 needs a CUDA device"),
     ],
 )
-def test_mistakes(device, precision, message):
+def test_errors(device, precision, message):
     with pytest.raises(ValueError, match=message):
         make_fabric(device, precision)
 
@@ -75,7 +75,7 @@ def test_without_cuda():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is one of glibc's")
 def test_freed_memory_stays_with_the_process():
-    """Tensors of sizes seen before cost no new pages; by default each tensor does."""
+    """Tensors of sizes seen before need no new pages; by default every tensor does."""
     program = """
 import resource, sys, torch
 from dmjd.engine.device import keep_freed_memory

@@ -39,7 +39,7 @@ def ones():
 
 @pytest.mark.parametrize("eager", [True, False], ids=["host", "device"])
 def test_a_non_finite_loss_stops_before_the_step(eager):
-    """On accelerators the update is skipped on the device, and the step is found when scalars are logged."""
+    """On accelerators the update is skipped on the device, and the step is reported when scalars are logged."""
     task = Toy(nan_at=4)
     engine = engine_of(task, log_every=6)
     engine._eager = eager
@@ -75,7 +75,7 @@ def test_a_signal_stops_after_the_step_and_the_run_resumes():
 
     with StopSignal() as stop:
         assert not engine.run(ones(), [interrupt], stop)
-    assert engine.state.step == 4  # the signal of step 3 is seen in the step after it
+    assert engine.state.step == 4  # a signal sent after step 3 takes effect after step 4
     state = engine.state_dict()
     again = engine_of(Toy())
     again.load_state_dict(state)

@@ -58,7 +58,7 @@ def test_muon_orthogonalizes_updates_of_matrices_and_leaves_the_rest_to_adamw():
         model(x).square().mean().backward()
         optimizer.step()
     update = models["muon"][0].weight - before["0.weight"]
-    values = torch.linalg.svdvals(update)[:-1]  # the norm takes one direction's gradient away
+    values = torch.linalg.svdvals(update)[:-1]  # the norm removes one direction of the gradient
     assert values[0] / values[-1] < 1.5  # all directions by about the same amount
     values = torch.linalg.svdvals(models["adamw"][0].weight - before["0.weight"])[:-1]
     assert values[0] / values[-1] > 4
@@ -69,7 +69,7 @@ def test_muon_orthogonalizes_updates_of_matrices_and_leaves_the_rest_to_adamw():
 
 
 def test_reserved_state_is_that_of_the_first_step():
-    """Two steps from reserved state give the bits of two ordinary ones, and state dicts have the same entries."""
+    """Two steps from reserved state give the same bits as two ordinary steps, and the same state dict entries."""
     found = []
     for reserve in (True, False):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Fixtures of evaluations: one thread, and a run folder as pre-training leaves it."""
+"""Fixtures of evaluations: one thread, and a run folder as written by pre-training."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Steps of a probe are too small to share out; on a busy machine threads that wait for each other cost most."""
+    """Steps of a probe are too small for several threads, which wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -21,7 +21,7 @@ def _one_thread():
 
 @pytest.fixture
 def run(tmp_path, image_folder):
-    """A run folder as pre-training leaves it, with images in two class folders and a test part."""
+    """A run folder as written by pre-training, with images in two class folders and a test part."""
     data = tmp_path / "my data"
     shutil.copytree(image_folder, data / "train")
     shutil.copytree(image_folder / "cats", data / "test" / "cats")

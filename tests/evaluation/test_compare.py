@@ -1,4 +1,4 @@
-"""Runs side by side: their scores, and the settings in which they differ."""
+"""Comparison of runs: their scores, and the settings in which they differ."""
 
 import json
 
@@ -11,7 +11,7 @@ from dmjd.evaluation.compare import Score, compare, comparison_figure, compariso
 
 
 def result(top1: float, **changes) -> dict:
-    """What an evaluation writes, in short."""
+    """A shortened version of what an evaluation writes."""
     parts = {"result": {"top1": top1, "top5": 0.9}, "random_init": {"top1": 0.1}, "raw_pixels": {"top1": 0.3}}
     rest = {"configuration": {"k": 20}, "seed": 0, "data": {"train": "d", "fingerprint": "a/b"}}
     return parts | rest | changes
@@ -65,7 +65,7 @@ def test_scores_and_what_differs(runs):
     assert all(word in text for word in ("50.0", "75.0", "40.0 ± 2.0", "theta", "knn.k"))
 
 
-def test_evaluations_on_different_data_are_told_apart(runs):
+def test_evaluations_on_different_data_are_distinguished(runs):
     file = runs[0] / "evaluation" / "knn.json"
     file.write_text(json.dumps(result(0.5, data={"fingerprint": "c/d"}, seed=1)))
     differences = compare(*runs).differences
@@ -73,7 +73,7 @@ def test_evaluations_on_different_data_are_told_apart(runs):
     assert differences["knn.seed"] == ["1", "0"]
 
 
-def test_a_run_and_itself_differ_in_nothing(runs):
+def test_a_run_does_not_differ_from_itself(runs):
     found = compare(runs[0], f"{runs[0]}/")
     assert found.runs == ["run"]
     assert not found.differences
@@ -101,7 +101,7 @@ def test_the_command_prints_tables_and_draws(runs, tmp_path, capsys):
     assert (tmp_path / "new" / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrong_calls_say_what_to_do(runs, tmp_path, capsys):
+def test_errors_say_what_to_do(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
 
     def refused(message: str, *arguments: object) -> None:
@@ -113,7 +113,7 @@ def test_wrong_calls_say_what_to_do(runs, tmp_path, capsys):
     file = runs[0] / "evaluation" / "knn.json"
     for content in ("{", "[]", '{"result": 3}'):
         file.write_text(content)
-        refused(f"{file} is no result of dmjd evaluate", *runs)
+        refused(f"{file} is not a result of dmjd evaluate", *runs)
     file.write_text('{"result": {"note": "x"}}')
     refused("has no number in its result", *runs)
     file.unlink()

@@ -92,7 +92,7 @@ def test_anchors_match_their_cells_and_the_canvas():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch16"])
 def test_an_object_is_cropped_from_the_finest_map_on_which_it_spans_14_to_28_cells(name):
-    """On a canvas of any size: a smaller canvas has smaller objects, not coarser ones."""
+    """The rule does not depend on the size of the canvas: objects on a smaller canvas are smaller."""
     pool = task_of(tiny(name, (64, 64))).rcnn.roi_heads.box_roi_pool
     maps = {str(i): torch.full((1, 1, 256 // s, 256 // s), float(s)) for i, s in enumerate((4, 8, 16, 32))}
     found = torch.tensor([[0.0, 0.0, side, side] for side in (16, 64, 111, 113, 225)])
@@ -129,7 +129,7 @@ def test_predictions_are_in_the_pixels_of_their_image():
 
 
 def measured(source, found) -> dict:
-    """The scores of given predictions, by the evaluation's own path."""
+    """Scores of given predictions, computed by the evaluation itself."""
     evaluation = object.__new__(Detection)
     evaluation.train = evaluation.test = source
     task = task_of(tiny())
@@ -139,7 +139,7 @@ def measured(source, found) -> dict:
 
 
 def perfect_predictions(source, scale: float) -> list[dict[str, torch.Tensor]]:
-    """The ground truth as predictions on canvases ``scale`` times the image."""
+    """The ground truth as predictions, on canvases of ``scale`` times the image size."""
     predictions = []
     for i in range(len(source)):
         target = source.read_example(i)[1]
@@ -193,7 +193,7 @@ def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
     assert results_table({"detection": result}).row_count == 8
 
 
-def test_masks_are_learned_where_every_object_has_one(tmp_path):
+def test_masks_are_learned_if_every_object_has_one(tmp_path):
     data = make_detection_set(tmp_path / "data", {"train": 4, "val": 2}, instance_masks=True)
     run = make_run(tmp_path / "run")
     options = {"data": data, "steps": 2, "img_size": 32, **QUICK}
@@ -239,7 +239,7 @@ def test_the_command_prints_a_table_and_corrections(capsys, tmp_path):
     assert "1 of 6 boxes that reach out" in result["data"]["notes"][0]
 
 
-def test_mistakes_are_named_before_training(capsys, boxes, tmp_path, image_folder):
+def test_errors_are_raised_before_training(capsys, boxes, tmp_path, image_folder):
     run = make_run(tmp_path / "run")
 
     def message(*arguments) -> str:

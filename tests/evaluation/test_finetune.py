@@ -1,4 +1,4 @@
-"""Fine-tuning learns, resumes bit for bit, and saves a classifier; the parts of the recipe."""
+"""Fine-tuning: it learns, resumes bit for bit and saves a classifier; parts of the recipe; errors."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_fine_tuning_learns_and_leaves_a_classifier(run, stripes):
     assert best.predict(test.read(0))[0][1] > 0.5
 
 
-def test_what_is_finished_is_not_trained_again(run):
+def test_finished_trainings_are_not_repeated(run):
     first = finetune(run, steps=2, device="cpu")
     times = {file: file.stat().st_mtime_ns for file in run.rglob("metrics.jsonl")}
     assert len(times) == 2
@@ -108,7 +108,7 @@ def test_low_shot_and_seeds(run):
 
 
 def test_interrupted_and_resumed_it_ends_with_the_same_bits(run, tmp_path, monkeypatch):
-    """All that is random is on: augmentation, mixing, drop path; and a moving average of the weights."""
+    """With everything random enabled (augmentation, mixing, drop path), and a moving average of the weights."""
     options = EVERYTHING | {"steps": 12, "batch_size": 8, "checkpoint_every": 3, "log_every": 1, "eval_every": 0.5}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected = finetune(run, out=whole, device="cpu", **options)
@@ -161,7 +161,7 @@ def test_layer_ids_and_decay():
     assert scales == {0.5**i for i in range(13)}  # stages 1 and 2, eleven blocks, head
 
 
-def test_the_published_recipe_and_what_small_sets_get():
+def test_the_published_recipe_and_the_one_for_small_sets():
     imagenet = FinetuneConfig().resolve(1_281_167, (224, 224), 768)
     assert (imagenet.batch_size, imagenet.blr, imagenet.epochs, imagenet.layer_decay) == (1024, 5e-4, 100, 0.65)
     assert (imagenet.mixup, imagenet.cutmix, imagenet.erase, imagenet.rand_augment) == (0.8, 1.0, 0.25, 9)
@@ -188,7 +188,7 @@ def batches(source, start, count, seed=0, workers=0, **options):
     return taken
 
 
-def test_batches_follow_from_the_step_alone(stripes):
+def test_batches_depend_on_the_step_only(stripes):
     source = open_source(stripes, labels="folder")
     options = {k: v for k, v in EVERYTHING.items() if k not in ("drop_path", "ema")}
     whole = batches(source, 0, 4, **options)
@@ -249,7 +249,7 @@ def test_any_channels_are_augmented(channels, dtype):
     assert len({crop.sum().item() for crop in crops}) > 5  # they differ by key
 
 
-# --- mistakes
+# --- errors
 
 
 @pytest.mark.parametrize(
@@ -266,17 +266,17 @@ def test_any_channels_are_augmented(channels, dtype):
         (["--batch-size", 5, "--mixup", 0.5], "must be even"),
     ],
 )
-def test_impossible_settings(capsys, run, flags, message):
+def test_invalid_settings(capsys, run, flags, message):
     assert message in mistake(capsys, "evaluate", "finetune", run, "--device", "cpu", *flags)
     assert not list(run.rglob("metrics.jsonl"))
 
 
-def test_a_misspelt_setting_is_named(run):
-    with pytest.raises(ValueError, match="does not take mixupp: did you mean mixup"):
+def test_a_misspelled_setting_is_named(run):
+    with pytest.raises(ValueError, match="does not take mixupp; did you mean 'mixup'"):
         finetune(run, mixupp=0.8)
 
 
-def test_impossible_sets_and_folders(capsys, run, stripes, tmp_path):
+def test_invalid_sets_and_folders(capsys, run, stripes, tmp_path):
     one = stripes / "train" / "horizontal"
     options = ["--data", one, "--test-data", one, "--labels", "folder", "--steps", 1]
     (one / "in").mkdir()
@@ -286,7 +286,7 @@ def test_impossible_sets_and_folders(capsys, run, stripes, tmp_path):
     (one / "in").rmdir()
     (run / ENCODER_FILE).unlink()
     assert "holds no encoder.safetensors" in mistake(capsys, "evaluate", "finetune", run)
-    assert "is no run folder" in mistake(capsys, "evaluate", "finetune", tmp_path / "nothing")
+    assert "is not a run folder" in mistake(capsys, "evaluate", "finetune", tmp_path / "nothing")
     with pytest.raises(ValueError, match="fine-tune first"):
         dmjd.load_classifier(run)
 

@@ -183,7 +183,7 @@ def test_bf16_features_are_close_to_fp32_and_other_precisions_are_an_error():
 # --- evaluate
 
 
-def test_evaluate_measures_the_encoder_beside_both_baselines(run):
+def test_evaluate_measures_the_encoder_and_both_baselines(run):
     result = evaluate("knn", run, k=3, device="cpu")
     assert json.loads((run / "evaluation" / "knn.json").read_text()) == result
     for name in ("result", "random_init", "raw_pixels"):
@@ -241,7 +241,7 @@ def test_gray_images_for_a_one_channel_encoder(run, tmp_path):
     assert result["data"]["num_train"] == 24
 
 
-def test_mistakes_say_what_to_do(run, image_folder, tmp_path):
+def test_errors_say_what_to_do(run, image_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     one_class = tmp_path / "one"
     shutil.copytree(image_folder / "cats", one_class / "train" / "cats")
@@ -250,8 +250,8 @@ def test_mistakes_say_what_to_do(run, image_folder, tmp_path):
         (lambda: evaluate("kn", run), "did you mean 'knn'"),
         (lambda: evaluate("knn", run, epochs=3), "does not take epochs"),
         (lambda: evaluate("linear", run, device_="cpu"), "does not take device_"),
-        (lambda: evaluate("knn", tmp_path / "empty"), "is no run folder"),
-        (lambda: evaluate("knn", tmp_path / "nowhere"), "is no run folder"),
+        (lambda: evaluate("knn", tmp_path / "empty"), "is not a run folder"),
+        (lambda: evaluate("knn", tmp_path / "nowhere"), "is not a run folder"),
         (lambda: evaluate("knn", run, labels="none"), "pass --labels folder or --labels column"),
         (lambda: evaluate("knn", run, data=one_class), "at least two classes"),
         (lambda: evaluate("knn", run, data=image_folder), "pass --test-data"),
@@ -301,7 +301,7 @@ def test_online_knn_needs_labels(image_folder):
 
 
 def test_an_encoder_in_memory_gives_the_files_of_one_that_is_opened(run):
-    """And it may be in training mode: with stochastic depth its features would be random."""
+    """It may be in training mode, in which stochastic depth would make its features random."""
     opened = evaluate("knn", run, device="cpu")
     file = run / "evaluation" / "knn.json"
     file.unlink()
@@ -314,7 +314,7 @@ def test_an_encoder_in_memory_gives_the_files_of_one_that_is_opened(run):
 
 
 def test_a_run_of_version_0_1_gives_the_same_scores(tmp_path):
-    """The baselines that it kept are used; the scores of the encoder are computed again."""
+    """Its stored baselines are used; the scores of the encoder are recomputed."""
     run = shutil.copytree(GOLDEN / "run_v0.1", tmp_path / "run")
     old = json.loads((run / "evaluation" / "knn.json").read_text())
     new = evaluate("knn", run, device="cpu", **old["overrides"])

@@ -1,4 +1,4 @@
-"""Low-shot subsets, baselines that are kept, the sweep of linear probes."""
+"""Low-shot subsets, stored baselines, the sweep of linear probes."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_only_images_of_the_subsets_are_read(run, monkeypatch):
 
 
 def test_only_the_subset_votes(run):
-    """Neighbors outside of the subset would vote too."""
+    """Neighbors outside of the subset do not vote."""
     few = evaluate("knn", run, labels_per_class=1, seeds=1, device="cpu")["result"]
     assert few["top1"] == few["top1_by_k"]["1"]  # only two images vote, and the nearest weighs more
 
@@ -107,7 +107,7 @@ def test_only_the_subset_votes(run):
         ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )
-def test_mistakes_in_the_low_shot_settings(run, flags, message):
+def test_invalid_low_shot_settings(run, flags, message):
     with pytest.raises(ValueError, match=message):
         evaluate("knn", run, **flags)
 
@@ -137,7 +137,7 @@ def side_by_side(*parts, names):
 
 
 def test_the_sweep_chooses_on_held_out_images_and_never_on_the_test():
-    """The first part separates the classes of the training set only: the choice is wrong, as it must be."""
+    """The first part separates the classes of the training set only, so it is chosen although it is worse at test."""
     fair_train, fair_test = blobs(600, 4, 16, 2.0, 1), blobs(500, 4, 16, 2.0, 2)
     clear = blobs(600, 4, 16, 0.02, 3)
     order = [torch.nonzero(clear.labels == label)[0, 0] for label in fair_train.labels]

@@ -1,4 +1,4 @@
-"""The table of evaluations: a new one is a file and its line, and all that is listed can be loaded."""
+"""The table of evaluations: a new one needs a file and a line, and all that are listed can be loaded."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def majority(train, test, *, seed, device, add=MajorityConfig.add):
 
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
-    """Two evaluations, each of one file and one line."""
+    """Two evaluations, each with one file and one line."""
     (tmp_path / "toy_file.py").write_text(TOY)
     (tmp_path / "majority_file.py").write_text(TOY_FROZEN)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -106,7 +106,7 @@ def test_a_new_evaluation_of_features_joins_the_pass_over_the_images(toys, run):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
-def test_what_a_line_names_exists(task):
+def test_all_names_in_the_table_exist(task):
     config = task.load_config()
     assert issubclass(config, EvaluationConfig)
     assert config.task == task.name
@@ -129,8 +129,8 @@ print([name for name in ("torch", "timm", "numpy") if name in sys.modules])
     assert done.stdout.strip() == "[]"
 
 
-def test_settings_of_all_tasks_are_none_of_a_single_one():
+def test_shared_settings_are_not_accepted_for_a_single_task():
     with pytest.raises(ValueError, match="seed is shared by all tasks"):
         task_config("knn", {"seed": 3})
-    with pytest.raises(ValueError, match="'finetune' is no evaluation on frozen features; there are: knn, linear"):
+    with pytest.raises(ValueError, match="'finetune' is not an evaluation on frozen features; there are: knn, linear"):
         task_config("finetune", {})

@@ -1,4 +1,4 @@
-"""Results as files: none is lost, and one counts for the weights and settings that it was measured with."""
+"""Results as files: none is lost, and a result is reused only for the same weights and settings."""
 
 import json
 
@@ -9,7 +9,7 @@ from dmjd.evaluation.run import evaluate
 
 
 def test_an_earlier_result_is_never_lost(tmp_path):
-    for top1 in (0.1, 0.1, 0.2, 0.3):  # the same again is not kept twice
+    for top1 in (0.1, 0.1, 0.2, 0.3):  # an equal result is not kept twice
         write_result(tmp_path, "knn", {"result": {"top1": top1}})
 
     def top1(name):
@@ -36,4 +36,4 @@ def test_baselines_are_kept_and_damaged_ones_are_forgotten(tmp_path):
     assert Baselines(tmp_path).get("a") == {"top1": 0.5}
     (tmp_path / "evaluation" / "baselines.json").write_text("{")
     assert Baselines(tmp_path).get("a") is None
-    Baselines(None).put("a", {"top1": 0.5})  # nowhere to write to
+    Baselines(None).put("a", {"top1": 0.5})  # no folder to write to

@@ -92,7 +92,7 @@ def test_decoders_take_odd_grids_and_a_batch_of_one():
 )
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
 def test_every_trained_parameter_gets_a_gradient(name, options):
-    """Data-parallel training would wait for the others."""
+    """Data-parallel training would wait for parameters without a gradient."""
     task = task_of(tiny(name), **options).train()
     groups = layer_groups(task, 0.05, 0.5)
     batch = ExampleBatch(torch.rand(2, 3, 32, 48) * 255, torch.randint(-1, 3, (2, 32, 48), dtype=torch.int16))
@@ -144,7 +144,7 @@ def images_of(*sizes):
     return [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
 
 
-def test_every_pixel_gets_a_class_whatever_the_size_and_company():
+def test_every_pixel_gets_a_class_for_any_size_and_batch():
     task = task_of(tiny()).eval()
     images = images_of((32, 48), (31, 50), (100, 30), (32, 48), (5, 7))
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_one_sliding_window_is_the_whole_image():
 
 
 def test_padding_affects_no_result():
-    """31 rows are padded to 32; tokens that see only themselves must predict the same for the other rows."""
+    """31 rows are padded to 32. Without attention between tokens, predictions for the other rows must not change."""
     task = task_of(tiny(), decoder="linear", resize=(31, 48)).eval()
     for block in task.encoder.blocks:
         block.attn.proj.weight.data.zero_()  # no attention between tokens
@@ -186,7 +186,7 @@ def test_padding_affects_no_result():
 def test_intersection_over_union_equals_counting():
     rng = np.random.default_rng(0)
     truth, predicted = rng.integers(0, 3, 500), rng.integers(0, 3, 500)
-    truth[truth == 2] = 1  # class 2 is predicted only, class 3 neither predicted nor there
+    truth[truth == 2] = 1  # class 2 is only predicted; class 3 is neither predicted nor in the ground truth
     confusion = np.zeros((4, 4))
     np.add.at(confusion, (truth, predicted), 1)
     scores = iou_scores(torch.from_numpy(confusion), ["a", "b", "c", "d"])
@@ -291,7 +291,7 @@ def test_the_command_prints_a_table(capsys, shapes, tmp_path):
     assert (run / "evaluation" / "segmentation.json").exists()
 
 
-def test_mistakes_are_named_before_training(capsys, shapes, tmp_path):
+def test_errors_are_raised_before_training(capsys, shapes, tmp_path):
     run = make_run(tmp_path / "run")
 
     def message(*arguments) -> str:

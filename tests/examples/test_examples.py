@@ -1,6 +1,7 @@
-"""The scripts of examples/ run, with tiny settings."""
+"""The scripts in examples/ run, with tiny settings."""
 
 import importlib.util
+import json
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ from dmjd.cli.main import main
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads of tiny models wait for each other longer than they compute."""
+    """With tiny models, threads spend more time waiting for each other than computing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -21,7 +22,7 @@ def one_thread():
 
 
 def run(monkeypatch, capsys, name: str, *arguments: object) -> str:
-    """What ``python examples/NAME.py ARGUMENTS`` prints."""
+    """The output of ``python examples/NAME.py ARGUMENTS``."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -53,7 +54,9 @@ def test_a_folder_becomes_a_timm_model(image_folder, tmp_path, monkeypatch, caps
 def test_low_shot_prints_both_starts(labeled_run, monkeypatch, capsys):
     text = run(monkeypatch, capsys, "low_shot", labeled_run, "--labels-per-class", 4, "--steps", 2, "--seeds", 1)
     assert text.count("random weights") == 2
-    assert "the classifier knows: cats, dogs" in text
+    result = json.loads((labeled_run / "evaluation" / "linear.json").read_text())["result"]
+    assert f"linear probe  pre-trained {100 * result['top1']:5.1f} " in text
+    assert "classes of the classifier: cats, dogs" in text
 
 
 def test_features_go_into_sklearn(labeled_run, tmp_path, monkeypatch, capsys):

@@ -47,7 +47,7 @@ def test_the_copy_of_an_image_is_its_nearest_neighbor(labels, image_folder, tmp_
 def test_neighbors_of_a_part_of_the_set(image_folder, tmp_path):
     source = open_source(image_folder)
     figure = neighbors_figure(small_encoder(), source, num_images=9, num_candidates=4)
-    assert len(figure.axes) == 4 * 4  # of four images each is a query, and the others are its neighbors
+    assert len(figure.axes) == 4 * 4  # each of four images is a query, and the others are its neighbors
     assert "of 4 images" in figure.get_supxlabel()
     shutil.copy(source.stored(0), tmp_path / "one.png")
     with pytest.raises(ValueError, match="fewer than two"):

@@ -105,7 +105,7 @@ def test_given_masks_are_shown():
 
 
 class Edges(Target):
-    """A target that the package does not have."""
+    """A target that is not part of the package."""
 
     name, dim = "edges", 5
 

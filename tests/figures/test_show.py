@@ -42,7 +42,7 @@ def run(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_figure_follows_from_the_seed(run, kind, tmp_path):
+def test_a_figure_depends_on_the_seed(run, kind, tmp_path):
     first = show(kind, run, out=tmp_path / "a.png", num_images=1)
     again = show(kind, run, out=tmp_path / "b.png", num_images=1)
     other = show(kind, run, out=tmp_path / "c.png", num_images=1, seed=1)
@@ -60,12 +60,12 @@ def test_unreadable_images_are_skipped(run, image_folder, tmp_path):
     assert show("masks", run, data=few, out=tmp_path / "a.png").exists()
 
 
-def test_mistakes_are_explained(run, tmp_path):
+def test_errors_are_explained(run, tmp_path):
     (tmp_path / "empty").mkdir()
     for call, message in [
         (lambda: show("mask", run), "did you mean 'masks'"),
         (lambda: show("neighbours", run), "did you mean 'neighbors'"),
-        (lambda: show("masks", tmp_path / "empty"), "is no run folder"),
+        (lambda: show("masks", tmp_path / "empty"), "is not a run folder"),
         (lambda: show("masks", run, num_images=0), "num_images"),
         (lambda: show("neighbors", run, num_candidates=1), "num_candidates"),
         (lambda: show("attention", tmp_path / "empty"), "holds no encoder.safetensors"),
@@ -86,13 +86,13 @@ def test_reconstruction_figures_of_a_model(image_folder, tmp_path):
         assert min(image.size) > 300
 
 
-def test_the_former_module_names_the_new_one():
+def test_the_former_module_is_an_error_with_the_new_name():
     with pytest.raises(AttributeError, match=r"dmjd\.visualize' is now 'dmjd\.figures'"):
         _ = dmjd.visualize
     assert all(callable(getattr(dmjd.figures, name)) for name in dmjd.figures.__all__)
 
 
-def test_the_names_of_the_kinds_are_cheap():
+def test_the_names_of_the_kinds_import_nothing_slow():
     code = "import sys, dmjd.figures.kinds; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

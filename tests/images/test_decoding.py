@@ -1,4 +1,4 @@
-"""Decode every format; name what is wrong with a file."""
+"""Decoding of every format, and error messages for damaged files."""
 
 import pickle
 import struct

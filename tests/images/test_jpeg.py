@@ -1,4 +1,4 @@
-"""Fast JPEG decoding gives Pillow's pixels, and leaves to Pillow what it cannot decode."""
+"""Fast JPEG decoding gives Pillow's pixels, and leaves other JPEGs to Pillow."""
 
 import io
 import itertools
@@ -56,7 +56,7 @@ def test_pixels_and_size_are_pillows(height, width, channels, subsampling, progr
     assert (plain.height, plain.width) == (height, width)
     pixels = jpeg.decode(plain)
     assert pixels.shape == (height, width, channels)
-    # Both libraries bring their own decoder, whose versions may round differently.
+    # Both libraries bundle a decoder, and versions may round differently.
     assert np.abs(pixels.astype(int) - by_pillow(data)).max() <= 3
 
 
@@ -91,7 +91,7 @@ def test_upright_exif_is_plain():
     assert jpeg.plain_jpeg(encoded(natural(16, 24), exif=exif_of(1))) is not None
 
 
-def test_what_is_not_plain():
+def test_jpegs_that_are_not_plain():
     cmyk = io.BytesIO()
     Image.fromarray(natural(16, 16)).convert("CMYK").save(cmyk, "JPEG")
     png = io.BytesIO()
@@ -199,8 +199,8 @@ def test_reduced_images_have_the_size_they_should(side, factor):
         assert reduced.shape == (-(-side[0] // factor), -(-side[1] // factor), channels)
 
 
-def test_crops_of_large_images_lie_where_they_should():
-    """A reduced image has fractional boxes: none may be off by half a pixel."""
+def test_crops_of_large_images_are_at_the_right_position():
+    """Boxes in a reduced image are fractional, and must not be off by half a pixel."""
     data = encoded(natural(640, 800))
     for box in [(1, 3, 401, 333), (239, 467, 401, 333), (0, 0, 640, 800)]:
         exact = resize_box(read_image(data), box, (32, 32)).int()
@@ -224,7 +224,7 @@ def folder(tmp_path):
 
 
 def test_loader_replaces_what_is_damaged_inside(folder):
-    """Such images have a size; the damage shows only when their crop is decoded."""
+    """Such images have a valid header; the damage shows only when their crop is decoded."""
     taken = {}
     for workers in (0, 2):
         loader = TrainLoader(folder, img_size=(24, 20), batch_size=10, num_workers=workers)

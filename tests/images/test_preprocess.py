@@ -32,7 +32,7 @@ def test_preprocess_fits_any_image(height, width, h, w):
 
 @pytest.mark.parametrize("shape", [(5, 3, 32, 32), (3, 16, 16), (0, 3, 8, 8), (2, 2, 3, 8, 8), (3, 3, 300, 300)])
 def test_bytes_are_normalized_to_the_bits_of_floats(shape):
-    """Bytes are normalized in parts."""
+    """uint8 images are normalized in chunks."""
     raw = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     preprocess = Preprocess(shape[-2:], 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     assert torch.equal(preprocess.normalize(raw), preprocess.normalize(raw.float()))
@@ -75,7 +75,7 @@ def test_preprocess_names_the_bad_image(tmp_path):
 
 
 @pytest.mark.parametrize(("former", "name"), [("normalise", "normalize"), ("denormalise", "denormalize")])
-def test_former_names_name_the_new_ones(former, name):
+def test_former_names_are_errors_with_the_new_names(former, name):
     preprocess = Preprocess((8, 8))
     with pytest.raises(AttributeError, match=rf"no attribute '{former}'; it was renamed to '{name}'"):
         getattr(preprocess, former)

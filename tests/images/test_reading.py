@@ -1,4 +1,4 @@
-"""Channels, alpha, value range and layout of what is read."""
+"""Channels, alpha, value range and array layout of images."""
 
 import numpy as np
 import pytest
@@ -54,12 +54,12 @@ def test_npy_gray_and_big_endian(tmp_path):
         (np.float32([[0, np.nan]]), "not finite"),
         (np.float32([[0, 200]]), "value_range"),
         (np.int64([[0, 200]]), "value_range"),
-        (np.array([["a"]]), "no pixels"),
+        (np.array([["a"]]), "are not pixels"),
         (np.zeros((2, 2, 2, 2), np.uint8), "expected"),
         (np.zeros((0, 4), np.uint8), "the image is empty"),
     ],
 )
-def test_arrays_that_are_no_images(array, reason):
+def test_arrays_that_are_not_images(array, reason):
     with pytest.raises(UnreadableImage, match=reason):
         read_image(array)
 

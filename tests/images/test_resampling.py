@@ -25,7 +25,7 @@ boxes_in = st.tuples(st.integers(1, 40), st.integers(1, 40)).flatmap(
 @given(boxes_in, st.tuples(st.integers(1, 50), st.integers(1, 50)), st.booleans(), st.integers(0, 2**32 - 1))
 def test_resample_is_pillows_bicubic(box, size, flip, seed):
     (H, W), (top, height), (left, width) = box
-    # Overshoot is cut off between the two passes, whose order depends on Pillow's version: leave room for it.
+    # Overshoot is clipped between the two passes, whose order depends on Pillow's version, so avoid it.
     image = np.random.default_rng(seed).integers(70, 186, (H, W, 3), dtype=np.uint8)
     pil = Image.fromarray(image).resize(
         size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)

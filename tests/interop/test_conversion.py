@@ -1,4 +1,4 @@
-"""Weights that come and go: key tables that invert each other, strict loads, files that are not trusted."""
+"""Conversion of weights: key tables that invert each other, strict loading, untrusted files."""
 
 import pickle
 from pathlib import Path
@@ -186,7 +186,7 @@ def test_unknown_keys_and_wrong_shapes_are_named(mae_state):
         load_official(mae_state | {"pos_embed": torch.zeros(1, 15, 32)}, **heads)
 
 
-def test_heads_that_shapes_do_not_show(mae_state):
+def test_heads_that_cannot_be_inferred_from_shapes(mae_state):
     with pytest.raises(ValueError, match="num_heads cannot be inferred from a width of 32: pass num_heads="):
         load_official(mae_state)
     with pytest.raises(ValueError, match="num_heads cannot be inferred"):
@@ -195,7 +195,7 @@ def test_heads_that_shapes_do_not_show(mae_state):
 
 def test_weights_of_something_else():
     with pytest.raises(
-        ValueError, match=r"no DMJD, ConvMAE or MAE weights: pos_embed, patch_embed\.proj\.weight missing"
+        ValueError, match=r"not DMJD, ConvMAE or MAE weights: pos_embed, patch_embed\.proj\.weight missing"
     ):
         load_official({"conv1.weight": torch.zeros(1)})
 
@@ -204,7 +204,7 @@ def test_weights_of_something_else():
 
 
 class Bomb:
-    """Runs code when it is unpickled without care."""
+    """Runs code when it is unpickled without ``weights_only``."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -230,7 +230,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(form, suffix, tmp_path):
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not victim.exists()
-    if form != "legacy":  # the bomb is live: loading without care sets it off
+    if form != "legacy":  # without weights_only, loading does run the code
         pickle.loads(pickle.dumps(Bomb(victim)))
         assert victim.exists()
 
@@ -249,7 +249,7 @@ def test_a_file_cut_short_is_refused(suffix, fraction, mae_state, tmp_path):
         load_official(file)
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_without_weights(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.pth is not a file"):
         load_official(tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="is not a file"):
@@ -305,15 +305,15 @@ def test_from_timm_with_the_norm_behind_the_pooling():
         ({"norm_layer": nn.LayerNorm}, "norms of eps 1e-05; ours"),
     ],
 )
-def test_from_timm_refuses_what_ours_has_not(options, message):
+def test_from_timm_refuses_unsupported_parts(options, message):
     with pytest.raises(ValueError, match=message):
         from_timm(timm_vit(**options))
 
 
 def test_from_timm_refuses_other_classes():
-    with pytest.raises(ValueError, match="Eva is no timm VisionTransformer"):
+    with pytest.raises(ValueError, match="Eva is not a timm VisionTransformer"):
         from_timm(timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1))
-    with pytest.raises(ValueError, match="ResNet is no timm VisionTransformer"):
+    with pytest.raises(ValueError, match="ResNet is not a timm VisionTransformer"):
         from_timm(timm.create_model("resnet10t"))
 
 

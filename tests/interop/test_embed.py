@@ -216,7 +216,7 @@ def test_features_that_do_not_fit_half_precision(tmp_path, image_folder):
     assert np.load(embed(file, data=image_folder, out=tmp_path / "g.npy", tokens=True)).max() > 1e5
 
 
-def test_mistakes_are_explained(file, image_folder, tmp_path, capsys):
+def test_errors_are_explained(file, image_folder, tmp_path, capsys):
     (tmp_path / "folder.npy").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     for arguments, message in [

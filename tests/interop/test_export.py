@@ -1,4 +1,4 @@
-"""Exported files give the encoder's outputs, and the printed lines load them."""
+"""Exported files reproduce the encoder's outputs, and the printed code loads them."""
 
 import json
 
@@ -17,7 +17,7 @@ SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}
 
 
 def saved(folder, name, size=224, chans=3, preprocess=True, **options):
-    """An encoder whose weights are all random, and its file."""
+    """An encoder in which all weights are random, and its file."""
     torch.manual_seed(0)
     encoder = create_encoder(name, size, chans, **options).eval()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_safetensors_is_the_encoder_with_its_metadata(tmp_path):
     assert torch.equal(again(images := random_images(encoder)), load_encoder(file)(images))
 
 
-def test_mistakes_are_explained(tmp_path, capsys):
+def test_errors_are_explained(tmp_path, capsys):
     _, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
     for arguments, message in [
         ([file, "--format", "timm", "--out", tmp_path / "a.safetensors"], "timm has no ConvViT"),

@@ -33,7 +33,7 @@ def test_depthwise_gradients_equal_those_of_conv2d(batch, height, width, dim, se
 
 
 def test_large_maps_are_taken_in_tiles(monkeypatch):
-    """A gradient over four tiles of unequal size is that over one."""
+    """The gradient over four tiles of unequal size equals the gradient over one."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, 5, padding=2, groups=4)
     x, direction = torch.randn(2, 11, 13, 4), torch.randn(2, 11, 13, 4)

@@ -1,4 +1,4 @@
-"""Blocks: what they save for the backward pass, checkpointing, skipped tokens."""
+"""Blocks: memory saved for the backward pass, checkpointing, skipped tokens."""
 
 import pytest
 import torch

@@ -89,7 +89,7 @@ def test_half_precision_attention_is_close_to_float32(queries):
 
 
 def test_private_names_of_torch():
-    """Tried on torch 2.14; a failure here means that torch has moved them."""
+    """Tested with torch 2.14. A failure means that torch has changed them."""
     for name in ("_softmax_backward_data", "native_layer_norm"):
         assert callable(getattr(torch, name)), torch.__version__
     for name in ("native_layer_norm_backward", "gelu_backward", "convolution_backward"):

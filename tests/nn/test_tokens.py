@@ -62,7 +62,7 @@ def test_sincos_table_is_the_float64_formula_rounded_once(dim, grid, prefix):
                 entries += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             rows.append(entries)
     expected = torch.tensor(rows, dtype=torch.float64)
-    # One float32 rounding of a float64 value: half a unit in the last place, far below what float32 angles would give.
+    # One float32 rounding of a float64 value: half a unit in the last place, far less than with float32 angles.
     assert (table[0, prefix:].double() - expected).abs().max() <= 2.0**-25 + 1e-13
 
 

@@ -1,4 +1,4 @@
-"""One thread: as in the processes that tests start, since sums over more threads round differently; and faster here."""
+"""Use one thread, as in the processes that tests start: sums over several threads round differently."""
 
 import pytest
 import torch

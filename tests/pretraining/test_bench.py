@@ -1,4 +1,4 @@
-"""``dmjd bench`` tells of the real step; how fast it is, is no matter for tests."""
+"""``dmjd bench`` measures the real step. The speed itself is not tested."""
 
 import dataclasses
 import json
@@ -49,6 +49,6 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         (["bench", "--data", "nowhere/at/all"], "there is no nowhere/at/all"),
     ],
 )
-def test_mistakes(arguments, message, capsys):
+def test_errors(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a run shows of itself: evaluations at intervals, warnings, and the final evaluation."""
+"""Monitoring of a run: evaluations at intervals, warnings, and the final evaluation."""
 
 import json
 
@@ -37,7 +37,7 @@ FIELDS = TINY_FIELDS | {"labels": "folder", "num_workers": 0, "batch_size": 10}
 
 @pytest.fixture(scope="module")
 def finished(labeled, tmp_path_factory):
-    """A run of five steps with evaluations at two and four, its model and result."""
+    """A run of five steps with evaluations at steps two and four, its model and its result."""
     out = tmp_path_factory.mktemp("runs") / "run"
     config = recipes.folder(labeled, str(out), steps=5, **FIELDS | {"eval_every": 2, "final_eval": True})
     model = build_model(config)
@@ -55,7 +55,7 @@ def test_evaluations_at_intervals(finished):
 
 
 def test_the_final_evaluation_equals_one_of_the_run_folder(finished, tmp_path):
-    """In memory, right after training, it must give what ``dmjd evaluate`` gives later, and leave the mode alone."""
+    """In memory, right after training, it must give the same as ``dmjd evaluate`` later, and restore the mode."""
     _, model, result = finished
     assert model.encoder.training
     assert set(result.evaluation) == {"knn", "linear"}
@@ -88,7 +88,7 @@ def report(step: int, progress: float, scalars: dict[str, float] | None = None) 
     return Report(TrainState(step=step), progress, scalars)
 
 
-def test_ten_evaluations_a_run_where_no_interval_is_given(monitor):
+def test_ten_evaluations_per_run_if_no_interval_is_given(monitor):
     monitor._next_evaluation = 1 / NUM_EVALS
     due = []
     for step in range(1, 101):

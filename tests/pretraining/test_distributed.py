@@ -15,7 +15,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}
 
 
 def without_key_bias(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Attention does not depend on the bias of its keys: that gradient is rounding, which Adam blows up."""
+    """Attention does not depend on the bias of its keys: its gradient is rounding error, which Adam amplifies."""
     if not name.endswith("attn.qkv.bias"):
         return value
     query, _, values = value.chunk(3)
@@ -42,7 +42,7 @@ def torchrun(processes: int, *arguments: object, check: bool = True) -> subproce
 @pytest.mark.parametrize(("accumulate", "target"), [(1, "hog"), (2, "ema")])
 def test_two_processes_equal_one(tmp_path, image_folder, accumulate, target):
     common = ["pretrain", "folder", "--data", image_folder, *TINY, "--steps", 5, "--batch-size", 8, "--num-views", 2]
-    # Muon orthogonalizes in bf16, which makes the last bits of a sum large; gradients are what is compared here.
+    # Muon orthogonalizes in bf16, which amplifies the last bits of a sum, so only gradients are compared.
     common += ["--target", target, "--ema-momentum", 0.9, "--optimizer", "adamw"]
     common += ["--num-workers", 1, "--blr", 0.01, "--checkpoint-every", 2]
     dmjd(*common, "--out", tmp_path / "one")
@@ -70,4 +70,4 @@ def test_more_processes_than_images(tmp_path, image_folder):
         2, "pretrain", "folder", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 2, check=False
     )
     assert result.returncode != 0
-    assert "cannot be shared out to 2 process(es)" in result.stderr
+    assert "cannot be divided among 2 process(es)" in result.stderr

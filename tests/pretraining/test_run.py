@@ -1,4 +1,4 @@
-"""Pre-training learns, resumes bit for bit after any interruption, stops cleanly, and survives unreadable images."""
+"""Pre-training learns, resumes bit for bit after interruptions, stops cleanly, and tolerates unreadable images."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def command(*arguments: object) -> None:
 
 
 def start(*arguments: object) -> subprocess.Popen:
-    """``dmjd ...`` in a process of its own."""
+    """Start ``dmjd ...`` in a separate process."""
     return subprocess.Popen(
         [sys.executable, "-m", "dmjd", *map(str, arguments)],
         stderr=subprocess.PIPE,
@@ -62,7 +62,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, image_folder):
     assert tokens.shape == (1, 16, 32)
     again = dmjd.load_encoder(run / "checkpoints" / "final.safetensors")
     assert encoder_bytes(again) == encoder_bytes(encoder)
-    # A finished run, started again, changes nothing.
+    # Starting a finished run again changes nothing.
     before = (run / "encoder.safetensors").stat().st_mtime_ns
     result = dmjd.pretrain(recipes.folder(image_folder, str(run), steps=30, batch_size=8, blr=0.02, **TINY_FIELDS))
     assert result.finished
@@ -111,7 +111,7 @@ def test_sigint_saves_and_stops(capsys, tmp_path):
     config = recipes.digits(out=str(tmp_path / "run"), steps=100000, batch_size=32, **TINY_FIELDS)
     result = dmjd.pretrain(config, hooks=[interrupt])
     assert not result.finished
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command resumes from there" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / f"step-{result.step:09d}.safetensors").exists()
 
 
@@ -124,7 +124,7 @@ def test_a_second_run_in_the_folder_is_refused_and_sigterm_ends_the_first_cleanl
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    assert "the same command goes on from there" in stderr
+    assert "the same command resumes from there" in stderr
     step = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:09d}.safetensors").exists()
 
@@ -139,7 +139,7 @@ def test_minutes_and_a_longer_duration(tmp_path):
     both = metrics(tmp_path / "run")
     assert both[: len(first)] == first
     assert both[-1]["seconds"] >= 2.4
-    # The schedule follows the clock: a step's learning rate is that of the time before it.
+    # The schedule follows the clock: the learning rate of a step depends on the time before it.
     config = recipes.digits(minutes=0.04, **fields)
     peak = scaled_learning_rate(config.blr, 16, build_masks(config))
     for before, after in pairwise(both[len(first) - 1 :]):
@@ -187,11 +187,11 @@ def test_one_image_trains_with_a_warning(capsys, tmp_path, image_folder):
     command("--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3, "--num-workers", 0)
     printed = capsys.readouterr().err
     assert "only 1 image(s)" in printed
-    assert "--batch-size 64 is more than there are: 1 a step" in printed  # the recipe's
+    assert "batch size 64 exceeds the number of images: 1 per step" in printed  # the recipe's
 
 
 def test_images_smaller_than_the_input_are_named(capsys, tmp_path, image_folder):
-    """Training on CIFAR at 224 pixels is the costly mistake of leaving out --img-size."""
+    """Without --img-size, CIFAR images would be enlarged to 224 pixels, a costly mistake."""
     flags = ["--data", image_folder, *TINY, "--steps", 1, "--batch-size", 2, "--num-workers", 0]
     command(*flags, "--out", tmp_path / "as_they_are")
     assert "enlarged" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""From a configuration to a model, and from a run folder back to its configuration, model and images."""
+"""Build a model from a configuration, and load configuration, model and images from a run folder."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_only_the_seed_determines_the_weights():
     assert encoder_bytes(build_model(recipes.digits(**TINY_FIELDS, seed=1)).encoder) != first
 
 
-def test_a_run_folder_gives_its_model(run):
+def test_the_model_of_a_run_folder_loads(run):
     before = torch.get_rng_state()
     model, config = load_model(run)
     assert torch.equal(torch.get_rng_state(), before)
@@ -56,7 +56,7 @@ def test_the_test_set_is_the_test_part_or_a_set_of_its_own(image_folder):
 
 
 def test_folders_without_a_run(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.json"):
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(recipes.digits(**TINY_FIELDS).to_json())
     with pytest.raises(ValueError, match="has no checkpoint yet"):

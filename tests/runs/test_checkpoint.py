@@ -1,4 +1,4 @@
-"""Files that survive: full disks, files cut short, foreign files, pickles with code."""
+"""Checkpoints and run folders: full disks, truncated files, foreign files, pickles with code, locks."""
 
 import json
 import pickle
@@ -26,8 +26,8 @@ def test_round_trip(tmp_path):
     assert torch.equal(loaded.part("optimizer")["0.step"], tensors["optimizer.0.step"])
 
 
-def test_a_full_disk_leaves_the_former_file(tmp_path):
-    """A file-size limit makes the kernel refuse the write as a full disk does."""
+def test_a_full_disk_keeps_the_previous_file(tmp_path):
+    """A file-size limit makes the kernel refuse the write, like a full disk."""
     save_checkpoint(tmp_path / "c.safetensors", {"model.a": torch.zeros(4)}, STATE)
     before = (tmp_path / "c.safetensors").read_bytes()
     code = f"""
@@ -48,7 +48,7 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("cut", [0, 5, 200])
-def test_a_checkpoint_cut_short_is_said_to_be_one(tmp_path, cut):
+def test_a_truncated_checkpoint_is_reported(tmp_path, cut):
     file = tmp_path / "c.safetensors"
     save_checkpoint(file, {"model.a": torch.randn(100)}, STATE)
     file.write_bytes(file.read_bytes()[:cut])
@@ -64,7 +64,7 @@ class _Trap:
         return (Path.touch, (Path(self.path),))
 
 
-def test_a_pickle_with_code_in_it_runs_nothing(tmp_path):
+def test_code_in_a_pickle_is_not_run(tmp_path):
     file, trace = tmp_path / "step-000000001.safetensors", tmp_path / "ran"
     file.write_bytes(pickle.dumps(_Trap(str(trace))))
     with pytest.raises(ValueError, match="not a readable checkpoint"):
@@ -129,7 +129,7 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 
 def test_the_lock_of_a_killed_owner_is_waited_for(tmp_path):
-    """Its reading processes inherit the lock and end a little later than it."""
+    """Its worker processes inherit the lock and end a little later."""
     program = """
 import os, sys, time
 from dmjd.runs.checkpoint import RunFolder

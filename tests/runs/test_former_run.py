@@ -1,4 +1,4 @@
-"""A run folder written by version 0.1 is used by every command as one of today."""
+"""Every command works on a run folder written by version 0.1."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_embed_and_export(run, image_folder, tmp_path):
 
 
 def test_resume_ends_with_the_same_bits(tmp_path):
-    """Nine steps, four of them by version 0.1; where another CPU computes other bits, they differ by rounding only."""
+    """Nine steps, four of them with version 0.1. On another kind of CPU, results may differ by rounding."""
     resumed = shutil.copytree(FORMER, tmp_path / "run")
     code = (
         "import dmjd\n"

@@ -1,4 +1,4 @@
-"""The ema target: a copy that follows the encoder slowly, resumes bit for bit, and warns of a collapse."""
+"""The ema target: a copy that follows the encoder slowly, resumes bit for bit, and warns about a collapse."""
 
 import math
 import signal
@@ -116,7 +116,7 @@ def config(image_folder, out, **changes):
 
 
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, image_folder):
-    """The copy is saved and the momentum follows the progress, also where targets differ by branch."""
+    """The copy is saved and the momentum follows the progress, also if targets differ between branches."""
 
     def stop(report):
         if report.state.step == 5:
@@ -134,7 +134,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, image_folder):
 
 
 def test_a_collapse_is_reported_when_it_happens_and_at_the_end(tmp_path, image_folder, capsys):
-    """An encoder with zero weights stands for one that has collapsed."""
+    """An encoder with zero weights represents one that has collapsed."""
     settings = config(image_folder, tmp_path / "run")
     model = build_model(settings)
     for part in (model.encoder, model.target("mim").copy):

@@ -20,7 +20,7 @@ def encoder(patch: int, channels: int = 3) -> Encoder:
 
 
 def slow_hog(images: np.ndarray, cell: int, bins: int) -> np.ndarray:
-    """Pixel by pixel in float64, from the text of the method; angles folded after they are taken."""
+    """The definition, pixel by pixel in float64; angles are folded to half a turn after atan2."""
     B, C, H, W = images.shape
     out = np.zeros((B, C, H // cell, W // cell, bins))
     for b, c, i, j in np.ndindex(B, C, H, W):
@@ -39,7 +39,7 @@ def slow_hog(images: np.ndarray, cell: int, bins: int) -> np.ndarray:
     st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 256]),
 )  # fmt: skip
 def test_hog_equals_the_slow_reference(cell, bins, channels, rows, columns, seed, levels):
-    """Few gray levels make flat places and exact 0, 45, 90, 135 and 180 degrees frequent."""
+    """With few gray levels, flat areas and exact angles of 0, 45, 90, 135 and 180 degrees are frequent."""
     values = np.random.default_rng(seed).integers(0, levels, (1, channels, rows * cell, columns * cell))
     images = (values * (255 // (levels - 1))).astype(np.uint8)
     actual = hog(torch.from_numpy(images), cell, bins)
@@ -59,7 +59,7 @@ def test_hog_takes_any_number_type(dtype):
     st.integers(0, 2**32 - 1), st.sampled_from([2, 3, 256]),
 )  # fmt: skip
 def test_hog_of_bytes_has_the_bits_of_hog_of_floats(cell, bins, rows, columns, seed, levels):
-    """Bytes take another way; steep and flat gradients, borders of one and two pixels, more bins than it serves."""
+    """uint8 images use a table: steep and flat gradients, images of one and two pixels, more bins than it supports."""
     values = np.random.default_rng(seed).integers(0, levels, (2, 2, rows * cell, columns * cell))
     images = torch.from_numpy((values * (255 // (levels - 1))).astype(np.uint8))
     assert torch.equal(hog(images, cell, bins), hog(images.float(), cell, bins))

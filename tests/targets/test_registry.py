@@ -1,4 +1,4 @@
-"""Targets by name, by settings, and of the user's own."""
+"""Targets by name, by settings, and defined by the user."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_settings_of_a_configuration_reach_their_targets():
 
 
 class MeanColor(Target):
-    """A target as a user would add it: the mean of each patch's channels, and a count of its uses."""
+    """A target as a user would add it: the mean of each patch's channels. It counts its calls."""
 
     name = "mean_color"
 
@@ -67,14 +67,14 @@ class MeanColor(Target):
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
         self.uses += 1
         assert not torch.is_grad_enabled()
-        assert not torch.is_autocast_enabled("cpu")  # unless it says so, a target computes in float32
+        assert not torch.is_autocast_enabled("cpu")  # by default, a target computes in float32
         return F.avg_pool2d(normalized, 8).flatten(2).transpose(1, 2)
 
     def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
         self.steps.append((step, progress))
 
 
-def test_a_target_of_the_users_own_is_computed_once_for_both_branches():
+def test_a_user_defined_target_is_computed_once_for_both_branches():
     target = MeanColor()
     model = tiny_model(target=target)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The teacher target: the frozen model's own whitened features, in the student's grid, and nothing that trains."""
+"""The teacher target: whitened features of a frozen model, on the student's grid."""
 
 import json
 
@@ -95,7 +95,7 @@ def test_several_layers_are_whitened_averaged_and_whitened():
 
 @pytest.mark.parametrize(("patch", "size"), [(4, (32, 32)), (16, (32, 32)), (8, (16, 48))])
 def test_other_grids_and_sizes_are_resized(patch, size):
-    """The teacher sees its own 32 x 32 pixels and its 4 x 4 tokens come in the student's grid."""
+    """The teacher gets 32 x 32 pixels, and its 4 x 4 tokens are resized to the student's grid."""
     teacher = own_teacher()
     target = TeacherTarget(student(patch, size=size), TeacherSettings(teacher))
     raw = make_images(size=size)
@@ -208,9 +208,9 @@ def test_timm_weights_from_a_folder(tmp_path):
     ("teacher", "options", "message"),
     [
         (None, {}, "target 'teacher' needs a teacher: --teacher"),
-        ("runs/nowhere", {}, "is no run folder, no encoder file and no model of timm"),
+        ("runs/nowhere", {}, "is not a run folder, an encoder file or a timm model"),
         ("vit_tiny_patch16_225", {}, "did you mean 'vit_tiny_patch16_224'"),
-        ("resnet18.nonsense", {}, "the weights of teacher resnet18.nonsense cannot be had"),
+        ("resnet18.nonsense", {}, "the weights of teacher resnet18.nonsense are not available"),
         (torch.nn.Linear(1, 1), {}, "gives no token grid or feature map"),
         (create_encoder("vit_tiny_patch8", 32), {}, "does not know its preprocessing"),
         (own_teacher(), {"layers": 4}, "the teacher has only 3 blocks"),
@@ -233,7 +233,7 @@ def test_a_run_teaches_the_next_one(tmp_path, image_folder):
     weights = load_file(second / "checkpoints" / "final.safetensors")
     assert sum("branch_targets" in key for key in weights) == 1  # the hash alone
     first.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="not a run folder"):
         pretrain(taught.replace(steps=4))
     with pytest.raises(ValueError, match="is not the teacher this run began with"):
         pretrain(taught.replace(steps=4, teacher=str(second)))
@@ -246,6 +246,6 @@ def test_a_run_teaches_the_next_one(tmp_path, image_folder):
     for kind in ("targets", "reconstructions"):
         assert show(kind, second, out=tmp_path / f"{kind}.png").stat().st_size > 1000
     assert load_encoder(second / "checkpoints" / "final.safetensors").embed_dim == 32
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="not a run folder"):
         pretrain(taught.replace(out=str(tmp_path / "third"), teacher=str(first)))
     assert not (tmp_path / "third").exists()

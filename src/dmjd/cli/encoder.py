@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from dmjd.cli.parser import Parser, add_run_argument
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, SHOW_KINDS, nearest
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS
+from dmjd.figures.kinds import KINDS, check_kind
 
 _ENCODER_SOURCE = "run folder, encoder file or checkpoint"
 
@@ -12,14 +13,14 @@ def run_show(arguments: Sequence[str]) -> None:
     """``dmjd show``: see :func:`dmjd.show`."""
     parser = Parser(
         prog="dmjd show",
-        usage=f"dmjd show {{{','.join(SHOW_KINDS)}}} RUN --out FIGURE.png [flags]",
+        usage=f"dmjd show {{{','.join(KINDS)}}} RUN --out FIGURE.png [flags]",
         description="Draw a figure of a run: masks, targets and reconstructions of its model; attention maps or\n"
         "nearest neighbors of its encoder.",
         epilog="examples:\n"
         "  dmjd show neighbors runs/first --out neighbors.png\n"
         "  dmjd show reconstructions runs/first --out figure.png",
     )
-    parser.add_argument("kind", metavar="KIND", help=f"{', '.join(SHOW_KINDS[:-1])} or {SHOW_KINDS[-1]}")
+    parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
     add_run_argument(parser, "run folder")
     _add_data(parser)
     parser.add_argument("--out", metavar="FILE", default="figure.png", help="figure to write (figure.png)")
@@ -31,10 +32,7 @@ def run_show(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images and masks (0)")
     given = parser.parse(arguments)
     kind = given.pop("kind")
-    if kind not in SHOW_KINDS:
-        raise ValueError(
-            f"cannot show '{kind}'; did you mean '{nearest(kind, SHOW_KINDS)}'? There are: {', '.join(SHOW_KINDS)}"
-        )
+    check_kind(kind)
     from dmjd.figures.show import show  # imports torch
 
     print(show(kind, given.pop("run"), **given))
@@ -45,7 +43,7 @@ def run_embed(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="dmjd embed",
         usage="dmjd embed RUN --data SOURCE --out FILE.parquet|FILE.npy [flags]",
-        description="Write the features of every image to a table. An interrupted command is resumed when repeated.",
+        description="Write the features of every image to a table. Repeat an interrupted command to resume it.",
         epilog="examples:\n"
         "  dmjd embed runs/first --out features.parquet\n"
         "  dmjd embed runs/mine --data ~/images --out tokens.npy --tokens --half",
@@ -78,7 +76,7 @@ def run_export(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="dmjd export",
         usage="dmjd export RUN --format {timm,safetensors,onnx} --out FILE",
-        description="Write the encoder for another program, check that its outputs agree, and print how to load it.",
+        description="Write the encoder for another library, check that its outputs agree, and print how to load it.",
         epilog="examples:\n"
         "  dmjd export runs/first --format timm --out vit.safetensors\n"
         "  dmjd export runs/first --format onnx --out vit.onnx",
@@ -90,7 +88,7 @@ def run_export(arguments: Sequence[str]) -> None:
     from dmjd.interop.export import export  # imports torch
 
     exported = export(given.pop("run"), **given)
-    print(f"{exported.path} gives the encoder's outputs. Load it by:\n\n{exported.usage}")
+    print(f"{exported.path} reproduces the encoder's outputs. Load it with:\n\n{exported.usage}")
 
 
 def run_compare(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""``dmjd evaluate``: overview and flags follow from the table of evaluations."""
+"""``dmjd evaluate``: overview and flags are made from the table of evaluations."""
 
 import contextlib
 import dataclasses
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from dmjd.cli.parser import Parser, add_field, add_run_argument, flag_of
 from dmjd.config.evaluation import COMMON, EvaluationConfig, FrozenConfig
-from dmjd.config.fields import nearest
 from dmjd.evaluation.registry import TASKS, frozen_names
+from dmjd.suggest import did_you_mean
 
 FROZEN = "frozen"  # on the command line: all tasks on frozen features
 
@@ -22,9 +22,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     task = arguments[0]
     names = [*TASKS, FROZEN]
     if task not in names:
-        raise ValueError(
-            f"unknown evaluation '{task}'; did you mean '{nearest(task, names)}'? There are: {', '.join(names)}"
-        )
+        raise ValueError(f"unknown evaluation '{task}'{did_you_mean(task, names)} Evaluations: {', '.join(names)}")
     given = _parser(task).parse(arguments[1:])
     if given.pop("sweep", False):
         task = "linear_sweep"
@@ -35,7 +33,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     from dmjd.evaluation.supervised.trainer import Stopped
     from dmjd.evaluation.tables import results_table
 
-    with contextlib.suppress(Stopped):  # by a signal, after saving: there is no result yet
+    with contextlib.suppress(Stopped):  # stopped by a signal, after saving: there is no result yet
         if task == FROZEN:
             results = evaluate_all({name: {} for name in frozen_names()}, run, **given)
         else:
@@ -51,7 +49,7 @@ def _overview() -> str:
         [
             "usage: dmjd evaluate TASK RUN [flags]",
             "",
-            "Evaluate an encoder on labeled images, beside a randomly initialized one.",
+            "Evaluate an encoder on labeled images, together with a randomly initialized one.",
             "",
             *lines,
             "",
@@ -76,7 +74,7 @@ def _parser(task: str) -> Parser:
     parser = Parser(
         prog=f"dmjd evaluate {task}",
         usage=f"dmjd evaluate {task} RUN [flags]",
-        description=f"{text[0].upper()}{text[1:]}, beside a randomly initialized encoder.",
+        description=f"{text[0].upper()}{text[1:]}, together with a randomly initialized encoder.",
         epilog=f"example:\n  dmjd evaluate {task} runs/first --data {example}",
     )
     add_run_argument(parser, _RUN_HELP)

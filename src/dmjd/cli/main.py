@@ -1,4 +1,4 @@
-"""``dmjd ...``: the public functions as commands, with the same names. Imports no torch before a command runs."""
+"""``dmjd ...``: the public functions as commands of the same names. Torch is not imported before a command runs."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from dmjd import __version__
 from dmjd.cli.encoder import run_compare, run_embed, run_export, run_show
 from dmjd.cli.evaluate import run_evaluate
 from dmjd.cli.pretrain import run_bench, run_pretrain
-from dmjd.config.fields import nearest
+from dmjd.suggest import did_you_mean
 
 MAX_ERROR_LINES = 10
 
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for a mistake of the user (a short message on stderr, no traceback); 130 after Ctrl-C outside of training,
-        which saves and returns 0.
+        0; 2 for a user error (a short message on stderr, no traceback); 130 after Ctrl-C outside of training. Training
+        saves its state and returns 0.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, *arguments: str) -> None:
     if command not in COMMANDS:
-        near = nearest(command, COMMANDS)
-        raise ValueError(f"unknown command '{command}'; did you mean '{near}'? Commands: {', '.join(COMMANDS)}")
+        hint = did_you_mean(command, COMMANDS)
+        raise ValueError(f"unknown command '{command}'{hint} Commands: {', '.join(COMMANDS)}")
     COMMANDS[command][0](arguments)
 
 

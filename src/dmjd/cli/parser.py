@@ -1,4 +1,4 @@
-"""Argument parsing of all commands: flags from configuration fields, and short messages for mistakes."""
+"""Argument parsing for all commands: flags from configuration fields, and short error messages."""
 
 import argparse
 import dataclasses
@@ -12,18 +12,18 @@ WIDTH = 88
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that raises ValueError for mistakes, and suggests the nearest flag."""
+    """An ``ArgumentParser`` that raises ValueError instead of exiting, and suggests the nearest flag."""
 
     def __init__(self, **kwargs: Any) -> None:
         formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH)  # noqa: E731
         super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Report a mistake of the user."""
+        """Raise an error of argparse as ValueError."""
         raise ValueError(f"{message}\nsee: {self.prog} --help")
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The given values by name. Flags made by :func:`add_field` are absent where they are not given."""
+        """Parse the arguments into values by name. Flags made by :func:`add_field` are absent if not given."""
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             self._refuse(unknown[0].split("=")[0])
@@ -43,17 +43,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def flag_of(name: str) -> str:
-    """The flag of a setting: ``--mask-ratio`` of ``mask_ratio``."""
+    """The flag of a setting: ``--mask-ratio`` for ``mask_ratio``."""
     return "--" + name.replace("_", "-")
 
 
 def add_run_argument(parser: Parser, help_text: str) -> None:
-    """The argument RUN."""
+    """Add the argument RUN."""
     parser.add_argument("run", metavar="RUN", help=help_text)
 
 
 def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], defaults: Config) -> None:
-    """A flag from a configuration field. A flag that is not given stays out of the namespace: the default holds."""
+    """Add a flag for a configuration field. If it is not given, it is absent from the result and the default holds."""
     kind, many, _ = value_types(field.type)
     value = getattr(defaults, field.name)
     text = field.metadata["help"].replace("%", "%%")

@@ -57,7 +57,7 @@ def run_bench(arguments: Sequence[str]) -> None:
 
 
 def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe and the flags."""
+    """Split arguments into recipe and flags."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], list(arguments[1:])
     return "dmjd", list(arguments)

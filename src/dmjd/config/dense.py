@@ -1,4 +1,4 @@
-"""The settings of segmentation and detection. Imports no torch."""
+"""Settings of segmentation and detection. Imports no torch."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ INFERENCE = ("whole", "slide")
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(EvaluationConfig):
-    """What segmentation and detection share: length and schedule of the training, and the image size."""
+    """Settings shared by segmentation and detection: length and schedule of the training, image size."""
 
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", COMMON, choices=PRECISIONS)
 
@@ -74,13 +74,13 @@ class DenseConfig(EvaluationConfig):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate of a resolved configuration."""
+        """Peak learning rate, for a resolved configuration."""
         assert self.blr is not None
         return self.blr * self.batch_size / 256
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) that images are resized to, of a resolved configuration."""
+        """(height, width) that images are resized to, for a resolved configuration."""
         assert self.img_size is not None
         return self.img_size[0], self.img_size[-1]
 
@@ -115,7 +115,7 @@ class SegmentationConfig(DenseConfig):
 
     @property
     def covered(self) -> tuple[int, int]:
-        """(height, width) that images cover, of a resolved configuration."""
+        """(height, width) that images cover before cropping, for a resolved configuration."""
         return (self.resize[0], self.resize[-1]) if self.resize is not None else self.size
 
 

@@ -1,15 +1,15 @@
-"""The settings that evaluations share, and those of the evaluations on frozen features. Imports no torch."""
+"""Settings shared by all evaluations, and settings of the evaluations on frozen features. Imports no torch."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, Config, option
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, MAX_SEED, Config, option
 
 PROBE_EPOCHS = 90  # published length of a linear probe
 
-COMMON = "evaluation"  # group of the settings that say where to evaluate, not what
+COMMON = "evaluation"  # group of settings such as data, folders and device, which do not define the task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +20,16 @@ class EvaluationConfig(Config):
     test_data: str | None = option(None, "test set of the same form; default the test part of --data", COMMON)
     out: str | None = option(None, "folder for evaluation/TASK.json; default the run folder", COMMON)
     num_workers: int | None = option(None, "data loading processes; default by the number of cores", COMMON, ge=0)
-    seed: int = option(0, "seed of random weights, training and subsets", COMMON)
+    seed: int = option(0, "seed of random weights, training and subsets", COMMON, ge=-MAX_SEED, le=MAX_SEED)
     device: str = option("auto", "device to evaluate on", COMMON, choices=DEVICES)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings of the task itself as JSON types: what a result is stored with."""
+        """The task's own settings as JSON types, as they are stored with a result."""
         return self.own(super().to_dict())
 
     @classmethod
     def own(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some settings that are the task's own, not about where to read, write and run."""
+        """The subset of settings that define the task, without those about where to read, write and run."""
         common = {field.name for field in dataclasses.fields(cls) if field.metadata["group"] == COMMON}
         return {name: value for name, value in options.items() if name not in common}
 
@@ -51,7 +51,7 @@ class LabeledConfig(EvaluationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenConfig(LabeledConfig):
-    """What all evaluations on frozen features share: one pass over the images serves them all."""
+    """Settings shared by all evaluations on frozen features, which run in one pass over the images."""
 
     task: ClassVar[str] = "frozen"
 

@@ -1,10 +1,9 @@
 """The base of all configurations: fields with help, bounds and choices; checks; JSON. Imports no torch.
 
-Command-line flags are made from the fields, so that names, defaults, bounds and help stand in one place.
+Command-line flags are made from the fields, so names, defaults, bounds and help are defined only once.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -13,15 +12,18 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from dmjd.suggest import did_you_mean
+
 LABELS = ("none", "folder", "column")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FEATURE_PRECISIONS = ("fp32", "bf16")
-SHOW_KINDS = ("masks", "targets", "reconstructions", "attention", "neighbors")
+
+MAX_SEED = 2**63 - 1  # 64 bits
 
 FORMAT_VERSION = 1
 
-# Settings of former versions. A file that holds one is read; a caller who uses one is told the new name.
+# Former name -> name of a setting. Files with former names are read; callers get an error with the new name.
 RENAMED = {
     "max_bad": "max_unreadable",
     "pictures": "num_images",
@@ -29,7 +31,7 @@ RENAMED = {
     "colours": "color_jitter",
     "outlines": "instance_masks",
 }
-# Settings that another one replaced, not only by name: what a caller is told.
+# Former setting -> what replaced it, where it was not just renamed; part of the error message.
 REPLACED = {"disjoint": "masks: 'disjoint' (the default) or 'independent' (--masks independent)"}
 
 
@@ -45,7 +47,7 @@ class Bounds:
     def allow(self, value: float) -> bool:
         """Whether a value is finite and within the limits."""
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)
             and (self.lt is None or value < self.lt)
@@ -53,7 +55,7 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        """The rule in words, to follow "must"."""
+        """The limits in words, to follow "must"."""
         if self.ge is not None and self.le is not None:
             return f"lie between {self.ge:g} and {self.le:g}"
         if self.gt is not None and self.lt is not None:
@@ -80,12 +82,14 @@ def option(
     """A field of a configuration.
 
     Args:
-        default: its value where none is given.
-        text: help text. group: heading under which the flag is listed.
-        choices: allowed words.
+        default: the default value.
+        text: help text.
+        group: heading under which the flag is listed.
+        choices: allowed values of a string.
         gt, ge, lt, le: bounds of a number, or of each number of a tuple.
         length: allowed lengths of a tuple.
-        resume: whether it may change when a run is resumed. common: whether it is listed among the common flags.
+        resume: whether it may change when a run is resumed.
+        common: whether it is listed among the common flags.
     """
     metadata = {
         "help": text,
@@ -100,17 +104,12 @@ def option(
 
 
 def value_types(field_type: Any) -> tuple[type, bool, bool]:
-    """Of an annotation: the plain type, whether a tuple of it is meant, whether None is allowed."""
+    """Parse an annotation: (plain type, whether it is a tuple of that type, whether None is allowed)."""
     parts = typing.get_args(field_type) if isinstance(field_type, types.UnionType) else (field_type,)
     optional = type(None) in parts
     plain = next(part for part in parts if part is not type(None))
     many = typing.get_origin(plain) is tuple
     return (typing.get_args(plain)[0] if many else plain), many, optional
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """The most similar of some words, for "did you mean"."""
-    return difflib.get_close_matches(word, list(words), n=1, cutoff=0.0)[0]
 
 
 class Config:
@@ -123,13 +122,13 @@ class Config:
             choices. The message names the setting.
     """
 
-    task: ClassVar[str] = "configuration"  # what messages call it
+    task: ClassVar[str] = "configuration"  # its name in messages
 
     if typing.TYPE_CHECKING:  # subclasses are dataclasses
         __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __new__(cls, **settings: Any) -> Self:
-        """Refuse unknown names before the dataclass's own constructor would with a TypeError."""
+        """Check the names first, because the dataclass's constructor would raise a TypeError."""
         cls.check_names(settings)
         return super().__new__(cls)
 
@@ -139,7 +138,7 @@ class Config:
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
-        """Raise ValueError for a name that is no setting, with the nearest one and all there are."""
+        """Raise ValueError for unknown settings; the message suggests the nearest one and lists all."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(names) - set(known))
         for name in unknown:
@@ -149,12 +148,12 @@ class Config:
                 raise ValueError(f"the setting {name} is now {REPLACED[name]}")
         if unknown:
             raise ValueError(
-                f"'{cls.task}' does not take {', '.join(unknown)}: did you mean {nearest(unknown[0], known)}? "
+                f"'{cls.task}' does not take {', '.join(unknown)}{did_you_mean(unknown[0], known)} "
                 f"It takes {', '.join(known)}"
             )
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with changes."""
+        """Return a copy with some settings changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,12 +186,12 @@ class Config:
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that a former version may have written, under today's names."""
+        """Rename the settings that a former version may have written."""
         return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """A value in its declared type, or ValueError."""
+    """Convert a value to the declared type of its field, or raise ValueError."""
     kind, many, optional = value_types(field.type)
     if value is None and optional:
         return None

@@ -1,4 +1,4 @@
-"""The settings of fine-tuning. Imports no torch.
+"""Settings of fine-tuning. Imports no torch.
 
 The published recipe (MAE, ConvMAE, DMJD: ImageNet, 224 pixels, 100 epochs) for data sets and runs of that size, and a
 milder one for smaller ones: see :meth:`FinetuneConfig.resolve`.
@@ -108,7 +108,9 @@ class FinetuneConfig(LabeledConfig):
         - Large encoders: the paper's 50 epochs, layer decay 0.75, drop path 0.2.
 
         Args:
-            num_images: size of the training set. img_size: (H, W) of the encoder. embed_dim: its width.
+            num_images: size of the training set.
+            img_size: (H, W) of the encoder.
+            embed_dim: width of the encoder.
 
         Returns:
             A configuration in which only ``clip_grad``, ``ema``, and one of ``epochs`` and ``steps`` may be None.
@@ -135,8 +137,8 @@ class FinetuneConfig(LabeledConfig):
         return self.replace(**changes)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a result depends on, as JSON types."""
+        """Settings that a result depends on, as JSON types."""
         return {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_IDENTITY}
 
 
-_NOT_IN_IDENTITY = ("checkpoint_every", "log_every")  # they change no result
+_NOT_IN_IDENTITY = ("checkpoint_every", "log_every")  # these do not change a result

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
+from dmjd.config.fields import DEVICES, LABELS, MAX_SEED, PRECISIONS, Config, option
 
 DEFAULT_BATCH_SIZE = 256
 
@@ -39,9 +39,9 @@ class PretrainConfig(Config):
     )
     in_chans: int = option(3, "input channels of the encoder", "data", ge=1)
     mean: tuple[float, ...] | None = option(
-        None, "per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured", "data"
+        None, "mean per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured", "data"
     )
-    std: tuple[float, ...] | None = option(None, "as mean", "data", gt=0)
+    std: tuple[float, ...] | None = option(None, "standard deviation per channel; default as for mean", "data", gt=0)
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255; default the data type's own range", "data", length=(2,)
     )
@@ -87,7 +87,7 @@ class PretrainConfig(Config):
         le=1,
     )
     block_size: int | None = option(
-        None, "side of a masking block in tokens; default 2 where it divides", "method", ge=1
+        None, "side of a masking block in tokens; default 2 if it divides the grid, else 1", "method", ge=1
     )
     masks: str = option("disjoint", "masking strategy: disjoint, independent or complementary", "method")
     mim: bool = option(True, "reconstruction of masked tokens", "method")
@@ -126,7 +126,7 @@ class PretrainConfig(Config):
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0)
     warmup: float = option(0.05, "fraction of the run with linear warm-up", "training", ge=0, le=1)
     clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "training", gt=0)
-    seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True)
+    seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)
     device: str = option("auto", "device to train on", "machine", resume=True, common=True, choices=DEVICES)
     compile: bool = option(False, "torch.compile the model", "machine")
@@ -140,7 +140,7 @@ class PretrainConfig(Config):
     eval_every: int | None = option(
         None, "steps between figures and online kNN; default ten times a run; 0: never", "run", resume=True, ge=0
     )
-    final_eval: bool = option(True, "kNN and linear probe at the end where there are labels", "run", resume=True)
+    final_eval: bool = option(True, "kNN and linear probe at the end if there are labels", "run", resume=True)
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)
 
     def __post_init__(self) -> None:
@@ -164,8 +164,6 @@ class PretrainConfig(Config):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
-        if self.masks in ("independent", "complementary") and self.pred_ratio is not None:
-            raise ValueError(f"pred_ratio has no meaning with {self.masks} masks: leave out one of them")
         if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
             raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 
@@ -176,7 +174,7 @@ class PretrainConfig(Config):
 
     @property
     def branch_targets(self) -> dict[str, str]:
-        """Branch that is on, "mim" or "vis" -> name of its target."""
+        """Active branch, "mim" or "vis" -> name of its target."""
         own = {"mim": self.mim_target, "vis": self.vis_target}
         return {branch: name or self.target for branch, name in own.items() if getattr(self, branch)}
 
@@ -188,11 +186,10 @@ class PretrainConfig(Config):
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that a former version may have written; version 0.1 had ``disjoint``, not ``masks``."""
+        """Rename the settings of former versions; version 0.1 had ``disjoint`` instead of ``masks``."""
         settings = super().from_former(values)
         if "disjoint" in settings:
-            settings["masks"] = _former_masks(settings)
-            del settings["disjoint"]
+            settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"
         return settings
 
 
@@ -200,20 +197,12 @@ def _not_rising(name: str, value: tuple[float, ...]) -> str:
     return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"
 
 
-def _former_masks(values: Mapping[str, Any]) -> str:
-    """The masking strategy of a configuration of version 0.1."""
-    if not values["disjoint"]:
-        return "independent"
-    partition = values.get("num_views", 2) * (1 - values.get("mask_ratio", 0.6)) == 1
-    own = values.get("recipe") == "complementary" and partition and values.get("pred_ratio") is None
-    return "complementary" if own else "disjoint"
-
-
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
-    """Settings that changed although a resumed run must keep them, as "name: old -> new".
+    """Settings that differ although a resumed run must keep them, as "name: old -> new".
 
     Fields marked ``resume`` may change: workers, device, logging, intervals, tolerance of unreadable images, test data.
-    A duration may become longer, in the same unit.
+    A duration may become longer, in the same unit. Complementary masks are disjoint masks of a certain ratio, and are
+    drawn the same, so that each may replace the other.
     """
     lines = []
     for field in dataclasses.fields(old):
@@ -223,6 +212,8 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
         if field.name in DURATIONS:
             if before is None or after is None or after < before:
                 lines.append(f"{field.name}: {before} -> {after} (a run may only become longer, in the same unit)")
+        elif field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
+            continue
         elif not field.metadata["resume"]:
             lines.append(f"{field.name}: {before} -> {after}")
     return lines

@@ -1,10 +1,10 @@
 """Recipes: functions ``recipe(data=None, out=None, **overrides) -> PretrainConfig``. Imports no torch."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.suggest import did_you_mean
 
 Recipe = Callable[..., PretrainConfig]
 
@@ -193,8 +193,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by name; ValueError with the nearest for an unknown one."""
+    """Look up a recipe by name; ValueError with a suggestion for an unknown one."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)
-        raise ValueError(f"unknown recipe '{name}'; did you mean '{near[0]}'? Recipes: {', '.join(RECIPES)}")
+        raise ValueError(f"unknown recipe '{name}'{did_you_mean(name, RECIPES)} Recipes: {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -24,7 +24,8 @@ class ImagesInMemory:
 
     Attributes:
         images: [n, C, H, W] uint8 or float32 on the 0..255 scale; unreadable ones are zero.
-        readable: [n] bool. unreadable: index -> (name, reason).
+        readable: [n] bool.
+        unreadable: index -> (name, reason).
     """
 
     images: Tensor
@@ -35,6 +36,12 @@ class ImagesInMemory:
 def evenly_spaced(length: int, count: int) -> np.ndarray:
     """At most ``count`` different indices, evenly spaced over range(length), in order."""
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64))
+
+
+def first_of_parts(length: int, count: int) -> np.ndarray:
+    """The first index of each of at most ``count`` equal parts of range(length), in order."""
+    count = min(length, count)
+    return np.arange(count) * length // count
 
 
 def try_read(source: Source, index: int) -> np.ndarray | Report:
@@ -49,11 +56,12 @@ def load_to_memory(source: Source, max_pixels: int | None = None) -> ImagesInMem
     """Decode a set whose images have one size and type and take at most 1 GiB.
 
     Args:
-        source: the set. max_pixels: of one image; None: no limit.
+        source: the set.
+        max_pixels: largest size of an image in pixels; None: no limit.
 
     Returns:
         The images, or None if the set does not qualify. A few evenly spaced images are read first, which rejects
-        most sets of large or different images at once.
+        most sets of large images or of images of different sizes quickly.
     """
     n = len(source)
     probes = [try_read(source, int(i)) for i in evenly_spaced(n, _PROBES)]

@@ -26,7 +26,7 @@ from dmjd.images.stored import UnreadableImage
 
 LEAST_VISIBLE = 1.0  # pixels on the canvas; narrower objects are not trained on
 
-_FEW = 256  # images; read before workers would have started
+_FEW = 256  # images; read faster than worker processes start
 
 
 class ExampleSource(Protocol):
@@ -55,7 +55,7 @@ class ExampleBatch:
     unreadable: list[Report] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "ExampleBatch":
-        """The batch on a device."""
+        """Move the batch to a device."""
         targets = self.targets
         if isinstance(targets, Tensor):
             targets = targets.to(device, non_blocking=True)
@@ -69,8 +69,10 @@ class MaskAugment:
     """Random scale, crop, flip and color jitter of an image and its segmentation mask.
 
     Attributes:
-        canvas: (h, w) of the result. base: (h, w) that images cover before the random scale.
-        fill: value per channel, on the 0..255 scale, where the canvas shows no image. scale: range of the random scale.
+        canvas: (h, w) of the result.
+        base: (h, w) that images cover before the random scale.
+        fill: value per channel, on the 0..255 scale, where the canvas shows no image.
+        scale: range of the random scale.
         flip, color_jitter: whether to use them.
     """
 
@@ -92,11 +94,13 @@ class MaskAugment:
 
 @dataclass(frozen=True)
 class BoxAugment:
-    """Random scale, position and flip of an image and its objects. Crowds and objects off the canvas are dropped.
+    """Random scale, position and flip of an image and its objects. Crowds and objects outside the canvas are dropped.
 
     Attributes:
-        canvas: (h, w) of the result. base: (h, w) that images fit into before the random scale.
-        fill: value per channel, on the 0..255 scale, where the canvas shows no image. scale: range of the random scale.
+        canvas: (h, w) of the result.
+        base: (h, w) that images fit into before the random scale.
+        fill: value per channel, on the 0..255 scale, where the canvas shows no image.
+        scale: range of the random scale.
         flip: whether to flip.
     """
 
@@ -128,9 +132,11 @@ class ExampleLoader:
     An unreadable image is replaced by one drawn from its key, as in pre-training.
 
     Args:
-        source: the set. augment: maps an image, its target and its key to the same on the canvas.
+        source: the set.
+        augment: maps an image, its target and its key to image and target on the canvas.
         batch_size, accumulate, seed, rank, world_size: see :class:`~dmjd.data.train_loader.Stream`.
-        num_workers: reading processes; None: chosen by the machine. device: of the batches.
+        num_workers: data loading processes; None: by the number of cores.
+        device: device of the batches.
         warn: called with a message for each unreadable image, once.
     """
 
@@ -211,9 +217,11 @@ def read_examples(
     """Unchanged images in the order of the set, in batches; unreadable ones are left out.
 
     Args:
-        source: the set. batch_size: the most images in a batch.
-        num_workers: reading processes; None: none for few images, else chosen by the machine.
-        indices: of the images to read; None: all. unreadable: a list that receives (name, reason) of those left out.
+        source: the set.
+        batch_size: the most images in a batch.
+        num_workers: data loading processes; None: none for few images, else by the number of cores.
+        indices: indices of the images to read; None: all.
+        unreadable: list to which (name, reason) of those left out are added.
     """
     wanted = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     workers = auto_workers_once(len(wanted), _FEW) if num_workers is None else num_workers

@@ -25,7 +25,8 @@ class GeometricTransform:
     """Resizes an image, puts a canvas over it, and flips the result.
 
     Attributes:
-        image, resized: (height, width) of the image before and after resizing. canvas: (h, w) of the result.
+        image, resized: (height, width) of the image before and after resizing.
+        canvas: (h, w) of the result.
         top, left: corner of the canvas in the resized image; negative where the canvas begins outside the image.
         flip: left to right.
     """
@@ -67,8 +68,11 @@ def random_transform(
     """Random scale (uniform in ``base * scale``), position (uniform; smaller images lie inside the canvas) and flip.
 
     Args:
-        key: of the image. image, canvas: (height, width). base: scale that ``scale`` multiplies.
-        flip: whether to flip one half of the images.
+        key: key of the image.
+        image, canvas: (height, width).
+        base: scale that is multiplied by the random factor.
+        scale: range of the random factor.
+        flip: whether to flip half of the images.
     """
     u = uniform(hash64(STREAM_PLACE, key, torch.arange(3))).tolist()
     resized = scaled_size(image, base * (scale[0] + (scale[1] - scale[0]) * u[0]))
@@ -131,13 +135,14 @@ def boxes_to_image(boxes: Tensor, transform: GeometricTransform) -> Tensor:
 
 
 def jitter_colors(image: Tensor, key: int) -> Tensor:
-    """Random brightness, contrast, saturation and hue, each in one half of the images (as in SSD, Liu et al. 2016).
+    """Random brightness, contrast, saturation and hue, each applied to half of the images (as in SSD, Liu et al. 2016).
 
     Brightness changes by up to 12.5 % of the range, contrast and saturation by up to one half, hue by up to 18
-    degrees. Gray images have no saturation and hue; images of other than 1 or 3 channels are returned unchanged.
+    degrees. Gray images have no saturation and hue; images without 1 or 3 channels are returned unchanged.
 
     Args:
-        image: [C, h, w] uint8 or float32 on the 0..255 scale. key: of the image.
+        image: [C, h, w] uint8 or float32 on the 0..255 scale.
+        key: key of the image.
     """
     from torchvision.transforms.v2 import functional as tv  # slow to import
 

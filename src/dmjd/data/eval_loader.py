@@ -14,7 +14,7 @@ from dmjd.data.unreadable import Report
 from dmjd.data.workers import auto_workers_once, read_batches
 from dmjd.images.preprocess import Preprocess
 
-_FEW = 4096  # images; read before workers would have started
+_FEW = 4096  # images; read faster than worker processes start
 
 
 @dataclass
@@ -22,8 +22,10 @@ class EvalBatch:
     """Readable images of a set.
 
     Attributes:
-        raw: [b, C, h, w] uint8 or float32 on the 0..255 scale. labels: [b] int64, or None for an unlabeled set.
-        index: [b] int64, indices into the set. unreadable: (name, reason) of those left out.
+        raw: [b, C, h, w] uint8 or float32 on the 0..255 scale.
+        labels: [b] int64, or None for an unlabeled set.
+        index: [b] int64, indices into the set.
+        unreadable: (name, reason) of the images left out.
     """
 
     raw: Tensor
@@ -36,9 +38,11 @@ class EvalLoader:
     """Batches of a set in order, resized and center-cropped; unreadable images are left out.
 
     Args:
-        source: the set. preprocess: of the encoder. batch_size: the most images in a batch.
-        num_workers: reading processes; None: none for few images, else this machine's cores, at most 8.
-        indices: of the images to read, in this order; None: all.
+        source: the set.
+        preprocess: preprocessing of the encoder.
+        batch_size: the most images in a batch.
+        num_workers: data loading processes; None: none for few images, else one per core, at most 8.
+        indices: indices of the images to read, in this order; None: all.
 
     Attributes:
         unreadable: (name, reason) of the images left out so far; emptied at the start of each iteration.
@@ -96,7 +100,7 @@ def read_all(
     indices: Sequence[int] | np.ndarray | None = None,
     num_workers: int | None = None,
 ) -> EvalBatch:
-    """All images of an :class:`EvalLoader` at once.
+    """Read all images of an :class:`EvalLoader` into one batch.
 
     Raises:
         ValueError: if none can be read.

@@ -1,4 +1,4 @@
-"""Labeled training batches of a classifier: crops, RandAugment, erasing, mixup and CutMix, drawn from images' keys.
+"""Labeled training batches for a classifier: crops, RandAugment, erasing, mixup and CutMix, drawn from image keys.
 
 timm's augmentations draw from the global generators of Python, NumPy and torch. These are seeded for each image and
 restored afterwards, so that a batch is a function of its step, independent of the process and of what ran before.
@@ -41,7 +41,7 @@ _PIL_CHANNELS = {1: "L", 3: "RGB"}  # of 8-bit images; RandAugment's color opera
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """The global generators of Python, NumPy and torch (CPU) seeded by a key; restored afterwards."""
+    """Seed the global generators of Python, NumPy and torch (CPU) with a key, and restore them afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(key)
@@ -55,10 +55,11 @@ def seeded(key: int) -> Iterator[None]:
 
 
 class Augmentation:
-    """Crop, flip, RandAugment and erasing of one image, by the settings of :class:`FinetuneConfig`.
+    """Crop, flip, RandAugment and erasing of one image, with the settings of :class:`FinetuneConfig`.
 
     Args:
-        config: resolved. preprocess: of the encoder.
+        config: resolved configuration.
+        preprocess: preprocessing of the encoder.
     """
 
     def __init__(self, config: FinetuneConfig, preprocess: Preprocess) -> None:
@@ -82,7 +83,7 @@ class Augmentation:
     def __call__(self, image: np.ndarray, box: list[float], flip: bool, key: int) -> Tensor:
         """[H, W, C] uint8 or float32 -> normalized [C, h, w] float32.
 
-        Images that are not 8-bit, or of other than 1 or 3 channels, are cropped, flipped and erased only.
+        Images that are not 8-bit, or do not have 1 or 3 channels, are only cropped, flipped and erased.
         """
         crop = crop_resize(image, box, self.preprocess.img_size, flip)  # C, h, w
         with seeded(int(hash64(STREAM_AUGMENT, key)) & (2**63 - 1)):
@@ -125,7 +126,7 @@ class _LabeledCrops:
         return torch.stack(list(crops)), torch.tensor(labels), unreadable
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
-        """The image and its index, which gives the label: both change for a replacement."""
+        """The image and its index, from which the label follows; a replacement has another index."""
         return (self.source.read(index) if self.images is None else self.images[index]), index
 
 
@@ -133,12 +134,16 @@ class LabeledBatches:
     """Endless micro-batches (images [b, C, h, w] normalized, targets [b, classes]) on the device, from any step on.
 
     Args:
-        source: labeled. config: resolved. preprocess: of the encoder. num_classes: K.
-        seed: of order and augmentation. num_workers: reading processes; None: chosen by the machine, none for small
+        source: labeled set.
+        config: resolved configuration.
+        preprocess: preprocessing of the encoder.
+        num_classes: K.
+        seed: seed of order and augmentation.
+        num_workers: data loading processes; None: by the number of cores, none for small
             images that fit into memory.
 
     Attributes:
-        unreadable: images found unreadable; a warning names each once.
+        unreadable: the unreadable images so far; each is reported once by a warning.
 
     Raises:
         ValueError: for a batch that cannot be divided by ``accumulate``, or into pairs for mixing.

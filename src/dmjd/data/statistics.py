@@ -19,7 +19,7 @@ _DARK = 255 / 8
 
 
 class Stats(NamedTuple):
-    """Per channel on the 0..1 scale, and a warning where the images use little of their range."""
+    """Mean and std per channel on the 0..1 scale, and a warning if the images use little of their range."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -30,7 +30,8 @@ def measure_stats(source: Source, sample: int = 2048) -> Stats:
     """Mean and standard deviation over the pixels of evenly spaced images of a set; each image has the same weight.
 
     Args:
-        source: the set. sample: the most images to read; each is resized to at most 64 pixels.
+        source: the set.
+        sample: largest number of images to read; each is resized to at most 64 pixels.
 
     Raises:
         ValueError: if none of them can be read.

@@ -36,14 +36,18 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Stream:
-    """Which images a process trains on at which step.
+    """The images that a process trains on at each step.
 
     Attributes:
-        length: images in the set. batch_size: unique images of one optimizer step, over all processes.
-        accumulate: micro-batches per step. seed: of all random choices. rank, world_size: of this process.
+        length: images in the set.
+        batch_size: unique images of one optimizer step, over all processes.
+        accumulate: micro-batches per step.
+        seed: seed of all random choices.
+        rank: index of this process.
+        world_size: number of processes.
 
     Raises:
-        ValueError: for a batch that cannot be divided evenly.
+        ValueError: if the batch cannot be divided evenly.
     """
 
     length: int
@@ -85,7 +89,8 @@ class Batch:
     """A micro-batch, cropped and flipped, not normalized.
 
     Attributes:
-        images: [b, C, h, w] uint8 or float32 on the 0..255 scale. keys: [b] int64, from which masks are drawn.
+        images: [b, C, h, w] uint8 or float32 on the 0..255 scale.
+        keys: [b] int64, from which masks are drawn.
         unreadable: (name, reason) of images that could not be read and were replaced.
     """
 
@@ -94,7 +99,7 @@ class Batch:
     unreadable: list[Report] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; asynchronous from page-locked memory."""
+        """Move the batch to a device; asynchronous from page-locked memory."""
         return Batch(
             self.images.to(device, non_blocking=True), self.keys.to(device, non_blocking=True), self.unreadable
         )
@@ -108,17 +113,19 @@ class TrainLoader:
     drawn from its key.
 
     Args:
-        source: the set. img_size: (h, w) of the crops.
+        source: the set.
+        img_size: (h, w) of the crops.
         batch_size, accumulate, seed, rank, world_size: see :class:`Stream`.
-        num_workers: reading processes; None: cores / local processes, at most 8; none for a set in memory.
-        crop_scale: range of the crop's area. flip: flip one half of the images.
-        device: of the batches.
+        num_workers: data loading processes; None: cores / local processes, at most 8. A set in memory needs none.
+        crop_scale: range of the crop's area, relative to the image.
+        flip: flip half of the images.
+        device: device of the batches.
 
     Attributes:
         unreadable: (name, reason) of images found unreadable while the set was loaded to memory.
 
     Raises:
-        ValueError: for a batch that cannot be divided evenly.
+        ValueError: if the batch cannot be divided evenly.
     """
 
     def __init__(
@@ -164,7 +171,7 @@ class TrainLoader:
             for samples in requests:
                 yield self._from_memory(self._memory, samples)
             return
-        # Drawn here, so that workers need no permutations, which take 8 bytes per image.
+        # Drawn in this process, because each worker would need the permutations, of 8 bytes per image.
         drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
         crops = _CroppedImages(self._source, self._augment)
         for result in read_batches(crops, drawn, self.num_workers, self._pinned):
@@ -185,20 +192,20 @@ class TrainLoader:
         return Batch(images, on_device[1], unreadable)
 
     def _send(self, x: Tensor) -> Tensor:
-        """To the device; asynchronous, from page-locked memory."""
+        """Move a tensor to the device; asynchronous on a GPU, from page-locked memory."""
         return x.pin_memory().to(self.device, non_blocking=True) if self._pinned else x
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crops of one size and flips; ``draw`` gives [b, 4] boxes and [b] bool from [b] keys and [b, 2] sides."""
+    """Random crops of one size, and flips."""
 
     size: tuple[int, int]
     scale: tuple[float, float]
     flip: bool
 
     def draw(self, keys: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (top, left, height, width) float64 and which images to flip."""
+        """Keys [b] and image sizes [b, 2] -> boxes (top, left, height, width) [b, 4] float64, and flips [b] bool."""
         return crop_boxes(keys, sides, self.scale), flips(keys) & self.flip
 
 
@@ -234,7 +241,7 @@ class _CroppedImages:
     def _crop(
         self, image: OpenImage, box: list[float], flip: bool, sample: tuple[int, int], unreadable: list[Report]
     ) -> Tensor:
-        """One crop; of the replacement if the image turns out to be damaged when it is decoded."""
+        """Crop an image, or its replacement if decoding shows that the image is damaged."""
         try:
             return crop_resize(*image.read_for(box, self.augment.size), self.augment.size, flip)
         except UnreadableImage:

@@ -20,14 +20,16 @@ def crop_boxes(
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """Boxes distributed as those of torchvision's RandomResizedCrop, each drawn from its image's key.
+    """Draw boxes with the distribution of torchvision's RandomResizedCrop, each from its image's key.
 
     Up to ten times an area (uniform) and an aspect ratio (log-uniform) are drawn; the first box that fits the image
     gets a uniform position. If none fits, the largest centered box of an allowed aspect ratio is taken.
 
     Args:
-        keys: [B] int64. sizes: [B, 2] (H, W) of the images.
-        scale: range of the area, as a share of the image's. ratio: range of width / height.
+        keys: [B] int64.
+        sizes: [B, 2] (H, W) of the images.
+        scale: range of the area, relative to the image.
+        ratio: range of width / height.
 
     Returns:
         [B, 4] float64 of whole numbers: (top, left, height, width), inside the image, at least one pixel.
@@ -56,7 +58,7 @@ def _centered_boxes(H: Tensor, W: Tensor, ratio: tuple[float, float]) -> Tensor:
 
 
 def flips(keys: Tensor) -> Tensor:
-    """[B] int64 keys -> [B] bool, true for one half: which images are flipped left to right."""
+    """Which images are flipped left to right, half of them: [B] int64 keys -> [B] bool."""
     return hash64(STREAM_FLIP, keys) < 0
 
 
@@ -68,7 +70,9 @@ def crop_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, int], 
 
     Args:
         image: [H, W, C] uint8 or float32 on the 0..255 scale.
-        box: (top, left, height, width) in pixels. size: (h, w) of the result. flip: left to right.
+        box: (top, left, height, width) in pixels.
+        size: (h, w) of the result.
+        flip: left to right.
 
     Returns:
         [C, h, w], data type of ``image``; 8-bit color is channels last in memory, as the kernel leaves it.

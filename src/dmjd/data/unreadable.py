@@ -25,7 +25,7 @@ def replacement(keys: Tensor, attempt: int, num_images: int) -> Tensor:
 
 
 def read_or_replace(read: Callable[[int], T], index: int, key: int, num_images: int) -> tuple[T, list[Report]]:
-    """``read(index)``, or that of the first readable index among the replacements drawn from the key.
+    """Read an image, or the first readable one among the replacements drawn from its key.
 
     Returns:
         The result of ``read``, and (name, reason) of each image that could not be read.
@@ -44,10 +44,12 @@ def read_or_replace(read: Callable[[int], T], index: int, key: int, num_images: 
 
 
 def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
-    """The rule of :func:`read_or_replace` for many images at once, where it is known which are readable.
+    """Apply the rule of :func:`read_or_replace` to many images at once, if it is known which are readable.
 
     Args:
-        indices: [B] int64. keys: [B] int64. readable: [n] bool.
+        indices: [B] int64.
+        keys: [B] int64.
+        readable: [n] bool.
 
     Returns:
         [B] int64, all readable.
@@ -69,7 +71,7 @@ class UnreadableImages:
     """The unreadable images of a run, each counted once.
 
     Args:
-        known: (name, reason) pairs to start with: ``reports`` of an earlier run.
+        known: (name, reason) pairs to start with, from ``reports`` of an interrupted run.
     """
 
     def __init__(self, known: Iterable[Report] = ()) -> None:
@@ -77,12 +79,12 @@ class UnreadableImages:
 
     @property
     def reports(self) -> list[Report]:
-        """(name, reason) of each, in the order they were found."""
+        """(name, reason) of each image, in the order in which they were found."""
         return list(self._reasons.items())
 
     @property
     def count(self) -> int:
-        """Their number."""
+        """The number of unreadable images."""
         return len(self._reasons)
 
     def add(self, reports: Iterable[Report]) -> list[Report]:
@@ -95,7 +97,7 @@ class UnreadableImages:
         return new
 
     def add_and_warn(self, reports: Iterable[Report], warn: Callable[[str], None]) -> None:
-        """Add reports, and warn of each new one."""
+        """Add reports, and warn about each new one."""
         for name, reason in self.add(reports):
             warn(f"unreadable, replaced by another image: {name}: {reason}")
 
@@ -103,7 +105,7 @@ class UnreadableImages:
         """Raise an error if too many images are unreadable.
 
         Args:
-            max_unreadable: how many may be unreadable; None: the larger of 10 and 1 % of the set.
+            max_unreadable: largest number allowed; None: the larger of 10 and 1 % of the set.
             num_images: size of the set.
 
         Raises:

@@ -27,20 +27,20 @@ def available_cores() -> int:
 
 
 def auto_workers(world_size: int = 1) -> int:
-    """Reading processes for one training process: the machine's cores over its training processes, at most 8."""
+    """Data loading processes per training process: the machine's cores divided by its training processes, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size)
     return max(1, min(available_cores() // max(1, local), _MOST_WORKERS))
 
 
 def auto_workers_once(num_images: int, few: int) -> int:
-    """Reading processes for one pass over a set: none for ``few`` images, read before workers would have started."""
+    """Data loading processes for one pass over a set: none for up to ``few`` images, read faster than workers start."""
     return 0 if num_images <= few else auto_workers()
 
 
 def read_batches(
     read: Callable[[Request], Result], requests: Iterable[Request], num_workers: int, pin_memory: bool = False
 ) -> Iterator[Result]:
-    """``read(request)`` of each request, in order.
+    """Yield ``read(request)`` for each request, in order.
 
     Args:
         read: picklable; returns tensors in tuples.
@@ -49,7 +49,7 @@ def read_batches(
         pin_memory: return tensors in page-locked memory, which is copied to the GPU asynchronously.
 
     Raises:
-        UnreadableImage: where ``read`` does.
+        UnreadableImage: if ``read`` raises it.
     """
     if num_workers == 0:
         for request in requests:
@@ -67,7 +67,7 @@ def read_batches(
         generator=torch.Generator().manual_seed(0),
     )
     running = [iter(loader)]  # the only reference: dropping it ends the workers
-    # At exit, multiprocessing would send a SIGTERM, which workers ignore, and wait; this is called before.
+    # At exit, multiprocessing would send a SIGTERM, which workers ignore, and wait. This runs earlier.
     atexit.register(running.clear)
     try:
         while True:
@@ -85,7 +85,7 @@ def read_batches(
 
 @dataclass(frozen=True)
 class _Batches(Generic[Request, Result]):
-    """A dataset for the loader. An UnreadableImage is returned: raised in a worker, it would lose its type."""
+    """A dataset for the loader. Returns an UnreadableImage instead of raising it: a worker would change its type."""
 
     read: Callable[[Request], Result]
 

@@ -1,4 +1,4 @@
-"""The base class of encoders: all that the rest of the package asks of one."""
+"""The base class of encoders, which is all that the rest of the package relies on."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,9 @@ class TimmModel(NamedTuple):
     """A model of timm with an encoder's parameter names and shapes.
 
     Attributes:
-        name: for ``timm.create_model``. arguments: all that define the model. defaults: those that the name implies.
+        name: model name for ``timm.create_model``.
+        arguments: all arguments that define the model.
+        defaults: arguments that the name implies.
     """
 
     name: str
@@ -28,8 +30,8 @@ class TimmModel(NamedTuple):
 class Encoder(nn.Module, ABC):
     """Base class of the encoders: images in, tokens out, computed for all patches or for the visible ones only.
 
-    A family of encoders is one subclass and one entry in :data:`dmjd.encoders.registry.ENCODERS`. Nothing else in the
-    package knows the families: it asks their class attributes, constructors and methods.
+    A family of encoders is one subclass and one entry in :data:`dmjd.encoders.registry.ENCODERS`. The rest of the
+    package relies only on the class attributes, constructor and methods described here.
 
     A family defines
         - the class attributes below;
@@ -43,17 +45,22 @@ class Encoder(nn.Module, ABC):
 
     Class attributes:
         SIZES: size name -> constructor arguments. An encoder is called ``<family>_<size>_patch<P>``.
-        PATCHES: patch sizes of the names that are listed; the constructor decides whether others work.
-        SETTINGS: setting of a run -> (constructor argument, how many numbers it takes).
+        PATCHES: patch sizes in the list of names; the constructor may accept others.
+        SETTINGS: setting of a run -> (constructor argument, number of values it takes).
 
     Attributes:
-        name: what ``create_encoder`` was called with. options: its keyword arguments, as JSON types.
-        img_size: (H, W) in pixels. grid: (h, w) in tokens. patch_size: P, side of a token in pixels.
-        in_chans: C. embed_dim, num_features: D. num_prefix_tokens: class tokens before the patch tokens.
+        name: what ``create_encoder`` was called with.
+        options: the keyword arguments of that call, as JSON types.
+        img_size: (H, W) in pixels.
+        grid: (h, w) in tokens.
+        patch_size: P, side of a token in pixels.
+        in_chans: C.
+        embed_dim, num_features: D.
+        num_prefix_tokens: class tokens before the patch tokens.
         scales: (width, cells per token side) of each convolutional stage, finest first; empty without such stages.
             Pre-training fuses them with the tokens.
         decoder_mlp_ratio: default MLP ratio of the reconstruction decoder.
-        norm: the final norm, which is used in pre-training only and not part of pooled features.
+        norm: the final norm; used in pre-training, but not part of pooled features.
         feature_info: for each map of :meth:`forward_intermediates` its width ("num_chs"), stride in pixels
             ("reduction") and module, as in timm. The feature pyramid takes the last map of each stride.
         preprocess: how images become input of this encoder; None if unknown.
@@ -117,7 +124,7 @@ class Encoder(nn.Module, ABC):
             visible: [R, V] int64 ids of the tokens to compute, R = K * B, view-major; None = all.
 
         Returns:
-            tokens [R, prefix + V, D]; one [R, V, s, s, d] for each of ``scales``.
+            Tokens [R, prefix + V, D], and one [R, V, s, s, d] for each of ``scales``.
         """
 
     @abstractmethod
@@ -152,10 +159,11 @@ class Encoder(nn.Module, ABC):
         """Patch tokens after each of the last ``count`` transformer blocks, before the norm.
 
         Args:
-            images: [B, C, H, W] normalized. count: 1 to :attr:`depth`.
+            images: [B, C, H, W] normalized.
+            count: 1 to :attr:`depth`.
 
         Returns:
-            list of [B, N, D], the last block's at the end.
+            List of [B, N, D]; the last block comes last.
         """
 
     @abstractmethod
@@ -217,7 +225,7 @@ class Encoder(nn.Module, ABC):
         return tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
     def check_images(self, images: Tensor) -> tuple[int, int]:
-        """Token grid (h, w) of a batch; ValueError if its shape or channels do not fit."""
+        """Token grid (h, w) of a batch; ValueError if its shape or number of channels does not fit."""
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
         H, W = images.shape[-2:]

@@ -17,14 +17,15 @@ from dmjd.nn.layers import TransformerNorm
 
 CLASSIFIER_FILE = "classifier.safetensors"
 
-HEAD_STD = 2e-5  # of the head's initial weights, as published: fine-tuning starts from nearly equal scores
+HEAD_STD = 2e-5  # published standard deviation of the head's initial weights; scores are nearly equal at first
 
 
 class Classifier(nn.Module):
     """An encoder with a classification head: mean over patch tokens, LayerNorm, linear layer.
 
     Args:
-        encoder: the encoder. num_classes: number of classes.
+        encoder: the encoder.
+        num_classes: number of classes.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int) -> None:
@@ -46,8 +47,9 @@ class ImageClassifier(Classifier):
     """A :class:`Classifier` with class names and preprocessing.
 
     Args:
-        encoder: its ``preprocess`` must be set. classes: names in the order of the logits.
-        test_crop: share of each side of a resized image that the center crop keeps.
+        encoder: its ``preprocess`` must be set.
+        classes: names in the order of the logits.
+        test_crop: fraction of each side of a resized image that the center crop keeps.
     """
 
     def __init__(self, encoder: Encoder, classes: list[str], test_crop: float = 1.0) -> None:
@@ -111,7 +113,7 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> I
     state, metadata = read_safetensors(file)
     metadata = metadata.get("classifier", {})
     if not metadata:
-        raise ValueError(f"{file} is no classifier of dmjd; dmjd.load_encoder reads encoders")
+        raise ValueError(f"{file} is not a dmjd classifier; dmjd.load_encoder reads encoders")
     encoder = create_encoder(metadata["name"], **metadata["options"])
     encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
     model = ImageClassifier(encoder, metadata["classes"], metadata["test_crop"])

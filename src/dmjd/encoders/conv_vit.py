@@ -29,13 +29,16 @@ CELLS = (4, 2)  # cells per token side in stages 1 and 2
 
 
 class ConvViT(Encoder):
-    """ConvViT encoder. Sizes base and large are those of DMJD, tiny and small are ours.
+    """ConvViT encoder. Sizes base and large are DMJD's, tiny and small are ours.
 
     Args:
         img_size: (H, W) in pixels.
         patch_size: side of a token in pixels: 16, 8 or 4 (first strides 4, 2, 1).
-        in_chans: C. embed_dims: widths of the three stages. depths: their numbers of blocks. num_heads: of stage 3.
-        mlp_ratios: of the three stages; DMJD's are (8, 8, 4), ConvMAE's (4, 4, 4).
+        in_chans: C.
+        embed_dims: widths of the three stages.
+        depths: numbers of blocks of the three stages.
+        num_heads: attention heads of stage 3.
+        mlp_ratios: MLP ratios of the three stages: DMJD's are (8, 8, 4), ConvMAE's (4, 4, 4).
         drop_path: stochastic depth rate of the last block, increasing linearly from 0 over all blocks.
     """
 
@@ -95,7 +98,7 @@ class ConvViT(Encoder):
         init_flattened(cast(PatchEmbed, self.patch_embed3).proj)
 
     def _conv_stages(self, x: Tensor, depthwise: Sequence[Depthwise]) -> tuple[Tensor, Tensor]:
-        """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` has one form for each stage."""
+        """Stages 1 and 2 on channels-last pixels, dense or visible; ``depthwise`` holds one function per stage."""
         x1 = self.patch_embed1(x)
         for block in self.blocks1:
             x1 = block(x1, depthwise[0])
@@ -147,10 +150,11 @@ class ConvViT(Encoder):
         """The published implementation: compute all tokens under a mask, then select. Same values, slower.
 
         Args:
-            images: [B, C, H, W]. visible: [B, V] ids.
+            images: [B, C, H, W].
+            visible: [B, V] ids.
 
         Returns:
-            as :meth:`forward_stages`.
+            The same as :meth:`forward_stages`.
         """
         grid = self.check_images(images)
         mask = torch.ones(visible.shape[0], grid[0] * grid[1], dtype=torch.bool, device=images.device)

@@ -1,6 +1,5 @@
 """Encoders by name."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dmjd.encoders.conv_vit import ConvViT
 from dmjd.encoders.timm_features import feature_backbone
 from dmjd.encoders.vit import VisionTransformer
 from dmjd.files import lists_to_tuples, tuples_to_lists
+from dmjd.suggest import did_you_mean
 
 # A new family is its class and one entry here.
 ENCODERS: dict[str, type[Encoder]] = {"vit": VisionTransformer, "conv_vit": ConvViT}
@@ -21,7 +21,7 @@ _NAME = re.compile(r"(\w+)_([a-z0-9]+)_patch(\d+)")
 
 
 def encoder_names() -> list[str]:
-    """The usual names. Some families take other patch sizes too (``vit_small_patch10``)."""
+    """The common names. Some families accept other patch sizes too (``vit_small_patch10``)."""
     return [
         f"{family}_{size}_patch{patch}"
         for family, cls in ENCODERS.items()
@@ -44,13 +44,13 @@ def encoder_family(name: str) -> type[Encoder]:
     """
     match = _NAME.fullmatch(name)
     if match is None or match[1] not in ENCODERS or match[2] not in ENCODERS[match[1]].SIZES or int(match[3]) == 0:
-        near = difflib.get_close_matches(name, encoder_names(), n=1, cutoff=0.0)
-        raise ValueError(f"unknown encoder '{name}'; did you mean '{near[0]}'?")
+        names = encoder_names()
+        raise ValueError(f"unknown encoder '{name}'{did_you_mean(name, names)} Encoders: {', '.join(names)}")
     return ENCODERS[match[1]]
 
 
 def nearest_name(cls: type[Encoder], embed_dim: int, patch_size: int) -> str:
-    """Name of the encoder of a family whose width is nearest; for encoders whose exact sizes are given as overrides."""
+    """Name of the encoder with the nearest width, for encoders whose exact sizes are given as overrides."""
     family = next(name for name, registered in ENCODERS.items() if registered is cls)
     argument = cls.SETTINGS["embed_dim"][0]
 
@@ -77,9 +77,12 @@ def create_encoder(
     Args:
         name: ``vit_{tiny,small,base,large}_patch{P}`` or ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``.
         img_size: pixels, one side or (height, width), divisible by the patch.
-        in_chans: channels. class_token: one prefix token (ViT only). drop_path: stochastic depth of the last block.
+        in_chans: channels.
+        class_token: one prefix token (ViT only).
+        drop_path: stochastic depth of the last block.
         features_only: return timm's feature backbone instead, a module: images -> list of maps [B, D, h, w], with
-            ``feature_info``. out_indices: which maps (default: the last four, all three of ConvViT).
+            ``feature_info``.
+        out_indices: which maps (default: the last four, all three of ConvViT).
         overrides: other arguments of :class:`VisionTransformer` (``embed_dim``, ``depth``, ``num_heads``,
             ``mlp_ratio``) or :class:`ConvViT` (``embed_dims``, ``depths``, ``num_heads``, ``mlp_ratios``). Lists count
             as tuples, so that the ``options`` of an encoder file can be passed.
@@ -109,20 +112,22 @@ def create_encoder(
 
 
 def _arguments(cls: type[Encoder]) -> set[str]:
-    """What ``create_encoder`` accepts for a family; the patch size is part of the name."""
+    """Arguments that ``create_encoder`` accepts for a family; the patch size is part of the name."""
     return set(inspect.signature(cls).parameters) - {"patch_size"}
 
 
 def fresh_like(
     encoder: Encoder, *, seed: int, img_size: tuple[int, int] | None = None, drop_path: float = 0.0
 ) -> Encoder:
-    """The same architecture with random weights from a seed, in evaluation mode.
+    """Create the same architecture with random weights from a seed, in evaluation mode.
 
     torch's global random state is left alone.
 
     Args:
-        encoder: what to copy; unchanged. seed: of the weights.
-        img_size: (H, W) in pixels; None = as ``encoder``. drop_path: stochastic depth rate of the last block.
+        encoder: what to copy; unchanged.
+        seed: seed of the weights.
+        img_size: (H, W) in pixels; None = that of ``encoder``.
+        drop_path: stochastic depth rate of the last block.
     """
     size = encoder.img_size if img_size is None else img_size
     with torch.random.fork_rng(devices=[]):
@@ -133,10 +138,11 @@ def fresh_like(
 
 
 def resized(encoder: Encoder, img_size: tuple[int, int] | None = None, *, drop_path: float = 0.0) -> Encoder:
-    """A copy with the same weights and positions for another image size, in evaluation mode.
+    """Copy an encoder, with position embeddings for another image size, in evaluation mode.
 
     Args:
-        encoder: what to copy; unchanged. img_size: (H, W) in pixels; None = as ``encoder``.
+        encoder: what to copy; unchanged.
+        img_size: (H, W) in pixels; None = that of ``encoder``.
         drop_path: stochastic depth rate of the last block.
     """
     copy = fresh_like(encoder, seed=0, img_size=img_size, drop_path=drop_path)

@@ -1,6 +1,6 @@
 """timm's feature backbones. The only file that imports from ``timm.models._features``, which is not public API.
 
-``tests/encoders/test_timm_features.py`` names the versions of timm that it was tried on.
+``tests/encoders/test_timm_features.py`` lists the versions of timm that were tested.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ def take_indices(num_maps: int, indices: int | Sequence[int] | None) -> tuple[li
     """Resolve the ``indices`` argument of ``forward_intermediates``.
 
     Args:
-        num_maps: number of maps. indices: map indices (negative from the end), a number of last maps, or None for all.
+        num_maps: number of maps.
+        indices: map indices (negative from the end), a number of last maps, or None for all.
 
     Returns:
-        the absolute indices, and the largest of them.
+        The absolute indices, and the largest of them.
     """
     return feature_take_indices(num_maps, indices if indices is None or isinstance(indices, int) else list(indices))
 

@@ -33,7 +33,11 @@ class VisionTransformer(Encoder):
 
     Args:
         img_size: (H, W) in pixels. Images of other sizes divisible by the patch work too.
-        patch_size: P. in_chans: C. embed_dim: D. depth: number of blocks. num_heads: attention heads.
+        patch_size: P.
+        in_chans: C.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: attention heads.
         mlp_ratio: hidden width of the MLP divided by D.
         class_token: prepend one learned token.
         drop_path: stochastic depth rate of the last block, increasing linearly from 0.

@@ -12,13 +12,13 @@ from dmjd.encoders.timm_features import feature_backbone
 from dmjd.files import read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
 
-FORMAT = 1  # of the metadata; increased when older versions would misread it
+FORMAT = 1  # version of the metadata; increased when older versions would misread it
 
 ENCODER_FILE = "encoder.safetensors"
 
 
 def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
-    """All that defines an encoder besides its weights: name, options and preprocessing, as JSON types.
+    """Everything that defines an encoder besides its weights: name, options and preprocessing, as JSON types.
 
     ``drop_path`` is stored as 0, because it belongs to a training run, not to the encoder.
     """
@@ -86,7 +86,7 @@ def _load(path: Path) -> Encoder:
         raise ValueError(f"{path} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
     file = path / ENCODER_FILE if path.is_dir() else path
     if not file.exists():
-        raise ValueError(f"{path} holds no {ENCODER_FILE}: it is no run folder, or its pre-training has not saved yet")
+        raise ValueError(f"{path} holds no {ENCODER_FILE}: it is not a run folder, or nothing has been saved yet")
     metadata, state = _read(file)
     if metadata["format"] > FORMAT:
         raise ValueError(f"{file} was written by a newer dmjd (format {metadata['format']}): update dmjd to read it")

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_SECONDS = 15.0  # between progress lines where stderr is not a terminal
+PLAIN_SECONDS = 15.0  # between progress lines if stderr is not a terminal
 
 
 def duration_text(seconds: float) -> str:
@@ -18,7 +18,7 @@ def duration_text(seconds: float) -> str:
 
 
 class Console:
-    """Messages on stderr, tables on stdout. Silent in all processes but the first.
+    """Messages on stderr, tables on stdout.
 
     Args:
         enabled: whether this process prints.
@@ -47,8 +47,11 @@ class Console:
         """Update the live line of a training.
 
         Args:
-            progress: 0 to 1. step: optimizer steps done. epoch: epochs done. seconds: of training so far.
-            scalars: with "loss", "images_per_s" and "data_wait".
+            progress: 0 to 1.
+            step: optimizer steps done.
+            epoch: epochs done.
+            seconds: training time so far.
+            scalars: must hold "loss", "images_per_s" and "data_wait".
         """
         left = seconds / progress * (1 - progress) if progress > 0 else 0.0
         self.line(

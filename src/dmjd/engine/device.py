@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 
 from dmjd.config.fields import DEVICES, PRECISIONS
 
-SMALL_BLOCK = 1 << 21  # bytes, the size of a huge page: the largest blocks kept where memory use must stay low
+SMALL_BLOCK = 1 << 21  # bytes, the size of a huge page: the largest blocks kept if memory use must stay low
 
 _FABRIC_PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -64,11 +64,11 @@ class Autocast(MixedPrecision):
         return data
 
 
-# Fabric has no public access to its precision plugin: the three functions below are all that touches it.
+# Fabric has no public access to its precision plugin. Only the three functions below use it.
 
 
 def precision_name(fabric: Fabric) -> str:
-    """Lightning's name of the precision: "32-true", "bf16-mixed" or "16-mixed"."""
+    """Lightning's name for the precision: "32-true", "bf16-mixed" or "16-mixed"."""
     return fabric._precision.precision
 
 
@@ -85,8 +85,8 @@ def unscale_gradients(fabric: Fabric, optimizer: Any) -> None:
 def seed_device(device: torch.device, seed: int) -> None:
     """``torch.manual_seed`` for the CPU and one device only.
 
-    The original asks every backend and, where CUDA is not initialized, formats the call stack, which takes longer than
-    the optimizer step of a small model.
+    torch's function seeds every backend and, if CUDA is not initialized, formats the call stack, which takes longer
+    than the optimizer step of a small model.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -98,7 +98,7 @@ def pick_device(name: str) -> torch.device:
     """The device for "cpu", "cuda", or "auto": CUDA if available, else the CPU.
 
     Raises:
-        ValueError: for another name, or if CUDA is not available.
+        ValueError: for an unknown name, or if CUDA is not available.
     """
     if name not in DEVICES:
         raise ValueError(f"device must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, got '{name}'")
@@ -116,7 +116,7 @@ def keep_freed_memory(device: torch.device | str, up_to: int | None = None) -> b
     The price is fragmentation: a block of the same size often does not fit where the last one was.
 
     Args:
-        device: of the tensors; a no-op for devices other than the CPU.
+        device: device of the tensors; a no-op for devices other than the CPU.
         up_to: keep blocks of at most this many bytes and return larger ones: less memory, slower. None: keep all.
 
     Returns:

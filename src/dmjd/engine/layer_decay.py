@@ -11,12 +11,13 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     """Parameter groups of a model around an encoder, with ``lr_scale`` = layer_decay ^ (number of layers above).
 
     Layers are numbered by :meth:`~dmjd.encoders.base.Encoder.layer_of`; parameters outside the encoder are the last
-    layer. 1-D parameters and positions have no weight decay. Positions become trainable, the encoder's final norm,
-    which no downstream task uses, does not; a frozen encoder stays frozen.
+    layer. 1-D parameters and position embeddings have no weight decay. Position embeddings become trainable; the
+    encoder's final norm, which no downstream task uses, is frozen. A frozen encoder stays frozen.
 
     Args:
-        model: its trainable parameters are grouped; ``model.encoder`` is the encoder.
-        weight_decay: of matrices and convolutions. layer_decay: factor per layer, 1 = none.
+        model: the model whose trainable parameters are grouped; ``model.encoder`` is the encoder.
+        weight_decay: weight decay of matrices and convolutions.
+        layer_decay: factor per layer, 1 = none.
     """
     encoder = cast(Encoder, model.encoder)
     frozen = not any(p.requires_grad for p in encoder.parameters())

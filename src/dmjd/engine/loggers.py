@@ -18,7 +18,8 @@ class TensorBoardLogger:
     """Scalars as TensorBoard events.
 
     Args:
-        folder: of the event file. step: events after this step, left by an interrupted run, are hidden.
+        folder: folder of the event file.
+        step: events after this step, left by an interrupted run, are hidden.
     """
 
     def __init__(self, folder: str, step: int) -> None:
@@ -36,22 +37,32 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+def import_wandb() -> Any:
+    """The package of Weights & Biases.
+
+    Raises:
+        ValueError: if the extra is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs Weights & Biases: pip install 'dmjd[wandb]'") from None
+    return wandb
+
+
 class WandbLogger:
-    """Scalars to Weights & Biases; a folder is one run there.
+    """Scalars to Weights & Biases, as one run per run folder.
 
     Args:
-        name: of the run. config: stored with it.
+        name: name and id of the run.
+        config: settings stored with the run.
 
     Raises:
         ValueError: if the extra is not installed.
     """
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb needs Weights & Biases: pip install 'dmjd[wandb]'") from None
-        self._run = wandb.init(project="dmjd", name=name, id=name, resume="allow", config=config)
+        self._run = import_wandb().init(project="dmjd", name=name, id=name, resume="allow", config=config)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Log the scalars of a step."""

@@ -1,4 +1,4 @@
-"""The training loop, shared by pre-training and all supervised training.
+"""The training loop of pre-training and of all supervised training.
 
 A task returns a loss; logging, evaluation and checkpoints are hooks. Runs on Lightning Fabric: one device or many, any
 precision, torchrun and SLURM.
@@ -25,7 +25,7 @@ SYNC_EVERY = 10  # steps between reads of device-side flags on an accelerator, e
 
 
 class NonFiniteLoss(FloatingPointError):  # noqa: N818, the name is the error
-    """The loss or its gradient is not finite; the weights are those before that step."""
+    """The loss or its gradient is not finite; the weights are those of the step before."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TrainState:
 
     step: int = 0
     images: int = 0
-    seconds: float = 0.0  # of training: includes waiting for data, excludes hooks
+    seconds: float = 0.0  # training time, with waiting for data, without hooks
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Task(nn.Module):
 
 @dataclass(frozen=True)
 class Report:
-    """Passed to hooks after a step: the loop's state, progress (0 to 1), and the scalars at steps that are logged."""
+    """Passed to hooks after each step: the loop's state, progress (0 to 1), and scalars if the step is logged."""
 
     state: TrainState
     progress: float
@@ -98,15 +98,20 @@ class Engine:
     """The training loop.
 
     Args:
-        fabric: launched.
+        fabric: a launched Fabric.
         task: the module to train, not wrapped.
-        optimizer: over its parameters. A group with an "lr_scale" (timm's key for layer-wise decay) uses that multiple
-            of the learning rate. On an accelerator, fused optimizers skip a non-finite step without waiting for the
-            device; others wait once a step.
-        duration: of the run. peak_lr: peak learning rate. schedule: progress -> factor on it.
-        batch_size: images per step over all processes. accumulate: micro-batches per step.
-        clip_grad: largest gradient norm, or None. seed: of dropout and stochastic depth.
-        log_every: steps between scalars. compile: use ``torch.compile``.
+        optimizer: optimizer of its parameters. A group with an "lr_scale" (timm's key for layer-wise decay) uses that
+            multiple of the learning rate. On an accelerator, fused optimizers skip a non-finite step without waiting
+            for the device; others wait once a step.
+        duration: length of the run.
+        peak_lr: peak learning rate.
+        schedule: progress -> factor on the peak learning rate.
+        batch_size: images per step over all processes.
+        accumulate: micro-batches per step.
+        clip_grad: largest gradient norm, or None.
+        seed: seed of dropout and stochastic depth.
+        log_every: steps between scalars.
+        compile: use ``torch.compile``.
     """
 
     fabric: Fabric
@@ -125,7 +130,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._scaled = precision_name(self.fabric) == "16-mixed"
-        self._eager = self.fabric.device.type == "cpu"  # reading a value does not wait
+        self._eager = self.fabric.device.type == "cpu"  # reading a value does not block
         self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
         module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
@@ -257,7 +262,7 @@ class Engine:
         return float(self.fabric.all_reduce(requested, reduce_op="sum")) > 0  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint, as JSON types: of the loop and, with fp16, of the loss scaler."""
+        """State of the loop and, with fp16, of the loss scaler, as JSON types for a checkpoint."""
         scaler = loss_scaler(self.fabric)
         return {"progress": asdict(self.state), "scaler": scaler.state_dict() if scaler is not None else None}
 

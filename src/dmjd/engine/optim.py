@@ -34,7 +34,7 @@ def muon(model: nn.Module, weight_decay: float) -> Muon:
     return Muon(parameter_groups(model, weight_decay), lr=0.0, betas=BETAS)
 
 
-# name in the configuration: factory(model, weight_decay)
+# name in the configuration -> factory(model, weight_decay)
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 
 
@@ -46,7 +46,7 @@ def scaled_learning_rate(blr: float, batch_size: int, masks: MaskSampler) -> flo
     Args:
         blr: base learning rate.
         batch_size: B, unique images per optimizer step (views not counted).
-        masks: whose requested ratios p and c apply.
+        masks: sampler with the requested ratios p and c.
     """
     return blr * batch_size * (masks.pred_ratio / masks.mask_ratio) / 256
 
@@ -55,7 +55,9 @@ def warmup_cosine(progress: float, warmup: float, floor: float = 0.0) -> float:
     """Factor on the peak learning rate: linear warm-up from 0, then half a cosine to ``floor``.
 
     Args:
-        progress: of the run, clamped to 0..1. warmup: progress at the peak. floor: factor at the end.
+        progress: progress of the run, clamped to 0..1.
+        warmup: progress at the peak.
+        floor: factor at the end.
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:

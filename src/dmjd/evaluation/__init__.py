@@ -1,4 +1,4 @@
-"""Evaluation of a trained encoder beside a randomly initialized one. Names are imported when first used."""
+"""Evaluation of a trained encoder and of a randomly initialized one. Names are imported when first used."""
 
 import importlib
 from typing import Any

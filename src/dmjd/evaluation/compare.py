@@ -27,7 +27,7 @@ _IRRELEVANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A score, with its standard deviation where there are several seeds."""
+    """A score, with its standard deviation if there are several seeds."""
 
     value: float
     std: float | None = None
@@ -44,8 +44,8 @@ class Comparison:
     Attributes:
         runs: names of the runs: as many last parts of their paths as are needed to distinguish them.
         scores: (task, metric) -> run -> part of :data:`PARTS` -> score. Runs and parts without a score are absent.
-        differences: setting -> its value in each run, for settings that are not equal in all runs. Those of an
-            evaluation are named ``task.setting``.
+        differences: setting -> its value in each run, for settings that differ. Settings of an evaluation are named
+            ``task.setting``.
     """
 
     runs: list[str]
@@ -57,11 +57,12 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     """Read ``evaluation/*.json`` of run folders and compare them.
 
     Args:
-        runs: run folders. out: file for a bar chart; None: no chart.
+        runs: run folders.
+        out: file for a bar chart; None: no chart.
 
     Raises:
-        ValueError: for no runs, a folder without evaluations, a file that cannot be read, or a suffix of ``out`` that
-            is no image format.
+        ValueError: if there are no runs, a folder has no evaluations, a file cannot be read, or the ending of ``out``
+            is not an image format.
     """
     if not runs:
         raise ValueError("give at least one run folder to compare")
@@ -90,7 +91,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
-    """Task -> content of its file, of all results in a run folder."""
+    """Results in a run folder: task -> content of its file."""
     files = sorted(file for file in (run / "evaluation").glob("*.json") if file.name != BASELINES)
     if not files:
         raise ValueError(f"{run} holds no evaluation/*.json: make one with dmjd evaluate knn {run}")
@@ -101,7 +102,7 @@ def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
             if not isinstance(content["result"], dict):
                 raise ValueError("its result is not a table of numbers")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no result of dmjd evaluate ({error}): delete it, or evaluate again") from None
+            raise ValueError(f"{file} is not a result of dmjd evaluate ({error}): delete it, or rerun") from None
         evaluations[file.stem] = content
     return evaluations
 
@@ -125,7 +126,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All settings of a run and of its evaluations, under today's names."""
+    """All settings of a run and of its evaluations, under their current names."""
     file = run / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -143,7 +144,7 @@ def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 def _differences(
     settings: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[str]]:
-    """Settings with more than one value; those of a task among the runs that have its result."""
+    """Settings with more than one value. Settings of a task are compared among the runs that have its result."""
     differences = {}
     for name in dict.fromkeys(name for one in settings for name in one):
         task = name.split(".")[0]
@@ -160,7 +161,7 @@ def _text(value: Any) -> str:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """A table of scores in percent, a row for each task and run; and one of the settings that differ, if any do."""
+    """A table of scores in percent, with a row per task and run, and a table of settings that differ, if any do."""
     scores = Table("task", "metric, %", title="evaluations", title_justify="left")
     scores.add_column("run", overflow="fold")
     for label in PARTS.values():
@@ -180,7 +181,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """A panel for each task: a bar for each run, markers for its baselines."""
+    """Draw a panel per task, with a bar for each run and markers for its baselines."""
     tasks = list(comparison.scores)
     height = 0.36 * len(comparison.runs) + 0.9
     figure = Figure(figsize=(7.5, height * len(tasks) + 0.4), dpi=DPI, layout="constrained")
@@ -197,7 +198,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
 
 
 def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> None:
-    """Runs from top to bottom. A run without a result keeps an empty row, so that colors are the same in all panels."""
+    """Draw runs from top to bottom. A run without a result has an empty row, so that all panels use the same colors."""
     for row, run in enumerate(runs):
         parts = scores.get(run, {})
         label, end = "-", 0.0  # text to the right of the bar and its markers

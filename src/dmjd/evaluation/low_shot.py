@@ -16,15 +16,15 @@ LOW_SHOT_SEEDS = 3
 
 @dataclass(frozen=True)
 class LowShot:
-    """How many labels are used, and how many seeds the result is averaged over.
+    """Number of labels to use, and number of seeds to average over.
 
     Attributes:
-        per_class: number of images of each class, or all of a class that has fewer.
-        fraction: fraction of each class, rounded, at least one image. Neither of the two: all labels.
-        seeds: number of consecutive seeds from that of the evaluation; None: 3 on a subset of the labels, else 1.
+        per_class: number of images of each class; all images if a class has fewer.
+        fraction: fraction of each class, rounded, at least one image. If both are None, all labels are used.
+        seeds: number of consecutive seeds, from the evaluation's own; None: 3 on a subset of the labels, else 1.
 
     Raises:
-        ValueError: for ``per_class`` and ``fraction`` at once, or invalid numbers.
+        ValueError: if both ``per_class`` and ``fraction`` are given, or a number is invalid.
     """
 
     per_class: int | None = None
@@ -51,9 +51,9 @@ class LowShot:
         return [seed + i for i in range(self.seeds or (LOW_SHOT_SEEDS if self.few else 1))]
 
     def rows(self, labels: np.ndarray, seed: int) -> np.ndarray:
-        """Indices of the images that are used, of a set with labels [n]: [m] int64, ascending.
+        """Indices of the images to use from a set with labels [n]: [m] int64, ascending.
 
-        A function of seed, index and label. Of one seed, a smaller subset is contained in every larger one.
+        They depend on seed, index and label only. With one seed, a smaller subset is contained in every larger one.
         """
         if not self.few:
             return np.arange(len(labels))
@@ -87,7 +87,7 @@ def stratified(labels: np.ndarray, quota: Any, stream: int, seed: int) -> np.nda
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A stratified part of a training set on which settings are chosen: [n] bool. It has no class with one image.
+    """A stratified part of a training set for choosing settings: [n] bool. Classes with one image are left out.
 
     Raises:
         ValueError: if no class has two images.
@@ -101,7 +101,7 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def summarize(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Mean over seeds, sample standard deviation under ``<name>_std``, and the result of each seed under "per_seed".
+    """Mean over seeds, with the sample standard deviation as ``<name>_std`` and the results of all seeds as "per_seed".
 
     Numbers in nested dicts are averaged too. A single result is returned unchanged.
     """

@@ -27,7 +27,7 @@ def iou_scores(confusion: Tensor, names: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         "miou", "pixel_accuracy", "mean_accuracy" (of the classes in the ground truth), 0 to 1, and "iou" by class name,
-        None for classes without.
+        None for classes that have no IoU.
     """
     confusion = confusion.double()
     hits, ground_truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)

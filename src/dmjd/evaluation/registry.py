@@ -1,7 +1,7 @@
-"""The table of evaluations. A new one is a file and its line in :data:`TASKS`.
+"""The table of evaluations. To add one, write a file and a line in :data:`TASKS`.
 
-Nothing here imports torch: configuration and function are named by ``module:name`` and imported when they are needed.
-So the command line lists all tasks, and parses their flags, without loading a library that it does not use.
+Nothing here imports torch: configurations and functions are named by ``module:name`` and imported when needed, so the
+command line can list all tasks and parse their flags quickly.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmjd.config.evaluation import EvaluationConfig
-from dmjd.config.fields import nearest
+from dmjd.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class EvaluationTask:
         run: "module:name" of the function ``run(run_folder, **settings) -> result`` that evaluates an encoder and a
             randomly initialized one, and returns what it writes: "result", "random_init", "configuration", ...
         help: one line for the overview.
-        example: the ``--data`` of the example in its help.
+        example: value of ``--data`` in the example of its help.
     """
 
     name: str
@@ -43,13 +43,13 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class FrozenTask(EvaluationTask):
-    """An evaluation of frozen features, all of which share one pass over the images.
+    """An evaluation on frozen features. All of these share one pass over the images.
 
     Attributes:
         run: "module:name" of a function ``run(train, test, *, device, **settings) -> scores`` of two
             :class:`~dmjd.evaluation.frozen.features.Features`. The protocol calls it for the encoder, for random
             weights and for raw pixels.
-        layers: whether it takes the features of several layers, instead of the pooled feature alone.
+        layers: whether it takes features of several layers, not only the pooled feature.
     """
 
     layers: bool = False
@@ -101,19 +101,17 @@ TASKS: dict[str, EvaluationTask] = {
 
 
 def get_task(name: str) -> EvaluationTask:
-    """A task by name; ValueError with the nearest for an unknown one."""
+    """Look up a task by name; ValueError with a suggestion for an unknown one."""
     if name not in TASKS:
-        raise ValueError(
-            f"unknown evaluation '{name}'; did you mean '{nearest(name, TASKS)}'? There are: {', '.join(TASKS)}"
-        )
+        raise ValueError(f"unknown evaluation '{name}'{did_you_mean(name, TASKS)} Evaluations: {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def get_frozen_task(name: str) -> FrozenTask:
-    """A task on frozen features by name; ValueError for another."""
+    """Look up a task on frozen features by name; ValueError for any other name."""
     task = get_task(name)
     if not isinstance(task, FrozenTask):
-        raise ValueError(f"'{name}' is no evaluation on frozen features; there are: {', '.join(frozen_names())}")
+        raise ValueError(f"'{name}' is not an evaluation on frozen features; there are: {', '.join(frozen_names())}")
     return task
 
 

@@ -20,7 +20,7 @@ BASELINES = "baselines.json"
 
 
 def data_fingerprint(train: Source, test: Source) -> str:
-    """Identifies the images of both sets."""
+    """Identifier of the images of both sets."""
     return f"{train.fingerprint()}/{test.fingerprint()}"
 
 
@@ -76,14 +76,15 @@ class Baselines:
 
 
 def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:
-    """An earlier result of the same weights on the data of the run, with default settings; None if there is none.
+    """Read an earlier result of the same weights with default settings; None if there is none.
 
     Args:
-        file: ``<run>/evaluation/<task>.json``. encoder: the encoder to compare with.
+        file: ``<run>/evaluation/<task>.json``.
+        encoder: the encoder to compare with.
     """
     try:
         result = json.loads(Path(file).read_text(encoding="utf-8"))
         same = result["encoder"] == weights_hash(encoder) and not result["overrides"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # missing or of another version
+        return None  # missing, or written by another version
     return result if same else None

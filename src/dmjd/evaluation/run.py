@@ -9,7 +9,7 @@ from dmjd.evaluation.registry import FrozenTask, get_task
 
 
 def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
-    """Evaluate a trained encoder, and by the same protocol a randomly initialized one.
+    """Evaluate a trained encoder and, with the same protocol, a randomly initialized one.
 
     Args:
         task: "knn", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
@@ -24,8 +24,8 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
         "raw_pixels" with scores from 0 to 1, such as "top1" and "top5"; "configuration", "data", "seed", ...
 
     Raises:
-        ValueError: for an unknown task or setting, a folder that is no run, or data that is unlabeled, has one class
-            or no test part.
+        ValueError: if the task or a setting is unknown, the folder is not a run, or the data is unlabeled, has a single
+            class or no test part.
     """
     entry = get_task(task)
     entry.load_config().check_names(options)

@@ -21,7 +21,7 @@ def config_of(run: Path) -> PretrainConfig:
 
 
 def given_data(data: str | Path | None, test_data: str | Path | None, labels: str | None) -> dict[str, str]:
-    """The settings about the data that the caller gave, as strings."""
+    """The data settings given by the caller, as strings."""
     given = {"data": data, "test_data": test_data, "labels": labels}
     return {name: str(value) for name, value in given.items() if value is not None}
 
@@ -29,10 +29,10 @@ def given_data(data: str | Path | None, test_data: str | Path | None, labels: st
 def open_sets(
     config: PretrainConfig, run: Path, encoder: Encoder, given: Mapping[str, Any]
 ) -> tuple[Source, Source, Tensor]:
-    """Training and test set, and the test labels [n] as indices into the training classes.
+    """Open training and test set, and return the test labels [n] as indices into the training classes.
 
     Raises:
-        ValueError: for data that is missing, unlabeled, has one class or no test part.
+        ValueError: if the data is missing, unlabeled, has a single class or no test part.
     """
     preprocess = known_preprocess(encoder)
     config = config.replace(
@@ -41,7 +41,7 @@ def open_sets(
     own = "data" not in given
     data = given.get("data", config.data)
     if data is None:
-        raise ValueError(f"{run} is no run folder, so it has no data of its own: pass --data")
+        raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
     test_data = given.get("test_data", config.test_data if own else None)
     train = open_data(config, data, "train", listing=run / LISTING if own else None)
     test = open_test_data(config, data, test_data)
@@ -54,7 +54,7 @@ def aligned_labels(train: Source, test: Source) -> Tensor:
     """Labels of the test set as indices into the classes of the training set: [n] int64.
 
     Raises:
-        ValueError: for sets that are empty or unlabeled, a single class, or test classes the training set lacks.
+        ValueError: if a set is empty or unlabeled, there is a single class, or the training set lacks a test class.
     """
     labels = torch.from_numpy(align_labels(train, test))
     check_labels(torch.as_tensor(train.labels), labels)

@@ -11,7 +11,7 @@ ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_p
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Top-1 accuracies in percent: a row for the encoder and each baseline, a column for each task.
 
-    Tasks without a top-1 accuracy have a row for each score, and a column for the encoder and its baseline.
+    A task without a top-1 accuracy gets a row for each score, and columns for the encoder and its baseline.
 
     Args:
         results: task -> what :func:`dmjd.evaluate` returned.

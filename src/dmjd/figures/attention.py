@@ -19,14 +19,14 @@ MAX_HEADS = 6  # shown in a figure
 
 
 def last_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention that each patch token receives in the last transformer block, and the block outputs.
+    """Attention that each patch token receives in the last transformer block, and the outputs of that block.
 
     Args:
-        encoder: any encoder, in evaluation mode. images: [B, C, H, W] normalized.
+        encoder: any encoder, in evaluation mode.
+        images: [B, C, H, W] normalized.
 
     Returns:
-        received: [B, heads, N], the mean over the queries of all patch tokens. It sums to 1 without a class token,
-        whose share is left out.
+        received: [B, heads, N], the mean over the queries of all patch tokens; sums to 1 if there is no class token.
         tokens: [B, N, D], ``encoder(images)`` without the class token.
     """
     inputs: list[Tensor] = []
@@ -60,8 +60,9 @@ def attention_figure(encoder: Encoder, images_0_255: Tensor, num_shown: int) -> 
     """Each image, the attention its tokens receive in the last block, and the tokens' principal components.
 
     Args:
-        encoder: its ``preprocess`` is set. It is not changed.
-        images_0_255: [B, C, H, W]; the components are computed from all of them. num_shown: how many are drawn.
+        encoder: an encoder with ``preprocess``; it is not changed.
+        images_0_255: [B, C, H, W]; the components are computed from all of them.
+        num_shown: number of images to draw.
     """
     normalized = known_preprocess(encoder).normalize(images_0_255)
     with evaluating(encoder):

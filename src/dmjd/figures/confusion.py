@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dmjd.figures.grid import save_figure
 
-MANY_CLASSES = 30  # the most whose names and numbers fit into the figure
+MANY_CLASSES = 30  # with more, names and numbers do not fit into the figure
 
 
 def save_confusion_figure(truths: Tensor, predictions: Tensor, classes: list[str], file: Path) -> None:

@@ -18,7 +18,7 @@ _CURVES = {
 
 
 def curves_figure(metrics: str | Path) -> Figure:
-    """Training curves: the loss and its parts, the learning rate, and online kNN if it was measured.
+    """Draw training curves: the loss and its parts, the learning rate, and online kNN if it was measured.
 
     Args:
         metrics: ``metrics.jsonl`` of a run; an incomplete last line, left by a kill, is skipped.

@@ -20,7 +20,7 @@ Columns = dict[str, list[Tensor]]
 
 
 def image_grid(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure:
-    """Images in rows and columns, with a title above each column and a note below."""
+    """Draw images in rows and columns, with a title above each column and a note below."""
     first = next(iter(columns.values()))[0]
     shape = first.shape[0] / first.shape[1]  # height over width
     width = _PANEL_INCHES / max(1, shape) ** 0.5
@@ -40,7 +40,7 @@ def image_grid(columns: Columns, row_labels: Sequence[str], note: str = "") -> F
 
 
 def show_image(axes: Axes, image: np.ndarray, interpolation: str | None = None) -> None:
-    """Draw an RGB image [H, W, 3] without ticks and spines; small images keep their pixels' edges."""
+    """Draw an RGB image [H, W, 3] without ticks and spines; small images keep sharp pixel edges."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.imshow(image, interpolation=interpolation or ("nearest" if image.shape[0] < 300 else "antialiased"))
@@ -50,7 +50,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure atomically, in the format of the file's ending; missing folders are created.
 
     Raises:
-        ValueError: for an ending that is not an image format, or a path that cannot be written.
+        ValueError: if the ending is not an image format, or the path cannot be written to.
     """
     path = Path(path).expanduser()
     formats = figure.canvas.get_supported_filetypes()

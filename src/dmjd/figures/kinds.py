@@ -1,14 +1,13 @@
 """The kinds of figures that ``dmjd show`` draws. Imports nothing slow: the command line reads the names."""
 
-import difflib
+from dmjd.suggest import did_you_mean
 
-MODEL_KINDS = ("masks", "targets", "reconstructions")  # of the pre-training model; the others are of the encoder
+MODEL_KINDS = ("masks", "targets", "reconstructions")  # need the pre-training model; others the encoder
 
 KINDS = (*MODEL_KINDS, "attention", "neighbors")
 
 
 def check_kind(kind: str) -> None:
-    """Raise a ValueError that suggests a name if there is no such kind."""
+    """Raise ValueError with a suggestion if there is no such kind."""
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)
-        raise ValueError(f"cannot show '{kind}'; did you mean '{near[0]}'? There are: {', '.join(KINDS)}")
+        raise ValueError(f"cannot show '{kind}'{did_you_mean(kind, KINDS)} Figures: {', '.join(KINDS)}")

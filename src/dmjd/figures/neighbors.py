@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dmjd.data.cache import first_of_parts
 from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
@@ -25,13 +26,15 @@ _MAX_LETTERS = 12  # of a class name below an image
 
 
 def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The most similar candidates of some candidates, except themselves.
+    """The most similar images of each query, except the query itself.
 
     Args:
-        features: [n, D]. queries: [q] int64, rows of ``features``. count: how many neighbors; at most n - 1.
+        features: [n, D].
+        queries: [q] int64, rows of ``features``.
+        count: number of neighbors, at most n - 1.
 
     Returns:
-        cosines [q, count], descending, and rows [q, count] int64.
+        Cosines [q, count], descending, and rows [q, count] int64.
     """
     unit = F.normalize(features.float(), dim=1)
     cosines = unit[queries] @ unit.T  # q, n
@@ -43,19 +46,19 @@ def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tens
 def neighbors_figure(
     encoder: Encoder, source: Source, *, num_images: int = 4, num_candidates: int = 2000, seed: int = 0
 ) -> Figure:
-    """Queries in the first column, each with its nearest images by cosine of pooled features.
+    """Draw queries in the first column, each with its nearest images by cosine similarity of pooled features.
 
     Args:
-        encoder: its ``preprocess`` is set. It is not changed.
+        encoder: an encoder with ``preprocess``; it is not changed.
         source: the images; with labels, borders show whether a neighbor has the query's class.
-        num_images: number of queries. num_candidates: how many images are searched, evenly spaced over the set.
-        seed: of the queries.
+        num_images: number of queries.
+        num_candidates: number of images to search, evenly spaced over the set.
+        seed: seed of the choice of queries.
 
     Raises:
         ValueError: if fewer than two images can be read.
     """
-    count = min(len(source), num_candidates)
-    features, index = _features(encoder, source, np.arange(count) * len(source) // count)
+    features, index = _features(encoder, source, first_of_parts(len(source), num_candidates))
     if len(index) < 2:
         raise ValueError(f"{source.name} has fewer than two readable images: there are no neighbors to show")
     queries = torch.from_numpy(np.random.default_rng(seed).permutation(len(index))[:num_images].copy())

@@ -1,4 +1,4 @@
-"""Predictions of segmentation and detection beside the ground truth, drawn over the images."""
+"""Predictions of segmentation and detection next to the ground truth, drawn over the images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,14 +55,14 @@ class Overlays:
 
 
 def class_colors(count: int) -> list[Color]:
-    """Colors of classes; distinct for up to twenty."""
+    """Colors for ``count`` classes; easy to tell apart for up to twenty."""
     if count <= 20:
         return [colormaps["tab20"](k)[:3] for k in [*range(0, 20, 2), *range(1, 20, 2)][:count]]
     return [colormaps["hsv"](k / count)[:3] for k in range(count)]
 
 
 def segmentation_panels(examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str]) -> Overlays:
-    """(image [H, W, C], ground truth [H, W], prediction [H, W]) -> the image alone and with either over it."""
+    """(image [H, W, C], ground truth [H, W], prediction [H, W]) -> the image alone and with each of them over it."""
     colors = np.array([*class_colors(len(classes)), IGNORED], np.float32)  # index -1, IGNORE, takes the last
     rows = []
     for image, truth, prediction in examples:
@@ -74,7 +74,7 @@ def segmentation_panels(examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndar
 def detection_panels(
     examples: Sequence[tuple[np.ndarray, Instances, dict[str, Tensor]]], classes: list[str]
 ) -> Overlays:
-    """(image [H, W, C], ground truth, prediction) -> either over the image."""
+    """(image [H, W, C], ground truth, prediction) -> the image with each of them over it."""
     rows = []
     for image, truth, prediction in examples:
         base = _rgb(image)
@@ -100,7 +100,7 @@ def _with_masks(base: np.ndarray, objects: Objects, num_classes: int) -> np.ndar
 
 
 def save_overlays(overlays: Overlays, file: Path) -> None:
-    """Write a figure to a file."""
+    """Draw the panels and write the figure to a file."""
     height, width = overlays.rows[0][0].image.shape[:2]
     columns, rows = len(overlays.titles), len(overlays.rows)
     tall = _PANEL_INCHES * height / width

@@ -20,11 +20,12 @@ UNNORMALIZED = "un-normalized with the true mean and standard deviation of each 
 
 
 def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
-    """Each image, its masked views, and how often each token is masked.
+    """Draw each image, its masked views, and how often each token is masked.
 
     Args:
         images_0_255: [B, c, H, W] of any data type and number of channels.
-        masks: of these images. grid: (h, w) tokens.
+        masks: masks of these images.
+        grid: (h, w) tokens.
     """
     rgb = to_rgb(images_0_255).cpu()  # B, H, W, 3
     mask = masks.mask.cpu()  # K, B, N
@@ -41,12 +42,12 @@ def mask_figure(images_0_255: Tensor, masks: Masks, grid: tuple[int, int]) -> Fi
 
 
 def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int | None = None) -> Figure:
-    """Each image and the targets of all its tokens, for each active branch.
+    """Draw each image and the targets of all its tokens, for each active branch.
 
     Args:
-        model: its encoder's ``preprocess`` is set.
+        model: a model whose encoder has its ``preprocess``.
         images_0_255: [B, c, H, W]; principal components are computed from all of them.
-        num_shown: how many are drawn; None: all.
+        num_shown: number of images to draw; None: all.
     """
     shown = images_0_255[:num_shown]
     with evaluating(model):
@@ -64,14 +65,16 @@ def target_figure(model: MaskedImageModel, images_0_255: Tensor, num_shown: int 
 def reconstruction_figure(
     model: MaskedImageModel, images_0_255: Tensor, *, masks: Masks | None = None, keys: Tensor | None = None
 ) -> Figure:
-    """One row per view: the visible tokens, the target, and the prediction of each active branch.
+    """Draw one row per view: the visible tokens, the target, and the prediction of each active branch.
 
     Reconstruction shows predictions of masked tokens among the true visible ones (blue for HOG); distillation shows
     predictions of visible tokens. The model is not changed.
 
     Args:
-        model: its encoder's ``preprocess`` is set. images_0_255: [B, c, H, W] on the model's device.
-        masks: of these images; None: drawn by the model for ``keys`` [B] int64 (default 0, 1, ...).
+        model: a model whose encoder has its ``preprocess``.
+        images_0_255: [B, c, H, W] on the model's device.
+        masks: masks of these images; None: the model draws them for ``keys``.
+        keys: [B] int64; None: 0, 1, ...
     """
     B, device, encoder = len(images_0_255), images_0_255.device, model.encoder
     with evaluating(model):
@@ -102,7 +105,7 @@ _BRANCH_TITLES = {"mim": "reconstruction\nof masked tokens", "vis": "distillatio
 
 
 def _paste(predictions: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
-    """The true tokens [B, N, C] with the predictions [B, n, C] at the positions ids [B, n]."""
+    """The true tokens [B, N, C], with predictions [B, n, C] at the positions ``ids`` [B, n]."""
     return truth.scatter(1, ids.unsqueeze(-1).expand_as(predictions), predictions)
 
 
@@ -128,7 +131,7 @@ def _target_title(target: Target, branches: list[str]) -> str:
 
 
 def _note(model: MaskedImageModel) -> str:
-    """How the targets are drawn."""
+    """Explain how the targets are drawn."""
     notes = []
     for branches, target in _targets(model):
         if isinstance(target, HogTarget):
@@ -149,5 +152,5 @@ def _component_note(target: Target) -> str:
 
 
 def _by_image(views: Sequence[Tensor]) -> list[Tensor]:
-    """K times [B, H, W, 3] -> rows of a figure: the K views of each image below each other."""
+    """K times [B, H, W, 3] -> rows of a figure, with the K views of an image below each other."""
     return [image for images in zip(*views, strict=True) for image in images]

@@ -17,11 +17,11 @@ from dmjd.targets.base import Target
 from dmjd.targets.hog import HogTarget
 from dmjd.targets.pixel import PixelTarget
 
-GRAY = 0.55  # of a masked token
+GRAY = 0.55  # brightness of masked tokens
 
-TRUE_TINT = (0.25, 0.45, 0.9)  # of target tokens that are not predictions
+TRUE_TINT = (0.25, 0.45, 0.9)  # color of true tokens among predictions
 
-MASKED_OFTEN = (0.05, 0.15, 0.4)  # of a token masked in every view, in a map of counts
+MASKED_OFTEN = (0.05, 0.15, 0.4)  # color of a token masked in every view, in a map of counts
 
 _GLYPHS_SIDE = 448  # pixels of an image of HOG glyphs, approximately; a panel of a figure has fewer
 
@@ -51,7 +51,7 @@ def upsample(tokens: Tensor, grid: tuple[int, int], rgb: Tensor) -> Tensor:
 
 
 def gray_out(rgb: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Replace the masked tokens, [B, N] bool, of RGB images by gray."""
+    """Replace the masked tokens, [B, N] bool, of RGB images with gray."""
     return torch.where(upsample(masked, grid, rgb).unsqueeze(-1), GRAY, rgb)
 
 
@@ -98,8 +98,9 @@ def renderer_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: 
 
     Args:
         target: HOG is drawn as glyphs, pixels as an image, any other target as its first three principal components.
-        encoder: gives grid, patch size and preprocessing.
-        images_0_255: [B, c, H, W] images. truth: [b, N, C], the targets of these images or, for the components, of
+        encoder: provides grid, patch size and preprocessing.
+        images_0_255: [B, c, H, W] images.
+        truth: [b, N, C], the targets of these images or, for the components, of
             more.
 
     Returns:
@@ -113,7 +114,7 @@ def renderer_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: 
 
 
 def render_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
-    """HOG tokens [B, N, C] as glyphs on black, color channels in their colors.
+    """Render HOG tokens [B, N, C] as glyphs on black, color channels in their colors.
 
     Only positive whitened values are drawn. Brightness is their square root, so that small predictions stay visible;
     it is 1 for the value of a cell whose gradients all lie in one bin.
@@ -129,7 +130,7 @@ def render_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tens
 
 
 def render_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:
-    """Normalized-pixel tokens [B, N, C] as images; each patch gets back its true mean and standard deviation."""
+    """Render normalized-pixel tokens [B, N, C] as images, with the true mean and standard deviation of each patch."""
     preprocess = known_preprocess(encoder)
     patches = patchify(preprocess.normalize(images_0_255), encoder.patch_size)  # B, N, P*P*c
     mean, std = PixelTarget.patch_statistics(patches)  # B, N, 1 each
@@ -138,7 +139,7 @@ def render_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Ten
 
 
 def heat_map(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A heat map of token values, [B, N], over dim gray RGB images [B, H, W, 3]; each image has its own scale.
+    """Draw a heat map of token values [B, N] over dimmed gray images [B, H, W, 3]; each image has its own scale.
 
     The values are interpolated between token centers, so that block edges do not cover the image.
     """
@@ -150,7 +151,7 @@ def heat_map(rgb: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def component_colors(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """:func:`component_renderer` of the tokens [B, N, D], on the same: [B, h, w, 3]."""
+    """Render tokens [B, N, D] with the :func:`component_renderer` of the same tokens: [B, h, w, 3]."""
     return component_renderer(tokens, grid)(tokens)
 
 
@@ -161,7 +162,8 @@ def component_renderer(truth: Tensor, grid: tuple[int, int]) -> Renderer:
     gradient: with several images, the mean token of each position is subtracted first.
 
     Args:
-        truth: [B, N, D]; mean, components and range are computed from it. grid: (h, w).
+        truth: [B, N, D]; mean, components and range are computed from it.
+        grid: (h, w).
 
     Returns:
         A function from tokens [b, N, D] of any images to [b, h, w, 3].

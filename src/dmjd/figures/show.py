@@ -22,15 +22,15 @@ from dmjd.model import MaskedImageModel
 from dmjd.rng import image_keys
 from dmjd.runs.build import LISTING, load_model, open_data, open_images
 
-_FOR_COMPONENTS = 64  # images from whose tokens principal components are computed
+_FOR_COMPONENTS = 64  # images used to compute principal components
 
-_MOST_UNREADABLE = 100  # unreadable images skipped in search of readable ones
+_MOST_UNREADABLE = 100  # unreadable images to skip before giving up
 
 
 def save_reconstruction_figure(
     model: MaskedImageModel, source: Source, path: str | Path, *, num_images: int = 6, seed: int = 0
 ) -> Path:
-    """Write :func:`reconstruction_figure` of some images of a set; images and masks follow from the seed."""
+    """Write :func:`reconstruction_figure` for some images of a set; images and masks depend on the seed."""
     return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
 
 
@@ -52,16 +52,17 @@ def show(
             components of tokens) or "neighbors" of the encoder, on a GPU if there is one.
         run: a run folder; for attention and neighbors also an encoder file or checkpoint, together with ``data``.
         data: the images; None: the run's own data.
-        labels: for neighbors, the source of class labels: "none", "folder" or "column"; None: as the run.
-        out: the file; its ending is the format. num_images: number of images, or of queries.
-        num_candidates: for neighbors, how many images are searched.
-        seed: of the images and masks.
+        labels: for neighbors, the source of class labels: "none", "folder" or "column"; None: that of the run.
+        out: the file; its ending gives the format.
+        num_images: number of images, or of queries.
+        num_candidates: for neighbors, number of images to search.
+        seed: seed of the images and masks.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: for an unknown kind, a folder that is not a run, or data that cannot be read.
+        ValueError: if the kind is unknown, the folder is not a run, or the data cannot be read.
     """
     check_kind(kind)
     for name, count, least in (("num_images", num_images, 1), ("num_candidates", num_candidates, 2)):
@@ -96,7 +97,7 @@ def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int,
 
 
 def _some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Up to ``count`` readable images drawn by the seed: [n, C, H, W] on the 0..255 scale and indices [n] int64.
+    """Draw up to ``count`` readable images: [n, C, H, W] on the 0..255 scale and indices [n] int64.
 
     Raises:
         ValueError: if none of the images tried is readable.

@@ -34,10 +34,11 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
     """The stored values, or a plain JPEG that is not decoded yet.
 
     Args:
-        source: path, encoded bytes, PIL image or array. in_chans: helps to find the channel axis of an array.
+        source: path, encoded bytes, PIL image or array.
+        in_chans: number of channels, used to find the channel axis of an array.
 
     Raises:
-        UnreadableImage, or nearly any other exception, for damaged data; :func:`reason` puts it into words.
+        UnreadableImage, or nearly any other exception, for damaged data; :func:`reason` describes it.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, in_chans)
@@ -59,10 +60,11 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
 def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
     """Decode a plain JPEG: [ceil(H / factor), ceil(W / factor), 1 or 3] uint8, contiguous.
 
-    Raises what :func:`open_stored` raises.
+    Raises the same errors as :func:`open_stored`.
 
     Args:
-        plain: the image. factor: 1, 2, 4 or 8, the reduction of each side.
+        plain: the image.
+        factor: 1, 2, 4 or 8, the reduction of each side.
     """
     array = jpeg.decode(plain, factor)
     if array is not None:

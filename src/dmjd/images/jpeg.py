@@ -1,6 +1,6 @@
 """Fast decoding of plain JPEGs: 8-bit, gray or color, stored upright. Pillow decodes, or rejects, all others.
 
-The size is known before decoding. So a loader can choose a crop first, queue encoded images, and decode large images at
+The size is known before decoding, so a loader can choose a crop first, queue encoded images, and decode large images at
 a fraction of their size.
 """
 
@@ -24,7 +24,7 @@ _START_OF_FRAME = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended, progressive; o
 
 _ORIENTATION = 0x0112
 
-# Resizing factor left after a reduced decoding: at 2 the difference to full decoding is below JPEG's own error.
+# Resizing factor left after a reduced decoding: with 2, the difference from full decoding is below JPEG's own error.
 _REMAINING_FACTOR = 2
 
 
@@ -82,13 +82,14 @@ def orientation(image: Image.Image) -> int:
 
 
 def decode(jpeg: PlainJpeg, factor: int = 1) -> np.ndarray | None:
-    """Decode to [ceil(H / factor), ceil(W / factor), 1 or 3] uint8, the same pixels as Pillow; None if Pillow must.
+    """Decode to [ceil(H / factor), ceil(W / factor), 1 or 3] uint8, the same pixels as Pillow; None if it must decode.
 
     simplejpeg makes no copies and is a quarter faster than Pillow; torchvision prints warnings about damage to stderr
     (`benchmarks/speed/loader.py`).
 
     Args:
-        jpeg: the image. factor: 1, 2, 4 or 8; above 1 fewer frequencies are decoded.
+        jpeg: the image.
+        factor: 1, 2, 4 or 8; above 1 fewer frequencies are decoded.
     """
     smallest = {} if factor == 1 else {"min_height": -(-jpeg.height // factor), "min_width": -(-jpeg.width // factor)}
     try:

@@ -20,7 +20,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_CACHED_VALUES = 1 << 18  # float32 values that fit the second-level cache of a core
+_CACHED_VALUES = 1 << 18  # float32 values that fit into the L2 cache of a core
 
 _RENAMED = {"normalise": "normalize", "denormalise": "denormalize"}
 
@@ -37,7 +37,8 @@ class Preprocess:
     """Preprocessing of images for an encoder; it is stored with the weights.
 
     Attributes:
-        img_size: (h, w) in pixels. in_chans: number of channels; see :func:`read_image` for how they are converted.
+        img_size: (h, w) in pixels.
+        in_chans: number of channels; see :func:`read_image` for how they are converted.
         mean, std: one number per channel, on the 0..1 scale.
         value_range: (lo, hi) of stored values, which become 0 and 255; None: the range of the data type.
     """
@@ -105,7 +106,7 @@ class Preprocess:
         """Inverse of :meth:`to_dict`."""
         return cls(**lists_to_tuples(values))
 
-    if not TYPE_CHECKING:  # a type checker would take any attribute for existing
+    if not TYPE_CHECKING:  # otherwise a type checker would accept any attribute
 
         def __getattr__(self, name: str) -> NoReturn:
             hint = f"; it was renamed to '{_RENAMED[name]}'" if name in _RENAMED else ""

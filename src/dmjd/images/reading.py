@@ -39,7 +39,7 @@ def read_image(
         in_chans: number of channels of the result.
         value_range: (lo, hi) of the stored values, which become 0 and 255; values outside are clipped. None: the range
             of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1).
-        name: what an error calls the image; default: the path.
+        name: name of the image in error messages; default: the path.
 
     Returns:
         [H, W, in_chans], contiguous; uint8 if the source is 8-bit and ``value_range`` changes nothing, else float32.
@@ -53,7 +53,7 @@ def read_image(
 def open_image(
     source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
 ) -> "OpenImage":
-    """Open an image, so that its size is known. Arguments and errors are those of :func:`read_image`."""
+    """Open an image to know its size before decoding. Arguments and errors are those of :func:`read_image`."""
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
         stored = open_stored(source, in_chans)
@@ -63,7 +63,7 @@ def open_image(
 
 @dataclass(frozen=True)
 class OpenImage:
-    """An image of known size. A plain JPEG is decoded, and its errors are raised, by :meth:`read`; others on opening.
+    """An opened image of known size. Plain JPEGs are decoded (and may fail) in :meth:`read`, other formats on opening.
 
     Attributes:
         stored: decoded and converted array [H, W, in_chans], or encoded JPEG.
@@ -104,12 +104,12 @@ class OpenImage:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Turn every error inside into an UnreadableImage of this name."""
+    """Turn every error inside the context into an UnreadableImage with this name."""
     try:
         yield
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
-    # Decoders raise nearly every built-in exception on damaged bytes; none may stop more than this image.
+    # Decoders raise nearly every built-in exception on damaged bytes; none may affect other images.
     except Exception as error:
         raise UnreadableImage(name, reason(error)) from None
 
@@ -135,7 +135,7 @@ def _to_255(array: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
         return array
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind not in "uif":
-        raise UnreadableImage("", f"values of type {array.dtype} are no pixels")
+        raise UnreadableImage("", f"values of type {array.dtype} are not pixels")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UnreadableImage("", "it has values that are not finite")
     lo, hi = value_range or _natural_range(array)

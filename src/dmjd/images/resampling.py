@@ -80,7 +80,7 @@ def _bicubic_taps(spans: Tensor, num_in: int, num_out: int) -> tuple[_Taps, Tens
     """Weights for resizing ``spans`` [B, 2] (start, length): multiples of 2^-15 that sum to 1 for every output pixel.
 
     Returns:
-        taps of the distinct spans, and [B] int64, the index of each span among them.
+        Taps of the distinct spans, and [B] int64, the index of each span among them.
     """
     if spans.device.type == "cpu":  # small images have few distinct spans; on a GPU this would block the host
         spans, which = _distinct(spans)
@@ -90,7 +90,7 @@ def _bicubic_taps(spans: Tensor, num_in: int, num_out: int) -> tuple[_Taps, Tens
     scale = length / num_out
     width = scale.clamp(min=1)  # antialiasing: the kernel is at least as wide as an output pixel
     center = start + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
-    # The most taps that a kernel can reach: a box is never longer than the image.
+    # The largest number of taps of a kernel: a box is never longer than the image.
     taps = torch.arange(math.ceil(4 * max(1.0, num_in / num_out)), device=start.device)
     pixel = (center - 2 * width + 0.5).floor() + taps  # U, out, taps
     t = ((pixel + 0.5 - center) / width).abs_()
@@ -116,7 +116,7 @@ def _distinct(pairs: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
-    """Full float32 precision of matrix products, whatever training has set (autocast, TF32)."""
+    """Full float32 precision of matrix products, even if training has enabled autocast or TF32."""
     backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     chosen = backend.fp32_precision
     backend.fp32_precision = "ieee"

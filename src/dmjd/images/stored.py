@@ -8,7 +8,7 @@ MAX_PIXELS = 178_956_970  # larger images are taken for decompression bombs, as 
 
 
 class UnreadableImage(ValueError):  # noqa: N818, the name is clear without "Error"
-    """An image that cannot be used: its ``name``, and the ``reason`` in a few words."""
+    """An image that cannot be used, with its ``name`` and the ``reason`` in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both are arguments, so that the exception can be pickled

@@ -28,7 +28,8 @@ def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], S
     Other files that an OME-TIFF names are not opened.
 
     Args:
-        file: open for reading, at its start. in_chans: number of channels wanted.
+        file: open for reading, at its start.
+        in_chans: number of channels wanted.
         from_pillow: converts an opened Pillow image.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights of other programs: published DMJD, ConvMAE and MAE (key tables read in both directions), and timm."""
+"""Weights of other projects: published DMJD, ConvMAE and MAE (key tables used in both directions), and timm."""
 
 import math
 import re
@@ -49,7 +49,7 @@ _DEPTHWISE_BACK = (re.compile(r"^(encoder\.blocks[12]\.\d+)\.dwconv\."), r"\1.at
 
 _POINTWISE = re.compile(r"blocks[12]\.\d+\.(conv[12]|mlp\.fc[12])\.weight$")
 
-# Width -> attention heads of the published models, which the tensors do not show.
+# Width -> attention heads of the published models; they cannot be inferred from the tensors.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
@@ -94,7 +94,7 @@ def load_official(
     conv_vit = any(key.startswith("blocks3.") for key in state)
     needed = ["pos_embed"] + (["patch_embed1.proj.weight"] if conv_vit else ["patch_embed.proj.weight"])
     if lacking := [key for key in needed if key not in state]:
-        raise ValueError(f"these are no DMJD, ConvMAE or MAE weights: {', '.join(lacking)} missing")
+        raise ValueError(f"these are not DMJD, ConvMAE or MAE weights: {', '.join(lacking)} missing")
     encoder = (_conv_vit if conv_vit else _vit)(state, num_heads)
     model: MaskedImageModel | Classifier
     if "head.weight" in state:
@@ -111,7 +111,7 @@ def load_official(
 
 
 class _State(dict[str, Tensor]):
-    """A state dict; reading a key that is missing is an error of the file."""
+    """A state dict in which a missing key raises a ValueError."""
 
     def __missing__(self, key: str) -> Tensor:
         raise ValueError(f"the weights do not fit (missing: {key})")
@@ -213,7 +213,7 @@ def _pretraining_model(state: Mapping[str, Tensor], encoder: Encoder, decoder_he
 def _load_strictly(
     model: nn.Module, state: dict[str, Tensor], allowed_missing: set[str], published: Callable[[str], str]
 ) -> None:
-    """Load a state dict or raise an error with the keys of the file (``published``: our key -> its key)."""
+    """Load a state dict, or raise an error with the keys as in the file (``published``: our key -> its key)."""
     expected = model.state_dict()
     unknown = sorted(published(key) for key in set(state) - set(expected))
     missing = sorted(published(key) for key in set(expected) - set(state) - allowed_missing)
@@ -232,11 +232,11 @@ def from_timm(model: nn.Module) -> Encoder:
     """Convert a timm ``VisionTransformer`` with learned or fixed positions to our encoder, in evaluation mode.
 
     Raises:
-        ValueError: naming parts that our ViT does not have (registers, layer scale, pre-norm); for other model classes
-            (rotary positions, parallel blocks), activations or norms.
+        ValueError: if the model has parts that our ViT lacks (registers, layer scale, pre-norm), is of another class
+            (rotary positions, parallel blocks), or has other activations or norms.
     """
     if not isinstance(model, timm_vit.VisionTransformer) or type(model.blocks[0]) is not timm_vit.Block:
-        raise ValueError(f"{type(model).__name__} is no timm VisionTransformer of plain blocks")
+        raise ValueError(f"{type(model).__name__} is not a timm VisionTransformer with plain blocks")
     act, eps = model.blocks[0].mlp.act, model.blocks[0].norm1.eps
     if getattr(act, "approximate", "") != "none" or eps != TRANSFORMER_NORM_EPS:
         raise ValueError(
@@ -264,7 +264,7 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
     """Arguments with which any ViT of ``timm.create_model`` loads the encoder's state dict strictly.
 
     Raises:
-        ValueError: for an encoder that timm does not have.
+        ValueError: if timm has no such model.
     """
     return _timm_model(encoder).arguments
 
@@ -275,7 +275,7 @@ def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]]:
     ``pretrained_cfg_overlay`` tells timm's own transforms the preprocessing, if it is known.
 
     Raises:
-        ValueError: for an encoder that timm does not have.
+        ValueError: if timm has no such model.
     """
     model = _timm_model(encoder)
     call = {key: value for key, value in model.arguments.items() if model.defaults.get(key) != value}

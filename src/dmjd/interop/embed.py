@@ -32,9 +32,9 @@ from dmjd.runs.build import open_images
 
 ENDINGS = (".parquet", ".npy")
 
-ROWS_ENDING = ".rows.parquet"  # of the table beside features.npy that describes its rows
+ROWS_ENDING = ".rows.parquet"  # of the table that describes the rows of features.npy
 
-PART_SECONDS = 20.0  # the most work lost by a kill, besides a batch
+PART_SECONDS = 20.0  # between saved parts, so a killed run loses little work
 
 PART_BYTES = 64 << 20  # the most rows held in memory
 
@@ -57,27 +57,28 @@ def embed(
 ) -> Path:
     """Write the features of every image of a set to a file.
 
-    Rows are in the order of the set; unreadable images are left out and named. Finished parts are stored in
-    ``<out>.parts`` until the file is complete: after a kill the same call resumes from them.
+    Rows are in the order of the set; unreadable images are left out and reported. Finished parts are kept in
+    ``<out>.parts`` until the file is complete: the same call resumes from them.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
-        out: ``.parquet`` for columns ``index`` (in the set), ``path``, for labeled sets ``label`` (int64) and
-            ``class``, and ``features``; ``.npy`` for the features alone, with the other columns in
-            ``<name>.rows.parquet`` beside it.
-        data: the images; None: those of pre-training. split: "train" or "test", of data that has both.
+        out: ``.parquet`` for columns ``index``, ``path``, ``label`` (int64) and ``class`` of labeled sets, and
+            ``features``; ``.npy`` for the features alone, with the other columns in ``<name>.rows.parquet``.
+        data: the images; None: the run's own.
+        split: "train" or "test", of data that has both.
         labels: "none", "folder" or "column"; None: as the run.
         tokens: write all patch tokens [N, D] in raster order, not the pooled feature [D].
         half: store float16, not float32.
-        batch_size: images per batch. precision: of the computation, "fp32" or "bf16" (autocast).
-        device: "auto", "cpu" or "cuda". num_workers: reading processes; None: chosen by the machine.
+        batch_size: images per batch.
+        precision: "fp32" or "bf16" (autocast).
+        device: "auto", "cpu" or "cuda".
+        num_workers: data loading processes; None: by the number of cores.
 
     Returns:
         The file. The schema of the parquet file holds settings and unreadable images as JSON, under ``dmjd``.
 
     Raises:
-        ValueError: before anything is computed, for a wrong ending, a file or parts of other settings, or data that
-            cannot be opened; later for a set without readable images, or features that are not finite.
+        ValueError: for a wrong ending, existing files with other settings, unusable data or non-finite features.
     """
     out = _checked_out(out)
     if batch_size < 1:
@@ -138,10 +139,10 @@ def _schema(source: Source, shape: tuple[int, ...], half: bool) -> pa.Schema:
 
 
 def _rows(source: Source, index: Tensor, features: Tensor, schema: pa.Schema) -> pa.Table:
-    """One batch as a table.
+    """Convert one batch to a table.
 
     Raises:
-        ValueError: for features that are not finite in the type they are stored in.
+        ValueError: if features are not finite in the data type they are stored in.
     """
     half = pa.types.is_float16(_value_type(schema))
     x = features.to(torch.float16 if half else torch.float32).cpu().numpy()
@@ -203,10 +204,12 @@ def _fill(
 
 
 class _Parts:
-    """Finished parts of a file: one parquet file for each range of the set, named after it.
+    """Finished parts of a file: one parquet file for each range of indices, which is part of its name.
 
     Args:
-        out: the complete file. settings: shared by all parts. schema: of their rows.
+        out: the complete file.
+        settings: settings that all parts share.
+        schema: schema of the rows.
 
     Attributes:
         done: the first index that no part covers.
@@ -217,11 +220,11 @@ class _Parts:
         self._settings, self._file = settings, self.folder / "settings.json"
         self._rows: list[pa.Table] = []
         self._unreadable: list[Report] = []
-        self._num_noted = 0  # how many of the loader's unreadable images are noted
+        self._num_noted = 0  # how many of the loader's unreadable images are recorded
         self._saved = time.monotonic()
 
     def __enter__(self) -> "_Parts":
-        """Lock the folder for this process; its parts must have the same settings."""
+        """Lock the folder for this process, and check that its parts have the same settings."""
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")
@@ -261,7 +264,7 @@ class _Parts:
         self.note_unreadable(unreadable)
 
     def note_unreadable(self, unreadable: list[Report]) -> None:
-        """Note the new ones among the loader's unreadable images."""
+        """Record the new ones among the loader's unreadable images."""
         self._unreadable += unreadable[self._num_noted :]
         self._num_noted = len(unreadable)
 
@@ -317,7 +320,7 @@ class _Parts:
 
 
 def rows_file(npy: Path) -> Path:
-    """The table beside ``features.npy`` that describes its rows."""
+    """The path of the table that describes the rows of ``features.npy``."""
     return npy.with_name(npy.stem + ROWS_ENDING)
 
 
@@ -345,16 +348,16 @@ def _write_npy(tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, pat
 
 
 def _settings_of(out: Path) -> dict[str, Any]:
-    """The settings of a finished file; empty for a file of other origin."""
+    """The settings of a finished file; empty for a file that ``embed`` did not write."""
     file = rows_file(out) if out.suffix == ".npy" else out
     try:
         return json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()])["settings"]
-    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are both of the first kinds
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are OSErrors or ValueErrors
         return {}
 
 
 def _check_same(settings: dict[str, Any], old: dict[str, Any], path: Path) -> None:
-    """Refuse to overwrite or continue features of other settings. Version 0.1 stored more settings than these."""
+    """Raise an error if existing features were made with other settings. Version 0.1 stored more settings."""
     if different := [name for name, value in settings.items() if old.get(name) != value]:
         raise ValueError(
             f"{path} was made with other settings ({', '.join(different)}): delete it, or give another --out"

@@ -1,6 +1,5 @@
-"""Export of a trained encoder for other programs. Outputs are compared with the encoder's before a file is written."""
+"""Export of a trained encoder to other libraries. Outputs are compared with the encoder's before a file is written."""
 
-import difflib
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
 from dmjd.files import METADATA_KEY, atomic, write_bytes
 from dmjd.interop.conversion import timm_call
+from dmjd.suggest import did_you_mean
 
 FORMATS = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx"}
 
-TOLERANCE = 1e-4  # absolute, and relative where values are above 1
+TOLERANCE = 1e-4  # absolute and relative
 
-_BATCHES = (1, 3)  # other than the two images of the export, to detect a fixed batch size
+_BATCHES = (1, 3)  # tested; different from the batch size of the export, to detect a fixed one
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Exported:
 
 
 def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
-    """Write an encoder in the format of another program.
+    """Write an encoder in the format of another library.
 
     Args:
         run: a run folder, an encoder file or a checkpoint.
@@ -45,12 +45,11 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
         out: the file, ending in ``.safetensors`` or ``.onnx``.
 
     Raises:
-        ValueError: for an encoder that the format cannot hold, a wrong ending, or outputs that differ from the
+        ValueError: if the format does not support the encoder, the ending is wrong, or outputs differ from the
             encoder's by more than 1e-4. No file is written then.
     """
     if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.0)
-        raise ValueError(f"cannot export '{format}'; did you mean '{near[0]}'? There are: {', '.join(FORMATS)}")
+        raise ValueError(f"cannot export '{format}'{did_you_mean(format, FORMATS)} Formats: {', '.join(FORMATS)}")
     out = Path(out).expanduser()
     if out.suffix != FORMATS[format]:
         raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")
@@ -68,7 +67,7 @@ def _to_safetensors(encoder: Encoder, out: Path) -> Exported:
 
 
 def _to_timm(encoder: Encoder, out: Path) -> Exported:
-    """The parameters have timm's names, so the encoder's own file is written."""
+    """Write the encoder's own file: its parameters have timm's names."""
     name, arguments = timm_call(encoder)
     model = cast(VisionTransformer, timm.create_model(name, **arguments)).eval()
     model.load_state_dict(encoder.state_dict())
@@ -83,7 +82,7 @@ def _to_timm(encoder: Encoder, out: Path) -> Exported:
 
 
 class _TokensAndFeatures(nn.Module):
-    """The function in an ONNX file."""
+    """The function that is exported to ONNX."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -154,6 +153,6 @@ def _check_close(name: str, theirs: np.ndarray, ours: np.ndarray) -> None:
 
 
 def _random_images(encoder: Encoder, batch: int) -> Tensor:
-    """Normalized images, the same at each call; torch's global generator is not used."""
+    """Random normalized images, the same at each call; torch's global generator is not used."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=generator)

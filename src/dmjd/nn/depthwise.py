@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from dmjd.nn.recompute import may_need_gradients
 
-# The fast CPU routine was measured with convolution kernels up to this side.
+# Largest side of the convolution kernels that the fast CPU routine was measured with.
 _LARGEST_TILE = 64
 
-_CHUNK_BYTES = 1 << 24  # size of the dense map of some rows
+_CHUNK_BYTES = 1 << 24  # size of the dense map of a chunk of rows
 
-# Read on import: torch.compile cannot trace such questions, each would break the graph.
+# Queried on import: torch.compile cannot trace these calls, so each would break the graph.
 _CPU_HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 _CPU_HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -35,11 +35,13 @@ def dense_depthwise(conv: nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> T
 
 
 def visible_depthwise(conv: nn.Conv2d, x: Tensor, cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """Depthwise convolution of a visible map: of the dense map with zeros in masked cells, at the visible cells.
+    """Depthwise convolution of a visible map: of the dense map with zeros in masked cells, at the visible cells only.
 
     Args:
         conv: the depthwise convolution.
-        x: [R, V, s, s, D]. cells: [R * V * s * s] int64 from :func:`cell_indices`. size: (h * s, w * s) of the map.
+        x: [R, V, s, s, D].
+        cells: [R * V * s * s] int64 from :func:`cell_indices`.
+        size: (h * s, w * s) of the map.
 
     Returns:
         [R, V, s, s, D].
@@ -52,7 +54,9 @@ def cell_indices(ids: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
     """Indices of the cells of visible tokens in the flattened dense maps [R * h*s * w*s].
 
     Args:
-        ids: [R, V] int64 raster ids of tokens. grid: (h, w) tokens. cells: s, cells per token side.
+        ids: [R, V] int64 raster ids of tokens.
+        grid: (h, w) tokens.
+        cells: s, cells per token side.
 
     Returns:
         [R * V * s * s] int64, in the order of a visible map.
@@ -65,7 +69,7 @@ def cell_indices(ids: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
 
 
 def _parameters(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias in the data type of the values, which autocast has chosen before."""
+    """Weight and bias in the data type of ``x``, which autocast has already chosen."""
     assert conv.bias is not None
     return conv.weight.to(x.dtype), conv.bias.to(x.dtype)
 
@@ -116,7 +120,7 @@ def _row_chunks(x: Tensor, size: tuple[int, int]) -> Iterator[slice]:
 
 
 def _cells_of(cells: Tensor | None, rows: slice, count: int, size: tuple[int, int]) -> Tensor | None:
-    """Cell indices of some of ``count`` rows, relative to the first of them."""
+    """Cell indices of the chunk ``rows`` of ``count`` rows, relative to its first row."""
     if cells is None or rows.stop - rows.start == count:
         return cells
     return cells.view(count, -1)[rows].flatten() - rows.start * math.prod(size)

@@ -9,7 +9,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; restores the mode of every submodule afterwards, so frozen parts stay so."""
+    """Evaluation mode without gradients. The mode of every submodule is restored, so frozen parts stay frozen."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,8 +1,8 @@
 """Layers that save little for the backward pass and, on a CPU, stay in the cache.
 
 Most memory of a pre-norm block is its hidden layer and the normalized input of every matrix product. Here norms and
-GELU are recomputed in the backward pass, which takes a hundredth of the time of the products. On a CPU a few rows are
-processed at a time, so that intermediate results between two products never leave the cache.
+GELU are recomputed in the backward pass, at about 1 % of the cost of the products. On a CPU a few rows are processed at
+a time, so that intermediate results between two products never leave the cache.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,10 @@ def norm_mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, x: Tensor, keep
     """fc2(gelu(fc1(norm(x)))), [..., D] -> [..., D].
 
     Args:
-        norm, fc1, fc2: the layers. x: [..., D].
+        norm, fc1, fc2: the layers.
+        x: [..., D].
         keep_hidden: save the output of fc1, the largest activation of a block, for the backward pass; False recomputes
-            it, which is a sixth more arithmetic.
+            it, at the cost of a sixth more arithmetic.
     """
     if not may_need_gradients():
         return fc2(F.gelu(fc1(norm(x))))
@@ -49,7 +50,7 @@ def may_need_gradients() -> bool:
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """Data type of matrix products on ``x``: that of autocast, or its own."""
+    """Data type of matrix products on ``x``: autocast's if it is enabled, else that of ``x``."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

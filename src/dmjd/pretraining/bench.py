@@ -25,7 +25,7 @@ from dmjd.pretraining.run import make_engine, resolve_batch_size, training_batch
 from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
 
-BATCH_SIZE = {"cpu": 16, "cuda": 128}  # where the configuration has none
+BATCH_SIZE = {"cpu": 16, "cuda": 128}  # if the configuration has none
 
 WARMUP_STEPS = 3
 
@@ -36,19 +36,19 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     """Measure training steps of a configuration. Nothing is written.
 
     Args:
-        config: from a recipe. Without ``data`` only the step is measured, on synthetic images. The default batch size
-            is 16 on a CPU and 128 on a GPU.
-        steps: measured steps, after 3 for warm-up.
+        config: configuration, e.g. from a recipe. Without ``data`` only the step is measured, on synthetic images. The
+            default batch size is 16 on a CPU and 128 on a GPU.
+        steps: number of measured steps, after 3 for warm-up.
 
     Returns:
         ``images_per_s`` {"step", "with_loader" (None without data)}; ``gflop_per_image`` of forward and backward pass;
-        ``matmul_tflops``, the machine's matrix-multiply rate in the same precision; ``mfu``, model FLOPs utilization:
-        the fraction of that rate which the step reaches; ``peak_memory_gb`` (GPU: of tensors; CPU: of the process);
+        ``matmul_tflops``, the machine's matrix-multiply speed in the same precision; ``mfu``, model FLOPs utilization:
+        the fraction of that speed which the step reaches; ``peak_memory_gb`` (GPU: of tensors; CPU: of the process);
         ``parts``, fraction of the time in each of :data:`PARTS`, measured one by one and not compiled; ``settings``,
         ``machine``, ``versions``.
 
     Raises:
-        ValueError: for impossible settings.
+        ValueError: if the settings are invalid.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -124,7 +124,7 @@ def _images_per_s(engine: Engine, batches: Iterator[Batch], steps: int) -> float
 
 
 def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], steps: int) -> dict[str, float]:
-    """Fraction of the time in each part of a step, waiting for the device after each part."""
+    """Fraction of the time spent in each part of a step, waiting for the device after each part."""
     fabric, seconds = engine.fabric, dict.fromkeys(PARTS, 0.0)
     preprocess = model.encoder.preprocess
     assert preprocess is not None
@@ -158,10 +158,10 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s of a matrix product on this machine, the best of ``repeats``.
+    """Measure the FLOP/s of a matrix product on this machine, the best of ``repeats``.
 
     [4096, 1024] x [1024, 4096] on a CPU, [8192, 8192] x [8192, 8192] on a GPU; float32 without TF32. The output is
-    allocated before, so that only arithmetic is timed.
+    allocated beforehand, so that only arithmetic is timed.
     """
     m, k, n = (4096, 1024, 4096) if device.type == "cpu" else (8192, 8192, 8192)
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))

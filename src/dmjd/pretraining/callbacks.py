@@ -1,4 +1,4 @@
-"""What a pre-training run shows: metrics, figures, online kNN, warnings, and a final evaluation."""
+"""Monitoring of a pre-training run: figures, online kNN, warnings, unreadable images and the final evaluation."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from dmjd.runs.checkpoint import Checkpoint, RunFolder
 from dmjd.runs.driver import Callback
 from dmjd.targets.base import Target
 
-NUM_EVALS = 10  # evaluations per run where no interval is given
+NUM_EVALS = 10  # evaluations per run if no interval is given
 
 NUM_IMAGES = 3  # in a reconstruction figure of a run
 
@@ -38,10 +38,11 @@ class Monitor(Callback):
     """Evaluates a pre-training run at intervals and at its end, and keeps the record of unreadable images.
 
     Args:
-        config, model, source, folder: of the run. console: for messages.
+        config, model, source, folder: those of the run.
+        console: for messages.
 
     Attributes:
-        unreadable: images that could not be read so far.
+        unreadable: the unreadable images so far.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Monitor(Callback):
         self._warnings: dict[str, str] = {}  # by target, as of the last logged step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Check that the images are those of the checkpoint; continue its record of unreadable ones."""
+        """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
         if checkpoint.state["data"] != self._fingerprint:
             raise ValueError(f"the images in {self.config.data} are not those this run began with; give another --out")
         self.unreadable.add([(name, reason) for name, reason in checkpoint.state["bad"]])
@@ -72,10 +73,10 @@ class Monitor(Callback):
         }
 
     def start(self, step: int, progress: float) -> Sequence[Logger]:
-        """Read the images of online kNN where there are labels and a test set; open the loggers.
+        """Read the images for online kNN if there are labels and a test set, and open the loggers.
 
         Raises:
-            ValueError: for labels that cannot be used, or a logger that is not installed.
+            ValueError: if labels cannot be used, or a logger is not installed.
         """
         wandb_config = json.loads(self.config.to_json()) if self.config.wandb else None
         loggers = open_loggers(self.folder.path, step, wandb_config)
@@ -86,7 +87,7 @@ class Monitor(Callback):
         return loggers
 
     def after_step(self, report: Report) -> None:
-        """Warn once per target, e.g. of a collapse."""
+        """Show the warning of each target once, e.g. of a collapse."""
         if report.scalars is None:
             return
         targets = cast(Iterable[Target], self.model.branch_targets.values())
@@ -96,7 +97,7 @@ class Monitor(Callback):
         self._warned |= self._warnings.keys()
 
     def is_due(self, report: Report) -> bool:
-        """Every ``eval_every`` steps, or ten times a run; the last one is :meth:`finish`."""
+        """Every ``eval_every`` steps, or ten times per run; :meth:`finish` is the evaluation at the end."""
         every = self.config.eval_every
         if report.progress >= 1.0:
             return False
@@ -105,7 +106,7 @@ class Monitor(Callback):
         return every > 0 and report.state.step % every == 0
 
     def evaluate(self, report: Report) -> dict[str, float]:
-        """A reconstruction figure and, with labels, the accuracy of online kNN beside its baselines."""
+        """Save a reconstruction figure and, with labels, measure the accuracy of online kNN and its baselines."""
         self._next_evaluation = _next_evaluation(report.progress)
         self._save_figure(f"step-{report.state.step:09d}.png")
         if self._knn is None:
@@ -119,14 +120,14 @@ class Monitor(Callback):
         return scores
 
     def after_save(self, final: bool) -> None:
-        """Write the encoder beside the checkpoints."""
+        """Write the encoder to the run folder."""
         write_bytes(self.folder.path / ENCODER_FILE, encoder_bytes(self.model.encoder))
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Last figures and, where there are labels, kNN and linear probe beside their baselines.
+        """Save the last figures and, if there are labels, run kNN and linear probe with their baselines.
 
         Returns:
-            Task -> the content of ``evaluation/<task>.json``. Results of this encoder that are there are reused.
+            Task -> content of ``evaluation/<task>.json``. Existing results of the same encoder are reused.
         """
         path = self.folder.path
         for text in self._warnings.values():
@@ -142,18 +143,19 @@ class Monitor(Callback):
         if len(results) < len(FINAL_TASKS):
             tasks: dict[str, dict[str, Any]] = {task: {} for task in FINAL_TASKS}
             seed, test = self.config.seed, self._test_source
+            self.console.say(f"final evaluation: {' and '.join(FINAL_TASKS)}, with their baselines")
             results = evaluate_frozen(tasks, encoder, self.source, test, folder=path, seed=seed)
         self.console.table(results_table(results))
         return results
 
     def count_unreadable(self, reports: Iterable[tuple[str, str]]) -> None:
-        """Add (name, reason) of unreadable images; each is named once.
+        """Record (name, reason) of unreadable images, and warn about each once.
 
         Raises:
-            ValueError: for more than the configuration tolerates.
+            ValueError: if there are more than the configuration tolerates.
         """
         for name, reason in self.unreadable.add(reports):
-            self.console.warn(f"unreadable, another image takes its place: {name}: {reason}")
+            self.console.warn(f"unreadable, replaced by another image: {name}: {reason}")
         self.unreadable.check(self.config.max_unreadable, len(self.source))
 
     def report_unreadable(self) -> None:
@@ -179,10 +181,10 @@ class Monitor(Callback):
         return test if test is not None and test.labels is not None else None
 
     def _save_figure(self, name: str) -> None:
-        """Masked input, targets and predictions of a few images."""
+        """Save a figure of masked input, targets and predictions of a few images."""
         save_reconstruction_figure(self.model, self.source, self.folder.path / "figures" / name, num_images=NUM_IMAGES)
 
 
 def _next_evaluation(progress: float) -> float:
-    """The progress at which the next evaluation is due, where the interval is not in steps."""
+    """The progress at which the next evaluation is due, if the interval is not given in steps."""
     return (math.floor(progress * NUM_EVALS + 1e-9) + 1) / NUM_EVALS

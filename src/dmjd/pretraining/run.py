@@ -19,6 +19,7 @@ from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.engine.console import Console
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
+from dmjd.engine.loggers import import_wandb
 from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, scaled_learning_rate, warmup_cosine
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -30,16 +31,19 @@ from dmjd.runs.driver import Driver, newest_checkpoint
 
 FEW_IMAGES = 64
 
-ENLARGED = 4  # warn if the input has more than this many times the pixels of the images
+ENLARGED = 4  # warn if the input has more than this many times the pixels of an image
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run.
+    """Result of a run.
 
     Attributes:
-        path: the run folder. step: optimizer steps done. finished: False after a stop by a signal.
-        metrics: the last line of ``metrics.jsonl``. evaluation: task -> the content of ``evaluation/<task>.json``.
+        path: the run folder.
+        step: optimizer steps done.
+        finished: False after a stop by a signal.
+        metrics: the last line of ``metrics.jsonl``.
+        evaluation: task -> the content of ``evaluation/<task>.json``.
         unreadable: (name, reason) of the images that could not be read.
     """
 
@@ -57,9 +61,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     On CPU an interrupted and resumed run ends with the same bits as an uninterrupted one.
 
     Args:
-        config: from a recipe, e.g. ``dmjd.recipes.folder(data="images", out="runs/mine")``.
-        model: trained instead of ``dmjd.runs.build.build_model(config)``, e.g. of a subclass; untrained, with the same
-            parameters.
+        config: a configuration, e.g. ``dmjd.recipes.folder(data="images", out="runs/mine")``.
+        model: model to train instead of ``dmjd.runs.build.build_model(config)``, e.g. of a subclass; it must have the
+            same parameters, and not be trained yet.
         hooks: called in the first process after every step with :class:`~dmjd.engine.loop.Report`; their time does not
             count as training time.
 
@@ -67,12 +71,14 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         :class:`RunResult`. The encoder is in ``out``, for :func:`dmjd.load_encoder`.
 
     Raises:
-        ValueError: for any mistake of the caller, before long work starts.
+        ValueError: if settings or data are invalid; raised before training.
         NonFiniteLoss: if training diverges; the last checkpoint is good.
     """
     config = resolve_paths(config)
+    if config.wandb:
+        import_wandb()
     out, data = Path(str(config.out)).expanduser(), str(config.data)
-    # 1. The model. Impossible settings are found before anything is written.
+    # 1. The model. Invalid settings raise before anything is written.
     model = build_model(config) if model is None else model
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
@@ -90,12 +96,12 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         checkpoint = newest_checkpoint(folder, console)
         # 6. Preprocessing, which is saved with the weights.
         model.encoder.preprocess = resolve_preprocess(config, source, checkpoint, console)
-        # 7. Optimizer, schedule and loop; the stream of batches; the driver around them.
+        # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
         engine = make_engine(config, model, fabric, batch_size, len(source))
         monitor = Monitor(config, model, source, folder, console)
         batches = partial(training_batches, config, source, fabric, batch_size, report=monitor.count_unreadable)
         driver = Driver(engine, model, folder, console, batches, len(source), config.checkpoint_every, monitor, hooks)
-        # 8. Everything as the checkpoint has it.
+        # 8. Restore everything from the checkpoint.
         driver.restore(checkpoint)
         log_summary(config, engine, source, model, console, resumed=checkpoint is not None)
         # 9. Train, evaluating and saving at intervals.
@@ -126,18 +132,18 @@ def resolve_batch_size(config: PretrainConfig, num_images: int, world_size: int)
     """B: the configured batch size or 256, at most the size of the set, a multiple of processes times accumulation.
 
     Raises:
-        ValueError: for more processes than images, or a configured size that cannot be divided.
+        ValueError: if there are more processes than images, or the configured size cannot be divided evenly.
     """
     parts = world_size * config.accumulate
     shares = f"{world_size} process(es) x --accumulate {config.accumulate}"
     if num_images < parts:
-        raise ValueError(f"{num_images} image(s) cannot be shared out to {shares}; use fewer")
+        raise ValueError(f"{num_images} image(s) cannot be divided among {shares}; use fewer")
     batch_size = config.batch_size or DEFAULT_BATCH_SIZE
     if config.batch_size is None or batch_size > num_images:
         batch_size = min(batch_size, num_images) // parts * parts
     if batch_size == 0 or batch_size % parts:
         raise ValueError(
-            f"--batch-size {batch_size} cannot be shared out to {shares}: it must be a multiple of {parts}"
+            f"--batch-size {batch_size} cannot be divided among {shares}: it must be a multiple of {parts}"
         )
     return batch_size
 
@@ -250,7 +256,7 @@ def log_summary(
     console: Console,
     resumed: bool,
 ) -> None:
-    """Print what is trained on what, and warn of settings that are likely mistakes."""
+    """Print data, encoder and device of the run, and warn about settings that are likely mistakes."""
     encoder, fabric, batch_size = model.encoder, engine.fabric, engine.batch_size
     parameters = sum(p.numel() for p in encoder.parameters())
     console.say(
@@ -262,17 +268,17 @@ def log_summary(
         f"  device   {fabric.device}, {precision_name(fabric)}, {fabric.world_size} process(es)"
     )
     if len(source) < FEW_IMAGES:
-        console.warn(f"only {len(source)} image(s): the encoder will know little beyond them")
+        console.warn(f"only {len(source)} image(s): the encoder will hardly generalize beyond them")
     if (config.batch_size or 0) > batch_size:
-        console.warn(f"--batch-size {config.batch_size} is more than there are: {batch_size} a step")
+        console.warn(f"batch size {config.batch_size} exceeds the number of images: {batch_size} per step")
     if not resumed and fabric.is_global_zero:
         warn_enlarged(config, source, console)
     if engine.progress >= 1.0:
-        console.say("the run is finished; a longer duration would go on with it")
+        console.say("the run is finished; give a longer duration to continue it")
 
 
 def warn_enlarged(config: PretrainConfig, source: Source, console: Console) -> None:
-    """Warn if images are much smaller than the input: a step costs many times as much and adds no detail."""
+    """Warn if images are much smaller than the input: each step costs more, but enlarging adds no detail."""
     (H, W), (h, w) = config.size, typical_size(source) or config.size
     times = H * W / (h * w)
     if times > ENLARGED:

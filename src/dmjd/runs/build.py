@@ -21,6 +21,8 @@ from dmjd.runs.checkpoint import RunFolder
 from dmjd.targets.base import TargetSettings
 from dmjd.targets.registry import target_class
 
+MASK_SETTINGS = ("num_views", "mask_ratio", "pred_ratio", "block_size")
+
 LISTING = "files.txt"  # in a run folder: the sorted list of images
 
 
@@ -63,13 +65,27 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
 
 
 def build_masks(config: PretrainConfig) -> MaskSampler:
-    """The mask sampler of a configuration; it takes the fields that its constructor names."""
+    """The mask sampler of a configuration.
+
+    Fields of the configuration are passed as the constructor's arguments of the same names.
+
+    Raises:
+        ValueError: if a setting is changed that the sampler does not take, or its value is invalid.
+    """
     cls = sampler_class(config.masks)
-    return cls(**{name: getattr(config, name) for name in inspect.signature(cls).parameters})
+    taken = inspect.signature(cls).parameters
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in MASK_SETTINGS:
+        if name not in taken and getattr(config, name) != defaults[name]:
+            reset = (
+                f"; --{name.replace('_', '-')} {defaults[name]} is the default" if defaults[name] is not None else ""
+            )
+            raise ValueError(f"{name} has no meaning with {config.masks} masks: leave out one of them{reset}")
+    return cls(**{name: getattr(config, name) for name in taken if name in defaults})
 
 
 def build_reconstruction(config: PretrainConfig) -> Reconstruction | None:
-    """Settings of the branch on masked tokens; None where it is off."""
+    """Settings of the branch on masked tokens; None if it is off."""
     if not config.mim:
         return None
     return Reconstruction(
@@ -84,7 +100,7 @@ def build_reconstruction(config: PretrainConfig) -> Reconstruction | None:
 
 
 def build_distillation(config: PretrainConfig) -> Distillation | None:
-    """Settings of the branch on visible tokens; None where it is off. Its projector is as wide as the decoder."""
+    """Settings of the branch on visible tokens; None if it is off. Its projector is as wide as the decoder."""
     if not config.vis:
         return None
     return Distillation(
@@ -97,13 +113,16 @@ def build_distillation(config: PretrainConfig) -> Distillation | None:
 
 
 def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
-    """A target with its settings. The configuration calls field ``x`` of target ``name`` ``name_x``, and ``source``
-    ``name``."""
+    """The settings of a target, or its name if it has none.
+
+    Setting ``x`` of target ``name`` is field ``name_x`` of the configuration; ``source`` is field ``name``. Settings
+    that the configuration does not have keep their defaults.
+    """
     settings_class = target_class(name).settings_class
     if settings_class is None:
         return name
-    fields = [field.name for field in dataclasses.fields(settings_class)]
-    return settings_class(**{f: getattr(config, name if f == "source" else f"{name}_{f}") for f in fields})
+    names = {f.name: name if f.name == "source" else f"{name}_{f.name}" for f in dataclasses.fields(settings_class)}
+    return settings_class(**{f: getattr(config, field) for f, field in names.items() if hasattr(config, field)})
 
 
 def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:
@@ -119,7 +138,7 @@ def open_data(config: PretrainConfig, data: str, split: str, listing: Path | Non
 
 
 def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> Source | None:
-    """The test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none."""
+    """Open the test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none."""
     if test_data is not None:
         return open_data(config, test_data, "test" if has_split(test_data, "test") else "train")
     return open_data(config, data, "test") if has_split(data, "test") else None
@@ -128,15 +147,17 @@ def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> 
 def open_images(
     run: str | Path, preprocess: Preprocess, data: str | Path | None = None, split: str = "train", **changes: Any
 ) -> Source:
-    """Open images for a trained encoder: those of its run, or others.
+    """Open images for a trained encoder: its run's own, or others.
 
     Args:
-        run: a run folder, or an encoder file together with ``data``. preprocess: the encoder's.
-        data: None: what the run was pre-trained on. split: "train" or "test".
-        changes: changed settings of the run, such as ``labels``; None: as the run.
+        run: a run folder, or an encoder file together with ``data``.
+        preprocess: preprocessing of the encoder.
+        data: path or name of the images; None: those of the run.
+        split: "train" or "test".
+        changes: settings that differ from the run's, such as ``labels``; None values are ignored.
 
     Raises:
-        ValueError: for a folder that is no run, or data that cannot be opened.
+        ValueError: if the folder is not a run, or the data cannot be opened.
     """
     run = Path(run).expanduser()
     config = read_config(run) if run.is_dir() else PretrainConfig()
@@ -146,7 +167,7 @@ def open_images(
         **{name: value for name, value in changes.items() if value is not None},
     )
     if data is None and config.data is None:
-        raise ValueError(f"{run} is no run folder, so it has no data of its own: pass --data")
+        raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
     listing = run / LISTING if data is None and split == "train" else None
     return open_data(config, str(data or config.data), split, listing=listing)
 
@@ -155,13 +176,13 @@ def read_config(run: str | Path) -> PretrainConfig:
     """The configuration of a run folder.
 
     Raises:
-        ValueError: for a folder that is no run.
+        ValueError: if the folder is not a run.
     """
     file = Path(run).expanduser() / "config.json"
     try:
         return PretrainConfig.from_json(file.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"{run} is no run folder: it has no config.json; give the --out of a pre-training") from None
+        raise ValueError(f"{run} is not a run folder: it has no config.json; give the --out of dmjd pretrain") from None
 
 
 def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
@@ -171,7 +192,7 @@ def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
         The model in evaluation mode, and the run's configuration.
 
     Raises:
-        ValueError: for a folder that is no run, or has no readable checkpoint.
+        ValueError: if the folder is not a run, or has no readable checkpoint.
     """
     config = read_config(run)
     checkpoint, _ = RunFolder(run, owner=False).newest()

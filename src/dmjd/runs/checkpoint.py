@@ -104,7 +104,7 @@ class RunFolder:
         owner: whether this process writes to the folder and locks it; the other processes of a run only read.
 
     Raises:
-        ValueError: if the path is a file, cannot be written, or another process trains in it.
+        ValueError: if the path is a file, cannot be written to, or is used by another process.
     """
 
     def __init__(self, path: str | Path, owner: bool = True) -> None:
@@ -177,7 +177,7 @@ class RunFolder:
         return sorted(self.checkpoints.glob("step-*.safetensors"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest readable checkpoint, or None, and what is wrong with newer ones.
+        """The newest readable checkpoint, or None, and the errors of newer ones.
 
         Raises:
             ValueError: if there are checkpoints and none is readable.
@@ -192,7 +192,7 @@ class RunFolder:
                 problems.append(str(error))
                 continue
             if file.name != FINAL:
-                break  # the final one may be older than step files: from before the duration was extended
+                break  # after the duration was extended, the final checkpoint is older than step files
         if problems and not found:
             raise ValueError(
                 "no checkpoint can be read; start again with another --out:\n  " + "\n  ".join(problems[:5])
@@ -208,7 +208,7 @@ class RunFolder:
         return file
 
     def cut_metrics(self, step: int) -> None:
-        """Delete metrics of steps after ``step``, which will be repeated."""
+        """Delete the metrics of steps after ``step``, which will be repeated."""
         if not self.metrics.exists():
             return
         lines = []

@@ -14,10 +14,10 @@ from dmjd.runs.checkpoint import Checkpoint, RunFolder, load_optimizer_tensors, 
 
 
 class Callback:
-    """What is particular to a training. All methods are optional and run in the first process, except ``restore``."""
+    """The part that differs between trainings. All methods are optional; only ``restore`` runs in every process."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take back what :meth:`state` and :meth:`tensors` gave; ValueError if the checkpoint is of other data."""
+        """Restore what :meth:`state` and :meth:`tensors` saved; ValueError if the checkpoint belongs to other data."""
 
     def start(self, step: int, progress: float) -> Sequence[Logger]:
         """Called before the first step. Returns destinations of scalars besides ``metrics.jsonl``."""
@@ -35,7 +35,7 @@ class Callback:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """More state of a checkpoint, as JSON types."""
+        """Additional state for a checkpoint, as JSON types."""
         return {}
 
     def tensors(self, tensors: dict[str, Tensor], final: bool) -> dict[str, Tensor]:
@@ -51,11 +51,17 @@ class Driver:
     """Runs a training in its folder, resumable at any step.
 
     Args:
-        engine: the loop. model: saved under ``model.*``. folder: of the training. console: for messages.
+        engine: the loop.
+        model: saved under ``model.*``.
+        folder: folder of the training.
+        console: for messages.
         batches: start step -> endless micro-batches, from a generator that ends its worker processes when closed.
-            What a step gets must depend on its number only.
-        num_images: size of the training set, to count epochs. checkpoint_every: steps between checkpoints.
-        callback: what is particular to the training. hooks: more hooks of the engine. name: prefix of messages.
+            The batches of a step may depend on its number only.
+        num_images: size of the training set, to count epochs.
+        checkpoint_every: steps between checkpoints.
+        callback: the part that is specific to this training.
+        hooks: more hooks of the engine.
+        name: prefix of messages.
 
     Attributes:
         metrics: the last line of ``metrics.jsonl``.
@@ -111,7 +117,7 @@ class Driver:
         if not finished:
             prefix = f"{self.name}: " if self.name else ""
             step = self.engine.state.step
-            self.console.say(f"{prefix}stopped at step {step}, checkpoint saved; the same command goes on from there")
+            self.console.say(f"{prefix}stopped at step {step}, checkpoint saved; the same command resumes from there")
         return finished
 
     def save(self, final: bool = False) -> None:
@@ -152,5 +158,5 @@ def newest_checkpoint(folder: RunFolder, console: Console) -> Checkpoint | None:
     """The newest readable checkpoint of a folder, with a warning for each newer one that is damaged."""
     checkpoint, problems = folder.newest()
     for problem in problems:
-        console.warn(f"{problem}; going on from an older one")
+        console.warn(f"{problem}; resuming from an older one")
     return checkpoint

@@ -1,4 +1,4 @@
-"""The interface of learning targets; the model knows nothing else about them."""
+"""The interface of learning targets, which is all that the model relies on."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def whiten(x: Tensor) -> Tensor:
 
 
 def whitened_mean(layers: Sequence[Tensor]) -> Tensor:
-    """Average the features of one or more layers, each whitened first so that none outweighs the others.
+    """Average the features of one or more layers. Each is whitened first, so that none outweighs the others.
 
     Args:
         layers: [B, N, C] each, of any floating type.
@@ -32,7 +32,7 @@ def whitened_mean(layers: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """Base of the settings of a target: a frozen dataclass beside the target's class."""
+    """Base class for the settings of a target: a frozen dataclass in the same file as the target."""
 
 
 class Target(nn.Module, ABC):
@@ -42,7 +42,7 @@ class Target(nn.Module, ABC):
     settings.
 
     Attributes:
-        name: by which users choose it.
+        name: name of the target in configurations.
         settings_class: dataclass of its settings; None = it has none. In a run's configuration, field ``x`` of target
             ``name`` is called ``name_x``.
         dim: C, numbers per token.
@@ -69,7 +69,7 @@ class Target(nn.Module, ABC):
     def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
         """Called after optimizer step ``step`` (from 1), at ``progress`` of the run (0 to 1).
 
-        Targets that follow the encoder override it.
+        Override it in targets that follow the encoder.
         """
 
     def scalars(self, features: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dmjd.targets.base import Target, TargetSettings, whitened_mean
 
 MOMENTUM = 0.996
 
-COLLAPSED = 0.02  # of ``target_std``; healthy encoders, even random ones, are far above it
+COLLAPSED = 0.02  # threshold of ``target_std``; healthy encoders, even random ones, are far above it
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class EmaSettings(TargetSettings):
     """Settings of :class:`EmaTarget`.
 
     Args:
-        layers: last transformer blocks that are averaged; None = half of them.
-        momentum: at the start of the run, 0 to 1.
+        layers: number of last transformer blocks to average; None = half of them.
+        momentum: momentum at the start of the run, 0 to 1.
     """
 
     layers: int | None = None
@@ -36,7 +36,8 @@ class EmaTarget(Target):
     the encoder by 1 - momentum; the momentum rises to 1 over the run by half a cosine (BYOL, Grill et al. 2020).
 
     Args:
-        encoder: copied with its weights. settings: layers and momentum.
+        encoder: the encoder; it is copied with its weights.
+        settings: layers and momentum.
 
     Raises:
         ValueError: for more layers than the encoder has blocks, or a momentum out of range.

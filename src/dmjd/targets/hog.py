@@ -13,15 +13,17 @@ from dmjd.targets.base import Target, TargetSettings, whiten
 
 NUM_BINS = 9
 
+MAX_BINS = 255  # their numbers are stored in 8 bits
+
 # Pixels processed at a time: intermediate results fit into a CPU's cache, and memory stays small elsewhere.
 _CPU_PIXELS, _DEVICE_PIXELS = 1 << 18, 1 << 25
 
-# Size of the table of all gradients of uint8 images; with more bins than this it would not pay.
+# Size of the table of all gradients of uint8 images; with more bins than this, the table would be slower.
 _TABLE_SIDE, _TABLE_BINS = 512, 32
 
 
 def default_cell(patch_size: int) -> int:
-    """Side of a HOG cell in pixels: half the patch, else a third of it, whichever is whole first, else the patch."""
+    """Side of a HOG cell in pixels: half the patch if that is a whole number, else a third, else the patch."""
     for parts in (2, 3):
         if patch_size % parts == 0:
             return patch_size // parts
@@ -85,9 +87,11 @@ def _row_sums_by_table(planes: Tensor, cell: int, num_bins: int) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _gradient_table(num_bins: int) -> Tensor:
-    """[256 * 512, bins] float32: row |512 * row difference + column difference| holds the gradient's magnitude in its
-    bin and zeros elsewhere. Differences of uint8 values are integers, so this covers all gradients; a gradient and its
-    opposite share a row."""
+    """Magnitudes of all gradients of uint8 images, in their bins: [256 * 512, bins] float32.
+
+    Row |512 * row difference + column difference| holds the gradient's magnitude in its bin and zeros elsewhere. A
+    gradient and its opposite share a row.
+    """
     rows = torch.arange(_TABLE_SIDE // 2 * _TABLE_SIDE)
     down = (rows + _TABLE_SIDE // 2).div(_TABLE_SIDE, rounding_mode="floor")
     bins, magnitude = _polar(down.float(), (rows - down * _TABLE_SIDE).float(), num_bins)
@@ -95,12 +99,12 @@ def _gradient_table(num_bins: int) -> Tensor:
 
 
 def _one_hot(num_bins: int) -> Tensor:
-    """[2 n + 1, n] one-hot rows: the bins of a full turn, and one for exactly 180 degrees, to the n of half a turn."""
+    """One-hot rows [2 n + 1, n] that map the bins of a full turn, and exactly 180 degrees, to the n of half a turn."""
     return torch.eye(num_bins).repeat(3, 1)[: 2 * num_bins + 1]
 
 
 def _row_sums(planes: Tensor, cell: int, num_bins: int) -> Tensor:
-    """As :func:`_row_sums_by_table` for any number type; bit-identical for the same values."""
+    """Like :func:`_row_sums_by_table` for any number type; bit-identical for the same values."""
     b, H, W = planes.shape
     bins, magnitude = _polar(*_gradient(planes.float()), num_bins)
     sums = F.embedding_bag(
@@ -135,18 +139,24 @@ class HogSettings(TargetSettings):
     """Settings of :class:`HogTarget`.
 
     Args:
-        cell: side of a cell in pixels, which must divide the patch; None = :func:`default_cell`. bins: orientations.
+        cell: side of a cell in pixels, which must divide the patch; None = :func:`default_cell`.
+        bins: number of orientations, 1 to 255.
     """
 
     cell: int | None = None
     bins: int = NUM_BINS
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bins <= MAX_BINS:
+            raise ValueError(f"hog_bins must be 1 to {MAX_BINS}, got {self.bins}")
 
 
 class HogTarget(Target):
     """Whitened HOG of a token's cells, in the order (cell row, cell column, bin, channel) (DMJD, section III-C).
 
     Args:
-        encoder: its patch size and channels apply. settings: cell and bins.
+        encoder: determines patch size and number of channels.
+        settings: cell size and number of bins.
 
     Raises:
         ValueError: if the cell does not divide the patch.

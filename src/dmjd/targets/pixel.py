@@ -16,7 +16,7 @@ class PixelTarget(Target):
     Entries are in the order (row, column, channel); the variance is unbiased.
 
     Args:
-        encoder: its patch size P and channels C apply.
+        encoder: determines patch size P and number of channels C.
 
     Raises:
         ValueError: for patches of a single value.

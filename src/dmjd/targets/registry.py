@@ -1,10 +1,10 @@
 """Targets by name. To add one, write a file with a :class:`~dmjd.targets.base.Target` and a line in ``TARGETS``."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from dmjd.encoders.base import Encoder
+from dmjd.suggest import did_you_mean
 from dmjd.targets.base import Target, TargetSettings
 from dmjd.targets.ema import EmaTarget
 from dmjd.targets.hog import HogTarget
@@ -26,8 +26,7 @@ def target_class(name: str) -> type[Target]:
         ValueError: if the name is not in :data:`TARGETS`; the nearest is suggested.
     """
     if name not in TARGETS:
-        near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown target '{name}'; did you mean '{near[0]}'? Targets: {', '.join(TARGETS)}")
+        raise ValueError(f"unknown target '{name}'{did_you_mean(name, TARGETS)} Targets: {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
@@ -35,10 +34,10 @@ def create_target(target: str | TargetSettings | Target, encoder: Encoder, **set
     """Create a target for an encoder.
 
     Args:
-        target: a name of :data:`TARGETS`, the settings of one (such as ``HogSettings(cell=4)``), or a target, which is
-            returned as it is.
+        target: a name in :data:`TARGETS`, the settings of a target (such as ``HogSettings(cell=4)``), or a target,
+            which is returned unchanged.
         encoder: the encoder that will learn from it.
-        settings: fields of the target's settings, with a name only.
+        settings: fields of the target's settings, if ``target`` is a name.
 
     Raises:
         ValueError: for an unknown name or setting (the nearest is suggested), or a value out of range.
@@ -56,8 +55,7 @@ def create_target(target: str | TargetSettings | Target, encoder: Encoder, **set
     known = [] if cls.settings_class is None else [f.name for f in dataclasses.fields(cls.settings_class)]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            hint = f"; did you mean '{near[0]}'? Its settings: {', '.join(known)}" if known else "; it has none"
+            hint = f"{did_you_mean(name, known)} Its settings: {', '.join(known)}" if known else "; it has none"
             raise ValueError(f"target '{target}' has no setting '{name}'{hint}")
     if cls.settings_class is None:
         return cls(encoder)

@@ -1,6 +1,5 @@
 """Targets from a frozen pre-trained model: any timm model with feature maps, or the encoder of a previous run."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
 from dmjd.images.reading import LUMINANCE
+from dmjd.suggest import did_you_mean
 from dmjd.targets.base import Target, TargetSettings, whitened_mean
 
 _SOURCES = ("hf-hub:", "local-dir:")  # timm's prefixes for weights that are not in its list
@@ -32,7 +32,7 @@ class TeacherSettings(TargetSettings):
         source: a run folder, an encoder file or checkpoint, a timm model name (pre-trained weights are downloaded, or
             taken from the cache), or a timm model or :class:`~dmjd.encoders.base.Encoder`, which is put into
             evaluation mode.
-        layers: last blocks that are averaged, each whitened first.
+        layers: number of last blocks to average, each whitened first.
     """
 
     source: str | Path | nn.Module | None = None
@@ -44,10 +44,11 @@ class TeacherTarget(Target):
 
     The teacher gets the image with its own preprocessing: channels, size, mean and standard deviation. The features are
     the block outputs of an encoder of ours, as downstream, or the maps after the final norm of a timm model; prefix
-    tokens are dropped. The teacher's weights are in no checkpoint. Their hash is, and is compared on resume.
+    tokens are dropped. Checkpoints hold only a hash of the teacher's weights, which is compared on resume.
 
     Args:
-        encoder: the student, whose token grid and channels apply. settings: source and layers.
+        encoder: the student, which determines token grid and number of channels.
+        settings: source and number of layers.
 
     Raises:
         ValueError: if the source is not a usable teacher; the message names the cure.
@@ -64,7 +65,7 @@ class TeacherTarget(Target):
             raise ValueError("target 'teacher' needs a teacher: --teacher RUN, an encoder file or a timm model")
         self.source = "the model given" if isinstance(teacher, nn.Module) else str(teacher)
         model = teacher if isinstance(teacher, nn.Module) else load_teacher(str(teacher))
-        # Inside a tuple it is not a submodule: not saved, not trained, not synchronized, never in training mode.
+        # Held in a tuple, it is not a submodule: not saved, trained or synchronized, and never in training mode.
         self._held = (model.eval(),)
         self.layers, self.grid = layers, encoder.grid
         self.preprocess = _preprocess_of(model, self.source)
@@ -75,7 +76,7 @@ class TeacherTarget(Target):
         self.dim = maps[0].shape[1]
 
     def _try(self, in_chans: int) -> list[Tensor]:
-        """Feature maps of an empty image, so that a teacher that does not fit fails here."""
+        """Feature maps of a blank image, so that an unsuitable teacher fails at construction."""
         wanted = self.preprocess.in_chans
         if in_chans != wanted and not (in_chans in (1, 3, 4) and wanted in (1, 3)):
             raise ValueError(
@@ -120,7 +121,7 @@ class TeacherTarget(Target):
         return torch.tensor(list(self.fingerprint.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare the hash; ValueError for another teacher than the run began with."""
+        """Compare the hash; ValueError if the run was started with another teacher."""
         if (saved := bytes(state.tolist()).decode()) != self.fingerprint:
             raise ValueError(
                 f"--teacher {self.source} is not the teacher this run began with (the hash of its weights is "
@@ -138,16 +139,15 @@ def load_teacher(source: str) -> nn.Module:
         if Path(source).expanduser().exists():
             return load_encoder(source)
         if not (source.startswith(_SOURCES) or timm.is_model(source)):
-            near = difflib.get_close_matches(source, timm.list_models(), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"teacher {source} is no run folder, no encoder file and no model of timm{hint}")
+            hint = did_you_mean(source, timm.list_models())
+            raise ValueError(f"teacher {source} is not a run folder, an encoder file or a timm model{hint}")
         try:
             return timm.create_model(source, pretrained=True, num_classes=0)
         # Networks, caches and timm fail in many ways; all mean that the weights are not available.
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise ValueError(
-                f"the weights of teacher {source} cannot be had ({reason}).\n"
+                f"the weights of teacher {source} are not available ({reason}).\n"
                 "Without a network they must be in the Hugging Face cache, or in a folder: --teacher local-dir:FOLDER"
             ) from None
 
@@ -173,8 +173,7 @@ def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
 
 
 def to_channels(raw: Tensor, in_chans: int) -> Tensor:
-    """Convert images [B, c, H, W] on the 0..255 scale to 1 or 3 channels, as images are read: luminance, alpha over
-    white."""
+    """Convert images [B, c, H, W] on the 0..255 scale to 1 or 3 channels, like ``read_image``."""
     if raw.shape[1] == in_chans:
         return raw
     if raw.shape[1] == 4:

@@ -1,4 +1,4 @@
-"""A cache of its own for tests that convert tables or download sets."""
+"""A separate cache for tests that convert tables or download sets."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Images with boxes in COCO's JSON format: layouts, corrections, and messages for mistakes."""
+"""Images with boxes in COCO's JSON format: layouts, corrections and error messages."""
 
 import json
 import shutil
@@ -66,14 +66,14 @@ def test_boxes_are_clipped_and_counted(coco_layout):
     ]
     assert source.num_objects == 6
     assert source.read_example(0)[1].boxes.tolist() == [[0, 3, 15, 13], [60, 40, 64, 48]]
-    image, target = source.read_example(1)  # both its boxes were left out: an image without objects
+    image, target = source.read_example(1)  # both boxes were left out, so the image has no objects
     assert len(target.boxes) == 0
     assert target.boxes.shape == (0, 4)
     assert target.masks.shape == (0, *SIZE)
     assert image is not None
 
 
-def test_mistakes_in_the_json_are_named(coco_layout):
+def test_errors_in_the_json_are_named(coco_layout):
     def message(part: str = "train", **options) -> str:
         with pytest.raises(ValueError, match=f"{part}.json") as caught:
             open_coco(coco_layout, "train" if part == "train" else "test", **options)
@@ -111,7 +111,7 @@ def test_a_json_without_sizes_takes_those_of_the_images(coco_layout):
     assert open_coco(coco_layout, "train").read_example(0)[0].shape[:2] == SIZE
     images[2] |= {"height": 64, "width": 48}  # an image that was rotated after annotation
     change(coco_layout, "train", images=images)
-    with pytest.raises(UnreadableImage, match=r"has 64 x 48 pixels, train.json says 48 x 64"):
+    with pytest.raises(UnreadableImage, match=r"has 64 x 48 pixels, train.json has 48 x 64"):
         open_coco(coco_layout, "train").read_example(2)
 
 
@@ -141,5 +141,5 @@ def test_some_objects_without_mask_leave_boxes_only(coco_layout):
 
 
 def test_the_fingerprint_is_that_of_version_0_1(coco_layout):
-    """Results and runs store it."""
+    """It is stored in results and runs."""
     assert open_coco(coco_layout, "train").fingerprint() == "9cf7d54f8391"

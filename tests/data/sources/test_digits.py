@@ -20,19 +20,19 @@ def test_counts_labels_and_types():
         assert image.dtype == np.uint8
 
 
-def test_rendering_is_what_the_published_numbers_were_measured_on():
-    """A change of the images needs a new rendering number, or old results would be compared with new."""
+def test_rendering_is_unchanged():
+    """If the images change, the rendering version must change too, or old results would be compared with new ones."""
     digest = hashlib.sha256(render("test")[0].tobytes()).hexdigest()[:16]
     assert (digest, DigitsSource("test").fingerprint()) == ("1fdec7e9d16a22b6", "768006d98931")
 
 
 def test_digits_are_visible():
     images = render("test")[0].astype(float)
-    assert images.std((1, 2)).max(-1).min() > 15  # no image is plain in all channels
+    assert images.std((1, 2)).max(-1).min() > 15  # no image is uniform in all channels
 
 
 def test_raw_pixels_are_poor_features():
-    """20 nearest neighbors of raw pixels stay far below the 98 % of the originals."""
+    """20-nearest-neighbor accuracy on raw pixels is far below the 98 % on the originals."""
     (train, y), (test, z) = render("train"), render("test")
     a, b = (x.reshape(len(x), -1).astype(np.float32) / 127.5 - 1 for x in (train, test[:300]))
     similarity = (b @ a.T) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)[:, None])

@@ -33,7 +33,7 @@ def test_labels_are_first_folders(tmp_path):
         open_source(tmp_path, labels="folder")
 
 
-def test_spaces_unicode_and_bytes_that_are_not_text(tmp_path):
+def test_names_with_spaces_unicode_and_invalid_utf8(tmp_path):
     root = tmp_path / "meine Bilder – 写真"
     save(root / "ü ß.png", 7)
     raw = os.fsencode(root) + b"/\xff.png"
@@ -63,7 +63,7 @@ def test_listing_is_kept_and_read_again(tmp_path):
         open_source(tmp_path / "set", listing=listing)
 
 
-def test_links_in_a_circle_end(tmp_path):
+def test_circular_links_end(tmp_path):
     save(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "back").symlink_to(tmp_path)
     assert len(open_source(tmp_path)) == 1

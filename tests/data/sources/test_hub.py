@@ -6,6 +6,6 @@ from dmjd.data.sources.registry import open_source
 
 
 @pytest.mark.parametrize("name", ["nobody-/no-such-set-", "nosuchsetofimages"])
-def test_sets_that_the_hub_does_not_give(name):
-    with pytest.raises(ValueError, match=r"the Hugging Face hub did not give it .*check the name and the network"):
+def test_sets_that_the_hub_does_not_have(name):
+    with pytest.raises(ValueError, match=r"could not be loaded from the Hugging Face hub .*check the name and the net"):
         open_source(name)

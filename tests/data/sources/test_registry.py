@@ -1,4 +1,4 @@
-"""From what a user calls their data to a source: precedence, splits, mistakes, and a new kind of source."""
+"""Opening a source by path or name: precedence, splits, errors, and a new kind of source."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from dmjd.pretraining.run import pretrain
 
 
 class Toy(Arrays):
-    """A kind of source that the package does not have."""
+    """A kind of source that is not part of the package."""
 
     names = ("toy",)
     kind = "a toy"
@@ -49,7 +49,7 @@ def test_a_new_kind_of_source_needs_a_class_and_a_line(tmp_path):
 
 
 def test_precedence(tmp_path, monkeypatch):
-    """Names win over paths, tables over the images beside them."""
+    """Names win over paths, and tables over images in the same folder."""
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "digits" / "1.png")
     assert isinstance(open_source("digits", split="test"), DigitsSource)
@@ -109,11 +109,11 @@ def test_splits(tmp_path):
     assert test.labels.tolist() == [0]
     assert align_labels(train, test).tolist() == [1]
     save(tmp_path / "loose.png")
-    with pytest.warns(UserWarning, match="1 images beside"):
+    with pytest.warns(UserWarning, match="1 images next to"):
         open_source(tmp_path)
 
 
-def test_a_class_named_train_makes_no_split(tmp_path):
+def test_a_class_named_train_is_not_a_split(tmp_path):
     for name in ["train/1.png", "bus/2.png"]:
         save(tmp_path / name)
     assert not has_split(tmp_path, "test")

@@ -1,4 +1,4 @@
-"""Images with segmentation masks: layouts, formats, classes, and messages for wrong ones."""
+"""Images with segmentation masks: layouts, formats, classes and error messages."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_masks_become_classes_and_ignore(camvid_layout):
     assert (mask[:2] == IGNORE).all()
 
 
-def test_ignored_numbers_leave_no_gap(camvid_layout):
+def test_ignored_numbers_leave_no_gap_between_classes(camvid_layout):
     """ADE20K's 0 means "no label": its classes begin at 1, and 255 may be ignored as well."""
     train, _, classes = open_resolved(camvid_layout, ignored=(0, 255))
     assert classes.names == ("1", "2")
@@ -47,7 +47,7 @@ def test_other_layouts_are_the_same_set(camvid_layout, tmp_path, images, masks):
 def test_names_of_classes_come_from_a_file(camvid_layout):
     (camvid_layout / "classes.txt").write_text("ground\nrectangle\ndisc\n")
     assert open_resolved(camvid_layout)[0].classes == ["ground", "rectangle", "disc"]
-    with pytest.raises(ValueError, match=r"classes.txt names 3 classes, --num-classes says 4"):
+    with pytest.raises(ValueError, match=r"classes.txt names 3 classes, --num-classes is 4"):
         open_resolved(camvid_layout, num_classes=4)
 
 

@@ -1,4 +1,4 @@
-"""Parquet files: columns, labels, shards, unreadable rows and mistakes."""
+"""Parquet files: columns, labels, shards, unreadable rows and errors."""
 
 import pickle
 
@@ -42,7 +42,7 @@ def test_binary_column_and_paths(tmp_path):
     assert first_values(open_source(tmp_path / "p" / "y.parquet")) == [8]
 
 
-def test_mistakes(tmp_path):
+def test_errors(tmp_path):
     write_table(tmp_path / "x.parquet", [1], other=[2])
     pq.write_table(pa.table({"a": [1]}), tmp_path / "plain.parquet")
     write_table(tmp_path / "holes.parquet", [1, 2], label=[None, 3])

@@ -35,15 +35,18 @@ class Source(ABC):
 
     A new kind of source sets the attributes and defines ``__len__``, ``stored`` and ``describe``. To be opened by
     :func:`~dmjd.data.sources.registry.open_source` it also defines ``from_data`` and either ``names`` or ``matches``,
-    and takes a line in that module's table.
+    and is added to the table in that module.
 
     Attributes:
-        name: what the user called it. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        labels: [n] int64 indices into ``classes``, or None. classes: names; empty without labels.
-        names: the names that stand for sets of this kind, where there are such.
-        kind: what messages call data of this kind.
-        label_option: the one value of ``labels`` besides "none" that fits; None: all values are accepted.
-        can_hold_masks: whether such sets can have segmentation masks. remote: whether they lie on the network.
+        name: the name or path given by the user.
+        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+        labels: [n] int64 indices into ``classes``, or None.
+        classes: class names; empty without labels.
+        names: reserved names of sets of this kind, if any.
+        kind: description of such data in messages.
+        label_option: the only value of ``labels`` besides "none" that is accepted; None: all are.
+        can_hold_masks: whether such sets can have segmentation masks.
+        remote: whether such sets are on the network.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -65,7 +68,7 @@ class Source(ABC):
 
     @classmethod
     def has_split(cls, data: str, split: str) -> bool:
-        """As :meth:`matches`, but certain: may ask the network."""
+        """Like :meth:`matches`, but certain; may access the network."""
         return cls.matches(data, split)
 
     @classmethod
@@ -87,7 +90,7 @@ class Source(ABC):
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """The name of image ``index`` in messages: its path, or "row 17 of x.parquet"."""
+        """Name of image ``index`` in messages: its path, or "row 17 of x.parquet"."""
 
     def read(self, index: int) -> np.ndarray:
         """Image ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale.
@@ -113,12 +116,12 @@ class Source(ABC):
         return short_hash([str(len(self)), *self._identity()])
 
     def _identity(self) -> Iterable[str]:
-        """The strings that distinguish this set from others of the same length."""
+        """Strings that distinguish this set from others of the same length."""
         return [self.name]
 
 
 def short_hash(parts: Iterable[str]) -> str:
-    """SHA-256 of a sequence of strings: the first 12 hexadecimal digits."""
+    """The first 12 hexadecimal digits of the SHA-256 of a sequence of strings."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")

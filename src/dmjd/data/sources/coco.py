@@ -1,7 +1,7 @@
 """Images with boxes, and with instance masks where every object has one, in COCO's JSON format.
 
-Boxes that reach outside their image are clipped, and boxes without area are left out; both are counted. Anything
-else that is wrong is an error that names the entry.
+Boxes that reach outside their image are clipped, and boxes without area are left out; both are counted. Any other
+mistake in the file is an error that names the entry.
 """
 
 import json
@@ -40,7 +40,8 @@ class Instances:
     """The objects of one image.
 
     Attributes:
-        boxes: [n, 4] float32 (left, top, right, bottom) in pixels. labels: [n] int64 from 0.
+        boxes: [n, 4] float32 (left, top, right, bottom) in pixels.
+        labels: [n] int64 from 0.
         crowd: [n] bool, regions of many objects, which are ignored in training and evaluation.
         masks: [n, H, W] uint8 of 0 and 1, or None.
     """
@@ -56,7 +57,7 @@ class Instances:
         return Instances(self.boxes[selected], self.labels[selected], self.crowd[selected], masks)
 
     def to(self, device: torch.device) -> "Instances":
-        """The same on a device."""
+        """Move the objects to a device."""
         masks = self.masks.to(device) if self.masks is not None else None
         return Instances(self.boxes.to(device), self.labels.to(device), self.crowd.to(device), masks)
 
@@ -74,11 +75,15 @@ class CocoSource(Source):
     """The images of a folder with the objects of a COCO JSON file.
 
     Args:
-        file: the JSON. folder: of the images. classes: names of the classes, in order; None: the file's own, sorted
-            by id. in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+        file: the JSON file.
+        folder: folder of the images.
+        classes: names of the classes, in order; None: the file's own, sorted
+            by id.
+        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
 
     Attributes:
-        notes: what was clipped or left out, and how often. has_masks: whether every object has a mask.
+        notes: what was clipped or left out, and how often.
+        has_masks: whether every object has a mask.
 
     Raises:
         ValueError: saying what is wrong with the file.
@@ -124,7 +129,7 @@ class CocoSource(Source):
         return {i: index_of[name] for i, name in names.items() if name in index_of}
 
     def _sort(self, annotations: list[dict[str, Any]], label_of: dict[int, int]) -> None:
-        """Objects by image; boxes are clipped to the image."""
+        """Group the objects by image, and clip their boxes to it."""
         index_of = {entry["id"]: i for i, entry in enumerate(self._entries)}
         self._objects: list[list[_Object]] = [[] for _ in self._entries]
         counted: Counter[str] = Counter()
@@ -171,11 +176,11 @@ class CocoSource(Source):
         """Image [H, W, C] on the 0..255 scale and its objects.
 
         Raises:
-            UnreadableImage: for an image that cannot be read, or whose size is not that of the JSON.
+            UnreadableImage: if the image cannot be read, or its size is not the one in the JSON.
         """
         image, size = self.read(index), self._sizes[index]
         if image.shape[:2] != size:
-            sizes = f"{image.shape[1]} x {image.shape[0]} pixels, {self.file.name} says {size[1]} x {size[0]}"
+            sizes = f"{image.shape[1]} x {image.shape[0]} pixels, {self.file.name} has {size[1]} x {size[0]}"
             raise UnreadableImage(self.describe(index), f"the image has {sizes} (width x height)")
         objects = self._objects[index]
         masks = None
@@ -189,7 +194,7 @@ class CocoSource(Source):
 
     def _identity(self) -> Iterable[str]:
         yield from (entry["file_name"] for entry in self._entries)
-        # The keys are those of version 0.1: fingerprints stay.
+        # These keys date from version 0.1 and are kept, so that fingerprints do not change.
         entries = ({"box": o.box, "crowd": o.crowd, "label": o.label, "outline": o.segmentation} for o in self._all())
         yield short_hash(json.dumps(entry, sort_keys=True) for entry in entries)
 
@@ -228,10 +233,11 @@ def open_coco(
     Args:
         data: a folder with ``train/`` and ``train.json``, COCO's own ``train2017/`` and
             ``annotations/instances_train2017.json``, or ``train/_annotations.coco.json``; the same for test or val.
-        split: "train" or "test". classes, in_chans, value_range: see :class:`CocoSource`.
+        split: "train" or "test".
+        classes, in_chans, value_range: see :class:`CocoSource`.
 
     Raises:
-        ValueError: for data of no such layout.
+        ValueError: if the data has none of these layouts.
     """
     location = find_coco(data, split)
     if location is None:
@@ -295,7 +301,7 @@ def _image_size(entry: dict[str, Any], file: Path, folder: Path) -> tuple[int, i
 
 
 def _corners(annotation: dict[str, Any], size: tuple[int, int], file: Path) -> tuple[list[float] | None, str]:
-    """(left, top, right, bottom) clipped to the image, or None if nothing is left; and a note of what was changed."""
+    """(left, top, right, bottom) clipped to the image, or None if nothing is left; and a note on what was changed."""
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(v) for v in box)):
         raise ValueError(f"{file}: annotation {annotation.get('id')} needs a bbox of four numbers, it has {box}")
@@ -307,7 +313,7 @@ def _corners(annotation: dict[str, Any], size: tuple[int, int], file: Path) -> t
     inside = [min(max(value, 0.0), float(end)) for value, end in zip(unclipped, ends, strict=True)]
     if min(inside[2] - inside[0], inside[3] - inside[1]) < LEAST_SIDE:
         return None, "outside their image were left out"
-    # Up to a pixel is not noted: annotation tools differ in where the last pixel ends.
+    # Changes of up to one pixel are not noted: annotation tools differ in where the last pixel ends.
     changed = max(abs(a - b) for a, b in zip(inside, unclipped, strict=True)) > 1.0
     return inside, "that reach outside their image were clipped" if changed else ""
 

@@ -16,7 +16,7 @@ from dmjd.images.resampling import resample
 
 SIZE = 32
 
-_RENDERING = 1  # goes up when the images change
+_RENDERING = 1  # version; increased when the images change
 
 _NUM_TRAIN_ORIGINALS = 1400  # the set is ordered by writer, so the other 397 are by other writers
 
@@ -33,7 +33,8 @@ class DigitsSource(Source):
     """12,000 training or 2,000 test renderings, labeled with their digit.
 
     Args:
-        split: "train" or "test". in_chans: see :func:`~dmjd.images.reading.read_image`.
+        split: "train" or "test".
+        in_chans: see :func:`~dmjd.images.reading.read_image`.
     """
 
     name = "digits"
@@ -47,7 +48,7 @@ class DigitsSource(Source):
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "DigitsSource":
-        """A split of the digits."""
+        """Open a split of the digits."""
         return cls(options.split, options.in_chans)
 
     def __len__(self) -> int:
@@ -70,7 +71,8 @@ def render(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Render a split.
 
     Args:
-        split: "train" or "test". seed: of all random choices; the same seed gives the same images everywhere.
+        split: "train" or "test".
+        seed: seed of all random choices; the same seed gives the same images on every machine.
 
     Returns:
         [n, 32, 32, 3] uint8 images and [n] int64 labels.
@@ -112,7 +114,7 @@ def _gradients(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _visible_colors(behind: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[n, 3]: uniform colors, drawn again until each differs enough in luminance from the mean color behind it."""
+    """[n, 3] uniform colors, redrawn until each differs enough in luminance from the mean color behind it."""
     colors = rng.uniform(0, 255, behind.shape).astype(np.float32)
     while len(faint := np.flatnonzero(np.abs((colors - behind) @ _LUMINANCE) < _MIN_CONTRAST)):
         colors[faint] = rng.uniform(0, 255, (len(faint), 3))

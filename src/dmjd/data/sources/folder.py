@@ -19,14 +19,14 @@ class FolderSource(Source):
 
     Args:
         root: the folder. Hidden files and folders, and files of unknown extensions, are left out.
-        with_labels: take the first folder below the root as class.
+        with_labels: use the first folder below the root as the class.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        listing: file that may hold the sorted list (see :meth:`save_listing`). Where it exists the folder is not
+        listing: file that may hold the sorted list (see :meth:`save_listing`). If it exists, the folder is not
             walked, so that a resumed run sees the images it started with.
-        extensions: of the files wanted.
+        extensions: file extensions of images.
 
     Raises:
-        ValueError: for a folder without images or permission, or an image that lies in no class folder.
+        ValueError: if the folder has no images or cannot be read, or an image is not in a class folder.
     """
 
     kind = "a folder of images"
@@ -59,7 +59,7 @@ class FolderSource(Source):
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "FolderSource":
-        """The images of a split of the folder ``data``."""
+        """Open a split of the folder ``data``."""
         root = Path(data).expanduser()
         folder = split_folder(root, options.split)
         assert folder is not None, "see matches"
@@ -93,7 +93,7 @@ class FolderSource(Source):
         return os.path.join(self.name, self._paths[index])
 
     def _identity(self) -> Iterable[str]:
-        """All names, and the sizes of some files: those of all would take minutes on a network drive."""
+        """All names, and the sizes of some files: reading all sizes would take minutes on a network drive."""
         yield from (self._paths[i] for i in range(len(self)))
         for index in np.linspace(0, len(self) - 1, min(len(self), _SIZES_IN_FINGERPRINT)).astype(int):
             path = self.stored(int(index))

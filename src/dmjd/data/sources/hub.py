@@ -1,4 +1,4 @@
-"""Image sets of the Hugging Face hub, or of its local cache, through the ``datasets`` library."""
+"""Image sets from the Hugging Face hub, or from its local cache, through the ``datasets`` library."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class HubSource(TableSource):
-    """A split of a set of the hub; "test" is its test split, else its validation split."""
+    """A split of a hub dataset; "test" is its test split, else its validation split."""
 
     kind = "the name of a hub dataset"
     label_option = "column"
@@ -39,7 +39,7 @@ class HubSource(TableSource):
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "HubSource":
-        """A split of the set ``data``, downloaded at first use.
+        """Open a split of the set ``data``, which is downloaded at first use.
 
         Raises:
             ValueError: if the hub or the set cannot be reached or has no such split; see also :class:`TableSource`.
@@ -56,7 +56,7 @@ class HubSource(TableSource):
 
 
 def _split_names(data: str) -> list[str]:
-    """The splits of a set, as the hub names them."""
+    """Names of the splits of a set on the hub."""
     import datasets  # slow to import
 
     with _hub_errors(data):
@@ -65,7 +65,7 @@ def _split_names(data: str) -> list[str]:
 
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Turn all errors into one message. Without a network only the cache is searched, at once."""
+    """Turn all errors into one message. Without a network only the cache is searched, without waiting."""
     import datasets  # slow to import
     import huggingface_hub.constants as hub
 
@@ -76,7 +76,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # dozens of types, from the socket to the set's own files
         raise ValueError(
-            f"'{name}' is no file, folder or known set, and the Hugging Face hub did not give it "
+            f"'{name}' is not a file, folder or known set, and could not be loaded from the Hugging Face hub "
             f"({first_line(error)}): check the name and the network, or give a folder or a .parquet file"
         ) from None
     finally:

@@ -1,4 +1,4 @@
-"""Where the splits of a path lie: train/ beside test/, or train.parquet beside test.parquet."""
+"""Find the splits of a path: train/ next to test/, or train.parquet next to test.parquet."""
 
 import contextlib
 import re
@@ -23,17 +23,17 @@ def permission_checked(path: Path) -> Iterator[None]:
 
 
 def existing_path(data: str) -> Path | None:
-    """``data`` as a path with ``~`` expanded, or None where there is no such file or folder."""
+    """``data`` as a path with ``~`` expanded, or None if there is no such file or folder."""
     path = Path(data).expanduser()
     with permission_checked(path):
         return path if path.exists() else None
 
 
 def split_tables(path: Path, split: str) -> list[Path]:
-    """The parquet files of a split of an existing path; none where it is a folder of images.
+    """The parquet files of a split of an existing path; empty for a folder of images.
 
     Raises:
-        ValueError: for a folder that may not be read.
+        ValueError: if permission to read a folder is missing.
     """
     if path.is_file():
         return [path] if path.suffix.lower() == ".parquet" and split == "train" else []
@@ -49,10 +49,10 @@ def split_tables(path: Path, split: str) -> list[Path]:
 
 
 def split_folder(path: Path, split: str) -> Path | None:
-    """The folder of images of a split of an existing path, or None where there is no such split.
+    """The folder of images of a split of an existing path, or None if there is no such split.
 
     Raises:
-        ValueError: for a file, or a folder that may not be read.
+        ValueError: if the path is a file, or permission to read a folder is missing.
     """
     if path.is_file():
         if path.suffix.lower() == ".parquet":
@@ -66,12 +66,12 @@ def split_folder(path: Path, split: str) -> Path | None:
 
 
 def warn_of_loose_images(root: Path) -> None:
-    """Warn of images that lie beside train/ and test/, since they are in neither."""
+    """Warn about images next to train/ and test/, since they are in neither."""
     loose = (
         [entry.name for entry in root.iterdir() if entry.suffix.lower() in EXTENSIONS] if _split_folders(root) else []
     )
     if loose:
-        warnings.warn(f"{len(loose)} images beside {root / 'train'} are in no split and are left out", stacklevel=4)
+        warnings.warn(f"{len(loose)} images next to {root / 'train'} are in no split and are left out", stacklevel=4)
 
 
 def _shard_of(table: Path, names: tuple[str, ...]) -> bool:
@@ -80,7 +80,7 @@ def _shard_of(table: Path, names: tuple[str, ...]) -> bool:
 
 
 def _tables(folder: Path) -> list[Path]:
-    """The parquet files of a folder, or of its data/ as in repositories of the hub."""
+    """The parquet files of a folder, or of its data/ folder, as in hub repositories."""
     return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
 
 

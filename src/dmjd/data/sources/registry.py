@@ -1,4 +1,4 @@
-"""From what a user calls their data to a source. The kinds of sources stand in one table."""
+"""Open a source from the path or name that a user gives. The kinds of sources are listed in one table."""
 
 import difflib
 import os
@@ -43,7 +43,7 @@ def open_source(
             are always labeled.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``).
-        masks: of a table, the segmentation masks instead of the images.
+        masks: open the segmentation masks of a table instead of its images.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
@@ -53,8 +53,8 @@ def open_source(
     kind = _find(name, split)
     if kind is None:
         raise ValueError(
-            f"{name} has no {split} part (a folder test/ or val/ beside train/, or test.parquet beside train.parquet): "
-            "pass --test-data"
+            f"{name} has no {split} part (a folder test/ or val/ next to train/, or test.parquet next to "
+            "train.parquet): pass --test-data"
         )
     if masks and not kind.can_hold_masks:
         raise ValueError(
@@ -69,10 +69,10 @@ def open_source(
 
 
 def has_split(data: str | Path, split: str) -> bool:
-    """Whether :func:`open_source` finds this split; for a hub name the hub is asked.
+    """Whether :func:`open_source` finds this split; for a hub name the hub is queried.
 
     Raises:
-        ValueError: for a path that does not exist.
+        ValueError: if a path does not exist.
     """
     kind = _find(str(data), split)
     return kind is not None and kind.has_split(str(data), split)
@@ -89,7 +89,7 @@ def align_labels(train: Source, test: Source) -> np.ndarray:
     """The test set's labels as indices into the training set's classes, [n] int64.
 
     Raises:
-        ValueError: for a set without labels, or a test class that the training set does not have.
+        ValueError: if a set has no labels, or the training set lacks a class of the test set.
     """
     for source in (train, test):
         if source.labels is None:
@@ -103,7 +103,7 @@ def align_labels(train: Source, test: Source) -> np.ndarray:
 
 
 def _names() -> list[str]:
-    """The names that stand for sets."""
+    """Reserved names of sets."""
     return [name for kind in SOURCES for name in kind.names]
 
 
@@ -111,7 +111,7 @@ def _find(data: str, split: str) -> type[Source] | None:
     """The first kind of source that matches, or None for an existing path without this split.
 
     Raises:
-        ValueError: for a path that does not exist.
+        ValueError: if a path does not exist.
     """
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
     if (kind is None or kind.remote) and existing_path(data) is None:
@@ -120,7 +120,7 @@ def _find(data: str, split: str) -> type[Source] | None:
 
 
 def _check_spelling(data: str, is_name: bool) -> None:
-    """Refuse a misspelt path or name, which could be taken for the name of a remote set."""
+    """Raise an error for a misspelled path or name, which could be mistaken for the name of a remote set."""
     path = Path(data).expanduser()
     with permission_checked(path):
         nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -1,6 +1,6 @@
 """Images with segmentation masks: two folders (CamVid and ADE20K layouts), parquet files and Hugging Face sets.
 
-A mask is an image of one number per pixel: gray or palette PNG, TIFF, BMP, GIF or .npy. The classes are the numbers
+A mask is an image with one number per pixel: gray or palette PNG, TIFF, BMP, GIF or .npy. The classes are the numbers
 0, 1, 2, ... without the ignored ones.
 """
 
@@ -28,7 +28,7 @@ MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # lossless 
 
 CLASS_NAMES = "classes.txt"
 
-NO_LABEL = 255  # the usual number of pixels without label
+NO_LABEL = 255  # the usual value of pixels without label
 
 _MOST_NUMBERS = 1 << 16
 
@@ -36,7 +36,7 @@ _MOST_UNREADABLE_SHARE = 0.01
 
 _FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 
-# Folders of images and of masks of a part, below the root.
+# Folders of the images and masks of a part, relative to the root.
 _LAYOUTS: tuple[Callable[[str], tuple[str, str]], ...] = (
     lambda part: (f"{part}/images", f"{part}/masks"),
     lambda part: (f"{part}/images", f"{part}/labels"),
@@ -54,7 +54,8 @@ class ClassMap:
     """The classes of the numbers in the masks.
 
     Attributes:
-        names: of the K classes. ignored: numbers that mean "no label".
+        names: names of the K classes.
+        ignored: numbers that mean "no label".
     """
 
     names: tuple[str, ...]
@@ -82,10 +83,11 @@ class SegmentationSource(Source):
     """Images and their masks.
 
     Args:
-        images, masks: sources. mask_index: [n] int64, the mask of each image; None: that of the same index.
+        images, masks: sources.
+        mask_index: [n] int64, index of the mask of each image; None: the same index.
 
     Attributes:
-        class_map: set by :meth:`set_classes`.
+        class_map: the classes, set by :meth:`set_classes`.
     """
 
     def __init__(self, images: Source, masks: Source, mask_index: np.ndarray | None = None) -> None:
@@ -96,7 +98,7 @@ class SegmentationSource(Source):
         self._table: np.ndarray | None = None
 
     def set_classes(self, class_map: ClassMap) -> None:
-        """Set the classes of the numbers; needed before :meth:`read_example`."""
+        """Set the classes; needed before :meth:`read_example`."""
         self.class_map, self.classes = class_map, list(class_map.names)
         self._table = class_map.table()
 
@@ -134,7 +136,7 @@ class SegmentationSource(Source):
         return image, mask
 
     def fingerprint(self) -> str:
-        """Of images and masks."""
+        """Short hash of images and masks."""
         return f"{self.images.fingerprint()}-{self.masks.fingerprint()}"
 
 
@@ -142,7 +144,7 @@ def read_mask(stored: ImageLike, name: str) -> np.ndarray:
     """Decode a mask: [H, W] of integers from 0 to 65535. The colors of a palette are ignored.
 
     Raises:
-        UnreadableImage: for anything but one number per pixel.
+        UnreadableImage: unless it holds one number per pixel.
     """
     try:
         array = _mask_values(stored)
@@ -199,12 +201,13 @@ def open_segmentation(
 
     Args:
         data: a folder with ``train/images`` and ``train/masks`` (CamVid layout), ``images/training`` and
-            ``annotations/training`` (ADE20K layout), ``train`` and ``trainannot``, or ``images`` and ``masks``, the
-            names of a pair equal except for the ending; or a table with two columns of images: parquet or hub.
-        split: "train" or "test". in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+            ``annotations/training`` (ADE20K layout), ``train`` and ``trainannot``, or ``images`` and ``masks``, where
+            an image and its mask differ only in the ending; or a parquet or hub table with two columns of images.
+        split: "train" or "test".
+        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
 
     Raises:
-        ValueError: for data of no such layout, or images without masks.
+        ValueError: if the data has none of these layouts, or an image has no mask.
     """
     options = {"in_chans": in_chans, "value_range": value_range}
     root = Path(data).expanduser()
@@ -214,7 +217,7 @@ def open_segmentation(
         masks = FolderSource(folders[1], extensions=MASK_EXTENSIONS)
         return SegmentationSource(images, masks, _pair(images, masks))
     if root.is_dir() and split == "test" and _find_folders(root, "train") is not None:
-        raise ValueError(f"{data} has no test part (test/ or val/ beside train/): pass --test-data")
+        raise ValueError(f"{data} has no test part (test/ or val/ next to train/): pass --test-data")
     mask_table = open_source(data, split=split, masks=True)  # its message says what is missing
     return SegmentationSource(open_source(data, split=split, **options), mask_table)  # type: ignore[arg-type]
 
@@ -240,7 +243,7 @@ def _find_folders(root: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def _pair(images: FolderSource, masks: FolderSource) -> np.ndarray:
-    """[n] int64: for each image the mask with the same relative path, except for the ending."""
+    """[n] int64: for each image, the index of the mask with the same relative path except for the ending."""
     mask_of = {_stem(masks, i): i for i in range(len(masks))}
     stems = [_stem(images, i) for i in range(len(images))]
     if len(mask_of) < len(masks):
@@ -296,11 +299,13 @@ def resolve_classes(
     """Find the classes of a training set, check every mask of both sets, and set the classes of both.
 
     Args:
-        train, test: the sets. num_classes: None: the lines of ``classes.txt`` beside the folders, else from the largest
-            number in the training masks. ignored: numbers that mean "no label".
+        train, test: the sets.
+        num_classes: K; None: the lines of ``classes.txt`` next to the folders, else from the largest
+            number in the training masks.
+        ignored: numbers that mean "no label".
 
     Raises:
-        ValueError: for a number beyond the classes (naming the mask), no labels, or a single class.
+        ValueError: if a mask holds a number beyond the classes (it is named), or there are fewer than two classes.
     """
     counted = [(source, *count_numbers(source)) for source in (train, test)]
     present = [number for number in sorted(counted[0][2]) if number not in ignored]
@@ -322,7 +327,7 @@ def _names(train: SegmentationSource, given: int | None, counted: int, ignored: 
     file = next(_class_files(train), None)
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] if file else []
     if lines and given is not None and len(lines) != given:
-        raise ValueError(f"{file} names {len(lines)} classes, --num-classes says {given}: make them agree")
+        raise ValueError(f"{file} names {len(lines)} classes, --num-classes is {given}: make them agree")
     if given is not None and given < 2:
         raise ValueError(f"num_classes must be at least 2, got {given}")
     return tuple(lines) or tuple(map(str, class_numbers(given or counted, ignored)))

@@ -1,4 +1,4 @@
-"""A subset of a set. Low-shot evaluations train on one."""
+"""A subset of a source, as used by low-shot evaluations."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,8 @@ class SubsetSource(Source):
     """The images ``rows`` of a source, with its classes.
 
     Args:
-        source: the whole set. rows: [m] indices into it, in the order of the subset.
+        source: the whole set.
+        rows: [m] indices into it, in the order of the subset.
     """
 
     def __init__(self, source: Source, rows: Sequence[int] | np.ndarray) -> None:
@@ -29,7 +30,7 @@ class SubsetSource(Source):
         return self.source.stored(int(self.rows[index]))
 
     def read(self, index: int) -> np.ndarray:
-        """Image ``rows[index]``, decoded as by the source."""
+        """Image ``rows[index]``, decoded by the source."""
         return self.source.read(int(self.rows[index]))
 
     def describe(self, index: int) -> str:

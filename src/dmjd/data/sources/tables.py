@@ -25,12 +25,15 @@ class TableSource(Source):
     """The rows of a ``datasets.Dataset`` with a column of encoded images.
 
     Args:
-        table: the dataset. name: what the user called it. files: (file name, number of rows) of each file it was
-            read from, in order; one entry for a set from the hub. folder: that image paths are relative to.
-        options: with ``masks``, the masks are read, which are a second column of encoded images.
+        table: the dataset.
+        name: the name or path given by the user.
+        files: (file name, number of rows) of each file it was
+            read from, in order; one entry for a set from the hub.
+        folder: folder that image paths are relative to.
+        options: how to open the table. With ``masks``, the masks are read, a second column of encoded images.
 
     Raises:
-        ValueError: for a table without image, mask or label column, where wanted, or rows without a label.
+        ValueError: if a required image, mask or label column is missing, or a row has no label.
     """
 
     can_hold_masks = True
@@ -86,10 +89,10 @@ class ParquetSource(TableSource):
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "ParquetSource":
-        """The rows of a split, file by file.
+        """Open the rows of a split, file by file.
 
         Raises:
-            ValueError: for a file that is not parquet or may not be read; see also :class:`TableSource`.
+            ValueError: if a file is not parquet or cannot be read; see also :class:`TableSource`.
         """
         import datasets  # slow to import
         import pyarrow as pa
@@ -115,7 +118,7 @@ class ParquetSource(TableSource):
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Without the progress bar that the library draws for every file."""
+    """Suppress the progress bar that the library draws for every file."""
     import datasets
 
     shown = datasets.utils.logging.is_progress_bar_enabled()

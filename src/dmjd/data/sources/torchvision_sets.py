@@ -43,7 +43,7 @@ class NamedSource(Source):
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "NamedSource":
-        """A split of the set named ``data``."""
+        """Open a split of the set named ``data``."""
         return cls(data, options.split, options.in_chans, options.value_range)
 
     def __len__(self) -> int:

@@ -27,7 +27,8 @@ class Features:
     """Frozen features of a set of images, on the CPU.
 
     Attributes:
-        x: [n, D] float32. labels: [n] int64, -1 where the source has none.
+        x: [n, D] float32.
+        labels: [n] int64; -1 if the source has none.
         rows: [n] int64, indices of the images in the source; ascending.
         unreadable: (name, reason) of the images that could not be read.
         parts: names of the features that are concatenated in ``x``, each of the same width.
@@ -48,10 +49,11 @@ def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
     """The downstream feature of an encoder: normalized [b, C, H, W] -> [b, D] float32.
 
     Args:
-        encoder: in evaluation mode. precision: "fp32" or "bf16" (autocast); pooling is float32.
+        encoder: an encoder in evaluation mode.
+        precision: "fp32" or "bf16" (autocast); pooling is float32.
 
     Raises:
-        ValueError: for another precision.
+        ValueError: for an unknown precision.
     """
     if precision not in FEATURE_PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(FEATURE_PRECISIONS)}, got '{precision}'")
@@ -82,16 +84,18 @@ def extract_all(
     device: torch.device | str = "cpu",
     num_workers: int | None = None,
 ) -> dict[str, Features]:
-    """Several kinds of features in one pass, so that each image is read and decoded once.
+    """Extract several kinds of features in one pass, so that each image is read and decoded once.
 
     Args:
         extractors: name -> function; all run on the same batches, without gradients.
         source: the images, in order; unreadable ones are skipped and listed.
-        preprocess: how images become tensors. batch_size: images per batch.
-        device: where the functions run. num_workers: decoding processes; None: by the number of cores.
+        preprocess: how images become tensors.
+        batch_size: images per batch.
+        device: device that the functions run on.
+        num_workers: data loading processes; None: by the number of cores.
 
     Returns:
-        Features by the names of ``extractors``.
+        Name of the extractor -> features.
 
     Raises:
         ValueError: for a batch size below 1, or if no image can be read.
@@ -122,10 +126,10 @@ def extract(
     device: torch.device | str = "cpu",
     num_workers: int | None = None,
 ) -> Features:
-    """Pooled features ``encoder.pool(encoder(images))`` of every image of a source, in order.
+    """Extract the pooled features ``encoder.pool(encoder(images))`` of every image of a source, in order.
 
     Args:
-        encoder: moved to ``device``, in evaluation mode for the pass; its ``preprocess`` must be set.
+        encoder: an encoder with ``preprocess``; moved to ``device``, and in evaluation mode during the pass.
         source, batch_size, device, num_workers: as in :func:`extract_all`.
 
     Raises:
@@ -138,10 +142,10 @@ def extract(
 
 
 def check_labels(train: Tensor, test: Tensor) -> int:
-    """The number of classes in the labels of a training and a test set, [n] int64 each.
+    """Check the labels of a training and a test set, [n] int64 each, and return the number of classes.
 
     Raises:
-        ValueError: for a set that is empty or unlabeled, or a training set with a single class.
+        ValueError: if a set is empty or unlabeled, or the training set has a single class.
     """
     for name, labels in (("training", train), ("test", test)):
         if len(labels) == 0:
@@ -157,7 +161,7 @@ def check_features(train: Features, test: Features) -> int:
     """Check features of a training and a test set, and return the number of classes.
 
     Raises:
-        ValueError: for unusable labels, values that are not finite, or features of different widths.
+        ValueError: if labels cannot be used, values are not finite, or features differ in width.
     """
     for name, features in (("training", train), ("test", test)):
         if len(features.x) != len(features.labels):

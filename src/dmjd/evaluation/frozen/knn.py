@@ -24,21 +24,20 @@ def knn(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Each of the k nearest training features by cosine similarity votes for its class with exp(similarity / T).
+    """Classify by the k nearest training features: each votes for its class with exp(cosine similarity / T).
 
     Args:
         train, test: labeled features of the same width.
-        k: neighbors that vote; all of them in a training set that has fewer.
-        temperature: T; the smaller, the more the nearest neighbors count.
-        seed: accepted like by the other evaluations; nothing here is random.
-        device: where similarities are computed.
+        k: number of neighbors that vote; all training features if there are fewer.
+        temperature: T; the smaller it is, the more the nearest neighbors count.
+        seed: not used, since nothing is random; the other evaluations take one.
+        device: device that similarities are computed on.
 
     Returns:
         {"top1", "top5"}: accuracies from 0 to 1; "top1_by_k": {"1": ..., "5", "10", "20" and k}.
 
     Raises:
-        ValueError: for k or temperature that are not positive, or features without labels or with values that are not
-            finite.
+        ValueError: if k or the temperature is not positive, or features are unlabeled or not finite.
     """
     KnnConfig(k=k, temperature=temperature)  # raises for invalid settings
     num_classes = check_features(train, test)
@@ -58,7 +57,7 @@ def knn(
 
 
 def _votes(nearest: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """Similarities and labels of the neighbors, [b, k] -> votes [b, classes], relative to that of the nearest."""
+    """Similarities and labels of the neighbors, [b, k] -> votes [b, classes], relative to the nearest one's vote."""
     # Subtracting the maximum does not change the order of classes, and small temperatures do not overflow.
     weights = ((nearest - nearest[:, :1]) / temperature).exp()
     return nearest.new_zeros(len(nearest), num_classes).scatter_add_(1, labels, weights)

@@ -34,13 +34,14 @@ def probe_schedule(num_train: int, batch_size: int | None = None, blr: float = L
 
     Args:
         num_train: size of the training set.
-        batch_size: overrides the batch size; limited by the size of the set. blr: base learning rate.
+        batch_size: overrides the batch size; limited by the size of the set.
+        blr: base learning rate.
 
     Returns:
         (batch size, peak learning rate).
 
     Raises:
-        ValueError: for a batch size or learning rate that is not positive.
+        ValueError: if the batch size or learning rate is not positive.
     """
     if blr <= 0 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"blr and batch_size must be positive, got blr={blr} and batch_size={batch_size}")
@@ -66,22 +67,24 @@ def linear_probe(
 
     BatchNorm without affine (eps 1e-6), then a linear layer (weights normal with std 0.01, bias zero), cross-entropy,
     LARS (momentum 0.9, trust coefficient 0.001, biases not adapted), linear warm-up over 1/9 of the steps, then cosine
-    decay to zero. Unlike in the published protocol, the features are those of the center crop, computed once and not
-    augmented. Batch size and learning rate depend on the size of the training set, see :func:`probe_schedule`.
+    decay to zero. Unlike in the published protocol, features are computed once, from the center crop, without
+    augmentation. Batch size and learning rate depend on the size of the training set, see :func:`probe_schedule`.
 
     Args:
         train, test: labeled features of the same width.
-        epochs: passes over the training features, 90 by default. steps: optimizer steps, instead of epochs.
-        batch_size: None: by the size of the training set.
-        blr: base learning rate. weight_decay: of the weights of the linear layer.
-        seed: of the initial weights and the order; equal seeds give equal results on the same device.
-        device: where it is trained.
+        epochs: passes over the training features, 90 by default.
+        steps: optimizer steps, instead of epochs.
+        batch_size: images per step; None: by the size of the training set.
+        blr: base learning rate.
+        weight_decay: weight decay of the weights of the linear layer.
+        seed: seed of initial weights and order; equal seeds give equal results on the same device.
+        device: device to train on.
 
     Returns:
         {"top1", "top5"}: accuracies from 0 to 1.
 
     Raises:
-        ValueError: for invalid settings, or features without labels or with values that are not finite.
+        ValueError: if settings are invalid, or features are unlabeled or not finite.
     """
     LinearConfig(epochs=epochs, steps=steps, blr=blr, weight_decay=weight_decay)  # raises for invalid settings
     num_classes = check_features(train, test)
@@ -113,7 +116,8 @@ class ProbeBatches:
     """Batches of row indices for a probe; the last, smaller batch of an epoch is dropped.
 
     Args:
-        num_train: number of features. batch: batch size.
+        num_train: number of features.
+        batch: batch size.
         epochs, steps: length, one of them or neither (90 epochs).
         generator: source of the order.
     """

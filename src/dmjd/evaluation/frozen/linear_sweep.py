@@ -29,11 +29,12 @@ HELD_OUT = 0.1  # fraction of each class
 class SweepFeatures:
     """Features of several layers and poolings side by side: normalized [b, C, H, W] -> [b, parts * D] float32.
 
-    Transformer blocks at 1/2, 3/4 and all of the depth. From each: mean and maximum over the patch tokens, and the
-    class token where there is one. Every part is normalized like the pooled feature.
+    Uses the transformer blocks at 1/2, 3/4 and all of the depth; from each, the mean and maximum over the patch tokens
+    and the class token if there is one. Every part is normalized like the pooled feature.
 
     Args:
-        encoder: in evaluation mode. precision: "fp32" or "bf16" (autocast).
+        encoder: an encoder in evaluation mode.
+        precision: "fp32" or "bf16" (autocast).
 
     Attributes:
         parts: names of the parts, in order.
@@ -47,7 +48,7 @@ class SweepFeatures:
         self.parts = [f"block {i + 1} of {depth}, {pooling}" for i in self.blocks for pooling in poolings]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of a batch."""
+        """Compute the features of a batch."""
         outputs: list[Tensor] = []
         blocks = cast(nn.ModuleList, self.encoder.blocks)
         hooks = [blocks[i].register_forward_hook(lambda *call: outputs.append(call[-1])) for i in self.blocks]
@@ -62,7 +63,7 @@ class SweepFeatures:
 
     @property
     def pooled_part(self) -> tuple[int, int]:
-        """(index, number of parts): which part is the pooled feature of the other evaluations."""
+        """(index, number of parts) of the part that is the pooled feature of the other evaluations."""
         depth = self.blocks[-1] + 1
         return self.parts.index(f"block {depth} of {depth}, mean"), len(self.parts)
 
@@ -106,14 +107,14 @@ def linear_sweep(
         "features", "rate": the chosen part and learning-rate factor. "probes": number of probes.
 
     Raises:
-        ValueError: for invalid settings, or a training set of which nothing can be held out.
+        ValueError: if settings are invalid, or no part of the training set can be held out.
     """
     config = LinearSweepConfig(epochs=epochs, steps=steps, blr=blr, weight_decay=weight_decay, seed=seed)
     num_classes = check_features(train, test)
     held = torch.from_numpy(hold_out(train.labels.numpy(), HELD_OUT, seed))
     choices = [_Choice(part, rate) for part in range(len(train.parts)) for rate in RATES]
     scores = _Probes(train, ~held, choices, num_classes, config, device).top1(train, held)
-    best = max(range(len(choices)), key=lambda i: scores[i])  # the first of equals: the smaller learning rate
+    best = max(range(len(choices)), key=lambda i: scores[i])  # the first of equal scores: the smaller learning rate
     final = _Probes(train, torch.ones_like(held), [choices[best]], num_classes, config, device)
     return final.accuracies(test) | {
         "held_out_top1": scores[best],
@@ -127,7 +128,10 @@ class _Probes:
     """Linear layers trained side by side on the rows ``chosen`` of a training set.
 
     Args:
-        train: features [n, parts * D]. chosen: [n] bool. choices: the probes. config: schedule and seed.
+        train: features [n, parts * D].
+        chosen: [n] bool.
+        choices: one entry per probe.
+        config: schedule and seed.
     """
 
     def __init__(
@@ -178,7 +182,7 @@ class _Probes:
         self.norm.eval()
 
     def _ranks(self, features: Features) -> Tensor:
-        """[probes, n] int64."""
+        """Ranks of the labels for each probe: [probes, n] int64."""
         with torch.inference_mode():
             ranks = [
                 torch.stack([label_ranks(s, target.to(self.device)) for s in self._scores(x.to(self.device))])

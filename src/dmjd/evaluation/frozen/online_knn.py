@@ -1,9 +1,9 @@
 """Online kNN: accuracy at intervals during pre-training, on images that are read once."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dmjd.data.cache import first_of_parts
 from dmjd.data.eval_loader import read_all
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels
@@ -21,15 +21,18 @@ _MAX_BYTES = 1 << 30
 class OnlineKnn:
     """Accuracy of a weighted kNN on up to 5,000 training and 2,000 test images, evenly spaced over their sets.
 
-    The images are read by the constructor and kept, preprocessed, in main memory. Of large images fewer are used, to
-    stay below 1 GiB.
+    The images are read by the constructor and kept, preprocessed, in main memory. Fewer images are used if they are
+    large, to stay below 1 GiB.
 
     Args:
-        train, test: labeled sources. preprocess: that of the encoder. device: where the encoder runs.
-        batch_size: images per batch. num_workers: data loading processes; None: by the number of cores.
+        train, test: labeled sources.
+        preprocess: preprocessing of the encoder.
+        device: device that the encoder runs on.
+        batch_size: images per batch.
+        num_workers: data loading processes; None: by the number of cores.
 
     Raises:
-        ValueError: for sources without labels, with a single class, or whose classes differ.
+        ValueError: if a source is unlabeled, has a single class, or their classes differ.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class OnlineKnn:
         labels = align_labels(train, test)
         height, width = preprocess.img_size
         fraction = min(1.0, _MAX_BYTES / ((NUM_TRAIN + NUM_TEST) * height * width * preprocess.in_chans))
-        rows = [_evenly(len(s), max(1, int(n * fraction))) for s, n in ((train, NUM_TRAIN), (test, NUM_TEST))]
+        rows = [first_of_parts(len(s), max(1, int(n * fraction))) for s, n in ((train, NUM_TRAIN), (test, NUM_TEST))]
         kept = [read_all(s, preprocess, r, num_workers) for s, r in zip((train, test), rows, strict=True)]
         assert kept[0].labels is not None
         self._raw = [images.raw for images in kept]
@@ -72,9 +75,3 @@ class OnlineKnn:
         """[n, C, H, W], 0..255 -> [n, D] float32 on the CPU."""
         batches = (self._preprocess.normalize(part.to(self._device)) for part in raw.split(self._batch_size))
         return torch.cat([encoder.pool(encoder(images)).float().cpu() for images in batches])
-
-
-def _evenly(length: int, count: int) -> np.ndarray:
-    """At most ``count`` indices below ``length``, evenly spaced and in order."""
-    count = min(length, count)
-    return np.arange(count) * length // count

@@ -1,4 +1,4 @@
-"""Evaluation on frozen features, in one pass over the images: an encoder beside random weights and raw pixels."""
+"""Evaluation on frozen features, in one pass over the images: an encoder, random weights and raw pixels."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,9 +29,9 @@ PARTS = ("result", "random_init", "raw_pixels")  # what is measured: the encoder
 
 
 def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **options: Any) -> dict[str, dict[str, Any]]:
-    """Several evaluations on frozen features in one pass over the images.
+    """Run several evaluations on frozen features in one pass over the images.
 
-    In a low-shot evaluation, only the images that some seed draws are read. Baselines are measured once for each
+    A low-shot evaluation reads only the images that at least one seed draws. Baselines are measured once for each
     configuration and kept in ``evaluation/baselines.json``.
 
     Args:
@@ -84,18 +84,19 @@ def evaluate_frozen(
     low_shot: LowShot = ALL_LABELS,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
-    """:func:`evaluate_all` for an encoder and data sets that are in memory.
+    """:func:`evaluate_all` for an encoder and data sets that are already loaded.
 
     Args:
         tasks: name of a task on frozen features -> its own settings.
-        encoder: on the device to use; its mode is restored afterwards.
+        encoder: an encoder on the device to use; its mode is restored afterwards.
         train, test: labeled sets; the test labels are aligned with the training classes.
         folder: folder for ``evaluation/<task>.json``; None: nothing is written.
         seed, batch_size, num_workers, precision: see :class:`~dmjd.config.evaluation.FrozenConfig`.
-        low_shot: which labels are used. overrides: what the caller changed about the data, for the result.
+        low_shot: which labels to use.
+        overrides: data settings given by the caller, to be stored with the result.
 
     Raises:
-        ValueError: for an unknown task or setting, or unusable labels.
+        ValueError: if a task or setting is unknown, or labels cannot be used.
     """
     configs = {task: task_config(task, options) for task, options in tasks.items()}
     protocol = _Protocol(encoder, train, test, configs, low_shot, seed, precision, Baselines(folder))
@@ -122,21 +123,22 @@ def task_config(task: str, options: Mapping[str, Any]) -> FrozenConfig:
     """The configuration of one task from its own settings.
 
     Raises:
-        ValueError: for an unknown task or setting, or one that all tasks share.
+        ValueError: if the task or a setting is unknown, or a setting is shared by all tasks.
     """
     if shared := sorted(set(options) - set(FrozenConfig.own(options))):
-        raise ValueError(f"{', '.join(shared)} is shared by all tasks: it is no setting of '{task}' alone")
+        raise ValueError(f"{', '.join(shared)} is shared by all tasks: it is not a setting of '{task}' alone")
     config = get_frozen_task(task).load_config()(**options)
     assert isinstance(config, FrozenConfig)
     return config
 
 
 class _Protocol:
-    """One pass over the images; then all tasks, for all seeds, for the encoder and its baselines.
+    """One pass over the images, then all tasks for the encoder and its baselines, with all seeds.
 
     Args:
         encoder, train, test, low_shot, seed, precision: as in :func:`evaluate_frozen`.
-        configs: task -> its settings. baselines: results of earlier calls.
+        configs: task -> its settings.
+        baselines: results of earlier calls.
 
     Attributes:
         data: description of the data for the result; set by :meth:`run`.
@@ -168,7 +170,7 @@ class _Protocol:
         self.data: dict[str, Any] = {}
 
     def _draw(self, train: Source, low_shot: LowShot) -> tuple[Source, list[int], list[np.ndarray]]:
-        """The images that some seed draws, the seeds, and the rows of each seed in these images."""
+        """The images that at least one seed draws, the seeds, and the rows that each seed draws from these images."""
         assert train.labels is not None
         seeds = low_shot.seeds_from(self.seed)
         rows = [low_shot.rows(train.labels, seed) for seed in seeds]
@@ -234,7 +236,7 @@ class _Protocol:
         return {kind: self._in_evaluation_mode(makers[kind]()) for kind in kinds}
 
     def _in_evaluation_mode(self, extractor: Extractor) -> Extractor:
-        """The encoder may come from a training: its mode is changed for each batch and restored."""
+        """Wrap an extractor so that the encoder, which may be in training, is in evaluation mode during each batch."""
 
         def extract_features(images: Tensor) -> Tensor:
             with evaluating(self.encoder):
@@ -243,7 +245,7 @@ class _Protocol:
         return extract_features
 
     def _measure(self, task: str, train: Features, test: Features) -> dict[str, Any]:
-        """Mean and standard deviation over the seeds."""
+        """Run a task for all seeds; returns mean and standard deviation over them."""
         evaluate, settings = get_frozen_task(task).load_run(), self.configs[task].to_dict()
         results = []
         for seed, rows in zip(self.seeds, self.rows, strict=True):
@@ -266,10 +268,10 @@ class _Protocol:
 
 
 def _column(features: Features, index: int, count: int) -> Features:
-    """One of ``count`` features that are concatenated."""
+    """Part ``index`` of ``count`` concatenated features."""
     return dataclasses.replace(features, x=features.x.chunk(count, dim=1)[index].contiguous())
 
 
 def _kind(task: str, part: str) -> str:
-    """The kind of features that a task needs of the encoder or a baseline."""
+    """The kind of features that a task needs from the encoder or a baseline."""
     return f"{part} layers" if get_frozen_task(task).layers and part != "raw_pixels" else part

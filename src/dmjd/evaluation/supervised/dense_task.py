@@ -1,4 +1,4 @@
-"""What segmentation and detection share: their encoder, batches, validation and test."""
+"""Base of segmentation and detection: encoder, batches, validation and test."""
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
@@ -21,7 +21,7 @@ from dmjd.evaluation.results import data_fingerprint
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings
 
-EVAL_IMAGES = 32  # of the test set, for validation while training
+EVAL_IMAGES = 32  # test images for validation during training
 
 NOT_IN_RESULT = ("num_images", "checkpoint_every", "log_every")  # settings that do not change a result
 
@@ -29,16 +29,16 @@ _TEST_BATCH = 8
 
 
 def open_encoder(run: str | Path, out: str | Path | None) -> tuple[Encoder, Path]:
-    """The encoder and the folder of the results.
+    """Open the encoder and the folder for results.
 
     Raises:
-        ValueError: if there is no encoder, it has no preprocessing, or there is no folder for results.
+        ValueError: if there is no encoder, it has no preprocessing, or no folder for results is given.
     """
     path = Path(run).expanduser()
     encoder = load_encoder(path if path.exists() else run)
     known_preprocess(encoder)
     if out is None and not path.is_dir():
-        raise ValueError(f"{run} is no run folder: say where results go with --out DIR")
+        raise ValueError(f"{run} is not a run folder: say where results go with --out DIR")
     return encoder, Path(out).expanduser() if out is not None else path
 
 
@@ -51,7 +51,7 @@ class DenseEvaluation(SupervisedEvaluation):
     """Segmentation or detection on one pair of sets; arguments as :class:`SupervisedEvaluation`.
 
     Attributes:
-        score: the score that selects the best model.
+        score: name of the score that selects the best model.
     """
 
     score: str
@@ -66,7 +66,7 @@ class DenseEvaluation(SupervisedEvaluation):
 
     @abstractmethod
     def build(self, encoder: Encoder) -> Task:
-        """The task of an encoder, with new weights from torch's random state."""
+        """Build the task for an encoder, with new weights from torch's random state."""
 
     @abstractmethod
     def augment(self) -> Augmentation:
@@ -82,10 +82,10 @@ class DenseEvaluation(SupervisedEvaluation):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Entries of the result about the data."""
+        """Information about the data, for the result."""
 
     def task(self, start: str) -> Task:
-        """The task with new weights besides the encoder's, the same ones for both starts."""
+        """Build the task of a start. All weights other than the encoder's are new and equal for both starts."""
         if start == "random_init":
             encoder = fresh_like(self.encoder, seed=self.seed, img_size=self.canvas, drop_path=self.config.drop_path)
         else:
@@ -95,7 +95,7 @@ class DenseEvaluation(SupervisedEvaluation):
             return self.build(encoder)
 
     def settings(self) -> FitSettings:
-        """Of the training."""
+        """Settings of the training."""
         return FitSettings.from_config(
             self.config,
             len(self.train),
@@ -142,7 +142,7 @@ class DenseEvaluation(SupervisedEvaluation):
         return scores | {"num_unreadable": len(self.unreadable)}
 
     def read(self, rows: np.ndarray | None) -> Iterator[list[Example]]:
-        """Test images in batches. After a whole pass, ``unreadable`` holds those that could not be read."""
+        """Read test images in batches. After a whole pass, ``unreadable`` holds those that could not be read."""
         self.unreadable: list[Report] = []
         yield from read_examples(
             self.test, batch_size=_TEST_BATCH, num_workers=self.num_workers, indices=rows, unreadable=self.unreadable
@@ -154,7 +154,8 @@ class DenseEvaluation(SupervisedEvaluation):
         """Train and test from both starts, and write ``evaluation/<task>.json``.
 
         Args:
-            folder: of the run. overrides: settings given by the caller.
+            folder: the run folder.
+            overrides: settings given by the caller.
         """
         steps = self.settings().steps
         self.console.say(self._summary(steps))
@@ -178,7 +179,7 @@ class DenseEvaluation(SupervisedEvaluation):
         )
 
     def _summary(self, steps: int) -> str:
-        """What will be trained, so that a wrong class count or size is noticed before hours have passed."""
+        """Describe what will be trained, so that a wrong number of classes or a wrong size is noticed early."""
         train, encoder, (height, width) = self.train, self.encoder, self.canvas
         return (
             f"{self.name}: {train.name}: {len(train)} images, {self.test.name}: {len(self.test)}\n"

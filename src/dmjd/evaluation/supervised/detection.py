@@ -1,4 +1,4 @@
-"""Detection with a pre-trained encoder (Faster or Mask R-CNN), beside the same training from random weights."""
+"""Detection with Faster or Mask R-CNN, from a pre-trained encoder and from random weights."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ ROIS_PER_IMAGE = 128  # proposals per image to train the box head (Ren et al. 20
 
 MASK_HEAD = 256  # width of torchvision's mask head
 
-MIN_SHOWN_SCORE = 0.5  # of boxes in figures
+MIN_SHOWN_SCORE = 0.5  # smallest score of boxes in figures
 
 MASK_THRESHOLD = 0.5
 
@@ -64,7 +64,10 @@ class DetectionTask(Task):
     """torchvision's Faster R-CNN (Ren et al. 2015) or Mask R-CNN (He et al. 2017) on an encoder's pyramid.
 
     Args:
-        encoder: for the size of the canvas. config: resolved. num_classes: of objects. masks: train on instance masks.
+        encoder: encoder for the size of the canvas.
+        config: resolved configuration.
+        num_classes: number of object classes.
+        masks: train on instance masks.
     """
 
     def __init__(self, encoder: Encoder, config: DetectionConfig, num_classes: int, masks: bool) -> None:
@@ -98,7 +101,7 @@ class DetectionTask(Task):
         return self.rcnn.backbone.pyramid.encoder
 
     def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
-        """{"loss", and its summands}, scalars."""
+        """{"loss"} and the terms of its sum, all scalars."""
         targets = []
         for instances in batch.targets:
             target = {"boxes": instances.boxes, "labels": instances.labels + 1}
@@ -107,7 +110,7 @@ class DetectionTask(Task):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """[B, C, h, w] canvases on the 0..255 scale -> boxes [n, 4], scores, labels from 0 (and masks) of each."""
+        """[B, C, h, w] canvases on the 0..255 scale -> boxes [n, 4], scores, labels from 0 (and masks) per image."""
         predictions = self._run(images, None)
         return [prediction | {"labels": prediction["labels"] - 1} for prediction in predictions]
 
@@ -137,11 +140,12 @@ def predict(task: DetectionTask, images: Sequence[np.ndarray]) -> list[dict[str,
     """Detect objects in images at their own size.
 
     Args:
-        task: in evaluation mode. images: [H, W, C] on the 0..255 scale, of any sizes.
+        task: a task in evaluation mode.
+        images: [H, W, C] on the 0..255 scale, of any sizes.
 
     Returns:
         For each image, on the CPU: "boxes" [n, 4] (left, top, right, bottom) in its pixels, "scores" [n], "labels" [n]
-        from 0 and, of Mask R-CNN, "masks" [n, H, W] bool.
+        from 0 and, with Mask R-CNN, "masks" [n, H, W] bool.
     """
     device = next(task.parameters()).device
     transforms = [_test_transform(image, task) for image in images]
@@ -185,11 +189,11 @@ class Detection(DenseEvaluation):
         return rounded_up(self.config.size, int(2 * strides_of(self.encoder)[-1]))
 
     def build(self, encoder: Encoder) -> DetectionTask:
-        """The task of an encoder."""
+        """Build the task for an encoder."""
         return DetectionTask(encoder, self.config, len(self.train.classes), self.masks)
 
     def augment(self) -> Augmentation:
-        """Of training images and objects."""
+        """The augmentation of training images and objects."""
         config = self.config
         fill = fill_of(known_preprocess(self.encoder))
         return BoxAugment(self.canvas, config.size, fill, (config.scale[0], config.scale[1]), config.flip)
@@ -231,10 +235,10 @@ def _ground_truth(target: Instances) -> dict[str, Tensor]:
 
 
 def detection(run: str | Path, **options: Any) -> dict[str, Any]:
-    """Train a detector from a pre-trained encoder, and one from random weights by the same schedule.
+    """Train a detector from a pre-trained encoder, and one from random weights with the same schedule.
 
-    Each training has its own folder under ``evaluation/detection/``. Called again, it resumes; what is finished is
-    not trained again.
+    Each training has its own folder under ``evaluation/detection/``. Called again, it resumes, and skips what is
+    finished.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``out``.
@@ -242,13 +246,13 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
             :func:`~dmjd.data.sources.coco.open_coco`.
 
     Returns:
-        What is written to ``evaluation/detection.json``: "result" and "random_init" with "ap" (0.5 to 0.95), "ap50",
+        The content of ``evaluation/detection.json``: "result" and "random_init" with "ap" (0.5 to 0.95), "ap50",
         "ap75", "per_class" (and the same under "mask"), all of the last step on the whole test set; configuration,
         data (corrections under "notes"), ...
 
     Raises:
         Stopped: after a signal; everything is saved.
-        ValueError: for any mistake of the caller, before training.
+        ValueError: if settings or data are invalid; raised before training.
     """
     config = DetectionConfig(**options)
     try:

@@ -1,4 +1,4 @@
-"""What fine-tuning, segmentation and detection share: train from pre-trained and from random weights, and test both."""
+"""Base of fine-tuning, segmentation and detection: train from pre-trained and from random weights, and test both."""
 
 import json
 from abc import ABC, abstractmethod
@@ -24,14 +24,18 @@ STARTS = {"result": "pre-trained", "random_init": "from scratch"}  # key of a re
 
 
 class SupervisedEvaluation(ABC):
-    """A task on one pair of sets, trained from both starts by the same schedule.
+    """A task on one pair of sets, trained from both starts with the same schedule.
 
     Args:
-        config: resolved. encoder: pre-trained; not changed. train, test: the sets. device, precision, num_workers: of
-            the caller. seed: of new weights, order and augmentation.
+        config: resolved configuration.
+        encoder: the pre-trained encoder; it is not changed.
+        train, test: the sets.
+        device, precision, num_workers: of
+            the caller.
+        seed: seed of new weights, order and augmentation.
 
     Attributes:
-        name: of the task.
+        name: name of the task.
     """
 
     name: ClassVar[str]
@@ -55,11 +59,11 @@ class SupervisedEvaluation(ABC):
 
     @abstractmethod
     def task(self, start: str) -> Task:
-        """The untrained task of a start; its ``encoder`` has pre-trained ("result") or random weights."""
+        """Build the untrained task of a start; its ``encoder`` has pre-trained ("result") or random weights."""
 
     @abstractmethod
     def settings(self) -> FitSettings:
-        """Of the training."""
+        """Settings of the training."""
 
     @abstractmethod
     def batches(self, start_step: int, fabric: Fabric) -> Generator[Any, None, None]:
@@ -67,7 +71,7 @@ class SupervisedEvaluation(ABC):
 
     @abstractmethod
     def validate(self, task: Any) -> dict[str, float]:
-        """Scores on a part of the test set while training; the first one selects the best model."""
+        """Scores on a part of the test set during training; the first one selects the best model."""
 
     @abstractmethod
     def evaluate(self, fitted: FitResult, start: str) -> dict[str, Any]:
@@ -75,16 +79,17 @@ class SupervisedEvaluation(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What a result depends on besides encoder, start, seed and data, as JSON types."""
+        """Everything a result depends on besides encoder, start, seed and data, as JSON types."""
 
     def run(self, start: str, folder: Path) -> dict[str, Any]:
-        """Train from one start and test, in a subfolder named by all that the result depends on.
+        """Train from one start and test, in a subfolder whose name contains a hash of all that the result depends on.
 
-        Called again, it resumes; a finished result is read. Layer-wise decay is off from scratch: it assumes that the
-        early layers are trained.
+        Called again, it resumes, or reads the finished result. From scratch, layer-wise decay is off: it assumes that
+        the early layers are trained.
 
         Args:
-            start: of :data:`STARTS`. folder: gets ``evaluation/<task>/<subfolder>``.
+            start: a key of :data:`STARTS`.
+            folder: run folder; the subfolder is ``evaluation/<task>/<subfolder>``.
         """
         identity = {
             "init": start,
@@ -124,7 +129,8 @@ def save_comparison(
     """Write ``evaluation/<task>.json`` and return its content.
 
     Args:
-        results: start -> result. described: "configuration", "overrides" and "data".
+        results: start -> result.
+        described: "configuration", "overrides" and "data".
     """
     content = {
         "task": task,

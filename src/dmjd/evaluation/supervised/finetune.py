@@ -1,4 +1,4 @@
-"""Fine-tuning as a classifier by the recipe of MAE and the paper, beside the same schedule from random weights."""
+"""Fine-tuning as a classifier with the recipe of MAE and the paper, from a pre-trained encoder and from scratch."""
 
 import shutil
 from collections.abc import Generator
@@ -30,11 +30,11 @@ from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
 from dmjd.figures.confusion import save_confusion_figure
 from dmjd.files import write_bytes
 
-BEST_FILE = "best.safetensors"  # a classifier, like the other file
+BEST_FILE = "best.safetensors"  # the classifier at its best validation
 
-EVAL_IMAGES = 2_000  # of the test set, for validation while training
+EVAL_IMAGES = 2_000  # test images for validation during training
 
-MAX_WARMUP = 0.2  # of a run too short for the published five epochs
+MAX_WARMUP = 0.2  # fraction of a training that is too short for the published five epochs
 
 
 class FinetuneTask(Task):
@@ -56,22 +56,22 @@ class FinetuneTask(Task):
 
 
 def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
-    """Fine-tune a pre-trained encoder as a classifier, and one with random weights by the same schedule.
+    """Fine-tune a pre-trained encoder as a classifier, and one with random weights with the same schedule.
 
-    Each training has its own folder under ``evaluation/finetune/``. Called again, it resumes; what is finished is not
-    trained again. From scratch, layer-wise decay is off. The result is that of the *last* step: "best" was selected on
-    at most 2,000 test images, so it is biased upwards.
+    Each training has its own folder under ``evaluation/finetune/``. Called again, it resumes, and skips what is
+    finished. From scratch, layer-wise decay is off. The result is that of the *last* step: "best" is selected on at
+    most 2,000 test images, so it is biased upwards.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``data`` and ``out``.
         options: settings, the fields of :class:`~dmjd.config.finetune.FinetuneConfig`.
 
     Returns:
-        What is written to ``evaluation/finetune.json``: "result" and "random_init" with "top1", "top5", "best", ...
+        The content of ``evaluation/finetune.json``: "result" and "random_init" with "top1", "top5", "best", ...
 
     Raises:
         Stopped: after a signal; everything is saved.
-        ValueError: for any mistake of the caller, before training.
+        ValueError: if settings or data are invalid; raised before training.
     """
     config = FinetuneConfig(**options)
     run = Path(run).expanduser()
@@ -102,7 +102,7 @@ def _subset(train: Source, low_shot: LowShot, seed: int) -> Source:
 
 
 def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Run all seeds from both starts; write the classifier of the first seed and the result."""
+    """Run all seeds from both starts, and write the result and the classifier of the first seed."""
     results: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
     for evaluation in evaluations:
         for start in STARTS:
@@ -125,8 +125,11 @@ class Finetuning(SupervisedEvaluation):
     """Fine-tuning on one training set, from both starts.
 
     Args:
-        config: not resolved. encoder: pre-trained; not changed. train, test: labeled sets.
-        test_labels: [n] int64, indices into the classes of ``train``. others: of :class:`SupervisedEvaluation`.
+        config: configuration, which need not be resolved.
+        encoder: the pre-trained encoder; it is not changed.
+        train, test: labeled sets.
+        test_labels: [n] int64, indices into the classes of ``train``.
+        others: other arguments of :class:`SupervisedEvaluation`.
     """
 
     name = "finetune"
@@ -144,13 +147,13 @@ class Finetuning(SupervisedEvaluation):
         return {"configuration": self.config.identity() | {"precision": self.precision}}
 
     def run(self, start: str, folder: Path) -> dict[str, Any]:
-        """See :meth:`SupervisedEvaluation.run`; files worth keeping replace the checkpoints."""
+        """See :meth:`SupervisedEvaluation.run`. Checkpoints are deleted; the classifier files are kept."""
         result = super().run(start, folder)
         shutil.rmtree(folder / result["folder"] / "checkpoints", ignore_errors=True)
         return result
 
     def task(self, start: str) -> FinetuneTask:
-        """A classifier with a new head."""
+        """Build a classifier with a new head."""
         config, preprocess = self.config, known_preprocess(self.encoder)
         assert config.drop_path is not None
         assert config.test_crop is not None
@@ -164,7 +167,7 @@ class Finetuning(SupervisedEvaluation):
         return FinetuneTask(model)
 
     def settings(self) -> FitSettings:
-        """Of the training."""
+        """Settings of the training."""
         config, num_images = self.config, len(self.train)
         assert config.batch_size is not None
         steps = num_steps(config.epochs, config.steps, num_images, config.batch_size)
@@ -189,7 +192,7 @@ class Finetuning(SupervisedEvaluation):
         return accuracies(self._predict(task, evenly_spaced(len(self.test), EVAL_IMAGES))[0])
 
     def evaluate(self, fitted: FitResult, start: str) -> dict[str, Any]:
-        """Last and best model on the whole test set; saves a confusion figure and, if pre-trained, classifiers."""
+        """Test the last and the best model; save a confusion matrix and, if pre-trained, the classifiers."""
         task = fitted.model
         assert isinstance(task, FinetuneTask)
         with fitted.testing():

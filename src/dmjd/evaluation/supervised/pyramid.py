@@ -1,7 +1,7 @@
 """Feature maps at four resolutions from any encoder, and decoders on them.
 
-An encoder's own maps are used where it has one of the right stride (ConvViT has three); the others are its last map,
-up- or downsampled: the simple feature pyramid of ViTDet (Li et al. 2022). Shapes: B image, D width, h, w token grid.
+An encoder's own maps are used if they have the right stride (ConvViT has three). The others are its last map, up- or
+downsampled: the simple feature pyramid of ViTDet (Li et al. 2022). Shapes: B image, D width, h, w token grid.
 """
 
 import math
@@ -43,10 +43,12 @@ class EncoderMaps(nn.Module):
     """Base of the modules that turn images into feature maps of an encoder.
 
     Args:
-        encoder: any encoder. frozen: do not train it, and run it in evaluation mode.
+        encoder: any encoder.
+        frozen: do not train it, and run it in evaluation mode.
 
     Attributes:
-        widths: channels of the maps, finest first. strides: their strides in pixels.
+        widths: channels of the maps, finest first.
+        strides: their strides in pixels.
     """
 
     widths: list[int]
@@ -60,7 +62,7 @@ class EncoderMaps(nn.Module):
             encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "EncoderMaps":
-        """Set the training mode, except of a frozen encoder."""
+        """Set the training mode, except for a frozen encoder."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
@@ -126,11 +128,14 @@ def group_norm(width: int) -> nn.Module:
 
 
 class UPerNet(nn.Module):
-    """Decoder of unified perceptual parsing (Xiao et al. 2018): pyramid pooling of the coarsest map, a feature pyramid
-    network, and fusion of all levels at the finest.
+    """Decoder of unified perceptual parsing (Xiao et al. 2018).
+
+    Pyramid pooling of the coarsest map, a feature pyramid network, and fusion of all levels at the finest one.
 
     Args:
-        widths: channels of the maps, finest first. dim: width of the decoder, a multiple of 16. num_classes: K.
+        widths: channels of the maps, finest first.
+        dim: width of the decoder, a multiple of 16.
+        num_classes: K.
     """
 
     def __init__(self, widths: list[int], dim: int, num_classes: int) -> None:
@@ -156,10 +161,11 @@ class UPerNet(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """One linear layer on the encoder's last map: measures the features, with little learned on top.
+    """One linear layer on the encoder's last map, to measure the features with little learned on top.
 
     Args:
-        width: channels of the map. num_classes: K.
+        width: channels of the map.
+        num_classes: K.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:

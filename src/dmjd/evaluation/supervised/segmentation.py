@@ -1,4 +1,4 @@
-"""Semantic segmentation with a pre-trained encoder, beside the same training from random weights."""
+"""Semantic segmentation, from a pre-trained encoder and from random weights."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ from dmjd.evaluation.supervised.pyramid import EncoderMaps, LastMap, LinearDecod
 from dmjd.figures.overlays import save_overlays, segmentation_panels
 from dmjd.images.preprocess import Preprocess
 
-OVERLAP = 1 / 3  # of neighboring sliding windows, as usual
+OVERLAP = 1 / 3  # common overlap of neighboring sliding windows
 
 _WINDOWS_AT_ONCE = 8
 
@@ -36,7 +36,9 @@ class SegmentationTask(Task):
     """Encoder, decoder and cross-entropy over the labeled pixels.
 
     Args:
-        encoder: for the size of the canvas. config: resolved. num_classes: K.
+        encoder: encoder for the size of the canvas.
+        config: resolved configuration.
+        num_classes: K.
     """
 
     def __init__(self, encoder: Encoder, config: SegmentationConfig, num_classes: int) -> None:
@@ -61,20 +63,21 @@ class SegmentationTask(Task):
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
     def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
-        """{"loss"}: mean over the labeled pixels; 0 where a batch has none."""
+        """{"loss"}: mean over the labeled pixels; 0 if a batch has none."""
         target = batch.targets.long()
         total = F.cross_entropy(self.logits(batch.images), target, ignore_index=IGNORE, reduction="sum")
         return {"loss": total / (target != IGNORE).sum().clamp(min=1)}
 
 
 def predict(task: SegmentationTask, images: Sequence[np.ndarray]) -> list[Tensor]:
-    """The class of every pixel of images at their own size.
+    """Predict the class of every pixel of images at their own size.
 
-    An image is resized to cover ``config.covered`` and padded to what the patch divides. The scores of the image's own
-    part are resized back, so padding affects no result.
+    An image is resized to cover ``config.covered`` and padded to a multiple of the patch. The padding is cut off before
+    the scores are resized back.
 
     Args:
-        task: in evaluation mode. images: [H, W, C] on the 0..255 scale, of any sizes.
+        task: a task in evaluation mode.
+        images: [H, W, C] on the 0..255 scale, of any sizes.
 
     Returns:
         [H, W] int64 each, on the task's device.
@@ -101,7 +104,7 @@ def predict(task: SegmentationTask, images: Sequence[np.ndarray]) -> list[Tensor
 
 
 def _test_transform(image: np.ndarray, task: SegmentationTask) -> GeometricTransform:
-    """The whole image at test size, on a canvas that the patch divides and that a window fits into."""
+    """Fit the whole image at test size on a canvas divisible by the patch, at least as large as a window."""
     size, config, patch = (image.shape[0], image.shape[1]), task.config, _patch(task)
     resized = scaled_size(size, cover_scale(size, config.covered))
     canvas = rounded_up(resized, patch)
@@ -116,7 +119,7 @@ def _patch(task: SegmentationTask) -> int:
 
 
 def _scores(task: SegmentationTask, images: Tensor) -> Tensor:
-    """[B, C, H, W] on the 0..255 scale -> [B, K, H, W]: of the whole image, or the mean over overlapping windows."""
+    """[B, C, H, W] on the 0..255 scale -> logits [B, K, H, W], of the whole image or averaged over windows."""
     if task.config.inference == "whole":
         return task.logits(images)
     window = rounded_up(task.config.size, _patch(task))
@@ -161,11 +164,11 @@ class Segmentation(DenseEvaluation):
         return rounded_up(self.config.size, self.encoder.patch_size)
 
     def build(self, encoder: Encoder) -> SegmentationTask:
-        """The task of an encoder."""
+        """Build the task for an encoder."""
         return SegmentationTask(encoder, self.config, len(self.train.classes))
 
     def augment(self) -> Augmentation:
-        """Of training images and masks."""
+        """The augmentation of training images and masks."""
         config = self.config
         scale = (config.scale[0], config.scale[1])
         fill = fill_of(known_preprocess(self.encoder))
@@ -198,10 +201,10 @@ class Segmentation(DenseEvaluation):
 
 
 def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
-    """Train a segmentation model from a pre-trained encoder, and one from random weights by the same schedule.
+    """Train a segmentation model from a pre-trained encoder, and one from random weights with the same schedule.
 
-    Each training has its own folder under ``evaluation/segmentation/``. Called again, it resumes; what is finished is
-    not trained again.
+    Each training has its own folder under ``evaluation/segmentation/``. Called again, it resumes, and skips what is
+    finished.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``out``.
@@ -209,12 +212,12 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
             :func:`~dmjd.data.sources.segmentation_masks.open_segmentation`.
 
     Returns:
-        What is written to ``evaluation/segmentation.json``: "result" and "random_init" with "miou", "iou" by class,
+        The content of ``evaluation/segmentation.json``: "result" and "random_init" with "miou", "iou" by class,
         "pixel_accuracy", "mean_accuracy", all of the last step on the whole test set; configuration, data, ...
 
     Raises:
         Stopped: after a signal; everything is saved.
-        ValueError: for any mistake of the caller, before training.
+        ValueError: if settings or data are invalid; raised before training.
     """
     config = SegmentationConfig(**options)
     encoder, folder = open_encoder(run, config.out)

@@ -1,4 +1,4 @@
-"""``fit``: supervised training with AdamW. Resumable like pre-training, and keeps the best and the last model."""
+"""``fit``: supervised training with AdamW, resumable like pre-training. The best and the last model are kept."""
 
 import json
 import math
@@ -29,8 +29,8 @@ BEST = "best.safetensors"
 
 BETAS = (0.9, 0.999)
 
-# start step, fabric (it knows the device) -> endless micro-batches on the device, from a generator that ends its
-# worker processes when closed. What a step gets must depend on its number only.
+# start step, fabric (for the device) -> endless micro-batches on the device, from a generator that ends its
+# worker processes when closed. The batches of a step may depend on its number only.
 Batches = Callable[[int, Fabric], Generator[Any, None, None]]
 
 # model in evaluation mode, without gradients, under the training's autocast -> scores; the first one selects the best.
@@ -46,13 +46,19 @@ class FitSettings:
     """Settings of a supervised training.
 
     Attributes:
-        steps: optimizer steps. batch_size: images per step, over all ``accumulate`` micro-batches.
-        lr: peak learning rate, of groups whose ``lr_scale`` is 1. min_lr: learning rate at the end.
-        warmup: progress (0 to 1) at the peak. clip_grad: largest gradient norm, or None.
-        ema: decay of a moving average of the weights, warmed up, which is then validated and saved; None: off.
-        seed: of dropout and stochastic depth. precision: "auto", "fp32", "bf16" or "fp16".
+        steps: optimizer steps.
+        batch_size: images per step, over all ``accumulate`` micro-batches.
+        lr: peak learning rate, of groups whose ``lr_scale`` is 1.
+        min_lr: learning rate at the end.
+        warmup: progress (0 to 1) at the peak.
+        clip_grad: largest gradient norm, or None.
+        ema: decay of a moving average of the weights, with warm-up, which is validated and saved; None: off.
+        seed: seed of dropout and stochastic depth.
+        precision: "auto", "fp32", "bf16" or "fp16".
         num_evals: validations per run, evenly spaced, besides the one at the end.
-        device: "auto", "cpu" or "cuda". checkpoint_every, log_every: in steps. These three may change on resume.
+        device: "auto", "cpu" or "cuda"; may change on resume.
+        checkpoint_every: steps between checkpoints; may change on resume.
+        log_every: steps between logged scalars; may change on resume.
     """
 
     steps: int
@@ -75,7 +81,9 @@ class FitSettings:
         """Settings of a resolved configuration.
 
         Args:
-            config: resolved. num_images: of the training set. others: fields that the configuration does not have.
+            config: resolved configuration.
+            num_images: size of the training set.
+            others: fields that the configuration does not have.
         """
         assert config.batch_size is not None
         assert config.blr is not None
@@ -102,8 +110,10 @@ class FitResult:
 
     Attributes:
         model: the module with the last weights (their moving average if one was kept), on its device.
-        scores: of the last validation. best: {"step": ..., scores of the best validation}. step: steps done.
-        folder: with ``checkpoints/final.safetensors`` and ``checkpoints/best.safetensors`` (tensors ``model.*``).
+        scores: scores of the last validation.
+        best: {"step": ..., scores of the best validation}.
+        step: steps done.
+        folder: holds ``checkpoints/final.safetensors`` and ``checkpoints/best.safetensors`` (tensors ``model.*``).
         fabric: device and precision of the training.
     """
 
@@ -164,14 +174,15 @@ def fit(
     On CPU an interrupted and resumed training ends with the same bits as an uninterrupted one.
 
     Args:
-        task: gives the loss; initialized the same way at every call.
-        batches: where its batches come from.
+        task: module that returns the loss; initialized the same way at every call.
+        batches: function that returns the batches.
         groups: parameter groups with "params", "weight_decay" and, for layer-wise decay, "lr_scale".
-        settings: of the training.
-        folder: of this training: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, a lock.
+        settings: settings of the training.
+        folder: folder of this training: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, a lock.
         validate: scores of the model, larger is better. It may use a part of the test images only.
-        identity: what else the training depends on (data fingerprint, initial weights, task settings), as JSON types.
-        num_images: of the training set, to count epochs. name: prefix of messages.
+        identity: everything else the training depends on (data, initial weights, task settings), as JSON types.
+        num_images: size of the training set, to count epochs.
+        name: prefix of messages.
 
     Raises:
         Stopped: after SIGTERM or Ctrl-C; everything is saved.
@@ -208,7 +219,7 @@ def fit(
 
 
 def _validate_config(folder: RunFolder, description: dict[str, Any]) -> None:
-    """Check that the folder holds no other training, and write what this one is."""
+    """Check that the folder does not hold another training, and write the description of this one."""
     file = folder.path / "config.json"
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     if file.exists() and (old := file.read_text(encoding="utf-8")) != text:
@@ -239,7 +250,8 @@ class Validation(Callback):
 
     Attributes:
         model: what is validated: the moving average if there is one, else the task.
-        scores: of the last validation. best: {"step": ..., scores of the best one}.
+        scores: scores of the last validation.
+        best: {"step": ..., scores of the best one}.
     """
 
     def __init__(
@@ -262,7 +274,7 @@ class Validation(Callback):
         self.best: dict[str, float] = {}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Scores, moving average and, from the checkpoint of a finished training, the model."""
+        """Restore scores, moving average and, from the checkpoint of a finished training, the model."""
         self.scores, self.best = checkpoint.state["scores"], checkpoint.state["best"]
         if checkpoint.path.name == FINAL:
             self.model.load_state_dict(checkpoint.part("model"))
@@ -274,7 +286,7 @@ class Validation(Callback):
         return {"scores": self.scores, "best": self.best}
 
     def tensors(self, tensors: dict[str, Tensor], final: bool) -> dict[str, Tensor]:
-        """Adds the moving average; the final checkpoint holds the model only."""
+        """Add the moving average; the final checkpoint holds the model only."""
         if final:
             return named_tensors("model", self.model)
         return tensors | (named_tensors("ema", self.average.module) if self.average is not None else {})
@@ -291,7 +303,7 @@ class Validation(Callback):
             self.average.update(self.engine.task, report.state.step)
 
     def is_due(self, report: Report) -> bool:
-        """Evenly spaced, at steps that depend on the step number only; always at the end."""
+        """Evaluations are evenly spaced, and at the end. Whether a step is due depends on its number only."""
         step, total, num_evals = report.state.step, self.settings.steps, self.settings.num_evals
         return step >= total or step * num_evals // total > (step - 1) * num_evals // total
 

@@ -1,0 +1,13 @@
+"""Suggestions name a similar word, or none."""
+
+import pytest
+
+from dmjd.suggest import did_you_mean
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"),
+    [("hogg", "; did you mean 'hog'?"), ("teachr", "; did you mean 'teacher'?"), ("foo", "."), ("", ".")],
+)
+def test_only_similar_words_are_suggested(word, suggestion):
+    assert did_you_mean(word, ("hog", "pixel", "teacher")) == suggestion
