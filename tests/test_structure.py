@@ -13,7 +13,9 @@ PACKAGE = ROOT / "src" / "dmjd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Data flows one way: a file may import only from files before it in this list. Each folder is one entry.
 ORDER = [
+    "text",
     "suggest",
+    "checked_json",
     "config",
     "files",
     "rng",
