@@ -368,8 +368,18 @@ def test_encoder_flops_of_the_dense_form(name):
     assert encoder.flops() == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
+@BOTH
+def test_stochastic_depth_does_not_depend_on_the_batch(name):
+    model = tiny_model(name, {"drop_path": 0.6}).train()
+    normalized, raw = smooth_images()
+    whole = model(normalized, raw, keys=KEYS)["loss"]
+    alone = [model(normalized[i : i + 1], raw[i : i + 1], keys=KEYS[i : i + 1])["loss"] for i in range(3)]
+    torch.testing.assert_close(sum(alone) / 3, whole)
+    assert not torch.equal(whole, model.eval()(normalized, raw, keys=KEYS)["loss"])
+
+
 def test_one_graph_when_compiled():
-    """Including a random subset of masked tokens, which is drawn inside the graph."""
-    model = tiny_model(mim={"decode_ratio": 0.5})
+    """Including stochastic depth and a random subset of masked tokens, which are drawn inside the graph."""
+    model = tiny_model(encoder={"drop_path": 0.5}, mim={"decode_ratio": 0.5})
     report = torch._dynamo.explain(model)(*smooth_images(), keys=KEYS)
     assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons

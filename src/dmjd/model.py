@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from dmjd.branches import Branch, Distillation, MultiScaleFusion, Reconstruction
 from dmjd.encoders.base import Encoder
 from dmjd.masking import DisjointMasks, Masks, MaskSampler, random_keys
+from dmjd.nn.dropout import set_row_keys
 from dmjd.nn.layers import set_checkpointing
+from dmjd.rng import STREAM_VIEW, hash64
 from dmjd.targets.base import Target
 from dmjd.targets.registry import create_target
 
@@ -143,7 +145,8 @@ class MaskedImageModel(nn.Module):
             images_normalized: [B, c, H, W], the encoder's input.
             images_0_255: [B, c, H, W], the same images on the 0..255 scale (HOG is computed from these).
             masks: masks for these images, with any K; None = the model draws them.
-            keys: [B] int64, from which the model draws the masks; None = random keys.
+            keys: [B] int64, from which the model draws stochastic depth and, without ``masks``, the masks; None =
+                random keys.
 
         Returns:
             {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Targets may add scalars of their own.
@@ -153,6 +156,8 @@ class MaskedImageModel(nn.Module):
             masks = self.draw_masks(keys.to(images_normalized.device))
         self._check_sizes(images_normalized, images_0_255, masks)
         targets = self.targets(images_normalized, images_0_255)
+        if keys is not None:
+            set_row_keys(self.encoder, _row_keys(keys.to(images_normalized.device), masks.visible.shape[0]))
         latent = self.encode(images_normalized, masks.visible)
         out = self.losses(latent, targets, masks)
         for key in self.branch_targets:
@@ -180,6 +185,11 @@ class MaskedImageModel(nn.Module):
         view += self.fusion.flops(visible) if self.fusion is not None else 0
         view += sum(branch.flops(visible, masked) for _, branch in self._named_branches())
         return self.masks.num_views * view
+
+
+def _row_keys(keys: Tensor, num_views: int) -> Tensor:
+    """Keys of the images [B] -> keys of the rows [K * B], view-major."""
+    return hash64(STREAM_VIEW, keys, torch.arange(num_views, device=keys.device)[:, None]).flatten()
 
 
 def _check_arguments(masks: Any, mim: Any, vis: Any, former: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ STREAM_SUBSET, STREAM_HOLD_OUT, STREAM_AUGMENT, STREAM_MIX = range(8, 12)  # for
 
 STREAM_DECODE = 12  # for the subset of masked tokens that the decoder predicts
 
+STREAM_VIEW, STREAM_DROPOUT, STREAM_PROPOSALS = 13, 14, 15
+
 STREAM_PLACE, STREAM_COLOR = 16, 17  # for images with masks or boxes
 
 _MASK64 = (1 << 64) - 1

@@ -58,6 +58,21 @@ def batch_of(masks: bool = False) -> ExampleBatch:
 # --- the model
 
 
+def test_choices_do_not_depend_on_accumulation():
+    task = task_of(tiny()).train()
+    task.rcnn.roi_heads.fg_bg_sampler.batch_size_per_image = 8  # far fewer than there are proposals
+    first, second = batch_of(), batch_of()
+    images = torch.cat([first.images[:1], second.images[:1]])
+    whole = task(ExampleBatch(images, [first.targets[0]] * 2, torch.tensor([5, 6])))
+    parts = [task(ExampleBatch(images[i : i + 1], first.targets[:1], torch.tensor([5 + i]))) for i in (0, 1)]
+    for name in ("loss_objectness", "loss_rpn_box_reg"):
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, whole[name], msg=name)
+    again = task(ExampleBatch(images, [first.targets[0]] * 2, torch.tensor([5, 6])))
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    other = task(ExampleBatch(images, [first.targets[0]] * 2, torch.tensor([7, 8])))
+    assert not torch.equal(other["loss_classifier"], whole["loss_classifier"])
+
+
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch16"])
 def test_every_trained_parameter_gets_a_gradient(name, masks):

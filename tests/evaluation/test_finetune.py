@@ -203,7 +203,7 @@ def test_batches_depend_on_the_step_only(stripes):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
     assert not torch.equal(whole[0][0], whole[1][0])
     assert not torch.equal(whole[2][0], batches(source, 2, 1, seed=1, **options)[0][0])
-    targets = torch.cat([target for _, target in whole])
+    targets = torch.cat([target for _, target, _ in whole])
     torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)))
 
 
@@ -211,7 +211,7 @@ def test_batches_depend_on_the_step_only(stripes):
 def test_every_augmentation_changes_images(stripes, option):
     source = open_source(stripes, labels="folder")
     off = {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0}
-    plain, changed = (torch.cat([x for x, _ in batches(source, 0, 5, **o)]) for o in (off, off | option))
+    plain, changed = (torch.cat([x for x, _, _ in batches(source, 0, 5, **o)]) for o in (off, off | option))
     assert not torch.equal(plain, changed)
 
 
@@ -225,7 +225,7 @@ def test_the_replacement_of_an_unreadable_image_has_its_own_label(tmp_path):
     plain = {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "label_smoothing": 0}
     with pytest.warns(UserWarning, match="1.png: the file is empty"):
         taken = batches(source, 0, 6, **plain)
-    for images, targets in taken:
+    for images, targets, _ in taken:
         light = images.mean(dim=(1, 2, 3)) > 0
         assert torch.equal(targets[:, source.classes.index("light")] == 1, light)
 

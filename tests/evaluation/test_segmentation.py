@@ -51,6 +51,16 @@ def task_of(encoder, **options) -> SegmentationTask:
     return SegmentationTask(encoder, config, 3)
 
 
+def test_dropout_does_not_depend_on_accumulation():
+    task = task_of(tiny(drop_path=0.5)).train()
+    images, target = torch.rand(4, 3, 32, 48) * 255, torch.randint(0, 3, (4, 32, 48), dtype=torch.int16)
+    keys = torch.arange(4)
+    whole = task(ExampleBatch(images, target, keys))["loss"]
+    parts = [task(ExampleBatch(images[i : i + 2], target[i : i + 2], keys[i : i + 2]))["loss"] for i in (0, 2)]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+    assert not torch.equal(task(ExampleBatch(images, target, keys + 4))["loss"], whole)
+
+
 # --- maps and decoders
 
 

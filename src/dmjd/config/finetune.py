@@ -35,7 +35,9 @@ class FinetuneConfig(LabeledConfig):
     batch_size: int | None = option(
         None, "images per step; default 1/32 of the training set, 16 to 1024", "finetune", ge=2
     )
-    accumulate: int = option(1, "micro-batches per step: less memory, same result", "finetune", ge=1)
+    accumulate: int = option(
+        1, "micro-batches per step: less memory; same result without mixup and cutmix", "finetune", ge=1
+    )
     blr: float | None = option(
         None,
         "base learning rate, lr = blr * batch / 256; default 5e-4 * sqrt(1024 / batch), at least 5e-4",

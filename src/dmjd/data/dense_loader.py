@@ -47,11 +47,13 @@ class ExampleBatch:
     Attributes:
         images: [b, C, h, w] uint8 or float32 on the 0..255 scale.
         targets: masks [b, h, w] int16 of classes and IGNORE, or a list of b :class:`Instances`.
+        keys: [b] int64, from which dropout and the sampling of proposals are drawn; None: from torch's generator.
         unreadable: (name, reason) of images that could not be read and were replaced.
     """
 
     images: Tensor
     targets: Any
+    keys: Tensor | None = None
     unreadable: list[Report] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "ExampleBatch":
@@ -61,7 +63,8 @@ class ExampleBatch:
             targets = targets.to(device, non_blocking=True)
         else:
             targets = [instances.to(device) for instances in targets]
-        return ExampleBatch(self.images.to(device, non_blocking=True), targets, self.unreadable)
+        keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
+        return ExampleBatch(self.images.to(device, non_blocking=True), targets, keys, self.unreadable)
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,11 @@ class ExampleLoader:
         """
         pinned = self.device.type == "cuda"
         requests = self.stream.micro_batches(start_step)
-        for images, targets, unreadable in read_batches(self._read, requests, self.num_workers, pinned):
+        for images, targets, keys, unreadable in read_batches(self._read, requests, self.num_workers, pinned):
             self._unreadable.add_and_warn(unreadable, self._warn)
             self._unreadable.check(None, self.stream.length)
             batch = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
-            yield ExampleBatch(images, batch, unreadable).to(self.device)
+            yield ExampleBatch(images, batch, keys, unreadable).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,8 @@ class _AugmentedExamples:
     augment: Augmentation
     stream: Stream
 
-    def __call__(self, samples: range) -> tuple[Tensor, list[Any], list[Report]]:
-        """Images [b, C, h, w], b targets, and reports of replaced images."""
+    def __call__(self, samples: range) -> tuple[Tensor, list[Any], Tensor, list[Report]]:
+        """Images [b, C, h, w], b targets, keys [b] int64, and reports of replaced images."""
         indices, keys = self.stream.draw(samples)
         crops, targets, reports = [], [], []
         for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
@@ -194,7 +197,7 @@ class _AugmentedExamples:
             crops.append(crop)
             targets.append(moved)
             reports += unreadable
-        return stack(crops), targets, reports
+        return stack(crops), targets, keys, reports
 
 
 @dataclass

@@ -109,8 +109,8 @@ class _LabeledCrops:
     stream: Stream
     augmentation: Augmentation
 
-    def __call__(self, samples: range) -> tuple[Tensor, Tensor, list[Report]]:
-        """Images [b, C, h, w], labels [b] and reports."""
+    def __call__(self, samples: range) -> tuple[Tensor, Tensor, Tensor, list[Report]]:
+        """Images [b, C, h, w], labels [b], keys [b] and reports."""
         indices, keys = self.stream.draw(samples)
         unreadable: list[Report] = []
         images, labels = [], []
@@ -123,7 +123,7 @@ class _LabeledCrops:
         sides = torch.tensor([image.shape[:2] for image in images])
         boxes, flipped = self.augmentation.draw(keys, sides)
         crops = map(self.augmentation, images, boxes.tolist(), flipped.tolist(), keys.tolist())
-        return torch.stack(list(crops)), torch.tensor(labels), unreadable
+        return torch.stack(list(crops)), torch.tensor(labels), keys, unreadable
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         """The image and its index, from which the label follows; a replacement has another index."""
@@ -131,7 +131,10 @@ class _LabeledCrops:
 
 
 class LabeledBatches:
-    """Endless micro-batches (images [b, C, h, w] normalized, targets [b, classes]) on the device, from any step on.
+    """Endless micro-batches on the device, from any step on: images, soft targets and keys.
+
+    Images are [b, C, h, w] normalized, targets [b, classes], keys [b] int64. Mixup and CutMix mix the images of a
+    micro-batch, so with them ``accumulate`` changes what is mixed.
 
     Args:
         source: labeled set.
@@ -179,7 +182,7 @@ class LabeledBatches:
                 num_classes=num_classes,
             )
 
-    def __call__(self, start_step: int, fabric: Fabric) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def __call__(self, start_step: int, fabric: Fabric) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
         """Micro-batches from a step on; closing the iterator ends its workers."""
         memory = load_to_memory(self.source, _MOST_PIXELS_IN_MEMORY)
         held = memory.images.permute(0, 2, 3, 1).numpy() if memory is not None and not memory.unreadable else None
@@ -188,10 +191,11 @@ class LabeledBatches:
         results = read_batches(crops, self._stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
         first = start_step * self.config.accumulate
         try:
-            for number, (images, labels, unreadable) in zip(itertools.count(first), results, strict=False):
+            for number, (images, labels, keys, unreadable) in zip(itertools.count(first), results, strict=False):
                 self.unreadable.add_and_warn(unreadable, functools.partial(warnings.warn, stacklevel=3))
-                images, labels = (x.to(fabric.device, non_blocking=True) for x in (images, labels))
-                yield self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
+                images, labels, keys = (x.to(fabric.device, non_blocking=True) for x in (images, labels, keys))
+                images, targets = self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
+                yield images, targets, keys
         finally:
             results.close()  # type: ignore[attr-defined]
 

@@ -10,11 +10,11 @@ from functools import partial
 from typing import cast
 
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dmjd.nn.dropout import DropPath
 from dmjd.nn.recompute import attention, norm_linear, norm_mlp
 
 CONV_NORM_EPS = 1e-5
@@ -43,7 +43,10 @@ class TransformerBlock(Block):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"{num_heads} attention heads do not divide the width {dim}")
         norm = cast(type[nn.Module], TransformerNorm)  # annotated as a class; a function works
-        super().__init__(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_layer=norm)
+        super().__init__(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+        # Keyed, unlike timm's: what an image loses does not depend on its batch.
+        self.drop_path1 = DropPath(drop_path)  # type: ignore[assignment]
+        self.drop_path2 = DropPath(drop_path)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:  # type: ignore[override]
         """[B, N, D] -> [B, N - skip, D]: the first ``skip`` tokens are attended to, but not computed."""
@@ -110,13 +113,13 @@ class ConvBlock(nn.Module):
         self.conv2 = PointwiseConv(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
 
     def forward(self, x: Tensor, depthwise: Depthwise) -> Tensor:
         """Dense or visible map, whichever ``depthwise`` takes -> map of the same shape."""
-        x = x + self.drop_path(maybe_checkpoint(self.checkpointing, self._convolve, x, depthwise))
+        x = x + self.drop_path1(maybe_checkpoint(self.checkpointing, self._convolve, x, depthwise))
         # The hidden layer would be the largest activation of the model; recomputing it takes a thirtieth of a step.
-        return x + self.drop_path(norm_mlp(self.norm2, self.mlp.fc1, self.mlp.fc2, x, keep_hidden=False))
+        return x + self.drop_path2(norm_mlp(self.norm2, self.mlp.fc1, self.mlp.fc2, x, keep_hidden=False))
 
     def _convolve(self, x: Tensor, depthwise: Depthwise) -> Tensor:
         return self.conv2(depthwise(self.dwconv, norm_linear(self.norm1, self.conv1, x)))

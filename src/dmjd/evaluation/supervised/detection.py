@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
@@ -22,12 +23,15 @@ from dmjd.data.dense_loader import Augmentation, BoxAugment, ExampleBatch
 from dmjd.data.dense_transforms import GeometricTransform, boxes_to_image, fit_scale, scaled_size, transform_image
 from dmjd.data.sources.coco import CocoSource, Instances, find_coco, open_coco
 from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.engine.device import seed_device
 from dmjd.engine.loop import Task
 from dmjd.evaluation.metrics import average_precisions
 from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder, rounded_up
 from dmjd.evaluation.supervised.pyramid import LEVELS, Pyramid, group_norm, strides_of
 from dmjd.evaluation.supervised.segmentation import fill_of
 from dmjd.figures.overlays import detection_panels, save_overlays
+from dmjd.nn.dropout import set_row_keys
+from dmjd.rng import STREAM_PROPOSALS, hash64
 
 ANCHOR_SCALE = 1 / 32  # side of the smallest anchors over the longer side of the canvas: COCO's 32 of 1024 pixels
 
@@ -94,6 +98,9 @@ class DetectionTask(Task):
             box_batch_size_per_image=ROIS_PER_IMAGE,
             **heads,
         )
+        rpn, boxes = self.rcnn.rpn, self.rcnn.roi_heads
+        self._samplers = [_KeyedSampler(part.fg_bg_sampler, number) for number, part in enumerate((rpn, boxes))]
+        rpn.fg_bg_sampler, boxes.fg_bg_sampler = self._samplers
 
     @property
     def encoder(self) -> Encoder:
@@ -106,6 +113,10 @@ class DetectionTask(Task):
         for instances in batch.targets:
             target = {"boxes": instances.boxes, "labels": instances.labels + 1}
             targets.append(target | ({"masks": instances.masks} if self.masks else {}))
+        if batch.keys is not None:
+            set_row_keys(self, batch.keys)
+            for sampler in self._samplers:
+                sampler.keys = batch.keys.tolist()
         losses = self._run(batch.images, targets)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
@@ -120,6 +131,36 @@ class DetectionTask(Task):
         self.rcnn.backbone.autocast = torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False):
             return self.rcnn(list(images.float() / 255), targets)
+
+
+class _KeyedSampler(BalancedPositiveNegativeSampler):
+    """torchvision's sampler of anchors or proposals, its choices drawn from the key of each image.
+
+    Args:
+        sampler: its settings are taken over.
+        number: tells apart the samplers of a model.
+
+    Attributes:
+        keys: keys of the images of the next call; None: torch's generator as it is.
+    """
+
+    def __init__(self, sampler: BalancedPositiveNegativeSampler, number: int) -> None:
+        super().__init__(sampler.batch_size_per_image, sampler.positive_fraction)
+        self.number = number
+        self.keys: list[int] | None = None
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Matches of each image [n] -> chosen positives and negatives, [n] uint8 each."""
+        keys, self.keys = self.keys, None
+        if keys is None:
+            return super().__call__(matched_idxs)
+        positive, negative = [], []
+        for key, matches in zip(keys, matched_idxs, strict=True):
+            seed_device(matches.device, int(hash64(STREAM_PROPOSALS, key, self.number)) & (2**63 - 1))
+            chosen = super().__call__([matches])
+            positive += chosen[0]
+            negative += chosen[1]
+        return positive, negative
 
 
 def _roi_pool(side: int) -> MultiScaleRoIAlign:

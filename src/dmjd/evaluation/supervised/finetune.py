@@ -29,6 +29,7 @@ from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, 
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
 from dmjd.figures.confusion import save_confusion_figure
 from dmjd.files import write_bytes
+from dmjd.nn.dropout import set_row_keys
 
 BEST_FILE = "best.safetensors"  # the classifier at its best validation
 
@@ -49,9 +50,10 @@ class FinetuneTask(Task):
         """The classifier's encoder."""
         return self.classifier.encoder
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """(images [b, C, H, W] normalized, targets [b, classes]) -> {"loss"}."""
-        images, targets = batch
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        """(images [b, C, H, W] normalized, targets [b, classes], keys [b] int64) -> {"loss"}."""
+        images, targets, keys = batch
+        set_row_keys(self.classifier, keys)
         return {"loss": nn.functional.cross_entropy(self.classifier(images).float(), targets)}
 
 
@@ -183,8 +185,8 @@ class Finetuning(SupervisedEvaluation):
             device=self.device,
         )
 
-    def batches(self, start_step: int, fabric: Fabric) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Augmented images and soft targets."""
+    def batches(self, start_step: int, fabric: Fabric) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+        """Augmented images, soft targets and keys."""
         return self._labeled(start_step, fabric)
 
     def validate(self, task: FinetuneTask) -> dict[str, float]:

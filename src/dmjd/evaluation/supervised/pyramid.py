@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
 from dmjd.encoders.base import Encoder
+from dmjd.nn.dropout import ChannelDropout
 
 LEVELS = 4
 
@@ -148,7 +149,7 @@ class UPerNet(nn.Module):
         self.pooled = Conv2dNormActivation(top + len(_POOL_SIZES) * (dim // 4), dim, 3, norm_layer=group_norm)
         self.fpn = FeaturePyramidNetwork([*widths[:-1], dim], dim, norm_layer=group_norm)
         self.fuse = Conv2dNormActivation(len(widths) * dim, dim, 3, norm_layer=group_norm)
-        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(dim, num_classes, 1))
+        self.classify = nn.Sequential(ChannelDropout(0.1), nn.Conv2d(dim, num_classes, 1))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Maps [B, width, h, w], finest first -> logits [B, K, h, w] of the finest."""

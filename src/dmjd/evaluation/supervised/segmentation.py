@@ -26,6 +26,7 @@ from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder,
 from dmjd.evaluation.supervised.pyramid import EncoderMaps, LastMap, LinearDecoder, Pyramid, UPerNet
 from dmjd.figures.overlays import save_overlays, segmentation_panels
 from dmjd.images.preprocess import Preprocess
+from dmjd.nn.dropout import set_row_keys
 
 OVERLAP = 1 / 3  # common overlap of neighboring sliding windows
 
@@ -64,6 +65,8 @@ class SegmentationTask(Task):
 
     def forward(self, batch: ExampleBatch) -> dict[str, Tensor]:
         """{"loss"}: mean over the labeled pixels; 0 if a batch has none."""
+        if batch.keys is not None:
+            set_row_keys(self, batch.keys)
         target = batch.targets.long()
         total = F.cross_entropy(self.logits(batch.images), target, ignore_index=IGNORE, reduction="sum")
         return {"loss": total / (target != IGNORE).sum().clamp(min=1)}
