@@ -1,0 +1,107 @@
+"""The forward pass on a CUDA device that does not exist: tensors have shapes and devices, but no values.
+
+Reading a value, which would wait for the device, raises an error, and so does a tensor that was left on the CPU.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from tiny_models import tiny_model
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from dmjd.encoders.classifier import ImageClassifier
+from dmjd.encoders.registry import create_encoder
+from dmjd.images import preprocess
+from dmjd.images.preprocess import Preprocess
+from dmjd.targets.teacher import TeacherSettings
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=False)  # one for all: tensors of two modes do not mix
+BOTH = pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+
+
+@pytest.fixture(autouse=True)
+def no_fake_constants() -> Iterator[None]:
+    """Cached constants of the preprocessing are fake in these tests, and only in these."""
+    preprocess._per_channel.cache_clear()
+    yield
+    preprocess._per_channel.cache_clear()
+
+
+def small_timm_vit() -> nn.Module:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay={"input_size": (3, 32, 32)}, **sizes)
+
+
+def to_fake_cuda(model: nn.Module) -> None:
+    """Replace every parameter and buffer by one on a CUDA device; within FakeTensorMode."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=p.dtype, device="cuda")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+
+
+def run(model: nn.Module, channels: int = 3, teacher: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """One training pass as the engine runs it: normalization on the device, masks from keys, losses."""
+    normalize = Preprocess((32, 32), channels, (0.5,) * channels, (0.25,) * channels).normalize
+    with FAKE:
+        to_fake_cuda(model)
+        if teacher is not None:
+            to_fake_cuda(teacher)
+        raw = torch.empty(4, channels, 32, 32, dtype=torch.uint8, device="cuda")
+        return model(normalize(raw), raw, keys=torch.empty(4, dtype=torch.int64, device="cuda"))
+
+
+@BOTH
+@pytest.mark.parametrize("target", ["hog", "pixel", "ema", "teacher"])
+def test_a_training_pass_stays_on_the_device(name, target):
+    teacher = small_timm_vit()  # a model does not register its teacher
+    settings = TeacherSettings(teacher) if target == "teacher" else target
+    model = tiny_model(name, {"drop_path": 0.5}, mim={"decode_ratio": 0.5}, target=settings).train()
+    out = run(model, teacher=teacher)
+    assert {value.device.type for value in out.values()} == {"cuda"}
+    assert out["loss"].requires_grad
+
+
+@pytest.mark.parametrize("masks", [{"num_views": 1}, {"num_views": 3, "mask_ratio": 0.75, "block_size": 1}])
+def test_masks_and_channels_of_other_numbers(masks):
+    assert run(tiny_model("vit_tiny_patch8", {"in_chans": 5}, masks=masks), channels=5)["loss"].device.type == "cuda"
+
+
+@BOTH
+def test_a_classifier_stays_on_the_device(name):
+    encoder = create_encoder(name, img_size=32)
+    encoder.preprocess = Preprocess((32, 32))
+    model = ImageClassifier(encoder, ["a", "b"], test_crop=1.0)
+    with FAKE:
+        to_fake_cuda(model)
+        assert model(torch.empty(2, 3, 32, 32, device="cuda")).device.type == "cuda"
+
+
+def test_reading_a_value_or_leaving_a_tensor_on_the_cpu_is_noticed():
+    class Reads(nn.Module):
+        def forward(self, images, raw, keys):
+            return {"loss": images * float(images.sum())}
+
+    class Leaves(nn.Module):
+        def forward(self, images, raw, keys):
+            return {"loss": images + torch.arange(32)}
+
+    class Holds(nn.Module):
+        table = torch.arange(32)
+
+        def forward(self, images, raw, keys):
+            return {"loss": images + self.table}
+
+    with pytest.raises(DataDependentOutputException):
+        run(Reads())
+    with pytest.raises(RuntimeError, match="cpu"):
+        run(Leaves())
+    with pytest.raises(AssertionError, match="FakeTensor"):
+        run(Holds())
