@@ -1,6 +1,7 @@
 """Find the splits of a path: train/ next to test/, or train.parquet next to test.parquet."""
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,16 @@ def existing_path(data: str) -> Path | None:
     path = Path(data).expanduser()
     with permission_checked(path):
         return path if path.exists() else None
+
+
+def path_inside(root: Path, folder: Path, name: str) -> str | None:
+    """The path of ``name`` below ``folder``, or None if it leads out of ``root``.
+
+    A name that stands in a file may come from others: ``..`` and absolute paths could point to any file. Links below
+    the root, which its owner made, are followed.
+    """
+    path, top = (os.path.abspath(os.path.join(p, n)) for p, n in ((folder, name), (root, "")))
+    return path if path.startswith(os.path.join(top, "")) and "\0" not in name else None
 
 
 def split_tables(path: Path, split: str) -> list[Path]:
