@@ -61,7 +61,7 @@ def read_json(file: Path, schema: type[T], name: str | None = None) -> T:
     name = name or str(file)
     try:
         if kind := irregular(file):
-            raise ValueError(f"{name}: it is {kind}, not a file")
+            raise ValueError(f"{name}: cannot be read (it is {kind}, not a file)")
         content = file.read_bytes()
     except FileNotFoundError:
         raise

@@ -49,7 +49,7 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
     if isinstance(source, Image.Image):
         with jpeg.no_warnings():
             return _from_pil(source)
-    with _open(source) as file:
+    with open_file(source) as file:
         head = file.read(32)
         file.seek(0)
         if head.startswith(jpeg.START):
@@ -61,8 +61,12 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
             return _decode(file, head, in_chans)
 
 
-def _open(source: str | Path | bytes | BinaryIO) -> BinaryIO:
-    """Open a regular file or encoded bytes."""
+def open_file(source: str | Path | bytes | BinaryIO) -> BinaryIO:
+    """Open a regular file, encoded bytes, or a binary file from its start.
+
+    Raises:
+        UnreadableImage: if a path is not a regular file; an OSError if it cannot be opened.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
     if isinstance(source, str | os.PathLike):
@@ -103,8 +107,8 @@ def _decode(file: Any, head: bytes, in_chans: int) -> Stored:
         raise UnreadableImage("", "the file is empty")
     if head.startswith(NPY_MAGIC):
         return _from_array(load_npy(file), in_chans)
-    if head.startswith(_PNG_MAGIC) and head[24:26] in _PNG_16_BITS:
-        return _decode_png16(file.read())
+    if is_png16(head):
+        return decode_png16(file.read())
     if head.startswith(tiff.MAGIC):
         return tiff.decode_tiff(file, in_chans, _from_pil)
     with Image.open(file, formats=FORMATS) as image:
@@ -136,7 +140,12 @@ def _plain_mode(image: Image.Image) -> str:
     return _OPAQUE_MODES.get(image.mode, "RGB")
 
 
-def _decode_png16(data: bytes) -> Stored:
+def is_png16(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of a 16-bit PNG with color or alpha."""
+    return head.startswith(_PNG_MAGIC) and head[24:26] in _PNG_16_BITS
+
+
+def decode_png16(data: bytes) -> Stored:
     """Decode a 16-bit PNG with color or alpha: [H, W, 2, 3 or 4] uint16."""
     from torchvision.io import ImageReadMode, decode_png  # takes seconds to import and is rarely needed
 
