@@ -83,8 +83,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
-    # 3. The images. The sorted list of a folder is stored with the run and read from there on resume.
-    source = open_data(config, data, "train", listing=out / LISTING)
+    # 3. The images. The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
+    begun = any((out / "checkpoints").glob("*.safetensors"))
+    source = open_data(config, data, "train", listing=out / LISTING if begun else None)
     batch_size = resolve_batch_size(config, len(source), fabric.world_size)
     # 4. The run folder, locked by the first process.
     with closing(RunFolder(out, owner=fabric.is_global_zero)) as folder, closing(console):
@@ -143,7 +144,8 @@ def resolve_batch_size(config: PretrainConfig, num_images: int, world_size: int)
         batch_size = min(batch_size, num_images) // parts * parts
     if batch_size == 0 or batch_size % parts:
         raise ValueError(
-            f"--batch-size {batch_size} cannot be divided among {shares}: it must be a multiple of {parts}"
+            f"batch size {batch_size} (the recipe's unless you gave one) cannot be divided among {shares}: "
+            f"pass a --batch-size that is a multiple of {parts}"
         )
     return batch_size
 
@@ -270,7 +272,10 @@ def log_summary(
     if len(source) < FEW_IMAGES:
         console.warn(f"only {len(source)} image(s): the encoder will hardly generalize beyond them")
     if (config.batch_size or 0) > batch_size:
-        console.warn(f"batch size {config.batch_size} exceeds the number of images: {batch_size} per step")
+        console.warn(
+            f"batch size {config.batch_size} (the recipe's unless you gave one) exceeds the number of images: "
+            f"{batch_size} per step"
+        )
     if not resumed and fabric.is_global_zero:
         warn_enlarged(config, source, console)
     if engine.progress >= 1.0:

@@ -28,6 +28,7 @@ from dmjd.data.sources.coco_json import (
     segmentation_error,
 )
 from dmjd.data.sources.instance_masks import instance_mask
+from dmjd.data.sources.paths import expanded, permission_checked
 from dmjd.images.stored import UnreadableImage
 from dmjd.text import printable
 
@@ -269,7 +270,7 @@ def open_coco(
     """
     location = find_coco(data, split)
     if location is None:
-        root = Path(data).expanduser()
+        root = expanded(data)
         if not root.is_dir():
             raise ValueError(f"there is no folder {data}: give one with train/ and train.json in COCO form")
         if split == "test" and find_coco(data, "train") is not None:
@@ -278,15 +279,16 @@ def open_coco(
             f"{data} holds no images with boxes: give a folder with train/ and train.json in COCO form "
             "(or train2017/ and annotations/instances_train2017.json)"
         )
-    return CocoSource(*location, classes, in_chans, value_range, Path(data).expanduser())
+    return CocoSource(*location, classes, in_chans, value_range, expanded(data))
 
 
 def find_coco(data: str | Path, split: str) -> tuple[Path, Path] | None:
     """JSON file and image folder of a part, or None."""
-    root = Path(data).expanduser()
-    for part in _PARTS[split]:
-        for file, folder in _LAYOUTS:
-            location = root / file.format(part=part), root / folder.format(part=part)
-            if location[0].exists() and location[1].is_dir():
-                return location
+    root = expanded(data)
+    with permission_checked(root):
+        for part in _PARTS[split]:
+            for file, folder in _LAYOUTS:
+                location = root / file.format(part=part), root / folder.format(part=part)
+                if location[0].exists() and location[1].is_dir():
+                    return location
     return None

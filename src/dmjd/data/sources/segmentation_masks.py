@@ -16,6 +16,7 @@ import numpy as np
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
+from dmjd.data.sources.paths import expanded, permission_checked
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.workers import available_cores
 from dmjd.images.class_numbers import read_mask
@@ -155,7 +156,7 @@ def open_segmentation(
         ValueError: if the data has none of these layouts, or an image has no mask.
     """
     options = {"in_chans": in_chans, "value_range": value_range}
-    root = Path(data).expanduser()
+    root = expanded(data)
     folders = _find_folders(root, split)
     if folders is not None:
         images = FolderSource(folders[0], **options)  # type: ignore[arg-type]
@@ -169,21 +170,19 @@ def open_segmentation(
 
 def has_segmentation_split(data: str | Path, split: str) -> bool:
     """Whether :func:`open_segmentation` finds this split."""
-    root = Path(data).expanduser()
+    root = expanded(data)
     folders = {name: _find_folders(root, name) for name in ("train", "test")}
     return folders[split] is not None if any(folders.values()) else has_split(data, split)
 
 
 def _find_folders(root: Path, split: str) -> tuple[Path, Path] | None:
     """The folders of images and masks of a split, or None. Folders without parts are for training."""
-    for part in _FOLDERS[split]:
-        for layout in _LAYOUTS:
-            images, masks = (root / folder for folder in layout(part))
-            if images.is_dir() and masks.is_dir():
-                return images, masks
-    for folders in _LAYOUTS_WITHOUT_PARTS if split == "train" else ():
-        if all((root / folder).is_dir() for folder in folders):
-            return root / folders[0], root / folders[1]
+    layouts = [layout(part) for part in _FOLDERS[split] for layout in _LAYOUTS]
+    layouts += _LAYOUTS_WITHOUT_PARTS if split == "train" else ()
+    with permission_checked(root):
+        for images, masks in layouts:
+            if (root / images).is_dir() and (root / masks).is_dir():
+                return root / images, root / masks
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmjd.data.sources.base import Source, SourceOptions
-from dmjd.data.sources.paths import existing_path, split_tables, warn_of_loose_images
+from dmjd.data.sources.paths import existing_path, expanded, split_tables, warn_of_loose_images
 from dmjd.images.stored import UnreadableImage
 
 _IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
@@ -98,7 +98,7 @@ class ParquetSource(TableSource):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        root = Path(data).expanduser()
+        root = expanded(data)
         files = split_tables(root, options.split)
         if root.is_dir():
             warn_of_loose_images(root)
