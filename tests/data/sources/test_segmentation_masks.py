@@ -56,9 +56,9 @@ def test_a_table_of_images_and_masks(camvid_layout, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [open_segmentation(camvid_layout, "train").stored(i).name for i in range(5)]
     folders = {name: camvid_layout / "train" / name for name in ("images", "masks")}
-    table = datasets.Dataset.from_dict(
-        {"pixel_values": [str(folders["images"] / r) for r in rows], "label": [str(folders["masks"] / r) for r in rows]}
-    )
+    columns = {"pixel_values": folders["images"], "label": folders["masks"]}
+    stored = {name: [{"bytes": (f / r).read_bytes(), "path": r} for r in rows] for name, f in columns.items()}
+    table = datasets.Dataset.from_dict(stored)
     table = table.cast_column("pixel_values", datasets.Image()).cast_column("label", datasets.Image())
     (tmp_path / "t").mkdir()
     for split in ("train", "test"):
