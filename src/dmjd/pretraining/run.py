@@ -14,7 +14,7 @@ from torch import Tensor
 from dmjd.config.pretrain import DEFAULT_BATCH_SIZE, PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import absolute
-from dmjd.data.statistics import measure_stats, typical_size
+from dmjd.data.statistics import measure_stats, range_warning, typical_size
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.engine.console import Console
@@ -157,13 +157,14 @@ def resolve_preprocess(
     if checkpoint is not None:
         return Preprocess.from_dict(checkpoint.state["encoder"]["preprocess"])
     mean, std = config.mean, config.std
-    if mean is None or std is None:
-        if config.in_chans == 3:
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
-        else:
-            mean, std, warning = measure_stats(source)
-            if warning is not None:
-                console.warn(warning)
+    if mean is not None and std is not None:
+        warning = range_warning(source)
+    elif config.in_chans == 3:
+        mean, std, warning = IMAGENET_MEAN, IMAGENET_STD, range_warning(source)
+    else:
+        mean, std, warning = measure_stats(source)
+    if warning is not None:
+        console.warn(warning)
     value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
     return Preprocess(config.size, config.in_chans, mean, std, value_range)
 
