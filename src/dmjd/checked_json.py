@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dmjd.regular import irregular
+
 T = TypeVar("T")
 
 
@@ -58,6 +60,8 @@ def read_json(file: Path, schema: type[T], name: str | None = None) -> T:
     """
     name = name or str(file)
     try:
+        if kind := irregular(file):
+            raise ValueError(f"{name}: cannot be read (it is {kind}, not a file)")
         content = file.read_bytes()
     except FileNotFoundError:
         raise

@@ -188,6 +188,39 @@ def test_the_ground_truth_scores_one_and_errors_cost(boxes):
     assert scores["ap75"] == 0
 
 
+def test_sizes_of_objects_are_those_of_pycocotools(tmp_path, capsys):
+    """It takes the areas of the JSON, which differ from those of the boxes."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    root = make_detection_set(tmp_path, {"train": 1, "val": 6}, seed=3)
+    content = json.loads((root / "val.json").read_text())
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["area"] = [500, 2000, 10_000][i % 3]
+        annotation["id"] = i + 1  # pycocotools takes 0 for "not matched"
+    (root / "val.json").write_text(json.dumps(content))
+    source = open_coco(root, "test")
+    predictions = perfect_predictions(source, 1.0)
+    for i, one in enumerate(predictions):
+        one["boxes"] = one["boxes"] + i  # of different quality
+    scores = measured(source, list(predictions))
+    found = []
+    for i, one in enumerate(predictions):
+        for box, label, score in zip(one["boxes"], one["labels"], one["scores"], strict=True):
+            left, top, right, bottom = box.tolist()
+            found.append({"image_id": i, "category_id": 10 * (int(label) + 1), "score": float(score)})
+            found[-1]["bbox"] = [left, top, right - left, bottom - top]
+    truth = COCO(str(root / "val.json"))
+    reference = COCOeval(truth, truth.loadRes(found), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    capsys.readouterr()
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    assert [scores[name] for name in names] == pytest.approx(reference.stats[:6].tolist(), abs=1e-6)
+    assert None not in scores.values()
+
+
 # --- whole evaluations
 
 

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 from support import SHARED
 
-from dmjd.data.sources.segmentation_masks import read_mask
+from dmjd.images.class_numbers import read_mask
 from dmjd.images.reading import read_image
 from dmjd.images.stored import UnreadableImage, upright
 

@@ -187,7 +187,7 @@ def test_one_image_trains_with_a_warning(capsys, tmp_path, image_folder):
     command("--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3, "--num-workers", 0)
     printed = capsys.readouterr().err
     assert "only 1 image(s)" in printed
-    assert "batch size 64 exceeds the number of images: 1 per step" in printed  # the recipe's
+    assert "batch size 64 (the recipe's unless you gave one) exceeds the number of images: 1 per step" in printed
 
 
 def test_images_smaller_than_the_input_are_named(capsys, tmp_path, image_folder):

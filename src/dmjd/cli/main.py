@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from dmjd import __version__
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] == "--version":
         print(__version__)
         return 0
+    warnings.formatwarning = _warning_line
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors; PyTorch reads it when it starts
     try:
         _run(*given)
@@ -74,6 +76,11 @@ def _overview() -> str:
             "  dmjd pretrain digits --out runs/first",
         ]
     )
+
+
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _shortened(message: str) -> str:

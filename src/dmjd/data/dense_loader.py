@@ -174,7 +174,7 @@ class ExampleLoader:
         requests = self.stream.micro_batches(start_step)
         for images, targets, keys, unreadable in read_batches(self._read, requests, self.num_workers, pinned):
             self._unreadable.add_and_warn(unreadable, self._warn)
-            self._unreadable.check(None, self.stream.length)
+            self._unreadable.check(None, self.stream.length, "Repair them, or remove them from the set.")
             batch = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
             yield ExampleBatch(images, batch, keys, unreadable).to(self.device)
 

@@ -9,13 +9,15 @@ from torch import Tensor
 from dmjd.data.cache import evenly_spaced, try_read
 from dmjd.data.sources.base import Source
 from dmjd.data.workers import available_cores
+from dmjd.images.decoding import open_stored
 from dmjd.images.resampling import resize_box
+from dmjd.images.stored import Stored
 
 _LONGEST_SIDE = 64
 
 _SMALLEST_STD = 1 / 255  # so that normalizing does not amplify a constant channel
 
-_DARK = 255 / 8
+_NARROW = 255 / 8  # of the 0..255 scale; images that use less are nearly uniform to an encoder
 
 
 class Stats(NamedTuple):
@@ -47,7 +49,7 @@ def measure_stats(source: Source, sample: int = 2048) -> Stats:
     std = np.sqrt(variance.clip(min=0)).clip(min=_SMALLEST_STD)
     # Rounded, since they are written into every checkpoint and further digits are noise.
     numbers = [tuple(round(float(x), 5) for x in values) for values in (mean, std)]
-    return Stats(numbers[0], numbers[1], _range_warning(source, good))
+    return Stats(numbers[0], numbers[1], range_warning(source))
 
 
 def typical_size(source: Source, sample: int = 5) -> tuple[int, int] | None:
@@ -61,12 +63,10 @@ def typical_size(source: Source, sample: int = 5) -> tuple[int, int] | None:
 
 
 class _Moments(NamedTuple):
-    """One image: [C] mean and mean square on the 0..1 scale, its largest value on 0..255, whether it is 8-bit."""
+    """[C] mean and mean square of an image on the 0..1 scale."""
 
     mean: np.ndarray
     square: np.ndarray
-    largest: float
-    eight_bit: bool
 
 
 def _moments(source: Source, index: int) -> "_Moments | tuple[str, str]":
@@ -74,12 +74,7 @@ def _moments(source: Source, index: int) -> "_Moments | tuple[str, str]":
     if not isinstance(image, np.ndarray):
         return image
     values = _small(image).double() / 255
-    return _Moments(
-        values.mean((1, 2)).numpy(),
-        values.square().mean((1, 2)).numpy(),
-        float(image.max()),
-        image.dtype == np.uint8,
-    )
+    return _Moments(values.mean((1, 2)).numpy(), values.square().mean((1, 2)).numpy())
 
 
 def _small(image: np.ndarray) -> Tensor:
@@ -89,11 +84,47 @@ def _small(image: np.ndarray) -> Tensor:
     return resize_box(image, (0, 0, H, W), (max(1, round(H * scale)), max(1, round(W * scale))))
 
 
-def _range_warning(source: Source, moments: list[_Moments]) -> str | None:
-    largest = max((m.largest for m in moments if not m.eight_bit), default=None)
-    if largest is None or largest >= _DARK:
+def range_warning(source: Source, sample: int = 32) -> str | None:
+    """A warning with a better value range, if the values of evenly spaced images fill little of theirs.
+
+    Examples are 12-bit values in 16-bit files, which would be nearly black.
+
+    Args:
+        source: the set.
+        sample: largest number of images to read.
+    """
+    indices = [int(i) for i in evenly_spaced(len(source), sample)]
+    with ThreadPoolExecutor(available_cores()) as pool:
+        read = list(pool.map(lambda i: try_read(source, i), indices))
+    good = [(index, image) for index, image in zip(indices, read, strict=True) if isinstance(image, np.ndarray)]
+    ends = [(float(image.min()), float(image.max())) for _, image in good]
+    smallest, largest = min((lo for lo, _ in ends), default=0.0), max((hi for _, hi in ends), default=255.0)
+    if largest - smallest >= _NARROW or largest == smallest:
         return None
+    whole, integers = _whole_range(source, good[0][0])
+    lo, hi = (whole[0] + end / 255 * (whole[1] - whole[0]) for end in (smallest, largest))
+    given = [f"{x:g}" for x in _rounded(lo, hi, integers)]
     return (
-        f"the images of {source.name} are not 8-bit and use only {largest / 255:.1%} of their range: "
-        "give value_range=(lo, hi), the stored values that become black and white"
+        f"the values of {len(good)} images of {source.name} lie between {lo:.5g} and {hi:.5g}, "
+        f"{(largest - smallest) / 255:.1%} of the range from {whole[0]:g} to {whole[1]:g}: if that is all they use, "
+        f"pass --value-range {' '.join(given)}, the values that become black and white"
     )
+
+
+def _whole_range(source: Source, index: int) -> tuple[tuple[float, float], bool]:
+    """The stored values that become 0 and 255, and whether they are integers."""
+    stored = open_stored(source.stored(index), source.in_chans)
+    dtype = stored.values.dtype if isinstance(stored, Stored) else np.dtype(np.uint8)
+    integers = dtype.kind in "iu"
+    natural = (0.0, float(np.iinfo(dtype).max)) if integers else (0.0, 1.0)
+    return source.value_range or natural, integers
+
+
+def _rounded(lo: float, hi: float, integers: bool) -> tuple[float, float]:
+    """A range around (lo, hi) of round numbers; from 0 to a power of two for integers that begin near 0."""
+    from_zero = 0 <= lo < (hi - lo)
+    if integers:
+        lo, hi = float(np.floor(lo + 1e-3)), float(np.ceil(hi - 1e-3))
+        return (0.0, 2.0 ** int(hi).bit_length() - 1) if from_zero else (lo, hi)
+    step = 10.0 ** np.floor(np.log10(hi - lo) - 1)
+    return (0.0 if from_zero else float(np.floor(lo / step) * step)), float(np.ceil(hi / step - 1e-3) * step)

@@ -12,9 +12,11 @@ from dmjd.rng import STREAM_REPLACE, hash64
 
 _ATTEMPTS = 100
 
-_SHOWN = 10
+_SHOWN = 6  # with the lines around them, at most ten
 
 Report = tuple[str, str]  # name and reason
+
+MISSING = "no such file or directory"  # the reason of an image that was removed
 
 T = TypeVar("T")
 
@@ -72,10 +74,12 @@ class UnreadableImages:
 
     Args:
         known: (name, reason) pairs to start with, from ``reports`` of an interrupted run.
+        removed: names of images that were removed because they were unreadable; they do not count as too many.
     """
 
-    def __init__(self, known: Iterable[Report] = ()) -> None:
+    def __init__(self, known: Iterable[Report] = (), removed: Iterable[str] = ()) -> None:
         self._reasons = dict(known)
+        self._removed = set(removed)
 
     @property
     def reports(self) -> list[Report]:
@@ -101,24 +105,33 @@ class UnreadableImages:
         for name, reason in self.add(reports):
             warn(f"unreadable, replaced by another image: {name}: {reason}")
 
-    def check(self, max_unreadable: int | None, num_images: int) -> None:
+    def check(self, max_unreadable: int | None, num_images: int, cure: str = "Repair or remove them.") -> None:
         """Raise an error if too many images are unreadable.
 
         Args:
             max_unreadable: largest number allowed; None: the larger of 10 and 1 % of the set.
             num_images: size of the set.
+            cure: what to do about unreadable images, the last line of the error.
 
         Raises:
-            ValueError: listing the first ten.
+            ValueError: listing the first few.
         """
         allowed = max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
-        if self.count <= allowed:
+        counted = [(name, reason) for name, reason in self._reasons.items() if name not in self._removed]
+        if len(counted) <= allowed:
             return
-        lines = [f"  {name}: {reason}" for name, reason in self.reports[:_SHOWN]]
-        if self.count > _SHOWN:
-            lines.append(f"  and {self.count - _SHOWN} more")
+        lines = [f"  {name}: {reason}" for name, reason in counted[:_SHOWN]]
+        if len(counted) > _SHOWN:
+            lines.append(f"  and {len(counted) - _SHOWN} more")
         raise ValueError(
-            f"{self.count} of {num_images} images can't be read, more than max_unreadable = {allowed}:\n"
+            f"{len(counted)} of {num_images} images can't be read, more than max_unreadable = {allowed}:\n"
             + "\n".join(lines)
-            + "\nRepair or remove them, or raise --max-unreadable."
+            + f"\n{cure}"
         )
+
+    @property
+    def cure(self) -> str:
+        """What to do if too many images of a pre-training run are unreadable."""
+        missing = all(reason == MISSING for name, reason in self._reasons.items() if name not in self._removed)
+        what = "Put them back" if missing else "Repair or remove them"
+        return f"{what}, or raise --max-unreadable; the same command goes on."

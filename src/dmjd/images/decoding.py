@@ -4,9 +4,11 @@ Arrays are [H, W, C] in the stored data type: 1 gray, 2 gray + alpha, 3 RGB, 4 R
 """
 
 import io
+import math
+import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from PIL import Image, UnidentifiedImageError
 
 from dmjd.images import jpeg, tiff
 from dmjd.images.stored import MAX_PIXELS, Stored, UnreadableImage, check_pixels, upright
+from dmjd.regular import irregular
+from dmjd.text import printable
 
-ImageLike = str | Path | bytes | Image.Image | np.ndarray
+ImageLike = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
-_NPY_MAGIC = b"\x93NUMPY"
+NPY_MAGIC = b"\x93NUMPY"
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -34,7 +38,7 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
     """The stored values, or a plain JPEG that is not decoded yet.
 
     Args:
-        source: path, encoded bytes, PIL image or array.
+        source: path, encoded bytes, binary file (read from its start), PIL image or array.
         in_chans: number of channels, used to find the channel axis of an array.
 
     Raises:
@@ -45,7 +49,7 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
     if isinstance(source, Image.Image):
         with jpeg.no_warnings():
             return _from_pil(source)
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+    with open_file(source) as file:
         head = file.read(32)
         file.seek(0)
         if head.startswith(jpeg.START):
@@ -55,6 +59,29 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
             file.seek(0)
         with jpeg.no_warnings():
             return _decode(file, head, in_chans)
+
+
+def open_file(source: str | Path | bytes | BinaryIO) -> BinaryIO:
+    """Open a regular file, encoded bytes, or a binary file from its start.
+
+    Raises:
+        UnreadableImage: if a path is not a regular file; an OSError if it cannot be opened.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if isinstance(source, str | os.PathLike):
+        if kind := irregular(source):
+            raise UnreadableImage("", f"it is {kind}, not a file")
+        return open(source, "rb")
+    if source.seekable():
+        source.seek(0)
+    return io.BytesIO(source.read())
+
+
+def is_image_like(value: object) -> bool:
+    """Whether a value is one image, and not a sequence of some."""
+    known = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
+    return isinstance(value, known) or (hasattr(value, "read") and hasattr(value, "seekable"))
 
 
 def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:
@@ -78,10 +105,10 @@ def _decode(file: Any, head: bytes, in_chans: int) -> Stored:
     """Decode with the library that reads the format best."""
     if not head:
         raise UnreadableImage("", "the file is empty")
-    if head.startswith(_NPY_MAGIC):
-        return _from_array(np.load(file, allow_pickle=False), in_chans)
-    if head.startswith(_PNG_MAGIC) and head[24:26] in _PNG_16_BITS:
-        return _decode_png16(file.read())
+    if head.startswith(NPY_MAGIC):
+        return _from_array(load_npy(file), in_chans)
+    if is_png16(head):
+        return decode_png16(file.read())
     if head.startswith(tiff.MAGIC):
         return tiff.decode_tiff(file, in_chans, _from_pil)
     with Image.open(file, formats=FORMATS) as image:
@@ -113,7 +140,12 @@ def _plain_mode(image: Image.Image) -> str:
     return _OPAQUE_MODES.get(image.mode, "RGB")
 
 
-def _decode_png16(data: bytes) -> Stored:
+def is_png16(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of a 16-bit PNG with color or alpha."""
+    return head.startswith(_PNG_MAGIC) and head[24:26] in _PNG_16_BITS
+
+
+def decode_png16(data: bytes) -> Stored:
     """Decode a 16-bit PNG with color or alpha: [H, W, 2, 3 or 4] uint16."""
     from torchvision.io import ImageReadMode, decode_png  # takes seconds to import and is rarely needed
 
@@ -127,6 +159,18 @@ def _decode_png16(data: bytes) -> Stored:
         opaque = np.where((values == np.array(clear)).all(-1, keepdims=True), 0, 65535).astype(np.uint16)
         values, alpha = np.concatenate([values, opaque], axis=-1), True
     return Stored(upright(values, orientation), alpha)
+
+
+def load_npy(file: BinaryIO) -> np.ndarray:
+    """Load an ``.npy`` file, unless its header promises more than the file holds, for which memory would be taken."""
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = reader(file)
+    start, end = file.tell(), file.seek(0, io.SEEK_END)
+    if math.prod(shape) * dtype.itemsize > end - start:
+        raise UnreadableImage("", f"an array of shape {tuple(shape)} whose end is missing")
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
 
 
 def _from_array(array: np.ndarray, in_chans: int) -> Stored:
@@ -155,5 +199,7 @@ def reason(error: Exception) -> str:
         return f"larger than {MAX_PIXELS:,} pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    text = printable(" ".join(str(error).split()))
     return f"damaged or unsupported ({text[:120] or type(error).__name__})"

@@ -3,16 +3,14 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dmjd.files import lists_to_tuples, tuples_to_lists
-from dmjd.images.decoding import ImageLike
+from dmjd.images.decoding import ImageLike, is_image_like
 from dmjd.images.reading import read_image
 from dmjd.images.resampling import center_box, resize_box
 
@@ -59,7 +57,7 @@ class Preprocess:
             raise ValueError(f"value_range must be (lo, hi) with lo < hi, got {self.value_range}")
 
     def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """Images (paths, bytes, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalized.
+        """Images (paths, bytes, files, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalized.
 
         Images are resized (bicubic, antialiased) to cover the image size, and center-cropped.
 
@@ -70,9 +68,8 @@ class Preprocess:
 
     def raw(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Images before normalization: [B, C, h, w] float32 on the 0..255 scale."""
-        if isinstance(image, str | Path | bytes | Image.Image | np.ndarray):
-            image = [image]
-        arrays = [read_image(one, self.in_chans, self.value_range) for one in image]
+        images = [image] if is_image_like(image) else image
+        arrays = [read_image(one, self.in_chans, self.value_range) for one in cast(Sequence[ImageLike], images)]
         return torch.stack([self.fit(array).float() for array in arrays])
 
     def fit(self, array: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dmjd.images import jpeg
-from dmjd.images.decoding import ImageLike, decode_plain, open_stored, reason
+from dmjd.images.decoding import ImageLike, decode_plain, is_image_like, open_stored, reason
 from dmjd.images.stored import Stored, UnreadableImage
 
 LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green, blue (ITU-R Rec. 601)
@@ -35,7 +35,7 @@ def read_image(
     - any other number: none; the image must have that number of channels.
 
     Args:
-        source: path, encoded bytes, PIL image or array.
+        source: path, encoded bytes, binary file (read from its start), PIL image or array.
         in_chans: number of channels of the result.
         value_range: (lo, hi) of the stored values, which become 0 and 255; values outside are clipped. None: the range
             of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1).
@@ -46,6 +46,7 @@ def read_image(
 
     Raises:
         UnreadableImage: if the image cannot be used for any reason.
+        TypeError: if ``source`` is of another type.
     """
     return open_image(source, in_chans, value_range, name).read()
 
@@ -54,6 +55,8 @@ def open_image(
     source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
 ) -> "OpenImage":
     """Open an image to know its size before decoding. Arguments and errors are those of :func:`read_image`."""
+    if not is_image_like(source):
+        raise TypeError(f"an image is a path, bytes, a binary file, a PIL image or an array, not {type(source)}")
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
         stored = open_stored(source, in_chans)

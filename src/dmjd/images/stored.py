@@ -6,6 +6,8 @@ import numpy as np
 
 MAX_PIXELS = 178_956_970  # larger images are taken for decompression bombs, as in Pillow
 
+MAX_BYTES = 1 << 32  # of decoded values; a limit for images of many channels
+
 
 class UnreadableImage(ValueError):  # noqa: N818, the name is clear without "Error"
     """An image that cannot be used, with its ``name`` and the ``reason`` in a few words."""
@@ -32,10 +34,12 @@ class Stored:
     alpha: bool = False
 
 
-def check_pixels(height: int, width: int) -> None:
+def check_pixels(height: int, width: int, bytes_per_pixel: int = 1) -> None:
     """Refuse empty images, and decompression bombs before they are decoded."""
     if height * width > MAX_PIXELS:
         raise UnreadableImage("", f"{height} x {width} pixels, more than {MAX_PIXELS:,}")
+    if height * width * bytes_per_pixel > MAX_BYTES:
+        raise UnreadableImage("", f"{height} x {width} pixels of {bytes_per_pixel} bytes, more than 4 GiB")
     if height * width == 0:
         raise UnreadableImage("", f"{height} x {width} pixels: the image is empty")
 

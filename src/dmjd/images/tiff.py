@@ -4,9 +4,10 @@ Pillow decodes images of up to 8 bits, which it reads faithfully; tifffile decod
 packed data by itself, other compressions with the package imagecodecs.
 """
 
+import contextlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,10 @@ def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], S
     Raises:
         UnreadableImage: with the reason, or another exception for damaged data.
     """
-    import tifffile  # slow to import and rarely needed
-
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs every unusual tag; errors are raised anyway
-    with tifffile.TiffFile(file, is_ome=False) as tiff:
+    with _opened(file) as tiff:
         page: Any = tiff.pages[0]
         channels = _paged_channels(tiff, in_chans)
-        check_pixels(page.imagelength, page.imagewidth)
+        _check_size(page, channels)
         if channels == 1 and in_chans in (1, 3, 4) and _pillow_is_faithful(page):
             file.seek(0)
             with Image.open(file, formats=["TIFF"]) as image:
@@ -53,13 +51,60 @@ def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], S
                 raise
             file.seek(0)
             return _without_codec(file, page, channels, from_pillow)
-        orientation = page.tags[274].value if 274 in page.tags else 1
         if channels > 1:
             if channels != in_chans:
                 raise UnreadableImage("", f"it has {channels} channels, in_chans is {in_chans}")
-            return Stored(upright(values, orientation))
+            return Stored(upright(values, _orientation(page)))
         stored = _interpreted(values, page)
-        return Stored(upright(stored.values, orientation), stored.alpha)
+        return Stored(upright(stored.values, _orientation(page)), stored.alpha)
+
+
+def decode_numbers(file: Any) -> np.ndarray:
+    """The samples of the first page as stored, upright: [H, W] or [H, W, S]. Photometric interpretation is ignored.
+
+    Args:
+        file: open for reading, at its start.
+
+    Raises:
+        UnreadableImage: with the reason, or another exception for damaged data.
+    """
+    with _opened(file) as tiff:
+        page: Any = tiff.pages[0]
+        _check_size(page)
+        try:
+            values = _last_axis(page.asarray(), page.axes)
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            raise _needs_codec(page) from None
+        values = upright(values, _orientation(page))
+    return values[..., 0] if values.shape[2] == 1 else values
+
+
+@contextlib.contextmanager
+def _opened(file: Any) -> Iterator[Any]:
+    """The file in tifffile."""
+    import tifffile  # slow to import and rarely needed
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs every unusual tag; errors are raised anyway
+    with tifffile.TiffFile(file, is_ome=False) as tiff:  # an OME-TIFF could name other files
+        yield tiff
+
+
+def _orientation(page: Any) -> int:
+    return page.tags[274].value if 274 in page.tags else 1
+
+
+def _check_size(page: Any, channels: int = 1) -> None:
+    samples = max(channels, page.samplesperpixel)
+    check_pixels(page.imagelength, page.imagewidth, samples * max(1, max(_bits(page)) // 8))
+
+
+def _needs_codec(page: Any) -> UnreadableImage:
+    compression = getattr(page.compression, "name", page.compression)
+    return UnreadableImage(
+        "", f"its compression ({compression}) needs the package imagecodecs: pip install 'dmjd[tiff]'"
+    )
 
 
 def _paged_channels(tiff: Any, in_chans: int) -> int:
@@ -115,10 +160,7 @@ def _without_codec(file: Any, page: Any, channels: int, from_pillow: Callable[[I
     if channels == 1 and plain_gray and page.photometric == 1:
         with Image.open(file, formats=["TIFF"]) as image:
             return from_pillow(image)
-    compression = getattr(page.compression, "name", page.compression)
-    raise UnreadableImage(
-        "", f"its compression ({compression}) needs the package imagecodecs: pip install 'dmjd[tiff]'"
-    )
+    raise _needs_codec(page)
 
 
 def _interpreted(values: np.ndarray, page: Any) -> Stored:

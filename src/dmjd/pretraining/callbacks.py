@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.recheck import recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import UnreadableImages
 from dmjd.encoders.registry import fresh_like
@@ -59,9 +60,9 @@ class Monitor(Callback):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
-        if checkpoint.state["data"] != self._fingerprint:
-            raise ValueError(f"the images in {self.config.data} are not those this run began with; give another --out")
-        self.unreadable.add([(name, reason) for name, reason in checkpoint.state["bad"]])
+        began_with, unreadable = checkpoint.state["data"], [(name, reason) for name, reason in checkpoint.state["bad"]]
+        self.unreadable = recheck(self.source, began_with, unreadable, self.console.warn)
+        self._fingerprint = began_with
 
     def state(self) -> dict[str, Any]:
         """Encoder metadata, data fingerprint, unreadable images and configuration."""
@@ -156,7 +157,7 @@ class Monitor(Callback):
         """
         for name, reason in self.unreadable.add(reports):
             self.console.warn(f"unreadable, replaced by another image: {name}: {reason}")
-        self.unreadable.check(self.config.max_unreadable, len(self.source))
+        self.unreadable.check(self.config.max_unreadable, len(self.source), self.unreadable.cure)
 
     def report_unreadable(self) -> None:
         """Write ``unreadable.txt``, if there were any."""

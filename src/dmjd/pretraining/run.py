@@ -14,7 +14,7 @@ from torch import Tensor
 from dmjd.config.pretrain import DEFAULT_BATCH_SIZE, PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import absolute
-from dmjd.data.statistics import measure_stats, typical_size
+from dmjd.data.statistics import measure_stats, range_warning, typical_size
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.engine.console import Console
@@ -83,8 +83,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
-    # 3. The images. The sorted list of a folder is stored with the run and read from there on resume.
-    source = open_data(config, data, "train", listing=out / LISTING)
+    # 3. The images. The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
+    begun = any((out / "checkpoints").glob("*.safetensors"))
+    source = open_data(config, data, "train", listing=out / LISTING if begun else None)
     batch_size = resolve_batch_size(config, len(source), fabric.world_size)
     # 4. The run folder, locked by the first process.
     with closing(RunFolder(out, owner=fabric.is_global_zero)) as folder, closing(console):
@@ -143,7 +144,8 @@ def resolve_batch_size(config: PretrainConfig, num_images: int, world_size: int)
         batch_size = min(batch_size, num_images) // parts * parts
     if batch_size == 0 or batch_size % parts:
         raise ValueError(
-            f"--batch-size {batch_size} cannot be divided among {shares}: it must be a multiple of {parts}"
+            f"batch size {batch_size} (the recipe's unless you gave one) cannot be divided among {shares}: "
+            f"pass a --batch-size that is a multiple of {parts}"
         )
     return batch_size
 
@@ -155,13 +157,14 @@ def resolve_preprocess(
     if checkpoint is not None:
         return Preprocess.from_dict(checkpoint.state["encoder"]["preprocess"])
     mean, std = config.mean, config.std
-    if mean is None or std is None:
-        if config.in_chans == 3:
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
-        else:
-            mean, std, warning = measure_stats(source)
-            if warning is not None:
-                console.warn(warning)
+    if mean is not None and std is not None:
+        warning = range_warning(source)
+    elif config.in_chans == 3:
+        mean, std, warning = IMAGENET_MEAN, IMAGENET_STD, range_warning(source)
+    else:
+        mean, std, warning = measure_stats(source)
+    if warning is not None:
+        console.warn(warning)
     value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
     return Preprocess(config.size, config.in_chans, mean, std, value_range)
 
@@ -270,7 +273,10 @@ def log_summary(
     if len(source) < FEW_IMAGES:
         console.warn(f"only {len(source)} image(s): the encoder will hardly generalize beyond them")
     if (config.batch_size or 0) > batch_size:
-        console.warn(f"batch size {config.batch_size} exceeds the number of images: {batch_size} per step")
+        console.warn(
+            f"batch size {config.batch_size} (the recipe's unless you gave one) exceeds the number of images: "
+            f"{batch_size} per step"
+        )
     if not resumed and fabric.is_global_zero:
         warn_enlarged(config, source, console)
     if engine.progress >= 1.0:

@@ -1,6 +1,7 @@
 """Images with boxes in COCO's JSON format: layouts, corrections and error messages."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from dense_sets import KINDS, SIZE
+from PIL import Image
+from support import SHARED
 
 from dmjd.data.sources.coco import open_coco
 from dmjd.images.stored import UnreadableImage
@@ -97,7 +100,7 @@ def test_errors_in_the_json_are_named(coco_layout):
     change(coco_layout, "train", images=[*good["images"], {"id": 9, "file_name": "lost.png"}])
     assert "lists lost.png, which is not in" in message()
     (coco_layout / "train.json").write_text('{"images": [')
-    assert "can't be read as JSON" in message()
+    assert "not valid JSON" in message()
     (coco_layout / "train.json").write_text('{"images": []}')
     assert "no list 'annotations' and no list 'categories'" in message()
     assert "has objects of disc, which the training set does not have" in message("val", classes=["rectangle"])
@@ -138,6 +141,154 @@ def test_some_objects_without_mask_leave_boxes_only(coco_layout):
     assert not source.has_masks
     assert source.notes == ["1 of 8 objects have no instance mask: boxes only"]
     assert source.read_example(0)[1].masks is None
+
+
+NAN = float("nan")
+DAMAGED_MASKS = {
+    "nan": [[1, 1, NAN, 1, 9, 9]],
+    "far": [[1, 1, 1e9, 1, 9, 9]],
+    "long": [[0, 0, 1e6, 1e6] * 10],
+    "nothing": [[]],
+    "four numbers": [[1, 2, 3, 4]],
+    "odd": [[1, 1, 9, 1, 9, 9, 1]],
+    "flat": [1, 1, 9, 1, 9, 9],
+    "text": "polygon",
+    "texts": [["1", "1", "9", "1", "9", "9"]],
+    "huge run lengths": {"size": [100_000, 100_000], "counts": [1, 2]},
+    "short run lengths": {"size": list(SIZE), "counts": [1, 2]},
+    "negative run lengths": {"size": list(SIZE), "counts": [-1, SIZE[0] * SIZE[1] + 1]},
+    "run lengths of text": {"size": list(SIZE), "counts": "\u00e9 no"},
+    "cut text": {"size": list(SIZE), "counts": "o"},
+    "no counts": {"size": list(SIZE)},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_MASKS)
+def test_an_object_with_a_damaged_mask_is_left_out_and_named(coco_layout, name):
+    annotations = content(coco_layout)["annotations"]
+    annotations[1]["segmentation"] = DAMAGED_MASKS[name]
+    change(coco_layout, "train", annotations=annotations)
+    source = open_coco(coco_layout, "train")
+    assert (source.num_objects, source.has_masks) == (7, True)
+    [note] = source.notes
+    assert note.startswith("1 of 8 annotations were left out: an instance mask in 00.png is damaged: ")
+    assert source.read_example(0)[1].masks.shape == (1, *SIZE)
+    for annotation in annotations:
+        annotation["segmentation"] = DAMAGED_MASKS[name]
+    change(coco_layout, "train", annotations=annotations)
+    source = open_coco(coco_layout, "train")  # the boxes are good
+    assert (source.num_objects, source.has_masks) == (8, False)
+    assert source.notes[0].startswith("8 of 8 objects have a damaged instance mask, one in 00.png: ")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "text"),
+    [
+        ({"bbox": [1, 2, 3]}, "annotation 1 needs a bbox of four numbers, it has [1, 2, 3]"),
+        ({"bbox": [1, 2, NAN, 4]}, "annotation 1 needs a bbox of four numbers, it has [1, 2, nan, 4]"),
+        ({"bbox": [1, 2, 10**400, 4]}, "annotation 1 needs a bbox of four numbers"),
+        ({"bbox": "1 2 3 4"}, "annotation 1 needs a bbox of four numbers, it has '1 2 3 4'"),
+        ({"iscrowd": "no"}, "annotation 1 needs an iscrowd of 0 or 1, it has 'no'"),
+        ({"image_id": [0]}, "annotation 1: it has the image_id [0], which is neither a number nor a text"),
+        ({"category_id": {}}, "annotation 1: it has the category_id {}, which is neither"),
+        ({"category_id": None}, "annotation 1: it has no category_id"),
+        ("words", "annotation 1: is 'words', not an object"),
+    ],
+)
+def test_a_damaged_annotation_is_left_out_and_named(coco_layout, mistake, text):
+    annotations = content(coco_layout)["annotations"]
+    annotations[1] = annotations[1] | mistake if isinstance(mistake, dict) else mistake
+    change(coco_layout, "train", annotations=annotations)
+    source = open_coco(coco_layout, "train")
+    assert source.num_objects == 7
+    [note] = source.notes
+    assert note.startswith(f"1 of 8 annotations were left out: {text}")
+    change(coco_layout, "train", annotations=[annotations[1]])
+    with pytest.raises(ValueError, match=r"train.json: none of 1 annotations can be used: annotation"):
+        open_coco(coco_layout, "train")
+
+
+@pytest.mark.parametrize(
+    ("lists", "text"),
+    [
+        ({"images": [{"file_name": "00.png"}]}, "entry 0 of 'images' has no id"),
+        ({"images": [{"id": [1], "file_name": "00.png"}]}, r"entry 0 of 'images' has the id \[1\], which is neither"),
+        ({"images": ["00.png"]}, "entry 0 of 'images' is '00.png', not an object with id and file_name"),
+        ({"images": [{"id": 1, "file_name": 5}]}, "image 1 has no file_name"),
+        ({"images": [{"id": 1, "file_name": "00.png", "height": 10**6, "width": 10**6}]}, "1000000 x 1000000 pixels"),
+        ({"categories": ["a"]}, "entry 0 of 'categories' is 'a', not an object"),
+        ({"categories": [{"id": 10, "name": "a"}, {"id": 10, "name": "b"}]}, "'a' and 'b' have the same id 10"),
+        ({"categories": [{"id": [1], "name": "a"}]}, r"entry 0 of 'categories' has the id \[1\]"),
+    ],
+)
+def test_a_file_of_the_wrong_structure_is_an_error(coco_layout, lists, text):
+    change(coco_layout, "train", **lists)
+    with pytest.raises(ValueError, match=f"train.json.*{text}") as caught:
+        open_coco(coco_layout, "train")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["../../../etc/hosts", "/etc/hosts", "x/../../../etc/hosts", "../../{root}-2/00.png"])
+def test_images_outside_of_the_root_are_refused(coco_layout, name):
+    shutil.copytree(coco_layout / "train", coco_layout.with_name(f"{coco_layout.name}-2"))
+    images = [{"id": 1, "file_name": name.replace("{root}", coco_layout.name)}]
+    change(coco_layout, "train", images=images, annotations=[])
+    with pytest.raises(ValueError, match="which is outside of"):
+        open_coco(coco_layout, "train")
+    (coco_layout / "train" / "linked").symlink_to(coco_layout.with_name(f"{coco_layout.name}-2"))
+    images = [{"id": 1, "file_name": "linked/00.png"}, {"id": 2, "file_name": "../val/00.png"}]
+    change(coco_layout, "train", images=images, annotations=[])
+    assert len(open_coco(coco_layout, "train").read_example(0)[0]) == SIZE[0]
+
+
+@pytest.mark.skipif(not (SHARED / "faults").exists(), reason="the shared files that go wrong are not here")
+@pytest.mark.parametrize("name", ["no_image_id", "list_ids", "string_image", "traversal", "two_categories_one_id"])
+def test_shared_files_are_errors(tmp_path, name):
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (80, 60)).save(tmp_path / "train" / "a.png")
+    shutil.copy(SHARED / "faults" / f"coco_{name}.json", tmp_path / "train.json")
+    with pytest.raises(ValueError, match=r"train\.json"):
+        open_coco(tmp_path, "train")
+
+
+@pytest.mark.skipif(not (SHARED / "faults").exists(), reason="the shared files that go wrong are not here")
+@pytest.mark.parametrize("name", ["flat_polygon", "nan_polygon", "huge_rle"])
+def test_shared_files_with_damaged_masks(tmp_path, name):
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (80, 60)).save(tmp_path / "train" / "a.png")
+    shutil.copy(SHARED / "faults" / f"coco_{name}.json", tmp_path / "train.json")
+    source = open_coco(tmp_path, "train")
+    assert source.notes[0].startswith("1 of 1 objects have a damaged instance mask, one in a.png: ")
+    assert source.read_example(0)[1].boxes.tolist() == [[5, 5, 25, 25]]
+
+
+def test_areas_of_the_json_are_kept_without_masks(coco_layout):
+    annotations = content(coco_layout)["annotations"]
+    for annotation, area in zip(annotations, [7.5, -1, NAN, "x", None, 0, 3, 4], strict=True):
+        annotation["area"] = area
+        del annotation["segmentation"]
+    same = open_coco(coco_layout, "train").fingerprint()
+    change(coco_layout, "train", annotations=annotations)
+    source = open_coco(coco_layout, "train")
+    boxes = [annotation["bbox"] for annotation in annotations]
+    expected = [7.5, *(box[2] * box[3] for box in boxes[1:5]), 1e-6, 3, 4]
+    assert torch.cat([source.read_example(i)[1].areas for i in range(4)]).tolist() == pytest.approx(expected)
+    assert source.fingerprint() != same
+
+
+def test_special_files_among_the_images_are_unreadable(coco_layout):
+    (coco_layout / "train" / "00.png").unlink()
+    os.mkfifo(coco_layout / "train" / "00.png")
+    with pytest.raises(UnreadableImage, match=r"00.png: it is a FIFO, not a file"):
+        open_coco(coco_layout, "train").read_example(0)
+    images = [{k: v for k, v in image.items() if k != "height"} for image in content(coco_layout)["images"]]
+    change(coco_layout, "train", images=images)
+    with pytest.raises(ValueError, match=r"00\.png has no height and width, and can't be opened"):
+        open_coco(coco_layout, "train")
+    (coco_layout / "train.json").unlink()
+    os.mkfifo(coco_layout / "train.json")
+    with pytest.raises(ValueError, match=r"train\.json: cannot be read \(it is a FIFO, not a file\)"):
+        open_coco(coco_layout, "train")
 
 
 def test_the_fingerprint_is_that_of_version_0_1(coco_layout):

@@ -9,7 +9,8 @@ from dense_sets import SIZE, make_segmentation_set, open_resolved
 from PIL import Image
 
 from dmjd.data.dense_transforms import IGNORE
-from dmjd.data.sources.segmentation_masks import open_segmentation, read_mask
+from dmjd.data.sources.segmentation_masks import open_segmentation
+from dmjd.images.class_numbers import read_mask
 from dmjd.images.stored import UnreadableImage
 
 
@@ -55,9 +56,9 @@ def test_a_table_of_images_and_masks(camvid_layout, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [open_segmentation(camvid_layout, "train").stored(i).name for i in range(5)]
     folders = {name: camvid_layout / "train" / name for name in ("images", "masks")}
-    table = datasets.Dataset.from_dict(
-        {"pixel_values": [str(folders["images"] / r) for r in rows], "label": [str(folders["masks"] / r) for r in rows]}
-    )
+    columns = {"pixel_values": folders["images"], "label": folders["masks"]}
+    stored = {name: [{"bytes": (f / r).read_bytes(), "path": r} for r in rows] for name, f in columns.items()}
+    table = datasets.Dataset.from_dict(stored)
     table = table.cast_column("pixel_values", datasets.Image()).cast_column("label", datasets.Image())
     (tmp_path / "t").mkdir()
     for split in ("train", "test"):
@@ -138,3 +139,29 @@ def test_folders_without_masks_name_the_layouts(tmp_path, image_folder):
     make_segmentation_set(tmp_path / "one part", {"train": 2})
     with pytest.raises(ValueError, match="has no test part"):
         open_segmentation(tmp_path / "one part", "test")
+
+
+def test_masks_of_0_and_255_say_what_to_do(camvid_layout):
+    for i in range(5):
+        write_mask(camvid_layout, "train", f"{i:02d}.png", np.full(SIZE, 255 * (i % 2), np.uint8))
+    with pytest.raises(
+        ValueError,
+        match=r"hold only the number 0, and 255, which means no label \(--ignore-index\):"
+        " where it is a class, save it as 1: segmentation needs at least two classes",
+    ):
+        open_resolved(camvid_layout)
+
+
+def test_numbers_far_apart_are_a_warning(camvid_layout):
+    for part, count in (("train", 5), ("test", 3)):
+        for i in range(count):
+            write_mask(camvid_layout, part, f"{i:02d}.png", np.full(SIZE, 100 * (i % 2), np.uint8))
+    with pytest.warns(UserWarning, match="hold 2 of the 101 numbers up to 100, and each number is a class"):
+        open_resolved(camvid_layout)
+
+
+def test_a_file_of_names_may_be_wrong(camvid_layout):
+    for content, message in ((b"a\n\xff\n", "can't be read as UTF-8 text"), (b"a\nb\na", "names the class a twice")):
+        (camvid_layout / "classes.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"classes.txt {message}"):
+            open_resolved(camvid_layout)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,13 @@ class SourceOptions:
     def with_labels(self) -> bool:
         """Whether labels are wanted."""
         return self.labels != "none"
+
+
+class Changes(NamedTuple):
+    """Names of the images that have changed, and how many were compared."""
+
+    names: list[str]
+    compared: int
 
 
 class Source(ABC):
@@ -114,6 +121,10 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Short hash that changes when images are added, removed or change size; independent of the set's path."""
         return short_hash([str(len(self)), *self._identity()])
+
+    def changes(self, fingerprint: str) -> Changes | None:
+        """What differs from the set a run began with, whose fingerprint is given; None: it is another set."""
+        return Changes([], len(self)) if fingerprint == self.fingerprint() else None
 
     def _identity(self) -> Iterable[str]:
         """Strings that distinguish this set from others of the same length."""

@@ -39,6 +39,7 @@ class DigitsSource(Source):
 
     name = "digits"
     names = ("digits",)
+    kind = "the built-in set"
 
     def __init__(self, split: str = "train", in_chans: int = 3) -> None:
         self.split = split

@@ -1,15 +1,28 @@
 """A folder of images, flat or nested. It is walked once; a run keeps the sorted list."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from dmjd.data.sources.base import Source, SourceOptions
-from dmjd.data.sources.paths import EXTENSIONS, existing_path, split_folder, warn_of_loose_images
+from dmjd.checked_json import read_json
+from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
+from dmjd.data.sources.paths import (
+    EXTENSIONS,
+    SPLIT_NAMES,
+    existing_path,
+    expanded,
+    permission_checked,
+    split_folder,
+    warn_of_loose_images,
+)
+from dmjd.files import write_text
 from dmjd.images.reading import OpenImage, open_image
+from dmjd.text import printable
 
 _SIZES_IN_FINGERPRINT = 256
 
@@ -43,10 +56,12 @@ class FolderSource(Source):
     ) -> None:
         self.name, self.root = str(root), root
         self.in_chans, self.value_range = in_chans, value_range
-        paths = _listed(root, listing, extensions)
+        listed = read_listing(listing) if listing is not None else None
+        paths = walk(root, extensions) if listed is None else listed.paths
         if not paths:
-            raise ValueError(f"no images found in {root}; known extensions: {' '.join(extensions)}")
+            raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
         self._paths = _Strings(paths)
+        self._listed_sizes = listed.sizes if listed is not None else None
         self.classes: list[str] = []
         if with_labels:
             self.labels, self.classes = _folder_labels(root, paths)
@@ -60,9 +75,13 @@ class FolderSource(Source):
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "FolderSource":
         """Open a split of the folder ``data``."""
-        root = Path(data).expanduser()
+        root = expanded(data)
         folder = split_folder(root, options.split)
         assert folder is not None, "see matches"
+        if folder != root and options.listing is not None and (listed := read_listing(options.listing)):
+            # Folders such as Train/ and Test/ were no splits in version 0.1: runs began with all of their images.
+            in_root, in_folder = ((base / listed.paths[0]).exists() for base in (root, folder))
+            folder = root if in_root and not in_folder else folder
         warn_of_loose_images(root)
         return cls(folder, options.with_labels, options.in_chans, options.value_range, options.listing)
 
@@ -74,16 +93,15 @@ class FolderSource(Source):
         return self.root / self._paths[index]
 
     def save_listing(self, file: Path) -> None:
-        """Write the sorted list of paths to a file, atomically, unless the file exists."""
-        if file.exists():
-            return
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"paths": [self._paths[i] for i in range(len(self))]}, indent=0))
-        os.replace(partial, file)
+        """Write the sorted list of paths, and the sizes in the fingerprint, unless they were read from there."""
+        if self._listed_sizes is None:
+            self._listed_sizes = list(self._sizes())
+            paths = [self._paths[i] for i in range(len(self))]
+            write_text(file, json.dumps({"paths": paths, "sizes": self._listed_sizes}, indent=0))
 
     def describe(self, index: int) -> str:
-        """The image's path; bytes that are not UTF-8 are escaped."""
-        return os.fsencode(self._path(index)).decode("utf-8", "backslashreplace")
+        """The image's path; bytes that are not UTF-8, and control characters, are escaped."""
+        return printable(os.fsencode(self._path(index)).decode("utf-8", "backslashreplace"))
 
     def open(self, index: int) -> OpenImage:
         """See :meth:`Source.open`. Avoids pathlib, which takes as long as opening the file."""
@@ -92,12 +110,37 @@ class FolderSource(Source):
     def _path(self, index: int) -> str:
         return os.path.join(self.name, self._paths[index])
 
+    def changes(self, fingerprint: str) -> Changes | None:
+        """See :meth:`Source.changes`. Only the images whose sizes are in the fingerprint are compared."""
+        if (same := super().changes(fingerprint)) is not None:
+            return same
+        if self._listed_sizes is None or self._hash(self._listed_sizes) != fingerprint:
+            return None
+        sampled = list(zip(self._sampled(), self._listed_sizes, self._sizes(), strict=True))
+        return Changes([self.describe(index) for index, before, now in sampled if before != now], len(sampled))
+
     def _identity(self) -> Iterable[str]:
+        return self._parts(self._sizes())
+
+    def _hash(self, sizes: Iterable[int]) -> str:
+        """The fingerprint for given sizes."""
+        return short_hash([str(len(self)), *self._parts(sizes)])
+
+    def _parts(self, sizes: Iterable[int]) -> Iterable[str]:
         """All names, and the sizes of some files: reading all sizes would take minutes on a network drive."""
         yield from (self._paths[i] for i in range(len(self)))
-        for index in np.linspace(0, len(self) - 1, min(len(self), _SIZES_IN_FINGERPRINT)).astype(int):
-            path = self.stored(int(index))
-            yield str(path.stat().st_size if path.exists() else -1)
+        yield from map(str, sizes)
+
+    def _sampled(self) -> list[int]:
+        return [int(i) for i in np.linspace(0, len(self) - 1, min(len(self), _SIZES_IN_FINGERPRINT)).astype(int)]
+
+    def _sizes(self) -> Iterable[int]:
+        """Bytes of the sampled files; -1 for one that is missing."""
+        for index in self._sampled():
+            try:
+                yield os.stat(self._path(index)).st_size
+            except OSError:
+                yield -1
 
 
 class _Strings:
@@ -120,41 +163,60 @@ class _Strings:
 def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Sorted relative paths, with "/", of the files below ``root`` that have one of the extensions.
 
-    Links are followed; a folder that was already visited is not entered again.
+    Links are followed; a folder that was already visited is not entered again. Links to nothing, and what is not a
+    regular file, are listed too, and are unreadable images.
 
     Raises:
-        ValueError: naming a folder that may not be read.
+        ValueError: naming a folder that cannot be read.
     """
-    return sorted(_walk(str(root), "", extensions, set()))
+    paths: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    pending = [(str(root), "")]
+    while pending:
+        folder, prefix = pending.pop()
+        with permission_checked(Path(folder)):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        folders = [entry for entry in visible if _is_folder(entry)]
+        pending += [(entry.path, f"{prefix}{entry.name}/") for entry in reversed(folders)]  # in order from the end
+        names = {entry.name for entry in folders}
+        paths += [prefix + e.name for e in visible if e.name not in names and e.name.lower().endswith(extensions)]
+    return sorted(paths)
 
 
-def _walk(folder: str, prefix: str, extensions: tuple[str, ...], seen: set[tuple[int, int]]) -> Iterator[str]:
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    except PermissionError:
-        raise ValueError(
-            f"no permission to read the folder {folder}: change its permissions, or move it away"
-        ) from None
-    for entry in visible:
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", extensions, seen)
-        elif entry.name.lower().endswith(extensions) and entry.is_file():
-            yield prefix + entry.name
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):  # a link to itself, or to a name that is too long
+        return entry.is_dir()
+    return False
 
 
-def _listed(root: Path, listing: Path | None, extensions: tuple[str, ...]) -> list[str]:
-    """The sorted paths: from the listing if it exists, else from a walk."""
-    if listing is not None and listing.exists():
-        try:
-            return list(json.loads(listing.read_text())["paths"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{listing} is not a list of images: delete it, and the folder is walked again") from None
-    return walk(root, extensions)
+class Listing(msgspec.Struct, forbid_unknown_fields=False):
+    """The images that a run began with: relative paths, and the sizes in the fingerprint (since version 0.2)."""
+
+    paths: list[str]
+    sizes: list[int] | None = None
+
+
+def read_listing(file: Path) -> Listing | None:
+    """The list of images of a run, or None if there is none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        name = f"{file} is not a list of images: delete it, and the folder is walked again"
+        listing = read_json(file, Listing, name)
+        if not listing.paths:
+            raise ValueError(f"{name} (it is empty)")
+        for path in listing.paths:
+            if os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
+                raise ValueError(f"{name} (it holds {printable(path)}, which may lie outside of the folder)")
+        return listing
+    return None
 
 
 def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -162,9 +224,15 @@ def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]
     loose = [path for path in paths if "/" not in path]
     if loose:
         raise ValueError(
-            f"{len(loose)} of {len(paths)} images lie in no class folder, {root / loose[0]} for one: "
-            f"with labels 'folder', put each class in a folder below {root}"
+            f"{len(loose)} of {len(paths)} images lie in no class folder, {printable(root / loose[0])} for one: "
+            f"with labels 'folder', put each class in a folder below {printable(root)}"
         )
     names = [path.split("/", 1)[0] for path in paths]
     classes, labels = np.unique(names, return_inverse=True)
+    if all(str(name).lower() in SPLIT_NAMES for name in classes):
+        parts = " and ".join(f"{name}/" for name in classes)
+        raise ValueError(
+            f"{printable(root)} holds only {parts}, which is a part of a set and not a class: "
+            f"give {printable(root / str(classes[0]))} itself"
+        )
     return labels.astype(np.int64), [str(name) for name in classes]

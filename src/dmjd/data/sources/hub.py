@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dmjd.data.sources.base import SourceOptions
 from dmjd.data.sources.paths import existing_path
-from dmjd.data.sources.tables import TableSource, first_line
+from dmjd.data.sources.tables import TableSource, check_cache, first_line
 
 _SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # the first that exists
 
@@ -45,14 +45,17 @@ class HubSource(TableSource):
             ValueError: if the hub or the set cannot be reached or has no such split; see also :class:`TableSource`.
         """
         import datasets  # slow to import
+        import huggingface_hub.constants as hub
 
+        check_cache()
         names = _split_names(data)
         split = next((name for name in _SPLITS[options.split] if name in names), None)
         if split is None:
             raise ValueError(f"{data} has no {options.split} split, only {', '.join(names)}: pass --test-data")
         with _hub_errors(data):
             table = datasets.load_dataset(data, split=split)
-        return cls(table, data, [(f"{data} ({split})", len(table))], Path(), options)
+        caches = [Path(folder) for folder in (datasets.config.HF_DATASETS_CACHE, hub.HF_HUB_CACHE)]
+        return cls(table, data, [(f"{data} ({split})", len(table))], Path(), options, caches)
 
 
 def _split_names(data: str) -> list[str]:

@@ -1,32 +1,85 @@
 """Find the splits of a path: train/ next to test/, or train.parquet next to test.parquet."""
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from dmjd.regular import irregular
+from dmjd.text import printable
+
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 
-_TEST_NAMES = ("test", "val", "valid", "validation")  # the first that exists is the test split
+_TRAIN_NAMES = ("train", "training")
 
-_SHARD_NAMES = {"train": ("train",), "test": _TEST_NAMES}
+_TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first that exists is the test split
+
+SPLIT_NAMES = _TRAIN_NAMES + _TEST_NAMES  # of folders, in small or capital letters
+
+_SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
 @contextlib.contextmanager
 def permission_checked(path: Path) -> Iterator[None]:
-    """Turn a PermissionError into a ValueError that names the folder."""
+    """Turn an OSError of a folder into a ValueError that names it."""
     try:
         yield
     except PermissionError:
-        raise ValueError(f"no permission to read the folder {path}: change its permissions, or use a copy") from None
+        raise ValueError(
+            f"no permission to read the folder {printable(path)}: change its permissions, or use a copy"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{_shortened(path)} can't be read ({(error.strerror or str(error)).lower()})") from None
+
+
+def expanded(data: str | Path) -> Path:
+    """``data`` as a path with ``~`` expanded.
+
+    Raises:
+        ValueError: if it is empty, or there is no such user.
+    """
+    if not str(data).strip():
+        raise ValueError("the path of the images is empty: give a folder of images, a .parquet file or a set name")
+    try:
+        return Path(data).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{_shortened(data)}: there is no such user, whose home folder ~ could stand for") from None
 
 
 def existing_path(data: str) -> Path | None:
-    """``data`` as a path with ``~`` expanded, or None if there is no such file or folder."""
-    path = Path(data).expanduser()
+    """``data`` as a path with ``~`` expanded, or None if there is no such file or folder.
+
+    Raises:
+        ValueError: if it is neither a file nor a folder, or cannot be looked at.
+    """
+    path = expanded(data)
+    if "\0" in data:
+        return None
     with permission_checked(path):
-        return path if path.exists() else None
+        if not path.exists():
+            if path.is_symlink():
+                raise ValueError(f"{_shortened(path)} is a link to nothing, or to itself")
+            return None
+        if not path.is_dir() and (kind := irregular(path)):
+            raise ValueError(f"{_shortened(path)} is {kind}: give a folder of images or a .parquet file")
+        return path
+
+
+def _shortened(path: str | Path) -> str:
+    text = printable(path)
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
+
+
+def path_inside(root: Path, folder: Path, name: str) -> str | None:
+    """The path of ``name`` below ``folder``, or None if it leads out of ``root``.
+
+    A name that stands in a file may come from others: ``..`` and absolute paths could point to any file. Links below
+    the root, which its owner made, are followed.
+    """
+    path, top = (os.path.abspath(os.path.join(p, n)) for p, n in ((folder, name), (root, "")))
+    return path if path.startswith(os.path.join(top, "")) and "\0" not in name else None
 
 
 def split_tables(path: Path, split: str) -> list[Path]:
@@ -40,6 +93,9 @@ def split_tables(path: Path, split: str) -> list[Path]:
     with permission_checked(path):
         folders = _split_folders(path)
         tables = _tables(folders[split] if folders else path)
+        for table in tables:
+            if kind := irregular(table):
+                raise ValueError(f"{printable(table)} is {kind}, not a file: move it away")
     if folders:
         return tables
     splits = {name: [t for t in tables if _shard_of(t, names)] for name, names in _SHARD_NAMES.items()}
@@ -57,7 +113,9 @@ def split_folder(path: Path, split: str) -> Path | None:
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return None
-        raise ValueError(f"{path} is a single file: give the folder of images it lies in, or a .parquet file")
+        raise ValueError(
+            f"{printable(path)} is a single file: give the folder of images it lies in, or a .parquet file"
+        )
     with permission_checked(path):
         folders = _split_folders(path)
     if folders:
@@ -67,26 +125,42 @@ def split_folder(path: Path, split: str) -> Path | None:
 
 def warn_of_loose_images(root: Path) -> None:
     """Warn about images next to train/ and test/, since they are in neither."""
-    loose = (
-        [entry.name for entry in root.iterdir() if entry.suffix.lower() in EXTENSIONS] if _split_folders(root) else []
-    )
+    folders = _split_folders(root)
+    if not folders:
+        return
+    loose = [entry.name for entry in root.iterdir() if entry.suffix.lower() in EXTENSIONS and not entry.is_dir()]
     if loose:
-        warnings.warn(f"{len(loose)} images next to {root / 'train'} are in no split and are left out", stacklevel=4)
+        where = printable(folders["train"])
+        warnings.warn(f"{len(loose)} images next to {where} are in no split and are left out", stacklevel=4)
 
 
 def _shard_of(table: Path, names: tuple[str, ...]) -> bool:
     """Whether a file is named after a split: train.parquet, train-00000-of-00002.parquet."""
-    return re.split(r"[-_.]", table.stem)[0] in names
+    return re.split(r"[-_.]", table.stem.lower())[0] in names
 
 
 def _tables(folder: Path) -> list[Path]:
     """The parquet files of a folder, or of its data/ folder, as in hub repositories."""
-    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    return _visible_tables(folder) or _visible_tables(folder / "data")
+
+
+def _visible_tables(folder: Path) -> list[Path]:
+    return sorted(t for t in folder.glob("*.parquet") if not t.name.startswith(".") and not t.is_dir())
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """train/ and test/ (or val/) below root, if both exist."""
-    test = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
-    if test is None or not (root / "train").is_dir():
-        return {}
-    return {"train": root / "train", "test": test}
+    """train/ and test/ (or val/, ...) below root, also as Train/ or TRAIN/, if both exist."""
+    train, test = (
+        next((folder for name in names if (folder := _folder_named(root, name))), None)
+        for names in (_TRAIN_NAMES, _TEST_NAMES)
+    )
+    return {"train": train, "test": test} if train is not None and test is not None else {}
+
+
+def _folder_named(root: Path, name: str) -> Path | None:
+    """The folder of this name in small or capital letters; looked up, since listing a million files takes long."""
+    spelled = [folder for n in (name, name.capitalize(), name.upper()) if (folder := root / n).is_dir()]
+    for other in spelled[1:]:
+        if not other.samefile(spelled[0]):
+            raise ValueError(f"{printable(root)} has both {spelled[0].name}/ and {other.name}/: rename one of them")
+    return spelled[0] if spelled else None

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
-from dmjd.data.sources.paths import EXTENSIONS, existing_path, permission_checked
+from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
+from dmjd.text import printable
 
 # The kinds of sources, in order of precedence: the first that matches is opened. Names win over paths.
 SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, FolderSource, HubSource)
@@ -35,9 +37,9 @@ def open_source(
 
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
-            them; or the name of a Hugging Face dataset. Names win over folders: write "./digits" for a folder.
-            A folder with train/ and test/ (or val/), or train.parquet and test.parquet (or shards of such names),
-            gives both splits.
+            them; or the name of a Hugging Face dataset. Names win over folders: write "./digits" for a folder, or give
+            a Path. A folder with train/ and test/ (or val/; capital letters do not matter), or train.parquet and
+            test.parquet (or shards of such names), gives both splits.
         split: "train" or "test".
         labels: "none"; "folder", the first folder below the root; or "column" of a table. Digits and torchvision sets
             are always labeled.
@@ -49,7 +51,7 @@ def open_source(
         ValueError: saying what is wrong with ``data`` and how to fix it.
     """
     _check_options(split, labels, in_chans)
-    name = str(data)
+    name = _named(data)
     kind = _find(name, split)
     if kind is None:
         raise ValueError(
@@ -65,6 +67,11 @@ def open_source(
         raise ValueError(
             f"labels '{labels}' does not fit {name}, which is {kind.kind}: pass --labels {kind.label_option}"
         )
+    if name in kind.names and os.path.isdir(name):
+        warnings.warn(
+            f"'{name}' is {kind.kind} here, not the folder {name}/ that lies in this folder: write ./{name} for that",
+            stacklevel=2,
+        )
     return kind.from_data(name, SourceOptions(split, labels, in_chans, value_range, listing, masks))
 
 
@@ -74,15 +81,20 @@ def has_split(data: str | Path, split: str) -> bool:
     Raises:
         ValueError: if a path does not exist.
     """
-    kind = _find(str(data), split)
-    return kind is not None and kind.has_split(str(data), split)
+    name = _named(data)
+    kind = _find(name, split)
+    return kind is not None and kind.has_split(name, split)
 
 
 def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
-    if data in _names() or not Path(data).expanduser().exists():
-        return data
-    return os.path.abspath(Path(data).expanduser())
+    path = os.path.expanduser(data)
+    return os.path.abspath(path) if data.strip() and data not in _names() and os.path.exists(path) else data
+
+
+def _named(data: str | Path) -> str:
+    """A name or path as a string; a Path is never the name of a set."""
+    return os.path.join(".", data) if isinstance(data, Path) and str(data) in _names() else str(data)
 
 
 def align_labels(train: Source, test: Source) -> np.ndarray:
@@ -98,7 +110,8 @@ def align_labels(train: Source, test: Source) -> np.ndarray:
     index_of = {name: index for index, name in enumerate(train.classes)}
     unknown = [test.classes[i] for i in np.unique(test.labels) if test.classes[i] not in index_of]
     if unknown:
-        raise ValueError(f"classes of {test.name} that {train.name} does not have: {', '.join(unknown[:10])}")
+        theirs, known = (", ".join(map(printable, names[:10])) for names in (unknown, train.classes))
+        raise ValueError(f"classes of {test.name} that {train.name} does not have: {theirs}; it has {known}")
     return np.array([index_of.get(name, -1) for name in test.classes], dtype=np.int64)[test.labels]
 
 
@@ -121,7 +134,7 @@ def _find(data: str, split: str) -> type[Source] | None:
 
 def _check_spelling(data: str, is_name: bool) -> None:
     """Raise an error for a misspelled path or name, which could be mistaken for the name of a remote set."""
-    path = Path(data).expanduser()
+    path = expanded(data)
     with permission_checked(path):
         nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if path.parent == Path():
@@ -130,8 +143,9 @@ def _check_spelling(data: str, is_name: bool) -> None:
     known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet")
     beside_files = path.parent != Path() and path.parent.is_dir()
     if close or known_ending or beside_files or not is_name:
-        hint = f"did you mean {path.parent / close[0]}?" if close else "give a folder of images or a .parquet file"
-        raise ValueError(f"there is no {data}: {hint}")
+        other = printable(path.parent / close[0]) if close else ""
+        hint = f"did you mean {other}?" if close else "give a folder of images or a .parquet file"
+        raise ValueError(f"there is no {printable(data)}: {hint}")
 
 
 def _check_options(split: str, labels: str, in_chans: int) -> None:

@@ -4,25 +4,25 @@ A mask is an image with one number per pixel: gray or palette PNG, TIFF, BMP, GI
 0, 1, 2, ... without the ignored ones.
 """
 
-import io
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
+from dmjd.data.sources.paths import expanded, permission_checked
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.workers import available_cores
+from dmjd.images.class_numbers import read_mask
 from dmjd.images.decoding import ImageLike
 from dmjd.images.stored import UnreadableImage
-
-MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "JPEG")  # JPEG to say why not
+from dmjd.text import printable
 
 MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # lossless formats
 
@@ -140,60 +140,6 @@ class SegmentationSource(Source):
         return f"{self.images.fingerprint()}-{self.masks.fingerprint()}"
 
 
-def read_mask(stored: ImageLike, name: str) -> np.ndarray:
-    """Decode a mask: [H, W] of integers from 0 to 65535. The colors of a palette are ignored.
-
-    Raises:
-        UnreadableImage: unless it holds one number per pixel.
-    """
-    try:
-        array = _mask_values(stored)
-    except UnreadableImage as error:
-        raise UnreadableImage(name, error.reason) from None
-    except Exception as error:  # decoders raise nearly every built-in exception
-        raise UnreadableImage(name, f"damaged or unsupported ({str(error)[:120] or type(error).__name__})") from None
-    if array.ndim == 3 and (array[..., :1] == array[..., : min(3, array.shape[2])]).all():
-        array = array[..., 0]  # one number in three equal channels
-    if array.ndim != 2:
-        raise UnreadableImage(name, "it is in color: a mask needs one number per pixel, as in a gray or palette PNG")
-    if array.dtype.kind not in "uib" or int(array.min()) < 0 or int(array.max()) >= _MOST_NUMBERS:
-        raise UnreadableImage(
-            name, f"values of type {array.dtype} outside 0..{_MOST_NUMBERS - 1} cannot number classes"
-        )
-    return array.astype(np.uint8) if array.dtype == bool else array
-
-
-def _mask_values(stored: ImageLike) -> np.ndarray:
-    if isinstance(stored, np.ndarray):
-        return stored
-    if isinstance(stored, Image.Image):
-        return np.asarray(stored)
-    if not isinstance(stored, bytes) and str(stored).lower().endswith(".npy"):
-        return np.load(stored, allow_pickle=False)
-    with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored, formats=MASK_FORMATS) as image:
-        if image.format == "JPEG":
-            raise UnreadableImage(
-                "", "it is a JPEG, which changes the numbers: masks need a lossless format such as PNG"
-            )
-        # Pillow spreads gray values of 2 and 4 bits over 0..255.
-        step = 255 // (2 ** _gray_bits(image) - 1) if image.mode == "L" else 1
-        values = np.asarray(image)
-    return values[..., :-1] if image.mode in ("LA", "RGBA") else values // step
-
-
-def _gray_bits(image: Any) -> int:
-    """Bits of a gray value as stored in an opened PNG or TIFF file, before it is loaded; 8 for other formats."""
-    if image.format == "TIFF":
-        return int(image.tag_v2.get(258, (8,))[0])
-    if image.format != "PNG":
-        return 8
-    at = image.fp.tell()
-    image.fp.seek(24)
-    bits = image.fp.read(1)[0]
-    image.fp.seek(at)
-    return bits
-
-
 def open_segmentation(
     data: str | Path, split: str, *, in_chans: int = 3, value_range: tuple[float, float] | None = None
 ) -> SegmentationSource:
@@ -210,7 +156,7 @@ def open_segmentation(
         ValueError: if the data has none of these layouts, or an image has no mask.
     """
     options = {"in_chans": in_chans, "value_range": value_range}
-    root = Path(data).expanduser()
+    root = expanded(data)
     folders = _find_folders(root, split)
     if folders is not None:
         images = FolderSource(folders[0], **options)  # type: ignore[arg-type]
@@ -224,21 +170,19 @@ def open_segmentation(
 
 def has_segmentation_split(data: str | Path, split: str) -> bool:
     """Whether :func:`open_segmentation` finds this split."""
-    root = Path(data).expanduser()
+    root = expanded(data)
     folders = {name: _find_folders(root, name) for name in ("train", "test")}
     return folders[split] is not None if any(folders.values()) else has_split(data, split)
 
 
 def _find_folders(root: Path, split: str) -> tuple[Path, Path] | None:
     """The folders of images and masks of a split, or None. Folders without parts are for training."""
-    for part in _FOLDERS[split]:
-        for layout in _LAYOUTS:
-            images, masks = (root / folder for folder in layout(part))
-            if images.is_dir() and masks.is_dir():
-                return images, masks
-    for folders in _LAYOUTS_WITHOUT_PARTS if split == "train" else ():
-        if all((root / folder).is_dir() for folder in folders):
-            return root / folders[0], root / folders[1]
+    layouts = [layout(part) for part in _FOLDERS[split] for layout in _LAYOUTS]
+    layouts += _LAYOUTS_WITHOUT_PARTS if split == "train" else ()
+    with permission_checked(root):
+        for images, masks in layouts:
+            if (root / images).is_dir() and (root / masks).is_dir():
+                return root / images, root / masks
     return None
 
 
@@ -310,11 +254,14 @@ def resolve_classes(
     counted = [(source, *count_numbers(source)) for source in (train, test)]
     present = [number for number in sorted(counted[0][2]) if number not in ignored]
     if len(present) < 2:
-        numbers = f"only the number {present[0]}" if present else "only ignored numbers"
-        unlabeled = ", ".join(str(number) for number in sorted(counted[0][2]) if number in ignored)
-        hint = f", and {unlabeled}, which means no label: renumber it where it is a class" if unlabeled else ""
-        raise ValueError(f"the masks of {train.name} hold {numbers}{hint}: segmentation needs at least two classes")
+        raise ValueError(_too_few(train, present, sorted(set(counted[0][2]) - set(present))))
     names = _names(train, num_classes, present[-1] + 1 - sum(number <= present[-1] for number in ignored), ignored)
+    if num_classes is None and len(present) < len(names) / 2:
+        warnings.warn(
+            f"the masks of {train.name} hold {len(present)} of the {len(names)} numbers up to {present[-1]}, and each "
+            "number is a class: number the classes 0, 1, 2, ... to train without those that never occur",
+            stacklevel=3,
+        )
     class_map = ClassMap(names, tuple(ignored))
     for source, _, first in counted:
         _check_numbers(source, first, class_map)
@@ -322,15 +269,36 @@ def resolve_classes(
     return class_map
 
 
+def _too_few(train: SegmentationSource, present: list[int], unlabeled: list[int]) -> str:
+    numbers = f"only the number {present[0]}" if present else "only ignored numbers"
+    text = f"the masks of {train.name} hold {numbers}"
+    if unlabeled:
+        number = next(n for n in range(_MOST_NUMBERS) if n not in present and n not in unlabeled)
+        without = ", ".join(map(str, unlabeled))
+        text += f", and {without}, which means no label (--ignore-index): where it is a class, save it as {number}"
+    return f"{text}: segmentation needs at least two classes"
+
+
 def _names(train: SegmentationSource, given: int | None, counted: int, ignored: Sequence[int]) -> tuple[str, ...]:
     """Class names: from ``classes.txt``, else the numbers."""
     file = next(_class_files(train), None)
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] if file else []
+    lines = _lines(file) if file else []
     if lines and given is not None and len(lines) != given:
         raise ValueError(f"{file} names {len(lines)} classes, --num-classes is {given}: make them agree")
     if given is not None and given < 2:
         raise ValueError(f"num_classes must be at least 2, got {given}")
     return tuple(lines) or tuple(map(str, class_numbers(given or counted, ignored)))
+
+
+def _lines(file: Path) -> list[str]:
+    """The names in ``classes.txt``."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"{file} can't be read as UTF-8 text: it names one class per line") from None
+    if repeated := [line for line, count in Counter(lines).items() if count > 1]:
+        raise ValueError(f"{file} names the class {printable(repeated[0])} twice")
+    return lines
 
 
 def _class_files(train: SegmentationSource) -> Iterator[Path]:

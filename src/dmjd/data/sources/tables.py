@@ -4,21 +4,23 @@ The library keeps the encoded images in a memory-mapped Arrow file, which all wo
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import glob
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmjd.data.sources.base import Source, SourceOptions
-from dmjd.data.sources.paths import existing_path, split_tables, warn_of_loose_images
+from dmjd.data.sources.paths import existing_path, expanded, path_inside, split_tables, warn_of_loose_images
+from dmjd.data.sources.table_labels import column_labels
 from dmjd.images.stored import UnreadableImage
+from dmjd.text import printable
 
 _IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
 
 _MASK_NAMES = ("annotation", "mask", "segmentation", "semantic_mask", "label", "labels", "masks", "annotations")
-
-_LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 
 
 class TableSource(Source):
@@ -31,6 +33,7 @@ class TableSource(Source):
             read from, in order; one entry for a set from the hub.
         folder: folder that image paths are relative to.
         options: how to open the table. With ``masks``, the masks are read, a second column of encoded images.
+        roots: folders that no image path may lead out of; none: ``folder``.
 
     Raises:
         ValueError: if a required image, mask or label column is missing, or a row has no label.
@@ -39,37 +42,54 @@ class TableSource(Source):
     can_hold_masks = True
 
     def __init__(
-        self, table: Any, name: str, files: list[tuple[str, int]], folder: Path, options: SourceOptions
+        self,
+        table: Any,
+        name: str,
+        files: list[tuple[str, int]],
+        folder: Path,
+        options: SourceOptions,
+        roots: Sequence[Path] = (),
     ) -> None:
         self.name, self.in_chans, self.value_range = name, options.in_chans, options.value_range
-        self._files, self._folder = files, folder
+        self._files, self._folder, self._roots = files, folder, tuple(roots) or (folder,)
         self._ends = np.cumsum([rows for _, rows in files])
         self.classes: list[str] = []
-        if options.with_labels:
-            self.labels, self.classes = _column_labels(table, name)
-        self._column = _mask_column(table, name) if options.masks else _image_column(table, name)
-        self._table = table.select_columns([self._column]).with_format("arrow")
-        if not len(self):
+        if not len(table):
             raise ValueError(f"{name} has no rows")
+        self._column = _mask_column(table, name) if options.masks else _image_column(table, name)
+        if options.with_labels:
+            self.labels, self.classes = column_labels(table, name, self._column)
+        self._table = table.select_columns([self._column]).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def stored(self, index: int) -> bytes | Path:
-        """The encoded image, or its path if the table has only that."""
+    def stored(self, index: int) -> bytes | str:
+        """The encoded image, or its path if the table has only that.
+
+        Raises:
+            UnreadableImage: if the row holds neither, or the path leads out of the folder of the table.
+        """
         value = self._table[index][self._column][0].as_py()
-        if isinstance(value, bytes):
-            return value
-        if value and value.get("bytes") is not None:
-            return value["bytes"]
-        if value and value.get("path"):
-            return self._folder / value["path"]
-        raise UnreadableImage(self.describe(index), "the row holds no image")
+        if isinstance(value, dict):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+            if isinstance(value, str) and value:
+                inside = (path_inside(root, self._folder, value) for root in self._roots)
+                if path := next((path for path in inside if path), None):
+                    return path
+                path = printable(value)[:80]
+                raise UnreadableImage(
+                    self.describe(index),
+                    f"its path {path} leads out of {self._roots[0]}: store the images in the table, or below that",
+                )
+        if not isinstance(value, bytes):
+            raise UnreadableImage(self.describe(index), "the row holds no image")
+        return value
 
     def describe(self, index: int) -> str:
         """Row, counted from 0, and file."""
         file = int(np.searchsorted(self._ends, index, side="right"))
-        return f"row {index - (self._ends[file - 1] if file else 0)} of {self._files[file][0]}"
+        return f"row {index - (self._ends[file - 1] if file else 0)} of {printable(self._files[file][0])}"
 
     def _identity(self) -> Iterable[str]:
         return (f"{name} {rows}" for name, rows in self._files)
@@ -98,7 +118,7 @@ class ParquetSource(TableSource):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        root = Path(data).expanduser()
+        root = expanded(data)
         files = split_tables(root, options.split)
         if root.is_dir():
             warn_of_loose_images(root)
@@ -107,13 +127,16 @@ class ParquetSource(TableSource):
             try:
                 rows.append((file.name, pq.read_metadata(file).num_rows))
             except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(f"{file} can't be read as parquet ({first_line(error)})") from None
+                raise ValueError(f"{printable(file)} can't be read as parquet ({first_line(error)})") from None
+        if not sum(count for _, count in rows):
+            raise ValueError(f"{data} has no rows")
+        check_cache()
         try:
             with _no_progress_bar():
-                table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+                table = datasets.load_dataset("parquet", data_files=[_escaped(f) for f in files], split="train")
         except Exception as error:  # the library wraps errors in many types of its own
             raise ValueError(f"{data} can't be read: {first_line(error.__cause__ or error)}") from None
-        return cls(table, data, rows, files[0].parent, options)
+        return cls(table, data, rows, files[0].parent, options, [root if root.is_dir() else root.parent])
 
 
 @contextlib.contextmanager
@@ -130,6 +153,31 @@ def _no_progress_bar() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def check_cache() -> None:
+    """Check that the ``datasets`` library can write its cache, which its own messages do not name.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"tables are cached in {cache}, which can't be written ({(error.strerror or str(error)).lower()}): "
+            "set HF_HOME to a folder that can be"
+        ) from None
+
+
+def _escaped(file: Path) -> str:
+    """A path without special characters for the library, which takes it for a pattern."""
+    return glob.escape(str(file))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -139,11 +187,15 @@ def _encoded_columns(table: Any) -> list[str]:
     """The columns of encoded images, by their Arrow type."""
     import pyarrow as pa
 
+    def is_bytes(kind: Any) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
     def holds_images(column: str) -> bool:
         kind = table.data.schema.field(column).type
-        if pa.types.is_struct(kind):
-            return any(field.name == "bytes" for field in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        if not pa.types.is_struct(kind):
+            return is_bytes(kind)
+        # Without any bytes, the images are files, whose paths are in another field.
+        return any(f.name == "bytes" and (is_bytes(f.type) or pa.types.is_null(f.type)) for f in kind)
 
     return [column for column in table.column_names if holds_images(column)]
 
@@ -169,24 +221,3 @@ def _mask_column(table: Any, name: str) -> str:
         columns = ", ".join(table.column_names)
         raise ValueError(f"{name} has no column of encoded masks ({', '.join(_MASK_NAMES)}); it has {columns}")
     return (named + others)[0]
-
-
-def _column_labels(table: Any, name: str) -> tuple[np.ndarray, list[str]]:
-    """[n] int64 labels and class names, from the declared label column or the first with a usual name."""
-    import datasets
-
-    declared = [c for c, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
-    usual = [c for c in _LABEL_NAMES if c in table.column_names]
-    candidates = [c for c in usual if c in declared] + usual + declared
-    if not candidates:
-        columns = ", ".join(table.column_names)
-        raise ValueError(f"{name} has no label column ({', '.join(_LABEL_NAMES)}); it has {columns}")
-    chosen = candidates[0]
-    column = table.data.column(chosen)
-    values = column.to_numpy()
-    if column.null_count or (values.dtype.kind in "iu" and values.min(initial=0) < 0):
-        raise ValueError(f"{name}: some rows have no label in column '{chosen}'")
-    if chosen in declared and values.dtype.kind in "iu":
-        return values.astype(np.int64), list(table.features[chosen].names)
-    classes, labels = np.unique(values, return_inverse=True)
-    return labels.astype(np.int64), [str(value) for value in classes]

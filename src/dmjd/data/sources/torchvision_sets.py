@@ -31,6 +31,7 @@ class NamedSource(Source):
     """
 
     names = tuple(NAMED_SETS)
+    kind = "a set that torchvision downloads"
 
     def __init__(
         self, name: str, split: str = "train", in_chans: int = 3, value_range: tuple[float, float] | None = None
@@ -78,7 +79,9 @@ def _download(name: str, split: str) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         return getattr(torchvision.datasets, kind)(folder, download=True, **(train if split == "train" else test))
     except Exception as error:  # network, disk or a damaged archive, each with types of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        own = f"write ./{name} for the folder {name}/ that lies here" if os.path.isdir(name) else ""
         raise ValueError(
-            f"{name} can't be loaded from {folder} or downloaded ({str(error) or type(error).__name__}): "
-            "check the network, or give --data a folder or a .parquet file"
+            f"{name} can't be loaded from {folder} or downloaded ({reason}): "
+            f"{own or 'check the network, or give --data a folder or a .parquet file'}"
         ) from None

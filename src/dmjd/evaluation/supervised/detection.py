@@ -245,7 +245,7 @@ class Detection(DenseEvaluation):
         metric = MeanAveragePrecision(iou_type=types, class_metrics=True, backend="pycocotools")
         for examples in self.read(rows):
             predictions = predict(task, [example.image for example in examples])
-            metric.update(predictions, [_ground_truth(example.target) for example in examples])
+            metric.update(predictions, [ground_truth(example.target) for example in examples])
         values = metric.compute()
         result = average_precisions(values, "bbox_" if task.masks else "", self.train.classes)
         return result | ({"mask": average_precisions(values, "segm_", self.train.classes)} if task.masks else {})
@@ -269,10 +269,14 @@ class Detection(DenseEvaluation):
         }
 
 
-def _ground_truth(target: Instances) -> dict[str, Tensor]:
+def ground_truth(target: Instances) -> dict[str, Tensor]:
     """Objects of an image, as torchmetrics expects them."""
     objects = {"boxes": target.boxes, "labels": target.labels, "iscrowd": target.crowd.long()}
-    return objects | ({"masks": target.masks.bool()} if target.masks is not None else {})
+    if target.masks is not None:
+        objects["masks"] = target.masks.bool()
+    if target.areas is not None:
+        objects["area"] = target.areas
+    return objects
 
 
 def detection(run: str | Path, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""A run goes on after unreadable images were repaired or removed, with the list of images it began with."""
+
+import json
+import shutil
+
+import pytest
+from image_sets import first_values, save
+from support import TINY, metrics
+
+from dmjd.cli.main import main
+from dmjd.data.recheck import recheck
+from dmjd.data.sources.registry import open_source
+from dmjd.data.unreadable import MISSING, UnreadableImages
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A folder of 24 images of which 13 are damaged, its list, and fingerprint and reports of a run on it."""
+    root, listing = tmp_path / "set", tmp_path / "files.txt"
+    for i in range(24):
+        save(root / f"{i:02d}.png", i)
+        if i >= 11:
+            (root / f"{i:02d}.png").write_bytes(b"damaged")
+    source = open_source(root)
+    source.save_listing(listing)
+    reports = [(source.describe(i), "not an image in a known format") for i in range(11, 23)]  # the last was not met
+    return root, listing, source.fingerprint(), reports
+
+
+def test_repaired_and_removed_images_do_not_count(begun):
+    root, listing, fingerprint, reports = begun
+    warnings = []
+    unchanged = recheck(open_source(root, listing=listing), fingerprint, reports, warnings.append)
+    assert (unchanged.reports, warnings) == (reports, [])
+    with pytest.raises(ValueError, match="12 of 24 images can't be read"):
+        unchanged.check(None, 24, unchanged.cure)
+    for i in range(11, 15):
+        save(root / f"{i:02d}.png", i)
+    for i in range(15, 23):
+        (root / f"{i:02d}.png").unlink()
+    source = open_source(root, listing=listing)
+    assert len(source) == 24  # the order stays
+    now = recheck(source, fingerprint, reports, warnings.append)
+    assert now.reports == reports[4:]
+    now.add([(source.describe(i), MISSING) for i in range(15, 23)])
+    now.check(0, 24)  # none counts
+    assert warnings == []
+    save(root / "23.png", 23)  # repaired before the run met it
+    recheck(open_source(root, listing=listing), fingerprint, reports, warnings.append)
+    assert len(warnings) == 1
+    assert "at least 1 image(s) have changed since the run began" in warnings[0]
+    assert "23.png" in warnings[0]
+
+
+def test_another_set_is_refused(begun):
+    root, listing, fingerprint, reports = begun
+    for i in range(24):
+        save(root / f"{i:02d}.png", i, (40, 50))
+    with pytest.raises(ValueError, match="are not those this run began with"):
+        recheck(open_source(root, listing=listing), fingerprint, [], print)
+    recheck(open_source(root, listing=listing), fingerprint, reports, print)  # half of them were known as damaged
+    with pytest.raises(ValueError, match="are not those this run began with"):
+        recheck(open_source(root), fingerprint, reports, print)  # without the list the sizes are not known
+    content = json.loads(listing.read_text())
+    listing.write_text(json.dumps(content | {"paths": content["paths"][1:]}))
+    with pytest.raises(ValueError, match="are not those this run began with"):
+        recheck(open_source(root, listing=listing), fingerprint, reports, print)
+
+
+def test_the_cure_is_one_that_works(begun):
+    root, listing, fingerprint, reports = begun
+    record = recheck(open_source(root, listing=listing), fingerprint, reports, print)
+    assert record.cure == "Repair or remove them, or raise --max-unreadable; the same command goes on."
+    shutil.rmtree(root)
+    record.add([(f"{i}.png", MISSING) for i in range(30)])
+    assert record.cure.startswith("Repair or remove them")
+    assert UnreadableImages([("a.png", MISSING)]).cure.startswith("Put them back, or raise --max-unreadable")
+
+
+@pytest.mark.parametrize(("way", "every"), [("repair", 2), ("remove", 2), ("remove", 100)])
+def test_the_same_command_goes_on(tmp_path, capsys, way, every):
+    """With a checkpoint and without one."""
+    root = tmp_path / "set"
+    for i in range(40):
+        save(root / f"{i:02d}.png", i, (9 + i % 3, 9))
+    damaged = [root / f"{i:02d}.png" for i in range(0, 40, 3)]
+    command = ["pretrain", "folder", "--data", root, "--out", tmp_path / "run", *TINY, "--num-workers", 0]
+    command += ["--batch-size", 8, "--steps", 12, "--checkpoint-every", every]
+    for file in damaged:
+        file.write_bytes(b"damaged")
+    assert main(list(map(str, command))) == 2
+    assert "images can't be read, more than max_unreadable = 10" in capsys.readouterr().err
+    for file in damaged:
+        save(file, 1, (9, 9)) if way == "repair" else file.unlink()
+    assert main(list(map(str, command))) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 12
+    assert "are not those" not in capsys.readouterr().err
+    assert len(first_values(open_source(root))) == (40 if way == "repair" else 40 - len(damaged))
