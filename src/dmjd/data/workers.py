@@ -306,7 +306,10 @@ def _sharing_problem(error: Exception) -> str:
     if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
         cause, cure = "too many files are open", "raise ulimit -n"
     elif "No space left" in str(error):
-        cause, cure = "shared memory (/dev/shm) is full", "enlarge it (docker run --shm-size 8g), or lower --num-workers"
+        cause, cure = (
+            "shared memory (/dev/shm) is full",
+            "enlarge it (docker run --shm-size 8g), or lower --num-workers",
+        )
     else:
         cause, cure = f"shared memory cannot be used ({str(error).splitlines()[0]})", "check /dev/shm"
     return f"{cause}, so batches pass through pipes, which is slower; {cure}"
