@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Data flows one way: a file may import only from files before it in this list. Each folder is one entry.
 ORDER = [
     "text",
+    "streams",
     "suggest",
     "checked_json",
     "config",
