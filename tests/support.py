@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmjd.cli.main import MAX_ERROR_LINES, main
+from dmjd.cli.failures import MAX_ERROR_LINES
+from dmjd.cli.main import main
 from dmjd.encoders.registry import create_encoder
 from dmjd.evaluation.frozen.features import Features
 from dmjd.images.preprocess import Preprocess

@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "text",
     "regular",
+    "streams",
     "suggest",
     "checked_json",
     "config",

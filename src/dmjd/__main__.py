@@ -2,6 +2,9 @@
 
 import sys
 
-from dmjd.cli.main import main
+try:
+    from dmjd.cli.main import main
+except KeyboardInterrupt:  # Ctrl-C within the first moments
+    sys.exit(130)
 
 sys.exit(main())

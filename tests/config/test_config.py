@@ -167,7 +167,7 @@ def test_all_configurations_share_the_checks(config):
     assert config(seed=1).replace(seed=2) == config(seed=2)
     for changes, message in (
         ({"device": "gpu"}, "device must be one of auto, cpu, cuda"),
-        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"num_workers": -1}, "num_workers must lie between 0 and 256"),
         ({"sed": 1}, f"'{config.task}' does not take sed; did you mean 'seed'"),
         ({"seed": True}, "seed must be int"),
     ):

@@ -85,11 +85,11 @@ def monitor(labeled, tmp_path):
 
 
 def report(step: int, progress: float, scalars: dict[str, float] | None = None) -> Report:
-    return Report(TrainState(step=step), progress, scalars)
+    return Report(TrainState(step=step), progress, scalars, before=(step - 1) / 100)
 
 
 def test_ten_evaluations_per_run_if_no_interval_is_given(monitor):
-    monitor._next_evaluation = 1 / NUM_EVALS
+    assert NUM_EVALS == 10
     due = []
     for step in range(1, 101):
         if monitor.is_due(report(step, step / 100)):

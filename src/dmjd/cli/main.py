@@ -1,17 +1,21 @@
 """``dmjd ...``: the public functions as commands of the same names. Torch is not imported before a command runs."""
 
+import errno
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from dmjd import __version__
 from dmjd.cli.encoder import run_compare, run_embed, run_export, run_show
 from dmjd.cli.evaluate import run_evaluate
+from dmjd.cli.failures import report_failure
+from dmjd.cli.interruption import Interruption
 from dmjd.cli.pretrain import run_bench, run_pretrain
+from dmjd.streams import unfailing_standard_streams
 from dmjd.suggest import did_you_mean
-
-MAX_ERROR_LINES = 10
+from dmjd.text import printable
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pretrain": (run_pretrain, "train an encoder on unlabeled images"),
@@ -28,32 +32,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for a user error (a short message on stderr, no traceback); 130 after Ctrl-C outside of training. Training
-        saves its state and returns 0.
+        0; 2 for an error that the user or the machine can fix (a short message on stderr, no traceback); 1 for a bug,
+        whose traceback is written to a file; 128 plus the number of the signal after Ctrl-C, SIGTERM or SIGHUP outside
+        of training (130 for Ctrl-C). Training saves its state and returns 0.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if given[0] == "--version":
-        print(__version__)
-        return 0
-    warnings.formatwarning = _warning_line
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors; PyTorch reads it when it starts
-    try:
-        _run(*given)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
-    except (ValueError, FloatingPointError) as error:  # the latter: training diverged
-        print(_shortened(f"error: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    with (
+        Interruption(ends_process=arguments is None) as interruption,
+        unfailing_standard_streams() as (stdout, stderr),
+        warnings.catch_warnings(),
+    ):
+        warnings.showwarning = _show_warning
+        try:
+            _run(*given)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 2
+        except BaseException as error:
+            # After a signal any error may be its consequence: an import that was interrupted, for example.
+            if interruption.number or isinstance(error, KeyboardInterrupt):
+                print("interrupted; the same command resumes from the last checkpoint", file=stderr)
+                code = interruption.exit_code
+            else:
+                message, code = report_failure(error, given)
+                print(message, file=stderr)
+        stdout.flush()
+        if (failed := stdout.error) is not None and failed.errno not in (errno.EPIPE, errno.EBADF):
+            print(f"error: standard output cannot be written: {failed.strerror}", file=stderr)
+            code = code or 2
+        stdout.give_up()
+        stderr.give_up()
+    return code
 
 
-def _run(command: str, *arguments: str) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours without its place in the code, once a machine."""
+    if not category.__module__.startswith("dmjd."):
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        print(text, end="", file=sys.stderr if file is None else file)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def _run(command: str = "--help", *arguments: str) -> None:
+    if command in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if command == "--version":
+        print(__version__)
+        return
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS)
         raise ValueError(f"unknown command '{command}'{hint} Commands: {', '.join(COMMANDS)}")
@@ -76,15 +111,3 @@ def _overview() -> str:
             "  dmjd pretrain digits --out runs/first",
         ]
     )
-
-
-def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
-    """A warning without the line of code that gave it."""
-    return f"warning: {message}\n"
-
-
-def _shortened(message: str) -> str:
-    lines = message.splitlines()
-    if len(lines) > MAX_ERROR_LINES:
-        lines = [*lines[: MAX_ERROR_LINES - 1], f"... and {len(lines) - MAX_ERROR_LINES + 1} more lines"]
-    return "\n".join(lines)

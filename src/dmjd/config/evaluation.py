@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, MAX_SEED, Config, option
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, MAX_SEED, MAX_WORKERS, Config, option
 
 PROBE_EPOCHS = 90  # published length of a linear probe
 
@@ -19,7 +19,9 @@ class EvaluationConfig(Config):
     data: str | None = option(None, "training set; default the data of the run", COMMON)
     test_data: str | None = option(None, "test set of the same form; default the test part of --data", COMMON)
     out: str | None = option(None, "folder for evaluation/TASK.json; default the run folder", COMMON)
-    num_workers: int | None = option(None, "data loading processes; default by the number of cores", COMMON, ge=0)
+    num_workers: int | None = option(
+        None, "data loading processes; default by the number of cores", COMMON, ge=0, le=MAX_WORKERS
+    )
     seed: int = option(0, "seed of random weights, training and subsets", COMMON, ge=-MAX_SEED, le=MAX_SEED)
     device: str = option("auto", "device to evaluate on", COMMON, choices=DEVICES)
 

@@ -21,6 +21,8 @@ FEATURE_PRECISIONS = ("fp32", "bf16")
 
 MAX_SEED = 2**63 - 1  # 64 bits
 
+MAX_WORKERS = 256  # data loading processes; more would start for minutes and slow each other down
+
 FORMAT_VERSION = 1
 
 # Former name -> name of a setting. Files with former names are read; callers get an error with the new name.

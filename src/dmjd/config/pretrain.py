@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from dmjd.config.fields import DEVICES, LABELS, MAX_SEED, PRECISIONS, Config, option
+from dmjd.config.fields import DEVICES, LABELS, MAX_SEED, MAX_WORKERS, PRECISIONS, Config, option
 
 DEFAULT_BATCH_SIZE = 256
+
+MAX_VIEWS = 64  # each view is a forward pass of the encoder
 
 DURATIONS = ("epochs", "steps", "minutes")
 
@@ -53,7 +55,7 @@ class PretrainConfig(Config):
         None, "unreadable images to tolerate; default the larger of 10 and 1 % of the images", "data", resume=True, ge=0
     )
     num_workers: int | None = option(
-        None, "data loading processes; default by the number of cores", "data", resume=True, ge=0
+        None, "data loading processes; default by the number of cores", "data", resume=True, ge=0, le=MAX_WORKERS
     )
 
     encoder: str = option("conv_vit_base_patch16", "vit_* or conv_vit_*, tiny small base large", "encoder", common=True)
@@ -77,7 +79,7 @@ class PretrainConfig(Config):
     teacher_layers: int = option(1, "number of last teacher blocks to average", "method", ge=1)
     ema_layers: int | None = option(None, "target ema: number of last blocks to average; default half", "method", ge=1)
     ema_momentum: float = option(0.996, "target ema: initial momentum; rises to 1 over the run", "method", ge=0, le=1)
-    num_views: int = option(2, "masked views of each image (K)", "method", common=True, ge=1)
+    num_views: int = option(2, "masked views of each image (K)", "method", common=True, ge=1, le=MAX_VIEWS)
     mask_ratio: float = option(0.6, "fraction of the tokens masked in each view (c)", "method", common=True, gt=0, lt=1)
     pred_ratio: float | None = option(
         None,

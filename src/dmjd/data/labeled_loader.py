@@ -25,6 +25,7 @@ from torch import Tensor
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.cache import load_to_memory
 from dmjd.data.sources.base import Source
+from dmjd.data.sources.paths import DataWarning
 from dmjd.data.train_loader import Augment, Stream
 from dmjd.data.transforms import crop_resize
 from dmjd.data.unreadable import Report, UnreadableImages, read_or_replace
@@ -192,7 +193,9 @@ class LabeledBatches:
         first = start_step * self.config.accumulate
         try:
             for number, (images, labels, keys, unreadable) in zip(itertools.count(first), results, strict=False):
-                self.unreadable.add_and_warn(unreadable, functools.partial(warnings.warn, stacklevel=3))
+                self.unreadable.add_and_warn(
+                    unreadable, functools.partial(warnings.warn, category=DataWarning, stacklevel=3)
+                )
                 images, labels, keys = (x.to(fabric.device, non_blocking=True) for x in (images, labels, keys))
                 images, targets = self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
                 yield images, targets, keys

@@ -1,24 +1,67 @@
 """Worker processes that read images, on torch's DataLoader."""
 
 import atexit
+import contextlib
+import errno
+import multiprocessing
 import os
+import pickle
 import signal
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
+from dmjd.config.fields import MAX_WORKERS
 from dmjd.images.stored import UnreadableImage
 
 _MOST_WORKERS = 8
 
 _PREFETCH = 2  # batches per worker; they lie in shared memory, which is small in containers
 
+_POLL = 1  # seconds between checks of the workers while waiting for a batch
+
+_GRACE = 1.0  # seconds that a worker has to end by itself
+
+_FILES_PER_WORKER = 4 + 3 * _PREFETCH  # open in this process: pipes, and the tensors of its batches
+
+_SPARE_FILES = 32  # for everything else: images, checkpoints, logs
+
+TIMEOUT = "DMJD_TIMEOUT"  # environment variable
+
 Request = TypeVar("Request")
 
 Result = TypeVar("Result")
+
+
+class LoaderError(RuntimeError):
+    """Worker processes that died, or deliver nothing. The message says why, if that is known, and what to change."""
+
+
+class LoaderWarning(UserWarning):
+    """Images are read more slowly than they could be, because the machine limits something."""
+
+
+def wait_limit() -> float:
+    """The seconds after which a wait for data or for other processes without progress is an error.
+
+    Raises:
+        ValueError: if the environment variable ``DMJD_TIMEOUT``, in minutes, is not a positive number.
+    """
+    text = os.environ.get(TIMEOUT) or "10"
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return 60 * float(text)
+    raise ValueError(f"the environment variable {TIMEOUT} must be a number of minutes greater than 0, got '{text}'")
 
 
 def available_cores() -> int:
@@ -28,8 +71,10 @@ def available_cores() -> int:
 
 def auto_workers(world_size: int = 1) -> int:
     """Data loading processes per training process: the machine's cores divided by its training processes, at most 8."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size)
-    return max(1, min(available_cores() // max(1, local), _MOST_WORKERS))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if world_size > 1 and not local.isdigit():  # a single process may be part of a SLURM job of many tasks
+        local = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    return max(1, min(available_cores() // max(1, int(local) if local.isdigit() else world_size), _MOST_WORKERS))
 
 
 def auto_workers_once(num_images: int, few: int) -> int:
@@ -42,70 +87,259 @@ def read_batches(
 ) -> Iterator[Result]:
     """Yield ``read(request)`` for each request, in order.
 
+    Where the limit of open files or of processes allows fewer workers, fewer read, or this process does; where shared
+    memory is full, as in containers that have little of it, batches pass through pipes. Both with a warning.
+
     Args:
         read: picklable; returns tensors in tuples.
         requests: may be endless; each goes to one worker.
-        num_workers: 0: read in this process. Workers end when the iterator is closed, dropped or exhausted.
+        num_workers: 0: read in this process. Workers end when the iterator is closed, dropped or exhausted, and soon
+            after this process does, whatever ended it.
         pin_memory: return tensors in page-locked memory, which is copied to the GPU asynchronously.
 
     Raises:
-        UnreadableImage: if ``read`` raises it.
+        UnreadableImage, OSError, MemoryError: if ``read`` raises it.
+        LoaderError: if a worker was killed, or none delivered a batch for :func:`wait_limit` seconds.
+        ValueError: for a number of workers out of bounds.
     """
-    if num_workers == 0:
+    if not 0 <= num_workers <= MAX_WORKERS:
+        raise ValueError(f"num_workers must lie between 0 and {MAX_WORKERS}, got {num_workers}")
+    requests = iter(requests)
+    workers = None
+    if num_workers := _allowed_workers(num_workers):
+        try:
+            workers = _Workers(read, requests, num_workers, pin_memory)
+        except OSError as error:  # no memory for another process, too many of them, no semaphores, ...
+            _warn(f"data loading processes cannot start ({error.strerror or error}); images are read without them")
+    if workers is None:
         for request in requests:
             yield read(request)
         return
-    loader: DataLoader[Any] = DataLoader(
-        _Batches(read),  # type: ignore[arg-type]
-        batch_sampler=requests,  # type: ignore[arg-type]
-        num_workers=num_workers,
-        prefetch_factor=_PREFETCH,
-        collate_fn=_unchanged,
-        worker_init_fn=_start_worker,
-        pin_memory=pin_memory,
-        # Without it the loader would draw a seed from the global generator, which dropout and drop path use.
-        generator=torch.Generator().manual_seed(0),
-    )
-    running = [iter(loader)]  # the only reference: dropping it ends the workers
-    # At exit, multiprocessing would send a SIGTERM, which workers ignore, and wait. This runs earlier.
-    atexit.register(running.clear)
-    try:
+    with contextlib.closing(workers):
         while True:
             try:
-                batch = next(running[0])
+                batch = workers.next()
             except StopIteration:
                 return
-            if isinstance(batch, UnreadableImage):
-                raise batch
             yield batch
+
+
+def _allowed_workers(num_workers: int) -> int:
+    """The number of workers that the limit of open files allows; raises the limit where the system permits it."""
+    try:
+        import resource  # Unix only
+
+        used = len(os.listdir("/proc/self/fd"))
+    except (ImportError, OSError):
+        return num_workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = used + _SPARE_FILES + num_workers * _FILES_PER_WORKER
+    if soft in (resource.RLIM_INFINITY, -1) or needed <= soft:
+        return num_workers
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if allowed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    fitting = max(0, (allowed - used - _SPARE_FILES) // _FILES_PER_WORKER)
+    if fitting < num_workers:
+        _warn(
+            f"the limit of {allowed} open files allows {fitting} of {num_workers} data loading processes; raise it "
+            "with ulimit -n"
+        )
+    return min(fitting, num_workers)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, LoaderWarning, stacklevel=3)
+
+
+class _Workers(Generic[Request, Result]):
+    """Running worker processes.
+
+    Raises:
+        OSError: if they cannot be started.
+    """
+
+    def __init__(
+        self, read: Callable[[Request], Result], requests: Iterator[Request], num_workers: int, pin_memory: bool
+    ) -> None:
+        self._num_workers = num_workers
+        self._warned: set[str] = set()
+        # Workers watch one end of a pipe: they end when the other one is closed, by this process or by its death.
+        watched, self._lifeline = multiprocessing.Pipe(duplex=False)
+        loader: DataLoader[Any] = DataLoader(
+            _Batches(read),  # type: ignore[arg-type]
+            batch_sampler=requests,  # type: ignore[arg-type]
+            num_workers=num_workers,
+            prefetch_factor=_PREFETCH,
+            collate_fn=_unchanged,
+            worker_init_fn=_Start(watched, self._lifeline),
+            pin_memory=pin_memory,
+            timeout=_POLL,
+            # Without it the loader would draw a seed from the global generator, which dropout and drop path use.
+            generator=torch.Generator().manual_seed(0),
+        )
+        others = set(multiprocessing.active_children())
+        try:
+            with _without_child_signal():
+                self._running = [iter(loader)]  # the only reference: dropping it ends the workers
+        except OSError as error:
+            self._lifeline.close()
+            _drop_frames(error)
+            raise
+        finally:
+            watched.close()
+        self._processes: list[BaseProcess] = list(set(multiprocessing.active_children()) - others)
+        # At exit, multiprocessing would send a SIGTERM, which workers ignore, and wait. This runs earlier.
+        atexit.register(self.close)
+
+    def next(self) -> Result:
+        """The next batch; StopIteration after the last one."""
+        waited = 0.0  # counted, not measured: a suspended process must not take its sleep for a stall
+        while True:
+            try:
+                batch, problem = next(self._running[0])
+                break
+            except RuntimeError as error:
+                if dead := [p for p in self._processes if p.exitcode]:
+                    raise LoaderError(_cause_of_death(dead[0])) from None
+                if "timed out" not in str(error):
+                    raise
+            waited += _POLL
+            if waited >= wait_limit():
+                self._stalled()
+        if problem and problem not in self._warned:
+            self._warned.add(problem)
+            _warn(problem)
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    def _stalled(self) -> NoReturn:
+        raise LoaderError(
+            f"none of {self._num_workers} data loading process(es) delivered a batch for {wait_limit() / 60:g} "
+            f"minute(s): a disk or network folder may hang. Try --num-workers 0, or a longer {TIMEOUT} (in minutes)"
+        )
+
+    def close(self) -> None:
+        """End the workers, those that hang in a read too."""
+        atexit.unregister(self.close)
+        with contextlib.suppress(OSError):
+            # One byte for each: processes started later may have inherited this end, so closing it is not enough.
+            os.write(self._lifeline.fileno(), b"." * self._num_workers)
+            self._lifeline.close()
+        self._running.clear()
+
+
+@contextlib.contextmanager
+def _without_child_signal() -> Iterator[None]:
+    """Undo torch's handler of SIGCHLD, which raises an error anywhere, such as in the middle of an optimizer step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
     finally:
-        running.clear()
-        atexit.unregister(running.clear)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
+
+
+def _drop_frames(error: OSError) -> None:
+    """Delete torch's half-made iterator, which the frames of an error hold; its destructor prints a traceback."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        error.__traceback__ = None
+    finally:
+        sys.unraisablehook = hook
+
+
+def _cause_of_death(process: BaseProcess) -> str:
+    """What ended a worker, the likely cause, and the cure."""
+    code, name = process.exitcode or 0, f"a data loading process (pid {process.pid})"
+    if code >= 0:
+        return f"{name} ended with exit code {code}; --num-workers 0 reads without such processes"
+    number = signal.Signals(-code)
+    cures = {
+        signal.SIGKILL: "was killed, probably because memory ran out; lower --num-workers or --batch-size",
+        signal.SIGBUS: "crashed, probably because shared memory is full; enlarge it (docker run --shm-size 8g), or "
+        "lower --num-workers or --batch-size",
+    }
+    cure = cures.get(number, "ended; if it happens again, --num-workers 0 shows whether an image causes it")
+    return f"{name} {cure} (signal {number.name})"
 
 
 @dataclass(frozen=True)
+class _Packed:
+    """A pickled object that unpickles to the object itself."""
+
+    content: bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self.content,)
+
+
 class _Batches(Generic[Request, Result]):
-    """A dataset for the loader. Returns an UnreadableImage instead of raising it: a worker would change its type."""
+    """A dataset for the loader, of pairs (result or error, problem to warn about).
 
-    read: Callable[[Request], Result]
+    Errors are returned, because raised ones would change their type. Results are pickled here, which moves tensors to
+    shared memory: if it failed in the thread that sends them, the main process would wait forever.
+    """
 
-    def __getitems__(self, request: Request) -> Result | UnreadableImage:
+    def __init__(self, read: Callable[[Request], Result]) -> None:
+        self._read = read
+        self._problem = ""
+
+    def __getitems__(self, request: Request) -> _Packed:
         try:
-            return self.read(request)
-        except UnreadableImage as error:
-            return error
+            result: Result | Exception = self._read(request)
+        except (UnreadableImage, OSError, MemoryError) as error:
+            result = error
+        if not self._problem:
+            try:
+                return _Packed(bytes(ForkingPickler.dumps((result, ""))))
+            except (RuntimeError, OSError) as error:  # from now on by value: what was shared and not sent is lost
+                self._problem = _sharing_problem(error)
+        return _Packed(pickle.dumps((result, self._problem)))
+
+
+def _sharing_problem(error: Exception) -> str:
+    if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
+        cause, cure = "too many files are open", "raise ulimit -n"
+    elif "No space left" in str(error):
+        cause, cure = (
+            "shared memory (/dev/shm) is full",
+            "enlarge it (docker run --shm-size 8g), or lower --num-workers",
+        )
+    else:
+        cause, cure = f"shared memory cannot be used ({str(error).splitlines()[0]})", "check /dev/shm"
+    return f"{cause}, so batches pass through pipes, which is slower; {cure}"
 
 
 def _unchanged(batch: Result) -> Result:
     return batch
 
 
-def _start_worker(_: int) -> None:
-    """Leave signals to the training process, which ends its workers after saving.
+@dataclass(frozen=True)
+class _Start:
+    """Prepares a worker process: signals, threads, and the watch for the end of its parent.
 
-    Ctrl-C and a cluster's SIGTERM reach the whole process group, and a worker that dies of them kills the training
-    process too. A second SIGTERM ends the worker.
+    Ctrl-C, a closed terminal and a cluster's SIGTERM reach the whole process group. They are left to the training
+    process, which ends its workers after saving. A second SIGTERM ends the worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    torch.set_num_threads(1)
+
+    watched: Connection
+    lifeline: Connection
+
+    def __call__(self, _: int) -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        torch.set_num_threads(1)
+        self.lifeline.close()  # the inherited copy: only the parent's may be open
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(OSError):
+            os.read(self.watched.fileno(), 1)
+        time.sleep(_GRACE)
+        os._exit(0)

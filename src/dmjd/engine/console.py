@@ -1,5 +1,6 @@
 """Messages of a run: one live line on a terminal, a plain line every few seconds elsewhere."""
 
+import sys
 import time
 from typing import Any
 
@@ -7,6 +8,8 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from dmjd.streams import UnfailingStream
 
 PLAIN_SECONDS = 15.0  # between progress lines if stderr is not a terminal
 
@@ -18,15 +21,16 @@ def duration_text(seconds: float) -> str:
 
 
 class Console:
-    """Messages on stderr, tables on stdout.
+    """Messages on stderr, tables on stdout. What cannot be printed is dropped: it never ends a run.
 
     Args:
         enabled: whether this process prints.
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self._err = RichConsole(stderr=True, quiet=not enabled, highlight=False, soft_wrap=True)
-        self._out = RichConsole(quiet=not enabled, highlight=False, soft_wrap=True)
+        err, out = UnfailingStream(lambda: sys.stderr), UnfailingStream(lambda: sys.stdout)
+        self._err = RichConsole(file=err, quiet=not enabled, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+        self._out = RichConsole(file=out, quiet=not enabled, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
         self._live: Live | None = None
         self._next_plain = 0.0
         self._line = ""

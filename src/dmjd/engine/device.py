@@ -1,16 +1,18 @@
 """Devices and processes: Lightning Fabric, precision, seeds, and memory freed on the CPU."""
 
 import ctypes
-import os
 import platform
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.strategies import DDPStrategy
 
 from dmjd.config.fields import DEVICES, PRECISIONS
+from dmjd.data.workers import wait_limit
+from dmjd.engine.processes import LostProcessError, explain_loss, find_launch, introduce, warn_alone
 
 SMALL_BLOCK = 1 << 21  # bytes, the size of a huge page: the largest blocks kept if memory use must stay low
 
@@ -19,15 +21,20 @@ _FABRIC_PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
-def make_fabric(device: str, precision: str) -> Fabric:
+def make_fabric(device: str, precision: str, distributed: bool = True) -> Fabric:
     """Launch Fabric in this process: devices and nodes as given by torchrun or SLURM, else one device.
+
+    Processes wait for each other for at most :func:`~dmjd.data.workers.wait_limit` seconds.
 
     Args:
         device: "auto", "cpu" or "cuda".
         precision: "auto" (bf16 on a GPU that supports it, else fp32), "fp32", "bf16" or "fp16".
+        distributed: whether several processes may share the work.
 
     Raises:
-        ValueError: if the device is not available or does not support the precision.
+        ValueError: if the device is not available or does not support the precision, or for one of several processes
+            that must not share the work.
+        LostProcessError: if not all processes start.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
@@ -37,22 +44,27 @@ def make_fabric(device: str, precision: str) -> Fabric:
         precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and device != "cuda":
         raise ValueError(f"fp16 needs a CUDA device (here: {device}); use --precision bf16 or fp32")
-    devices, nodes = 1, 1
-    if TorchElasticEnvironment.detect():
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
-    elif SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        devices = int(os.environ["SLURM_NTASKS"]) // nodes
+    launch = find_launch()
+    if launch.num_processes > 1 and not distributed:
+        raise ValueError("an evaluation trains on one device: start it without torchrun, in a single task")
+    if launch.num_processes == 1 and distributed:
+        warn_alone()
     mixed = _FABRIC_PRECISIONS.get(precision)
     fabric = Fabric(
         accelerator=device,
-        devices=devices,
-        num_nodes=nodes,
-        plugins=Autocast(mixed, device) if mixed else None,  # type: ignore[arg-type]
-        strategy="ddp" if devices * nodes > 1 else "auto",
+        devices=launch.devices,
+        num_nodes=launch.nodes,
+        plugins=[launch.environment, *([Autocast(mixed, device)] if mixed else [])],  # type: ignore[arg-type]
+        strategy=DDPStrategy(timeout=timedelta(seconds=wait_limit())) if launch.num_processes > 1 else "auto",
     )
-    fabric.launch()
+    try:
+        fabric.launch()
+        if launch.num_processes > 1:
+            introduce(launch.num_processes)
+    except RuntimeError as error:
+        if (loss := explain_loss(error, seconds=0)) is None:
+            raise
+        raise LostProcessError(f"not all {launch.num_processes} processes started: {loss}") from error
     return fabric
 
 

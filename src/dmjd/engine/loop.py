@@ -4,11 +4,12 @@ A task returns a loss; logging, evaluation and checkpoints are hooks. Runs on Li
 precision, torchrun and SLURM.
 """
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from dmjd.engine.device import loss_scaler, precision_name, seed_device, unscale_gradients
 from dmjd.engine.optim import reserve_state
 from dmjd.rng import STREAM_STEP, hash64
+
+SAME_REQUEST = 1.0  # seconds
 
 SYNC_EVERY = 10  # steps between reads of device-side flags on an accelerator, each of which waits for the device
 
@@ -52,26 +55,70 @@ class Duration:
         return min(1.0, state.seconds / (60 * self.minutes))
 
 
-class StopSignal:
-    """Context in which SIGTERM or SIGINT requests a stop after the current step; a second one ends the process."""
+class StopNow(BaseException):
+    """Raised inside :meth:`StopSignal.interruptible` if a requested stop cannot wait for the end of the step."""
 
-    def __init__(self) -> None:
-        self.requested = False
+
+class StopSignal:
+    """Context in which SIGTERM, SIGINT or SIGHUP requests a stop after the current step; a second one ends the process.
+
+    SIGHUP stays ignored if it was, as under ``nohup``. Signals within a second of the first are taken for the same
+    request: a closed terminal sends SIGHUP twice, and some launchers repeat the signal of their group.
+
+    Args:
+        patience: seconds until a request interrupts what may take long: the wait for data, an evaluation.
+    """
+
+    def __init__(self, patience: float = 2.0) -> None:
+        self.requested = 0  # number of the signal
+        self._patience = patience
         self._previous: dict[int, Any] = {}
+        self._interruptible = self._overdue = False
+        self._since = 0.0
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Context that a stop interrupts, by :class:`StopNow`, once its time to wait is over."""
+        self._interruptible = True
+        try:
+            if self._overdue:
+                raise StopNow
+            yield
+        finally:
+            self._interruptible = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, self._previous[number])
+        if not self.requested:
+            self.requested, self._since = number, time.monotonic()
+            self._timer = threading.Timer(self._patience, self._end_of_patience)
+            self._timer.daemon = True
+            self._timer.start()
+        elif self._overdue and self._timer is not None:  # sent by the timer
+            self._timer = None
+            if self._interruptible:
+                raise StopNow
+        elif time.monotonic() - self._since > SAME_REQUEST:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+
+    def _end_of_patience(self) -> None:
+        """Wake the main thread, in the timer's thread: only a signal interrupts a system call such as a read."""
+        self._overdue = True
+        signal.pthread_kill(threading.main_thread().ident or 0, self.requested)
 
 
 class Task(nn.Module):
@@ -83,11 +130,19 @@ class Task(nn.Module):
 
 @dataclass(frozen=True)
 class Report:
-    """Passed to hooks after each step: the loop's state, progress (0 to 1), and scalars if the step is logged."""
+    """Passed to hooks after each step.
+
+    Attributes:
+        state: the loop's state.
+        progress: progress of the run, 0 to 1.
+        scalars: means since the last logged step, if this step is logged.
+        before: progress before the step.
+    """
 
     state: TrainState
     progress: float
     scalars: dict[str, float] | None
+    before: float = 0.0
 
 
 Hook = Callable[[Report], None]
@@ -112,6 +167,12 @@ class Engine:
         seed: seed of dropout and stochastic depth.
         log_every: steps between scalars.
         compile: use ``torch.compile``.
+
+    Attributes:
+        state: step, images and seconds so far.
+        updating: whether the weights are between two steps, as after an error in the middle of an update; otherwise
+            they are those of step ``state.step``.
+        before: progress before the last step.
     """
 
     fabric: Fabric
@@ -136,6 +197,7 @@ class Engine:
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
         if self._eager and isinstance(self.optimizer, torch.optim.AdamW):
             reserve_state(self.optimizer)
+        self.updating, self.before = False, self.progress
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
 
     @property
@@ -155,6 +217,7 @@ class Engine:
 
         Raises:
             NonFiniteLoss: naming the step, whose update was not applied.
+            StopNow: if a stop was requested and data or a hook does not end; the weights are those of the last step.
         """
         meter = _Meter(self.fabric.device)
         self._model.train()
@@ -164,32 +227,34 @@ class Engine:
             lr = self.peak_lr * self.schedule(progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-            self._step(batches, meter)
+            self._step(batches, meter, stop)
             step = self.state.step = self.state.step + 1
             self.state.images += self.batch_size
             self.task.after_step(step, self.progress)
+            self.updating = False
             self.state.seconds += time.perf_counter() - started
-            progress = self._shared_progress()
+            self.before, progress = progress, self._shared_progress()
             sync = self._eager or step % SYNC_EVERY == 0 or progress >= 1.0
             stopping = self._agree_on_stop(stop) if sync else False
             scalars = None
             if step % self.log_every == 0 or progress >= 1.0 or stopping:
                 self.check_finite()
                 scalars = meter.read(self.batch_size) | {"lr": lr}
-            report = Report(self.state, progress, scalars)
+            report = Report(self.state, progress, scalars, self.before)
             for hook in hooks:
                 hook(report)
             if stopping and progress < 1.0:
                 return False
         return True
 
-    def _step(self, batches: Iterator[Any], meter: "_Meter") -> None:
+    def _step(self, batches: Iterator[Any], meter: "_Meter", stop: StopSignal) -> None:
         """One optimizer step over ``accumulate`` micro-batches; a non-finite one is skipped."""
         step, rank = self.state.step, self.fabric.global_rank
         loss = torch.zeros((), device=self.fabric.device)
         for part in range(self.accumulate):
             waited = time.perf_counter()
-            batch = next(batches)
+            with stop.interruptible():
+                batch = next(batches)
             meter.waited += time.perf_counter() - waited
             # Seeds derived from the step make dropout exact on resume without saving generator states.
             seed_device(self.fabric.device, int(hash64(STREAM_STEP, self.seed, step, part, rank)) & (2**63 - 1))
@@ -205,6 +270,7 @@ class Engine:
         """Clip the gradients, check them, step; returns the gradient norm before clipping, a scalar."""
         norm = self._gradient_norm()
         self._check_step(loss, norm)
+        self.updating = True
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -257,8 +323,8 @@ class Engine:
     def _agree_on_stop(self, stop: StopSignal) -> bool:
         """Whether a stop was requested in any process."""
         if self.fabric.world_size == 1:
-            return stop.requested
-        requested = torch.tensor(float(stop.requested), device=self.fabric.device)
+            return bool(stop.requested)
+        requested = torch.tensor(float(stop.requested > 0), device=self.fabric.device)
         return float(self.fabric.all_reduce(requested, reduce_op="sum")) > 0  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:

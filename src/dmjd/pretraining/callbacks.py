@@ -15,6 +15,7 @@ from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report
+from dmjd.engine.processes import first_process_works, wait_for_first
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.results import read_result
@@ -54,7 +55,6 @@ class Monitor(Callback):
         self._fingerprint = source.fingerprint()
         self._knn: OnlineKnn | None = None
         self._baselines: dict[str, float] = {}
-        self._next_evaluation = 0.0  # progress
         self._warned: set[str] = set()  # names of targets whose warning was shown
         self._warnings: dict[str, str] = {}  # by target, as of the last logged step
 
@@ -81,7 +81,6 @@ class Monitor(Callback):
         """
         wandb_config = json.loads(self.config.to_json()) if self.config.wandb else None
         loggers = open_loggers(self.folder.path, step, wandb_config)
-        self._next_evaluation = _next_evaluation(progress)
         if self.config.eval_every != 0 and self._test_source is not None:
             assert self.model.encoder.preprocess is not None
             self._knn = OnlineKnn(self.source, self._test_source, self.model.encoder.preprocess, self._device)
@@ -103,12 +102,11 @@ class Monitor(Callback):
         if report.progress >= 1.0:
             return False
         if every is None:
-            return report.progress >= self._next_evaluation
+            return report.progress >= _next_evaluation(report.before)
         return every > 0 and report.state.step % every == 0
 
     def evaluate(self, report: Report) -> dict[str, float]:
         """Save a reconstruction figure and, with labels, measure the accuracy of online kNN and its baselines."""
-        self._next_evaluation = _next_evaluation(report.progress)
         self._save_figure(f"step-{report.state.step:09d}.png")
         if self._knn is None:
             return {}
@@ -127,9 +125,18 @@ class Monitor(Callback):
     def finish(self) -> dict[str, dict[str, Any]]:
         """Save the last figures and, if there are labels, run kNN and linear probe with their baselines.
 
+        Only the first process does so; the others wait for it.
+
         Returns:
             Task -> content of ``evaluation/<task>.json``. Existing results of the same encoder are reused.
         """
+        if not self.folder.owner:
+            wait_for_first()
+            return {}
+        with first_process_works():
+            return self._finish()
+
+    def _finish(self) -> dict[str, dict[str, Any]]:
         path = self.folder.path
         for text in self._warnings.values():
             self.console.warn(f"at the end of the run: {text}")
@@ -187,5 +194,5 @@ class Monitor(Callback):
 
 
 def _next_evaluation(progress: float) -> float:
-    """The progress at which the next evaluation is due, if the interval is not given in steps."""
+    """The next progress at which an evaluation is due, if the interval is not given in steps."""
     return (math.floor(progress * NUM_EVALS + 1e-9) + 1) / NUM_EVALS

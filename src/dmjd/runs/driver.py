@@ -1,7 +1,11 @@
-"""The driver of every training: restore, log, evaluate at intervals, save at intervals, final checkpoint."""
+"""The driver of every training: restore, log, evaluate at intervals, save at intervals, final checkpoint.
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+Whatever ends a training, its state is saved, unless an error left the weights in the middle of an update.
+"""
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +13,11 @@ from torch import Tensor, nn
 
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger
-from dmjd.engine.loop import Engine, Hook, Report, StopSignal
-from dmjd.runs.checkpoint import Checkpoint, RunFolder, load_optimizer_tensors, named_tensors, optimizer_tensors
+from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report, StopNow, StopSignal
+from dmjd.engine.processes import LostProcessError, explain_loss, first_process_works, wait_for_first
+from dmjd.runs.checkpoint import FINAL, Checkpoint, RunFolder, load_optimizer_tensors, named_tensors, optimizer_tensors
+
+UNEVALUATED = "unevaluated"  # in the state of a checkpoint: its step is to be evaluated first
 
 
 class Callback:
@@ -27,7 +34,7 @@ class Callback:
         """Called after every step, before evaluation."""
 
     def is_due(self, report: Report) -> bool:
-        """Whether to evaluate after this step."""
+        """Whether to evaluate after this step. Depends on the report alone: every process calls it."""
         return False
 
     def evaluate(self, report: Report) -> dict[str, float]:
@@ -79,6 +86,12 @@ class Driver:
     name: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._loggers: Sequence[Logger] = ()
+        self._restored_final = False
+        self._complete: int | None = self.engine.state.step  # last step with its callback; None: in it
+        self._unevaluated: dict[str, Any] | None = None  # the callback's state before a due evaluation
+
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Continue from a checkpoint, if there is one; a final one may hold no optimizer state, only the result."""
         if checkpoint is None:
@@ -90,35 +103,103 @@ class Driver:
             load_optimizer_tensors(self.engine.optimizer, optimizer)
         if self.folder.owner:
             self.folder.cut_metrics(self.engine.state.step)
+        self._restored_final = checkpoint.path.name == FINAL
+        self._complete = self.engine.state.step
+        if checkpoint.state.get(UNEVALUATED):
+            self._unevaluated = self.callback.state()
 
     def run(self) -> bool:
         """Train to the end, or until a signal requests a stop; the state is saved either way.
 
+        After an error in loading data, in the model or in a hook the state of the last step is saved too, and the
+        error is raised.
+
         Returns:
             Whether the training is finished.
+
+        Raises:
+            LostProcessError: if another process of the run ended or does not answer.
         """
-        if self.engine.progress >= 1.0:
+        if self._restored_final and self.engine.progress >= 1.0:
             return True
-        self._loggers: Sequence[Logger] = ()
         batches = self.batches(self.engine.state.step)
+        patience = 2.0 if self.engine.fabric.world_size == 1 else 10.0  # several processes agree on a step
+        hooks: list[Hook] = [self._note_due]
         try:
-            hooks: list[Hook] = []
             if self.folder.owner:  # one process logs, evaluates and saves
                 self._loggers = self.callback.start(self.engine.state.step, self.engine.progress)
-                hooks = [self.callback.after_step, self._log, self._evaluate, self._save, *self.hooks]
-            with StopSignal() as stop, closing(batches):
-                finished = self.engine.run(batches, hooks, stop)
+                hooks = [self._after_step, self._log]
+            with StopSignal(patience) as stop, closing(batches):
+                hooks.append(lambda report: self._evaluate(report, stop))
+                hooks += [self._save, *self.hooks] if self.folder.owner else []
+                finished = self._train(batches, hooks, stop)
         finally:
             for logger in self._loggers:
-                logger.close()
+                self._close(logger)
             self.console.close()
-        if self.folder.owner:
-            self.save(final=finished)
+        if finished and stop.requested:  # too late to stop the training: it is meant for what follows
+            os.kill(os.getpid(), stop.requested)
         if not finished:
-            prefix = f"{self.name}: " if self.name else ""
-            step = self.engine.state.step
-            self.console.say(f"{prefix}stopped at step {step}, checkpoint saved; the same command resumes from there")
+            self._say("stopped at step {}, checkpoint saved; the same command resumes from there")
         return finished
+
+    def _train(self, batches: Iterator[Any], hooks: Sequence[Hook], stop: StopSignal) -> bool:
+        """Train and save; returns whether the training is finished."""
+        try:
+            if self._unevaluated is not None:
+                self._evaluate(Report(self.engine.state, self.engine.progress, None), stop)
+            finished = self.engine.run(batches, hooks, stop)
+        except StopNow:
+            finished = False
+        except NonFiniteLoss:
+            raise
+        except Exception as error:
+            loss = explain_loss(error) if self.engine.fabric.world_size > 1 else None
+            if loss is None or not stop.requested or self.engine.updating:
+                self._save_after_error()
+                if loss is not None:
+                    raise LostProcessError(loss) from error
+                raise
+            finished = False  # the other process stopped as requested, but could not wait for this one
+        if self.folder.owner:
+            self._complete_step()
+            self.save(final=finished)
+        return finished
+
+    def _save_after_error(self) -> None:
+        """Save the last step if its weights are complete. What prevents it must not hide the error itself."""
+        if not self.folder.owner or self.engine.updating or self._complete is None or not self.engine.state.step:
+            return
+        with suppress(Exception):
+            self._complete_step()
+            self.save()
+            self._say("an error ended the run after step {}, whose state is saved")
+
+    def _complete_step(self) -> None:
+        """Call the callback for the last step, if the loop ended between step and callback."""
+        if self._complete is not None and self._complete < self.engine.state.step:
+            self._after_step(Report(self.engine.state, self.engine.progress, None, self.engine.before))
+
+    def _say(self, text: str) -> None:
+        prefix = f"{self.name}: " if self.name else ""
+        self.console.say(prefix + text.format(self.engine.state.step))
+
+    def _close(self, logger: Logger) -> None:
+        """Close a logger; an error, such as a full disk, must not hide the one that ended the training."""
+        try:
+            logger.close()
+        except Exception as error:
+            self.console.warn(f"a log is incomplete: {error}")
+
+    def _after_step(self, report: Report) -> None:
+        self._complete = None
+        self.callback.after_step(report)
+        self._complete = report.state.step
+        self._note_due(report)
+
+    def _note_due(self, report: Report) -> None:
+        if self.callback.is_due(report):
+            self._unevaluated = self.callback.state() if self.folder.owner else {}
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint, unless a step was not finite: the last good one stays."""
@@ -126,6 +207,8 @@ class Driver:
         optimizer = optimizer_tensors(self.engine.optimizer)
         tensors = named_tensors("model", self.model) | {f"optimizer.{key}": value for key, value in optimizer.items()}
         state = self.engine.state_dict() | self.callback.state()
+        if self._unevaluated is not None:  # a stop or error came before the end of the step's evaluation
+            state |= self._unevaluated | {UNEVALUATED: True}
         self.folder.save(self.engine.state.step, self.callback.tensors(tensors, final), state, final=final)
         self.callback.after_save(final)
 
@@ -136,11 +219,20 @@ class Driver:
         self._record(state.step, {"epoch": epoch, "seconds": state.seconds} | report.scalars)
         self.console.progress(report.progress, state.step, epoch, state.seconds, report.scalars)
 
-    def _evaluate(self, report: Report) -> None:
-        if self.callback.is_due(report):
+    def _evaluate(self, report: Report, stop: StopSignal) -> None:
+        """Evaluate in the first process if it is due, while the others wait. A stop interrupts it; it is done again."""
+        if self._unevaluated is None:
+            return
+        scores: dict[str, float] = {}
+        if self.folder.owner:
             self.engine.check_finite()
-            if scores := self.callback.evaluate(report):
-                self._record(report.state.step, scores)
+            with first_process_works(), stop.interruptible():
+                scores = self.callback.evaluate(report)
+        elif not wait_for_first():
+            raise StopNow
+        self._unevaluated = None
+        if scores:
+            self._record(report.state.step, scores)
 
     def _save(self, report: Report) -> None:
         if report.state.step % self.checkpoint_every == 0 and report.progress < 1.0:

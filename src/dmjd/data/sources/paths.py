@@ -21,6 +21,10 @@ SPLIT_NAMES = _TRAIN_NAMES + _TEST_NAMES  # of folders, in small or capital lett
 _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
+class DataWarning(UserWarning):
+    """The data are likely not what the user means; shown without its place in the code."""
+
+
 @contextlib.contextmanager
 def permission_checked(path: Path) -> Iterator[None]:
     """Turn an OSError of a folder into a ValueError that names it."""
@@ -131,7 +135,9 @@ def warn_of_loose_images(root: Path) -> None:
     loose = [entry.name for entry in root.iterdir() if entry.suffix.lower() in EXTENSIONS and not entry.is_dir()]
     if loose:
         where = printable(folders["train"])
-        warnings.warn(f"{len(loose)} images next to {where} are in no split and are left out", stacklevel=4)
+        warnings.warn(
+            f"{len(loose)} images next to {where} are in no split and are left out", DataWarning, stacklevel=4
+        )
 
 
 def _shard_of(table: Path, names: tuple[str, ...]) -> bool:

@@ -12,7 +12,7 @@ from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
-from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
+from dmjd.data.sources.paths import EXTENSIONS, DataWarning, existing_path, expanded, permission_checked
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
 from dmjd.text import printable
@@ -70,6 +70,7 @@ def open_source(
     if name in kind.names and os.path.isdir(name):
         warnings.warn(
             f"'{name}' is {kind.kind} here, not the folder {name}/ that lies in this folder: write ./{name} for that",
+            DataWarning,
             stacklevel=2,
         )
     return kind.from_data(name, SourceOptions(split, labels, in_chans, value_range, listing, masks))

@@ -16,7 +16,7 @@ import numpy as np
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
-from dmjd.data.sources.paths import expanded, permission_checked
+from dmjd.data.sources.paths import DataWarning, expanded, permission_checked
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.workers import available_cores
 from dmjd.images.class_numbers import read_mask
@@ -260,6 +260,7 @@ def resolve_classes(
         warnings.warn(
             f"the masks of {train.name} hold {len(present)} of the {len(names)} numbers up to {present[-1]}, and each "
             "number is a class: number the classes 0, 1, 2, ... to train without those that never occur",
+            DataWarning,
             stacklevel=3,
         )
     class_map = ClassMap(names, tuple(ignored))

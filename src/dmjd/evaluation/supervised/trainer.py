@@ -190,9 +190,7 @@ def fit(
             train on one device.
         NonFiniteLoss: if training diverges; the last checkpoint is good.
     """
-    fabric = make_fabric(settings.device, settings.precision)
-    if fabric.world_size > 1:
-        raise ValueError("an evaluation trains on one device: start it without torchrun, in a single task")
+    fabric = make_fabric(settings.device, settings.precision, distributed=False)
     console = console or Console()
     with closing(RunFolder(folder)) as run, closing(console):
         _validate_config(run, {"settings": settings.identity()} | dict(identity))

@@ -1,0 +1,68 @@
+"""Signals outside of training: one line and an exit code, no traceback."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+SAME_REQUEST = 1.0  # seconds
+
+
+class Interruption:
+    """Context in which SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; a second one ends the process at once.
+
+    SIGHUP stays ignored if it was, as under ``nohup``. Signals within a second of the first are taken for the same.
+
+    Args:
+        ends_process: whether the process ends after the context. Signals that come then end it silently.
+
+    Attributes:
+        number: the signal that came, or 0.
+    """
+
+    def __init__(self, ends_process: bool) -> None:
+        self.number = 0
+        self._ends_process = ends_process
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the number of the signal, as shells report it."""
+        return 128 + (self.number or signal.SIGINT)
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+            sys.unraisablehook = self._raise_again
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if self._ends_process else handler)
+        if self._previous:
+            sys.unraisablehook = self._hook
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._since > SAME_REQUEST:
+            os._exit(self.exit_code)
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """A signal that came during a destructor or callback is lost there: send it again, a moment later."""
+        if unraisable.exc_type is not KeyboardInterrupt or not self.number:
+            self._hook(unraisable)
+            return
+        number, self.number = self.number, 0
+        main = threading.main_thread().ident or 0
+        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, number))
+        timer.daemon = True
+        timer.start()

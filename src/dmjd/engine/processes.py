@@ -1,0 +1,217 @@
+"""The processes of a run: how they were started, how long they wait for each other, and which one was lost.
+
+"First process" is the one of rank 0, which evaluates and saves while the others wait.
+"""
+
+import os
+import platform
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from dmjd.data.workers import TIMEOUT, wait_limit
+
+# Variables that hold the number of processes of a job, by which a user may expect more than one.
+_SIZES = ("SLURM_NTASKS", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE")
+
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # ids of SLURM's batch script and interactive shell lie above
+
+_BEAT_SECONDS = 20.0  # between signs of life of the first process
+
+_DONE, _BUSY, _STOPPED, _FAILED = range(4)  # what the first process tells those that wait for it
+
+_CONNECTION_WORDS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL")
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run ended or does not answer."""
+
+
+class LaunchWarning(UserWarning):
+    """The run uses fewer processes than the job has."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the processes of a run were started.
+
+    Attributes:
+        environment: tells Lightning rank, address and port.
+        devices: processes on this machine.
+        nodes: machines.
+    """
+
+    environment: ClusterEnvironment
+    devices: int = 1
+    nodes: int = 1
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on all machines."""
+        return self.devices * self.nodes
+
+
+def find_launch() -> Launch:
+    """How this process was started: by torchrun, as a task of a SLURM step (``srun``), or alone.
+
+    Lightning's own detection is not used. It takes an allocation of several tasks for as many processes, and waits for
+    them forever in a batch script without ``srun``.
+
+    Raises:
+        ValueError: if the tasks are not spread evenly over the machines.
+    """
+    if TorchElasticEnvironment.detect():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        return Launch(TorchElasticEnvironment(), devices, int(os.environ["WORLD_SIZE"]) // devices)
+    tasks, nodes = _number("SLURM_NTASKS"), _number("SLURM_NNODES")
+    if tasks > 1 and _in_slurm_step():
+        if tasks % nodes:
+            raise ValueError(f"{tasks} tasks cannot be spread evenly over {nodes} machines: use srun --ntasks-per-node")
+        os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // nodes)  # Lightning requires it; srun sets it only if given
+        return Launch(SLURMEnvironment(), tasks // nodes, nodes)
+    return Launch(LightningEnvironment())
+
+
+def warn_alone() -> None:
+    """Warn if a process trains alone, but is part of a job of several."""
+    for name in _SIZES:
+        if _number(name) > 1:
+            warnings.warn(
+                f"{name} is {_number(name)}, but neither srun nor torchrun started this process: it trains alone. To "
+                "use all of them, start it with 'srun dmjd ...' or 'torchrun -m dmjd ...'",
+                LaunchWarning,
+                stacklevel=2,
+            )
+            return
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
+
+
+def _in_slurm_step() -> bool:
+    """Whether ``srun`` started this process as one of several; not in a batch script or an interactive shell."""
+    step = os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID") or ""
+    is_step = step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+    return is_step and "SLURM_PROCID" in os.environ and "SLURM_PTY_PORT" not in os.environ
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """A process of the run."""
+
+    host: str
+    pid: int
+
+    def is_dead(self) -> bool:
+        """Whether it is known to have ended: it ran on this machine, and is gone or a zombie."""
+        if self.host != platform.node():
+            return False
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        except OSError:
+            return Path("/proc/self").exists()
+
+
+_peers: list[_Peer] = []  # by rank; like the process group, there is one list in a process
+
+_waiting: list[Any] = []  # the group in which processes wait for the first one
+
+
+def introduce(num_processes: int) -> None:
+    """Exchange host names and process ids, once the processes are connected."""
+    group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=wait_limit()))
+    table: list[_Peer] = [_Peer("", 0)] * num_processes
+    torch.distributed.all_gather_object(table, _Peer(platform.node(), os.getpid()), group=group)
+    _peers[:], _waiting[:] = table, [group]
+
+
+def explain_loss(error: Exception, seconds: float = 3.0) -> str | None:
+    """What an error of the communication between processes means; None for other errors.
+
+    Args:
+        error: the error.
+        seconds: how long to look for a process that ends.
+    """
+    is_known = isinstance(error, torch.distributed.DistError)
+    if not isinstance(error, RuntimeError) or not (is_known or any(word in str(error) for word in _CONNECTION_WORDS)):
+        return None
+    until = time.monotonic() + seconds
+    while not (lost := [rank for rank, peer in enumerate(_peers) if peer.is_dead()]) and time.monotonic() < until:
+        time.sleep(0.1)
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    if lost:
+        names = ", ".join(f"{rank + 1} of {len(_peers)} (rank {rank}, pid {_peers[rank].pid})" for rank in lost)
+        return f"lost process {names}: it was killed or has ended; its own message, if there is one, says why"
+    if "imed out" in str(error) or "timeout" in str(error):
+        return f"no answer from the other processes for {wait_limit() / 60:g} minutes ({TIMEOUT}): {reason}"
+    return f"lost the connection to another process: {reason}"
+
+
+@contextmanager
+def first_process_works() -> Iterator[None]:
+    """Context of work in the first process only, of any length: the others are in :func:`wait_for_first`.
+
+    They hear from it every 20 seconds, so that a first process that died is not waited for.
+    """
+    if not _waiting:
+        yield
+        return
+    ended, outcome = threading.Event(), _FAILED
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # a lost process is reported by the next communication of the main thread
+            while not ended.wait(_BEAT_SECONDS):
+                _broadcast(_BUSY)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+        outcome = _DONE
+    except Exception:
+        raise
+    except BaseException:
+        outcome = _STOPPED
+        raise
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(RuntimeError):
+            _broadcast(outcome)
+
+
+def wait_for_first() -> bool:
+    """Wait for the end of :func:`first_process_works`; False if a signal stopped it.
+
+    Raises:
+        LostProcessError: if it failed.
+    """
+    while (word := _broadcast(_BUSY)) == _BUSY:
+        pass
+    if word == _FAILED:
+        raise LostProcessError("the first process failed; its message says why")
+    return word == _DONE
+
+
+def _broadcast(word: int) -> int:
+    """Send a word from the first process to all; returns what it sent."""
+    message = torch.tensor(word)
+    torch.distributed.broadcast(message, 0, group=_waiting[0])
+    return int(message)
