@@ -133,7 +133,7 @@ def test_a_folder_without_permission(capsys, tmp_path):
         data = Path(root) / "closed"
         data.mkdir(mode=0)
         with as_somebody():
-            error = mistake(capsys, "pretrain", "folder", "--data", data, "--out", tmp_path / "run", *TINY)
+            error = mistake(capsys, "pretrain", "folder", "--data", data, "--out", Path(root) / "run", *TINY)
         assert "no permission" in error
         assert str(data) in error
         data.chmod(0o755)
