@@ -121,7 +121,7 @@ def as_somebody() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_a_folder_without_permission(capsys, tmp_path):
+def test_a_folder_without_permission(capsys):
     for name in (
         "pretraining.run",
         "data.sources.registry",
