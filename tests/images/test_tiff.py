@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import struct
 import zlib
 
@@ -115,6 +116,37 @@ def test_pages_that_are_channels(channels, form, tmp_path):
     np.testing.assert_allclose(read_image(file, channels), expected, atol=1e-3)
     with pytest.raises(UnreadableImage, match=f"it has {channels} channels, in_chans is 7"):
         read_image(file, 7)
+
+
+@pytest.mark.parametrize("axes", ["ZCYX", "CZYX", "TCYX", "CTZYX"])
+def test_channels_of_an_ome_stack_are_those_of_its_first_plane(axes, tmp_path):
+    shape = {"C": 3, "Z": 2, "T": 2, "Y": H, "X": W}
+    values = RNG.integers(0, 65536, [shape[axis] for axis in axes], dtype=np.uint16)
+    file = tmp_path / "a.ome.tif"
+    tifffile.imwrite(file, values, photometric="minisblack", metadata={"axes": axes}, ome=True)
+    first = values[tuple(slice(None) if axis in "CYX" else 0 for axis in axes)]
+    expected, _ = scaled(first.transpose(1, 2, 0))
+    np.testing.assert_allclose(read_image(file, 3), expected, atol=1e-3)
+
+
+def ome(*planes: str, channels: int = 1) -> str:
+    data = "".join(f'<TiffData IFD="0"><UUID FileName="{name}">urn:uuid:1</UUID></TiffData>' for name in planes)
+    return (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image><Pixels '
+        f'DimensionOrder="XYCZT" Type="uint16" SizeX="{W}" SizeY="{H}" SizeC="{channels}" SizeZ="1" SizeT="1">'
+        f"{data}</Pixels></Image></OME>"
+    )
+
+
+def test_other_files_of_an_ome_set_are_not_opened(tmp_path):
+    values = values_of("uint16", 1)[..., 0]
+    os.mkfifo(tmp_path / "other.tif")  # opening it would wait for ever
+    file = tmp_path / "a.ome.tif"
+    tifffile.imwrite(file, values, description=ome("other.tif"), metadata=None)
+    np.testing.assert_allclose(read_image(file, 1), scaled(values[..., None])[0], atol=1e-3)
+    tifffile.imwrite(file, values, description=ome("a.ome.tif", "other.tif", channels=2), metadata=None)
+    with pytest.raises(UnreadableImage, match="its OME metadata is of 2 planes, the file holds 1"):
+        read_image(file, 1)
 
 
 def test_other_pages_are_other_images():

@@ -28,6 +28,8 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Bit depth 16 with color, with alpha, or both: Pillow would reduce these to 8 bits.
 _PNG_16_BITS = (b"\x10\x02", b"\x10\x04", b"\x10\x06")
 
+_PNG_FEW_BITS = (b"\x02\x00", b"\x04\x00")  # gray
+
 # What Pillow may decode. It knows others, some of which start programs (PostScript starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
@@ -112,6 +114,9 @@ def _decode(file: Any, head: bytes, in_chans: int) -> Stored:
     if head.startswith(tiff.MAGIC):
         return tiff.decode_tiff(file, in_chans, _from_pil)
     with Image.open(file, formats=FORMATS) as image:
+        if head.startswith(_PNG_MAGIC) and head[24:26] in _PNG_FEW_BITS and "transparency" in image.info:
+            # Pillow spreads gray values of 2 and 4 bits over 0..255, but not the value that is transparent.
+            image.info["transparency"] *= 255 // (2 ** head[24] - 1)
         return _from_pil(image)
 
 

@@ -1,24 +1,29 @@
 """Decode TIFF: photometric interpretation, extra samples, orientation, pages and sample formats are handled here.
 
-Pillow decodes images of up to 8 bits, which it reads faithfully; tifffile decodes the rest: uncompressed, deflated and
-packed data by itself, other compressions with the package imagecodecs.
+Pillow decodes what it reads faithfully, common images of up to 8 bits; tifffile decodes the rest: uncompressed,
+deflated and packed data by itself, other compressions with the package imagecodecs.
 """
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dmjd.images.stored import Stored, UnreadableImage, check_pixels, upright
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
 
-_COLORS = {0: 1, 1: 1, 2: 3, 5: 4}  # photometric interpretation -> color samples: gray, gray, RGB, CMYK
-_WHITE_IS_ZERO, _CMYK = 0, 5
+# Photometric interpretation -> color samples: gray, gray, RGB, palette, CMYK.
+_COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}
+_WHITE_IS_ZERO, _PALETTE, _CMYK = 0, 3, 5
+
+# None, CCITT, LZW, JPEG, deflate, PackBits: every build of Pillow decodes them.
+_PILLOWS_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 _UNSPECIFIED, _PREMULTIPLIED = 0, 1  # kinds of extra samples; 2 is alpha that is not premultiplied
 
 
@@ -42,7 +47,7 @@ def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], S
         _check_size(page, channels)
         if channels == 1 and in_chans in (1, 3, 4) and _pillow_is_faithful(page):
             file.seek(0)
-            with Image.open(file, formats=["TIFF"]) as image:
+            with contextlib.suppress(UnidentifiedImageError), Image.open(file, formats=["TIFF"]) as image:
                 return from_pillow(image)
         try:
             values = _pages(tiff, channels) if channels > 1 else _last_axis(page.asarray(), page.axes)
@@ -114,10 +119,22 @@ def _paged_channels(tiff: Any, in_chans: int) -> int:
         return 1
     if "C" in axes:
         return axes["C"]
-    sizes = {name: int(size) for name, size in re.findall(r'\bSize([CZT])="(\d+)"', page.description or "")}
-    if sizes.get("C", 1) == len(tiff.pages) and sizes.get("Z", 1) == sizes.get("T", 1) == 1:
-        return len(tiff.pages)
+    sizes, _ = _ome_sizes(page)
+    if sizes["C"] > 1:
+        planes = sizes["C"] * sizes["Z"] * sizes["T"]
+        if planes != len(tiff.pages):
+            raise UnreadableImage("", f"its OME metadata is of {planes} planes, the file holds {len(tiff.pages)}")
+        return sizes["C"]
     return in_chans if in_chans not in (1, 3, 4) and len(tiff.pages) == in_chans else 1
+
+
+def _ome_sizes(page: Any) -> tuple[dict[str, int], int]:
+    """Lengths of the axes C, Z and T in OME metadata, 1 without, and the number of pages between two channels."""
+    text = page.description or ""
+    sizes = {"C": 1, "Z": 1, "T": 1} | {n: int(size) for n, size in re.findall(r'\bSize([CZT])="(\d+)"', text)}
+    order = re.search(r'\bDimensionOrder="XY([CZT]{3})"', text)
+    before = order[1].partition("C")[0] if order else ""
+    return sizes, math.prod(sizes[axis] for axis in before)
 
 
 def _pages(tiff: Any, channels: int) -> np.ndarray:
@@ -127,7 +144,8 @@ def _pages(tiff: Any, channels: int) -> np.ndarray:
         array = series.asarray()
         keep = tuple(slice(None) if axis in "CYX" else 0 for axis in series.axes)
         return np.moveaxis(array[keep], [axis for axis in series.axes if axis in "CYX"].index("C"), -1)
-    pages = [tiff.pages[i].asarray() for i in range(channels)]
+    step = _ome_sizes(tiff.pages[0])[1]
+    pages = [tiff.pages[i * step].asarray() for i in range(channels)]
     if len({(page.shape, page.dtype) for page in pages}) > 1:
         raise UnreadableImage("", "its pages differ in size or type")
     return np.stack(pages, axis=-1)
@@ -141,8 +159,15 @@ def _last_axis(array: np.ndarray, axes: str) -> np.ndarray:
 
 
 def _pillow_is_faithful(page: Any) -> bool:
-    """Unsigned integers of up to 8 bits, and no extra sample that Pillow would take for alpha."""
-    return max(_bits(page)) <= 8 and _unsigned(page) and _UNSPECIFIED not in page.extrasamples
+    """Unsigned integers of up to 8 bits in common compressions, and no extra sample that Pillow takes for alpha."""
+    bits = max(_bits(page)) if max(_bits(page)) <= 8 and page.samplesperpixel == 1 else 8
+    return (
+        _bits(page) == (bits,) * len(_bits(page))
+        and _unsigned(page)
+        and _UNSPECIFIED not in page.extrasamples
+        and int(page.compression) in _PILLOWS_COMPRESSIONS
+        and (page.samplesperpixel == 1 or int(page.planarconfig) == 1)
+    )
 
 
 def _unsigned(page: Any) -> bool:
@@ -169,16 +194,22 @@ def _interpreted(values: np.ndarray, page: Any) -> Stored:
     if photometric not in _COLORS:
         name = getattr(page.photometric, "name", photometric)
         raise UnreadableImage("", f"photometric interpretation {name} of {max(_bits(page))} bits is not supported")
+    if values.dtype == bool or (values.dtype == np.uint8 and photometric != _PALETTE and max(_bits(page)) < 8):
+        values = values.astype(np.uint8) * np.uint8(255 // (2 ** max(_bits(page)) - 1))  # 0..255, as Pillow does
     colors = _COLORS[photometric]
     kinds = [int(kind) for kind in page.extrasamples]
     color, extra = values[..., :colors], values[..., colors:]
+    alpha = extra.shape[2] == 1 and kinds[:1] not in ([], [_UNSPECIFIED])
+    if alpha and kinds[0] == _PREMULTIPLIED:
+        color = _straight(color, extra)
     if photometric == _WHITE_IS_ZERO:
         color = _top(color, page) - color
     if photometric == _CMYK:
         color = _rgb_from_cmyk(color, _top(color, page))
-    alpha = extra.shape[2] == 1 and kinds[:1] not in ([], [_UNSPECIFIED])
-    if alpha and kinds[0] == _PREMULTIPLIED:
-        color = _straight(color, extra)
+    if photometric == _PALETTE:
+        color = (page.colormap[:, color[..., 0]] >> 8).astype(np.uint8).transpose(1, 2, 0)
+        if extra.shape[2]:
+            raise UnreadableImage("", "a palette with extra samples is not supported")
     return Stored(np.concatenate([color, extra], axis=-1) if extra.shape[2] else color, alpha)
 
 
@@ -186,7 +217,7 @@ def _top(values: np.ndarray, page: Any) -> Any:
     """The largest value of unsigned samples, in their data type."""
     if values.dtype.kind != "u":
         raise UnreadableImage("", f"inverted samples of type {values.dtype} are not supported")
-    return values.dtype.type(2 ** max(_bits(page)) - 1)
+    return values.dtype.type(2 ** max(8, *_bits(page)) - 1)
 
 
 def _rgb_from_cmyk(cmyk: np.ndarray, top: Any) -> np.ndarray:
@@ -197,6 +228,8 @@ def _rgb_from_cmyk(cmyk: np.ndarray, top: Any) -> np.ndarray:
 
 def _straight(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Undo the multiplication of color by alpha; black where alpha is 0."""
+    if alpha.dtype.kind == "i":
+        raise UnreadableImage("", f"premultiplied samples of type {alpha.dtype} are not supported")
     top = float(np.iinfo(alpha.dtype).max) if alpha.dtype.kind == "u" else 1.0
     opacity = alpha.astype(np.float64) / top
     straight = np.divide(color, opacity, out=np.zeros(color.shape), where=opacity > 0)

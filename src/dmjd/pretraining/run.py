@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
     # 3. The images. The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
-    begun = any((out / "checkpoints").glob("*.safetensors"))
+    begun = bool(glob("*.safetensors", root_dir=out / "checkpoints"))
     source = open_data(config, data, "train", listing=out / LISTING if begun else None)
     batch_size = resolve_batch_size(config, len(source), fabric.world_size)
     # 4. The run folder, locked by the first process.

@@ -1,0 +1,43 @@
+"""The whole matrix of image formats: every cell is read right, or refused with its reason."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from format_matrix import judge, png_cells, tiff_cells
+
+SHARE = float(os.environ.get("SHARE", 0.05))  # of the TIFF cells, of which there are 300,000
+
+# What may be refused, and why.
+REFUSALS = (
+    "it has {n} channels, in_chans is",
+    "inverted samples of type",
+    "a palette with extra samples is not supported",
+    "premultiplied samples of type",
+    "needs the package imagecodecs",
+)
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_format_matrix():
+    random = Random(0)
+    cells = [*png_cells(), *(cell for cell in tiff_cells() if random.random() < SHARE)]
+    verdicts: Counter[str] = Counter()
+    lost = []
+    for seed, cell in enumerate(cells):
+        verdict = judge(cell, seed)
+        kind = verdict.partition(":")[0]
+        verdicts[kind] += 1
+        allowed = any(part in verdict for refusal in REFUSALS for part in refusal.split("{n}")[-1:])
+        if kind == "WRONG" or (kind == "refused" and not allowed):
+            lost.append((cell, verdict))
+    tried = len(cells) - verdicts["not writable"]
+    if table := os.environ.get("DMJD_STORM_TABLE"):
+        line = {"part": "image formats", "tried": tried, "survived": tried - len(lost), "lost": len(lost)}
+        with Path(table).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    assert not lost, f"{len(lost)} of {tried}:\n" + "\n".join(map(str, lost[:20]))
+    assert verdicts["right"] > tried / 2, verdicts
