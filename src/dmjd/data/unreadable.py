@@ -12,7 +12,7 @@ from dmjd.rng import STREAM_REPLACE, hash64
 
 _ATTEMPTS = 100
 
-_SHOWN = 10
+_SHOWN = 5  # an error on the command line has at most ten lines
 
 Report = tuple[str, str]  # name and reason
 
@@ -109,7 +109,7 @@ class UnreadableImages:
             num_images: size of the set.
 
         Raises:
-            ValueError: listing the first ten.
+            ValueError: listing the first five.
         """
         allowed = max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
         if self.count <= allowed:
