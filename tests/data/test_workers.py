@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 
 from dmjd.data import workers
 from dmjd.data.train_loader import TrainLoader
-from dmjd.data.workers import auto_workers, auto_workers_once, read_batches
+from dmjd.data.workers import LoaderError, auto_workers, auto_workers_once, read_batches, wait_limit
 from dmjd.images.stored import UnreadableImage
 
 
@@ -104,3 +105,115 @@ def test_a_process_ends_with_a_live_iterator(noise_folder):
         assert output == "ready\n"
         assert run.returncode == (1 if end == "raise" else 0)
         assert ("as planned" in error) == (end == "raise")
+
+
+def test_a_single_process_of_a_large_slurm_job_uses_all_cores(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(workers, "available_cores", lambda: 8)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
+    assert auto_workers() == 8
+    assert auto_workers(8) == 1
+
+
+def misbehave(request):
+    """Read what the request names."""
+    if request == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if request == "hang":
+        reader, _ = os.pipe()
+        os.read(reader, 1)
+    if isinstance(request, Exception):
+        raise request
+    return torch.full((2, 3), float(request)), ["text"]
+
+
+def test_a_killed_worker_is_named_with_the_likely_cause():
+    batches = read_batches(misbehave, [0.0, 1.0, "kill", 3.0], 2)
+    with pytest.raises(LoaderError, match=r"\(pid \d+\) was killed, probably because memory ran out; lower --num-work"):
+        list(batches)
+
+
+@pytest.mark.parametrize("error", [MemoryError("all used"), OSError(5, "Input/output error", "a.png")])
+def test_errors_of_the_machine_keep_their_type_and_are_short(error):
+    with pytest.raises(type(error)) as raised:
+        list(read_batches(misbehave, [error], 1))
+    assert str(raised.value) == str(error)
+
+
+def test_a_wait_without_progress_ends_and_so_do_workers_that_hang(monkeypatch):
+    monkeypatch.setenv("DMJD_TIMEOUT", "0.01")
+    before = children()
+    started = time.monotonic()
+    with pytest.raises(LoaderError, match=r"none of 2 data loading process\(es\) delivered a batch for 0.01 minute"):
+        list(read_batches(misbehave, ["hang", "hang"], 2))
+    assert time.monotonic() - started < 10
+    assert not children() - before
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-1", "nan", "inf"])
+def test_the_timeout_must_be_a_number_of_minutes(monkeypatch, text):
+    monkeypatch.setenv("DMJD_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"DMJD_TIMEOUT must be a number of minutes greater than 0, got '{text}'"):
+        wait_limit()
+
+
+@pytest.mark.parametrize("number", [-1, 257, 100000])
+def test_the_number_of_workers_is_bounded(number):
+    with pytest.raises(ValueError, match=f"num_workers must lie between 0 and 256, got {number}"):
+        list(read_batches(misbehave, [0.0], number))
+
+
+FEW_FILES = """
+import os, resource
+from tests_of_workers import limited
+from dmjd.data.workers import read_batches
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+batches = list(read_batches(limited, range(40), 8))
+assert [int(x[0]) for x, _ in batches] == list(range(40))
+print(len({pid for _, pid in batches} - {os.getpid()}))
+"""
+
+
+def test_few_open_files_mean_few_workers_and_a_warning(tmp_path):
+    (tmp_path / "tests_of_workers.py").write_text(
+        "import os, torch\ndef limited(i):\n    return torch.full((1000,), i), os.getpid()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", FEW_FILES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= int(done.stdout) < 8
+    assert "the limit of 64 open files allows" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+ORPHANS = """
+import os, sys
+from dmjd.data.workers import read_batches
+def read(request):
+    print(os.getpid(), flush=True)
+    reader, _ = os.pipe()
+    os.read(reader, 1)
+list(read_batches(read, range(4), 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_that_hang_do_not_outlive_a_killed_process(number):
+    process = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(number)
+    assert process.wait(30) == -number
+    deadline = time.monotonic() + 10
+    while (alive := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

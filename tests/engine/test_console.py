@@ -1,5 +1,9 @@
 """Messages go to stderr, tables to stdout; processes that are not enabled print nothing."""
 
+import io
+import os
+import sys
+
 import pytest
 from rich.table import Table
 
@@ -43,3 +47,23 @@ def test_other_processes_are_silent(capsys):
     console.progress(1.0, 1, 1.0, 1.0, SCALARS)
     console.table(Table("name"))
     assert capsys.readouterr() == ("", "")
+
+
+def test_streams_that_fail_end_nothing(monkeypatch):
+    """A closed pipe, a full disk, a stream that is closed, a terminal that cannot show a letter."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = io.StringIO()
+    closed.close()
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115, closing it fails too
+    for stream in (os.fdopen(writer, "w", buffering=1), full, closed, narrow, None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = Console()
+        console.say("é")
+        console.warn("\udcff")
+        console.progress(1.0, 1, 1.0, 1.0, SCALARS)
+        console.table(Table("é"))
+        console.close()
+    assert narrow.buffer.getvalue().startswith(b"\\xe9\nwarning: \\udcff\n")

@@ -199,10 +199,11 @@ class _Workers(Generic[Request, Result]):
             try:
                 batch, problem = next(self._running[0])
                 break
-            except RuntimeError as error:
-                if dead := [p for p in self._processes if p.exitcode]:
-                    raise LoaderError(_cause_of_death(dead[0])) from None
-                if "timed out" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:  # the latter: what a dying worker sent is lost
+                timed_out = "timed out" in str(error)
+                if (dead := self._dead_worker(0.0 if timed_out else 1.0)) is not None:
+                    raise LoaderError(_cause_of_death(dead)) from None
+                if not timed_out:
                     raise
             waited += _POLL
             if waited >= wait_limit():
@@ -213,6 +214,16 @@ class _Workers(Generic[Request, Result]):
         if isinstance(batch, Exception):
             raise batch
         return batch
+
+    def _dead_worker(self, seconds: float) -> BaseProcess | None:
+        """A worker that did not end by itself; waits so long for one to die."""
+        until = time.monotonic() + seconds
+        while True:
+            if dead := [process for process in self._processes if process.exitcode]:
+                return dead[0]
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.05)
 
     def _stalled(self) -> NoReturn:
         raise LoaderError(

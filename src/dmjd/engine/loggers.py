@@ -1,5 +1,8 @@
 """Loggers of scalars: TensorBoard and Weights & Biases."""
 
+import contextlib
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,16 +41,31 @@ class TensorBoardLogger:
 
 
 def import_wandb() -> Any:
-    """The package of Weights & Biases.
+    """The package of Weights & Biases, ready to log.
 
     Raises:
-        ValueError: if the extra is not installed.
+        ValueError: if the extra is not installed, or there is no valid key; ``WANDB_MODE=offline`` needs none.
     """
     try:
         import wandb
     except ImportError:
         raise ValueError("--wandb needs Weights & Biases: pip install 'dmjd[wandb]'") from None
+    with _explained(wandb):
+        offline = wandb.setup().settings.mode in ("offline", "disabled", "dryrun")
+        # Without a terminal there is nobody to ask; former versions cannot do without, and fail when the run begins.
+        if not offline and "prompt" in inspect.signature(wandb.login).parameters and not wandb.login(prompt=False):
+            raise ValueError("--wandb needs a key: run 'wandb login', set WANDB_API_KEY, or use WANDB_MODE=offline")
     return wandb
+
+
+@contextlib.contextmanager
+def _explained(wandb: Any) -> Iterator[None]:
+    """Raise errors of Weights & Biases as ValueError."""
+    try:
+        yield
+    except wandb.Error as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"--wandb: {reason}; leave it out, run 'wandb login', or use WANDB_MODE=offline") from None
 
 
 class WandbLogger:
@@ -58,11 +76,13 @@ class WandbLogger:
         config: settings stored with the run.
 
     Raises:
-        ValueError: if the extra is not installed.
+        ValueError: if the extra is not installed, or Weights & Biases refuses.
     """
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
-        self._run = import_wandb().init(project="dmjd", name=name, id=name, resume="allow", config=config)
+        wandb = import_wandb()
+        with _explained(wandb):
+            self._run = wandb.init(project="dmjd", name=name, id=name, resume="allow", config=config)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Log the scalars of a step."""

@@ -160,7 +160,8 @@ class Driver:
                 if loss is not None:
                     raise LostProcessError(loss) from error
                 raise
-            finished = False  # the other process stopped as requested, but could not wait for this one
+            self.console.warn(loss)  # as requested, it stopped, but could not wait for this process
+            finished = False
         if self.folder.owner:
             self._complete_step()
             self.save(final=finished)

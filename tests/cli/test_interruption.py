@@ -1,0 +1,81 @@
+"""Signals outside of training."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dmjd.cli.interruption import Interruption
+from dmjd.cli.main import main
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_is_an_exit_code(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), Interruption(ends_process=False) as interruption:
+        signal.raise_signal(number)
+    assert interruption.exit_code == CODES[number]
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_a_destructor_swallows_comes_again():
+    class Object:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def delete():
+        Object()
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt), Interruption(ends_process=False):
+        delete()
+
+
+def test_any_error_after_a_signal_is_its_consequence(monkeypatch, capsys):
+    """An import of a compiled module that is interrupted may raise nearly everything."""
+
+    def command(arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("half a module") from None
+
+    monkeypatch.setitem(main.__globals__["COMMANDS"], "compare", (command, ""))
+    assert main(["compare"]) == 143
+    assert capsys.readouterr().err == "interrupted; the same command resumes from the last checkpoint\n"
+
+
+WAIT = """
+import os, sys, time
+from dmjd.cli import main as cli
+def command(arguments):
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("first", flush=True)
+        time.sleep(60)
+sys.modules["dmjd.cli.main"].COMMANDS["compare"] = (command, "")
+sys.argv[1:] = ["compare"]
+sys.exit(cli())
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    process = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "first\n"
+    process.send_signal(signal.SIGTERM)  # the same request
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10) == ("", "")
+    assert process.returncode == 143
