@@ -180,7 +180,7 @@ def read_config(run: str | Path) -> PretrainConfig:
     """
     file = Path(run).expanduser() / "config.json"
     try:
-        return PretrainConfig.from_json(file.read_text(encoding="utf-8"))
+        return PretrainConfig.from_json(file.read_bytes(), str(file))
     except OSError:
         raise ValueError(f"{run} is not a run folder: it has no config.json; give the --out of dmjd pretrain") from None
 
