@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 
 from dmjd import __version__
+from dmjd.config.checks import MAX_COUNT, Bounds, check_int
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.train_loader import Batch
 from dmjd.data.workers import available_cores
@@ -50,15 +51,14 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     Raises:
         ValueError: if the settings are invalid.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = check_int("steps", steps, Bounds(ge=1, most=MAX_COUNT - WARMUP_STEPS))
     model = build_model(config)
     fabric = make_fabric(config.device, config.precision)
     source = open_data(config, config.data, "train") if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
     if source is not None:
         batch_size = resolve_batch_size(config.replace(batch_size=batch_size), len(source), 1)
-    config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=1 << 30)
+    config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=MAX_COUNT)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
     engine = make_engine(config, model, fabric, batch_size, num_images=batch_size)

@@ -64,7 +64,7 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     row_sums = _row_sums_by_table if use_table else _row_sums
     out = torch.empty(B * C, H // cell_size, W // cell_size, num_bins)
     per_chunk = max(1, _CPU_PIXELS // (H * W))
-    planes = images_0_255.reshape(B * C, H, W)
+    planes = images_0_255.reshape(B * C, H, W).contiguous()  # one channels-last image is reshaped to strided planes
     for chunk, part in zip(planes.split(per_chunk), out.split(per_chunk), strict=True):
         torch.sum(row_sums(chunk, cell_size, num_bins), dim=2, out=part)
         part.mul_(1 / cell_size**2)
