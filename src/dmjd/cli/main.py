@@ -9,6 +9,7 @@ from dmjd.cli.encoder import run_compare, run_embed, run_export, run_show
 from dmjd.cli.evaluate import run_evaluate
 from dmjd.cli.pretrain import run_bench, run_pretrain
 from dmjd.suggest import did_you_mean
+from dmjd.text import printable
 
 MAX_ERROR_LINES = 10
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError) as error:  # the latter: training diverged
-        print(_shortened(f"error: {error}"), file=sys.stderr)
+        print(printable(_shortened(f"error: {error}"), keep="\n"), file=sys.stderr)
         return 2
     return 0
 

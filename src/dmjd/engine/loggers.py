@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+from dmjd.text import file_name, printable
+
 
 class Logger(Protocol):
     """A destination of scalars besides ``metrics.jsonl``."""
@@ -62,7 +64,8 @@ class WandbLogger:
     """
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
-        self._run = import_wandb().init(project="dmjd", name=name, id=name, resume="allow", config=config)
+        name, identifier = printable(name), file_name(name)  # an id may not hold characters such as / and #
+        self._run = import_wandb().init(project="dmjd", name=name, id=identifier, resume="allow", config=config)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Log the scalars of a step."""

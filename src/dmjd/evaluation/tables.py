@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
+
+from dmjd.engine.console import literal
 
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 
@@ -22,7 +24,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("top-1 accuracy, %")
     for task, result in results.items():
         seeds = len(result["result"].get("per_seed", ()))
-        table.add_column(f"{task}, {seeds} seeds" if seeds else task, justify="right")
+        table.add_column(literal(f"{task}, {seeds} seeds" if seeds else task), justify="right")
     for name, label in ROWS.items():
         if any(name in result for result in results.values()):
             table.add_row(label, *(_cell(result.get(name)) for result in results.values()))
@@ -30,13 +32,13 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _scores_table(task: str, result: Mapping[str, Any]) -> Table:
-    table = Table(f"{task}, %")
+    table = Table(Column(literal(f"{task}, %")))
     rows = {name: _flat(result[name]) for name in ROWS if name in result}
     for name in rows:
         table.add_column(ROWS[name], justify="right")
     for score in rows["result"]:
         values = [scores.get(score) for scores in rows.values()]
-        table.add_row(score, *("-" if value is None else f"{100 * value:.1f}" for value in values))
+        table.add_row(literal(score), *("-" if value is None else f"{100 * value:.1f}" for value in values))
     return table
 
 

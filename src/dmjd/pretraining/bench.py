@@ -11,13 +11,14 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from dmjd import __version__
 from dmjd.config.checks import MAX_COUNT, Bounds, check_int
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.train_loader import Batch
 from dmjd.data.workers import available_cores
+from dmjd.engine.console import literal
 from dmjd.engine.device import make_fabric, precision_name
 from dmjd.engine.loop import Engine, Report, StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -203,7 +204,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 def bench_table(result: dict[str, Any]) -> Table:
     """The result of :func:`bench` as a table."""
     settings, images_per_s = result["settings"], result["images_per_s"]
-    table = Table(f"{settings['encoder']}, {settings['precision']}, {settings['batch_size']} images a step", "")
+    heading = literal(f"{settings['encoder']}, {settings['precision']}, {settings['batch_size']} images a step")
+    table = Table(Column(heading), "")
     table.add_row("step alone", f"{images_per_s['step']:.2f} images/s")
     if images_per_s["with_loader"] is not None:
         table.add_row("with the loader", f"{images_per_s['with_loader']:.2f} images/s")
