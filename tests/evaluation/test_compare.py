@@ -135,7 +135,7 @@ def test_settings_of_former_versions_are_compared_under_their_new_names(runs):
 def test_names_of_runs_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
     """Rich would read [lr=1e-3] as markup and show both runs as "exp"."""
     monkeypatch.setenv("COLUMNS", "250")
-    names = ["exp[lr=1e-3]", "exp[lr=1e-4]", "[/b]", "$x_1$", ":smile:", "a\x1b[31mb", "caf\udce9", "_x"]
+    names = ["exp[lr=1e-3]", "exp[lr=1e-4]", "[b]x[b]", "$x_1$", ":smile:", "a\x1b[31mb", "caf\udce9", "_x"]
     folders = [run_folder(tmp_path / name, {"knn": result(0.5)}, seed=i) for i, name in enumerate(names)]
     assert main(["compare", *map(str, folders), "--out", str(tmp_path / "bars.png")]) == 0
     out = capsys.readouterr().out
