@@ -23,6 +23,15 @@ def printable(text: object, keep: str = "") -> str:
     )
 
 
+def is_utf8(text: object) -> bool:
+    """Whether a text, such as a path, can be encoded; file names that are other bytes cannot."""
+    try:
+        str(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shortened(text: object, most: int) -> str:
     """A :func:`printable` text of at most ``most`` characters; the end of a longer one becomes an ellipsis."""
     shown = printable(text)

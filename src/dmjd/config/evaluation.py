@@ -1,7 +1,7 @@
 """Settings shared by all evaluations, and settings of the evaluations on frozen features. Imports no torch."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +29,11 @@ class EvaluationConfig(Config):
     def to_dict(self) -> dict[str, Any]:
         """The task's own settings as JSON types, as they are stored with a result."""
         return self.own(super().to_dict())
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """The task's own settings among ``names``, as JSON types: what the caller changed."""
+        settings = self.to_dict()
+        return {name: settings[name] for name in names if name in settings}
 
     @classmethod
     def own(cls, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, overload
 
 import torch
 
+from dmjd.config.checks import check_path
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, is_encoder_name
 from dmjd.encoders.timm_features import feature_backbone
@@ -75,7 +76,7 @@ def load_encoder(
     Raises:
         ValueError: naming what is wrong with the source.
     """
-    encoder = _load(Path(source).expanduser())
+    encoder = _load(check_path("source", source))
     return (feature_backbone(encoder, out_indices) if features_only else encoder).eval().to(device)
 
 

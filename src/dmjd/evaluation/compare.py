@@ -16,7 +16,7 @@ from dmjd.config.evaluation import EvaluationConfig
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
 from dmjd.engine.console import literal
 from dmjd.evaluation.results import BASELINES
-from dmjd.figures.grid import dpi_of, save_figure
+from dmjd.figures.grid import check_ending, dpi_of, save_figure
 from dmjd.text import drawable
 
 # part of evaluation/<task>.json -> its label
@@ -69,6 +69,8 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     """
     if not runs:
         raise ValueError("give at least one run folder to compare")
+    if out is not None:
+        check_ending(check_path("out", out))
     folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
     names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}

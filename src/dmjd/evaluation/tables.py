@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Column, Table
+from rich.table import Table
 
 from dmjd.engine.console import literal
 
@@ -24,7 +24,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("top-1 accuracy, %")
     for task, result in results.items():
         seeds = len(result["result"].get("per_seed", ()))
-        table.add_column(literal(f"{task}, {seeds} seeds" if seeds else task), justify="right")
+        table.add_column(f"{task}, {seeds} seeds" if seeds else task, justify="right")
     for name, label in ROWS.items():
         if any(name in result for result in results.values()):
             table.add_row(label, *(_cell(result.get(name)) for result in results.values()))
@@ -32,7 +32,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _scores_table(task: str, result: Mapping[str, Any]) -> Table:
-    table = Table(Column(literal(f"{task}, %")))
+    table = Table(f"{task}, %")
     rows = {name: _flat(result[name]) for name in ROWS if name in result}
     for name in rows:
         table.add_column(ROWS[name], justify="right")

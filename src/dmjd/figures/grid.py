@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
@@ -64,6 +65,14 @@ def show_image(axes: Axes, image: np.ndarray, interpolation: str | None = None) 
     axes.imshow(image, interpolation=interpolation or ("nearest" if image.shape[0] < 300 else "antialiased"))
 
 
+def check_ending(path: Path) -> str:
+    """The format of an image file by its ending; ValueError if there is no such format."""
+    formats = set(FigureCanvasBase.get_supported_filetypes()) - _NOT_IMAGES
+    if (ending := path.suffix.lower().lstrip(".")) not in formats:
+        raise ValueError(f"cannot write an image as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
+    return ending
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure atomically, in the format of the file's ending; missing folders are created.
 
@@ -73,9 +82,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         ValueError: if the ending is not an image format, or the path cannot be written to.
     """
     path = check_path("out", path)
-    formats = set(figure.canvas.get_supported_filetypes()) - _NOT_IMAGES
-    if (ending := path.suffix.lower().lstrip(".")) not in formats:
-        raise ValueError(f"cannot write an image as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
+    ending = check_ending(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -85,11 +85,11 @@ class Preprocess:
         if raw.dtype != torch.uint8 or raw.device.type != "cpu" or torch.compiler.is_compiling():
             return (raw.float() / 255 - mean) / std
         images = raw.reshape(-1, *raw.shape[-3:])
-        out = torch.empty(images.shape)
+        out = torch.empty(images.shape, dtype=torch.float32)
         # A few images at a time stay in the cache between the passes.
         few = max(1, _CACHED_VALUES // max(1, raw.shape[-3:].numel()))
         for part, done in zip(images.split(few), out.split(few), strict=True):
-            torch.div(part, 255, out=done).sub_(mean).div_(std)
+            done.copy_(part).div_(255).sub_(mean).div_(std)
         return out.view(raw.shape)
 
     def denormalize(self, normalized: Tensor) -> Tensor:
