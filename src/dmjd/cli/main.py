@@ -8,6 +8,7 @@ from dmjd import __version__
 from dmjd.cli.encoder import run_compare, run_embed, run_export, run_show
 from dmjd.cli.evaluate import run_evaluate
 from dmjd.cli.pretrain import run_bench, run_pretrain
+from dmjd.config.checks import shown
 from dmjd.suggest import did_you_mean
 from dmjd.text import printable
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, *arguments: str) -> None:
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS)
-        raise ValueError(f"unknown command '{command}'{hint} Commands: {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {shown(command)}{hint} Commands: {', '.join(COMMANDS)}")
     COMMANDS[command][0](arguments)
 
 

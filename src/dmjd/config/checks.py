@@ -104,15 +104,20 @@ def check_int(name: str, value: Any, bounds: Bounds = ANY) -> int:
     return _within(name, int(value), bounds)
 
 
-def check_float(name: str, value: Any, bounds: Bounds = ANY) -> float:
-    """A finite number within bounds, as a float."""
+def check_real(name: str, value: Any) -> float:
+    """A number, possibly not finite, as a float."""
     value = plain(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be float, got {shown(value)}")
     try:
-        return _within(name, float(value), bounds)
-    except OverflowError:
-        raise ValueError(f"{name} must {bounds}, got {shown(value)}") from None
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.copysign(math.inf, value)
+
+
+def check_float(name: str, value: Any, bounds: Bounds = ANY) -> float:
+    """A finite number within bounds, as a float."""
+    return _within(name, check_real(name, value), bounds)
 
 
 def _within(name: str, value: Any, bounds: Bounds) -> Any:
@@ -146,6 +151,17 @@ def check_text(name: str, value: Any, choices: Sequence[str] = ()) -> str:
     if choices and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
     return str(value)
+
+
+def check_memory(what: str, num_weights: float) -> None:
+    """Refuse a model whose float32 weights alone take more than this machine's memory, before it is built."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # unknown on some systems
+        return
+    if 4 * num_weights > memory:
+        sizes = f"{4e-9 * num_weights:.0f} GB, this machine has {1e-9 * memory:.0f} GB"
+        raise ValueError(f"{what} is too large: its weights alone take {sizes}. Lower width or depth")
 
 
 def check_path(name: str, value: Any) -> Path:
