@@ -4,6 +4,7 @@ import math
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -283,20 +284,31 @@ def test_pred_ratio_cannot_exceed_all_views_together():
 
 
 def test_other_settings_out_of_range():
-    with pytest.raises(ValueError, match="num_views must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_views must be at least 1, got 0"):
         disjoint_masks(2, num_views=0)
     with pytest.raises(
         ValueError, match=r"block_size 4 does not divide the 14 x 14 token grid; choose one of \[1, 2, 7, 14\]"
     ):
         disjoint_masks(2, block_size=4)
-    with pytest.raises(ValueError, match="block_size must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         disjoint_masks(2, block_size=0)
     with pytest.raises(ValueError, match="none of the 1 masking units visible; use smaller blocks"):
         disjoint_masks(2, block_size=14)
-    with pytest.raises(ValueError, match="grid must be at least 1 x 1, got 0 x 4"):
+    with pytest.raises(ValueError, match="grid must be at least 1, got 0"):
         disjoint_masks(2, grid=(0, 4))
-    with pytest.raises(ValueError, match="batch_size must not be negative"):
+    with pytest.raises(ValueError, match="batch_size must be at least 0, got -1"):
         disjoint_masks(-1)
+    for wrong in (
+        *({"num_views": value} for value in (True, 2.0, "2", 10**9)),
+        *({"mask_ratio": value} for value in ("0.5", True, float("nan"), 10**400)),
+        *({"pred_ratio": value} for value in ("0.5", True)),
+        *({"block_size": value} for value in (True, 1.0, "1")),
+        *({"grid": value} for value in ((14.0, 14), (True, 14), ("1", 1))),
+    ):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must"):
+            disjoint_masks(2, **wrong)
+    with pytest.raises(ValueError, match="batch_size must be at most"):
+        disjoint_masks(10**12)
     with pytest.raises(ValueError, match="no meaning with disjoint=False"):
         disjoint_masks(2, disjoint=False, pred_ratio=0.9)
     with pytest.raises(ValueError, match=r"keys must be \[2\] int64, got \[3\]"):
@@ -357,3 +369,11 @@ def test_the_same_masks_on_cuda(disjoint):
     assert cuda.visible.is_cuda
     assert torch.equal(cuda.visible.cpu(), cpu.visible)
     assert torch.equal(cuda.mask.cpu(), cpu.mask)
+
+
+def test_numbers_of_numpy_count_as_pythons():
+    keys = torch.arange(3)
+    settings = {"num_views": 2, "mask_ratio": 0.5, "pred_ratio": 1.0, "block_size": 2}
+    of_numpy = {name: np.asarray(value)[()] for name, value in settings.items()}
+    plain, other = (disjoint_masks(n, (4, 4), keys=keys, **s) for n, s in ((3, settings), (np.int64(3), of_numpy)))
+    assert torch.equal(plain.mask, other.mask)

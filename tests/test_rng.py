@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -93,3 +94,17 @@ def test_uniform_covers_the_half_open_unit_interval():
     assert values.dtype == torch.float64
     assert abs(values.mean() - 0.5) < 5 / math.sqrt(12 * 100_000)
     assert values.var() == pytest.approx(1 / 12, rel=0.02)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**30, 10**4000])
+def test_seeds_beyond_64_bits_are_refused(seed):
+    """They would be cut to 64 bits, so that two seeds give the same results."""
+    with pytest.raises(ValueError, match="at most 64 bits"):
+        hash64(seed)
+    with pytest.raises(ValueError, match="at most 64 bits"):
+        image_keys(seed, torch.tensor([0]), torch.tensor([0]))
+
+
+def test_integers_of_numpy_count_as_pythons():
+    assert hash64(np.int64(-3), np.uint64(2**63)) == hash64(-3, 2**63)
+    assert torch.equal(hash64(torch.arange(3), np.int8(3)), hash64(torch.arange(3), 3))

@@ -76,9 +76,9 @@ def test_samplers_by_name():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DisjointMasks(num_views=0), "num_views must be an integer of at least 1, got 0"),
-        (lambda: DisjointMasks(num_views=2.5), "num_views must be an integer"),
-        (lambda: DisjointMasks(block_size=0), "block_size must be an integer"),
+        (lambda: DisjointMasks(num_views=0), "num_views must be at least 1, got 0"),
+        (lambda: DisjointMasks(num_views=2.5), "num_views must be int, got 2.5"),
+        (lambda: DisjointMasks(block_size=0), "block_size must be at least 1, got 0"),
         (lambda: DisjointMasks(mask_ratio=1.0), "mask_ratio must lie between 0 and 1"),
         (lambda: DisjointMasks(pred_ratio=0.5), r"pred_ratio must lie in \[0.6, 1\]"),
         (lambda: IndependentMasks(mask_ratio=0.0), "mask_ratio must lie between 0 and 1"),

@@ -1,9 +1,12 @@
 """Names from outside, made safe to print."""
 
+import pytest
+from hostile_names import NAMES
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from dmjd.text import printable
+from dmjd.text import drawable, file_name, printable, shortened
 
 
 def test_control_characters_are_shown():
@@ -30,3 +33,26 @@ def test_the_result_can_be_encoded_and_has_one_line(text):
     assert shown.encode("utf-8") is not None
     assert len(shown.splitlines()) <= 1
     assert printable(shown) == shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_can_be_drawn(name):
+    """Matplotlib shows the name itself: no formula, no character that it cannot encode."""
+    figure = Figure(figsize=(1, 1))
+    text = figure.text(0, 0, drawable(name))
+    shown, is_formula = text._preprocess_math(text.get_text())
+    assert not is_formula
+    assert shown.removeprefix(" ") == shortened(name, 60).removeprefix(" ")
+    assert len(shown) <= 61
+    assert not drawable(name).startswith("_")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_can_be_part_of_a_file_name(tmp_path, name):
+    (tmp_path / file_name(name)).write_text("")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_long_names_are_shortened():
+    assert shortened("a" * 9, 8) == "aaaaaaa…"
+    assert shortened("a" * 8, 8) == "a" * 8

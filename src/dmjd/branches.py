@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmjd.config.checks import check_memory
 from dmjd.encoders.base import Encoder
 from dmjd.masking import Masks, num_decoded
 from dmjd.nn.layers import (
@@ -264,6 +265,7 @@ class ReconstructionDecoder(nn.Module):
         num_prefix_tokens: int = 0,
     ) -> None:
         super().__init__()
+        check_memory("the decoder", depth * dim * dim * (4 + 2 * mlp_ratio))
         self.num_prefix_tokens, self.mlp_ratio = num_prefix_tokens, mlp_ratio
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))

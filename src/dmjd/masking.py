@@ -8,12 +8,12 @@ subclass and a line in :data:`SAMPLERS`.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dmjd.config.checks import MAX_BATCH_SIZE, Bounds, check_float, check_int, check_real, shown
 from dmjd.rng import STREAM_DECODE, STREAM_MASK, hash64
 from dmjd.suggest import did_you_mean
 
@@ -136,9 +136,8 @@ class _BlockSampler(MaskSampler):
 
     def __init__(self, num_views: int, mask_ratio: float, pred_ratio: float | None, block_size: int | None) -> None:
         _check_ratios(num_views, mask_ratio, pred_ratio)
-        if block_size is not None and (not isinstance(block_size, Integral) or block_size < 1):
-            raise ValueError(f"block_size must be an integer of at least 1, got {block_size}")
-        self.num_views, self.mask_ratio, self.block_size = num_views, mask_ratio, block_size
+        self.num_views, self.mask_ratio = int(num_views), float(mask_ratio)
+        self.block_size = None if block_size is None else check_int("block_size", block_size, Bounds(ge=1))
         self.pred_ratio = pred_ratio if pred_ratio is not None else min(1.0, num_views * mask_ratio)
         self._requested = pred_ratio
 
@@ -213,8 +212,7 @@ class ComplementaryMasks(_BlockSampler):
     """
 
     def __init__(self, num_views: int = 4, mask_ratio: float | None = None, block_size: int | None = 1) -> None:
-        if num_views < 2:
-            raise ValueError(f"complementary masks need a num_views of at least 2, got {num_views}")
+        num_views = check_int("num_views", num_views, Bounds(ge=2, most=_COUNTS - 1))
         ratio = 1.0 - 1.0 / num_views
         if mask_ratio is not None and abs(mask_ratio - ratio) > _TOLERANCE:
             raise ValueError(
@@ -245,7 +243,7 @@ def sampler_class(name: str) -> type[MaskSampler]:
         ValueError: if the name is not in :data:`SAMPLERS`.
     """
     if name not in SAMPLERS:
-        raise ValueError(f"unknown masks '{name}'{did_you_mean(name, SAMPLERS)} Masks: {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown masks {shown(name)}{did_you_mean(name, SAMPLERS)} Masks: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
@@ -281,8 +279,7 @@ def disjoint_masks(
     Raises:
         ValueError: if a setting is out of its range or does not fit the grid.
     """
-    if batch_size < 0:
-        raise ValueError(f"batch_size must not be negative, got {batch_size}")
+    batch_size = check_int("batch_size", batch_size, Bounds(ge=0, most=MAX_BATCH_SIZE))
     if keys is not None and generator is not None:
         raise ValueError("give keys or a generator, not both: masks are a pure function of the keys")
     if not disjoint and pred_ratio is not None:
@@ -336,14 +333,10 @@ def mask_counts(
 
 
 def _check_ratios(K: int, c: float, p: float | None = None) -> None:
-    if not isinstance(K, Integral) or K < 1:
-        raise ValueError(f"num_views must be an integer of at least 1, got {K}")
-    if K >= _COUNTS:
-        raise ValueError(f"at most {_COUNTS - 1} views, got {K}")
-    if not 0.0 < c < 1.0:
-        raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {c}")
+    check_int("num_views", K, Bounds(ge=1, most=_COUNTS - 1))
+    check_float("mask_ratio", c, Bounds(gt=0, lt=1))
     top = min(1.0, K * c)
-    if p is not None and not c - _TOLERANCE <= p <= top + _TOLERANCE:
+    if p is not None and not c - _TOLERANCE <= check_real("pred_ratio", p) <= top + _TOLERANCE:
         raise ValueError(
             f"pred_ratio must lie in [{c:.7g}, {top:.7g}] for mask_ratio {c} and {K} view(s), got {p}: the union of "
             "the views' masks is at least one view's mask and at most all of them together"
@@ -352,9 +345,7 @@ def _check_ratios(K: int, c: float, p: float | None = None) -> None:
 
 def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
     """The side of a masking block in tokens; None means 2 if it divides both grid sides, else 1."""
-    h, w = grid
-    if h < 1 or w < 1:
-        raise ValueError(f"the token grid must be at least 1 x 1, got {h} x {w}")
+    h, w = (check_int("grid", side, Bounds(ge=1)) for side in grid)
     if block_size is None:
         return 2 if h % 2 == 0 and w % 2 == 0 else 1
     if block_size < 1 or h % block_size or w % block_size:

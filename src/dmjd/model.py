@@ -13,6 +13,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.masking import DisjointMasks, Masks, MaskSampler, random_keys
 from dmjd.nn.dropout import set_row_keys
 from dmjd.nn.layers import set_checkpointing
+from dmjd.nn.modes import float32_by_default
 from dmjd.rng import STREAM_VIEW, hash64
 from dmjd.targets.base import Target
 from dmjd.targets.registry import create_target
@@ -44,6 +45,7 @@ class MaskedImageModel(nn.Module):
         ValueError: for settings that do not fit together or do not fit the encoder.
     """
 
+    @float32_by_default()
     def __init__(
         self,
         encoder: Encoder,
@@ -125,7 +127,7 @@ class MaskedImageModel(nn.Module):
     def losses(self, latent: Tensor, targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
         """Loss of each branch from the latent tokens of :meth:`encode`, and their weighted sum "loss"."""
         losses: dict[str, Tensor] = {}
-        loss = torch.zeros((), device=latent.device)
+        loss = torch.zeros((), dtype=torch.float32, device=latent.device)
         for name, branch in self._named_branches():
             own = branch.train_masks(masks)
             losses[name] = branch.loss(branch(latent, own), targets[name], own)

@@ -1,7 +1,11 @@
 """The counter-based hash behind every random choice in data, masks and augmentation."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
+
+from dmjd.config.checks import shown
 
 # One stream per random decision, so that e.g. the crop of an image shares no bits with its masks.
 STREAM_EPOCH, STREAM_IMAGE, STREAM_CROP, STREAM_FLIP, STREAM_MASK, STREAM_REPLACE, STREAM_STEP = range(1, 8)
@@ -52,7 +56,11 @@ def hash64(*parts: int | Tensor) -> Tensor:
     """Counter-based 64-bit hash of a tuple of integers, the only source of randomness in data and masks.
 
     Args:
-        parts: Python integers (modulo 2^64) and int64 tensors that broadcast together; the order matters.
+        parts: integers of at most 64 bits, signed or unsigned, and int64 tensors that broadcast together; the order
+            matters.
+
+    Raises:
+        ValueError: for a larger integer.
 
     Returns:
         int64 tensor of the broadcast shape, uniform over all 64-bit patterns; the same bits on every device.
@@ -60,6 +68,10 @@ def hash64(*parts: int | Tensor) -> Tensor:
     head: int = 0
     state: Tensor | None = None
     for part in parts:
+        if isinstance(part, Integral):  # NumPy's too
+            part = int(part)
+            if not -(1 << 63) <= part <= _MASK64:
+                raise ValueError(f"seeds and keys must be integers of at most 64 bits, got {shown(part)}")
         if state is None and isinstance(part, int):  # leading integers cost no tensor operation
             head = _mix_int(((head ^ (part & _MASK64)) + _GOLDEN) & _MASK64)
             continue

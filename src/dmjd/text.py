@@ -1,5 +1,6 @@
-"""Names that come from outside (files, folders, classes), made safe to print."""
+"""Names that come from outside (files, folders, classes), made safe to print and to draw."""
 
+import re
 import unicodedata
 
 # Control, format (such as right-to-left marks), surrogate, private and unassigned characters; line separators.
@@ -20,3 +21,36 @@ def printable(text: object, keep: str = "") -> str:
         c if c in keep or unicodedata.category(c) not in _HIDDEN else c.encode("unicode_escape").decode("ascii")
         for c in str(text)
     )
+
+
+def is_utf8(text: object) -> bool:
+    """Whether a text, such as a path, can be encoded; file names that are other bytes cannot."""
+    try:
+        str(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shortened(text: object, most: int) -> str:
+    """A :func:`printable` text of at most ``most`` characters; the end of a longer one becomes an ellipsis."""
+    shown = printable(text)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def drawable(text: object, most: int = 60) -> str:
+    """A :func:`shortened` text for a matplotlib figure, which would read what stands between ``$`` as a formula.
+
+    A leading underscore, which hides an entry of a legend, gets a space before it.
+    """
+    shown = shortened(text, most).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def file_name(text: object, most: int = 60) -> str:
+    """A text as part of a file name: every character that is not a letter, digit, ``.``, ``-`` or ``_`` becomes ``_``.
+
+    It is never empty, hidden or a way up (``..``).
+    """
+    safe = re.sub(r"[^\w.-]", "_", printable(text))[:most].lstrip(".")
+    return safe or "_"

@@ -115,7 +115,7 @@ def test_json_round_trip(name):
         ({"ema_layers": 0}, "ema_layers must be at least 1"),
         ({"ema_momentum": 1.1}, "ema_momentum must lie between 0 and 1"),
         ({"seed": "x"}, "seed must be int"),
-        ({"value_range": (1.0, float("inf"))}, "value_range must be finite"),
+        ({"value_range": (1.0, float("inf"))}, "value_range must lie between"),
         ({"value_range": (1.0, 1.0)}, "value_range must rise"),
         ({"mask_ration": 0.5}, "does not take mask_ration; did you mean 'mask_ratio'"),
         ({"max_bad": 3}, "the setting max_bad is now called max_unreadable"),
@@ -167,7 +167,7 @@ def test_all_configurations_share_the_checks(config):
     assert config(seed=1).replace(seed=2) == config(seed=2)
     for changes, message in (
         ({"device": "gpu"}, "device must be one of auto, cpu, cuda"),
-        ({"num_workers": -1}, "num_workers must lie between 0 and 256"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"sed": 1}, f"'{config.task}' does not take sed; did you mean 'seed'"),
         ({"seed": True}, "seed must be int"),
     ):

@@ -1,6 +1,7 @@
 """Encoder files: round trips, use by other libraries, errors."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from safetensors.torch import save_file
 from support import small_encoder
 from torch import nn
 
-from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
+from dmjd.files import write_safetensors
 from dmjd.images.preprocess import Preprocess
 
 
@@ -131,3 +134,80 @@ def test_load_encoder_errors(tmp_path):
     refused(tmp_path / "lacking.safetensors", "weights do not fit vit_tiny_patch8: .*norm.bias")
     save_file(state, tmp_path / "newer.safetensors", {"dmjd": json.dumps(metadata | {"format": 99})})
     refused(tmp_path / "newer.safetensors", r"newer dmjd \(format 99\)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"depth": value}, "depth must be") for value in (10**9, 0, -1, True, "3", 1e300, None, [3])),
+        ({"depth": 900}, "900 blocks, but the file holds"),
+        *(({"embed_dim": value}, "embed_dim must be") for value in (10**9, 0, False, "32", float("inf"))),
+        ({"embed_dim": 16_384}, "ask for|weights alone take"),
+        *(({"img_size": value}, "img_size must be") for value in (10**9, 0, [16, -16], "16", True, {}, [1, 2, 3])),
+        ({"img_size": [16_384, 16_384]}, "1048576 tokens|pos_embed is|ask for|more than"),
+        ({"img_size": [16, 24]}, "pos_embed is .* ask for"),
+        *(({"num_heads": value}, "num_heads must be|do not divide") for value in (10**9, 0, -2, True, "2", 3)),
+        *(({"mlp_ratio": value}, "mlp_ratio must be") for value in (10**9, 0, -1.0, "4", float("nan"))),
+        ({"mlp_ratio": 99.0}, "mlp.fc1.weight is .* ask for"),
+        *(({"in_chans": value}, "in_chans must be") for value in (10**9, 0, "3", True)),
+        ({"class_token": "yes"}, "class_token must be bool"),
+        ({"width": 3}, "does not take width"),
+    ],
+)
+def test_hostile_metadata_are_refused_at_once(tmp_path, changes, message):
+    """Before anything of the size they ask for is allocated."""
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    metadata = encoder_metadata(encoder)
+    metadata["options"] |= changes
+    file = tmp_path / "hostile.safetensors"
+    write_safetensors(file, encoder.state_dict(), metadata)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=message) as refused:
+        load_encoder(file)
+    assert time.perf_counter() - started < 1
+    assert str(refused.value).startswith(f"{file}: ")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "vit_giant_patch8", "vit_tiny_patch999999999", "x" * 10_000, ["vit"]])
+def test_a_hostile_name_is_refused(tmp_path, name):
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    write_safetensors(tmp_path / "a.safetensors", encoder.state_dict(), encoder_metadata(encoder) | {"name": name})
+    with pytest.raises(ValueError, match=r"a\.safetensors: its metadata do not describe an encoder: ") as refused:
+        load_encoder(tmp_path / "a.safetensors")
+    assert len(str(refused.value)) < 2000
+
+
+def test_loading_leaves_the_global_random_state_as_before(tmp_path):
+    """It advances by the random weights of one encoder, so that runs which load one keep their numbers."""
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    torch.manual_seed(0)
+    load_encoder(tmp_path)
+    after_loading = torch.rand(3)
+    torch.manual_seed(0)
+    create_encoder(encoder.name, **encoder.options)
+    assert torch.equal(after_loading, torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"img_size": [10**9, 16]}, "img_size must be at most"),
+        ({"img_size": 16}, r"img_size must be \(height, width\), got 16"),
+        ({"img_size": [True, 16]}, "img_size must be int, got True"),
+        ({"in_chans": "3"}, "in_chans must be int"),
+        ({"mean": [float("nan")] * 3}, "mean must be finite"),
+        ({"std": [0.0] * 3}, "std must be positive"),
+        ({"mean": "abc"}, "mean must be a tuple of numbers"),
+        ({"value_range": [0]}, "value_range must be a tuple of numbers"),
+        ({"width": 3}, "not the settings of a preprocessing"),
+    ],
+)
+def test_a_hostile_preprocessing_is_refused(tmp_path, changes, message):
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    preprocess = Preprocess((16, 16)).to_dict() | changes
+    metadata = encoder_metadata(encoder) | {"preprocess": preprocess}
+    write_safetensors(tmp_path / "a.safetensors", encoder.state_dict(), metadata)
+    with pytest.raises(ValueError, match=rf"a\.safetensors: its preprocessing cannot be used: .*{message}"):
+        load_encoder(tmp_path / "a.safetensors")

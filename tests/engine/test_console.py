@@ -5,9 +5,12 @@ import os
 import sys
 
 import pytest
+from hostile_names import NAMES
+from rich.console import Console as RichConsole
 from rich.table import Table
 
-from dmjd.engine.console import PLAIN_SECONDS, Console, duration_text
+from dmjd.engine.console import PLAIN_SECONDS, Console, duration_text, literal
+from dmjd.text import printable
 
 SCALARS = {"loss": 0.5, "images_per_s": 12.3, "data_wait": 0.25}
 
@@ -67,3 +70,24 @@ def test_streams_that_fail_end_nothing(monkeypatch):
         console.table(Table("é"))
         console.close()
     assert narrow.buffer.getvalue().startswith(b"\\xe9\nwarning: \\udcff\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are(capsys, name):
+    """In messages, warnings, live lines and tables: no markup, no emoji codes, no control characters."""
+    console = Console()
+    console.say(name)
+    console.warn(name)
+    console.line(name, 1.0)
+    console.close()
+    printed = capsys.readouterr().err
+    assert printed == f"{printable(name, keep=chr(10))}\nwarning: {printable(name, keep=chr(10))}\n" + (
+        f"100.0 %  {printable(name)}\n"
+    )
+    table = Table("name")
+    table.add_row(literal(name))
+    console.table(table)
+    RichConsole(width=500).print(table)  # of a user, who prints a table of ours
+    shown = capsys.readouterr().out.replace("\n", "").replace(" ", "")
+    assert shown.count(printable(name).replace(" ", "")) >= 2 or name == "a" * 300  # a long name is folded
+    assert shown.isprintable()

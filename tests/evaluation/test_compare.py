@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dmjd.cli.main import main
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.evaluation.compare import Score, compare, comparison_figure, comparison_tables
+from dmjd.evaluation.compare import Comparison, Score, compare, comparison_figure, comparison_tables
 
 
 def result(top1: float, **changes) -> dict:
@@ -130,3 +130,34 @@ def test_settings_of_former_versions_are_compared_under_their_new_names(runs):
     for run, name in zip(runs, ("looks", "num_evals"), strict=True):
         (run / "evaluation" / "knn.json").write_text(json.dumps(result(0.5, configuration={name: 3})))
     assert not compare(*runs).differences
+
+
+def test_names_of_runs_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
+    """Rich would read [lr=1e-3] as markup and show both runs as "exp"."""
+    monkeypatch.setenv("COLUMNS", "250")
+    names = ["exp[lr=1e-3]", "exp[lr=1e-4]", "[b]x[b]", "$x_1$", ":smile:", "a\x1b[31mb", "caf\udce9", "_x"]
+    folders = [run_folder(tmp_path / name, {"knn": result(0.5)}, seed=i) for i, name in enumerate(names)]
+    assert main(["compare", *map(str, folders), "--out", str(tmp_path / "bars.png")]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names[:5])
+    assert "a\\x1b[31mb" in out
+    assert "caf\\udce9" in out
+    labels = [label.get_text() for label in comparison_figure(compare(*folders)).axes[0].get_yticklabels()]
+    assert labels[0] == "exp[lr=1e-3]"
+    assert labels[3] == r"\$x_1\$"
+    assert (tmp_path / "bars.png").exists()
+
+
+def test_an_empty_name_is_not_the_current_folder(runs, monkeypatch):
+    monkeypatch.chdir(runs[0])
+    with pytest.raises(ValueError, match="run must not be empty"):
+        compare("")
+    with pytest.raises(ValueError, match="out must not be empty"):
+        compare(*runs, out="")
+
+
+def test_a_chart_of_very_many_runs_can_be_drawn(tmp_path):
+    scores = {("knn", "top1"): {}, ("linear", "top1"): {}}
+    many = Comparison([f"run {i}" for i in range(1000)], scores, {})
+    figure = comparison_figure(many)
+    assert max(figure.get_size_inches()) * figure.dpi < 2**16

@@ -22,3 +22,9 @@ def test_curves_of_nothing_are_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no curves yet"):
         curves_figure(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_bytes(b'[1]\n3\n{"step": "x"}\n\xff\n{"step": 1, "loss": [1]}\n' + b"[" * 9999)
+    with pytest.raises(ValueError, match="no curves yet"):
+        curves_figure(tmp_path / "metrics.jsonl")
+    for missing, message in ((tmp_path, "cannot be read"), (tmp_path / "none", "cannot be read"), ("", "not be empty")):
+        with pytest.raises(ValueError, match=message):
+            curves_figure(missing)

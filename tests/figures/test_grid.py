@@ -3,6 +3,7 @@
 import pytest
 import torch
 from figure_models import panels
+from matplotlib import rc_context
 from PIL import Image
 
 from dmjd.figures.grid import image_grid, save_figure
@@ -31,3 +32,22 @@ def test_figures_are_saved_in_the_format_of_their_ending(tmp_path):
     with pytest.raises(ValueError, match="could not write"):
         save_figure(figure, tmp_path / "file" / "a.png")
     assert {p.name for p in tmp_path.iterdir()} == {"new folder", "a.jpg", "file"}
+    with pytest.raises(ValueError, match="out must not be empty"):
+        save_figure(figure, "")
+    with pytest.raises(ValueError, match=r"end it in \.png"):
+        save_figure(figure, tmp_path / "a.pgf")  # needs LaTeX
+
+
+@pytest.mark.parametrize("shape", [(1000, 2), (2, 1000), (8, 8)])
+def test_figures_of_many_rows_and_of_long_images_can_be_drawn(shape):
+    figure = image_grid({"a": [torch.zeros(*shape, 3)] * 200, "b": [torch.zeros(*shape, 3)] * 200}, [""] * 200)
+    assert max(figure.get_size_inches()) * figure.dpi < 2**16
+    assert min(figure.get_size_inches()) * figure.dpi > 10
+
+
+def test_settings_of_the_user_do_not_break_figures(tmp_path):
+    """LaTeX, if it is installed at all, would read names as code."""
+    with rc_context({"text.usetex": True}):
+        figure = image_grid({"a_$x": [torch.zeros(4, 4, 3)], "b": [torch.ones(4, 4, 3)]}, ["猫_"])
+        save_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()

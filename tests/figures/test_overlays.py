@@ -1,8 +1,11 @@
 """Predictions of segmentation and detection over the images."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from hostile_names import NAMES
 from PIL import Image
 
 from dmjd.data.dense_transforms import IGNORE
@@ -48,3 +51,19 @@ def test_detection_panels_color_masks_and_keep_boxes():
 def test_colors_differ():
     for count in (2, 20, 40):
         assert len(set(class_colors(count))) == count
+
+
+def test_any_name_of_a_class_can_be_drawn(tmp_path):
+    image, truth = np.zeros((8, 10, 3), np.uint8), np.zeros((8, 10), np.int64)
+    overlays = segmentation_panels([(image, truth, truth)], NAMES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_overlays(overlays, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as figure:
+        assert max(figure.size) < 3000  # long names do not stretch it
+
+
+@pytest.mark.parametrize("size", [(2000, 2), (2, 2000)])
+def test_long_and_narrow_images_can_be_drawn(size, tmp_path):
+    image, truth = np.zeros((*size, 3), np.uint8), np.zeros(size, np.int64)
+    save_overlays(segmentation_panels([(image, truth, truth)] * 2, ["a"]), tmp_path / "a.png")

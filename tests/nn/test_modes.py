@@ -1,9 +1,14 @@
-"""Temporary evaluation mode."""
+"""Temporary modes."""
 
+import numpy as np
 import pytest
 import torch
+from support import TINY_FIELDS, assert_same_bits
+from tiny_models import SIZES, tiny_model
 from torch import nn
 
+from dmjd import create_encoder, disjoint_masks, embed, evaluate, hog, pretrain, recipes
+from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
 
 
@@ -21,3 +26,64 @@ def test_modes_are_restored_one_by_one():
         failing()
     assert [part.training for part in module.modules()] == [True, True, False]
     assert not torch.is_inference_mode_enabled()
+
+
+TASKS = {"knn": {}, "linear": {"steps": 2}, "finetune": {"steps": 1, "batch_size": 8}}
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def computed(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Results of public functions if the caller has set another default type."""
+    raw = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    torch.set_default_dtype(dtype)
+    preprocess = Preprocess((24, 40))
+    masks = disjoint_masks(2, (4, 4), keys=torch.tensor([1, 2]))
+    found = {"mask": masks.mask, "visible": masks.visible, "masked": masks.subset_masked(0.5).masked}
+    found |= {"hog": hog(raw, 4), "hog of floats": hog(raw.float(), 8, 40), "hog of nothing": hog(raw[:0], 4)}
+    found |= {"normalized": preprocess.normalize(raw), "denormalized": preprocess.denormalize(raw)}
+    found["preprocessed"] = preprocess(raw[0].permute(1, 2, 0).numpy())
+    for name, sizes in SIZES.items():
+        torch.manual_seed(0)
+        encoder = create_encoder(name, 32, **sizes)
+        tokens = encoder(preprocess.normalize(raw))
+        found |= {f"{name} {key}": value for key, value in encoder.state_dict().items()}
+        found |= {f"{name} tokens": tokens, f"{name} pooled": encoder.pool(tokens)}
+        found[f"{name} positions"] = encoder.positions((3, 5))
+        model = tiny_model(name, target="ema")
+        losses = model(preprocess.normalize(raw), raw, keys=torch.tensor([1, 2]))
+        losses["loss"].backward()
+        found |= {f"{name} {key}": value for key, value in losses.items()}
+        found |= {f"{name} gradient {key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_do_not_depend_on_the_default_type(dtype):
+    expected, actual = computed(torch.float32), computed(dtype)
+    assert torch.get_default_dtype() == dtype
+    assert {k: v.dtype for k, v in actual.items()} == {k: v.dtype for k, v in expected.items()}
+    assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+
+
+def test_runs_do_not_depend_on_the_default_type(tmp_path, image_folder):
+    """Pre-training, evaluation and features."""
+    data = {"data": image_folder, "labels": "folder"}
+    fields = TINY_FIELDS | data | {"steps": 2, "batch_size": 8, "drop_path": 0.1, "num_workers": 0}
+    torch.set_num_threads(1)
+    scores, features = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        run = pretrain(recipes.digits(out=tmp_path / str(dtype), **fields)).path
+        own = data | {"test_data": image_folder, "num_workers": 0}
+        scores.append([evaluate(task, run, **own, **more)["result"] for task, more in TASKS.items()])
+        features.append(np.load(embed(run, out=run / "features.npy", num_workers=0)))
+    assert_same_bits(*(tmp_path / str(dtype) for dtype in (torch.float32, torch.bfloat16)))
+    assert scores[0] == scores[1]
+    np.testing.assert_array_equal(*features)

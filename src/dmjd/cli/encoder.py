@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dmjd.cli.parser import Parser, add_run_argument
 from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS
 from dmjd.figures.kinds import KINDS, check_kind
+from dmjd.text import printable
 
 _ENCODER_SOURCE = "run folder, encoder file or checkpoint"
 
@@ -35,7 +36,7 @@ def run_show(arguments: Sequence[str]) -> None:
     check_kind(kind)
     from dmjd.figures.show import show  # imports torch
 
-    print(show(kind, given.pop("run"), **given))
+    print(printable(show(kind, given.pop("run"), **given)))
 
 
 def run_embed(arguments: Sequence[str]) -> None:
@@ -68,7 +69,7 @@ def run_embed(arguments: Sequence[str]) -> None:
     given = parser.parse(arguments)
     from dmjd.interop.embed import embed  # imports torch
 
-    print(embed(given.pop("run"), **given))
+    print(printable(embed(given.pop("run"), **given)))
 
 
 def run_export(arguments: Sequence[str]) -> None:
@@ -88,7 +89,7 @@ def run_export(arguments: Sequence[str]) -> None:
     from dmjd.interop.export import export  # imports torch
 
     exported = export(given.pop("run"), **given)
-    print(f"{exported.path} reproduces the encoder's outputs. Load it with:\n\n{exported.usage}")
+    print(printable(f"{exported.path} reproduces the encoder's outputs. Load it with:\n\n{exported.usage}", keep="\n"))
 
 
 def run_compare(arguments: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dmjd.cli.parser import Parser, add_field, add_run_argument, flag_of
+from dmjd.config.checks import shown
 from dmjd.config.evaluation import COMMON, EvaluationConfig, FrozenConfig
 from dmjd.evaluation.registry import TASKS, frozen_names
 from dmjd.suggest import did_you_mean
@@ -22,7 +23,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     task = arguments[0]
     names = [*TASKS, FROZEN]
     if task not in names:
-        raise ValueError(f"unknown evaluation '{task}'{did_you_mean(task, names)} Evaluations: {', '.join(names)}")
+        raise ValueError(f"unknown evaluation {shown(task)}{did_you_mean(task, names)} Evaluations: {', '.join(names)}")
     given = _parser(task).parse(arguments[1:])
     if given.pop("sweep", False):
         task = "linear_sweep"

@@ -13,6 +13,7 @@ from dmjd.cli.evaluate import run_evaluate
 from dmjd.cli.failures import report_failure
 from dmjd.cli.interruption import Interruption
 from dmjd.cli.pretrain import run_bench, run_pretrain
+from dmjd.config.checks import shown
 from dmjd.streams import unfailing_standard_streams
 from dmjd.suggest import did_you_mean
 from dmjd.text import printable
@@ -91,7 +92,7 @@ def _run(command: str = "--help", *arguments: str) -> None:
         return
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS)
-        raise ValueError(f"unknown command '{command}'{hint} Commands: {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {shown(command)}{hint} Commands: {', '.join(COMMANDS)}")
     COMMANDS[command][0](arguments)
 
 

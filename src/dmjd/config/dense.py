@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR, MAX_SIDE, MAX_WIDTH
 from dmjd.config.evaluation import COMMON, EvaluationConfig
 from dmjd.config.fields import PRECISIONS, option
 
@@ -18,35 +19,40 @@ class DenseConfig(EvaluationConfig):
 
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", COMMON, choices=PRECISIONS)
 
-    epochs: float | None = option(None, "length of a training in epochs; default 50", "dense", gt=0)
-    steps: int | None = option(None, "length of a training in steps, instead of epochs", "dense", ge=1)
+    epochs: float | None = option(None, "length of a training in epochs; default 50", "dense", gt=0, most=MAX_EPOCHS)
+    steps: int | None = option(None, "length of a training in steps, instead of epochs", "dense", ge=1, most=MAX_COUNT)
     img_size: tuple[int, ...] | None = option(
         None,
         "image side in pixels, or height and width; default the encoder's",
         "dense",
         ge=8,
+        most=MAX_SIDE,
         length=(1, 2),
     )
-    batch_size: int = option(16, "images per step", "dense", ge=1)
-    accumulate: int = option(1, "micro-batches per step: less memory", "dense", ge=1)
+    batch_size: int = option(16, "images per step", "dense", ge=1, most=MAX_BATCH_SIZE)
+    accumulate: int = option(1, "micro-batches per step: less memory", "dense", ge=1, most=MAX_BATCH_SIZE)
     blr: float | None = option(
-        None, "base learning rate, lr = blr * batch / 256; default 1e-3 * sqrt(256 / batch)", "dense", gt=0
+        None,
+        "base learning rate, lr = blr * batch / 256; default 1e-3 * sqrt(256 / batch)",
+        "dense",
+        gt=0,
+        most=MAX_FACTOR,
     )
-    min_lr: float = option(1e-6, "final learning rate", "dense", ge=0)
+    min_lr: float = option(1e-6, "final learning rate", "dense", ge=0, most=MAX_FACTOR)
     warmup: float = option(0.1, "fraction of the training with linear warm-up", "dense", ge=0, le=1)
-    weight_decay: float = option(0.05, "weight decay of AdamW, not on biases and norms", "dense", ge=0)
+    weight_decay: float = option(0.05, "weight decay of AdamW, not on biases and norms", "dense", ge=0, most=MAX_FACTOR)
     layer_decay: float = option(
         0.75, "learning-rate factor from a layer to the one below; 1 from scratch", "dense", gt=0, le=1
     )
     drop_path: float = option(0.1, "stochastic depth rate of the encoder's last block", "dense", ge=0, le=0.99)
-    clip_grad: float | None = option(3.0, "maximum gradient norm", "dense", gt=0)
+    clip_grad: float | None = option(3.0, "maximum gradient norm", "dense", gt=0, most=1e9)
     freeze: bool = option(False, "train the decoder only; the encoder is frozen", "dense")
-    decoder_dim: int = option(256, "width of the decoder or feature pyramid", "dense", ge=16)
+    decoder_dim: int = option(256, "width of the decoder or feature pyramid", "dense", ge=16, most=MAX_WIDTH)
     flip: bool = option(True, "random left-right flips", "dense")
-    num_images: int = option(6, "test images drawn with their predictions", "dense", ge=0, le=1000)
-    num_evals: int = option(4, "evaluations on a part of the test set during training", "dense", ge=0, le=1000)
-    checkpoint_every: int = option(200, "steps between checkpoints", "dense", ge=1)
-    log_every: int = option(20, "steps between lines of metrics.jsonl", "dense", ge=1)
+    num_images: int = option(6, "test images drawn with their predictions", "dense", ge=0, most=1000)
+    num_evals: int = option(4, "evaluations on a part of the test set during training", "dense", ge=0, most=1000)
+    checkpoint_every: int = option(200, "steps between checkpoints", "dense", ge=1, most=MAX_COUNT)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", "dense", ge=1, most=MAX_COUNT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +105,7 @@ class SegmentationConfig(DenseConfig):
         "side, or height and width, that images cover before cropping; default --img-size",
         "dense",
         ge=8,
+        most=MAX_SIDE,
         length=(1, 2),
     )
     scale: tuple[float, ...] = option(
@@ -127,7 +134,7 @@ class DetectionConfig(DenseConfig):
 
     data: str | None = option(None, "folder with train/ and train.json in COCO format", COMMON)
 
-    batch_size: int = option(8, "images per step", "dense", ge=1)
+    batch_size: int = option(8, "images per step", "dense", ge=1, most=MAX_BATCH_SIZE)
     scale: tuple[float, ...] = option(
         (0.5, 1.5), "range of the random scaling in training", "dense", ge=0.05, le=20, length=(2,)
     )

@@ -1,11 +1,12 @@
 """Settings shared by all evaluations, and settings of the evaluations on frozen features. Imports no torch."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, MAX_SEED, MAX_WORKERS, Config, option
+from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR, MAX_SEED, MAX_WORKERS
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, Config, option
 
 PROBE_EPOCHS = 90  # published length of a linear probe
 
@@ -20,7 +21,7 @@ class EvaluationConfig(Config):
     test_data: str | None = option(None, "test set of the same form; default the test part of --data", COMMON)
     out: str | None = option(None, "folder for evaluation/TASK.json; default the run folder", COMMON)
     num_workers: int | None = option(
-        None, "data loading processes; default by the number of cores", COMMON, ge=0, le=MAX_WORKERS
+        None, "data loading processes; default by the number of cores", COMMON, ge=0, most=MAX_WORKERS
     )
     seed: int = option(0, "seed of random weights, training and subsets", COMMON, ge=-MAX_SEED, le=MAX_SEED)
     device: str = option("auto", "device to evaluate on", COMMON, choices=DEVICES)
@@ -28,6 +29,11 @@ class EvaluationConfig(Config):
     def to_dict(self) -> dict[str, Any]:
         """The task's own settings as JSON types, as they are stored with a result."""
         return self.own(super().to_dict())
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """The task's own settings among ``names``, as JSON types: what the caller changed."""
+        settings = self.to_dict()
+        return {name: settings[name] for name in names if name in settings}
 
     @classmethod
     def own(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,9 +47,11 @@ class LabeledConfig(EvaluationConfig):
     """An evaluation on image labels, all of them or a stratified subset."""
 
     labels: str | None = option(None, "source of the labels; default that of the run", COMMON, choices=LABELS)
-    labels_per_class: int | None = option(None, "use this many labels of each class", COMMON, ge=1)
+    labels_per_class: int | None = option(None, "use this many labels of each class", COMMON, ge=1, most=MAX_COUNT)
     label_fraction: float | None = option(None, "use this fraction of the labels of each class", COMMON, gt=0, le=1)
-    seeds: int | None = option(None, "number of seeds; default 3 on a subset of the labels, else 1", COMMON, ge=1)
+    seeds: int | None = option(
+        None, "number of seeds; default 3 on a subset of the labels, else 1", COMMON, ge=1, most=1000
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +65,7 @@ class FrozenConfig(LabeledConfig):
 
     task: ClassVar[str] = "frozen"
 
-    batch_size: int = option(256, "images per batch of the feature extraction", COMMON, ge=1)
+    batch_size: int = option(256, "images per batch of the feature extraction", COMMON, ge=1, most=MAX_BATCH_SIZE)
     precision: str = option("fp32", "precision of the feature extraction", COMMON, choices=FEATURE_PRECISIONS)
 
 
@@ -67,8 +75,8 @@ class KnnConfig(FrozenConfig):
 
     task: ClassVar[str] = "knn"
 
-    k: int = option(20, "neighbors that vote; 1, 5, 10 and 20 are always reported", "task", ge=1)
-    temperature: float = option(0.07, "temperature of the votes", "task", gt=0)
+    k: int = option(20, "neighbors that vote; 1, 5, 10 and 20 are always reported", "task", ge=1, most=100_000)
+    temperature: float = option(0.07, "temperature of the votes", "task", gt=0, most=MAX_FACTOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +85,12 @@ class LinearConfig(FrozenConfig):
 
     task: ClassVar[str] = "linear"
 
-    epochs: int | None = option(None, f"epochs over the features; default {PROBE_EPOCHS}", "task", ge=1)
-    steps: int | None = option(None, "length in steps, instead of epochs", "task", ge=1)
-    blr: float = option(0.1, "base learning rate", "task", gt=0)
-    weight_decay: float = option(0.0, "weight decay of the linear layer", "task", ge=0)
+    epochs: int | None = option(
+        None, f"epochs over the features; default {PROBE_EPOCHS}", "task", ge=1, most=MAX_EPOCHS
+    )
+    steps: int | None = option(None, "length in steps, instead of epochs", "task", ge=1, most=MAX_COUNT)
+    blr: float = option(0.1, "base learning rate", "task", gt=0, most=MAX_FACTOR)
+    weight_decay: float = option(0.0, "weight decay of the linear layer", "task", ge=0, most=MAX_FACTOR)
 
     def __post_init__(self) -> None:
         super().__post_init__()

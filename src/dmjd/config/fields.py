@@ -5,23 +5,20 @@ Command-line flags are made from the fields, so names, defaults, bounds and help
 
 import dataclasses
 import json
-import math
-import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from dmjd.checked_json import parse_json
+from dmjd.config.checks import Bounds, check_bool, check_float, check_int, check_text, plain, shown
 from dmjd.suggest import did_you_mean
+from dmjd.text import printable
 
 LABELS = ("none", "folder", "column")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FEATURE_PRECISIONS = ("fp32", "bf16")
-
-MAX_SEED = 2**63 - 1  # 64 bits
-
-MAX_WORKERS = 256  # data loading processes; more would start for minutes and slow each other down
 
 FORMAT_VERSION = 1
 
@@ -37,36 +34,6 @@ RENAMED = {
 REPLACED = {"disjoint": "masks: 'disjoint' (the default) or 'independent' (--masks independent)"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Limits of a number: greater than, at least, less than, at most."""
-
-    gt: float | None = None
-    ge: float | None = None
-    lt: float | None = None
-    le: float | None = None
-
-    def allow(self, value: float) -> bool:
-        """Whether a value is finite and within the limits."""
-        return (
-            (isinstance(value, int) or math.isfinite(value))
-            and (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
-
-    def __str__(self) -> str:
-        """The limits in words, to follow "must"."""
-        if self.ge is not None and self.le is not None:
-            return f"lie between {self.ge:g} and {self.le:g}"
-        if self.gt is not None and self.lt is not None:
-            return f"lie between {self.gt:g} and {self.lt:g} (both excluded)"
-        words = (("greater than", self.gt), ("at least", self.ge), ("less than", self.lt), ("at most", self.le))
-        limits = [f"{word} {limit:g}" for word, limit in words if limit is not None]
-        return f"be {' and '.join(limits) or 'finite'}"
-
-
 def option(
     default: Any,
     text: str,
@@ -77,6 +44,7 @@ def option(
     ge: float | None = None,
     lt: float | None = None,
     le: float | None = None,
+    most: float | None = None,
     length: Sequence[int] = (),
     resume: bool = False,
     common: bool = False,
@@ -88,7 +56,7 @@ def option(
         text: help text.
         group: heading under which the flag is listed.
         choices: allowed values of a string.
-        gt, ge, lt, le: bounds of a number, or of each number of a tuple.
+        gt, ge, lt, le, most: bounds of a number, or of each number of a tuple; see :class:`Bounds`.
         length: allowed lengths of a tuple.
         resume: whether it may change when a run is resumed.
         common: whether it is listed among the common flags.
@@ -97,7 +65,7 @@ def option(
         "help": text,
         "group": group,
         "choices": tuple(choices),
-        "bounds": Bounds(gt, ge, lt, le),
+        "bounds": Bounds(gt, ge, lt, le, most),
         "length": tuple(length),
         "resume": resume,
         "common": common,
@@ -109,15 +77,16 @@ def value_types(field_type: Any) -> tuple[type, bool, bool]:
     """Parse an annotation: (plain type, whether it is a tuple of that type, whether None is allowed)."""
     parts = typing.get_args(field_type) if isinstance(field_type, types.UnionType) else (field_type,)
     optional = type(None) in parts
-    plain = next(part for part in parts if part is not type(None))
-    many = typing.get_origin(plain) is tuple
-    return (typing.get_args(plain)[0] if many else plain), many, optional
+    kind = next(part for part in parts if part is not type(None))
+    many = typing.get_origin(kind) is tuple
+    return (typing.get_args(kind)[0] if many else kind), many, optional
 
 
 class Config:
     """Base of the configurations, which are frozen dataclasses with keyword-only fields made by :func:`option`.
 
-    Values are converted to the declared types (3 to 3.0, 32 to (32,), Path to str) and checked.
+    Values are converted to the declared types (3 to 3.0, 32 to (32,), Path to str, NumPy numbers to Python's) and
+    checked.
 
     Raises:
         ValueError: for an unknown or renamed setting, a value of the wrong type, out of bounds or not among the
@@ -170,21 +139,26 @@ class Config:
         return json.dumps({"format": FORMAT_VERSION} | self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes, name: str = "config.json") -> Self:
         """Inverse of :meth:`to_json`; reads files of former versions too.
 
+        Args:
+            text: the JSON text.
+            name: the file, for error messages.
+
         Raises:
-            ValueError: for another format, unknown settings or values that are not allowed.
+            ValueError: "NAME: ..." for another format, unknown settings or values that are not allowed.
         """
-        values = json.loads(text)
+        values = parse_json(text, dict[str, Any], name)
         if values.pop("format", None) != FORMAT_VERSION:
-            raise ValueError(
-                f"config.json is not of format {FORMAT_VERSION}: it was written by another version of dmjd"
-            )
+            raise ValueError(f"{name} is not of format {FORMAT_VERSION}: it was written by another version of dmjd")
         values = cls.from_former(values)
         if unknown := set(values) - {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"config.json holds unknown settings: {', '.join(sorted(unknown))}")
-        return cls(**values)
+            raise ValueError(f"{name} holds unknown settings: {printable(', '.join(sorted(unknown)))}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,22 +169,24 @@ class Config:
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Convert a value to the declared type of its field, or raise ValueError."""
     kind, many, optional = value_types(field.type)
+    value = plain(value)
     if value is None and optional:
         return None
     values = list(value) if many and isinstance(value, list | tuple) else [value]
-    if kind is str:
-        values = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in values]
-    if kind is float:
-        values = [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
-    if not values or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in values):
-        words = f"{'one or more of type ' if many else ''}{kind.__name__}"
-        raise ValueError(f"{field.name} must be {words}, got {value!r}")
-    choices, bounds, lengths = (field.metadata[key] for key in ("choices", "bounds", "length"))
-    if choices and values[0] not in choices:
-        raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got '{values[0]}'")
+    lengths = field.metadata["length"]
     if lengths and len(values) not in lengths:
         raise ValueError(f"{field.name} takes {' or '.join(map(str, lengths))} numbers, got {len(values)}")
-    for v in values:
-        if kind in (int, float) and not bounds.allow(v):
-            raise ValueError(f"{field.name} must {bounds}, got {v}")
-    return tuple(values) if many else values[0]
+    if not values:
+        raise ValueError(f"{field.name} must be one or more of type {kind.__name__}, got {shown(value)}")
+    checked = [_one(field, kind, v) for v in values]
+    return tuple(checked) if many else checked[0]
+
+
+def _one(field: dataclasses.Field[Any], kind: type, value: Any) -> Any:
+    """Check one value of a field."""
+    if kind is bool:
+        return check_bool(field.name, value)
+    if kind is str:
+        return check_text(field.name, value, field.metadata["choices"])
+    check = check_int if kind is int else check_float
+    return check(field.name, value, field.metadata["bounds"])

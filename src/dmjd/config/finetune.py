@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR
 from dmjd.config.evaluation import COMMON, LabeledConfig
 from dmjd.config.fields import PRECISIONS, option
 
@@ -29,24 +30,39 @@ class FinetuneConfig(LabeledConfig):
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", COMMON, choices=PRECISIONS)
 
     epochs: float | None = option(
-        None, "length of the training in epochs; default 100, or 50 for a large encoder", "finetune", gt=0
+        None,
+        "length of the training in epochs; default 100, or 50 for a large encoder",
+        "finetune",
+        gt=0,
+        most=MAX_EPOCHS,
     )
-    steps: int | None = option(None, "length of a training in steps, instead of epochs", "finetune", ge=1)
+    steps: int | None = option(
+        None, "length of a training in steps, instead of epochs", "finetune", ge=1, most=MAX_COUNT
+    )
     batch_size: int | None = option(
-        None, "images per step; default 1/32 of the training set, 16 to 1024", "finetune", ge=2
+        None, "images per step; default 1/32 of the training set, 16 to 1024", "finetune", ge=2, most=MAX_BATCH_SIZE
     )
     accumulate: int = option(
-        1, "micro-batches per step: less memory; same result without mixup and cutmix", "finetune", ge=1
+        1,
+        "micro-batches per step: less memory; same result without mixup and cutmix",
+        "finetune",
+        ge=1,
+        most=MAX_BATCH_SIZE,
     )
     blr: float | None = option(
         None,
         "base learning rate, lr = blr * batch / 256; default 5e-4 * sqrt(1024 / batch), at least 5e-4",
         "finetune",
         gt=0,
+        most=MAX_FACTOR,
     )
-    min_lr: float = option(1e-6, "final learning rate", "finetune", ge=0)
-    warmup_epochs: float = option(5.0, "epochs of linear warm-up; at most a fifth of the training", "finetune", ge=0)
-    weight_decay: float = option(0.05, "weight decay of AdamW, not on biases and norms", "finetune", ge=0)
+    min_lr: float = option(1e-6, "final learning rate", "finetune", ge=0, most=MAX_FACTOR)
+    warmup_epochs: float = option(
+        5.0, "epochs of linear warm-up; at most a fifth of the training", "finetune", ge=0, most=MAX_EPOCHS
+    )
+    weight_decay: float = option(
+        0.05, "weight decay of AdamW, not on biases and norms", "finetune", ge=0, most=MAX_FACTOR
+    )
     layer_decay: float | None = option(
         None,
         "learning-rate factor from a layer to the one below; default 0.65, 0.75 for a large encoder",
@@ -57,7 +73,7 @@ class FinetuneConfig(LabeledConfig):
     drop_path: float | None = option(
         None, "stochastic depth rate of the last block; default 0.1, 0.2 for a large encoder", "finetune", ge=0, le=0.99
     )
-    clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "finetune", gt=0)
+    clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "finetune", gt=0, most=1e9)
     crop_scale: tuple[float, ...] | None = option(
         None,
         "range of the area of random crops; default 0.08 1, or 0.5 1 below 96 pixels",
@@ -73,8 +89,12 @@ class FinetuneConfig(LabeledConfig):
     erase: float | None = option(
         None, "probability of random erasing; default 0.25, or 0 in short runs", "finetune", ge=0, le=1
     )
-    mixup: float | None = option(None, "alpha of mixup, 0: off; default 0.8, or 0 in short runs", "finetune", ge=0)
-    cutmix: float | None = option(None, "alpha of CutMix, 0: off; default 1, or 0 in short runs", "finetune", ge=0)
+    mixup: float | None = option(
+        None, "alpha of mixup, 0: off; default 0.8, or 0 in short runs", "finetune", ge=0, most=1000
+    )
+    cutmix: float | None = option(
+        None, "alpha of CutMix, 0: off; default 1, or 0 in short runs", "finetune", ge=0, most=1000
+    )
     switch: float = option(0.5, "probability of CutMix where both are on", "finetune", ge=0, le=1)
     label_smoothing: float = option(0.1, "label smoothing", "finetune", ge=0, le=0.99)
     test_crop: float | None = option(
@@ -88,8 +108,8 @@ class FinetuneConfig(LabeledConfig):
         None, "decay of an exponential moving average of the weights; default none", "finetune", gt=0, le=0.999999
     )
     eval_every: float = option(0.1, "fraction of the training between evaluations", "finetune", ge=0, le=1)
-    checkpoint_every: int = option(500, "steps between checkpoints", "finetune", ge=1)
-    log_every: int = option(20, "steps between lines of metrics.jsonl", "finetune", ge=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", "finetune", ge=1, most=MAX_COUNT)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", "finetune", ge=1, most=MAX_COUNT)
 
     def __post_init__(self) -> None:
         super().__post_init__()

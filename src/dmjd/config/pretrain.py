@@ -5,11 +5,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from dmjd.config.fields import DEVICES, LABELS, MAX_SEED, MAX_WORKERS, PRECISIONS, Config, option
+from dmjd.config.checks import (
+    MAX_BATCH_SIZE,
+    MAX_CHANNELS,
+    MAX_COUNT,
+    MAX_DEPTH,
+    MAX_EPOCHS,
+    MAX_FACTOR,
+    MAX_HEADS,
+    MAX_MINUTES,
+    MAX_MLP_RATIO,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_VIEWS,
+    MAX_WIDTH,
+    MAX_WORKERS,
+)
+from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
 
 DEFAULT_BATCH_SIZE = 256
 
-MAX_VIEWS = 64  # each view is a forward pass of the encoder
 
 DURATIONS = ("epochs", "steps", "minutes")
 
@@ -37,49 +52,68 @@ class PretrainConfig(Config):
         choices=LABELS,
     )
     img_size: tuple[int, ...] = option(
-        (224,), "image side in pixels, or height and width", "data", common=True, ge=1, length=(1, 2)
+        (224,), "image side in pixels, or height and width", "data", common=True, ge=1, most=MAX_SIDE, length=(1, 2)
     )
-    in_chans: int = option(3, "input channels of the encoder", "data", ge=1)
+    in_chans: int = option(3, "input channels of the encoder", "data", ge=1, most=MAX_CHANNELS)
     mean: tuple[float, ...] | None = option(
-        None, "mean per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured", "data"
+        None,
+        "mean per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured",
+        "data",
+        ge=-MAX_FACTOR,
+        most=MAX_FACTOR,
     )
-    std: tuple[float, ...] | None = option(None, "standard deviation per channel; default as for mean", "data", gt=0)
+    std: tuple[float, ...] | None = option(
+        None, "standard deviation per channel; default as for mean", "data", ge=1e-6, most=MAX_FACTOR
+    )
     value_range: tuple[float, ...] | None = option(
-        None, "LOW HIGH mapped to 0..255; default the data type's own range", "data", length=(2,)
+        None, "LOW HIGH mapped to 0..255; default the data type's own range", "data", length=(2,), ge=-1e30, le=1e30
     )
     crop_scale: tuple[float, ...] = option(
         (0.5, 1.0), "range of the area of random crops, relative to the image", "data", ge=0, le=1, length=(2,)
     )
     flip: bool = option(True, "random left-right flips", "data")
     max_unreadable: int | None = option(
-        None, "unreadable images to tolerate; default the larger of 10 and 1 % of the images", "data", resume=True, ge=0
+        None,
+        "unreadable images to tolerate; default the larger of 10 and 1 % of the images",
+        "data",
+        resume=True,
+        ge=0,
+        most=MAX_COUNT,
     )
     num_workers: int | None = option(
-        None, "data loading processes; default by the number of cores", "data", resume=True, ge=0, le=MAX_WORKERS
+        None, "data loading processes; default by the number of cores", "data", resume=True, ge=0, most=MAX_WORKERS
     )
 
     encoder: str = option("conv_vit_base_patch16", "vit_* or conv_vit_*, tiny small base large", "encoder", common=True)
     class_token: bool = option(False, "one prefix token (ViT)", "encoder")
-    drop_path: float = option(0.0, "stochastic depth rate of the last block", "encoder", ge=0, le=1)
-    embed_dim: tuple[int, ...] | None = option(None, "width, three for ConvViT; default by name", "encoder", ge=4)
-    depth: tuple[int, ...] | None = option(
-        None, "number of blocks, three for ConvViT; default by name", "encoder", ge=1
+    drop_path: float = option(0.0, "stochastic depth rate of the last block", "encoder", ge=0, le=0.99)
+    embed_dim: tuple[int, ...] | None = option(
+        None, "width, three for ConvViT; default by name", "encoder", ge=4, most=MAX_WIDTH
     )
-    num_heads: int | None = option(None, "attention heads; default by name", "encoder", ge=1)
-    mlp_ratio: tuple[float, ...] | None = option(None, "MLP ratio, three for ConvViT; default by name", "encoder", gt=0)
+    depth: tuple[int, ...] | None = option(
+        None, "number of blocks, three for ConvViT; default by name", "encoder", ge=1, most=MAX_DEPTH
+    )
+    num_heads: int | None = option(None, "attention heads; default by name", "encoder", ge=1, most=MAX_HEADS)
+    mlp_ratio: tuple[float, ...] | None = option(
+        None, "MLP ratio, three for ConvViT; default by name", "encoder", gt=0, most=MAX_MLP_RATIO
+    )
 
     target: str = option("hog", "learning target of both branches: hog, pixel, teacher or ema", "method", common=True)
     mim_target: str | None = option(None, "target of the reconstruction branch; default --target", "method")
     vis_target: str | None = option(None, "target of the distillation branch; default --target", "method")
-    hog_cell: int | None = option(None, "side of a HOG cell in pixels; default half the patch", "method", ge=1)
+    hog_cell: int | None = option(
+        None, "side of a HOG cell in pixels; default half the patch", "method", ge=1, most=MAX_SIDE
+    )
     hog_bins: int = option(9, "orientations of a HOG cell", "method", ge=1, le=255)
     teacher: str | None = option(
         None, "target teacher: a run folder, an encoder file or a timm model", "method", resume=True
     )
-    teacher_layers: int = option(1, "number of last teacher blocks to average", "method", ge=1)
-    ema_layers: int | None = option(None, "target ema: number of last blocks to average; default half", "method", ge=1)
+    teacher_layers: int = option(1, "number of last teacher blocks to average", "method", ge=1, most=MAX_DEPTH)
+    ema_layers: int | None = option(
+        None, "target ema: number of last blocks to average; default half", "method", ge=1, most=MAX_DEPTH
+    )
     ema_momentum: float = option(0.996, "target ema: initial momentum; rises to 1 over the run", "method", ge=0, le=1)
-    num_views: int = option(2, "masked views of each image (K)", "method", common=True, ge=1, le=MAX_VIEWS)
+    num_views: int = option(2, "masked views of each image (K)", "method", common=True, ge=1, most=MAX_VIEWS)
     mask_ratio: float = option(0.6, "fraction of the tokens masked in each view (c)", "method", common=True, gt=0, lt=1)
     pred_ratio: float | None = option(
         None,
@@ -89,29 +123,55 @@ class PretrainConfig(Config):
         le=1,
     )
     block_size: int | None = option(
-        None, "side of a masking block in tokens; default 2 if it divides the grid, else 1", "method", ge=1
+        None,
+        "side of a masking block in tokens; default 2 if it divides the grid, else 1",
+        "method",
+        ge=1,
+        most=MAX_SIDE,
     )
     masks: str = option("disjoint", "masking strategy: disjoint, independent or complementary", "method")
     mim: bool = option(True, "reconstruction of masked tokens", "method")
     vis: bool = option(True, "distillation on visible tokens", "method")
-    theta: float = option(1.0, "weight of the distillation loss", "method", ge=0)
+    theta: float = option(1.0, "weight of the distillation loss", "method", ge=0, most=MAX_FACTOR)
     mim_loss: str = option("l2", "loss of the reconstruction branch", "method", choices=("l2", "smooth_l1"))
     vis_loss: str = option("smooth_l1", "loss of the distillation branch", "method", choices=("l2", "smooth_l1"))
-    decoder_dim: int | None = option(None, "decoder width; default by the encoder's", "method", ge=4)
-    decoder_depth: int | None = option(None, "decoder blocks; default by the encoder's width", "method", ge=1)
-    decoder_heads: int | None = option(None, "decoder heads; default by the encoder's width", "method", ge=1)
-    decoder_mlp_ratio: float | None = option(None, "decoder MLP ratio; default the encoder's first", "method", gt=0)
+    decoder_dim: int | None = option(None, "decoder width; default by the encoder's", "method", ge=4, most=MAX_WIDTH)
+    decoder_depth: int | None = option(
+        None, "decoder blocks; default by the encoder's width", "method", ge=1, most=MAX_DEPTH
+    )
+    decoder_heads: int | None = option(
+        None, "decoder heads; default by the encoder's width", "method", ge=1, most=MAX_HEADS
+    )
+    decoder_mlp_ratio: float | None = option(
+        None, "decoder MLP ratio; default the encoder's first", "method", gt=0, most=MAX_MLP_RATIO
+    )
     decode_ratio: float = option(
         1.0, "fraction of the masked tokens that are reconstructed, at random: a cheaper step", "method", ge=0, le=1
     )
-    projector_depth: int = option(3, "linear layers of the distillation branch's projector", "method", ge=1)
+    projector_depth: int = option(
+        3, "linear layers of the distillation branch's projector", "method", ge=1, most=MAX_DEPTH
+    )
 
-    epochs: float | None = option(400.0, "length of the run in epochs", "training", resume=True, common=True, gt=0)
+    epochs: float | None = option(
+        400.0, "length of the run in epochs", "training", resume=True, common=True, gt=0, most=MAX_EPOCHS
+    )
     steps: int | None = option(
-        None, "length of the run in steps, instead of epochs", "training", resume=True, common=True, ge=1
+        None,
+        "length of the run in steps, instead of epochs",
+        "training",
+        resume=True,
+        common=True,
+        ge=1,
+        most=MAX_COUNT,
     )
     minutes: float | None = option(
-        None, "length of the run in minutes; the schedule follows the clock", "training", resume=True, common=True, gt=0
+        None,
+        "length of the run in minutes; the schedule follows the clock",
+        "training",
+        resume=True,
+        common=True,
+        gt=0,
+        most=MAX_MINUTES,
     )
     batch_size: int | None = option(
         None,
@@ -119,15 +179,20 @@ class PretrainConfig(Config):
         "training",
         common=True,
         ge=1,
+        most=MAX_BATCH_SIZE,
     )
-    accumulate: int = option(1, "micro-batches per step: less memory, same result", "training", ge=1)
-    blr: float = option(6e-4, "base learning rate: lr = blr * batch * (p / c) / 256", "training", common=True, gt=0)
+    accumulate: int = option(
+        1, "micro-batches per step: less memory, same result", "training", ge=1, most=MAX_BATCH_SIZE
+    )
+    blr: float = option(
+        6e-4, "base learning rate: lr = blr * batch * (p / c) / 256", "training", common=True, gt=0, most=MAX_FACTOR
+    )
     optimizer: str = option(
         "adamw", "adamw, or muon: far fewer steps for short runs", "training", choices=("adamw", "muon")
     )
-    weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0)
+    weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0, most=MAX_FACTOR)
     warmup: float = option(0.05, "fraction of the run with linear warm-up", "training", ge=0, le=1)
-    clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "training", gt=0)
+    clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "training", gt=0, most=1e9)
     seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)
     device: str = option("auto", "device to train on", "machine", resume=True, common=True, choices=DEVICES)
@@ -137,10 +202,15 @@ class PretrainConfig(Config):
     resume: bool = option(
         True, "resume the run in --out; --no-resume refuses a folder that holds one", "run", resume=True
     )
-    checkpoint_every: int = option(500, "steps between checkpoints", "run", resume=True, ge=1)
-    log_every: int = option(20, "steps between lines of metrics.jsonl", "run", resume=True, ge=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", "run", resume=True, ge=1, most=MAX_COUNT)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", "run", resume=True, ge=1, most=MAX_COUNT)
     eval_every: int | None = option(
-        None, "steps between figures and online kNN; default ten times a run; 0: never", "run", resume=True, ge=0
+        None,
+        "steps between figures and online kNN; default ten times a run; 0: never",
+        "run",
+        resume=True,
+        ge=0,
+        most=MAX_COUNT,
     )
     final_eval: bool = option(True, "kNN and linear probe at the end if there are labels", "run", resume=True)
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)

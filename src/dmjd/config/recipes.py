@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from dmjd.config.checks import shown
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.suggest import did_you_mean
 
@@ -195,5 +196,5 @@ RECIPES: dict[str, Recipe] = {
 def get_recipe(name: str) -> Recipe:
     """Look up a recipe by name; ValueError with a suggestion for an unknown one."""
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe '{name}'{did_you_mean(name, RECIPES)} Recipes: {', '.join(RECIPES)}")
+        raise ValueError(f"unknown recipe {shown(name)}{did_you_mean(name, RECIPES)} Recipes: {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -21,7 +21,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from dmjd.config.fields import MAX_WORKERS
+from dmjd.config.checks import MAX_WORKERS
 from dmjd.images.stored import UnreadableImage
 
 _MOST_WORKERS = 8

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dmjd.config.checks import check_path
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_metadata
@@ -14,6 +15,7 @@ from dmjd.files import read_safetensors, safetensors_bytes
 from dmjd.images.decoding import ImageLike
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TransformerNorm
+from dmjd.nn.modes import float32_by_default
 
 CLASSIFIER_FILE = "classifier.safetensors"
 
@@ -93,6 +95,7 @@ def classifier_bytes(model: ImageClassifier) -> bytes:
     return safetensors_bytes(model.state_dict(), {"classifier": metadata})
 
 
+@float32_by_default()
 def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> ImageClassifier:
     """Load a fine-tuned classifier in evaluation mode.
 
@@ -106,7 +109,7 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> I
     Raises:
         ValueError: naming what is wrong with the source.
     """
-    path = Path(source).expanduser()
+    path = check_path("source", source)
     file = path / "evaluation" / "finetune" / CLASSIFIER_FILE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"there is no {file}: fine-tune first (dmjd evaluate finetune {source} --data ...)")

@@ -1,13 +1,15 @@
 """Encoder files: save, load, hash."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
+from dmjd.config.checks import check_path, check_text
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.registry import create_encoder, is_encoder_name
+from dmjd.encoders.registry import check_options, create_encoder, encoder_family, is_encoder_name
 from dmjd.encoders.timm_features import feature_backbone
 from dmjd.files import read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
@@ -75,7 +77,7 @@ def load_encoder(
     Raises:
         ValueError: naming what is wrong with the source.
     """
-    encoder = _load(Path(source).expanduser())
+    encoder = _load(check_path("source", source))
     return (feature_backbone(encoder, out_indices) if features_only else encoder).eval().to(device)
 
 
@@ -91,14 +93,36 @@ def _load(path: Path) -> Encoder:
     if metadata["format"] > FORMAT:
         raise ValueError(f"{file} was written by a newer dmjd (format {metadata['format']}): update dmjd to read it")
     name = metadata["name"]
-    encoder = create_encoder(name, **metadata["options"])
+    encoder = _built(file, name, metadata["options"], state)
     try:
         encoder.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{file}: the weights do not fit {name}: {str(error).splitlines()[-1].strip()}") from None
     if metadata["preprocess"] is not None:
-        encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
+        try:
+            encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
+        except ValueError as error:
+            raise ValueError(f"{file}: its preprocessing cannot be used: {error}") from None
     return encoder
+
+
+def _built(file: Path, name: Any, options: Any, state: Mapping[str, torch.Tensor]) -> Encoder:
+    """The encoder that a file's metadata describe, if its weights have the shapes of those in the file.
+
+    Nothing is allocated before, so that metadata which ask for an endless model are refused at once.
+    """
+    try:
+        family = encoder_family(check_text("encoder", name))
+        check_options(family, options, len(state))
+        with torch.device("meta"):
+            expected = create_encoder(name, **options).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{file}: its metadata do not describe an encoder: {error}") from None
+    for key, value in expected.items():
+        if key in state and state[key].shape != value.shape:
+            shapes = f"{list(state[key].shape)}, but its metadata ask for {list(value.shape)}"
+            raise ValueError(f"{file}: the weights do not fit {name}: {key} is {shapes}")
+    return create_encoder(name, **options)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -10,8 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dmjd.streams import UnfailingStream
+from dmjd.text import printable
 
 PLAIN_SECONDS = 15.0  # between progress lines if stderr is not a terminal
+
+
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 
 
 def duration_text(seconds: float) -> str:
@@ -20,8 +24,15 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def literal(text: object) -> Text:
+    """A name as part of a table: shown as it is, without markup, emoji codes or control characters."""
+    return Text(printable(text))
+
+
 class Console:
-    """Messages on stderr, tables on stdout. What cannot be printed is dropped: it never ends a run.
+    """Messages on stderr, tables on stdout. Names in them are shown as they are: nothing is read as markup.
+
+    What cannot be printed is dropped: it never ends a run.
 
     Args:
         enabled: whether this process prints.
@@ -29,19 +40,19 @@ class Console:
 
     def __init__(self, enabled: bool = True) -> None:
         err, out = UnfailingStream(lambda: sys.stderr), UnfailingStream(lambda: sys.stdout)
-        self._err = RichConsole(file=err, quiet=not enabled, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
-        self._out = RichConsole(file=out, quiet=not enabled, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+        self._err = RichConsole(file=err, quiet=not enabled, **_PLAIN)  # type: ignore[arg-type]
+        self._out = RichConsole(file=out, quiet=not enabled, **_PLAIN)  # type: ignore[arg-type]
         self._live: Live | None = None
         self._next_plain = 0.0
         self._line = ""
 
     def say(self, text: str) -> None:
         """Print a message."""
-        self._err.print(text, markup=False)
+        self._err.print(printable(text, keep="\n"))
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self._err.print(Text("warning: ", style="yellow") + Text(text))
+        self._err.print(Text("warning: ", style="yellow") + Text(printable(text, keep="\n")))
 
     def table(self, table: Table) -> None:
         """Print a table to stdout."""
@@ -67,7 +78,7 @@ class Console:
 
     def line(self, text: str, progress: float) -> None:
         """Update the live line: progress (0 to 1) in percent, then a text."""
-        self._line = f"{100 * progress:5.1f} %  {text}"
+        self._line = f"{100 * progress:5.1f} %  {printable(text)}"
         if self._err.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._err, refresh_per_second=4, transient=True)
@@ -75,7 +86,7 @@ class Console:
             self._live.update(Text(self._line))
         elif time.monotonic() >= self._next_plain or progress >= 1.0:
             self._next_plain = time.monotonic() + PLAIN_SECONDS
-            self._err.print(self._line, markup=False)
+            self._err.print(self._line)
 
     def close(self) -> None:
         """End the live line."""

@@ -2,9 +2,16 @@
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
+
+from dmjd.text import file_name, is_utf8, printable
+
+
+class LoggerWarning(UserWarning):
+    """Scalars are not logged everywhere they could be."""
 
 
 class Logger(Protocol):
@@ -82,7 +89,10 @@ class WandbLogger:
     def __init__(self, name: str, config: dict[str, Any]) -> None:
         wandb = import_wandb()
         with _explained(wandb):
-            self._run = wandb.init(project="dmjd", name=name, id=name, resume="allow", config=config)
+            # An id may not hold characters such as / and #.
+            self._run = wandb.init(
+                project="dmjd", name=printable(name), id=file_name(name), resume="allow", config=config
+            )
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Log the scalars of a step."""
@@ -95,7 +105,13 @@ class WandbLogger:
 
 def open_loggers(folder: Path, step: int, wandb_config: dict[str, Any] | None) -> list[Logger]:
     """TensorBoard in the run folder and, if a configuration is given, Weights & Biases."""
-    loggers: list[Logger] = [TensorBoardLogger(str(folder), step)]
+    loggers: list[Logger] = []
+    if is_utf8(folder):
+        loggers.append(TensorBoardLogger(str(folder), step))
+    else:
+        warnings.warn(
+            "TensorBoard cannot write to a folder whose name is not UTF-8: no events", LoggerWarning, stacklevel=2
+        )
     if wandb_config is not None:
         loggers.append(WandbLogger(folder.name, wandb_config))
     return loggers

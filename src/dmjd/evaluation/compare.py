@@ -11,10 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dmjd.config.checks import check_path
 from dmjd.config.evaluation import EvaluationConfig
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
+from dmjd.engine.console import literal
 from dmjd.evaluation.results import BASELINES
-from dmjd.figures.grid import DPI, save_figure
+from dmjd.figures.grid import check_ending, dpi_of, save_figure
+from dmjd.text import drawable
 
 # part of evaluation/<task>.json -> its label
 PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
@@ -66,7 +69,9 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     """
     if not runs:
         raise ValueError("give at least one run folder to compare")
-    folders = list(dict.fromkeys(Path(os.path.abspath(Path(run).expanduser())) for run in runs))
+    if out is not None:
+        check_ending(check_path("out", out))
+    folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
     names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
     for name, tasks in zip(names, evaluations, strict=True):
@@ -168,15 +173,15 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         scores.add_column(label, justify="right")
     for (task, metric), runs in comparison.scores.items():
         for run, parts in runs.items():
-            scores.add_row(task, metric, run, *(str(parts.get(part, "-")) for part in PARTS))
+            scores.add_row(literal(task), literal(metric), literal(run), *(str(parts.get(part, "-")) for part in PARTS))
         scores.add_section()
     if not comparison.differences:
         return [scores]
     settings = Table(title="settings that differ", title_justify="left")
     for label in ("setting", *comparison.runs):
-        settings.add_column(label, overflow="fold")
+        settings.add_column(literal(label), overflow="fold")
     for name, values in comparison.differences.items():
-        settings.add_row(name, *values)
+        settings.add_row(literal(name), *map(literal, values))
     return [scores, settings]
 
 
@@ -184,11 +189,12 @@ def comparison_figure(comparison: Comparison) -> Figure:
     """Draw a panel per task, with a bar for each run and markers for its baselines."""
     tasks = list(comparison.scores)
     height = 0.36 * len(comparison.runs) + 0.9
-    figure = Figure(figsize=(7.5, height * len(tasks) + 0.4), dpi=DPI, layout="constrained")
+    size = (7.5, height * len(tasks) + 0.4)
+    figure = Figure(figsize=size, dpi=dpi_of(size), layout="constrained")
     panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
     for axes, (task, metric) in zip(panels, tasks, strict=True):
         _bars(axes, comparison.runs, comparison.scores[task, metric])
-        axes.set_title(f"{task}: {metric}, %", fontsize=9, loc="left")
+        axes.set_title(drawable(f"{task}: {metric}, %"), fontsize=9, loc="left")
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -212,7 +218,7 @@ def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Sco
             if part in parts:
                 style: dict[str, Any] = {"marker": marker, "color": color, "linestyle": "", "markeredgewidth": 2.0}
                 axes.plot([100 * parts[part].value], [row], label=PARTS[part], markersize=11, **style)
-    axes.set_yticks(range(len(runs)), runs, fontsize=8)
+    axes.set_yticks(range(len(runs)), [drawable(run) for run in runs], fontsize=8)
     axes.set(ylim=(len(runs) - 0.5, -0.5))
     axes.margins(x=0.12)
     axes.set_xlim(left=0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dmjd.config.checks import shown
 from dmjd.config.evaluation import EvaluationConfig
 from dmjd.suggest import did_you_mean
 
@@ -103,7 +104,7 @@ TASKS: dict[str, EvaluationTask] = {
 def get_task(name: str) -> EvaluationTask:
     """Look up a task by name; ValueError with a suggestion for an unknown one."""
     if name not in TASKS:
-        raise ValueError(f"unknown evaluation '{name}'{did_you_mean(name, TASKS)} Evaluations: {', '.join(TASKS)}")
+        raise ValueError(f"unknown evaluation {shown(name)}{did_you_mean(name, TASKS)} Evaluations: {', '.join(TASKS)}")
     return TASKS[name]
 
 

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from dmjd.config.checks import check_path, check_text
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.evaluation.frozen.protocol import evaluate_all
 from dmjd.evaluation.registry import FrozenTask, get_task
+from dmjd.nn.modes import float32_by_default
 
 
+@float32_by_default()
 def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
     """Evaluate a trained encoder and, with the same protocol, a randomly initialized one.
 
@@ -27,7 +30,8 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
         ValueError: if the task or a setting is unknown, the folder is not a run, or the data is unlabeled, has a single
             class or no test part.
     """
-    entry = get_task(task)
+    run = check_path("run", run)
+    entry = get_task(check_text("task", task))
     entry.load_config().check_names(options)
     if not isinstance(entry, FrozenTask):
         return entry.load_run()(run, **options)

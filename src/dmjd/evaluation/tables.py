@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from dmjd.engine.console import literal
+
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 
 
@@ -36,7 +38,7 @@ def _scores_table(task: str, result: Mapping[str, Any]) -> Table:
         table.add_column(ROWS[name], justify="right")
     for score in rows["result"]:
         values = [scores.get(score) for scores in rows.values()]
-        table.add_row(score, *("-" if value is None else f"{100 * value:.1f}" for value in values))
+        table.add_row(literal(score), *("-" if value is None else f"{100 * value:.1f}" for value in values))
     return table
 
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dmjd.figures.grid import save_figure
+from dmjd.text import drawable
 
 MANY_CLASSES = 30  # with more, names and numbers do not fit into the figure
 
@@ -24,7 +25,7 @@ def save_confusion_figure(truths: Tensor, predictions: Tensor, classes: list[str
     side = min(14.0, 3 + 0.5 * count)
     figure = Figure(figsize=(side, side), layout="constrained")
     named = count <= MANY_CLASSES
-    display = ConfusionMatrixDisplay(100 * shares, display_labels=[name[:20] for name in classes])
+    display = ConfusionMatrixDisplay(100 * shares, display_labels=[drawable(name, 20) for name in classes])
     display.plot(ax=figure.subplots(), include_values=named, values_format=".0f", cmap="Blues", colorbar=not named)
     display.ax_.set(title="percent of each ground-truth class", xlabel="prediction", ylabel="ground truth")
     if named:

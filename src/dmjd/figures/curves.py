@@ -1,12 +1,13 @@
 """Training curves."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from dmjd.checked_json import parse_json
+from dmjd.config.checks import check_path
 from dmjd.figures.grid import DPI, save_figure
 
 # panel -> scalars of metrics.jsonl
@@ -26,7 +27,7 @@ def curves_figure(metrics: str | Path) -> Figure:
     Raises:
         ValueError: if nothing is logged yet.
     """
-    lines = _read_metrics(Path(metrics))
+    lines = _read_metrics(check_path("metrics", metrics))
     panels = {
         title: {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
         for title, names in _CURVES.items()
@@ -46,10 +47,16 @@ def curves_figure(metrics: str | Path) -> Figure:
 
 
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines with a step, and the numbers in them; what is no JSON object is skipped."""
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            values = parse_json(line, dict[str, Any], str(file))
+            lines.append({name: value for name, value in values.items() if type(value) in (int, float)})
     return [line for line in lines if "step" in line]
 
 

@@ -17,6 +17,7 @@ from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.figures.grid import Columns, image_grid
 from dmjd.figures.render import to_rgb
 from dmjd.nn.modes import evaluating
+from dmjd.text import drawable
 
 NUM_NEIGHBORS = 7
 
@@ -91,7 +92,7 @@ def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Te
 
 
 def _class_name(source: Source, index: int) -> str:
-    return source.classes[source.labels[index]][:_MAX_LETTERS] if source.labels is not None else ""
+    return drawable(source.classes[source.labels[index]], _MAX_LETTERS) if source.labels is not None else ""
 
 
 def _label(axes: Axes, text: str) -> None:

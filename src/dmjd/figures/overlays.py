@@ -13,8 +13,9 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from dmjd.data.sources.coco import Instances
-from dmjd.figures.grid import DPI, save_figure, show_image
+from dmjd.figures.grid import dpi_of, height_over_width, save_figure, show_image
 from dmjd.figures.render import to_rgb
+from dmjd.text import drawable
 
 OPACITY = 0.55  # of classes over an image
 
@@ -101,10 +102,9 @@ def _with_masks(base: np.ndarray, objects: Objects, num_classes: int) -> np.ndar
 
 def save_overlays(overlays: Overlays, file: Path) -> None:
     """Draw the panels and write the figure to a file."""
-    height, width = overlays.rows[0][0].image.shape[:2]
     columns, rows = len(overlays.titles), len(overlays.rows)
-    tall = _PANEL_INCHES * height / width
-    figure = Figure(figsize=(columns * _PANEL_INCHES, rows * tall + 0.9), dpi=DPI, layout="constrained")
+    size = (columns * _PANEL_INCHES, rows * _PANEL_INCHES * height_over_width(overlays.rows[0][0].image) + 0.9)
+    figure = Figure(figsize=size, dpi=dpi_of(size), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes_row, panels in zip(grid, overlays.rows, strict=True):
         for axes, panel in zip(axes_row, panels, strict=True):
@@ -113,7 +113,7 @@ def save_overlays(overlays: Overlays, file: Path) -> None:
         axes.set_title(title, fontsize=9)
     colors = class_colors(len(overlays.classes))
     shown = list(zip(overlays.classes, colors, strict=True))[:_MOST_IN_LEGEND]
-    handles = [Patch(color=color, label=name) for name, color in shown]
+    handles = [Patch(color=color, label=drawable(name, 24)) for name, color in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=7, frameon=False)
     save_figure(figure, file)
 

@@ -7,20 +7,25 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dmjd.config.checks import Bounds, check_int, check_path, check_seed, check_text
+from dmjd.config.fields import LABELS
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import known_preprocess
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import pick_device
 from dmjd.figures.attention import attention_figure
-from dmjd.figures.grid import save_figure
+from dmjd.figures.grid import check_ending, save_figure
 from dmjd.figures.kinds import MODEL_KINDS, check_kind
 from dmjd.figures.neighbors import neighbors_figure
 from dmjd.figures.reconstruction import mask_figure, reconstruction_figure, target_figure
 from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
+from dmjd.nn.modes import float32_by_default
 from dmjd.rng import image_keys
 from dmjd.runs.build import LISTING, load_model, open_data, open_images
+
+MAX_IMAGES = 200  # rows of a figure
 
 _FOR_COMPONENTS = 64  # images used to compute principal components
 
@@ -34,6 +39,7 @@ def save_reconstruction_figure(
     return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
 
 
+@float32_by_default()
 def show(
     kind: str,
     run: str | Path,
@@ -65,15 +71,18 @@ def show(
         ValueError: if the kind is unknown, the folder is not a run, or the data cannot be read.
     """
     check_kind(kind)
-    for name, count, least in (("num_images", num_images, 1), ("num_candidates", num_candidates, 2)):
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+    run, out, seed = check_path("run", run), check_path("out", out), check_seed(seed, ge=0)
+    num_images = check_int("num_images", num_images, Bounds(ge=1, most=MAX_IMAGES))
+    num_candidates = check_int("num_candidates", num_candidates, Bounds(ge=2, most=10**6))
+    data = None if data is None else check_text("data", data)
+    labels = None if labels is None else check_text("labels", labels, LABELS)
+    check_ending(out)
     if kind in MODEL_KINDS:
         model, config = load_model(run)
-        listing = Path(run).expanduser() / LISTING if data is None else None
-        source = open_data(config, str(data or config.data), "train", listing=listing)
+        listing = run / LISTING if data is None else None
+        source = open_data(config, str(config.data if data is None else data), "train", listing=listing)
         return save_figure(_figure(kind, model, source, num_images, seed), out)
-    encoder = load_encoder(Path(run).expanduser(), pick_device("auto"))
+    encoder = load_encoder(run, pick_device("auto"))
     source = open_images(run, known_preprocess(encoder), data, labels=labels)
     if kind == "neighbors":
         figure = neighbors_figure(encoder, source, num_images=num_images, num_candidates=num_candidates, seed=seed)

@@ -1,5 +1,6 @@
 """Preprocessing of images for an encoder; it is stored with the weights."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmjd.config.checks import MAX_CHANNELS, MAX_SIDE, Bounds, check_float, check_int, plain, shown
 from dmjd.files import lists_to_tuples, tuples_to_lists
 from dmjd.images.decoding import ImageLike, is_image_like
 from dmjd.images.reading import read_image
@@ -48,6 +50,7 @@ class Preprocess:
     value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        self._convert()
         if len(self.mean) != self.in_chans or len(self.std) != self.in_chans:
             counts = f"{len(self.mean)} means and {len(self.std)} standard deviations"
             raise ValueError(f"{counts} for {self.in_chans} channels: give one of each per channel")
@@ -55,6 +58,23 @@ class Preprocess:
             raise ValueError(f"std must be positive, got {self.std}")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range must be (lo, hi) with lo < hi, got {self.value_range}")
+
+    def _convert(self) -> None:
+        """Check the types, and store Python's numbers."""
+        sizes, bounds = plain(self.img_size), Bounds(ge=1, most=MAX_SIDE)
+        if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+            raise ValueError(f"img_size must be (height, width), got {shown(self.img_size)}")
+        converted: dict[str, Any] = {"img_size": tuple(check_int("img_size", side, bounds) for side in sizes)}
+        converted["in_chans"] = check_int("in_chans", self.in_chans, Bounds(ge=1, most=MAX_CHANNELS))
+        for name in ("mean", "std", "value_range"):
+            values = plain(getattr(self, name))
+            if name == "value_range" and values is None:
+                continue
+            if not isinstance(values, list | tuple) or (name == "value_range" and len(values) != 2):
+                raise ValueError(f"{name} must be a tuple of numbers, got {shown(values)}")
+            converted[name] = tuple(check_float(name, value) for value in values)
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Images (paths, bytes, files, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalized.
@@ -82,11 +102,11 @@ class Preprocess:
         if raw.dtype != torch.uint8 or raw.device.type != "cpu" or torch.compiler.is_compiling():
             return (raw.float() / 255 - mean) / std
         images = raw.reshape(-1, *raw.shape[-3:])
-        out = torch.empty(images.shape)
+        out = torch.empty(images.shape, dtype=torch.float32)
         # A few images at a time stay in the cache between the passes.
         few = max(1, _CACHED_VALUES // max(1, raw.shape[-3:].numel()))
         for part, done in zip(images.split(few), out.split(few), strict=True):
-            torch.div(part, 255, out=done).sub_(mean).div_(std)
+            done.copy_(part).div_(255).sub_(mean).div_(std)
         return out.view(raw.shape)
 
     def denormalize(self, normalized: Tensor) -> Tensor:
@@ -100,7 +120,9 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`; ValueError for other names or values."""
+        if not isinstance(values, dict) or set(values) != {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"not the settings of a preprocessing: {shown(values)}")
         return cls(**lists_to_tuples(values))
 
     if not TYPE_CHECKING:  # otherwise a type checker would accept any attribute

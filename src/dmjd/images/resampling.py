@@ -89,7 +89,7 @@ def _bicubic_taps(spans: Tensor, num_in: int, num_out: int) -> tuple[_Taps, Tens
     start, length = spans.view(-1, 2, 1, 1).unbind(1)  # U, 1, 1 each
     scale = length / num_out
     width = scale.clamp(min=1)  # antialiasing: the kernel is at least as wide as an output pixel
-    center = start + (torch.arange(num_out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    center = start + (torch.arange(num_out, dtype=torch.float64, device=start.device).view(1, -1, 1) + 0.5) * scale
     # The largest number of taps of a kernel: a box is never longer than the image.
     taps = torch.arange(math.ceil(4 * max(1.0, num_in / num_out)), device=start.device)
     pixel = (center - 2 * width + 0.5).floor() + taps  # U, out, taps

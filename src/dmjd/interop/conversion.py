@@ -12,6 +12,7 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from dmjd.branches import Distillation, Reconstruction
+from dmjd.config.checks import check_path
 from dmjd.encoders.base import Encoder, TimmModel
 from dmjd.encoders.classifier import Classifier
 from dmjd.encoders.conv_vit import ConvViT
@@ -21,6 +22,7 @@ from dmjd.files import read_safetensors
 from dmjd.masking import DisjointMasks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS
+from dmjd.nn.modes import float32_by_default
 
 # (published prefix, ours); the first match counts.
 DECODER_KEYS = (
@@ -69,6 +71,7 @@ def to_published(key: str, conv_vit: bool) -> str:
     return theirs + key[len(ours) :]
 
 
+@float32_by_default()
 def load_official(
     source: str | Path | Mapping[str, Tensor], num_heads: int | None = None, decoder_heads: int | None = None
 ) -> MaskedImageModel | Classifier:
@@ -90,7 +93,7 @@ def load_official(
     Raises:
         ValueError: naming unknown or missing keys, tensors of wrong shape, or a file that cannot be read.
     """
-    state = _State(source if isinstance(source, Mapping) else _read_state(Path(source)))
+    state = _State(source if isinstance(source, Mapping) else _read_state(check_path("source", source)))
     conv_vit = any(key.startswith("blocks3.") for key in state)
     needed = ["pos_embed"] + (["patch_embed1.proj.weight"] if conv_vit else ["patch_embed.proj.weight"])
     if lacking := [key for key in needed if key not in state]:

@@ -18,8 +18,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from dmjd.config.checks import check_bool, check_path, check_text
+from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
+from dmjd.data.sources.registry import SPLITS
 from dmjd.data.unreadable import Report
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.weights import load_encoder, weights_hash
@@ -27,8 +30,9 @@ from dmjd.engine.console import Console, duration_text
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, pooled
 from dmjd.files import METADATA_KEY, atomic, write_text
-from dmjd.nn.modes import evaluating
+from dmjd.nn.modes import evaluating, float32_by_default
 from dmjd.runs.build import open_images
+from dmjd.text import is_utf8
 
 ENDINGS = (".parquet", ".npy")
 
@@ -41,6 +45,7 @@ PART_BYTES = 64 << 20  # the most rows held in memory
 _SHOWN = 10  # unreadable images named on the terminal; the file's metadata lists all
 
 
+@float32_by_default()
 def embed(
     run: str | Path,
     *,
@@ -80,16 +85,16 @@ def embed(
     Raises:
         ValueError: for a wrong ending, existing files with other settings, unusable data or non-finite features.
     """
-    out = _checked_out(out)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    out, run = _checked_out(out), check_path("run", run)
+    machine = {"precision": precision, "device": device, "num_workers": num_workers}
+    _check(tokens, half, split, data=data, labels=labels, batch_size=batch_size, **machine)
     chosen = pick_device(device)
     keep_freed_memory(chosen)
-    encoder = load_encoder(Path(run).expanduser(), chosen)
+    encoder = load_encoder(run, chosen)
     source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
     extract = _extractor(encoder, tokens, precision)
     settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
-    settings |= {"tokens": tokens, "half": half, "precision": precision}
+    settings |= {"tokens": bool(tokens), "half": bool(half), "precision": precision}
     console = Console()
     if out.exists():
         _check_same(settings, _settings_of(out), out)
@@ -103,9 +108,19 @@ def embed(
     return out
 
 
+def _check(tokens: bool, half: bool, split: str, *, data: str | Path | None, **settings: Any) -> None:
+    """Check the types and values of arguments of :func:`embed`."""
+    check_bool("tokens", tokens)
+    check_bool("half", half)
+    check_text("split", split, SPLITS)
+    FrozenConfig(data=None if data is None else str(data), **settings)
+
+
 def _checked_out(out: str | Path) -> Path:
     """The path of a file that can be written; missing folders are created."""
-    out = Path(out).expanduser()
+    out = check_path("out", out)
+    if not is_utf8(out):
+        raise ValueError(f"--out {out}: parquet files can only be written to paths that are UTF-8; give another")
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: end it in {' or '.join(ENDINGS)}")
     if out.is_dir():
@@ -156,7 +171,7 @@ def _rows(source: Source, index: Tensor, features: Tensor, schema: pa.Schema) ->
     columns: list[Any] = [rows, [_text(source.describe(i)) for i in rows]]
     if source.labels is not None:
         labels = source.labels[rows]
-        columns += [labels, [source.classes[label] for label in labels]]
+        columns += [labels, [_text(source.classes[label]) for label in labels]]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)] + [values], schema=schema)
 
 

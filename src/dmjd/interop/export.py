@@ -12,10 +12,12 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from dmjd.config.checks import check_path, check_text
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
 from dmjd.files import METADATA_KEY, atomic, write_bytes
 from dmjd.interop.conversion import timm_call
+from dmjd.nn.modes import float32_by_default
 from dmjd.suggest import did_you_mean
 
 FORMATS = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -33,6 +35,7 @@ class Exported:
     usage: str
 
 
+@float32_by_default()
 def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
     """Write an encoder in the format of another library.
 
@@ -48,12 +51,12 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
         ValueError: if the format does not support the encoder, the ending is wrong, or outputs differ from the
             encoder's by more than 1e-4. No file is written then.
     """
-    if format not in FORMATS:
+    if check_text("format", format) not in FORMATS:
         raise ValueError(f"cannot export '{format}'{did_you_mean(format, FORMATS)} Formats: {', '.join(FORMATS)}")
-    out = Path(out).expanduser()
+    out, run = check_path("out", out), check_path("run", run)
     if out.suffix != FORMATS[format]:
         raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")
-    encoder = load_encoder(Path(run).expanduser())
+    encoder = load_encoder(run)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -160,7 +160,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         return torch.ops.aten.convolution_backward(*nchw, weight, None, *sides)[1].float()
     padded = F.pad(x.permute(0, 3, 1, 2), (k // 2,) * 4)  # B, D, H + k - 1, W + k - 1
     grad = grad.permute(0, 3, 1, 2)  # B, D, H, W
-    total = torch.zeros(D, k, k, device=x.device)
+    total = torch.zeros(D, k, k, dtype=torch.float32, device=x.device)
     for top in range(0, H, _LARGEST_TILE):
         for left in range(0, W, _LARGEST_TILE):
             kernel = grad[:, :, top : top + _LARGEST_TILE, left : left + _LARGEST_TILE]

@@ -1,4 +1,4 @@
-"""Temporary evaluation mode."""
+"""Temporary modes: evaluation, and float32 as the type of new tensors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,3 +18,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """New modules and tensors are float32, whatever the caller chose with ``torch.set_default_dtype``.
+
+    Public functions have it as a decorator, so that weights and results do not depend on the caller's choice.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -44,6 +44,8 @@ def sincos_positions(dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Te
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width divisible by 4, got {dim}")
     h, w = grid
+    if torch.get_default_device().type == "meta":  # only the shapes of a model are wanted
+        return torch.empty(1, num_prefix + h * w, dim)
     omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
     rows, columns = np.meshgrid(np.arange(h, dtype=np.float64), np.arange(w, dtype=np.float64), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # N, D/4 each

@@ -11,16 +11,19 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from dmjd import __version__
+from dmjd.config.checks import MAX_COUNT, Bounds, check_int
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.train_loader import Batch
 from dmjd.data.workers import available_cores
+from dmjd.engine.console import literal
 from dmjd.engine.device import make_fabric, precision_name
 from dmjd.engine.loop import Engine, Report, StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
+from dmjd.nn.modes import float32_by_default
 from dmjd.pretraining.run import make_engine, resolve_batch_size, training_batches
 from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
@@ -32,6 +35,7 @@ WARMUP_STEPS = 3
 PARTS = ("data", "masks and targets", "encoder", "branches", "backward", "optimizer")
 
 
+@float32_by_default()
 def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     """Measure training steps of a configuration. Nothing is written.
 
@@ -50,15 +54,14 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     Raises:
         ValueError: if the settings are invalid.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = check_int("steps", steps, Bounds(ge=1, most=MAX_COUNT - WARMUP_STEPS))
     model = build_model(config)
     fabric = make_fabric(config.device, config.precision)
     source = open_data(config, config.data, "train") if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
     if source is not None:
         batch_size = resolve_batch_size(config.replace(batch_size=batch_size), len(source), 1)
-    config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=1 << 30)
+    config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=MAX_COUNT)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
     engine = make_engine(config, model, fabric, batch_size, num_images=batch_size)
@@ -203,7 +206,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 def bench_table(result: dict[str, Any]) -> Table:
     """The result of :func:`bench` as a table."""
     settings, images_per_s = result["settings"], result["images_per_s"]
-    table = Table(f"{settings['encoder']}, {settings['precision']}, {settings['batch_size']} images a step", "")
+    heading = literal(f"{settings['encoder']}, {settings['precision']}, {settings['batch_size']} images a step")
+    table = Table(Column(heading), "")
     table.add_row("step alone", f"{images_per_s['step']:.2f} images/s")
     if images_per_s["with_loader"] is not None:
         table.add_row("with the loader", f"{images_per_s['with_loader']:.2f} images/s")

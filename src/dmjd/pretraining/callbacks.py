@@ -28,6 +28,7 @@ from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
 from dmjd.runs.driver import Callback
 from dmjd.targets.base import Target
+from dmjd.text import printable
 
 NUM_EVALS = 10  # evaluations per run if no interval is given
 
@@ -172,7 +173,9 @@ class Monitor(Callback):
             return
         file = self.folder.path / "unreadable.txt"
         if self.folder.owner:
-            write_text(file, "".join(f"{name}\t{reason}\n" for name, reason in self.unreadable.reports))
+            write_text(
+                file, "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in self.unreadable.reports)
+            )
         self.console.warn(f"{self.unreadable.count} unreadable image(s) were replaced; see {file}")
 
     @property

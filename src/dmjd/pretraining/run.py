@@ -12,6 +12,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from dmjd.config.checks import check_path
 from dmjd.config.pretrain import DEFAULT_BATCH_SIZE, PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import absolute
@@ -25,6 +26,7 @@ from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, scaled_learning_rate, warmup_cosine
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
+from dmjd.nn.modes import float32_by_default
 from dmjd.pretraining.callbacks import Monitor
 from dmjd.runs.build import LISTING, build_model, open_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
@@ -56,6 +58,7 @@ class RunResult:
     unreadable: tuple[tuple[str, str], ...] = ()
 
 
+@float32_by_default()
 def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, hooks: Sequence[Hook] = ()) -> RunResult:
     """Pre-train an encoder. Called again with the same ``out``, the run resumes where it stopped.
 
@@ -78,7 +81,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     config = resolve_paths(config)
     if config.wandb:
         import_wandb()
-    out, data = Path(str(config.out)).expanduser(), str(config.data)
+    out, data = check_path("out", config.out), str(config.data)
     # 1. The model. Invalid settings raise before anything is written.
     model = build_model(config) if model is None else model
     # 2. Devices and processes.

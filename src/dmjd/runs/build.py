@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dmjd.branches import Distillation, Reconstruction
+from dmjd.config.checks import check_path
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import has_split, open_source
@@ -17,6 +18,7 @@ from dmjd.encoders.registry import create_encoder, encoder_family
 from dmjd.images.preprocess import Preprocess
 from dmjd.masking import MaskSampler, sampler_class
 from dmjd.model import MaskedImageModel
+from dmjd.nn.modes import float32_by_default
 from dmjd.runs.checkpoint import RunFolder
 from dmjd.targets.base import TargetSettings
 from dmjd.targets.registry import target_class
@@ -159,7 +161,7 @@ def open_images(
     Raises:
         ValueError: if the folder is not a run, or the data cannot be opened.
     """
-    run = Path(run).expanduser()
+    run = check_path("run", run)
     config = read_config(run) if run.is_dir() else PretrainConfig()
     config = config.replace(
         in_chans=preprocess.in_chans,
@@ -169,7 +171,7 @@ def open_images(
     if data is None and config.data is None:
         raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
     listing = run / LISTING if data is None and split == "train" else None
-    return open_data(config, str(data or config.data), split, listing=listing)
+    return open_data(config, str(config.data if data is None else data), split, listing=listing)
 
 
 def read_config(run: str | Path) -> PretrainConfig:
@@ -178,13 +180,14 @@ def read_config(run: str | Path) -> PretrainConfig:
     Raises:
         ValueError: if the folder is not a run.
     """
-    file = Path(run).expanduser() / "config.json"
+    file = check_path("run", run) / "config.json"
     try:
-        return PretrainConfig.from_json(file.read_text(encoding="utf-8"))
+        return PretrainConfig.from_json(file.read_bytes(), str(file))
     except OSError:
         raise ValueError(f"{run} is not a run folder: it has no config.json; give the --out of dmjd pretrain") from None
 
 
+@float32_by_default()
 def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
     """Load the pre-training model of a run at its newest checkpoint.
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmjd.config.checks import check_path
 from dmjd.config.pretrain import PretrainConfig, resume_differences
 from dmjd.files import read_safetensors, write_safetensors, write_text
 
@@ -108,7 +109,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, owner: bool = True) -> None:
-        self.path, self.owner = Path(path).expanduser(), owner
+        self.path, self.owner = check_path("out", path), owner
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--out {self.path} is a file; give a folder for the run")
         self.checkpoints = self.path / "checkpoints"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmjd.config.checks import Bounds, check_int
 from dmjd.encoders.base import Encoder
 from dmjd.targets.base import Target, TargetSettings, whiten
 
@@ -49,22 +50,24 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
         ValueError: if the cell does not divide the image, or for another number of bins.
     """
     H, W = images_0_255.shape[-2:]
-    if cell_size < 1 or H % cell_size or W % cell_size:
+    cell_size, num_bins = check_int("cell_size", cell_size, Bounds(ge=1)), check_int("num_bins", num_bins, Bounds(ge=1))
+    if H % cell_size or W % cell_size:
         raise ValueError(f"HOG cell of {cell_size} pixels does not divide the image of {H} x {W}")
-    if not 1 <= num_bins <= 255:
+    if num_bins > MAX_BINS:
         raise ValueError(f"HOG takes 1 to 255 bins, got {num_bins}")
     B, C = images_0_255.shape[:2]
     if min(images_0_255.shape) == 0:
-        return torch.zeros(B, C, H // cell_size, W // cell_size, num_bins, device=images_0_255.device)
+        shape = (B, C, H // cell_size, W // cell_size, num_bins)
+        return torch.zeros(shape, dtype=torch.float32, device=images_0_255.device)
     if images_0_255.device.type != "cpu" or torch.compiler.is_compiling():
         # In chunks, to bound the memory; one pooling pass per bin compiles to a single graph.
         chunks = images_0_255.split(max(1, _DEVICE_PIXELS // (C * H * W)))
         return torch.cat([_pooled(chunk.float(), cell_size, num_bins) for chunk in chunks])
     use_table = images_0_255.dtype == torch.uint8 and num_bins <= _TABLE_BINS
     row_sums = _row_sums_by_table if use_table else _row_sums
-    out = torch.empty(B * C, H // cell_size, W // cell_size, num_bins)
+    out = torch.empty(B * C, H // cell_size, W // cell_size, num_bins, dtype=torch.float32)
     per_chunk = max(1, _CPU_PIXELS // (H * W))
-    planes = images_0_255.reshape(B * C, H, W)
+    planes = images_0_255.reshape(B * C, H, W).contiguous()  # one channels-last image is reshaped to strided planes
     for chunk, part in zip(planes.split(per_chunk), out.split(per_chunk), strict=True):
         torch.sum(row_sums(chunk, cell_size, num_bins), dim=2, out=part)
         part.mul_(1 / cell_size**2)
@@ -100,7 +103,7 @@ def _gradient_table(num_bins: int) -> Tensor:
 
 def _one_hot(num_bins: int) -> Tensor:
     """One-hot rows [2 n + 1, n] that map the bins of a full turn, and exactly 180 degrees, to the n of half a turn."""
-    return torch.eye(num_bins).repeat(3, 1)[: 2 * num_bins + 1]
+    return torch.eye(num_bins, dtype=torch.float32).repeat(3, 1)[: 2 * num_bins + 1]
 
 
 def _row_sums(planes: Tensor, cell: int, num_bins: int) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dmjd.config.checks import shown
 from dmjd.encoders.base import Encoder
 from dmjd.suggest import did_you_mean
 from dmjd.targets.base import Target, TargetSettings
@@ -26,7 +27,7 @@ def target_class(name: str) -> type[Target]:
         ValueError: if the name is not in :data:`TARGETS`; the nearest is suggested.
     """
     if name not in TARGETS:
-        raise ValueError(f"unknown target '{name}'{did_you_mean(name, TARGETS)} Targets: {', '.join(TARGETS)}")
+        raise ValueError(f"unknown target {shown(name)}{did_you_mean(name, TARGETS)} Targets: {', '.join(TARGETS)}")
     return TARGETS[name]
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmjd.config.checks import check_path
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
@@ -136,7 +137,7 @@ def load_teacher(source: str) -> nn.Module:
         ValueError: if there is no such model, or its weights are not available.
     """
     with torch.random.fork_rng(devices=[]):
-        if Path(source).expanduser().exists():
+        if check_path("teacher", source).exists():
             return load_encoder(source)
         if not (source.startswith(_SOURCES) or timm.is_model(source)):
             hint = did_you_mean(source, timm.list_models())

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmjd.config.checks import check_path
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
@@ -23,11 +24,12 @@ from dmjd.evaluation.low_shot import ALL_LABELS, LowShot, hold_out, summarize
 from dmjd.evaluation.registry import get_frozen_task
 from dmjd.evaluation.results import Baselines, data_fingerprint, key_of, versions, write_result
 from dmjd.evaluation.setup import aligned_labels, config_of, given_data, open_sets
-from dmjd.nn.modes import evaluating
+from dmjd.nn.modes import evaluating, float32_by_default
 
 PARTS = ("result", "random_init", "raw_pixels")  # what is measured: the encoder and its two baselines
 
 
+@float32_by_default()
 def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **options: Any) -> dict[str, dict[str, Any]]:
     """Run several evaluations on frozen features in one pass over the images.
 
@@ -48,13 +50,13 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
     config = FrozenConfig(**options)
     for task, own in tasks.items():
         task_config(task, own)  # mistakes are reported before anything is opened
-    run, device = Path(run).expanduser(), pick_device(config.device)
+    run, device = check_path("run", run), pick_device(config.device)
     keep_freed_memory(device)
     given = given_data(config.data, config.test_data, config.labels)
     run_config = config_of(run)
     encoder = load_encoder(run, device)
     train, test, _ = open_sets(run_config, run, encoder, given)
-    out = Path(config.out).expanduser() if config.out is not None else None
+    out = check_path("out", config.out) if config.out is not None else None
     return evaluate_frozen(
         tasks,
         encoder,
@@ -70,6 +72,7 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
     )
 
 
+@float32_by_default()
 def evaluate_frozen(
     tasks: Mapping[str, Mapping[str, Any]],
     encoder: Encoder,
@@ -103,7 +106,7 @@ def evaluate_frozen(
     scores = protocol.run(batch_size=batch_size, num_workers=num_workers)
     results = {}
     for task, options in tasks.items():
-        changed = dict(overrides) | low_shot.describe() | dict(options)
+        changed = dict(overrides) | low_shot.describe() | configs[task].given(options)
         results[task] = {
             "task": task,
             **scores[task],

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from dmjd.config.checks import check_path
 from dmjd.config.dense import DenseConfig
 from dmjd.data.cache import evenly_spaced
 from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, ExampleLoader, read_examples
@@ -34,12 +35,12 @@ def open_encoder(run: str | Path, out: str | Path | None) -> tuple[Encoder, Path
     Raises:
         ValueError: if there is no encoder, it has no preprocessing, or no folder for results is given.
     """
-    path = Path(run).expanduser()
+    path = check_path("run", run)
     encoder = load_encoder(path if path.exists() else run)
     known_preprocess(encoder)
     if out is None and not path.is_dir():
         raise ValueError(f"{run} is not a run folder: say where results go with --out DIR")
-    return encoder, Path(out).expanduser() if out is not None else path
+    return encoder, check_path("out", out) if out is not None else path
 
 
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:

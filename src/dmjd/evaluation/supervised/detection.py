@@ -300,6 +300,7 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
         ValueError: if settings or data are invalid; raised before training.
     """
     config = DetectionConfig(**options)
+    overrides = config.given(options)
     try:
         import pycocotools  # noqa: F401
     except ImportError:
@@ -330,4 +331,4 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
     )
     for note in [f"{part.name}: {note}" for part in (train, test) for note in part.notes]:
         evaluation.console.warn(note)
-    return evaluation.compare(folder, config.own(options))
+    return evaluation.compare(folder, overrides)

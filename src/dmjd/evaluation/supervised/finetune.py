@@ -10,6 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from dmjd.config.checks import check_path
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.cache import evenly_spaced
 from dmjd.data.eval_loader import EvalLoader
@@ -76,7 +77,7 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
         ValueError: if settings or data are invalid; raised before training.
     """
     config = FinetuneConfig(**options)
-    run = Path(run).expanduser()
+    run = check_path("run", run)
     if config.out is None and not run.is_dir() and run.exists():
         raise ValueError(f"{run} is a file: say where the classifier goes with --out DIR")
     run_config = config_of(run)
@@ -90,11 +91,11 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
         Finetuning(config, encoder, _subset(train, low_shot, seed), test, test_labels, **machine, seed=seed)
         for seed in low_shot.seeds_from(config.seed)
     ]
-    overrides = given | low_shot.describe() | config.own(options)
+    overrides = given | low_shot.describe() | config.given(options)
     if config.precision != "auto":
         overrides["precision"] = config.precision
     return _compare(
-        evaluations, Path(config.out).expanduser() if config.out is not None else run, config.seed, overrides
+        evaluations, check_path("out", config.out) if config.out is not None else run, config.seed, overrides
     )
 
 

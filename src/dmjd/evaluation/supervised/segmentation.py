@@ -223,6 +223,7 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
         ValueError: if settings or data are invalid; raised before training.
     """
     config = SegmentationConfig(**options)
+    overrides = config.given(options)
     encoder, folder = open_encoder(run, config.out)
     if config.data is None:
         raise ValueError("say which images and masks: --data FOLDER (with train/images and train/masks)")
@@ -245,4 +246,4 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
         num_workers=config.num_workers,
         seed=config.seed,
     )
-    return evaluation.compare(folder, config.own(options))
+    return evaluation.compare(folder, overrides)
