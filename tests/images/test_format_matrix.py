@@ -8,14 +8,14 @@ from format_matrix import judge, png_cells, tiff_cells
 
 
 def test_every_png():
-    wrong = [(cell, verdict) for cell in png_cells() if (verdict := judge(cell)) != "right"]
+    wrong = [(cell, outcome) for cell in png_cells() if (outcome := judge(cell)) != "right"]
     assert not wrong
 
 
 @pytest.mark.parametrize("photometric", ["minisblack", "miniswhite", "rgb", "separated", "palette"])
 def test_some_tiffs(photometric):
     cells = [cell for cell in tiff_cells() if cell.photometric == photometric and cell.compression in (None, "zlib")]
-    verdicts = {cell: judge(cell, seed) for seed, cell in enumerate(Random(1).sample(cells, 150))}
-    assert not {cell: verdict for cell, verdict in verdicts.items() if verdict.startswith("WRONG")}
-    kinds = Counter(verdict.partition(":")[0] for verdict in verdicts.values())
+    outcomes = {cell: judge(cell, seed) for seed, cell in enumerate(Random(1).sample(cells, 150))}
+    assert not {cell: outcome for cell, outcome in outcomes.items() if outcome.startswith("WRONG")}
+    kinds = Counter(outcome.partition(":")[0] for outcome in outcomes.values())
     assert kinds["right"] > (4 if photometric == "palette" else 50), kinds  # palettes are unsigned, of 8 or 16 bits

@@ -25,19 +25,19 @@ REFUSALS = (
 def test_every_cell_of_the_format_matrix():
     random = Random(0)
     cells = [*png_cells(), *(cell for cell in tiff_cells() if random.random() < SHARE)]
-    verdicts: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     lost = []
     for seed, cell in enumerate(cells):
-        verdict = judge(cell, seed)
-        kind = verdict.partition(":")[0]
-        verdicts[kind] += 1
-        allowed = any(part in verdict for refusal in REFUSALS for part in refusal.split("{n}")[-1:])
+        outcome = judge(cell, seed)
+        kind = outcome.partition(":")[0]
+        outcomes[kind] += 1
+        allowed = any(part in outcome for refusal in REFUSALS for part in refusal.split("{n}")[-1:])
         if kind == "WRONG" or (kind == "refused" and not allowed):
-            lost.append((cell, verdict))
-    tried = len(cells) - verdicts["not writable"]
+            lost.append((cell, outcome))
+    tried = len(cells) - outcomes["not writable"]
     if table := os.environ.get("DMJD_STORM_TABLE"):
         line = {"part": "image formats", "tried": tried, "survived": tried - len(lost), "lost": len(lost)}
         with Path(table).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     assert not lost, f"{len(lost)} of {tried}:\n" + "\n".join(map(str, lost[:20]))
-    assert verdicts["right"] > tried / 2, verdicts
+    assert outcomes["right"] > tried / 2, outcomes
