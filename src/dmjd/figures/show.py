@@ -71,7 +71,7 @@ def show(
     if kind in MODEL_KINDS:
         model, config = load_model(run)
         listing = Path(run).expanduser() / LISTING if data is None else None
-        source = open_data(config, str(data or config.data), "train", listing=listing)
+        source = open_data(config, str(config.data if data is None else data), "train", listing=listing)
         return save_figure(_figure(kind, model, source, num_images, seed), out)
     encoder = load_encoder(Path(run).expanduser(), pick_device("auto"))
     source = open_images(run, known_preprocess(encoder), data, labels=labels)

@@ -169,7 +169,7 @@ def open_images(
     if data is None and config.data is None:
         raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
     listing = run / LISTING if data is None and split == "train" else None
-    return open_data(config, str(data or config.data), split, listing=listing)
+    return open_data(config, str(config.data if data is None else data), split, listing=listing)
 
 
 def read_config(run: str | Path) -> PretrainConfig:

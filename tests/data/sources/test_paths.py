@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from image_sets import first_values, save
 from PIL import Image
+from support import mistake
 
 from dmjd.data.sources.coco import open_coco
 from dmjd.data.sources.paths import path_inside
@@ -189,3 +190,10 @@ def test_paths_inside_a_root(tmp_path):
     for name in ("../../a.png", "/etc/hosts", str(tmp_path / "root-2" / "a.png"), "a\0.png", "..", "../.."):
         inside = path_inside(root, folder, name)
         assert inside is None or inside == str(root) + "/", name
+
+
+@pytest.mark.parametrize("flag", ["--data", "--test-data"])
+def test_empty_flags_are_errors(tmp_path, capsys, flag):
+    save(tmp_path / "set" / "1.png")
+    command = ["pretrain", "folder", "--data", tmp_path / "set", "--out", tmp_path / "run", flag, ""]
+    assert f"{flag} is empty: give a path or a name" in mistake(capsys, *command)
