@@ -110,7 +110,8 @@ def test_names_of_any_bytes_are_shown_in_one_line(tmp_path):
     source = open_source(tmp_path)
     assert len(first_values(source)) == 4
     shown = [source.describe(i) for i in range(4)]
-    assert all(name.isprintable() for name in shown)
+    assert not any(c in name for name in shown for c in "\n\x1b\udcff")
+    assert any(name.endswith("\u202ereversed.png") for name in shown)  # it may be part of a name, and is kept
     assert any(name.endswith("new\\nline.png") for name in shown)
 
 
