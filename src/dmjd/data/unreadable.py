@@ -12,7 +12,7 @@ from dmjd.rng import STREAM_REPLACE, hash64
 
 _ATTEMPTS = 100
 
-_SHOWN = 6  # with the lines around them, at most ten
+_SHOWN = 5  # an error on the command line has at most ten lines
 
 Report = tuple[str, str]  # name and reason
 
@@ -69,6 +69,10 @@ def _nothing_readable(unreadable: list[Report]) -> UnreadableImage:
     return UnreadableImage(name, f"{reason}; and every image tried in its place is unreadable".lstrip("; "))
 
 
+def _allowed(max_unreadable: int | None, num_images: int) -> int:
+    return max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
+
+
 class UnreadableImages:
     """The unreadable images of a run, each counted once.
 
@@ -105,6 +109,10 @@ class UnreadableImages:
         for name, reason in self.add(reports):
             warn(f"unreadable, replaced by another image: {name}: {reason}")
 
+    def exceed(self, max_unreadable: int | None, num_images: int) -> bool:
+        """Whether there are more than tolerated; arguments as for :meth:`check`."""
+        return len(self._counted()) > _allowed(max_unreadable, num_images)
+
     def check(self, max_unreadable: int | None, num_images: int, cure: str = "Repair or remove them.") -> None:
         """Raise an error if too many images are unreadable.
 
@@ -114,24 +122,26 @@ class UnreadableImages:
             cure: what to do about unreadable images, the last line of the error.
 
         Raises:
-            ValueError: listing the first few.
+            ValueError: listing the first five.
         """
-        allowed = max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
-        counted = [(name, reason) for name, reason in self._reasons.items() if name not in self._removed]
-        if len(counted) <= allowed:
+        if not self.exceed(max_unreadable, num_images):
             return
+        counted = self._counted()
         lines = [f"  {name}: {reason}" for name, reason in counted[:_SHOWN]]
         if len(counted) > _SHOWN:
             lines.append(f"  and {len(counted) - _SHOWN} more")
         raise ValueError(
-            f"{len(counted)} of {num_images} images can't be read, more than max_unreadable = {allowed}:\n"
-            + "\n".join(lines)
-            + f"\n{cure}"
+            f"{len(counted)} of {num_images} images can't be read, more than max_unreadable = "
+            f"{_allowed(max_unreadable, num_images)}:\n" + "\n".join(lines) + f"\n{cure}"
         )
+
+    def _counted(self) -> list[Report]:
+        """All but those that were removed."""
+        return [(name, reason) for name, reason in self._reasons.items() if name not in self._removed]
 
     @property
     def cure(self) -> str:
         """What to do if too many images of a pre-training run are unreadable."""
-        missing = all(reason == MISSING for name, reason in self._reasons.items() if name not in self._removed)
+        missing = all(reason == MISSING for _, reason in self._counted())
         what = "Put them back" if missing else "Repair or remove them"
         return f"{what}, or raise --max-unreadable; the same command goes on."

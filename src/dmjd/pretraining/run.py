@@ -129,6 +129,8 @@ def resolve_paths(config: PretrainConfig) -> PretrainConfig:
     if config.out is None:
         raise ValueError("say where the run goes: --out DIR")
     paths = {name: getattr(config, name) for name in ("data", "test_data", "teacher")}
+    if empty := [name for name, path in paths.items() if path is not None and not path.strip()]:
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")
     return config.replace(**{name: absolute(path) for name, path in paths.items() if path is not None})
 
 

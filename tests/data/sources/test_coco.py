@@ -98,7 +98,7 @@ def test_errors_in_the_json_are_named(coco_layout):
     change(coco_layout, "train", **good | {"images": [*good["images"], good["images"][0]]})
     assert "two images have the id 0" in message()
     change(coco_layout, "train", images=[*good["images"], {"id": 9, "file_name": "lost.png"}])
-    assert "lists lost.png, which is not in" in message()
+    assert "lists 'lost.png', which is not in" in message()
     (coco_layout / "train.json").write_text('{"images": [')
     assert "not valid JSON" in message()
     (coco_layout / "train.json").write_text('{"images": []}')

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from image_sets import first_values, save
 from PIL import Image
+from support import mistake
 
 from dmjd.data.sources.coco import open_coco
 from dmjd.data.sources.paths import path_inside
@@ -109,7 +110,8 @@ def test_names_of_any_bytes_are_shown_in_one_line(tmp_path):
     source = open_source(tmp_path)
     assert len(first_values(source)) == 4
     shown = [source.describe(i) for i in range(4)]
-    assert all(name.isprintable() for name in shown)
+    assert not any(c in name for name in shown for c in "\n\x1b\udcff")
+    assert any(name.endswith("\u202ereversed.png") for name in shown)  # it may be part of a name, and is kept
     assert any(name.endswith("new\\nline.png") for name in shown)
 
 
@@ -189,3 +191,10 @@ def test_paths_inside_a_root(tmp_path):
     for name in ("../../a.png", "/etc/hosts", str(tmp_path / "root-2" / "a.png"), "a\0.png", "..", "../.."):
         inside = path_inside(root, folder, name)
         assert inside is None or inside == str(root) + "/", name
+
+
+@pytest.mark.parametrize("flag", ["--data", "--test-data"])
+def test_empty_flags_are_errors(tmp_path, capsys, flag):
+    save(tmp_path / "set" / "1.png")
+    command = ["pretrain", "folder", "--data", tmp_path / "set", "--out", tmp_path / "run", flag, ""]
+    assert f"{flag} is empty: give a path or a name" in mistake(capsys, *command)

@@ -28,7 +28,7 @@ from dmjd.data.sources.coco_json import (
     segmentation_error,
 )
 from dmjd.data.sources.instance_masks import instance_mask
-from dmjd.data.sources.paths import expanded, permission_checked
+from dmjd.data.sources.paths import expanded, one_line, permission_checked
 from dmjd.images.stored import UnreadableImage
 from dmjd.text import printable
 
@@ -203,7 +203,7 @@ class CocoSource(Source):
 
     def describe(self, index: int) -> str:
         """The image's path."""
-        return printable(os.path.join(self.folder, self._entries[index].file_name))
+        return one_line(os.path.join(self.folder, self._entries[index].file_name))
 
     def read_example(self, index: int) -> tuple[np.ndarray, Instances]:
         """Image [H, W, C] on the 0..255 scale and its objects.

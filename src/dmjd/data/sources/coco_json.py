@@ -111,7 +111,7 @@ def coco_images(entries: list[Any], file: Path, folder: Path, root: Path) -> lis
         if path is None:
             raise ValueError(f"{file} lists {_short(name)}, which is outside of {root}: move the image there")
         if not os.path.exists(path):
-            raise ValueError(f"{file} lists {printable(name)}, which is not in {folder}")
+            raise ValueError(f"{file} lists {_short(name)}, which is not in {folder}")
         images[key] = CocoImage(key, name, path, _image_size(entry, path, file))
     return list(images.values())
 

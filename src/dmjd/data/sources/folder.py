@@ -16,6 +16,7 @@ from dmjd.data.sources.paths import (
     SPLIT_NAMES,
     existing_path,
     expanded,
+    one_line,
     permission_checked,
     split_folder,
     warn_of_loose_images,
@@ -101,7 +102,7 @@ class FolderSource(Source):
 
     def describe(self, index: int) -> str:
         """The image's path; bytes that are not UTF-8, and control characters, are escaped."""
-        return printable(os.fsencode(self._path(index)).decode("utf-8", "backslashreplace"))
+        return one_line(self._path(index))
 
     def open(self, index: int) -> OpenImage:
         """See :meth:`Source.open`. Avoids pathlib, which takes as long as opening the file."""

@@ -21,6 +21,9 @@ SPLIT_NAMES = _TRAIN_NAMES + _TEST_NAMES  # of folders, in small or capital lett
 _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
+_BREAKING = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+
+
 class DataWarning(UserWarning):
     """The data are likely not what the user means; shown without its place in the code."""
 
@@ -74,6 +77,15 @@ def existing_path(data: str) -> Path | None:
 def _shortened(path: str | Path) -> str:
     text = printable(path)
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
+
+
+def one_line(path: str) -> str:
+    """A path with control characters, line breaks and bytes that are not UTF-8 as escapes.
+
+    Format characters stay: they belong to names in many languages.
+    """
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return _BREAKING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def path_inside(root: Path, folder: Path, name: str) -> str | None:

@@ -315,7 +315,7 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
     train = open_coco(config.data, "train", **reading)
     if train.num_objects == 0:
         raise ValueError(f"{train.name} has no boxes: there is nothing to learn")
-    test_data = config.test_data or config.data
+    test_data = config.data if config.test_data is None else config.test_data
     whole = config.test_data is not None and find_coco(test_data, "test") is None  # a test set without parts
     test = open_coco(test_data, "train" if whole else "test", classes=train.classes, **reading)
     config = config.resolve(encoder.img_size, len(train))

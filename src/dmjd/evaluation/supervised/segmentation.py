@@ -230,7 +230,7 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
     train = open_segmentation(config.data, "train", **reading)
-    test_data = config.test_data or config.data
+    test_data = config.data if config.test_data is None else config.test_data
     # A test set without parts is used as a whole.
     whole = config.test_data is not None and not has_segmentation_split(test_data, "test")
     test = open_segmentation(test_data, "train" if whole else "test", **reading)
