@@ -256,17 +256,6 @@ def test_broken_output(tmp_path, storm_folder, straight):
     record("output that cannot be written", len(endings), len(endings))
 
 
-def test_nohup(tmp_path, storm_folder):
-    process = start(["nohup", *pretrain(storm_folder, tmp_path / "run", "--steps", 100000)])
-    wait_for_step(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGHUP)
-    time.sleep(3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert "checkpoint saved" in end(process)
-    assert process.returncode == 0
-
-
 def torchrun(*arguments: str) -> list[str]:
     return [
         sys.executable,
