@@ -67,6 +67,10 @@ def _nothing_readable(unreadable: list[Report]) -> UnreadableImage:
     return UnreadableImage(name, f"{reason}; and every image tried in its place is unreadable".lstrip("; "))
 
 
+def _allowed(max_unreadable: int | None, num_images: int) -> int:
+    return max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
+
+
 class UnreadableImages:
     """The unreadable images of a run, each counted once.
 
@@ -101,6 +105,10 @@ class UnreadableImages:
         for name, reason in self.add(reports):
             warn(f"unreadable, replaced by another image: {name}: {reason}")
 
+    def exceed(self, max_unreadable: int | None, num_images: int) -> bool:
+        """Whether there are more than tolerated; arguments as for :meth:`check`."""
+        return self.count > _allowed(max_unreadable, num_images)
+
     def check(self, max_unreadable: int | None, num_images: int) -> None:
         """Raise an error if too many images are unreadable.
 
@@ -111,14 +119,13 @@ class UnreadableImages:
         Raises:
             ValueError: listing the first five.
         """
-        allowed = max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
-        if self.count <= allowed:
+        if not self.exceed(max_unreadable, num_images):
             return
         lines = [f"  {name}: {reason}" for name, reason in self.reports[:_SHOWN]]
         if self.count > _SHOWN:
             lines.append(f"  and {self.count - _SHOWN} more")
         raise ValueError(
-            f"{self.count} of {num_images} images can't be read, more than max_unreadable = {allowed}:\n"
+            f"{self.count} of {num_images} images can't be read, more than max_unreadable = {_allowed(max_unreadable, num_images)}:\n"
             + "\n".join(lines)
             + "\nRepair or remove them, or raise --max-unreadable."
         )

@@ -61,7 +61,9 @@ class Monitor(Callback):
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
         if checkpoint.state["data"] != self._fingerprint:
             raise ValueError(f"the images in {self.config.data} are not those this run began with; give another --out")
-        self.unreadable.add([(name, reason) for name, reason in checkpoint.state["bad"]])
+        known = UnreadableImages((name, reason) for name, reason in checkpoint.state["bad"])
+        if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count them anew:
+            self.unreadable = known  # a disk or folder that was gone may be back
 
     def state(self) -> dict[str, Any]:
         """Encoder metadata, data fingerprint, unreadable images and configuration."""
