@@ -125,7 +125,8 @@ class UnreadableImages:
         if self.count > _SHOWN:
             lines.append(f"  and {self.count - _SHOWN} more")
         raise ValueError(
-            f"{self.count} of {num_images} images can't be read, more than max_unreadable = {_allowed(max_unreadable, num_images)}:\n"
+            f"{self.count} of {num_images} images can't be read, more than max_unreadable = "
+            f"{_allowed(max_unreadable, num_images)}:\n"
             + "\n".join(lines)
             + "\nRepair or remove them, or raise --max-unreadable."
         )
