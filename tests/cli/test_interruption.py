@@ -90,8 +90,8 @@ WAIT = """
 import os, sys, time
 from dmjd.cli import main as cli
 def command(arguments):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("first", flush=True)
