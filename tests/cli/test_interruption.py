@@ -51,12 +51,47 @@ def test_any_error_after_a_signal_is_its_consequence(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted; the same command resumes from the last checkpoint\n"
 
 
+def test_a_signal_while_an_error_is_reported_changes_nothing(monkeypatch, capsys):
+    """A launcher sends SIGTERM to all processes as soon as one of them has failed."""
+
+    class SlowError(ValueError):
+        def __str__(self):
+            signal.raise_signal(signal.SIGTERM)
+            return "the cause"
+
+    def command(arguments):
+        raise SlowError
+
+    monkeypatch.setitem(main.__globals__["COMMANDS"], "compare", (command, ""))
+    assert main(["compare"]) == 2
+    assert capsys.readouterr().err == "error: the cause\n"
+
+
+IN_EXEC = """
+import signal, sys
+from dmjd.cli import main as cli
+def command(arguments):
+    exec("import signal; signal.raise_signal(signal.SIGTERM)")
+sys.modules["dmjd.cli.main"].COMMANDS["compare"] = (command, "")
+sys.argv[1:] = ["compare"]
+sys.exit(cli())
+"""
+
+
+def test_the_exit_code_is_right_if_the_signal_came_in_an_exec(tmp_path):
+    """As of a string: when a dataclass is made, in most imports."""
+    (tmp_path / "program.py").write_text(IN_EXEC)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-m", "program"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 143
+
+
 WAIT = """
 import os, sys, time
 from dmjd.cli import main as cli
 def command(arguments):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("first", flush=True)

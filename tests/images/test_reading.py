@@ -1,5 +1,7 @@
 """Channels, alpha, value range and array layout of images."""
 
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,3 +75,16 @@ def test_paths_with_spaces_and_unicode(tmp_path):
     Image.fromarray(smooth_image()).save(path)
     assert (read_image(path) == smooth_image()).all()
     assert (read_image(str(path)) == smooth_image()).all()
+
+
+def test_too_many_open_files_do_not_make_an_image_unreadable(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(encoded(Image.fromarray(smooth_image()), "PNG"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_image(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    read_image(file)

@@ -127,3 +127,9 @@ def test_a_checkpoint_of_other_images_is_refused(monitor):
     Other.state = monitor.state() | {"bad": [["a.png", "empty"]]}
     monitor.restore(Other)
     assert monitor.unreadable.count == 1
+    # More than tolerated ended the run and are part of its checkpoint; they may be readable again.
+    Other.state = monitor.state() | {"bad": [[f"{i}.png", "gone"] for i in range(11)]}
+    fresh = Monitor(monitor.config, monitor.model, monitor.source, monitor.folder, monitor.console)
+    fresh.restore(Other)
+    fresh.count_unreadable([("a.png", "empty")])
+    assert fresh.unreadable.count == 1

@@ -20,12 +20,13 @@ class Interruption:
         ends_process: whether the process ends after the context. Signals that come then end it silently.
 
     Attributes:
-        number: the signal that came, or 0.
+        number: the signal that was raised, or 0.
     """
 
     def __init__(self, ends_process: bool) -> None:
         self.number = 0
         self._ends_process = ends_process
+        self._ends = False
         self._since = 0.0
         self._previous: dict[int, Any] = {}
         self._hook = sys.unraisablehook
@@ -43,25 +44,34 @@ class Interruption:
             sys.unraisablehook = self._raise_again
         return self
 
+    def end(self) -> None:
+        """From now on a signal raises nothing, because the process ends anyway; a second one still ends it at once."""
+        self._ends = True
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # CPython remembers a KeyboardInterrupt that left the exec() of a string, such as a dataclass's, and ends the
+        # process by SIGINT whatever its exit code. The next exec() of a string makes it forget.
+        exec("")
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if self._ends_process else handler)
         if self._previous:
             sys.unraisablehook = self._hook
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.number:
-            self.number, self._since = number, time.monotonic()
-            raise KeyboardInterrupt
-        if time.monotonic() - self._since > SAME_REQUEST:
-            os._exit(self.exit_code)
+        if not self._since:
+            self._since = time.monotonic()
+            if not self._ends:
+                self.number = number
+                raise KeyboardInterrupt
+        elif time.monotonic() - self._since > SAME_REQUEST:
+            os._exit(128 + number)
 
     def _raise_again(self, unraisable: Any) -> None:
         """A signal that came during a destructor or callback is lost there: send it again, a moment later."""
         if unraisable.exc_type is not KeyboardInterrupt or not self.number:
             self._hook(unraisable)
             return
-        number, self.number = self.number, 0
+        number, self.number, self._since = self.number, 0, 0.0
         main = threading.main_thread().ident or 0
         timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, number))
         timer.daemon = True

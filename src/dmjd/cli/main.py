@@ -46,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         warnings.showwarning = _show_warning
         try:
-            _run(*given)
-            code = 0
+            try:
+                _run(*given)
+                code = 0
+            finally:
+                interruption.end()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 2
         except BaseException as error:

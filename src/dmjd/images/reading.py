@@ -4,6 +4,7 @@ Arrays are [H, W, C] with values on the 0..255 scale.
 """
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green, blue (ITU-R Rec. 601
 
 # The same weights in steps of 2^-16, as in Pillow.
 _LUMINANCE_16_BITS = (19595, 38470, 7471)
+
+# Errors that say nothing about the image: too many open files, no memory.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def read_image(
@@ -114,6 +118,8 @@ def _naming(name: str) -> Iterator[None]:
         raise UnreadableImage(name, error.reason) from None
     # Decoders raise nearly every built-in exception on damaged bytes; none may affect other images.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise
         raise UnreadableImage(name, reason(error)) from None
 
 

@@ -62,8 +62,10 @@ class Monitor(Callback):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
         began_with, unreadable = checkpoint.state["data"], [(name, reason) for name, reason in checkpoint.state["bad"]]
-        self.unreadable = recheck(self.source, began_with, unreadable, self.console.warn)
+        known = recheck(self.source, began_with, unreadable, self.console.warn)
         self._fingerprint = began_with
+        if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count them anew:
+            self.unreadable = known  # a disk or folder that was gone may be back
 
     def state(self) -> dict[str, Any]:
         """Encoder metadata, data fingerprint, unreadable images and configuration."""
