@@ -324,6 +324,7 @@ class DistillationHead(nn.Module):
 
     def __init__(self, encoder_dim: int, dim: int, out_dim: int, depth: int = 3) -> None:
         super().__init__()
+        check_memory("the projector", depth * dim * dim)
         layers: list[nn.Module] = [nn.Linear(encoder_dim, dim)]
         for _ in range(depth - 1):
             layers += [TransformerNorm(dim), nn.GELU(), nn.Linear(dim, dim)]

@@ -112,7 +112,7 @@ def check_real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
-        return math.copysign(math.inf, value)
+        return math.inf
 
 
 def check_float(name: str, value: Any, bounds: Bounds = ANY) -> float:
