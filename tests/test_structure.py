@@ -18,6 +18,7 @@ ORDER = [
     "checked_json",
     "config",
     "files",
+    "hub",
     "rng",
     "nn",
     "images",

@@ -91,11 +91,15 @@ def lines_of_flag(action: argparse.Action, start: list[str], complete: list[str]
     named = (flag, action.dest)
     lines = [WrongLine((*start, *others, f"{flag}={value}"), (*named, value[:20] or flag)) for value in values]
     lines += [WrongLine((*start, *others, f"{flag}x"), (f"{flag}x",))]
-    lines += [WrongLine((*start, *others, flag.replace("-", "_")), (flag.replace("-", "_"),))]
+    if action.dest not in flag:  # a setting's name in Python is no flag
+        lines += [WrongLine((*start, *others, f"--{action.dest}"), (f"--{action.dest}",))]
     usual = [flag] if switch else [flag, {int: "4", float: "0.5", str: "x"}[kind]]
     lines += [WrongLine((*start, *others, *usual, *usual), (flag,))]
     if not switch:
-        lines += [WrongLine((*start, *others, flag), (flag,)), WrongLine((*start, flag, *others, "--flop"), (flag, "--flop"))]
+        lines += [
+            WrongLine((*start, *others, flag), (flag,)),
+            WrongLine((*start, flag, *others, "--flop"), (flag, "--flop")),
+        ]
     return lines
 
 
