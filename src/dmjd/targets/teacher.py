@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.config.checks import check_path
+from dmjd.config.checks import MAX_DEPTH, Bounds, check_int, check_path
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.hub import offline_if_unreachable
@@ -41,6 +41,9 @@ class TeacherSettings(TargetSettings):
 
     source: str | Path | nn.Module | None = None
     layers: int = 1
+
+    def __post_init__(self) -> None:
+        check_int("teacher_layers", self.layers, Bounds(ge=1, most=MAX_DEPTH))
 
 
 class TeacherTarget(Target):
