@@ -20,6 +20,7 @@ ORDER = [
     "checked_json",
     "config",
     "files",
+    "hub",
     "rng",
     "nn",
     "images",

@@ -5,17 +5,23 @@ distillation on the visible ones.
 holds its network and its loss. Targets belong to the model, which computes a target that two branches share only once.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.config.checks import check_memory
+from dmjd.config.checks import (
+    MAX_FACTOR,
+    MAX_MLP_RATIO,
+    MAX_WIDTH,
+    Bounds,
+    check_float,
+    check_int,
+    check_memory,
+)
 from dmjd.encoders.base import Encoder
 from dmjd.masking import Masks, num_decoded
 from dmjd.nn.layers import (
@@ -48,11 +54,9 @@ def _check_loss(loss: str) -> None:
 
 
 def _check_sizes(settings: Any, *names: str) -> None:
-    """Sizes are integers from 1, or None for the default."""
     for name in names:
-        value = getattr(settings, name)
-        if value is not None and (not isinstance(value, Integral) or value < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if (value := getattr(settings, name)) is not None:
+            check_int(name, value, Bounds(ge=1, most=MAX_WIDTH))
 
 
 def default_decoder(embed_dim: int) -> tuple[int, int, int]:
@@ -135,10 +139,9 @@ class Reconstruction:
     def __post_init__(self) -> None:
         _check_loss(self.loss)
         _check_sizes(self, "decoder_dim", "decoder_depth", "decoder_heads")
-        if self.decoder_mlp_ratio is not None and not 0 < self.decoder_mlp_ratio < math.inf:
-            raise ValueError(f"decoder_mlp_ratio must be greater than 0, got {self.decoder_mlp_ratio}")
-        if not 0 < self.decode_ratio <= 1:
-            raise ValueError(f"decode_ratio must be greater than 0 and at most 1, got {self.decode_ratio}")
+        if self.decoder_mlp_ratio is not None:
+            check_float("decoder_mlp_ratio", self.decoder_mlp_ratio, Bounds(gt=0, most=MAX_MLP_RATIO))
+        check_float("decode_ratio", self.decode_ratio, Bounds(gt=0, le=1))
 
     def build(self, encoder: Encoder, out_dim: int) -> Branch:
         """Build the branch for an encoder, with new weights. It predicts ``out_dim`` = C numbers per token."""
@@ -169,8 +172,7 @@ class Distillation:
     def __post_init__(self) -> None:
         _check_loss(self.loss)
         _check_sizes(self, "projector_dim", "projector_depth")
-        if not 0 <= self.theta < math.inf:
-            raise ValueError(f"theta must be a number of at least 0, got {self.theta}")
+        check_float("theta", self.theta, Bounds(ge=0, most=MAX_FACTOR))
 
     def build(self, encoder: Encoder, out_dim: int) -> Branch:
         """Build the branch for an encoder, with new weights. It predicts ``out_dim`` = C numbers per token."""
@@ -324,6 +326,7 @@ class DistillationHead(nn.Module):
 
     def __init__(self, encoder_dim: int, dim: int, out_dim: int, depth: int = 3) -> None:
         super().__init__()
+        check_memory("the projector", depth * dim * dim)
         layers: list[nn.Module] = [nn.Linear(encoder_dim, dim)]
         for _ in range(depth - 1):
             layers += [TransformerNorm(dim), nn.GELU(), nn.Linear(dim, dim)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import TINY, dmjd, mistake
+from wrong_command_lines import check_refused, wrong_lines
 
 from dmjd.cli.main import main
 from dmjd.figures.kinds import KINDS
@@ -71,6 +72,9 @@ def test_a_flag_of_a_former_version_names_the_new_one(capsys, command, old, new)
         (["embed", "x"], "required: --out"),
         (["export", "x", "--format", "tim", "--out", "x"], "did you mean 'timm'"),
         (["compare"], "required: RUN"),
+        (["pretrain", "--seed", "1", "--seed=2"], "--seed is given twice"),
+        (["pretrain", "--flip", "--no-flip"], "--flip is given twice"),
+        (["export", "x", "--formt", "timm"], "did you mean --format?"),
     ],
 )
 def test_user_errors_found_before_torch_is_imported(capsys, arguments, message):
@@ -93,7 +97,8 @@ def test_user_errors_found_before_torch_is_imported(capsys, arguments, message):
     ],
 )
 def test_user_errors_found_while_building(capsys, tmp_path, flags, message):
-    arguments = ["pretrain", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags]
+    cpu = [] if "--device" in flags else ["--device", "cpu"]
+    arguments = ["pretrain", "digits", "--out", tmp_path / "run", *cpu, *flags]
     assert message in mistake(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
@@ -178,3 +183,10 @@ def test_all_commands_in_sequence(tmp_path, image_folder, capsys):
     assert found["model"].num_features == 32
     cats = image_folder / "cats"
     mistake(capsys, "evaluate", "knn", run, "--data", cats, "--test-data", cats, "--labels", "folder")
+
+
+def test_wrong_command_lines_are_refused_at_once(tmp_path, capsys, monkeypatch):
+    """A part of them; tests/storm tries them all."""
+    monkeypatch.chdir(tmp_path)
+    for line in wrong_lines()[:150]:
+        check_refused(line, tmp_path, capsys)

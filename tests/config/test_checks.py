@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from dmjd.config import FinetuneConfig, KnnConfig, LinearConfig, PretrainConfig, SegmentationConfig, recipes
-from dmjd.config.checks import Bounds, check_bool, check_float, check_int, check_path, check_seed, check_text, shown
+from dmjd.config.checks import (
+    Bounds,
+    check_bool,
+    check_float,
+    check_int,
+    check_out,
+    check_path,
+    check_seed,
+    check_text,
+    shown,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +94,9 @@ def test_single_values():
         check_path("out", "~no-such-user/runs")
     with pytest.raises(ValueError, match="out must not be empty"):
         check_path("out", "")
+    assert check_path("run", "caf\udce9") == Path("caf\udce9")
+    with pytest.raises(ValueError, match=r"out 'caf\\udce9' is not UTF-8 text"):
+        check_out("out", "caf\udce9")
 
 
 def test_refused_values_are_shown_on_one_short_line():

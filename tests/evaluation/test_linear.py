@@ -90,3 +90,12 @@ def test_probe_on_cifar10_pixels_reaches_logistic_regression():
     expected = reference.score(scaler.transform(parts["test"].x), parts["test"].labels)
     got = linear_probe(parts["train"], parts["test"])["top1"]
     assert expected - 0.02 < got < expected + 0.06  # early stopping reduces overfitting
+
+
+def test_a_probe_that_diverges_is_an_error():
+    """It would give every image the same class."""
+    with pytest.raises(ValueError, match=r"diverged at the learning rate 8.*use a smaller --blr"):
+        linear_probe(blobs(200, 4, 8, 0.5, 0), blobs(50, 4, 8, 0.5, 1), blr=1e4, steps=200)
+    for blr in (float("nan"), float("inf"), 0, "1", True):
+        with pytest.raises(ValueError, match="blr must"):
+            linear_probe(blobs(200, 4, 8, 0.5, 0), blobs(50, 4, 8, 0.5, 1), blr=blr, steps=2)

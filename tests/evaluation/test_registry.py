@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support import mistake, tiny_encoder
 
@@ -134,3 +135,31 @@ def test_shared_settings_are_not_accepted_for_a_single_task():
         task_config("knn", {"seed": 3})
     with pytest.raises(ValueError, match="'finetune' is not an evaluation on frozen features; there are: knn, linear"):
         task_config("finetune", {})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_wrong_arguments_of_every_evaluation(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for changes, message in (
+        ({"run": ""}, "run must not be empty"),
+        ({"run": None}, "run must be str, got None"),
+        ({"out": ""}, "out must not be empty"),
+        ({"data": ""}, "data must not be empty"),
+        ({"test_data": ""}, "test_data must not be empty"),
+        ({"seed": float("nan")}, "seed must be int, got nan"),
+        ({"seed": 2**64}, "seed must lie between"),
+        ({"num_workers": 10**5}, "num_workers must be at most 512"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(task, **{"run": "no-run"} | changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_numpy_are_stored_as_json(tmp_path):
+    encoder = tiny_encoder()
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    data = {"data": "digits", "labels_per_class": np.int64(2), "seeds": np.int32(1), "seed": np.uint8(3)}
+    evaluate("knn", tmp_path / "encoder.safetensors", out=tmp_path, k=np.int64(5), temperature=np.float32(0.5), **data)
+    stored = json.loads((tmp_path / "evaluation" / "knn.json").read_text())
+    assert (stored["configuration"]["k"], stored["configuration"]["temperature"], stored["seed"]) == (5, 0.5, 3)
+    assert stored["overrides"]["k"] == 5

@@ -96,3 +96,27 @@ def test_the_names_of_the_kinds_import_nothing_slow():
     code = "import sys, dmjd.figures.kinds; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": ""}, "run must not be empty"),
+        ({"out": ""}, "out must not be empty"),
+        ({"out": "figure.xyz"}, "cannot write an image as 'figure.xyz'"),
+        ({"data": ""}, "data must not be empty"),
+        ({"num_images": 0}, "num_images must be at least 1, got 0"),
+        ({"num_images": 10**9}, "num_images must be at most 200"),
+        ({"num_images": True}, "num_images must be int, got True"),
+        ({"num_candidates": 1}, "num_candidates must be at least 2, got 1"),
+        ({"num_candidates": 10**9}, "num_candidates must be at most"),
+        ({"seed": float("nan")}, "seed must be int, got nan"),
+        ({"seed": -1}, "seed must lie between 0 and"),
+        ({"seed": 2**64}, "seed must lie between 0 and"),
+        ({"labels": "file"}, "labels must be one of none, folder, column"),
+        ({"kind": "mask"}, "did you mean 'masks'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_opened(changes, message):
+    with pytest.raises(ValueError, match=message):
+        show(**{"kind": "neighbors", "run": "no-run"} | changes)

@@ -236,3 +236,32 @@ def test_errors_are_explained(file, image_folder, tmp_path, capsys):
     assert main(["embed", str(file), "--out", str(tmp_path / "f.npy")]) == 2
     assert "pass --data" in capsys.readouterr().err
     assert not list(tmp_path.glob("f.*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": ""}, "out must not be empty"),
+        ({"run": ""}, "run must not be empty"),
+        ({"data": ""}, "data must not be empty"),
+        ({"out": "caf\udce9.npy"}, "is not UTF-8 text"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 10**12}, "batch_size must be at most"),
+        ({"batch_size": True}, "batch_size must be int, got True"),
+        ({"batch_size": float("nan")}, "batch_size must be int, got nan"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"num_workers": 10**5}, "num_workers must be at most 512"),
+        ({"tokens": "yes"}, "tokens must be bool, got 'yes'"),
+        ({"half": 1}, "half must be bool, got 1"),
+        ({"split": "val"}, "split must be one of train, test"),
+        ({"labels": ""}, "labels must not be empty"),
+        ({"labels": "file"}, "labels must be one of none, folder, column"),
+        ({"precision": "fp64"}, "precision must be one of fp32, bf16"),
+        ({"device": "gpu"}, "device must be one of auto, cpu, cuda"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_opened(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        embed(**{"run": "no-run", "out": "features.npy"} | changes)
+    assert list(tmp_path.iterdir()) == []

@@ -95,7 +95,7 @@ def test_it_computes_in_the_runs_precision_and_returns_float32():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layers": 5}, "ema_layers must be 1 to 4"), ({"momentum": 1.5}, "ema_momentum must lie in")],
+    [({"layers": 5}, "ema_layers must be 1 to 4"), ({"momentum": 1.5}, "ema_momentum must lie between 0 and 1")],
 )
 def test_settings_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):

@@ -102,7 +102,13 @@ def test_hog_channels_are_separate():
 
 @pytest.mark.parametrize(
     ("cell", "bins", "message"),
-    [(3, 9, "HOG cell of 3 pixels does not divide the image of 16 x 32"), (0, 9, "cell of 0"), (8, 0, "1 to 255 bins")],
+    [
+        (3, 9, "HOG cell of 3 pixels does not divide the image of 16 x 32"),
+        (0, 9, "cell_size must be at least 1"),
+        (8, 0, "num_bins must lie between 1 and 255"),
+        (8, 256, "num_bins must lie between 1 and 255"),
+        (8.0, 9, "cell_size must be int, got 8.0"),
+    ],
 )
 def test_hog_errors(cell, bins, message):
     with pytest.raises(ValueError, match=message):

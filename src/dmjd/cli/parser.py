@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dmjd.config.fields import RENAMED, REPLACED, Config, value_types
+from dmjd.text import shortened
 
 WIDTH = 88
+
+MOST_LETTERS = 300  # of an error message
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,14 +23,34 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise an error of argparse as ValueError."""
-        raise ValueError(f"{message}\nsee: {self.prog} --help")
+        raise ValueError(f"{shortened(message, MOST_LETTERS)}\nsee: {self.prog} --help")
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Parse the arguments into values by name. Flags made by :func:`add_field` are absent if not given."""
+        self._check_flags(arguments)
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             self._refuse(unknown[0].split("=")[0])
+        for name, value in vars(known).items():
+            self._refuse_empty(name, value)
         return vars(known)
+
+    def _check_flags(self, arguments: Sequence[str]) -> None:
+        """Refuse unknown flags, before a required one is missed, and flags given twice: the first would be ignored."""
+        names = {text: action.dest for action in self._actions for text in action.option_strings}
+        flags = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+        if unknown := next((flag for flag in flags if flag not in names), None):
+            self._refuse(unknown)
+        given = [names[flag] for flag in flags]
+        if repeated := next((name for name in given if given.count(name) > 1), None):
+            self.error(f"{flag_of(repeated)} is given twice")
+
+    def _refuse_empty(self, name: str, value: Any) -> None:
+        """An empty text would be the current folder, as a path."""
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and not text.strip() for text in values):
+            positional = any(action.dest == name and not action.option_strings for action in self._actions)
+            self.error(f"{name.rstrip('s').upper() if positional else flag_of(name)} must not be empty")
 
     def _refuse(self, flag: str) -> NoReturn:
         flags = [text for action in self._actions for text in action.option_strings]

@@ -4,10 +4,10 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from dmjd.cli.parser import Parser, add_field
+from dmjd.config.checks import check_path
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import RECIPES, get_recipe
 
@@ -46,13 +46,16 @@ def run_bench(arguments: Sequence[str]) -> None:
     given = parser.parse(flags)
     file, steps = given.pop("json"), given.pop("steps", 10)
     config = get_recipe(recipe)(**given)
+    file = None if file is None else check_path("--json", file)
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"--json {file}: give a file in a folder that exists")
     from dmjd.engine.console import Console  # these import torch
     from dmjd.files import write_text
     from dmjd.pretraining.bench import bench, bench_table
 
     result = bench(config, steps)
     if file is not None:
-        write_text(Path(file), json.dumps(result, indent=2) + "\n")
+        write_text(file, json.dumps(result, indent=2) + "\n")
     Console().table(bench_table(result))
 
 

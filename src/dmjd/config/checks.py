@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from dmjd.text import printable
+from dmjd.text import is_utf8, printable
 
 MAX_SEED = 2**63 - 1  # 64 bits
 
@@ -112,7 +112,7 @@ def check_real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
-        return math.inf if value > 0 else -math.inf
+        return math.copysign(math.inf, 1 if value > 0 else -1)  # type: ignore[operator]
 
 
 def check_float(name: str, value: Any, bounds: Bounds = ANY) -> float:
@@ -162,6 +162,14 @@ def check_memory(what: str, num_weights: float) -> None:
     if 4 * num_weights > memory:
         sizes = f"{4e-9 * num_weights:.0f} GB, this machine has {1e-9 * memory:.0f} GB"
         raise ValueError(f"{what} is too large: its weights alone take {sizes}. Lower width or depth")
+
+
+def check_out(name: str, value: Any) -> Path:
+    """A path to write to: as :func:`check_path`, and UTF-8, because safetensors and parquet open no other."""
+    path = check_path(name, value)
+    if not is_utf8(path):
+        raise ValueError(f"{name} {shown(str(path))} is not UTF-8 text: files cannot be read from there; give another")
+    return path
 
 
 def check_path(name: str, value: Any) -> Path:

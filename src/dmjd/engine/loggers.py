@@ -2,16 +2,11 @@
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from dmjd.text import file_name, is_utf8, printable
-
-
-class LoggerWarning(UserWarning):
-    """Scalars are not logged everywhere they could be."""
+from dmjd.text import file_name, printable
 
 
 class Logger(Protocol):
@@ -105,13 +100,7 @@ class WandbLogger:
 
 def open_loggers(folder: Path, step: int, wandb_config: dict[str, Any] | None) -> list[Logger]:
     """TensorBoard in the run folder and, if a configuration is given, Weights & Biases."""
-    loggers: list[Logger] = []
-    if is_utf8(folder):
-        loggers.append(TensorBoardLogger(str(folder), step))
-    else:
-        warnings.warn(
-            "TensorBoard cannot write to a folder whose name is not UTF-8: no events", LoggerWarning, stacklevel=2
-        )
+    loggers: list[Logger] = [TensorBoardLogger(str(folder), step)]
     if wandb_config is not None:
         loggers.append(WandbLogger(folder.name, wandb_config))
     return loggers

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmjd.config.checks import Bounds, check_float, check_int
 from dmjd.rng import STREAM_HOLD_OUT, STREAM_SUBSET, hash64
 
 LOW_SHOT_SEEDS = 3
@@ -34,12 +35,12 @@ class LowShot:
     def __post_init__(self) -> None:
         if self.per_class is not None and self.fraction is not None:
             raise ValueError("give --labels-per-class or --label-fraction, not both")
-        if self.per_class is not None and self.per_class < 1:
-            raise ValueError(f"labels_per_class must be at least 1, got {self.per_class}")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ValueError(f"label_fraction must be greater than 0 and at most 1, got {self.fraction}")
-        if self.seeds is not None and self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if self.per_class is not None:
+            check_int("labels_per_class", self.per_class, Bounds(ge=1))
+        if self.fraction is not None:
+            check_float("label_fraction", self.fraction, Bounds(gt=0, le=1))
+        if self.seeds is not None:
+            check_int("seeds", self.seeds, Bounds(ge=1))
 
     @property
     def few(self) -> bool:

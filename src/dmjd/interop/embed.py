@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dmjd.config.checks import check_bool, check_path, check_text
+from dmjd.config.checks import check_bool, check_out, check_path, check_text
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
@@ -32,7 +32,6 @@ from dmjd.evaluation.frozen.features import Extractor, pooled
 from dmjd.files import METADATA_KEY, atomic, write_text
 from dmjd.nn.modes import evaluating, float32_by_default
 from dmjd.runs.build import open_images
-from dmjd.text import is_utf8
 
 ENDINGS = (".parquet", ".npy")
 
@@ -118,9 +117,7 @@ def _check(tokens: bool, half: bool, split: str, *, data: str | Path | None, **s
 
 def _checked_out(out: str | Path) -> Path:
     """The path of a file that can be written; missing folders are created."""
-    out = check_path("out", out)
-    if not is_utf8(out):
-        raise ValueError(f"--out {out}: parquet files can only be written to paths that are UTF-8; give another")
+    out = check_out("out", out)
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: end it in {' or '.join(ENDINGS)}")
     if out.is_dir():

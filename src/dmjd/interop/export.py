@@ -12,7 +12,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from dmjd.config.checks import check_path, check_text
+from dmjd.config.checks import check_out, check_path, check_text
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
 from dmjd.files import METADATA_KEY, atomic, write_bytes
@@ -53,7 +53,7 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
     """
     if check_text("format", format) not in FORMATS:
         raise ValueError(f"cannot export '{format}'{did_you_mean(format, FORMATS)} Formats: {', '.join(FORMATS)}")
-    out, run = check_path("out", out), check_path("run", run)
+    out, run = check_out("out", out), check_path("run", run)
     if out.suffix != FORMATS[format]:
         raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")
     encoder = load_encoder(run)

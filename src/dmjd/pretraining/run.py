@@ -12,7 +12,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from dmjd.config.checks import check_path
+from dmjd.config.checks import check_out
 from dmjd.config.pretrain import DEFAULT_BATCH_SIZE, PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import absolute
@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     config = resolve_paths(config)
     if config.wandb:
         import_wandb()
-    out, data = check_path("out", config.out), str(config.data)
+    out, data = check_out("out", config.out), str(config.data)
     # 1. The model. Invalid settings raise before anything is written.
     model = build_model(config) if model is None else model
     # 2. Devices and processes.

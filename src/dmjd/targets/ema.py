@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dmjd.config.checks import MAX_DEPTH, Bounds, check_float, check_int
 from dmjd.encoders.base import Encoder
 from dmjd.targets.base import Target, TargetSettings, whitened_mean
 
@@ -27,6 +28,11 @@ class EmaSettings(TargetSettings):
 
     layers: int | None = None
     momentum: float = MOMENTUM
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            check_int("ema_layers", self.layers, Bounds(ge=1, most=MAX_DEPTH))
+        check_float("ema_momentum", self.momentum, Bounds(ge=0, le=1))
 
 
 class EmaTarget(Target):
@@ -50,10 +56,8 @@ class EmaTarget(Target):
     def __init__(self, encoder: Encoder, settings: EmaSettings = EmaSettings()) -> None:
         super().__init__()
         self.layers = max(1, encoder.depth // 2) if settings.layers is None else settings.layers
-        if not 1 <= self.layers <= encoder.depth:
+        if self.layers > encoder.depth:
             raise ValueError(f"ema_layers must be 1 to {encoder.depth}, the encoder's blocks, got {self.layers}")
-        if not 0.0 <= settings.momentum <= 1.0:
-            raise ValueError(f"ema_momentum must lie in [0, 1], got {settings.momentum}")
         self.momentum, self.dim = settings.momentum, encoder.embed_dim
         self.copy = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.copy.set_grad_checkpointing(False)

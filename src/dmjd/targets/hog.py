@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmjd.config.checks import Bounds, check_int
+from dmjd.config.checks import MAX_SIDE, Bounds, check_int
 from dmjd.encoders.base import Encoder
 from dmjd.targets.base import Target, TargetSettings, whiten
 
@@ -50,11 +50,10 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
         ValueError: if the cell does not divide the image, or for another number of bins.
     """
     H, W = images_0_255.shape[-2:]
-    cell_size, num_bins = check_int("cell_size", cell_size, Bounds(ge=1)), check_int("num_bins", num_bins, Bounds(ge=1))
+    cell_size = check_int("cell_size", cell_size, Bounds(ge=1))
+    num_bins = check_int("num_bins", num_bins, Bounds(ge=1, le=MAX_BINS))
     if H % cell_size or W % cell_size:
         raise ValueError(f"HOG cell of {cell_size} pixels does not divide the image of {H} x {W}")
-    if num_bins > MAX_BINS:
-        raise ValueError(f"HOG takes 1 to 255 bins, got {num_bins}")
     B, C = images_0_255.shape[:2]
     if min(images_0_255.shape) == 0:
         shape = (B, C, H // cell_size, W // cell_size, num_bins)
@@ -150,8 +149,9 @@ class HogSettings(TargetSettings):
     bins: int = NUM_BINS
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bins <= MAX_BINS:
-            raise ValueError(f"hog_bins must be 1 to {MAX_BINS}, got {self.bins}")
+        check_int("hog_bins", self.bins, Bounds(ge=1, le=MAX_BINS))
+        if self.cell is not None:
+            check_int("hog_cell", self.cell, Bounds(ge=1, most=MAX_SIDE))
 
 
 class HogTarget(Target):
@@ -171,7 +171,7 @@ class HogTarget(Target):
     def __init__(self, encoder: Encoder, settings: HogSettings = HogSettings()) -> None:
         super().__init__()
         self.cell_size = default_cell(encoder.patch_size) if settings.cell is None else settings.cell
-        if self.cell_size < 1 or encoder.patch_size % self.cell_size:
+        if encoder.patch_size % self.cell_size:
             raise ValueError(f"hog_cell {settings.cell} does not divide the {encoder.patch_size}-pixel patch")
         self.num_bins = settings.bins
         self.cells = encoder.patch_size // self.cell_size  # along one side of a token

@@ -1,5 +1,6 @@
 """Targets from a frozen pre-trained model: any timm model with feature maps, or the encoder of a previous run."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -7,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub.constants as hub
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.config.checks import check_path
+from dmjd.config.checks import MAX_DEPTH, Bounds, check_int, check_path
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
+from dmjd.hub import offline_if_unreachable
 from dmjd.images.preprocess import Preprocess
 from dmjd.images.reading import LUMINANCE
 from dmjd.suggest import did_you_mean
@@ -38,6 +41,9 @@ class TeacherSettings(TargetSettings):
 
     source: str | Path | nn.Module | None = None
     layers: int = 1
+
+    def __post_init__(self) -> None:
+        check_int("teacher_layers", self.layers, Bounds(ge=1, most=MAX_DEPTH))
 
 
 class TeacherTarget(Target):
@@ -142,14 +148,19 @@ def load_teacher(source: str) -> nn.Module:
         if not (source.startswith(_SOURCES) or timm.is_model(source)):
             hint = did_you_mean(source, timm.list_models())
             raise ValueError(f"teacher {source} is not a run folder, an encoder file or a timm model{hint}")
+        remote = not source.startswith("local-dir:")
+        reachable = True
         try:
-            return timm.create_model(source, pretrained=True, num_classes=0)
+            with offline_if_unreachable() if remote else contextlib.nullcontext(True) as reachable:
+                return timm.create_model(source, pretrained=True, num_classes=0)
         # Networks, caches and timm fail in many ways; all mean that the weights are not available.
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            if not reachable:
+                reason = f"{hub.ENDPOINT} cannot be reached, and they are not in its cache, {hub.HF_HUB_CACHE}"
             raise ValueError(
-                f"the weights of teacher {source} are not available ({reason}).\n"
-                "Without a network they must be in the Hugging Face cache, or in a folder: --teacher local-dir:FOLDER"
+                f"the weights of teacher {source} are not available ({reason}): give a folder that holds them, "
+                "--teacher local-dir:FOLDER, a run folder or an encoder file"
             ) from None
 
 

@@ -2,14 +2,14 @@
 
 import contextlib
 import re
-import socket
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from dmjd.config.checks import shown
 from dmjd.data.sources.base import SourceOptions
 from dmjd.data.sources.paths import existing_path
 from dmjd.data.sources.tables import TableSource, check_cache, first_line
+from dmjd.hub import offline_if_unreachable
 
 _SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # the first that exists
 
@@ -68,30 +68,14 @@ def _split_names(data: str) -> list[str]:
 
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Turn all errors into one message. Without a network only the cache is searched, without waiting."""
-    import datasets  # slow to import
-    import huggingface_hub.constants as hub
-
-    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not _reachable(hub.ENDPOINT):
-        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    """Turn all errors into one message."""
+    reachable = True
     try:
-        yield
+        with offline_if_unreachable() as reachable:
+            yield
     except Exception as error:  # dozens of types, from the socket to the set's own files
+        reason = first_line(error) if reachable else "it cannot be reached, and the set is not in its cache"
         raise ValueError(
-            f"'{name}' is not a file, folder or known set, and could not be loaded from the Hugging Face hub "
-            f"({first_line(error)}): check the name and the network, or give a folder or a .parquet file"
+            f"{shown(name)} is not a file, folder or known set, and could not be loaded from the Hugging Face hub "
+            f"({reason}): check the name and the network, or give a folder or a .parquet file"
         ) from None
-    finally:
-        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _reachable(endpoint: str) -> bool:
-    """Whether the host's name resolves; the client would try for half a minute. A proxy may resolve it itself."""
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(endpoint.split("://")[-1].split("/")[0].split(":")[0], 443)
-    except OSError:
-        return False
-    return True

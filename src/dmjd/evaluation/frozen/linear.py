@@ -1,12 +1,14 @@
 """Linear probe on frozen features: the protocol of MAE, with a schedule that also suits sets smaller than ImageNet."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from dmjd.config.checks import MAX_FACTOR, Bounds, check_float, check_int
 from dmjd.config.evaluation import PROBE_EPOCHS, LinearConfig
 from dmjd.engine.optim import warmup_cosine
 from dmjd.evaluation.frozen.features import Features, check_features
@@ -43,8 +45,9 @@ def probe_schedule(num_train: int, batch_size: int | None = None, blr: float = L
     Raises:
         ValueError: if the batch size or learning rate is not positive.
     """
-    if blr <= 0 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"blr and batch_size must be positive, got blr={blr} and batch_size={batch_size}")
+    blr = check_float("blr", blr, Bounds(gt=0, most=MAX_FACTOR))
+    if batch_size is not None:
+        batch_size = check_int("batch_size", batch_size, Bounds(ge=1))
     batch = batch_size or max(MIN_BATCH, min(MAX_BATCH, num_train // BATCHES_PER_EPOCH))
     batch = min(batch, num_train)
     boost = max(1.0, FULL_SIZE / max(num_train, BATCHES_PER_EPOCH * MIN_BATCH))
@@ -156,3 +159,6 @@ def _fit(
         optimizer.zero_grad()
         F.cross_entropy(probe(x[rows]), labels[rows]).backward()
         optimizer.step()
+    # Otherwise every image would get the same class, without a word.
+    if not bool(torch.isfinite(cast(Tensor, linear.weight)).all()):
+        raise ValueError(f"the linear probe diverged at the learning rate {lr:g}: use a smaller --blr")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.config.checks import check_path
+from dmjd.config.checks import check_out, check_path
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
@@ -56,7 +56,7 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
     run_config = config_of(run)
     encoder = load_encoder(run, device)
     train, test, _ = open_sets(run_config, run, encoder, given)
-    out = check_path("out", config.out) if config.out is not None else None
+    out = check_out("out", config.out) if config.out is not None else None
     return evaluate_frozen(
         tasks,
         encoder,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from dmjd.config.checks import check_path
+from dmjd.config.checks import check_out, check_path
 from dmjd.config.dense import DenseConfig
 from dmjd.data.cache import evenly_spaced
 from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, ExampleLoader, read_examples
@@ -40,7 +40,7 @@ def open_encoder(run: str | Path, out: str | Path | None) -> tuple[Encoder, Path
     known_preprocess(encoder)
     if out is None and not path.is_dir():
         raise ValueError(f"{run} is not a run folder: say where results go with --out DIR")
-    return encoder, check_path("out", out) if out is not None else path
+    return encoder, check_out("out", out) if out is not None else path
 
 
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from dmjd.config.checks import check_path
+from dmjd.config.checks import check_out, check_path
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.cache import evenly_spaced
 from dmjd.data.eval_loader import EvalLoader
@@ -95,7 +95,7 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
     if config.precision != "auto":
         overrides["precision"] = config.precision
     return _compare(
-        evaluations, check_path("out", config.out) if config.out is not None else run, config.seed, overrides
+        evaluations, check_out("out", config.out) if config.out is not None else run, config.seed, overrides
     )
 
 
