@@ -47,11 +47,14 @@ def run_bench(arguments: Sequence[str]) -> None:
     file, steps = given.pop("json"), given.pop("steps", 10)
     config = get_recipe(recipe)(**given)
     from dmjd.engine.console import Console  # these import torch
-    from dmjd.files import write_text
+    from dmjd.files import check_writable, make_folder, write_text
     from dmjd.pretraining.bench import bench, bench_table
 
+    if file is not None:
+        check_writable(Path(file), flag="--json")
     result = bench(config, steps)
     if file is not None:
+        make_folder(Path(file).parent)
         write_text(Path(file), json.dumps(result, indent=2) + "\n")
     Console().table(bench_table(result))
 

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from dmjd.checked_json import parse_json
 from dmjd.suggest import did_you_mean
 
 LABELS = ("none", "folder", "column")
@@ -168,21 +169,26 @@ class Config:
         return json.dumps({"format": FORMAT_VERSION} | self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes, name: str = "config.json") -> Self:
         """Inverse of :meth:`to_json`; reads files of former versions too.
 
+        Args:
+            text: the JSON text.
+            name: the file it is from, for error messages.
+
         Raises:
-            ValueError: for another format, unknown settings or values that are not allowed.
+            ValueError: "NAME ..." for another format, unknown settings or values that are not allowed.
         """
-        values = json.loads(text)
+        values = parse_json(text, dict[str, Any], name)
         if values.pop("format", None) != FORMAT_VERSION:
-            raise ValueError(
-                f"config.json is not of format {FORMAT_VERSION}: it was written by another version of dmjd"
-            )
+            raise ValueError(f"{name} is not of format {FORMAT_VERSION}: it was written by another version of dmjd")
         values = cls.from_former(values)
         if unknown := set(values) - {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"config.json holds unknown settings: {', '.join(sorted(unknown))}")
-        return cls(**values)
+            raise ValueError(f"{name} holds unknown settings: {', '.join(sorted(unknown))}")
+        try:
+            return cls(**values)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: {error}") from None
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,45 @@
 """Encoder files: save, load, hash."""
 
-import hashlib
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NotRequired, TypedDict, overload
 
 import torch
+from torch import Tensor
 
+from dmjd.checked_json import check_json
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.headers import CHECKPOINTS, ENCODER_DIGEST_KEY, read_headers
 from dmjd.encoders.registry import create_encoder, is_encoder_name
 from dmjd.encoders.timm_features import feature_backbone
-from dmjd.files import read_safetensors, safetensors_bytes
+from dmjd.files import content_hash, read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
 
 FORMAT = 1  # version of the metadata; increased when older versions would misread it
 
 ENCODER_FILE = "encoder.safetensors"
+
+_MAX_SIZE = 1 << 20  # of any size in the options of an encoder file
+
+
+class PreprocessMetadata(TypedDict):
+    """:class:`Preprocess` as JSON types."""
+
+    img_size: tuple[int, int]
+    in_chans: int
+    mean: list[float]
+    std: list[float]
+    value_range: NotRequired[tuple[float, float] | None]
+
+
+class EncoderMetadata(TypedDict):
+    """What :func:`encoder_metadata` returns."""
+
+    format: int
+    name: str
+    options: dict[str, bool | int | float | str | list[int | float] | None]
+    preprocess: PreprocessMetadata | None
 
 
 def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
@@ -36,8 +61,8 @@ def encoder_bytes(encoder: Encoder) -> bytes:
 
 
 def weights_hash(encoder: Encoder) -> str:
-    """16 hexadecimal digits of the SHA-256 of :func:`encoder_bytes`."""
-    return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
+    """16 hexadecimal digits of a SHA-256 of the encoder's weights, options and preprocessing."""
+    return content_hash(encoder.state_dict(), encoder_metadata(encoder))[:16]
 
 
 @overload
@@ -80,28 +105,106 @@ def load_encoder(
 
 
 def _load(path: Path) -> Encoder:
+    if path.is_dir():
+        return _load_run(path)
     if not path.exists():
         if is_encoder_name(str(path)):
             return create_encoder(str(path))
         raise ValueError(f"{path} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
-    file = path / ENCODER_FILE if path.is_dir() else path
+    return _load_file(path)
+
+
+def _load_run(run: Path) -> Encoder:
+    """The encoder of a run's newest checkpoint: from the encoder file if it belongs to it, else from the checkpoint."""
+    file = run / ENCODER_FILE
+    headers, unreadable = read_headers(run / CHECKPOINTS)
+    if not headers and not file.exists():
+        reasons = "".join(f"\n  {one.reason}" for one in unreadable[:5])
+        raise ValueError(
+            f"{run} holds no {ENCODER_FILE}: it is not a run folder, or nothing has been saved yet{reasons}"
+        )
+    newest = headers[0].step if headers else -1
+    newer = [one.reason for one in unreadable if one.newer_than(newest)]
+    problems = list(newer)
+    candidates = [header.path for header in headers]
+    digests = [header.metadata.get(ENCODER_DIGEST_KEY) for header in headers]
     if not file.exists():
-        raise ValueError(f"{path} holds no {ENCODER_FILE}: it is not a run folder, or nothing has been saved yet")
+        problems.append(f"{file} is missing")
+    elif (digest := read_digest(file)) in digests[:1] or (newer and digest not in digests):
+        candidates.insert(0, file)  # it belongs to the newest checkpoint, or to a newer one that is damaged
+    else:
+        candidates.append(file)
+        if digests and digests[0] is not None:  # a checkpoint of version 0.1 does not tell
+            problems.append(f"{file} does not belong to the newest checkpoint")
+    for candidate in candidates:
+        try:
+            encoder = _load_file(candidate)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", stacklevel=4)
+        return encoder
+    raise ValueError(f"{run} holds no readable weights:\n  " + "\n  ".join(problems[:5]))
+
+
+def _load_file(file: Path) -> Encoder:
     metadata, state = _read(file)
-    if metadata["format"] > FORMAT:
-        raise ValueError(f"{file} was written by a newer dmjd (format {metadata['format']}): update dmjd to read it")
-    name = metadata["name"]
-    encoder = create_encoder(name, **metadata["options"])
-    try:
-        encoder.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{file}: the weights do not fit {name}: {str(error).splitlines()[-1].strip()}") from None
-    if metadata["preprocess"] is not None:
-        encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
+    encoder = build_encoder_of(metadata, state, file)
+    encoder.load_state_dict(state, strict=True)
     return encoder
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def build_encoder_of(metadata: Any, state: Mapping[str, Tensor], file: Path) -> Encoder:
+    """Create the encoder that the metadata of a file describes, with random weights and with its preprocessing.
+
+    Args:
+        metadata: as :func:`encoder_metadata` returns.
+        state: the encoder's tensors in the file. Sizes that do not fit them are refused before memory is allocated.
+        file: for error messages.
+
+    Raises:
+        ValueError: if the metadata is wrong or does not fit the tensors.
+    """
+    number = metadata.get("format") if isinstance(metadata, dict) else None
+    if isinstance(number, int) and number > FORMAT:
+        raise ValueError(f"{file} was written by a newer dmjd (format {number}): update dmjd to read it")
+    checked = check_json(metadata, EncoderMetadata, str(file))
+    name, options = checked["name"], dict[str, Any](checked["options"])
+    try:
+        _check_sizes(options, len(state))
+        with torch.device("meta"):
+            expected = {key: value.shape for key, value in create_encoder(name, **options).state_dict().items()}
+        preprocess = checked["preprocess"]
+        loaded = None if preprocess is None else Preprocess.from_dict(dict(preprocess))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ValueError(f"{file}: its metadata does not describe an encoder ({error})") from None
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in expected or key not in state or expected[key] != state[key].shape:
+            raise ValueError(f"{file}: the weights do not fit {name}: {_difference(key, expected, state)}")
+    encoder = create_encoder(name, **options)
+    encoder.preprocess = loaded
+    return encoder
+
+
+def _check_sizes(options: Mapping[str, Any], count: int) -> None:
+    """Refuse sizes that no file with so many tensors can have."""
+    for option, value in options.items():
+        for number in value if isinstance(value, list) else [value]:
+            most = count if option in ("depth", "depths") else _MAX_SIZE
+            if isinstance(number, int | float) and not number <= most:
+                raise ValueError(f"{option} is {number}")
+
+
+def _difference(key: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> str:
+    if key not in state:
+        return f"it lacks {key}"
+    if key not in expected:
+        return f"{key} is not known"
+    return f"{key} has shape {tuple(state[key].shape)}, not {tuple(expected[key])}"
+
+
+def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Metadata and weights of an encoder file, or of the encoder in a run's checkpoint (``model.encoder.*``)."""
     state, metadata = read_safetensors(file)
     if not metadata:

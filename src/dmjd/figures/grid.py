@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dmjd.files import atomic
+from dmjd.files import atomic, check_writable, make_folder
 
 DPI = 130
 
@@ -52,14 +53,31 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     Raises:
         ValueError: if the ending is not an image format, or the path cannot be written to.
     """
-    path = Path(path).expanduser()
-    formats = figure.canvas.get_supported_filetypes()
-    if (ending := path.suffix.lower().lstrip(".")) not in formats:
-        raise ValueError(f"cannot write an image as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"could not write {path}: {error.strerror}") from None
+    path = _checked_ending(path)
+    make_folder(path.parent)
     with atomic(path) as temporary:
-        figure.savefig(temporary, format=ending)
+        figure.savefig(temporary, format=_format_of(path))
     return path
+
+
+def figure_path(path: str | Path) -> Path:
+    """Check, before a figure is computed, that it can be written; returns the path.
+
+    Raises:
+        ValueError: if the ending is not an image format, or the path cannot be written to.
+    """
+    path = _checked_ending(path)
+    check_writable(path)
+    return path
+
+
+def _checked_ending(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if _format_of(path) not in formats:
+        raise ValueError(f"cannot write an image as '{path.name}': end it in .png (or {', .'.join(sorted(formats))})")
+    return path
+
+
+def _format_of(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")

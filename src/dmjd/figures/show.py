@@ -13,7 +13,7 @@ from dmjd.encoders.base import known_preprocess
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import pick_device
 from dmjd.figures.attention import attention_figure
-from dmjd.figures.grid import save_figure
+from dmjd.figures.grid import figure_path, save_figure
 from dmjd.figures.kinds import MODEL_KINDS, check_kind
 from dmjd.figures.neighbors import neighbors_figure
 from dmjd.figures.reconstruction import mask_figure, reconstruction_figure, target_figure
@@ -68,6 +68,7 @@ def show(
     for name, count, least in (("num_images", num_images, 1), ("num_candidates", num_candidates, 2)):
         if count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
+    out = figure_path(out)
     if kind in MODEL_KINDS:
         model, config = load_model(run)
         listing = Path(run).expanduser() / LISTING if data is None else None

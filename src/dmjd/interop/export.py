@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
-from dmjd.files import METADATA_KEY, atomic, write_bytes
+from dmjd.files import METADATA_KEY, atomic, check_writable, make_folder, write_bytes
 from dmjd.interop.conversion import timm_call
 from dmjd.suggest import did_you_mean
 
@@ -53,11 +53,9 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
     out = Path(out).expanduser()
     if out.suffix != FORMATS[format]:
         raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")
+    check_writable(out)
     encoder = load_encoder(Path(run).expanduser())
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+    make_folder(out.parent)
     return {"timm": _to_timm, "safetensors": _to_safetensors, "onnx": _to_onnx}[format](encoder, out)
 
 

@@ -26,7 +26,7 @@ from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.pretraining.callbacks import Monitor
 from dmjd.runs.build import LISTING, build_model, open_data
-from dmjd.runs.checkpoint import Checkpoint, RunFolder
+from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder
 from dmjd.runs.driver import Driver, newest_checkpoint
 
 FEW_IMAGES = 64
@@ -93,7 +93,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
             source.save_listing(out / LISTING)
         fabric.barrier()
         # 5. The newest checkpoint, if the run was started before.
-        checkpoint = newest_checkpoint(folder, console)
+        checkpoint = newest_checkpoint(folder, console, PretrainState)
         # 6. Preprocessing, which is saved with the weights.
         model.encoder.preprocess = resolve_preprocess(config, source, checkpoint, console)
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.

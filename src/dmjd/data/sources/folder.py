@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dmjd.checked_json import read_json
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.paths import EXTENSIONS, existing_path, split_folder, warn_of_loose_images
+from dmjd.files import write_text
 from dmjd.images.reading import OpenImage, open_image
 
 _SIZES_IN_FINGERPRINT = 256
@@ -77,9 +79,7 @@ class FolderSource(Source):
         """Write the sorted list of paths to a file, atomically, unless the file exists."""
         if file.exists():
             return
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"paths": [self._paths[i] for i in range(len(self))]}, indent=0))
-        os.replace(partial, file)
+        write_text(file, json.dumps({"paths": [self._paths[i] for i in range(len(self))]}, indent=0))
 
     def describe(self, index: int) -> str:
         """The image's path; bytes that are not UTF-8 are escaped."""
@@ -151,8 +151,8 @@ def _listed(root: Path, listing: Path | None, extensions: tuple[str, ...]) -> li
     """The sorted paths: from the listing if it exists, else from a walk."""
     if listing is not None and listing.exists():
         try:
-            return list(json.loads(listing.read_text())["paths"])
-        except (ValueError, KeyError, TypeError):
+            return read_json(listing, dict[str, list[str]])["paths"]
+        except (ValueError, KeyError):
             raise ValueError(f"{listing} is not a list of images: delete it, and the folder is walked again") from None
     return walk(root, extensions)
 
