@@ -34,7 +34,8 @@ _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names that `atomic` gives
 def atomic(path: Path) -> Iterator[Path]:
     """Write ``path`` completely or not at all: yields a temporary file in the same folder, then fsync and rename.
 
-    The temporary file is locked, so that :func:`remove_leftovers` knows those of processes that were killed.
+    The temporary file is locked, so that :func:`remove_leftovers` knows those of processes that were killed. Those of
+    the same ``path`` are deleted first.
 
     Raises:
         ValueError: if the disk is full or the folder is not writable. An earlier file at ``path`` is kept.
@@ -42,6 +43,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         _check_replaceable(path)
+        remove_leftovers(path.parent, path.name)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
         try:
@@ -68,7 +70,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def _check_replaceable(path: Path) -> None:
     if path.exists() and not path.is_file():
-        raise ValueError(f"could not write {path}: it is {'a folder' if path.is_dir() else 'not a regular file'}")
+        raise ValueError(f"could not write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}; move it")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -135,6 +137,7 @@ def check_writable(path: Path, flag: str = "--out", folder: bool = False) -> Non
             raise ValueError(f"{flag} {path} is a folder; give a file")
         if path.exists() and not (path.is_dir() or path.is_file()):
             raise ValueError(f"{flag} {path} is not a regular file")
+        remove_leftovers(where, inside)
         handle, name = tempfile.mkstemp(dir=where, prefix=f".{inside}.", suffix=".tmp")
         os.close(handle)
         os.unlink(name)

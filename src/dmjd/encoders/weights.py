@@ -172,7 +172,7 @@ def build_encoder_of(metadata: Any, state: Mapping[str, Tensor], file: Path) -> 
     checked = check_json(metadata, EncoderMetadata, str(file))
     name, options = checked["name"], dict[str, Any](checked["options"])
     try:
-        _check_sizes(options, len(state))
+        _check_sizes(name, options, state)
         with torch.device("meta"):
             expected = {key: value.shape for key, value in create_encoder(name, **options).state_dict().items()}
         preprocess = checked["preprocess"]
@@ -187,13 +187,18 @@ def build_encoder_of(metadata: Any, state: Mapping[str, Tensor], file: Path) -> 
     return encoder
 
 
-def _check_sizes(options: Mapping[str, Any], count: int) -> None:
-    """Refuse sizes that no file with so many tensors can have."""
+def _check_sizes(name: str, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Refuse sizes that cannot be those of the tensors, before memory is allocated for them."""
     for option, value in options.items():
         for number in value if isinstance(value, list) else [value]:
-            most = count if option in ("depth", "depths") else _MAX_SIZE
-            if isinstance(number, int | float) and not number <= most:
+            most = len(state) if option in ("depth", "depths") else _MAX_SIZE
+            if isinstance(number, int | float) and not 0 <= number <= most:
                 raise ValueError(f"{option} is {number}")
+    height, width = options["img_size"]
+    patch = int(name.rpartition("patch")[2])
+    channels = [options.get("embed_dim"), *(options.get("embed_dims") or [])][-1] or 1
+    if height * width // patch**2 * channels > sum(tensor.numel() for tensor in state.values()):
+        raise ValueError(f"img_size is {height} x {width}, for which it has too few weights")
 
 
 def _difference(key: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> str:

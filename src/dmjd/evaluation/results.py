@@ -100,10 +100,10 @@ def write_result(folder: Path, task: str, result: Mapping[str, Any]) -> None:
     file, content = evaluation / f"{task}.json", json.dumps(result, indent=2) + "\n"
     with _locked(evaluation):
         if file.exists():
-            before = file.read_bytes() if file.is_file() else None
-            if before == content.encode():
-                return
-            _keep(file, before, evaluation / "earlier")
+            with contextlib.suppress(ValueError):
+                if read_json(file, dict[str, Any]) == json.loads(content):
+                    return
+            _keep(file, file.read_bytes() if file.is_file() else None, evaluation / "earlier")
         write_text(file, content)
 
 
@@ -168,7 +168,7 @@ class Baselines:
         try:
             with _locked(self._file.parent):
                 self._results = self._read() | {key: result}
-                write_text(self._file, json.dumps(self._results, indent=2, sort_keys=True) + "\n")
+                write_text(self._file, json.dumps(dict(sorted(self._results.items())), indent=2) + "\n")
         except ValueError as error:  # they can be measured again, which is no reason to lose the result
             warnings.warn(f"{error}; this baseline is not kept", stacklevel=2)
 

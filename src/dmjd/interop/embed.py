@@ -27,6 +27,7 @@ from dmjd.engine.console import Console, duration_text
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, pooled
 from dmjd.files import (
+    DIGEST_KEY,
     METADATA_KEY,
     atomic,
     check_writable,
@@ -249,10 +250,7 @@ class _Parts:
         except ValueError:
             self._lock.close()
             raise
-        for folder, name in ((self.folder, None), (self.out.parent, self.out.name)):
-            remove_leftovers(folder, name)
-        if self.out.suffix == ".npy":
-            remove_leftovers(self.out.parent, rows_file(self.out).name)
+        remove_leftovers(self.folder)
         self._remove_damaged()
         return self
 
@@ -276,7 +274,7 @@ class _Parts:
             first, last = range_of(file)
             try:
                 schema, num_rows = pq.read_schema(file), pq.read_metadata(file).num_rows
-                unreadable_of(schema, file)
+                unreadable_of(schema)
                 if not schema.equals(self.schema) or not (end <= first and num_rows <= last - first):
                     raise ValueError("other rows or columns")
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -337,7 +335,7 @@ class _Parts:
 
     def unreadable(self) -> list[Report]:
         """The unreadable images of all finished parts."""
-        return [report for file in self.files() for report in unreadable_of(pq.read_schema(file), file)]
+        return [report for file in self.files() for report in unreadable_of(pq.read_schema(file))]
 
     def finish(self, name: str, metadata: dict[str, Any], console: Console) -> None:
         """Merge the parts of a whole set into the file, and name the unreadable images.
@@ -359,12 +357,16 @@ class _Parts:
 
     def merge(self, metadata: dict[str, Any]) -> None:
         """Write the complete file, part by part, then remove the parts."""
-        schema = self.schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
         if self.out.suffix == ".npy":
-            rows = schema.remove(schema.get_field_index("features"))
-            write_parquet(self._tables(rows.names), rows, rows_file(self.out))
-            write_npy(self._tables(["features"]), self.num_rows, self.schema, self.out)
+            rows = self.schema.remove(self.schema.get_field_index("features"))
+
+            def describe(digest: str) -> None:
+                described = rows.with_metadata({METADATA_KEY: json.dumps(metadata | {DIGEST_KEY: digest})})
+                write_parquet(self._tables(rows.names), described, rows_file(self.out))
+
+            write_npy(self._tables(["features"]), self.num_rows, self.schema, self.out, describe)
         else:
+            schema = self.schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
             write_parquet(self._tables(schema.names), schema, self.out)
         self.drop()
 

@@ -1,7 +1,8 @@
 """The files of features: parts and whole tables as parquet, whole arrays as npy, and whether they are intact."""
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from dmjd.checked_json import parse_json
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report
-from dmjd.files import METADATA_KEY, atomic
+from dmjd.files import DIGEST_KEY, METADATA_KEY, atomic
 
 ROWS_ENDING = ".rows.parquet"  # of the table that describes the rows of features.npy
 
@@ -72,8 +73,18 @@ def write_parquet(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> 
             writer.write_table(table.replace_schema_metadata(schema.metadata))
 
 
-def write_npy(tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, path: Path) -> None:
-    """The features of all tables as one array."""
+def write_npy(
+    tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, path: Path, describe: Callable[[str], None]
+) -> None:
+    """Write the features of all tables as one array.
+
+    Args:
+        tables: with the column ``features``.
+        num_rows: of all tables.
+        schema: schema of the features.
+        path: the file.
+        describe: gets the digest of the file, and writes what belongs to it, before the file appears.
+    """
     kind, shape = schema.field("features").type, []
     while pa.types.is_fixed_size_list(kind):
         shape.append(kind.list_size)
@@ -87,6 +98,13 @@ def write_npy(tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, path
             for _ in shape:
                 values = values.flatten()
             file.write(values.to_numpy(zero_copy_only=False).tobytes())
+        file.flush()
+        describe(_digest(temporary))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def range_of(part: Path) -> tuple[int, int]:
@@ -96,9 +114,9 @@ def range_of(part: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def unreadable_of(schema: pa.Schema, file: Path) -> list[Report]:
+def unreadable_of(schema: pa.Schema) -> list[Report]:
     """The unreadable images in the metadata of a part; KeyError, TypeError or ValueError if it is damaged."""
-    return parse_json(schema.metadata[METADATA_KEY.encode()], list[tuple[str, str]], str(file))
+    return parse_json(schema.metadata[METADATA_KEY.encode()], list[tuple[str, str]], "metadata")
 
 
 def first_line(error: Exception) -> str:
@@ -107,7 +125,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_finished(settings: dict[str, Any], out: Path) -> None:
-    """Check that existing files are complete and have the settings.
+    """Check that existing files are complete and have the settings; reads them, to check their checksums.
 
     Raises:
         ValueError: if they were made with other settings or by another program, or are damaged.
@@ -115,11 +133,15 @@ def check_finished(settings: dict[str, Any], out: Path) -> None:
     file = rows_file(out) if out.suffix == ".npy" else out
     try:
         text = pq.read_schema(file).metadata[METADATA_KEY.encode()]
-        old = parse_json(text, dict[str, Any], "metadata").get("settings")
-        if not isinstance(old, dict):
+        metadata = parse_json(text, dict[str, Any], "metadata")
+        if not isinstance(old := metadata.get("settings"), dict):
             raise ValueError("it has no settings")
-        if out.suffix == ".npy" and len(np.load(out, mmap_mode="r")) != pq.read_metadata(file).num_rows:
-            raise ValueError("its rows and features differ in number")
+        with pq.ParquetFile(file, page_checksum_verification=True) as rows:
+            num_rows = sum(len(batch) for batch in rows.iter_batches())
+        if out.suffix == ".npy" and (
+            len(np.load(out, mmap_mode="r")) != num_rows or _digest(out) != metadata.get(DIGEST_KEY, _digest(out))
+        ):
+            raise ValueError("its features do not match its rows or its digest")
     except (OSError, ValueError, KeyError, TypeError, EOFError, pa.ArrowException) as error:
         raise ValueError(
             f"{out} is damaged or was made with other settings, or by another program ({first_line(error)}): "

@@ -29,7 +29,7 @@ from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, 
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
 from dmjd.figures.attempt import attempt_figure
 from dmjd.figures.confusion import save_confusion_figure
-from dmjd.files import digest_of, remove_leftovers, write_bytes
+from dmjd.files import digest_of, write_bytes
 
 BEST_FILE = "best.safetensors"  # the classifier at its best validation
 
@@ -112,7 +112,6 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
     first = results["result"][0]
     described = {name: first[name] for name in Finetuning.described}
     classifier = _read_classifier(folder / first["folder"])
-    remove_leftovers(folder / "evaluation" / "finetune")
     write_bytes(folder / "evaluation" / "finetune" / CLASSIFIER_FILE, classifier)
     described[CLASSIFIER_KEY] = digest_of(classifier)
     seeds = [evaluation.seed for evaluation in evaluations]
