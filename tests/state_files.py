@@ -249,7 +249,7 @@ def _edit_text(file: Path, change: Callable[[str], str]) -> None:
 
 @dataclass
 class Verdict:
-    """What happened: whether the file was ``lost``, with the reasons."""
+    """What a command did with a damaged file; without problems, nothing was lost."""
 
     problems: list[str] = field(default_factory=list)
     code: int = 0

@@ -214,7 +214,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             check_writable(path)
-    with pytest.raises(ValueError, match=r"results in .* cannot be written"):
+    with pytest.raises(ValueError, match=r"results in .* is a file; give a folder"):
         check_writable(tmp_path / "file", flag="results in", folder=True)
     check_writable(tmp_path / "new" / "folder" / "a.png")
     check_writable(tmp_path / "file")

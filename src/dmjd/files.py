@@ -74,9 +74,9 @@ def _check_replaceable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
+    """Write a text file atomically, as UTF-8; bytes of names that are not UTF-8 are escaped."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -135,6 +135,8 @@ def check_writable(path: Path, flag: str = "--out", folder: bool = False) -> Non
             where, inside = where.parent, where.name
         if path.is_dir() and not folder:
             raise ValueError(f"{flag} {path} is a folder; give a file")
+        if path.is_file() and folder:
+            raise ValueError(f"{flag} {path} is a file; give a folder")
         if path.exists() and not (path.is_dir() or path.is_file()):
             raise ValueError(f"{flag} {path} is not a regular file")
         remove_leftovers(where, inside)
@@ -199,15 +201,18 @@ def try_lock(path: Path) -> IO[str] | None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file, which is created if missing; waits for other processes.
 
+    On a file system without locks, nothing is held.
+
     Raises:
         ValueError: if the file cannot be opened.
     """
     try:
         file = path.open("a", encoding="utf-8")
-        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise ValueError(f"could not write {path}: {error.strerror}") from None
     with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

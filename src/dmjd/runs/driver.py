@@ -102,13 +102,13 @@ class Driver:
             ValueError: if the checkpoint belongs to other data or to another model.
         """
         if checkpoint is not None:
-            self.callback.restore(checkpoint)
             try:
+                self.callback.restore(checkpoint)
                 self.engine.load_state_dict(checkpoint.state)
                 if optimizer := checkpoint.part("optimizer"):
                     self.model.load_state_dict(checkpoint.part("model"))
                     load_optimizer_tensors(self.engine.optimizer, optimizer)
-            except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            except (RuntimeError, TypeError, KeyError) as error:
                 raise ValueError(f"{checkpoint.path} does not fit this training: {one_line(error)}") from None
         if self.folder.owner:
             if damaged := self.folder.cut_metrics(self.engine.state.step):
