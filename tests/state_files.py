@@ -169,7 +169,7 @@ def _folder(file: Path, random: Random) -> None:
     file.mkdir()
 
 
-def _picture(file: Path, random: Random) -> None:
+def _image(file: Path, random: Random) -> None:
     Image.new("RGB", (8, 8)).save(file, "PNG")
 
 
@@ -196,7 +196,7 @@ DAMAGES = {
     "delete": _delete,
     "empty": _empty,
     "folder": _folder,
-    "picture": _picture,
+    "image": _image,
     "not UTF-8": _not_utf8,
     "deep": _deep,
     "other type": _other_type,
@@ -248,7 +248,7 @@ def _edit_text(file: Path, change: Callable[[str], str]) -> None:
 
 
 @dataclass
-class Verdict:
+class Finding:
     """What a command did with a damaged file; without problems, nothing was lost."""
 
     problems: list[str] = field(default_factory=list)
@@ -256,7 +256,7 @@ class Verdict:
     printed: str = ""
 
 
-def judge(base: Path, work: Path, case: tuple[str, str, str], seed: int, capture: Any, expected: Any) -> Verdict:
+def judge(base: Path, work: Path, case: tuple[str, str, str], seed: int, capture: Any, expected: Any) -> Finding:
     """Damage a file in a copy of the base folder, run a command, and check what comes out.
 
     Args:
@@ -273,25 +273,25 @@ def judge(base: Path, work: Path, case: tuple[str, str, str], seed: int, capture
     (file,) = work.glob(pattern)
     DAMAGES[damage](file, Random(seed))
     capture.readouterr()
-    verdict = Verdict()
+    found = Finding()
     command = COMMANDS[name]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            verdict.code = command.run(work)
+            found.code = command.run(work)
         except Exception as error:
-            verdict.problems.append(f"traceback: {type(error).__name__}: {error}"[:300])
-            return verdict
-    verdict.printed = capture.readouterr().err
-    warned = "warning: " in verdict.printed or any(file.name in str(one.message) for one in caught)
-    if verdict.code == 2:
-        lines = verdict.printed[verdict.printed.find("error: ") :].splitlines()
-        if len(lines) > MAX_ERROR_LINES or "Traceback" in verdict.printed:
-            verdict.problems.append("the message is too long")
-        if not any(part in verdict.printed for part in (file.name, str(file.parent))):
-            verdict.problems.append("the message does not name the file")
-    elif verdict.code != 0:
-        verdict.problems.append(f"exit code {verdict.code}")
+            found.problems.append(f"traceback: {type(error).__name__}: {error}"[:300])
+            return found
+    found.printed = capture.readouterr().err
+    warned = "warning: " in found.printed or any(file.name in str(one.message) for one in caught)
+    if found.code == 2:
+        lines = found.printed[found.printed.find("error: ") :].splitlines()
+        if len(lines) > MAX_ERROR_LINES or "Traceback" in found.printed:
+            found.problems.append("the message is too long")
+        if not any(part in found.printed for part in (file.name, str(file.parent))):
+            found.problems.append("the message does not name the file")
+    elif found.code != 0:
+        found.problems.append(f"exit code {found.code}")
     elif command.outcome(work) != expected and not (warned and name not in ("pretrain", "half")):
-        verdict.problems.append("another result without a word")
-    return verdict
+        found.problems.append("another result without a word")
+    return found

@@ -41,5 +41,5 @@ def test_damage_is_named_or_repaired(folders, case, capsys):
     shutil.rmtree(work)
     shutil.copytree(base, work)
     assert COMMANDS[case[0]].run(work) == 0
-    verdict = judge(base, work, case, 7, capsys, COMMANDS[case[0]].outcome(work))
-    assert not verdict.problems, verdict.printed
+    found = judge(base, work, case, 7, capsys, COMMANDS[case[0]].outcome(work))
+    assert not found.problems, found.printed

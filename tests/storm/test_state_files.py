@@ -27,9 +27,9 @@ def test_500_damaged_state_files(tmp_path, capsys):
     lost = []
     cases = _cases()
     for seed, case in enumerate(cases):
-        verdict = judge(tmp_path / "base", work, case, seed, capsys, expected[case[0]])
-        if verdict.problems:
-            lost.append((seed, case, verdict.problems, verdict.printed[-400:]))
+        found = judge(tmp_path / "base", work, case, seed, capsys, expected[case[0]])
+        if found.problems:
+            lost.append((seed, case, found.problems, found.printed[-400:]))
     record("damaged state files", tried=len(cases), lost=len(lost))
     assert not lost, "\n".join(map(str, lost))
 
