@@ -178,6 +178,8 @@ def test_the_encoder_of_a_run_is_that_of_its_newest_checkpoint(tmp_path):
     save_run(tmp_path, second, 4, stale=True)
     with pytest.warns(UserWarning, match=r"encoder.safetensors does not belong to the newest .*step-000000004"):
         assert encoder_bytes(load_encoder(tmp_path)) == encoder_bytes(second)
+    with pytest.warns(UserWarning, match=r"encoder.safetensors does not belong to the newest checkpoint; .* does"):
+        assert encoder_bytes(load_encoder(file)) == encoder_bytes(first)
     file.unlink()
     with pytest.warns(UserWarning, match=r"encoder.safetensors is missing"):
         assert encoder_bytes(load_encoder(tmp_path)) == encoder_bytes(second)

@@ -240,3 +240,13 @@ def test_what_a_kill_left_is_deleted_at_start(tmp_path):
     RunFolder(tmp_path).close()
     assert not any(file.exists() for file in left)
     assert all(file.exists() for file in kept)
+
+
+@pytest.mark.parametrize(
+    "preprocess", [None, 3, {"img_size": [8, 8]}, {"img_size": [8, 8], "in_chans": 3, "mean": [], "std": []}]
+)
+def test_damaged_preprocessing_is_named(tmp_path, preprocess):
+    state = STATE | {"encoder": {"preprocess": preprocess}}
+    save_checkpoint(tmp_path / "c.safetensors", {"model.a": torch.zeros(1)}, state)
+    with pytest.raises(ValueError, match=r"c\.safetensors"):
+        load_checkpoint(tmp_path / "c.safetensors").preprocess()

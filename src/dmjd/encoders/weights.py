@@ -111,7 +111,17 @@ def _load(path: Path) -> Encoder:
         if is_encoder_name(str(path)):
             return create_encoder(str(path))
         raise ValueError(f"{path} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
+    if path.name == ENCODER_FILE:
+        _warn_if_stale(path)
     return _load_file(path)
+
+
+def _warn_if_stale(file: Path) -> None:
+    """Warn if an encoder file that is named itself does not belong to the newest checkpoint of its run."""
+    headers, _ = read_headers(file.parent / CHECKPOINTS)
+    digest = headers[0].metadata.get(ENCODER_DIGEST_KEY) if headers else None
+    if digest is not None and digest != read_digest(file):
+        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", stacklevel=4)
 
 
 def _load_run(run: Path) -> Encoder:

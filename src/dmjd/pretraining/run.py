@@ -153,7 +153,7 @@ def resolve_preprocess(
 ) -> Preprocess:
     """The checkpoint's preprocessing; else the configured, ImageNet's (3 channels) or measured mean and std."""
     if checkpoint is not None:
-        return Preprocess.from_dict(checkpoint.state["encoder"]["preprocess"])
+        return checkpoint.preprocess()
     mean, std = config.mean, config.std
     if mean is None or std is None:
         if config.in_chans == 3:

@@ -209,5 +209,5 @@ def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
         raise ValueError(f"{checkpoint.path} does not fit the model of its configuration: {one_line(error)}") from None
     if problems:
         warnings.warn(f"{'; '.join(problems)}. The model is that of {checkpoint.path}, an older one", stacklevel=2)
-    model.encoder.preprocess = Preprocess.from_dict(checkpoint.state["encoder"]["preprocess"])
+    model.encoder.preprocess = checkpoint.preprocess()
     return model.eval(), config

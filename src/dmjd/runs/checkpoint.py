@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dmjd.checked_json import check_json
 from dmjd.config.pretrain import PretrainConfig, resume_differences
 from dmjd.encoders.headers import CHECKPOINT_FORMAT, CHECKPOINTS, FINAL, check_checkpoint, read_headers, step_files
-from dmjd.encoders.weights import EncoderMetadata
+from dmjd.encoders.weights import EncoderMetadata, PreprocessMetadata
 from dmjd.files import (
     append_lines,
     read_safetensors,
@@ -29,6 +29,7 @@ from dmjd.files import (
     write_safetensors,
     write_text,
 )
+from dmjd.images.preprocess import Preprocess
 from dmjd.runs.metrics import cut_metrics
 
 KEEP = 2  # step checkpoints, besides the final one
@@ -67,6 +68,14 @@ class Checkpoint:
         """The tensors under ``name.``, without the prefix."""
         prefix = f"{name}."
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def preprocess(self) -> Preprocess:
+        """The preprocessing of the encoder of a pre-training run; ValueError if it is damaged."""
+        values = check_json(self.state["encoder"]["preprocess"], PreprocessMetadata, str(self.path))
+        try:
+            return Preprocess.from_dict(dict(values))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}: {error}") from None
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
