@@ -207,3 +207,14 @@ def test_files_of_former_versions_are_read():
         PretrainConfig.from_json(json.dumps(old | {"nonsense": 1}))
     with pytest.raises(ValueError, match="format"):
         PretrainConfig.from_json(json.dumps(old | {"format": 99}))
+
+
+DAMAGED = [b"", b"{", b"[" * 100_000, b"[]", b"3", b"\xff", b'{"format": "1"}', b'{"format": 1, "seed": [3]}']
+DAMAGED += [b'{"format": 1, "blr": 1' + b"0" * 400 + b"}"]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_configuration_is_one_error_that_names_the_file(text):
+    with pytest.raises(ValueError, match=r"^runs/a/config\.json") as caught:
+        PretrainConfig.from_json(text, "runs/a/config.json")
+    assert "\n" not in str(caught.value)

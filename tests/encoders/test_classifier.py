@@ -1,12 +1,15 @@
 """Classifier files: round trip, prediction, errors."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from support import small_encoder
 
 from dmjd.encoders.classifier import ImageClassifier, classifier_bytes, load_classifier
-from dmjd.encoders.weights import encoder_bytes
+from dmjd.encoders.weights import encoder_bytes, encoder_metadata
+from dmjd.files import digest_of, write_safetensors
 from dmjd.images.preprocess import Preprocess
 
 
@@ -66,3 +69,30 @@ def test_errors(classifier, tmp_path):
     file.write_bytes(classifier_bytes(classifier)[:1000])
     with pytest.raises(ValueError, match=r"not a readable safetensors file .* cut short"):
         load_classifier(file)
+
+
+def test_a_classifier_that_is_not_of_the_result_is_refused(classifier, tmp_path):
+    """A kill came between writing the two."""
+    folder = tmp_path / "evaluation" / "finetune"
+    folder.mkdir(parents=True)
+    file, result = folder / "classifier.safetensors", tmp_path / "evaluation" / "finetune.json"
+    file.write_bytes(classifier_bytes(classifier))
+    for content in ({"classifier": digest_of(file.read_bytes())}, {"task": "finetune"}):  # version 0.1 had no digest
+        result.write_text(json.dumps(content))
+        assert load_classifier(tmp_path).classes == classifier.classes
+    result.write_text(json.dumps({"classifier": "0" * 64}))
+    with pytest.raises(ValueError, match=r"is not the classifier of .*finetune\.json: repeat dmjd evaluate finetune"):
+        load_classifier(tmp_path)
+    assert load_classifier(file).classes == classifier.classes
+
+
+@pytest.mark.parametrize(
+    "change", [{"classes": "abc"}, {"classes": ["a"]}, {"test_crop": 0}, {"preprocess": None}, {"options": []}]
+)
+def test_metadata_of_other_types_is_refused(classifier, tmp_path, change):
+    metadata = {"classes": classifier.classes, "test_crop": 0.5} | encoder_metadata(classifier.encoder)
+    file = tmp_path / "a.safetensors"
+    for content in (metadata | change, 3, None):
+        write_safetensors(file, classifier.state_dict(), {"classifier": content})
+        with pytest.raises(ValueError, match=str(file)):
+            load_classifier(file)

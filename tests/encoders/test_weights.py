@@ -1,19 +1,23 @@
 """Encoder files: round trips, use by other libraries, errors."""
 
 import json
+import re
+import shutil
 import time
+import warnings
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import small_encoder
+from support import GOLDEN, small_encoder
 from torch import nn
 
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
-from dmjd.files import write_safetensors
+from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder, weights_hash
+from dmjd.files import digest_of, write_safetensors
 from dmjd.images.preprocess import Preprocess
+from dmjd.runs.checkpoint import named_tensors, save_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,7 @@ def test_load_encoder_errors(tmp_path):
     (tmp_path / "good.safetensors").write_bytes(whole)
     with safe_open(tmp_path / "good.safetensors", "pt") as opened:
         metadata = json.loads(opened.metadata()["dmjd"])
+    metadata.pop("sha256")  # as if version 0.1 had written it
     state.pop("norm.bias")
     save_file(state, tmp_path / "lacking.safetensors", {"dmjd": json.dumps(metadata)})
     refused(tmp_path / "lacking.safetensors", "weights do not fit vit_tiny_patch8: .*norm.bias")
@@ -211,3 +216,104 @@ def test_a_hostile_preprocessing_is_refused(tmp_path, changes, message):
     write_safetensors(tmp_path / "a.safetensors", encoder.state_dict(), metadata)
     with pytest.raises(ValueError, match=rf"a\.safetensors: its preprocessing cannot be used: .*{message}"):
         load_encoder(tmp_path / "a.safetensors")
+
+
+def test_the_hash_of_weights_is_that_of_version_0_1():
+    """Results and baselines hold it."""
+    former = GOLDEN / "run_v0.1"
+    assert weights_hash(load_encoder(former)) == json.loads((former / "evaluation" / "knn.json").read_text())["encoder"]
+
+
+def save_run(folder, encoder, step: int, stale: bool = False) -> None:
+    """A checkpoint and the encoder file of a run; with ``stale`` a kill came between the two."""
+    state = {
+        "progress": {"step": step},
+        "encoder": encoder_metadata(encoder),
+        "encoder_file": digest_of(encoder_bytes(encoder)),
+    }
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    save_checkpoint(
+        folder / "checkpoints" / f"step-{step:09d}.safetensors", named_tensors("model.encoder", encoder), state
+    )
+    if not stale:
+        (folder / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+
+
+def is_quiet(folder, encoder) -> bool:
+    """Whether a run's encoder loads without a warning; it must have the weights of ``encoder``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load_encoder(folder)
+    assert encoder_bytes(loaded) == encoder_bytes(encoder)
+    return not caught
+
+
+def test_the_encoder_of_a_run_is_that_of_its_newest_checkpoint(tmp_path):
+    first, second = (small_encoder("vit_tiny_patch8", seed, img_size=16) for seed in (0, 1))
+    file = tmp_path / "encoder.safetensors"
+    save_run(tmp_path, first, 2)
+    assert is_quiet(tmp_path, first)
+    save_run(tmp_path, second, 4, stale=True)
+    with pytest.warns(UserWarning, match=r"encoder.safetensors does not belong to the newest .*step-000000004"):
+        assert encoder_bytes(load_encoder(tmp_path)) == encoder_bytes(second)
+    with pytest.warns(UserWarning, match=r"encoder.safetensors does not belong to the newest checkpoint; .* does"):
+        assert encoder_bytes(load_encoder(file)) == encoder_bytes(first)
+    file.unlink()
+    with pytest.warns(UserWarning, match=r"encoder.safetensors is missing"):
+        assert encoder_bytes(load_encoder(tmp_path)) == encoder_bytes(second)
+    save_run(tmp_path, second, 4)
+    assert is_quiet(tmp_path, second)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.warns(UserWarning, match=r"encoder.safetensors is damaged: .* taken from .*step-000000004"):
+        assert encoder_bytes(load_encoder(tmp_path)) == encoder_bytes(second)
+    # The newest checkpoint is damaged: its encoder file is still the newest.
+    file.write_bytes(whole)
+    newest = tmp_path / "checkpoints" / "step-000000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert not is_quiet(tmp_path, second)
+    file.write_bytes(b"")
+    assert not is_quiet(tmp_path, first)
+    shutil.rmtree(tmp_path / "checkpoints")
+    file.write_bytes(whole)
+    assert is_quiet(tmp_path, second)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 10**9},
+        {"embed_dim": 10**9},
+        {"embed_dim": 1 << 19, "depth": 3},
+        {"img_size": [10**6, 10**6]},
+        {"img_size": [10**6]},
+        {"embed_dim": 0},
+        {"in_chans": 10**12},
+        {"mlp_ratio": 1e300},
+        {"num_heads": 0},
+        {"num_heads": "2"},
+        {"depth": [3]},
+        {"nonsense": 1},
+    ],
+)
+def test_a_hostile_encoder_file_is_refused_at_once(tmp_path, options):
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    metadata = encoder_metadata(encoder)
+    file = tmp_path / "a.safetensors"
+    write_safetensors(file, encoder.state_dict(), metadata | {"options": metadata["options"] | options})
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        load_encoder(file)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": "1"}, {"options": 3}, {"preprocess": {"img_size": 3}}, {"name": None}, {"name": "vit_nano_patch8"}],
+)
+def test_metadata_of_other_types_is_refused(tmp_path, change):
+    encoder = small_encoder("vit_tiny_patch8", img_size=16)
+    file = tmp_path / "a.safetensors"
+    write_safetensors(file, encoder.state_dict(), encoder_metadata(encoder) | change)
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        load_encoder(file)

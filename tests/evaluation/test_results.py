@@ -1,8 +1,10 @@
 """Results as files: none is lost, and a result is reused only for the same weights and settings."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
-from support import tiny_encoder
+import pytest
+from support import mistake, tiny_encoder
 
 from dmjd.evaluation.results import Baselines, read_result, write_result
 from dmjd.evaluation.run import evaluate
@@ -37,3 +39,66 @@ def test_baselines_are_kept_and_damaged_ones_are_forgotten(tmp_path):
     (tmp_path / "evaluation" / "baselines.json").write_text("{")
     assert Baselines(tmp_path).get("a") is None
     Baselines(None).put("a", {"top1": 0.5})  # no folder to write to
+
+
+def test_writers_at_the_same_time_do_not_lose_each_others_baselines(tmp_path):
+    def put(name: str) -> None:
+        for i in range(12):
+            Baselines(tmp_path).put(f"{name} {i}", {"top1": 0.5})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(put, ("knn", "linear", "sweep")))
+    found = json.loads((tmp_path / "evaluation" / "baselines.json").read_text())
+    assert found.keys() == {f"{name} {i}" for name in ("knn", "linear", "sweep") for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"[1]", b'{"a": 3}', b'{"a": {}}', b"\xff", b'{"a": {"top1": "x"}}']
+)
+def test_damaged_baselines_are_measured_again_with_a_warning(tmp_path, content):
+    Baselines(tmp_path).put("b", {"top1": 0.5})
+    (tmp_path / "evaluation" / "baselines.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"baselines\.json.* measured again"):
+        baselines = Baselines(tmp_path)
+    assert baselines.get("a") is None
+    with pytest.warns(UserWarning, match="measured again"):
+        baselines.put("b", {"top1": 0.25})
+    assert Baselines(tmp_path).get("b") == {"top1": 0.25}
+
+
+def test_baselines_that_cannot_be_kept_do_not_cost_the_result(tmp_path):
+    baselines = Baselines(tmp_path)
+    (tmp_path / "evaluation" / "baselines.json").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="this baseline is not kept"):
+        baselines.put("a", {"top1": 0.5})
+    assert baselines.get("a") == {"top1": 0.5}
+
+
+def test_an_unreadable_earlier_result_is_kept_aside(tmp_path):
+    evaluation = tmp_path / "evaluation"
+    (evaluation / "knn.json").mkdir(parents=True)
+    write_result(tmp_path, "knn", {"result": {"top1": 0.1}})
+    assert (evaluation / "earlier" / "knn-1.json").is_dir()
+    (evaluation / "knn.json").write_bytes(b"\xff{")
+    write_result(tmp_path, "knn", {"result": {"top1": 0.2}})
+    assert (evaluation / "earlier" / "knn-2.json").read_bytes() == b"\xff{"
+    assert json.loads((evaluation / "knn.json").read_text()) == {"result": {"top1": 0.2}}
+
+
+def test_a_kill_between_keeping_and_writing_keeps_a_result_once(tmp_path):
+    write_result(tmp_path, "knn", {"result": {"top1": 0.1}})
+    file = tmp_path / "evaluation" / "knn.json"
+    write_result(tmp_path, "knn", {"result": {"top1": 0.2}})
+    file.write_bytes((tmp_path / "evaluation" / "earlier" / "knn-1.json").read_bytes())  # the state at the kill
+    write_result(tmp_path, "knn", {"result": {"top1": 0.2}})
+    assert len(list((tmp_path / "evaluation" / "earlier").iterdir())) == 1
+
+
+@pytest.mark.parametrize("task", ["knn", "finetune"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, task, capsys):
+    (tmp_path / "file").write_text("")
+    (run / "encoder.safetensors").write_bytes(b"")  # it would be an error to read it
+    for out in (tmp_path / "file" / "results", "/proc/results", "/sys/results"):
+        assert f"results in {out}/evaluation" in mistake(capsys, "evaluate", task, run, "--out", out)
+    (run / "evaluation").write_text("")
+    assert "cannot be written: Not a directory" in mistake(capsys, "evaluate", task, run)

@@ -265,3 +265,77 @@ def test_wrong_arguments_are_refused_before_anything_is_opened(tmp_path, monkeyp
     with pytest.raises(ValueError, match=message):
         embed(**{"run": "no-run", "out": "features.npy"} | changes)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def half_done(file, image_folder, tmp_path):
+    """A table of features, and the same in three parts with checksums, not merged yet: (whole, out, parts)."""
+    whole = embed(file, data=image_folder, out=tmp_path / "whole.parquet", batch_size=4)
+    table = pq.read_table(whole)
+    out = tmp_path / "f.parquet"
+    folder = tmp_path / "f.parquet.parts"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps(json.loads(table.schema.metadata[b"dmjd"])["settings"]))
+    parts = []
+    for first, last in ((0, 4), (4, 12), (12, 20)):
+        parts.append(folder / f"part-{first:012d}-{last:012d}.parquet")
+        rows = table.slice(first, last - first).replace_schema_metadata({"dmjd": "[]"})
+        pq.write_table(rows, parts[-1], write_page_checksum=True)
+    return whole, out, parts
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "folder", "text", "other metadata", "other columns"])
+def test_a_missing_or_damaged_part_is_made_again(half_done, file, image_folder, capfd, damage):
+    whole, out, parts = half_done
+    part = parts[1]
+    content = bytearray(part.read_bytes())
+    table = pq.read_table(part)
+    part.unlink()
+    if damage == "flipped":
+        position = content.index(table["features"].combine_chunks().values.to_numpy().tobytes()[:16])
+        content[position + 3] ^= 1
+        part.write_bytes(content)
+    elif damage == "cut":
+        part.write_bytes(content[: len(content) // 2])
+    elif damage == "folder":
+        part.mkdir()
+    elif damage == "text":
+        part.write_text("no table")
+    elif damage == "other metadata":
+        pq.write_table(table.replace_schema_metadata({"dmjd": "[[3]]"}), part)
+    elif damage == "other columns":
+        pq.write_table(table.drop_columns(["path"]), part)
+    embed(file, data=image_folder, out=out, batch_size=4)
+    assert pq.read_table(out).equals(pq.read_table(whole))
+    printed = capfd.readouterr().err
+    assert ("is damaged" in printed) == (damage != "missing")
+    assert not parts[0].parent.exists()
+
+
+def test_parts_that_a_kill_left_of_a_finished_file_are_deleted(half_done, file, image_folder):
+    whole, out, parts = half_done
+    shutil.copy(whole, out)
+    embed(file, data=image_folder, out=out, batch_size=4)
+    assert not parts[0].parent.exists()
+
+
+def test_a_damaged_finished_file_is_named(file, image_folder, tmp_path):
+    for ending in ("parquet", "npy"):
+        out = embed(file, data=image_folder, out=tmp_path / f"g.{ending}")
+        content = bytearray(out.read_bytes())
+        content[len(content) // 4] ^= 1
+        out.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"g\.{ending} is damaged or was made with other settings.*delete it"):
+            embed(file, data=image_folder, out=out)
+        out.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=rf"g\.{ending} is damaged"):
+            embed(file, data=image_folder, out=out)
+
+
+def test_damaged_settings_of_parts_are_named(half_done, file, image_folder):
+    _, out, parts = half_done
+    settings = parts[0].with_name("settings.json")
+    for content in (b"", b"[]", b"{" * 100_000, b"\xff"):
+        settings.write_bytes(content)
+        with pytest.raises(ValueError, match=r"settings\.json: .*; delete .*f\.parquet\.parts to start again"):
+            embed(file, data=image_folder, out=out)

@@ -1,15 +1,18 @@
 """Monitoring of a run: evaluations at intervals, warnings, and the final evaluation."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import TINY_FIELDS, metrics
 
 import dmjd
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
+from dmjd.encoders.weights import encoder_bytes
 from dmjd.engine.console import Console
 from dmjd.engine.loop import Report, TrainState
 from dmjd.images.preprocess import Preprocess
@@ -133,3 +136,76 @@ def test_a_checkpoint_of_other_images_is_refused(monitor):
     fresh.restore(Other)
     fresh.count_unreadable([("a.png", "empty")])
     assert fresh.unreadable.count == 1
+
+
+def files_of(run):
+    """What a run folder holds, by name; figures and logs count by their presence."""
+    return {
+        str(file.relative_to(run)): file.read_bytes() if file.suffix in (".safetensors", ".json", ".jsonl") else None
+        for file in run.rglob("*")
+        if file.is_file() and "events" not in file.name
+    }
+
+
+def test_a_finished_run_makes_again_what_a_kill_left_missing_or_stale(finished, tmp_path, capsys):
+    """The final checkpoint is written; the encoder, the evaluation and the last figures are not."""
+    config, _, result = finished
+    run = shutil.copytree(result.path, tmp_path / "run")
+    expected = files_of(run)
+    (run / "evaluation" / "linear.json").unlink()
+    (run / "figures" / "final.png").unlink()
+    (run / "checkpoints" / ".step-000000002.safetensors.a1b2c3d4.tmp").write_bytes(b"half")
+    encoder = run / "encoder.safetensors"
+    stale = dmjd.load_encoder(run)
+    with torch.no_grad():
+        stale.pos_embed.add_(1)
+    flipped = bytearray(encoder.read_bytes())
+    flipped[-1] ^= 1
+    for content in (encoder_bytes(stale), bytes(flipped), None):
+        encoder.unlink(missing_ok=True)
+        if content is not None:
+            encoder.write_bytes(content)
+        again = dmjd.pretrain(config.replace(out=str(run)))
+        assert "encoder.safetensors was missing or not that of the newest checkpoint" in capsys.readouterr().err
+        assert {name: value for name, value in files_of(run).items() if name != "config.json"} == {
+            name: value for name, value in expected.items() if name != "config.json"
+        }
+    assert again.evaluation == result.evaluation
+
+
+def test_metrics_of_a_run_that_was_killed_before_its_first_checkpoint_are_not_kept(labeled, tmp_path):
+    run = tmp_path / "run"
+    config = recipes.folder(labeled, str(run), steps=3, **FIELDS)
+    straight = dmjd.pretrain(config.replace(out=str(tmp_path / "straight")))
+    run.mkdir()
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6, "lo']))
+    dmjd.pretrain(config)
+    assert [(m["step"], m["loss"]) for m in metrics(run)] == [(m["step"], m["loss"]) for m in metrics(straight.path)]
+
+
+def test_a_figure_that_fails_is_a_warning(labeled, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "figures").write_text("in the way")
+    config = recipes.folder(labeled, str(run), steps=2, **FIELDS | {"eval_every": 1, "final_eval": True})
+    result = dmjd.pretrain(config)
+    assert result.finished
+    assert set(result.evaluation) == {"knn", "linear"}
+    assert capsys.readouterr().err.count("warning: a figure could not be made: could not write") == 3
+
+
+def test_show_says_that_it_uses_an_older_checkpoint(finished, tmp_path):
+    _, _, result = finished
+    run = shutil.copytree(result.path, tmp_path / "run")
+    checkpoints = run / "checkpoints"
+    shutil.copy(checkpoints / "final.safetensors", checkpoints / "step-000000001.safetensors")
+    damaged = bytearray((checkpoints / "final.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (checkpoints / "final.safetensors").write_bytes(damaged)
+    with pytest.warns(UserWarning, match=r"final.safetensors is damaged.*step-000000001.safetensors, an older one"):
+        dmjd.show("masks", run, out=tmp_path / "masks.png")
+    figure = (tmp_path / "masks.png").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="cannot be written"):
+        dmjd.show("masks", run, out=tmp_path / "masks.png" / "inside.png")
+    assert (tmp_path / "masks.png").stat().st_mtime_ns == figure

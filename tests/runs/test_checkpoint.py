@@ -12,6 +12,7 @@ import torch
 
 from dmjd.config import recipes
 from dmjd.files import write_text
+from dmjd.runs.build import read_config
 from dmjd.runs.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 
 STATE = {"progress": {"step": 3, "images": 12, "seconds": 1.0}}
@@ -150,3 +151,102 @@ def test_the_lock_of_a_living_owner_is_refused_at_once(tmp_path):
         RunFolder(tmp_path)
     folder.close()
     RunFolder(tmp_path).close()
+
+
+def test_a_damaged_configuration_is_taken_from_the_newest_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path)
+    config = recipes.digits(out=str(tmp_path), steps=5)
+    folder.validate_config(config)
+    folder.save(2, {"model.a": torch.zeros(1)}, STATE | {"config": json.loads(config.to_json())})
+    file = tmp_path / "config.json"
+    for damage in (
+        b"{",
+        b"[" * 100_000,
+        b"[1]",
+        b"\xff",
+        b'{"format": 1, "seed": "x"}',
+        b'{"format": 1, "blr": 1%s}' % (b"0" * 400),
+    ):
+        file.write_bytes(damage)
+        with pytest.warns(UserWarning, match=r"config\.json.*taken from .*step-000000002\.safetensors"):
+            assert read_config(tmp_path) == config
+    file.unlink()
+    with pytest.warns(UserWarning, match=r"config\.json is missing"):
+        folder.validate_config(config)
+    assert read_config(tmp_path) == config
+    file.write_text("{")
+    with pytest.warns(UserWarning, match="taken from"), pytest.raises(ValueError, match=r"seed: 0 -> 1"):
+        folder.validate_config(config.replace(seed=1))
+    folder.close()
+
+
+@pytest.mark.parametrize(
+    "progress", [3, {"step": "3"}, {"images": 3}, {"step": 3, "seconds": "x"}, None, {"step": [3]}]
+)
+def test_a_checkpoint_with_other_types_is_skipped(tmp_path, progress):
+    folder = RunFolder(tmp_path)
+    folder.save(2, {"model.a": torch.zeros(1)}, STATE | {"progress": {"step": 2}})
+    folder.save(4, {"model.a": torch.zeros(1)}, {"progress": progress})
+    newest, problems = folder.newest()
+    assert newest is not None
+    assert newest.state["progress"]["step"] == 2
+    assert len(problems) == 1
+    assert "step-000000004.safetensors" in problems[0]
+    folder.close()
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (2, 4):
+        file = folder.save(step, {"model.a": torch.zeros(100)}, {"progress": {"step": step}})
+    content = bytearray(file.read_bytes())
+    content[-50] ^= 4
+    file.write_bytes(content)
+    newest, problems = folder.newest()
+    assert newest is not None
+    assert newest.state["progress"]["step"] == 2
+    assert ["step-000000004.safetensors is damaged" in problem for problem in problems] == [True]
+    folder.close()
+
+
+def test_the_newest_checkpoint_is_that_of_the_last_step(tmp_path):
+    """A final checkpoint is older than those of steps after the duration was extended."""
+    folder = RunFolder(tmp_path)
+    folder.save(3, {"model.a": torch.zeros(1)}, {"progress": {"step": 3}}, final=True)
+    folder.save(4, {"model.a": torch.zeros(1)}, {"progress": {"step": 4}})
+    folder.save(6, {"model.a": torch.zeros(1)}, {"progress": {"step": 6}})
+    folder.files()[0].write_bytes(b"cut")
+    newest, problems = folder.newest()
+    assert newest is not None
+    assert newest.state["progress"]["step"] == 6
+    assert problems == []
+    (folder.checkpoints / "step-000000008.safetensors").mkdir()
+    assert folder.newest()[0].state["progress"]["step"] == 6
+    folder.save(10, {"model.a": torch.zeros(1)}, {"progress": {"step": 10}})
+    folder.close()
+
+
+def test_what_a_kill_left_is_deleted_at_start(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    left = [
+        tmp_path / ".encoder.safetensors.a_b1c2d3.tmp",
+        tmp_path / "checkpoints" / ".final.safetensors.00000000.tmp",
+    ]
+    kept = [tmp_path / ".notes.tmp", tmp_path / "checkpoints" / "final.tmp"]
+    for file in left + kept:
+        file.write_text("x")
+    RunFolder(tmp_path, owner=False)
+    assert all(file.exists() for file in left)
+    RunFolder(tmp_path).close()
+    assert not any(file.exists() for file in left)
+    assert all(file.exists() for file in kept)
+
+
+@pytest.mark.parametrize(
+    "preprocess", [None, 3, {"img_size": [8, 8]}, {"img_size": [8, 8], "in_chans": 3, "mean": [], "std": []}]
+)
+def test_damaged_preprocessing_is_named(tmp_path, preprocess):
+    state = STATE | {"encoder": {"preprocess": preprocess}}
+    save_checkpoint(tmp_path / "c.safetensors", {"model.a": torch.zeros(1)}, state)
+    with pytest.raises(ValueError, match=r"c\.safetensors"):
+        load_checkpoint(tmp_path / "c.safetensors").preprocess()

@@ -47,14 +47,15 @@ def run_bench(arguments: Sequence[str]) -> None:
     file, steps = given.pop("json"), given.pop("steps", 10)
     config = get_recipe(recipe)(**given)
     file = None if file is None else check_path("--json", file)
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise ValueError(f"--json {file}: give a file in a folder that exists")
     from dmjd.engine.console import Console  # these import torch
-    from dmjd.files import write_text
+    from dmjd.files import check_writable, make_folder, write_text
     from dmjd.pretraining.bench import bench, bench_table
 
+    if file is not None:
+        check_writable(file, flag="--json")
     result = bench(config, steps)
     if file is not None:
+        make_folder(file.parent)
         write_text(file, json.dumps(result, indent=2) + "\n")
     Console().table(bench_table(result))
 

@@ -157,7 +157,7 @@ class Config:
             raise ValueError(f"{name} holds unknown settings: {printable(', '.join(sorted(unknown)))}")
         try:
             return cls(**values)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{name}: {error}") from None
 
     @classmethod

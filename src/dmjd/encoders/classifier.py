@@ -3,15 +3,16 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from dmjd.checked_json import check_json, read_json
 from dmjd.config.checks import check_path
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import encoder_metadata
-from dmjd.files import read_safetensors, safetensors_bytes
+from dmjd.encoders.weights import build_encoder_of, encoder_metadata
+from dmjd.files import read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.decoding import ImageLike
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TransformerNorm
@@ -19,7 +20,16 @@ from dmjd.nn.modes import float32_by_default
 
 CLASSIFIER_FILE = "classifier.safetensors"
 
+CLASSIFIER_KEY = "classifier"  # in evaluation/finetune.json: the digest of the classifier file that belongs to it
+
 HEAD_STD = 2e-5  # published standard deviation of the head's initial weights; scores are nearly equal at first
+
+
+class HeadMetadata(TypedDict):
+    """What the metadata of a classifier file holds besides that of the encoder."""
+
+    classes: list[str]
+    test_crop: float
 
 
 class Classifier(nn.Module):
@@ -113,12 +123,32 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> I
     file = path / "evaluation" / "finetune" / CLASSIFIER_FILE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"there is no {file}: fine-tune first (dmjd evaluate finetune {source} --data ...)")
+    if path.is_dir():
+        _check_belongs(file, path / "evaluation" / "finetune.json")
     state, metadata = read_safetensors(file)
-    metadata = metadata.get("classifier", {})
-    if not metadata:
+    if "classifier" not in metadata:
         raise ValueError(f"{file} is not a dmjd classifier; dmjd.load_encoder reads encoders")
-    encoder = create_encoder(metadata["name"], **metadata["options"])
-    encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
-    model = ImageClassifier(encoder, metadata["classes"], metadata["test_crop"])
-    model.load_state_dict(state)
+    head = check_json(metadata["classifier"], HeadMetadata, str(file))
+    prefix = "encoder."
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    encoder = build_encoder_of(metadata["classifier"], weights, file)
+    if encoder.preprocess is None or not 0 < head["test_crop"] <= 1:
+        raise ValueError(f"{file}: its metadata does not describe a classifier")
+    model = ImageClassifier(encoder, head["classes"], head["test_crop"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: the weights do not fit: {str(error).splitlines()[-1].strip()}") from None
     return model.eval().to(device)
+
+
+def _check_belongs(file: Path, result: Path) -> None:
+    """Check that a classifier is the one of a result: a kill may have come between writing the two.
+
+    Raises:
+        ValueError: if it is not, or the result is damaged.
+    """
+    if result.exists():
+        digest = read_json(result, dict[str, Any]).get(CLASSIFIER_KEY)  # version 0.1 did not record it
+        if digest is not None and digest != read_digest(file):
+            raise ValueError(f"{file} is not the classifier of {result}: repeat dmjd evaluate finetune")

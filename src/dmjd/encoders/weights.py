@@ -1,22 +1,34 @@
 """Encoder files: save, load, hash."""
 
-import hashlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 import torch
+from torch import Tensor
 
+from dmjd.checked_json import check_json
 from dmjd.config.checks import check_path, check_text
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.headers import CHECKPOINTS, ENCODER_DIGEST_KEY, read_headers
 from dmjd.encoders.registry import check_options, create_encoder, encoder_family, is_encoder_name
 from dmjd.encoders.timm_features import feature_backbone
-from dmjd.files import read_safetensors, safetensors_bytes
+from dmjd.files import FileWarning, content_hash, read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
 
 FORMAT = 1  # version of the metadata; increased when older versions would misread it
 
 ENCODER_FILE = "encoder.safetensors"
+
+
+class EncoderMetadata(TypedDict):
+    """What :func:`encoder_metadata` returns."""
+
+    format: int
+    name: str
+    options: dict[str, Any]
+    preprocess: dict[str, Any] | None
 
 
 def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
@@ -38,8 +50,8 @@ def encoder_bytes(encoder: Encoder) -> bytes:
 
 
 def weights_hash(encoder: Encoder) -> str:
-    """16 hexadecimal digits of the SHA-256 of :func:`encoder_bytes`."""
-    return hashlib.sha256(encoder_bytes(encoder)).hexdigest()[:16]
+    """16 hexadecimal digits of a SHA-256 of the encoder's weights, options and preprocessing."""
+    return content_hash(encoder.state_dict(), encoder_metadata(encoder))[:16]
 
 
 @overload
@@ -82,50 +94,113 @@ def load_encoder(
 
 
 def _load(path: Path) -> Encoder:
+    if path.is_dir():
+        return _load_run(path)
     if not path.exists():
         if is_encoder_name(str(path)):
             return create_encoder(str(path))
         raise ValueError(f"{path} does not exist: give a run folder, {ENCODER_FILE}, a checkpoint or an encoder name")
-    file = path / ENCODER_FILE if path.is_dir() else path
+    if path.name == ENCODER_FILE:
+        _warn_if_stale(path)
+    return _load_file(path)
+
+
+def _warn_if_stale(file: Path) -> None:
+    """Warn if an encoder file that is named itself does not belong to the newest checkpoint of its run."""
+    headers, _ = read_headers(file.parent / CHECKPOINTS)
+    digest = headers[0].metadata.get(ENCODER_DIGEST_KEY) if headers else None
+    if digest is not None and digest != read_digest(file):
+        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", FileWarning, stacklevel=4)
+
+
+def _load_run(run: Path) -> Encoder:
+    """The encoder of a run's newest checkpoint: from the encoder file if it belongs to it, else from the checkpoint."""
+    file = run / ENCODER_FILE
+    headers, unreadable = read_headers(run / CHECKPOINTS)
+    if not headers and not file.exists():
+        reasons = "".join(f"\n  {one.reason}" for one in unreadable[:5])
+        raise ValueError(
+            f"{run} holds no {ENCODER_FILE}: it is not a run folder, or nothing has been saved yet{reasons}"
+        )
+    newest = headers[0].step if headers else -1
+    newer = [one.reason for one in unreadable if one.newer_than(newest)]
+    problems = list(newer)
+    candidates = [header.path for header in headers]
+    digests = [header.metadata.get(ENCODER_DIGEST_KEY) for header in headers]
     if not file.exists():
-        raise ValueError(f"{path} holds no {ENCODER_FILE}: it is not a run folder, or nothing has been saved yet")
-    metadata, state = _read(file)
-    if metadata["format"] > FORMAT:
-        raise ValueError(f"{file} was written by a newer dmjd (format {metadata['format']}): update dmjd to read it")
-    name = metadata["name"]
-    encoder = _built(file, name, metadata["options"], state)
-    try:
-        encoder.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{file}: the weights do not fit {name}: {str(error).splitlines()[-1].strip()}") from None
-    if metadata["preprocess"] is not None:
+        problems.append(f"{file} is missing")
+    elif (digest := read_digest(file)) in digests[:1] or (newer and digest not in digests):
+        candidates.insert(0, file)  # it belongs to the newest checkpoint, or to a newer one that is damaged
+    else:
+        candidates.append(file)
+        if digests and digests[0] is not None:  # a checkpoint of version 0.1 does not tell
+            problems.append(f"{file} does not belong to the newest checkpoint")
+    for candidate in candidates:
         try:
-            encoder.preprocess = Preprocess.from_dict(metadata["preprocess"])
+            encoder = _load_file(candidate)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", FileWarning, stacklevel=4)
+        return encoder
+    raise ValueError(f"{run} holds no readable weights:\n  " + "\n  ".join(problems[:5]))
+
+
+def _load_file(file: Path) -> Encoder:
+    metadata, state = _read(file)
+    encoder = build_encoder_of(metadata, state, file)
+    encoder.load_state_dict(state, strict=True)
+    return encoder
+
+
+def build_encoder_of(metadata: Any, state: Mapping[str, Tensor], file: Path) -> Encoder:
+    """Create the encoder that the metadata of a file describe, with random weights and with its preprocessing.
+
+    Nothing is allocated before, so that metadata which ask for an endless model are refused at once.
+
+    Args:
+        metadata: as :func:`encoder_metadata` returns.
+        state: the encoder's tensors in the file.
+        file: for error messages.
+
+    Raises:
+        ValueError: if the metadata are wrong or do not fit the tensors.
+    """
+    number = metadata.get("format") if isinstance(metadata, dict) else None
+    if isinstance(number, int) and number > FORMAT:
+        raise ValueError(f"{file} was written by a newer dmjd (format {number}): update dmjd to read it")
+    problem = f"{file}: its metadata do not describe an encoder"
+    checked = check_json(metadata, EncoderMetadata, problem)
+    name, options = checked["name"], checked["options"]
+    try:
+        family = encoder_family(check_text("encoder", name))
+        check_options(family, options, len(state))
+        with torch.device("meta"):
+            expected = {key: value.shape for key, value in create_encoder(name, **options).state_dict().items()}
+    except ValueError as error:
+        raise ValueError(f"{problem}: {error}") from None
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in expected or key not in state or expected[key] != state[key].shape:
+            raise ValueError(f"{file}: the weights do not fit {name}: {_difference(key, expected, state)}")
+    encoder = create_encoder(name, **options)
+    if checked["preprocess"] is not None:
+        try:
+            encoder.preprocess = Preprocess.from_dict(checked["preprocess"])
         except ValueError as error:
             raise ValueError(f"{file}: its preprocessing cannot be used: {error}") from None
     return encoder
 
 
-def _built(file: Path, name: Any, options: Any, state: Mapping[str, torch.Tensor]) -> Encoder:
-    """The encoder that a file's metadata describe, if its weights have the shapes of those in the file.
-
-    Nothing is allocated before, so that metadata which ask for an endless model are refused at once.
-    """
-    try:
-        family = encoder_family(check_text("encoder", name))
-        check_options(family, options, len(state))
-        with torch.device("meta"):
-            expected = create_encoder(name, **options).state_dict()
-    except ValueError as error:
-        raise ValueError(f"{file}: its metadata do not describe an encoder: {error}") from None
-    for key, value in expected.items():
-        if key in state and state[key].shape != value.shape:
-            shapes = f"{list(state[key].shape)}, but its metadata ask for {list(value.shape)}"
-            raise ValueError(f"{file}: the weights do not fit {name}: {key} is {shapes}")
-    return create_encoder(name, **options)
+def _difference(key: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> str:
+    if key not in state:
+        return f"it lacks {key}"
+    if key not in expected:
+        return f"{key} is not known"
+    return f"{key} is {list(state[key].shape)}, but its metadata ask for {list(expected[key])}"
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Metadata and weights of an encoder file, or of the encoder in a run's checkpoint (``model.encoder.*``)."""
     state, metadata = read_safetensors(file)
     if not metadata:

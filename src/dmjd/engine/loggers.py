@@ -2,11 +2,14 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dmjd.text import file_name, printable
+
+T = TypeVar("T")
 
 
 class Logger(Protocol):
@@ -30,6 +33,8 @@ class TensorBoardLogger:
     def __init__(self, folder: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
+        self._hook = threading.excepthook
+        threading.excepthook = self._except
         self._writer = SummaryWriter(folder, purge_step=step + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -39,7 +44,15 @@ class TensorBoardLogger:
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _except(self, thread: threading.ExceptHookArgs) -> None:
+        """Leave out the traceback of the thread that writes events: its error is raised by :meth:`log` or ``close``."""
+        if not type(thread.thread).__module__.startswith("tensorboard."):
+            self._hook(thread)
 
 
 def import_wandb() -> Any:
@@ -98,9 +111,57 @@ class WandbLogger:
         self._run.finish()
 
 
-def open_loggers(folder: Path, step: int, wandb_config: dict[str, Any] | None) -> list[Logger]:
-    """TensorBoard in the run folder and, if a configuration is given, Weights & Biases."""
-    loggers: list[Logger] = [TensorBoardLogger(str(folder), step)]
+class GuardedLogger:
+    """A logger that is given up, with one warning, if it fails, e.g. on a full disk: the training goes on.
+
+    Args:
+        name: its name in the warning.
+        open_logger: opens the logger.
+        warn: prints a warning.
+    """
+
+    def __init__(self, name: str, open_logger: Callable[[], Logger], warn: Callable[[str], None]) -> None:
+        self._name, self._warn = name, warn
+        self._logger: Logger | None = None
+        self._logger = self._attempt(open_logger)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log the scalars of a step, unless the logger failed before."""
+        if (logger := self._logger) is not None:
+            self._attempt(lambda: logger.log(values, step))
+
+    def close(self) -> None:
+        """Flush and close. Never raises, so that the cause of a failing training is not masked."""
+        if (logger := self._logger) is not None:
+            self._attempt(logger.close)
+            self._logger = None
+
+    def _attempt(self, action: Callable[[], T]) -> T | None:
+        """Run an action of the logger; if it fails, warn and give the logger up."""
+        try:
+            return action()
+        except Exception as error:  # whatever another library raises must not end the training
+            failed, self._logger = self._logger, None
+            self._warn(f"{self._name} failed and is closed; metrics.jsonl holds all scalars: {error}")
+            if failed is not None:
+                with contextlib.suppress(Exception):
+                    failed.close()
+            return None
+
+
+def open_loggers(
+    folder: Path, step: int, wandb_config: dict[str, Any] | None, warn: Callable[[str], None]
+) -> list[Logger]:
+    """TensorBoard in the run folder and, if a configuration is given, Weights & Biases.
+
+    Args:
+        folder: the run folder.
+        step: the training continues after this step.
+        wandb_config: configuration for Weights & Biases; None: it is not used.
+        warn: prints a warning, once for a logger that fails later.
+    """
+    loggers: list[Logger] = [GuardedLogger("TensorBoard", lambda: TensorBoardLogger(str(folder), step), warn)]
     if wandb_config is not None:
-        loggers.append(WandbLogger(folder.name, wandb_config))
+        wandb = WandbLogger(folder.name, wandb_config)  # a missing key or network is an error at the start
+        loggers.append(GuardedLogger("Weights & Biases", lambda: wandb, warn))
     return loggers

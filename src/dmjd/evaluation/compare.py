@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path
 from dmjd.config.evaluation import EvaluationConfig
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
+from dmjd.encoders.headers import CHECKPOINTS, WEIGHTS_KEY, read_headers
 from dmjd.engine.console import literal
-from dmjd.evaluation.results import BASELINES
-from dmjd.figures.grid import check_ending, dpi_of, save_figure
+from dmjd.evaluation.results import BASELINES, headline, is_number, read_evaluation
+from dmjd.figures.grid import dpi_of, figure_path, save_figure
+from dmjd.files import FileWarning
+from dmjd.runs.checkpoint import CONFIG_FILE
 from dmjd.text import drawable
 
 # part of evaluation/<task>.json -> its label
@@ -70,13 +75,14 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     if not runs:
         raise ValueError("give at least one run folder to compare")
     if out is not None:
-        check_ending(check_path("out", out))
+        out = figure_path(out)
     folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
     names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
     for name, tasks in zip(names, evaluations, strict=True):
         for task, content in tasks.items():
-            metric = _headline(content["result"], task, name)
+            metric = headline(content["result"])
+            assert metric is not None
             parts = {part: _score(content.get(part), metric) for part in PARTS}
             present = {part: score for part, score in parts.items() if score is not None}
             scores.setdefault((task, metric), {})[name] = present
@@ -102,41 +108,40 @@ def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{run} holds no evaluation/*.json: make one with dmjd evaluate knn {run}")
     evaluations = {}
     for file in files:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content["result"], dict):
-                raise ValueError("its result is not a table of numbers")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not a result of dmjd evaluate ({error}): delete it, or rerun") from None
-        evaluations[file.stem] = content
+        evaluations[file.stem] = read_evaluation(file)
+    _warn_of_other_weights(run, evaluations)
     return evaluations
 
 
-def _headline(result: Mapping[str, Any], task: str, run: str) -> str:
-    """The main metric of a task: the first number in its result."""
-    for name, value in result.items():
-        if _is_number(value):
-            return name
-    raise ValueError(f"evaluation/{task}.json of {run} has no number in its result: evaluate again")
+def _warn_of_other_weights(run: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn of results that were measured before the run was trained further."""
+    headers, _ = read_headers(run / CHECKPOINTS)
+    weights = headers[0].metadata.get(WEIGHTS_KEY) if headers else None  # version 0.1 did not record them
+    if weights is not None:
+        for task, content in evaluations.items():
+            if content.get("encoder") not in (weights, None):
+                warnings.warn(
+                    f"{run}: {task} was measured on other weights than the newest: evaluate it again",
+                    FileWarning,
+                    stacklevel=4,
+                )
 
 
 def _score(part: Mapping[str, Any] | None, metric: str) -> Score | None:
-    if not part or not _is_number(part.get(metric)):
+    if not part or not is_number(part.get(metric)):
         return None
-    return Score(float(part[metric]), part.get(f"{metric}_std"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    deviation = part.get(f"{metric}_std")
+    return Score(float(part[metric]), float(deviation) if deviation is not None and is_number(deviation) else None)
 
 
 def _settings(run: Path, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All settings of a run and of its evaluations, under their current names."""
-    file = run / "config.json"
+    file = run / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a run's configuration ({error})") from None
+        config = read_json(file, dict[str, Any]) if file.exists() else {}
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise ValueError(f"{file} is not a run's configuration ({reason}): dmjd pretrain writes it again") from None
     config = PretrainConfig.from_former(config)
     settings = {name: value for name, value in config.items() if name not in _IRRELEVANT}
     for task, content in tasks.items():

@@ -4,19 +4,27 @@ import contextlib
 import itertools
 import json
 import platform
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
 from dmjd import __version__
+from dmjd.checked_json import check_json, read_json
 from dmjd.data.sources.base import Source, short_hash
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_metadata, weights_hash
-from dmjd.files import write_text
+from dmjd.files import FileWarning, check_writable, locked, make_folder, move, remove_leftovers, write_bytes, write_text
+
+EVALUATION = "evaluation"  # folder of the results in a run folder
 
 BASELINES = "baselines.json"
+
+PARTS = ("result", "random_init", "raw_pixels")  # what is measured: the encoder and its two baselines
+
+MAX_SCORE = 1e300
 
 
 def data_fingerprint(train: Source, test: Source) -> str:
@@ -36,17 +44,91 @@ def key_of(encoder: Encoder, *parts: Any) -> str:
     )
 
 
+class ResultFile(TypedDict):
+    """What ``evaluation/<task>.json`` holds; see :func:`dmjd.evaluate`."""
+
+    result: dict[str, Any]
+    random_init: NotRequired[dict[str, Any] | None]
+    raw_pixels: NotRequired[dict[str, Any] | None]
+    configuration: NotRequired[dict[str, Any]]
+    overrides: NotRequired[dict[str, Any]]
+    data: NotRequired[dict[str, Any]]
+    encoder: NotRequired[str]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SCORE
+
+
+def headline(scores: Mapping[str, Any]) -> str | None:
+    """The main score of a result: its first number; None if it holds none."""
+    return next((name for name, value in scores.items() if is_number(value)), None)
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """Read ``evaluation/<task>.json``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or not a result; the message says what to do.
+    """
+    try:
+        content = read_json(file, dict[str, Any])
+        result = check_json(content, ResultFile, str(file))["result"]
+        if headline(result) is None:
+            raise ValueError("it has no number in its result")
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise ValueError(f"{file} is not a result of dmjd evaluate ({reason}): delete it, or evaluate again") from None
+    return content
+
+
+def check_results_folder(folder: Path) -> None:
+    """Check before long work that results can be written to ``evaluation/`` in a folder.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    for part in ("earlier", ""):
+        check_writable(folder / EVALUATION / part, flag="results in", folder=True)
+
+
 def write_result(folder: Path, task: str, result: Mapping[str, Any]) -> None:
-    """Write ``evaluation/<task>.json``; a different earlier result is kept as ``earlier/<task>-<n>.json``."""
-    evaluation = folder / "evaluation"
+    """Write ``evaluation/<task>.json``; a different earlier result, readable or not, is kept in ``earlier/``."""
+    evaluation = folder / EVALUATION
     file, content = evaluation / f"{task}.json", json.dumps(result, indent=2) + "\n"
-    evaluation.mkdir(parents=True, exist_ok=True)
-    if file.exists() and (before := file.read_text(encoding="utf-8")) != content:
-        earlier = evaluation / "earlier"
-        earlier.mkdir(exist_ok=True)
-        free = next(n for n in itertools.count(1) if not (earlier / f"{task}-{n}.json").exists())
-        write_text(earlier / f"{task}-{free}.json", before)
-    write_text(file, content)
+    with _locked(evaluation):
+        if file.exists():
+            with contextlib.suppress(ValueError):
+                if read_json(file, dict[str, Any]) == json.loads(content):
+                    return
+            _keep(file, file.read_bytes() if file.is_file() else None, evaluation / "earlier")
+        write_text(file, content)
+
+
+def _keep(file: Path, content: bytes | None, earlier: Path) -> None:
+    """Copy a result to the folder of earlier ones, unless it is there; a folder (None) is moved."""
+    make_folder(earlier)
+    remove_leftovers(earlier)
+    kept = list(earlier.glob(f"{file.stem}-*.json"))
+    if content is not None and any(one.is_file() and one.read_bytes() == content for one in kept):
+        return
+    free = next(n for n in itertools.count(1) if not (earlier / f"{file.stem}-{n}.json").exists())
+    target = earlier / f"{file.stem}-{free}.json"
+    if content is None:
+        move(file, target)
+    else:
+        write_bytes(target, content)
+
+
+@contextlib.contextmanager
+def _locked(evaluation: Path) -> Iterator[None]:
+    """Let one process at a time write to a folder of results, and delete what killed ones left."""
+    make_folder(evaluation)
+    with locked(evaluation / ".lock"):
+        remove_leftovers(evaluation)
+        yield
 
 
 class Baselines:
@@ -57,22 +139,40 @@ class Baselines:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._file = folder / "evaluation" / BASELINES if folder is not None else None
-        self._results: dict[str, dict[str, Any]] = {}
-        if self._file is not None:
-            with contextlib.suppress(OSError, ValueError):  # missing or damaged: they are recomputed
-                self._results = json.loads(self._file.read_text(encoding="utf-8"))
+        self._file = folder / EVALUATION / BASELINES if folder is not None else None
+        self._results = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """The entries of the file. Damaged ones are left out with a warning: they are measured again."""
+        if self._file is None or not self._file.exists():
+            return {}
+        try:
+            found = read_json(self._file, dict[str, Any])
+        except ValueError as error:
+            warnings.warn(f"{error}; baselines are measured again", FileWarning, stacklevel=4)
+            return {}
+        good = {key: entry for key, entry in found.items() if isinstance(entry, dict) and headline(entry) is not None}
+        if len(good) < len(found):
+            warnings.warn(
+                f"{self._file}: {len(found) - len(good)} damaged entries are measured again", FileWarning, stacklevel=4
+            )
+        return good
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The result of a configuration, or None."""
         return self._results.get(key)
 
     def put(self, key: str, result: dict[str, Any]) -> None:
-        """Store the result of a configuration."""
+        """Store the result of a configuration, next to those that other processes stored meanwhile."""
         self._results[key] = result
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._file, json.dumps(self._results, indent=2, sort_keys=True) + "\n")
+        if self._file is None:
+            return
+        try:
+            with _locked(self._file.parent):
+                self._results = self._read() | {key: result}
+                write_text(self._file, json.dumps(dict(sorted(self._results.items())), indent=2) + "\n")
+        except ValueError as error:  # they can be measured again, which is no reason to lose the result
+            warnings.warn(f"{error}; this baseline is not kept", FileWarning, stacklevel=2)
 
 
 def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:
@@ -83,8 +183,10 @@ def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:
         encoder: the encoder to compare with.
     """
     try:
-        result = json.loads(Path(file).read_text(encoding="utf-8"))
-        same = result["encoder"] == weights_hash(encoder) and not result["overrides"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # missing, or written by another version
-    return result if same else None
+        result = read_evaluation(Path(file))
+    except (FileNotFoundError, ValueError):
+        return None  # missing, damaged or written by another version
+    score = headline(result["result"])
+    complete = all(is_number(result[part].get(score)) for part in PARTS if result.get(part) is not None)
+    same = result.get("encoder") == weights_hash(encoder) and result.get("overrides") == {}
+    return result if same and complete else None

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from dmjd.engine.console import literal
+from dmjd.evaluation.results import is_number
 
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 
@@ -54,7 +55,7 @@ def _flat(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _cell(scores: Mapping[str, Any] | None) -> str:
-    if scores is None:
+    if scores is None or not is_number(scores.get("top1")):
         return "-"
-    deviation = f" ± {100 * scores['top1_std']:.1f}" if "top1_std" in scores else ""
+    deviation = f" ± {100 * scores['top1_std']:.1f}" if is_number(scores.get("top1_std")) else ""
     return f"{100 * scores['top1']:.1f}{deviation}"

@@ -1,14 +1,15 @@
 """Training curves."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from dmjd.checked_json import parse_json
 from dmjd.config.checks import check_path
 from dmjd.figures.grid import DPI, save_figure
+from dmjd.runs.metrics import read_metrics
+
+_LARGEST = 1e300  # of a number that is drawn
 
 # panel -> scalars of metrics.jsonl
 _CURVES = {
@@ -22,14 +23,14 @@ def curves_figure(metrics: str | Path) -> Figure:
     """Draw training curves: the loss and its parts, the learning rate, and online kNN if it was measured.
 
     Args:
-        metrics: ``metrics.jsonl`` of a run; an incomplete last line, left by a kill, is skipped.
+        metrics: ``metrics.jsonl`` of a run; damaged lines, such as half a line left by a kill, are skipped.
 
     Raises:
-        ValueError: if nothing is logged yet.
+        ValueError: if the file cannot be read, or nothing is logged yet.
     """
-    lines = _read_metrics(check_path("metrics", metrics))
+    lines = read_metrics(check_path("metrics", metrics))
     panels = {
-        title: {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+        title: {name: [(line["step"], line[name]) for line in lines if _is_number(line.get(name))] for name in names}
         for title, names in _CURVES.items()
     }
     panels = {title: curves for title, curves in panels.items() if any(curves.values())}
@@ -46,18 +47,8 @@ def curves_figure(metrics: str | Path) -> Figure:
     return figure
 
 
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines with a step, and the numbers in them; what is no JSON object is skipped."""
-    lines = []
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError):
-            values = parse_json(line, dict[str, Any], str(file))
-            lines.append({name: value for name, value in values.items() if type(value) in (int, float)})
-    return [line for line in lines if "step" in line]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def save_curves_figure(metrics: str | Path, path: str | Path) -> Path:

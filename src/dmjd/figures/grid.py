@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from torch import Tensor
 
 from dmjd.config.checks import check_path
-from dmjd.files import atomic
+from dmjd.files import atomic, check_writable, make_folder
 
 DPI = 130
 
@@ -83,13 +83,22 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """
     path = check_path("out", path)
     ending = check_ending(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"could not write {path}: {error.strerror}") from None
+    make_folder(path.parent)
     for text in figure.findobj(Text):
         text.set_usetex(False)  # whatever the user's own settings of matplotlib are: LaTeX would read names as code
     with atomic(path) as temporary, rc_context({"text.usetex": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         figure.savefig(temporary, format=ending)
+    return path
+
+
+def figure_path(path: str | Path) -> Path:
+    """Check, before a figure is computed, that it can be written; returns the path.
+
+    Raises:
+        ValueError: if the ending is not an image format, or the path cannot be written to.
+    """
+    path = check_path("out", path)
+    check_ending(path)
+    check_writable(path)
     return path

@@ -15,7 +15,7 @@ from dmjd.encoders.base import known_preprocess
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import pick_device
 from dmjd.figures.attention import attention_figure
-from dmjd.figures.grid import check_ending, save_figure
+from dmjd.figures.grid import figure_path, save_figure
 from dmjd.figures.kinds import MODEL_KINDS, check_kind
 from dmjd.figures.neighbors import neighbors_figure
 from dmjd.figures.reconstruction import mask_figure, reconstruction_figure, target_figure
@@ -71,12 +71,11 @@ def show(
         ValueError: if the kind is unknown, the folder is not a run, or the data cannot be read.
     """
     check_kind(kind)
-    run, out, seed = check_path("run", run), check_path("out", out), check_seed(seed, ge=0)
+    run, out, seed = check_path("run", run), figure_path(out), check_seed(seed, ge=0)
     num_images = check_int("num_images", num_images, Bounds(ge=1, most=MAX_IMAGES))
     num_candidates = check_int("num_candidates", num_candidates, Bounds(ge=2, most=10**6))
     data = None if data is None else check_text("data", data)
     labels = None if labels is None else check_text("labels", labels, LABELS)
-    check_ending(out)
     if kind in MODEL_KINDS:
         model, config = load_model(run)
         listing = run / LISTING if data is None else None

@@ -4,7 +4,6 @@ Shapes: b image of a batch, N patch token, D width.
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 import time
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from dmjd.checked_json import read_json
 from dmjd.config.checks import check_bool, check_out, check_path, check_text
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.eval_loader import EvalLoader
@@ -29,13 +29,34 @@ from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.console import Console, duration_text
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, pooled
-from dmjd.files import METADATA_KEY, atomic, write_text
+from dmjd.files import (
+    DIGEST_KEY,
+    METADATA_KEY,
+    atomic,
+    check_writable,
+    make_folder,
+    remove,
+    remove_leftovers,
+    try_lock,
+    write_text,
+)
+from dmjd.interop.feature_files import (
+    PART_NAME,
+    DamagedPart,
+    check_finished,
+    check_same,
+    feature_rows,
+    first_line,
+    range_of,
+    rows_file,
+    unreadable_of,
+    write_npy,
+    write_parquet,
+)
 from dmjd.nn.modes import evaluating, float32_by_default
 from dmjd.runs.build import open_images
 
 ENDINGS = (".parquet", ".npy")
-
-ROWS_ENDING = ".rows.parquet"  # of the table that describes the rows of features.npy
 
 PART_SECONDS = 20.0  # between saved parts, so a killed run loses little work
 
@@ -95,15 +116,16 @@ def embed(
     settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
     settings |= {"tokens": bool(tokens), "half": bool(half), "precision": precision}
     console = Console()
-    if out.exists():
-        _check_same(settings, _settings_of(out), out)
-        console.say(f"{out} is finished already")
+    if _is_finished(settings, out, console):
         return out
     shape = (encoder.num_patches, encoder.embed_dim) if tokens else (encoder.embed_dim,)
     with _Parts(out, settings, _schema(source, shape, half)) as parts:
-        _fill(parts, encoder, source, extract, console, batch_size, num_workers)
-        unreadable = parts.finish(source.name, {"settings": settings, "grid": encoder.grid})
-    _name_unreadable(console, unreadable)
+        if out.exists():  # by another process, just now
+            check_finished(settings, out)
+            parts.drop()
+        while not parts.dropped:
+            _fill(parts, encoder, source, extract, console, batch_size, num_workers)
+            parts.finish(source.name, {"settings": settings, "grid": encoder.grid}, console)
     return out
 
 
@@ -116,17 +138,34 @@ def _check(tokens: bool, half: bool, split: str, *, data: str | Path | None, **s
 
 
 def _checked_out(out: str | Path) -> Path:
-    """The path of a file that can be written; missing folders are created."""
+    """The path of a file that can be written."""
     out = check_out("out", out)
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: end it in {' or '.join(ENDINGS)}")
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+    if not out.is_file():
+        check_writable(out)
+        make_folder(out.parent)
     return out
+
+
+def _is_finished(settings: dict[str, Any], out: Path, console: Console) -> bool:
+    """Whether the file exists with these settings; ValueError for others. Parts that a kill left are deleted."""
+    if not out.exists():
+        return False
+    check_finished(settings, out)
+    console.say(f"{out} is finished already")
+    folder = _parts_folder(out)
+    if folder.is_dir():
+        with contextlib.suppress(OSError):
+            lock = try_lock(folder / ".lock")
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.close()
+    return True
+
+
+def _parts_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
 
 
 def _extractor(encoder: Encoder, tokens: bool, precision: str) -> Extractor:
@@ -150,41 +189,6 @@ def _schema(source: Source, shape: tuple[int, ...], half: bool) -> pa.Schema:
     return pa.schema([*fields, ("features", value)])
 
 
-def _rows(source: Source, index: Tensor, features: Tensor, schema: pa.Schema) -> pa.Table:
-    """Convert one batch to a table.
-
-    Raises:
-        ValueError: if features are not finite in the data type they are stored in.
-    """
-    half = pa.types.is_float16(_value_type(schema))
-    x = features.to(torch.float16 if half else torch.float32).cpu().numpy()
-    if not np.isfinite(x).all():
-        cure = "they may be too large for float16: leave --half out" if half else "its weights may have diverged"
-        raise ValueError(f"features of {source.describe(int(index[0]))} or the images after it are not finite; {cure}")
-    values: pa.Array = pa.array(x.reshape(-1))
-    for side in x.shape[:0:-1]:
-        values = pa.FixedSizeListArray.from_arrays(values, side)
-    rows = index.tolist()
-    columns: list[Any] = [rows, [_text(source.describe(i)) for i in rows]]
-    if source.labels is not None:
-        labels = source.labels[rows]
-        columns += [labels, [_text(source.classes[label]) for label in labels]]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)] + [values], schema=schema)
-
-
-def _text(name: str) -> str:
-    """A string as valid UTF-8, as parquet requires."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _value_type(schema: pa.Schema) -> pa.DataType:
-    """The data type of the feature values."""
-    kind = schema.field("features").type
-    while pa.types.is_fixed_size_list(kind):
-        kind = kind.value_type
-    return kind
-
-
 def _fill(
     parts: "_Parts",
     encoder: Encoder,
@@ -195,24 +199,31 @@ def _fill(
     num_workers: int | None,
 ) -> None:
     """Compute the missing features, in the order of the set."""
-    first, start = parts.done, time.monotonic()
+    gaps, started, computed = parts.gaps(len(source)), time.monotonic(), 0
+    if gaps and parts.files():
+        console.say(f"resuming from image {gaps[0][0]} of {len(source)}")
+    left = sum(last - first for first, last in gaps)
     preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
-    loader = EvalLoader(source, preprocess, batch_size, num_workers, np.arange(first, len(source)))
-    if first:
-        console.say(f"resuming from image {first} of {len(source)}")
-    with evaluating(encoder), contextlib.closing(console):
-        for batch in loader:
-            x = extract(preprocess.normalize(batch.raw.to(device)))
-            parts.add(_rows(source, batch.index, x, parts.schema), loader.unreadable)
-            end = first + ((int(batch.index[0]) - first) // batch_size + 1) * batch_size  # of the batch's range
-            stop = min(len(source), end)
-            parts.save_if_due(stop)
-            rate = (stop - first) / max(1e-9, time.monotonic() - start)
-            left = duration_text((len(source) - stop) / rate)
-            console.line(f"{stop} of {len(source)} images  {rate:.0f} images/s  left {left}", stop / len(source))
-        parts.note_unreadable(loader.unreadable)
-        if parts.done < len(source):
-            parts.save(len(source))
+    for first, last in gaps:
+        loader = EvalLoader(source, preprocess, batch_size, num_workers, np.arange(first, last))
+        parts.begin(first)
+        with evaluating(encoder), contextlib.closing(console):
+            for batch in loader:
+                x = extract(preprocess.normalize(batch.raw.to(device)))
+                parts.add(feature_rows(source, batch.index, x, parts.schema), loader.unreadable)
+                end = first + ((int(batch.index[0]) - first) // batch_size + 1) * batch_size  # of the batch's range
+                stop = min(last, end)
+                parts.save_if_due(stop)
+                done = computed + stop - first
+                rate = done / max(1e-9, time.monotonic() - started)
+                console.line(
+                    f"{stop} of {len(source)} images  {rate:.0f} images/s  left {duration_text((left - done) / rate)}",
+                    (len(source) - left + done) / len(source),
+                )
+            parts.note_unreadable(loader.unreadable)
+            if parts.done < last:
+                parts.save(last)
+        computed += last - first
 
 
 class _Parts:
@@ -224,46 +235,87 @@ class _Parts:
         schema: schema of the rows.
 
     Attributes:
-        done: the first index that no part covers.
+        done: the end of the last saved part, or the start of the gap that is being filled.
+        dropped: whether the parts are deleted, because the complete file is written.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
-        self.out, self.schema, self.folder = out, schema, out.with_name(out.name + ".parts")
+        self.out, self.schema, self.folder = out, schema, _parts_folder(out)
         self._settings, self._file = settings, self.folder / "settings.json"
         self._rows: list[pa.Table] = []
         self._unreadable: list[Report] = []
         self._num_noted = 0  # how many of the loader's unreadable images are recorded
         self._saved = time.monotonic()
+        self.done, self.dropped = 0, False
 
     def __enter__(self) -> "_Parts":
-        """Lock the folder for this process, and check that its parts have the same settings."""
+        """Lock the folder for this process, and check its parts: they must have the same settings."""
+        make_folder(self.folder)
         try:
-            self.folder.mkdir(exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
+            lock = try_lock(self.folder / ".lock")
         except OSError as error:
             raise ValueError(f"{self.folder} cannot be written: {error.strerror}") from None
+        if lock is None:
+            raise ValueError(f"another process is writing {self.out}; wait for it or give another --out")
+        self._lock = lock
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(f"another process is writing {self.out}; wait for it or give another --out") from None
-        try:
-            if self._file.exists():
-                _check_same(self._settings, json.loads(self._file.read_text()), self.folder)
-            else:
-                write_text(self._file, json.dumps(self._settings))
+            self._check_settings()
         except ValueError:
             self._lock.close()
             raise
-        self.done = max((int(file.stem.rsplit("-", 1)[1]) for file in self.files()), default=0)
+        remove_leftovers(self.folder)
+        self._remove_damaged()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
+    def _check_settings(self) -> None:
+        if self._file.exists():
+            try:
+                old = read_json(self._file, dict[str, Any])
+            except ValueError as error:
+                raise ValueError(f"{error}; delete {self.folder} to start again") from None
+            check_same(self._settings, old, self.folder)
+        else:
+            write_text(self._file, json.dumps(self._settings))
+
+    def _remove_damaged(self) -> None:
+        """Delete parts that cannot be used: a damaged footer, other columns, or images that another part covers."""
+        end = 0
+        for file in self.files():
+            first, last = range_of(file)
+            try:
+                schema, num_rows = pq.read_schema(file), pq.read_metadata(file).num_rows
+                unreadable_of(schema)
+                if not schema.equals(self.schema) or not (end <= first and num_rows <= last - first):
+                    raise ValueError("other rows or columns")
+            except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+                Console().warn(f"{file} is damaged ({first_line(error)}); its images are read again")
+                self._delete(file)
+                continue
+            end = last
+
+    def _delete(self, file: Path) -> None:
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        remove(file)
+        if file.exists():
+            raise ValueError(f"{file} is damaged and cannot be deleted: delete it")
+
     def files(self) -> list[Path]:
         """Finished parts, in the order of the set."""
-        return sorted(self.folder.glob("part-*.parquet"))
+        return sorted(file for file in self.folder.glob("part-*.parquet") if PART_NAME.fullmatch(file.name))
+
+    def gaps(self, total: int) -> list[tuple[int, int]]:
+        """Ranges of indices below ``total`` that no part covers: (start, end)."""
+        ranges = [*map(range_of, self.files()), (total, total)]
+        ends = [0, *(last for _, last in ranges)]
+        return [(end, first) for end, (first, _) in zip(ends, ranges, strict=False) if end < first]
+
+    def begin(self, first: int) -> None:
+        """Start to fill a gap at an index, with a new loader."""
+        self.done, self._num_noted = first, 0
 
     @property
     def num_rows(self) -> int:
@@ -291,16 +343,17 @@ class _Parts:
         unreadable = {METADATA_KEY: json.dumps(self._unreadable)}
         table = pa.concat_tables([self.schema.empty_table(), *self._rows]).replace_schema_metadata(unreadable)
         with atomic(self.folder / f"part-{self.done:012d}-{stop:012d}.parquet") as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(table, temporary, write_page_checksum=True)
         self._rows, self._unreadable, self.done, self._saved = [], [], stop, time.monotonic()
 
     def unreadable(self) -> list[Report]:
         """The unreadable images of all finished parts."""
-        lists = (json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()]) for file in self.files())
-        return [(name, reason) for part in lists for name, reason in part]
+        return [report for file in self.files() for report in unreadable_of(pq.read_schema(file))]
 
-    def finish(self, name: str, metadata: dict[str, Any]) -> list[Report]:
-        """Merge the parts of a whole set into the file; returns the unreadable images.
+    def finish(self, name: str, metadata: dict[str, Any], console: Console) -> None:
+        """Merge the parts of a whole set into the file, and name the unreadable images.
+
+        A damaged part is deleted with a warning. Then there is a gap again, and no file.
 
         Raises:
             ValueError: if no image of the set ``name`` was readable.
@@ -309,71 +362,41 @@ class _Parts:
         if not self.num_rows:
             self.drop()
             raise ValueError(f"none of the {self.done} images of {name} can be read; {': '.join(unreadable[0])}")
-        self.merge(metadata | {"unreadable": unreadable})
-        return unreadable
+        try:
+            self.merge(metadata | {"unreadable": unreadable})
+            _name_unreadable(console, unreadable)
+        except DamagedPart as error:
+            console.warn(f"{error}; its images are read again")
 
     def merge(self, metadata: dict[str, Any]) -> None:
         """Write the complete file, part by part, then remove the parts."""
-        schema = self.schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
         if self.out.suffix == ".npy":
-            rows = schema.remove(schema.get_field_index("features"))
-            _write_parquet(self._tables(rows.names), rows, rows_file(self.out))
-            _write_npy(self._tables(["features"]), self.num_rows, self.schema, self.out)
+            rows = self.schema.remove(self.schema.get_field_index("features"))
+
+            def describe(digest: str) -> None:
+                described = rows.with_metadata({METADATA_KEY: json.dumps(metadata | {DIGEST_KEY: digest})})
+                write_parquet(self._tables(rows.names), described, rows_file(self.out))
+
+            write_npy(self._tables(["features"]), self.num_rows, self.schema, self.out, describe)
         else:
-            _write_parquet(self._tables(schema.names), schema, self.out)
+            schema = self.schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
+            write_parquet(self._tables(schema.names), schema, self.out)
         self.drop()
 
     def drop(self) -> None:
         """Remove the parts."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.dropped = True
 
     def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        return (pq.read_table(file, columns=columns) for file in self.files())
-
-
-def rows_file(npy: Path) -> Path:
-    """The path of the table that describes the rows of ``features.npy``."""
-    return npy.with_name(npy.stem + ROWS_ENDING)
-
-
-def _write_parquet(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for table in tables:
-            writer.write_table(table.replace_schema_metadata(schema.metadata))
-
-
-def _write_npy(tables: Iterator[pa.Table], num_rows: int, schema: pa.Schema, path: Path) -> None:
-    """The features of all tables as one array."""
-    kind, shape = schema.field("features").type, []
-    while pa.types.is_fixed_size_list(kind):
-        shape.append(kind.list_size)
-        kind = kind.value_type
-    dtype = np.dtype(kind.to_pandas_dtype())
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_rows, *shape)}
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for table in tables:
-            values = table["features"].combine_chunks()
-            for _ in shape:
-                values = values.flatten()
-            file.write(values.to_numpy(zero_copy_only=False).tobytes())
-
-
-def _settings_of(out: Path) -> dict[str, Any]:
-    """The settings of a finished file; empty for a file that ``embed`` did not write."""
-    file = rows_file(out) if out.suffix == ".npy" else out
-    try:
-        return json.loads(pq.read_schema(file).metadata[METADATA_KEY.encode()])["settings"]
-    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are OSErrors or ValueErrors
-        return {}
-
-
-def _check_same(settings: dict[str, Any], old: dict[str, Any], path: Path) -> None:
-    """Raise an error if existing features were made with other settings. Version 0.1 stored more settings."""
-    if different := [name for name, value in settings.items() if old.get(name) != value]:
-        raise ValueError(
-            f"{path} was made with other settings ({', '.join(different)}): delete it, or give another --out"
-        )
+        """The columns of each part; checksums are verified."""
+        for file in self.files():
+            try:
+                table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+            except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+                self._delete(file)
+                raise DamagedPart(f"{file} is damaged ({first_line(error)})") from None
+            yield table
 
 
 def _name_unreadable(console: Console, unreadable: list[Report]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dmjd.config.checks import check_out, check_path, check_text
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
-from dmjd.files import METADATA_KEY, atomic, write_bytes
+from dmjd.files import METADATA_KEY, atomic, check_writable, make_folder, write_bytes
 from dmjd.interop.conversion import timm_call
 from dmjd.nn.modes import float32_by_default
 from dmjd.suggest import did_you_mean
@@ -56,11 +56,9 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
     out, run = check_out("out", out), check_path("run", run)
     if out.suffix != FORMATS[format]:
         raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")
+    check_writable(out)
     encoder = load_encoder(run)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+    make_folder(out.parent)
     return {"timm": _to_timm, "safetensors": _to_safetensors, "onnx": _to_onnx}[format](encoder, out)
 
 

@@ -10,8 +10,9 @@ from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.recheck import recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import UnreadableImages
+from dmjd.encoders.headers import ENCODER_DIGEST_KEY, WEIGHTS_KEY
 from dmjd.encoders.registry import fresh_like
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata, weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report
@@ -20,9 +21,10 @@ from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.results import read_result
 from dmjd.evaluation.tables import results_table
+from dmjd.figures.attempt import attempt_figure
 from dmjd.figures.curves import save_curves_figure
 from dmjd.figures.show import save_reconstruction_figure
-from dmjd.files import write_bytes, write_text
+from dmjd.files import digest_of, write_bytes, write_text
 from dmjd.model import MaskedImageModel
 from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
@@ -56,6 +58,8 @@ class Monitor(Callback):
         self._fingerprint = source.fingerprint()
         self._knn: OnlineKnn | None = None
         self._baselines: dict[str, float] = {}
+        self._next_evaluation = 0.0  # progress
+        self._encoder_file = b""  # that belongs to the checkpoint which is being written
         self._warned: set[str] = set()  # names of targets whose warning was shown
         self._warnings: dict[str, str] = {}  # by target, as of the last logged step
 
@@ -67,10 +71,21 @@ class Monitor(Callback):
         if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count them anew:
             self.unreadable = known  # a disk or folder that was gone may be back
 
+    def after_restore(self) -> None:
+        """Write the encoder again if its file is missing, damaged or not that of the checkpoint."""
+        file, content = self.folder.path / ENCODER_FILE, encoder_bytes(self.model.encoder)
+        if not file.is_file() or file.read_bytes() != content:
+            write_bytes(file, content)
+            self.console.say(f"{file} was missing or not that of the newest checkpoint: it is written again")
+
     def state(self) -> dict[str, Any]:
-        """Encoder metadata, data fingerprint, unreadable images and configuration."""
+        """Encoder metadata, hash and the digest of its file, data fingerprint, unreadable images and configuration."""
+        encoder = self.model.encoder
+        self._encoder_file = encoder_bytes(encoder)
         return {
-            "encoder": encoder_metadata(self.model.encoder),
+            "encoder": encoder_metadata(encoder),
+            WEIGHTS_KEY: weights_hash(encoder),
+            ENCODER_DIGEST_KEY: digest_of(self._encoder_file),
             "data": self._fingerprint,
             "bad": self.unreadable.reports,
             "config": json.loads(self.config.to_json()),
@@ -83,7 +98,8 @@ class Monitor(Callback):
             ValueError: if labels cannot be used, or a logger is not installed.
         """
         wandb_config = json.loads(self.config.to_json()) if self.config.wandb else None
-        loggers = open_loggers(self.folder.path, step, wandb_config)
+        loggers = open_loggers(self.folder.path, step, wandb_config, self.console.warn)
+        self._next_evaluation = _next_evaluation(progress)
         if self.config.eval_every != 0 and self._test_source is not None:
             assert self.model.encoder.preprocess is not None
             self._knn = OnlineKnn(self.source, self._test_source, self.model.encoder.preprocess, self._device)
@@ -110,7 +126,8 @@ class Monitor(Callback):
 
     def evaluate(self, report: Report) -> dict[str, float]:
         """Save a reconstruction figure and, with labels, measure the accuracy of online kNN and its baselines."""
-        self._save_figure(f"step-{report.state.step:09d}.png")
+        self._next_evaluation = _next_evaluation(report.progress)
+        attempt_figure(lambda: self._save_figure(f"step-{report.state.step:09d}.png"), self.console)
         if self._knn is None:
             return {}
         if not self._baselines:
@@ -123,10 +140,11 @@ class Monitor(Callback):
 
     def after_save(self, final: bool) -> None:
         """Write the encoder to the run folder."""
-        write_bytes(self.folder.path / ENCODER_FILE, encoder_bytes(self.model.encoder))
+        write_bytes(self.folder.path / ENCODER_FILE, self._encoder_file)
+        self._encoder_file = b""
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Save the last figures and, if there are labels, run kNN and linear probe with their baselines.
+        """If there are labels, run kNN and linear probe with their baselines; then save the last figures.
 
         Only the first process does so; the others wait for it.
 
@@ -143,12 +161,22 @@ class Monitor(Callback):
         path = self.folder.path
         for text in self._warnings.values():
             self.console.warn(f"at the end of the run: {text}")
-        self._save_figure("final.png")
-        save_curves_figure(self.folder.metrics, path / "figures" / "curves.png")
-        self.console.say(f"encoder: {path / ENCODER_FILE}   images: {path / 'figures'}")
+        try:
+            results = self._final_results()
+        finally:
+            curves = path / "figures" / "curves.png"
+            attempt_figure(lambda: self._save_figure("final.png"), self.console)
+            attempt_figure(lambda: save_curves_figure(self.folder.metrics, curves), self.console)
+            self.console.say(f"encoder: {path / ENCODER_FILE}   images: {path / 'figures'}")
+        if results:
+            self.console.table(results_table(results))
+        return results
+
+    def _final_results(self) -> dict[str, dict[str, Any]]:
+        """Task -> result of the final evaluation; those of the same encoder are read."""
         if not self.config.final_eval or self._test_source is None:
             return {}
-        encoder = self.model.encoder
+        path, encoder = self.folder.path, self.model.encoder
         found = {task: read_result(path / "evaluation" / f"{task}.json", encoder) for task in FINAL_TASKS}
         results = {task: result for task, result in found.items() if result is not None}
         if len(results) < len(FINAL_TASKS):
@@ -156,7 +184,6 @@ class Monitor(Callback):
             seed, test = self.config.seed, self._test_source
             self.console.say(f"final evaluation: {' and '.join(FINAL_TASKS)}, with their baselines")
             results = evaluate_frozen(tasks, encoder, self.source, test, folder=path, seed=seed)
-        self.console.table(results_table(results))
         return results
 
     def count_unreadable(self, reports: Iterable[tuple[str, str]]) -> None:

@@ -29,7 +29,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import float32_by_default
 from dmjd.pretraining.callbacks import Monitor
 from dmjd.runs.build import LISTING, build_model, open_data
-from dmjd.runs.checkpoint import Checkpoint, RunFolder
+from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder
 from dmjd.runs.driver import Driver, newest_checkpoint
 
 FEW_IMAGES = 64
@@ -98,7 +98,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
             source.save_listing(out / LISTING)
         fabric.barrier()
         # 5. The newest checkpoint, if the run was started before.
-        checkpoint = newest_checkpoint(folder, console)
+        checkpoint = newest_checkpoint(folder, console, PretrainState)
         # 6. Preprocessing, which is saved with the weights.
         model.encoder.preprocess = resolve_preprocess(config, source, checkpoint, console)
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
@@ -160,7 +160,7 @@ def resolve_preprocess(
 ) -> Preprocess:
     """The checkpoint's preprocessing; else the configured, ImageNet's (3 channels) or measured mean and std."""
     if checkpoint is not None:
-        return Preprocess.from_dict(checkpoint.state["encoder"]["preprocess"])
+        return checkpoint.preprocess()
     mean, std = config.mean, config.std
     if mean is not None and std is not None:
         warning = range_warning(source)

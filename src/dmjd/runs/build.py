@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, encoder_family
+from dmjd.files import FileWarning
 from dmjd.images.preprocess import Preprocess
 from dmjd.masking import MaskSampler, sampler_class
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import float32_by_default
-from dmjd.runs.checkpoint import RunFolder
+from dmjd.runs.checkpoint import ModelState, RunFolder, one_line, read_config_of
 from dmjd.targets.base import TargetSettings
 from dmjd.targets.registry import target_class
 
@@ -178,18 +180,17 @@ def read_config(run: str | Path) -> PretrainConfig:
     """The configuration of a run folder.
 
     Raises:
-        ValueError: if the folder is not a run.
+        ValueError: if the folder is not a run, or its configuration is damaged and no checkpoint replaces it.
     """
-    file = check_path("run", run) / "config.json"
-    try:
-        return PretrainConfig.from_json(file.read_bytes(), str(file))
-    except OSError:
-        raise ValueError(f"{run} is not a run folder: it has no config.json; give the --out of dmjd pretrain") from None
+    config = read_config_of(check_path("run", run))
+    if config is None:
+        raise ValueError(f"{run} is not a run folder: it has no config.json; give the --out of dmjd pretrain")
+    return config
 
 
 @float32_by_default()
 def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
-    """Load the pre-training model of a run at its newest checkpoint.
+    """Load the pre-training model of a run at its newest checkpoint. A damaged one is skipped with a warning.
 
     Returns:
         The model in evaluation mode, and the run's configuration.
@@ -198,13 +199,21 @@ def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
         ValueError: if the folder is not a run, or has no readable checkpoint.
     """
     config = read_config(run)
-    checkpoint, _ = RunFolder(run, owner=False).newest()
+    checkpoint, problems = RunFolder(run, owner=False).newest(ModelState)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint yet; wait for its first one (--checkpoint-every steps)")
     # The teacher may have moved since the checkpoint; loading the state checks that it is the same one.
-    config = PretrainConfig.from_json(json.dumps(checkpoint.state["config"])).replace(teacher=config.teacher)
+    stored = PretrainConfig.from_json(json.dumps(checkpoint.state["config"]), str(checkpoint.path))
+    config = stored.replace(teacher=config.teacher)
     with torch.random.fork_rng(devices=[]):
         model = build_model(config)
-    model.load_state_dict(checkpoint.part("model"))
-    model.encoder.preprocess = Preprocess.from_dict(checkpoint.state["encoder"]["preprocess"])
+    try:
+        model.load_state_dict(checkpoint.part("model"))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path} does not fit the model of its configuration: {one_line(error)}") from None
+    if problems:
+        warnings.warn(
+            f"{'; '.join(problems)}. The model is that of {checkpoint.path}, an older one", FileWarning, stacklevel=2
+        )
+    model.encoder.preprocess = checkpoint.preprocess()
     return model.eval(), config

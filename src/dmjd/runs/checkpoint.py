@@ -4,31 +4,58 @@ A checkpoint is one safetensors file: tensors of model and optimizer, everything
 it runs no code. Random states are not saved: randomness is a function of seed and step (see :mod:`dmjd.rng`).
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import platform
-import re
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from dmjd.checked_json import check_json
 from dmjd.config.checks import check_path
 from dmjd.config.pretrain import PretrainConfig, resume_differences
-from dmjd.files import read_safetensors, write_safetensors, write_text
-
-FORMAT_VERSION = 1
+from dmjd.encoders.headers import CHECKPOINT_FORMAT, CHECKPOINTS, FINAL, check_checkpoint, read_headers, step_files
+from dmjd.encoders.weights import EncoderMetadata
+from dmjd.files import (
+    FileWarning,
+    append_lines,
+    read_safetensors,
+    remove,
+    remove_leftovers,
+    try_lock,
+    write_safetensors,
+    write_text,
+)
+from dmjd.images.preprocess import Preprocess
+from dmjd.runs.metrics import cut_metrics
 
 KEEP = 2  # step checkpoints, besides the final one
 
-FINAL = "final.safetensors"
+CONFIG_FILE = "config.json"
 
 ORPHANS_SECONDS = 30.0  # worker processes check every five seconds whether their parent is alive
+
+
+class ModelState(TypedDict):
+    """What the metadata of a pre-training checkpoint holds about the model."""
+
+    encoder: EncoderMetadata
+    config: dict[str, Any]
+
+
+class PretrainState(ModelState):
+    """What the metadata of a pre-training checkpoint holds besides that of every checkpoint."""
+
+    weights: NotRequired[str]  # hash of the encoder's
+    encoder_file: NotRequired[str]  # digest of the encoder file that belongs to it
+    data: str  # fingerprint
+    bad: list[tuple[str, str]]  # unreadable images
+    scaler: NotRequired[dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -44,21 +71,28 @@ class Checkpoint:
         prefix = f"{name}."
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
+    def preprocess(self) -> Preprocess:
+        """The preprocessing of the encoder of a pre-training run; ValueError if it is damaged."""
+        values = check_json(self.state["encoder"]["preprocess"], dict[str, Any], str(self.path))
+        try:
+            return Preprocess.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write a checkpoint atomically; a full disk or a kill never damages an earlier one."""
-    write_safetensors(path, tensors, {"format": FORMAT_VERSION} | state)
+    write_safetensors(path, tensors, {"format": CHECKPOINT_FORMAT} | state)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        ValueError: for a truncated file, another kind of file, or another format version.
+        ValueError: for a damaged file, another kind of file, or another format version.
     """
     tensors, state = read_safetensors(path, kind="checkpoint")
-    if state.get("format") != FORMAT_VERSION or "progress" not in state:
-        raise ValueError(f"{path} is not a dmjd checkpoint of format {FORMAT_VERSION}")
+    check_checkpoint(path, state)
     return Checkpoint(path, tensors, state)
 
 
@@ -69,13 +103,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`."""
+    """Inverse of :func:`optimizer_tensors`; KeyError for a state that is not of this optimizer."""
     whole = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
+        index, _, name = key.partition(".")
+        if not (index.isdecimal() and int(index) < len(parameters)) or (
+            value.ndim and value.shape != parameters[int(index)].shape
+        ):
+            raise KeyError(f"optimizer.{key}")
         entries.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": entries, "param_groups": whole["param_groups"]})
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error that PyTorch raised while it loaded a state: its last line, which tells the most."""
+    lines = str(error).split("\n") if isinstance(error, RuntimeError) else [" ".join(str(error).split("\n"))]
+    return lines[-1].strip() or type(error).__name__
 
 
 def named_tensors(part: str, module: nn.Module) -> dict[str, Tensor]:
@@ -110,35 +155,35 @@ class RunFolder:
 
     def __init__(self, path: str | Path, owner: bool = True) -> None:
         self.path, self.owner = check_path("out", path), owner
+        self._unwritten: list[str] = []  # lines of metrics
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--out {self.path} is a file; give a folder for the run")
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         if not owner:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+", encoding="utf-8")  # "w" would erase the name of another owner
+            lock = self._take_lock(self.path / ".lock")
+            if lock is None:
+                raise ValueError(f"another process is training in {self.path}; wait for it or give another --out")
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} {platform.node()}")
+            lock.flush()
         except OSError as error:
             raise ValueError(f"--out {self.path} cannot be written: {error.strerror}") from None
-        if not self._locked():
-            self._lock.close()
-            raise ValueError(f"another process is training in {self.path}; wait for it or give another --out")
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()} {platform.node()}")
-        self._lock.flush()
+        self._lock = lock
+        for folder in (self.path, self.checkpoints, self.path / "figures"):
+            remove_leftovers(folder)
 
-    def _locked(self) -> bool:
+    def _take_lock(self, file: Path) -> IO[str] | None:
         """Take the lock; if its owner was killed, wait for the worker processes it left behind, which still hold it."""
         until = time.monotonic() + ORPHANS_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except OSError:
-                self._lock.seek(0)
-                if time.monotonic() > until or not _is_dead(self._lock.read()):
-                    return False
-                time.sleep(0.1)
+        while (lock := try_lock(file)) is None:
+            owner = file.read_text(encoding="utf-8", errors="replace")
+            if time.monotonic() > until or not _is_dead(owner):
+                return None
+            time.sleep(0.1)
+        return lock
 
     def close(self) -> None:
         """Release the lock."""
@@ -156,12 +201,8 @@ class RunFolder:
         Raises:
             ValueError: naming the settings that differ, or if the folder holds a run and resuming is off.
         """
-        file = self.path / "config.json"
-        if file.exists():
-            try:
-                old = PretrainConfig.from_json(file.read_text(encoding="utf-8"))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file} is not a run's configuration ({error}); give another --out") from None
+        old = read_config_of(self.path)
+        if old is not None:
             if not config.resume:
                 raise ValueError(f"{self.path} holds a run already and --no-resume was given; give another --out")
             if lines := resume_differences(old, config):
@@ -169,60 +210,79 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} holds a run with other settings; use them, or another --out:\n  {listed}"
                 )
-        elif self.files():
-            raise ValueError(f"{self.path} holds checkpoints but no config.json; give another --out")
-        write_text(file, config.to_json())
+        write_text(self.path / CONFIG_FILE, config.to_json())
 
     def files(self) -> list[Path]:
         """Step checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step-*.safetensors"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
+        return step_files(self.checkpoints)
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+    def newest(self, schema: Any = dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
         """The newest readable checkpoint, or None, and the errors of newer ones.
+
+        Args:
+            schema: type of the state, besides what all checkpoints hold.
 
         Raises:
             ValueError: if there are checkpoints and none is readable.
         """
-        final = [self.checkpoints / FINAL] if (self.checkpoints / FINAL).exists() else []
+        headers, unreadable = read_headers(self.checkpoints)
         problems = []
-        found = []
-        for file in final + self.files()[::-1]:
+        for header in headers:
             try:
-                found.append(load_checkpoint(file))
+                checkpoint = load_checkpoint(header.path)
+                check_json(checkpoint.state, schema, str(header.path))
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if file.name != FINAL:
-                break  # after the duration was extended, the final checkpoint is older than step files
-        if problems and not found:
+            return checkpoint, [one.reason for one in unreadable if one.newer_than(header.step)] + problems
+        problems += [one.reason for one in unreadable]
+        if problems:
             raise ValueError(
                 "no checkpoint can be read; start again with another --out:\n  " + "\n  ".join(problems[:5])
             )
-        return max(found, key=lambda c: c.state["progress"]["step"], default=None), problems
+        return None, []
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], final: bool = False) -> Path:
         """Write a checkpoint, then delete all but the last two step files."""
         file = self.checkpoints / (FINAL if final else f"step-{step:09d}.safetensors")
         save_checkpoint(file, tensors, state)
         for old in self.files()[:-KEEP]:
-            old.unlink()
+            remove(old)
         return file
 
-    def cut_metrics(self, step: int) -> None:
-        """Delete the metrics of steps after ``step``, which will be repeated."""
-        if not self.metrics.exists():
-            return
-        lines = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave an incomplete line
-                if json.loads(line).get("step", 0) <= step:
-                    lines.append(line + "\n")
-        write_text(self.metrics, "".join(lines))
+    def cut_metrics(self, step: int) -> int:
+        """Delete the metrics of steps after ``step``; see :func:`dmjd.runs.metrics.cut_metrics`."""
+        return cut_metrics(self.metrics, step)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Append one line of metrics."""
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise ValueError(f"could not write {self.metrics}: {error.strerror}; what was saved is untouched") from None
+        """Append one line of metrics. One that cannot be written is kept, and written together with the next."""
+        self._unwritten.append(json.dumps(values))
+        append_lines(self.metrics, self._unwritten)
+        self._unwritten = []
+
+
+def read_config_of(run: Path) -> PretrainConfig | None:
+    """The configuration of a run folder; None if there is neither a configuration nor a checkpoint.
+
+    A file that is missing or damaged is replaced by the configuration in the newest checkpoint, with a warning.
+
+    Raises:
+        ValueError: if there is no readable configuration.
+    """
+    file = run / CONFIG_FILE
+    try:
+        return PretrainConfig.from_json(file.read_bytes(), str(file))
+    except FileNotFoundError:
+        problem = f"{file} is missing"
+    except OSError as error:
+        problem = f"{file} cannot be read: {error.strerror}"
+    except ValueError as error:
+        problem = f"{file} is not a run's configuration ({str(error).removeprefix(f'{file}: ')})"
+    headers, unreadable = read_headers(run / CHECKPOINTS)
+    for header in headers:
+        if isinstance(stored := header.metadata.get("config"), dict):
+            warnings.warn(f"{problem}. The configuration is taken from {header.path}", FileWarning, stacklevel=3)
+            return PretrainConfig.from_json(json.dumps(stored), str(header.path))
+    if not file.exists() and not headers and not unreadable:
+        return None
+    raise ValueError(f"{problem}, and no checkpoint replaces it; give another --out")

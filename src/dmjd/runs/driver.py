@@ -15,7 +15,15 @@ from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger
 from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report, StopNow, StopSignal
 from dmjd.engine.processes import LostProcessError, explain_loss, first_process_works, wait_for_first
-from dmjd.runs.checkpoint import FINAL, Checkpoint, RunFolder, load_optimizer_tensors, named_tensors, optimizer_tensors
+from dmjd.runs.checkpoint import (
+    FINAL,
+    Checkpoint,
+    RunFolder,
+    load_optimizer_tensors,
+    named_tensors,
+    one_line,
+    optimizer_tensors,
+)
 
 UNEVALUATED = "unevaluated"  # in the state of a checkpoint: its step is to be evaluated first
 
@@ -25,6 +33,9 @@ class Callback:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore what :meth:`state` and :meth:`tensors` saved; ValueError if the checkpoint belongs to other data."""
+
+    def after_restore(self) -> None:
+        """Called in the first process when everything is restored: write what is missing or stale."""
 
     def start(self, step: int, progress: float) -> Sequence[Logger]:
         """Called before the first step. Returns destinations of scalars besides ``metrics.jsonl``."""
@@ -91,22 +102,36 @@ class Driver:
         self._restored_final = False
         self._complete: int | None = self.engine.state.step  # last step with its callback; None: in it
         self._unevaluated: dict[str, Any] | None = None  # the callback's state before a due evaluation
+        self._warned_of_metrics = False
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Continue from a checkpoint, if there is one; a final one may hold no optimizer state, only the result."""
-        if checkpoint is None:
-            return
-        self.callback.restore(checkpoint)
-        self.engine.load_state_dict(checkpoint.state)
-        if optimizer := checkpoint.part("optimizer"):
-            self.model.load_state_dict(checkpoint.part("model"))
-            load_optimizer_tensors(self.engine.optimizer, optimizer)
+        """Continue from a checkpoint, if there is one; a final one may hold no optimizer state, only the result.
+
+        Metrics of later steps, which will be repeated, are deleted, and files that do not fit the checkpoint, e.g.
+        after a kill between two writes, are written again.
+
+        Raises:
+            ValueError: if the checkpoint belongs to other data or to another model.
+        """
+        if checkpoint is not None:
+            try:
+                self.callback.restore(checkpoint)
+                self.engine.load_state_dict(checkpoint.state)
+                if optimizer := checkpoint.part("optimizer"):
+                    self.model.load_state_dict(checkpoint.part("model"))
+                    load_optimizer_tensors(self.engine.optimizer, optimizer)
+            except (RuntimeError, TypeError, KeyError) as error:
+                raise ValueError(f"{checkpoint.path} does not fit this training: {one_line(error)}") from None
         if self.folder.owner:
-            self.folder.cut_metrics(self.engine.state.step)
-        self._restored_final = checkpoint.path.name == FINAL
-        self._complete = self.engine.state.step
-        if checkpoint.state.get(UNEVALUATED):
-            self._unevaluated = self.callback.state()
+            if damaged := self.folder.cut_metrics(self.engine.state.step):
+                self.console.warn(f"{self.folder.metrics}: {damaged} damaged line(s) are left out")
+            if checkpoint is not None:
+                self.callback.after_restore()
+        if checkpoint is not None:
+            self._restored_final = checkpoint.path.name == FINAL
+            self._complete = self.engine.state.step
+            if checkpoint.state.get(UNEVALUATED):
+                self._unevaluated = self.callback.state()
 
     def run(self) -> bool:
         """Train to the end, or until a signal requests a stop; the state is saved either way.
@@ -242,14 +267,26 @@ class Driver:
     def _record(self, step: int, values: dict[str, float]) -> None:
         """Log scalars of a step to all destinations."""
         self.metrics = {"step": step} | values
-        self.folder.log(self.metrics)
+        try:
+            self.folder.log(self.metrics)
+            self._warned_of_metrics = False
+        except ValueError as error:  # whether the training can go on is decided when a checkpoint is written
+            if not self._warned_of_metrics:
+                self.console.warn(f"{error}; metrics are kept in memory and written when that is possible again")
+            self._warned_of_metrics = True
         for logger in self._loggers:
             logger.log(values, step)
 
 
-def newest_checkpoint(folder: RunFolder, console: Console) -> Checkpoint | None:
-    """The newest readable checkpoint of a folder, with a warning for each newer one that is damaged."""
-    checkpoint, problems = folder.newest()
+def newest_checkpoint(folder: RunFolder, console: Console, schema: Any) -> Checkpoint | None:
+    """The newest readable checkpoint of a folder, with a warning for each newer one that is damaged.
+
+    Args:
+        folder: the folder.
+        console: for the warnings.
+        schema: type of the state; see :meth:`RunFolder.newest`.
+    """
+    checkpoint, problems = folder.newest(schema)
     for problem in problems:
         console.warn(f"{problem}; resuming from an older one")
     return checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.config.checks import check_out, check_path
+from dmjd.config.checks import check_path
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
@@ -22,11 +22,17 @@ from dmjd.evaluation.frozen.features import Extractor, Features, extract_all, po
 from dmjd.evaluation.frozen.linear_sweep import HELD_OUT, SweepFeatures
 from dmjd.evaluation.low_shot import ALL_LABELS, LowShot, hold_out, summarize
 from dmjd.evaluation.registry import get_frozen_task
-from dmjd.evaluation.results import Baselines, data_fingerprint, key_of, versions, write_result
+from dmjd.evaluation.results import (
+    PARTS,
+    Baselines,
+    check_results_folder,
+    data_fingerprint,
+    key_of,
+    versions,
+    write_result,
+)
 from dmjd.evaluation.setup import aligned_labels, config_of, given_data, open_sets
 from dmjd.nn.modes import evaluating, float32_by_default
-
-PARTS = ("result", "random_init", "raw_pixels")  # what is measured: the encoder and its two baselines
 
 
 @float32_by_default()
@@ -54,15 +60,17 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
     keep_freed_memory(device)
     given = given_data(config.data, config.test_data, config.labels)
     run_config = config_of(run)
+    out = Path(config.out).expanduser() if config.out is not None else run if run.is_dir() else None
+    if out is not None:
+        check_results_folder(out)
     encoder = load_encoder(run, device)
     train, test, _ = open_sets(run_config, run, encoder, given)
-    out = check_out("out", config.out) if config.out is not None else None
     return evaluate_frozen(
         tasks,
         encoder,
         train,
         test,
-        folder=out or (run if run.is_dir() else None),
+        folder=out,
         seed=config.seed,
         batch_size=config.batch_size,
         num_workers=config.num_workers,

@@ -18,9 +18,10 @@ from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.registry import fresh_like, resized
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.loop import Task
-from dmjd.evaluation.results import data_fingerprint
+from dmjd.evaluation.results import check_results_folder, data_fingerprint
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings
+from dmjd.figures.attempt import attempt_figure
 
 EVAL_IMAGES = 32  # test images for validation during training
 
@@ -36,11 +37,16 @@ def open_encoder(run: str | Path, out: str | Path | None) -> tuple[Encoder, Path
         ValueError: if there is no encoder, it has no preprocessing, or no folder for results is given.
     """
     path = check_path("run", run)
+    if out is None and path.exists() and not path.is_dir():
+        raise ValueError(f"{run} is not a run folder: say where results go with --out DIR")
+    folder = check_out("out", out) if out is not None else path
+    if out is not None or path.is_dir():
+        check_results_folder(folder)
     encoder = load_encoder(path if path.exists() else run)
     known_preprocess(encoder)
     if out is None and not path.is_dir():
         raise ValueError(f"{run} is not a run folder: say where results go with --out DIR")
-    return encoder, check_out("out", out) if out is not None else path
+    return encoder, folder
 
 
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -138,7 +144,8 @@ class DenseEvaluation(SupervisedEvaluation):
         with fitted.testing() as task:
             if self.config.num_images:
                 shown = evenly_spaced(len(self.test), self.config.num_images)
-                self.draw(task, shown, fitted.folder / "predictions.png")
+                file = fitted.folder / "predictions.png"
+                attempt_figure(lambda: self.draw(task, shown, file), self.console)
             scores = self.measure(task)
         return scores | {"num_unreadable": len(self.unreadable)}
 

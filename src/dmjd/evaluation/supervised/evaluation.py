@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lightning.fabric import Fabric
 
+from dmjd.checked_json import read_json
 from dmjd.config.dense import DenseConfig
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.sources.base import Source
@@ -16,7 +17,7 @@ from dmjd.encoders.weights import weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.engine.loop import Task
-from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
+from dmjd.evaluation.results import data_fingerprint, headline, key_of, versions, write_result
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit
 from dmjd.files import write_text
 
@@ -36,9 +37,11 @@ class SupervisedEvaluation(ABC):
 
     Attributes:
         name: name of the task.
+        described: parts of a result that describe it.
     """
 
     name: ClassVar[str]
+    described: ClassVar[tuple[str, ...]] = ()
     config: FinetuneConfig | DenseConfig
 
     def __init__(
@@ -81,6 +84,20 @@ class SupervisedEvaluation(ABC):
     def identity(self) -> dict[str, Any]:
         """Everything a result depends on besides encoder, start, seed and data, as JSON types."""
 
+    def finished(self, file: Path) -> dict[str, Any]:
+        """Read the result of a finished training.
+
+        Raises:
+            ValueError: if it, or a file that belongs to it, is damaged.
+        """
+        try:
+            result = read_json(file, dict[str, Any])
+            if headline(result) is None or any(not isinstance(result.get(name), dict) for name in self.described):
+                raise ValueError(f"{file}: it is not the result of a training")
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it, and the same command makes it again") from None
+        return result
+
     def run(self, start: str, folder: Path) -> dict[str, Any]:
         """Train from one start and test, in a subfolder whose name contains a hash of all that the result depends on.
 
@@ -102,7 +119,7 @@ class SupervisedEvaluation(ABC):
         subfolder = f"evaluation/{self.name}/{STARTS[start].replace(' ', '-')}-seed{self.seed}-{key}"
         file = folder / subfolder / "result.json"
         if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
+            return self.finished(file) | {"folder": subfolder}
         task = self.task(start)
         decay = self.config.layer_decay if start == "result" else 1.0
         assert decay is not None

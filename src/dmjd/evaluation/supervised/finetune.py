@@ -18,18 +18,19 @@ from dmjd.data.labeled_loader import LabeledBatches
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.encoders.classifier import CLASSIFIER_FILE, ImageClassifier, classifier_bytes
+from dmjd.encoders.classifier import CLASSIFIER_FILE, CLASSIFIER_KEY, ImageClassifier, classifier_bytes, load_classifier
 from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.loop import Task
 from dmjd.evaluation.low_shot import LowShot, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
-from dmjd.evaluation.results import data_fingerprint
+from dmjd.evaluation.results import check_results_folder, data_fingerprint
 from dmjd.evaluation.setup import config_of, given_data, open_sets
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
+from dmjd.figures.attempt import attempt_figure
 from dmjd.figures.confusion import save_confusion_figure
-from dmjd.files import write_bytes
+from dmjd.files import digest_of, write_bytes
 from dmjd.nn.dropout import set_row_keys
 
 BEST_FILE = "best.safetensors"  # the classifier at its best validation
@@ -81,6 +82,7 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
     if config.out is None and not run.is_dir() and run.exists():
         raise ValueError(f"{run} is a file: say where the classifier goes with --out DIR")
     run_config = config_of(run)
+    check_results_folder(Path(config.out).expanduser() if config.out is not None else run)
     config = config.replace(flip=options.get("flip", run_config.flip))
     encoder = load_encoder(run)
     given = given_data(config.data, config.test_data, config.labels)
@@ -111,10 +113,10 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
         for start in STARTS:
             results[start].append(evaluation.run(start, folder))
     first = results["result"][0]
-    described = {name: first[name] for name in ("configuration", "data")}
-    write_bytes(
-        folder / "evaluation" / "finetune" / CLASSIFIER_FILE, (folder / first["folder"] / CLASSIFIER_FILE).read_bytes()
-    )
+    described = {name: first[name] for name in Finetuning.described}
+    classifier = _read_classifier(folder / first["folder"])
+    write_bytes(folder / "evaluation" / "finetune" / CLASSIFIER_FILE, classifier)
+    described[CLASSIFIER_KEY] = digest_of(classifier)
     seeds = [evaluation.seed for evaluation in evaluations]
     summaries = {
         start: summarize([{k: v for k, v in one.items() if k not in described} for one in found], seeds)
@@ -122,6 +124,20 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
     }
     encoder = evaluations[0].encoder
     return save_comparison(folder, "finetune", summaries, encoder, seed, overrides=overrides, **described)
+
+
+def _read_classifier(folder: Path) -> bytes:
+    """The bytes of the classifier of a finished training.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    file = folder / CLASSIFIER_FILE
+    try:
+        load_classifier(file)
+        return file.read_bytes()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; delete {folder}, and the same command trains it again") from None
 
 
 class Finetuning(SupervisedEvaluation):
@@ -136,6 +152,7 @@ class Finetuning(SupervisedEvaluation):
     """
 
     name = "finetune"
+    described = ("configuration", "data")
     config: FinetuneConfig
 
     def __init__(
@@ -203,7 +220,8 @@ class Finetuning(SupervisedEvaluation):
         keep = start == "result"
         if keep:
             write_bytes(fitted.folder / CLASSIFIER_FILE, classifier_bytes(task.classifier))
-        save_confusion_figure(labels, predictions, self.train.classes, fitted.folder / "confusion.png")
+        file = fitted.folder / "confusion.png"
+        attempt_figure(lambda: save_confusion_figure(labels, predictions, self.train.classes, file), self.console)
         last = best = accuracies(ranks)
         with fitted.best_weights(), fitted.testing():
             if fitted.best["step"] < fitted.step:  # otherwise it is the last model, just tested

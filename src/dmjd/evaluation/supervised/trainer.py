@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from lightning.fabric import Fabric
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 
 from dmjd.config.dense import DenseConfig
 from dmjd.config.finetune import FinetuneConfig
+from dmjd.encoders.headers import CHECKPOINTS, FINAL, read_header
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric
 from dmjd.engine.loop import Duration, Engine, Report, Task
 from dmjd.engine.optim import warmup_cosine
-from dmjd.files import write_text
+from dmjd.files import remove, write_text
 from dmjd.nn.modes import evaluating
-from dmjd.runs.checkpoint import FINAL, Checkpoint, RunFolder, load_checkpoint, named_tensors, save_checkpoint
+from dmjd.runs.checkpoint import KEEP, Checkpoint, RunFolder, load_checkpoint, named_tensors, save_checkpoint
 from dmjd.runs.driver import Callback, Driver, newest_checkpoint
 
-BEST = "best.safetensors"
+BEST = "best.safetensors"  # of version 0.1; now the name holds the step, see best_file
 
 BETAS = (0.9, 0.999)
 
@@ -35,6 +37,14 @@ Batches = Callable[[int, Fabric], Generator[Any, None, None]]
 
 # model in evaluation mode, without gradients, under the training's autocast -> scores; the first one selects the best.
 Validate = Callable[[nn.Module], dict[str, float]]
+
+
+class FitState(TypedDict):
+    """What the metadata of a checkpoint holds besides that of every checkpoint."""
+
+    scores: dict[str, float]
+    best: dict[str, float]
+    scaler: NotRequired[dict[str, Any] | None]
 
 
 class Stopped(Exception):  # noqa: N818, not an error: it was requested
@@ -113,7 +123,8 @@ class FitResult:
         scores: scores of the last validation.
         best: {"step": ..., scores of the best validation}.
         step: steps done.
-        folder: holds ``checkpoints/final.safetensors`` and ``checkpoints/best.safetensors`` (tensors ``model.*``).
+        folder: holds ``checkpoints/final.safetensors`` and ``checkpoints/best-<step>.safetensors`` (tensors
+            ``model.*``).
         fabric: device and precision of the training.
     """
 
@@ -134,11 +145,28 @@ class FitResult:
     def best_weights(self) -> Iterator[Task]:
         """The model with the weights of its best validation; the last weights are restored afterwards."""
         last = {key: value.clone() for key, value in self.model.state_dict().items()}
-        self.model.load_state_dict(load_checkpoint(self.folder / "checkpoints" / BEST).part("model"))
+        best = best_file(self.folder / CHECKPOINTS, int(self.best["step"]))
+        self.model.load_state_dict(load_checkpoint(best).part("model"))
         try:
             yield self.model
         finally:
             self.model.load_state_dict(last)
+
+
+def best_file(checkpoints: Path, step: int) -> Path:
+    """The file of the best model, which belongs to a step of validation.
+
+    Its name holds the step, so that a kill between this file and the next checkpoint cannot exchange the weights
+    behind the scores in the last checkpoint.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    file = checkpoints / f"best-{step:09d}.safetensors"
+    for candidate in (file, checkpoints / BEST):
+        if candidate.exists() and read_header(candidate).step == step:
+            return candidate
+    raise ValueError(f"{file} is missing; delete {checkpoints.parent} to train again")
 
 
 def num_steps(epochs: float | None, steps: int | None, num_images: int, batch_size: int) -> int:
@@ -194,7 +222,7 @@ def fit(
     console = console or Console()
     with closing(RunFolder(folder)) as run, closing(console):
         _validate_config(run, {"settings": settings.identity()} | dict(identity))
-        checkpoint = newest_checkpoint(run, console)
+        checkpoint = newest_checkpoint(run, console, FitState)
         engine = _make_engine(task, groups, settings, fabric)
         validation = Validation(engine, settings, validate, run, console, name)
         driver = Driver(
@@ -220,7 +248,11 @@ def _validate_config(folder: RunFolder, description: dict[str, Any]) -> None:
     """Check that the folder does not hold another training, and write the description of this one."""
     file = folder.path / "config.json"
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    if file.exists() and (old := file.read_text(encoding="utf-8")) != text:
+    try:
+        old = file.read_bytes().decode(errors="replace") if file.exists() else text
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; move {folder.path} away") from None
+    if old != text:
         changed = sorted(set(old.splitlines()) ^ set(text.splitlines()))[:6]
         listed = "\n  ".join(line.strip() for line in changed)
         raise ValueError(f"{folder.path} holds a training with other settings; move it away:\n  {listed}")
@@ -270,10 +302,14 @@ class Validation(Callback):
             self.model = self.average.module
         self.scores: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self._saved_bests: deque[float] = deque(maxlen=KEEP)  # steps of the best models of the kept checkpoints
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore scores, moving average and, from the checkpoint of a finished training, the model."""
         self.scores, self.best = checkpoint.state["scores"], checkpoint.state["best"]
+        if self.best:
+            self._saved_bests.append(self.best["step"])
+            best_file(self.folder.checkpoints, int(self.best["step"]))
         if checkpoint.path.name == FINAL:
             self.model.load_state_dict(checkpoint.part("model"))
         elif self.average is not None:
@@ -290,10 +326,15 @@ class Validation(Callback):
         return tensors | (named_tensors("ema", self.average.module) if self.average is not None else {})
 
     def after_save(self, final: bool) -> None:
-        """Delete the step checkpoints of a finished training."""
+        """Delete the best models that no checkpoint names, and the step checkpoints of a finished training."""
         if final:
+            self._saved_bests.clear()
             for file in self.folder.files():
-                file.unlink()
+                remove(file)
+        self._saved_bests.append(self.best.get("step", -1))
+        for file in self.folder.checkpoints.glob("best-*.safetensors"):
+            if file.stem.removeprefix("best-") not in {f"{step:09.0f}" for step in self._saved_bests}:
+                remove(file)
 
     def after_step(self, report: Report) -> None:
         """Update the moving average."""
@@ -313,7 +354,8 @@ class Validation(Callback):
         if not self.best or self.scores[first] > self.best[first]:
             self.best = {"step": step} | self.scores
             state = self.engine.state_dict() | self.state()
-            save_checkpoint(self.folder.checkpoints / BEST, named_tensors("model", self.model), state)
+            file = self.folder.checkpoints / f"best-{step:09d}.safetensors"
+            save_checkpoint(file, named_tensors("model", self.model), state)
         shown = ", ".join(f"{name} {100 * value:.1f}" for name, value in self.scores.items())
         self.console.say(f"{self.name}, step {step} of {self.settings.steps}: {shown}")
         return self.scores
