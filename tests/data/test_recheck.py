@@ -33,7 +33,7 @@ def test_repaired_and_removed_images_do_not_count(begun):
     unchanged = recheck(open_source(root, listing=listing), fingerprint, reports, warnings.append)
     assert (unchanged.reports, warnings) == (reports, [])
     with pytest.raises(ValueError, match="12 of 24 images can't be read"):
-        unchanged.check(None, 24, unchanged.cure)
+        unchanged.check(None, 24, unchanged.cure(True))
     for i in range(11, 15):
         save(root / f"{i:02d}.png", i)
     for i in range(15, 23):
@@ -70,11 +70,12 @@ def test_another_set_is_refused(begun):
 def test_the_cure_is_one_that_works(begun):
     root, listing, fingerprint, reports = begun
     record = recheck(open_source(root, listing=listing), fingerprint, reports, print)
-    assert record.cure == "Repair or remove them, or raise --max-unreadable; the same command goes on."
+    assert record.cure(False).startswith("Repair them, or raise")
+    assert record.cure(True) == "Repair or remove them, or raise --max-unreadable; the same command goes on."
     shutil.rmtree(root)
     record.add([(f"{i}.png", MISSING) for i in range(30)])
-    assert record.cure.startswith("Repair or remove them")
-    assert UnreadableImages([("a.png", MISSING)]).cure.startswith("Put them back, or raise --max-unreadable")
+    assert record.cure(True).startswith("Repair or remove them")
+    assert UnreadableImages([("a.png", MISSING)]).cure(True).startswith("Put them back, or raise --max-unreadable")
 
 
 @pytest.mark.parametrize(("way", "every"), [("repair", 2), ("remove", 2), ("remove", 100)])

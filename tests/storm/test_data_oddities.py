@@ -12,9 +12,9 @@ import pytest
 from data_oddities import COCO, IMAGES, LABELS, coco_command, image_command, label_command
 from dense_sets import make_detection_set, make_run
 from PIL import Image
-from support import TINY
+from support import MAX_ERROR_LINES, TINY
 
-from dmjd.cli.main import MAX_ERROR_LINES, main
+from dmjd.cli.main import main
 
 CASES = [
     *((coco_command, name, case) for name, case in COCO.items()),

@@ -139,9 +139,12 @@ class UnreadableImages:
         """All but those that were removed."""
         return [(name, reason) for name, reason in self._reasons.items() if name not in self._removed]
 
-    @property
-    def cure(self) -> str:
-        """What to do if too many images of a pre-training run are unreadable."""
+    def cure(self, removable: bool) -> str:
+        """What to do if too many images of a pre-training run are unreadable.
+
+        Args:
+            removable: whether the run goes on after images were removed.
+        """
         missing = all(reason == MISSING for _, reason in self._counted())
-        what = "Put them back" if missing else "Repair or remove them"
+        what = "Put them back" if missing else "Repair or remove them" if removable else "Repair them"
         return f"{what}, or raise --max-unreadable; the same command goes on."

@@ -21,6 +21,8 @@ from dmjd.text import printable
 
 ImageLike = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
+_IMAGE_TYPES = (str, bytes, np.ndarray, Image.Image, os.PathLike, bytearray, memoryview)  # and binary files
+
 NPY_MAGIC = b"\x93NUMPY"
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -82,8 +84,7 @@ def open_file(source: str | Path | bytes | BinaryIO) -> BinaryIO:
 
 def is_image_like(value: object) -> bool:
     """Whether a value is one image, and not a sequence of some."""
-    known = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
-    return isinstance(value, known) or (hasattr(value, "read") and hasattr(value, "seekable"))
+    return isinstance(value, _IMAGE_TYPES) or (hasattr(value, "read") and hasattr(value, "seekable"))
 
 
 def decode_plain(plain: jpeg.PlainJpeg, factor: int = 1) -> np.ndarray:

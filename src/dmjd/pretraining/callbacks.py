@@ -194,7 +194,8 @@ class Monitor(Callback):
         """
         for name, reason in self.unreadable.add(reports):
             self.console.warn(f"unreadable, replaced by another image: {name}: {reason}")
-        self.unreadable.check(self.config.max_unreadable, len(self.source), self.unreadable.cure)
+        cure = self.unreadable.cure(self.source.removable)
+        self.unreadable.check(self.config.max_unreadable, len(self.source), cure)
 
     def report_unreadable(self) -> None:
         """Write ``unreadable.txt``, if there were any."""

@@ -52,7 +52,8 @@ def test_precedence(tmp_path, monkeypatch):
     """Names win over paths, and tables over images in the same folder."""
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "digits" / "1.png")
-    assert isinstance(open_source("digits", split="test"), DigitsSource)
+    with pytest.warns(UserWarning, match="not the folder digits/"):
+        assert isinstance(open_source("digits", split="test"), DigitsSource)
     assert isinstance(open_source("./digits"), FolderSource)
     assert absolute("digits") == "digits"
     assert absolute("./digits") == str(tmp_path / "digits")

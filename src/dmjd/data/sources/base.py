@@ -54,6 +54,7 @@ class Source(ABC):
         label_option: the only value of ``labels`` besides "none" that is accepted; None: all are.
         can_hold_masks: whether such sets can have segmentation masks.
         remote: whether such sets are on the network.
+        removable: whether a run goes on after images were removed: the list of images is kept with the run.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -61,6 +62,7 @@ class Source(ABC):
     label_option: ClassVar[str | None] = None
     can_hold_masks: ClassVar[bool] = False
     remote: ClassVar[bool] = False
+    removable: ClassVar[bool] = False
 
     name: str
     in_chans: int = 3

@@ -45,6 +45,7 @@ class FolderSource(Source):
 
     kind = "a folder of images"
     label_option = "folder"
+    removable = True
 
     def __init__(
         self,
