@@ -62,7 +62,7 @@ class Monitor(Callback):
         if checkpoint.state["data"] != self._fingerprint:
             raise ValueError(f"the images in {self.config.data} are not those this run began with; give another --out")
         known = UnreadableImages((name, reason) for name, reason in checkpoint.state["bad"])
-        if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count them anew:
+        if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count again:
             self.unreadable = known  # a disk or folder that was gone may be back
 
     def state(self) -> dict[str, Any]:
