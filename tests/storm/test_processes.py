@@ -141,8 +141,7 @@ def test_twenty_signals_at_random_moments(tmp_path, storm_folder, straight):
     stderr = end(process)
     assert process.returncode == 0, stderr
     assert [m["step"] for m in metrics(run)] == list(range(1, 61))
-    for file in ("checkpoints/final.safetensors", "encoder.safetensors"):
-        assert (run / file).read_bytes() == (straight / file).read_bytes()
+    assert_same_bits(run, straight)
     record("signals at random moments, to the main process and to workers", 20, survived)
 
 
@@ -311,10 +310,10 @@ def test_too_many_unreadable_images_on_two_processes(tmp_path, storm_folder):
         (data / f"{i}.png").write_text("no image")
     process = start(torchrun(*pretrain(data, tmp_path / "run")[1:]))
     stderr = end(process)
-    messages = stderr.split("\nerror: ", 1)[-1].split("\nW", 1)[0].splitlines()
     assert "can't be read" in stderr
     assert "src/dmjd" not in stderr
-    assert len(messages) <= 10, stderr
+    assert len(ours(stderr)) - stderr.count("warning: ") <= 4, stderr
+    assert sum(line.startswith("  /") for line in stderr.splitlines()) <= 10, stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     record("too many unreadable images on two processes", 1, 1)
 
@@ -353,37 +352,9 @@ def test_other_commands_at_random_moments(tmp_path, straight):
     rng, survived = random.Random(SEED), 0
     run = tmp_path / "run"
     shutil.copytree(straight, run)
-    evaluate = [sys.executable, "-m", "dmjd", "evaluate"]
-    commands = [
-        [
-            *evaluate,
-            "finetune",
-            run,
-            "--data",
-            "digits",
-            "--steps",
-            "150",
-            "--device",
-            "cpu",
-            "--checkpoint-every",
-            "20",
-        ],
-        [*evaluate, "knn", run, "--data", "digits", "--device", "cpu"],
-        [
-            sys.executable,
-            "-m",
-            "dmjd",
-            "embed",
-            run,
-            "--data",
-            "digits",
-            "--out",
-            tmp_path / "a.npy",
-            "--device",
-            "cpu",
-        ],
-    ]
-    for command in commands:
+    finetune = ["evaluate", "finetune", run, "--steps", 30, "--batch-size", 16, "--checkpoint-every", 5]
+    for words in (finetune, ["evaluate", "knn", run], ["embed", run, "--out", tmp_path / "a.npy"]):
+        command = [sys.executable, "-m", "dmjd", *words, "--data", "digits", "--device", "cpu"]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             process = start([str(word) for word in command])
             time.sleep(rng.uniform(0.0, 12.0))

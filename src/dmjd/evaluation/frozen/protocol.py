@@ -60,7 +60,7 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
     keep_freed_memory(device)
     given = given_data(config.data, config.test_data, config.labels)
     run_config = config_of(run)
-    out = Path(config.out).expanduser() if config.out is not None else run if run.is_dir() else None
+    out = check_out("out", config.out) if config.out is not None else run if run.is_dir() else None
     if out is not None:
         check_results_folder(out)
     encoder = load_encoder(run, device)
