@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.config.checks import check_path
+from dmjd.config.checks import check_out, check_path
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
