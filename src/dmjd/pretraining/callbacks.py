@@ -58,7 +58,6 @@ class Monitor(Callback):
         self._fingerprint = source.fingerprint()
         self._knn: OnlineKnn | None = None
         self._baselines: dict[str, float] = {}
-        self._next_evaluation = 0.0  # progress
         self._encoder_file = b""  # that belongs to the checkpoint which is being written
         self._warned: set[str] = set()  # names of targets whose warning was shown
         self._warnings: dict[str, str] = {}  # by target, as of the last logged step
@@ -99,7 +98,6 @@ class Monitor(Callback):
         """
         wandb_config = json.loads(self.config.to_json()) if self.config.wandb else None
         loggers = open_loggers(self.folder.path, step, wandb_config, self.console.warn)
-        self._next_evaluation = _next_evaluation(progress)
         if self.config.eval_every != 0 and self._test_source is not None:
             assert self.model.encoder.preprocess is not None
             self._knn = OnlineKnn(self.source, self._test_source, self.model.encoder.preprocess, self._device)
@@ -126,7 +124,6 @@ class Monitor(Callback):
 
     def evaluate(self, report: Report) -> dict[str, float]:
         """Save a reconstruction figure and, with labels, measure the accuracy of online kNN and its baselines."""
-        self._next_evaluation = _next_evaluation(report.progress)
         attempt_figure(lambda: self._save_figure(f"step-{report.state.step:09d}.png"), self.console)
         if self._knn is None:
             return {}
