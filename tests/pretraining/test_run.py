@@ -72,9 +72,9 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, image_folder):
 def test_a_killed_process_resumes_to_the_same_bits(capsys, tmp_path, image_folder):
     """Killed between checkpoints, mid-epoch (24 images, batches of 10); resumed with another number of workers."""
     flags = ["--data", image_folder, *TINY, "--steps", 14, "--checkpoint-every", 5, "--batch-size", 10]
-    flags += ["--drop-path", 0.3, "--num-workers", 2, "--accumulate", 2]
-    command(*flags, "--out", tmp_path / "straight")
-    process = start("pretrain", "folder", *flags, "--out", tmp_path / "killed")
+    flags += ["--drop-path", 0.3, "--accumulate", 2]
+    command(*flags, "--num-workers", 2, "--out", tmp_path / "straight")
+    process = start("pretrain", "folder", *flags, "--num-workers", 2, "--out", tmp_path / "killed")
     wait_for_step(tmp_path / "killed", 7, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -197,5 +197,6 @@ def test_images_smaller_than_the_input_are_named(capsys, tmp_path, image_folder)
     flags = ["--data", image_folder, *TINY, "--steps", 1, "--batch-size", 2, "--num-workers", 0]
     command(*flags, "--out", tmp_path / "as_they_are")
     assert "enlarged" not in capsys.readouterr().err
-    command(*flags, "--out", tmp_path / "large", "--img-size", 256)
+    flags[flags.index("--img-size") + 1] = 256
+    command(*flags, "--out", tmp_path / "large")
     assert "to 256 x 256: a step works on" in capsys.readouterr().err
