@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import TINY
 
-from dmjd.cli.main import MAX_ERROR_LINES, main
+from dmjd.cli.failures import MAX_ERROR_LINES
+from dmjd.cli.main import main
 from dmjd.encoders.classifier import load_classifier
 
 STEPS = 4

@@ -72,8 +72,6 @@ def test_a_flag_of_a_former_version_names_the_new_one(capsys, command, old, new)
         (["embed", "x"], "required: --out"),
         (["export", "x", "--format", "tim", "--out", "x"], "did you mean 'timm'"),
         (["compare"], "required: RUN"),
-        (["pretrain", "--seed", "1", "--seed=2"], "--seed is given twice"),
-        (["pretrain", "--flip", "--no-flip"], "--flip is given twice"),
         (["export", "x", "--formt", "timm"], "did you mean --format?"),
     ],
 )

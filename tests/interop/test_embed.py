@@ -23,6 +23,7 @@ from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.evaluation.frozen.features import extract
 from dmjd.images.preprocess import Preprocess
 from dmjd.interop.embed import embed, rows_file
+from dmjd.interop.feature_files import feature_schema
 
 SIZE = (16, 24)
 
@@ -197,7 +198,7 @@ def test_files_and_parts_of_version_0_1_are_recognized(file, image_folder, tmp_p
 
 
 def test_one_process_writes_a_file(file, image_folder, tmp_path):
-    out, schema = tmp_path / "f.parquet", embedding._schema(open_source(image_folder), (16,), half=False)
+    out, schema = tmp_path / "f.parquet", feature_schema(open_source(image_folder), (16,), half=False)
     with (
         embedding._Parts(out, {}, schema),
         pytest.raises(ValueError, match="another process is writing"),

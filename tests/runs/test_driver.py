@@ -97,7 +97,7 @@ class Training:
         console = Console(enabled=False)
         with closing(RunFolder(self.path)) as folder:
             driver = Driver(self.engine, self.task, folder, console, self.batches, 10, 100, self.mean, hooks)
-            driver.restore(newest_checkpoint(folder, console))
+            driver.restore(newest_checkpoint(folder, console, dict))
             return driver.run()
 
 

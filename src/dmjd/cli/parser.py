@@ -36,14 +36,11 @@ class Parser(argparse.ArgumentParser):
         return vars(known)
 
     def _check_flags(self, arguments: Sequence[str]) -> None:
-        """Refuse unknown flags, before a required one is missed, and flags given twice: the first would be ignored."""
-        names = {text: action.dest for action in self._actions for text in action.option_strings}
-        flags = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+        """Refuse unknown flags before a required one is missed."""
+        names = {text for action in self._actions for text in action.option_strings}
+        flags = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
         if unknown := next((flag for flag in flags if flag not in names), None):
             self._refuse(unknown)
-        given = [names[flag] for flag in flags]
-        if repeated := next((name for name in given if given.count(name) > 1), None):
-            self.error(f"{flag_of(repeated)} is given twice")
 
     def _refuse_empty(self, name: str, value: Any) -> None:
         """An empty text would be the current folder, as a path."""

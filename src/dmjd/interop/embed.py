@@ -46,6 +46,7 @@ from dmjd.interop.feature_files import (
     check_finished,
     check_same,
     feature_rows,
+    feature_schema,
     first_line,
     range_of,
     rows_file,
@@ -108,8 +109,7 @@ def embed(
     out, run = _checked_out(out), check_path("run", run)
     machine = {"precision": precision, "device": device, "num_workers": num_workers}
     _check(tokens, half, split, data=data, labels=labels, batch_size=batch_size, **machine)
-    chosen = pick_device(device)
-    keep_freed_memory(chosen)
+    keep_freed_memory(chosen := pick_device(device))
     encoder = load_encoder(run, chosen)
     source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
     extract = _extractor(encoder, tokens, precision)
@@ -119,7 +119,7 @@ def embed(
     if _is_finished(settings, out, console):
         return out
     shape = (encoder.num_patches, encoder.embed_dim) if tokens else (encoder.embed_dim,)
-    with _Parts(out, settings, _schema(source, shape, half)) as parts:
+    with _Parts(out, settings, feature_schema(source, shape, half)) as parts:
         if out.exists():  # by another process, just now
             check_finished(settings, out)
             parts.drop()
@@ -177,16 +177,6 @@ def _extractor(encoder: Encoder, tokens: bool, precision: str) -> Extractor:
             return encoder(images)[:, encoder.num_prefix_tokens :].float()
 
     return patch_tokens if tokens else pool
-
-
-def _schema(source: Source, shape: tuple[int, ...], half: bool) -> pa.Schema:
-    value: pa.DataType = pa.float16() if half else pa.float32()
-    for side in reversed(shape):
-        value = pa.list_(value, side)
-    fields = [("index", pa.int64()), ("path", pa.string())]
-    if source.labels is not None:
-        fields += [("label", pa.int64()), ("class", pa.string())]
-    return pa.schema([*fields, ("features", value)])
 
 
 def _fill(

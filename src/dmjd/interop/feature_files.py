@@ -34,6 +34,17 @@ def value_type(schema: pa.Schema) -> pa.DataType:
     return kind
 
 
+def feature_schema(source: Source, shape: tuple[int, ...], half: bool) -> pa.Schema:
+    """Columns of the features of a source, each of a shape ([D] or [N, D]), in float16 or float32."""
+    value: pa.DataType = pa.float16() if half else pa.float32()
+    for side in reversed(shape):
+        value = pa.list_(value, side)
+    fields = [("index", pa.int64()), ("path", pa.string())]
+    if source.labels is not None:
+        fields += [("label", pa.int64()), ("class", pa.string())]
+    return pa.schema([*fields, ("features", value)])
+
+
 def feature_rows(source: Source, index: Tensor, features: Tensor, schema: pa.Schema) -> pa.Table:
     """Convert the features of a batch, [b, ...], with the images' indices [b] in a source, to a table of a schema.
 
@@ -52,7 +63,7 @@ def feature_rows(source: Source, index: Tensor, features: Tensor, schema: pa.Sch
     columns: list[Any] = [rows, [_text(source.describe(i)) for i in rows]]
     if source.labels is not None:
         labels = source.labels[rows]
-        columns += [labels, [source.classes[label] for label in labels]]
+        columns += [labels, [_text(source.classes[label]) for label in labels]]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)] + [values], schema=schema)
 
 

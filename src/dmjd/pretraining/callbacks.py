@@ -67,7 +67,7 @@ class Monitor(Callback):
         began_with, unreadable = checkpoint.state["data"], [(name, reason) for name, reason in checkpoint.state["bad"]]
         known = recheck(self.source, began_with, unreadable, self.console.warn)
         self._fingerprint = began_with
-        if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count them anew:
+        if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count again:
             self.unreadable = known  # a disk or folder that was gone may be back
 
     def after_restore(self) -> None:

@@ -197,4 +197,4 @@ def test_paths_inside_a_root(tmp_path):
 def test_empty_flags_are_errors(tmp_path, capsys, flag):
     save(tmp_path / "set" / "1.png")
     command = ["pretrain", "folder", "--data", tmp_path / "set", "--out", tmp_path / "run", flag, ""]
-    assert f"{flag} is empty: give a path or a name" in mistake(capsys, *command)
+    assert f"{flag} must not be empty" in mistake(capsys, *command)

@@ -1,6 +1,6 @@
 """Run the storm: kills, full disks, hostile files and wrong command lines; write and print its table.
 
-python benchmarks/storm.py
+python benchmarks/reliability.py
 
 About an hour on two cores. The cases are in ``tests/storm``; every seed is fixed. A case survives if nothing is lost,
 nothing is wrong in silence, and no traceback is shown.
@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    """Run the tests and write ``results/storm.json``; returns pytest's exit status."""
+    """Run the tests and write ``results/reliability.json``; returns pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "storm.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "reliability.json")
     parser.add_argument("tests", nargs="*", default=["tests/storm"], help="files or folders of tests")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
