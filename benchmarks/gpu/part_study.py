@@ -82,14 +82,26 @@ class Study:
         pq.write_table(pq.read_table(source).slice(0, 128), self.data)
 
     def run(self) -> None:
-        """Pre-train, then fine-tune, variant by variant; random weights last."""
+        """Pre-train, then fine-tune, variant by variant; random weights last. An error ends its variant only."""
         for variant in [*VARIANTS, SCRATCH]:
-            for part in (self.pretrain, self.finetune):
-                if self.clock.left < SPARE or self.files >= MAX_FILES:
-                    return
-                if not part(variant):
-                    return
-        self.record.describe(complete=True)
+            if "error" in self.entry(variant):
+                continue
+            try:
+                finished = self._may_start() and self.pretrain(variant)
+                if finished and self._may_start():
+                    self.finetune(variant)  # in one piece; without time for it, the next variant takes what is left
+            except dmjd.evaluation.Stopped:
+                return
+            except Exception as error:
+                self.update(variant, error=f"{type(error).__name__}: {error}"[:1000])
+                continue
+            if not finished:
+                return
+        self.record.describe(complete=all("finetuned" in self.entry(v) for v in [*VARIANTS, SCRATCH]))
+
+    def _may_start(self) -> bool:
+        """Whether there is time, and room among the files that come back."""
+        return self.clock.left > SPARE and self.files < MAX_FILES
 
     def entry(self, variant: str) -> dict[str, Any]:
         """What is known of a variant."""
@@ -121,6 +133,12 @@ class Study:
             "seconds": round(time.monotonic() - started, 1),
             "images_per_s": lines[-1]["images_per_s"],
         }
+        self.files += 1
+        state_file(self.out, variant).unlink(missing_ok=True)
+        if result.finished:
+            write_half(run / ENCODER_FILE, encoder_file(self.out, variant))
+        else:
+            save_state(max((run / "checkpoints").glob("step-*.safetensors")), state_file(self.out, variant))
         self.update(
             variant,
             compile=compiled,
@@ -131,13 +149,7 @@ class Study:
             slices=[*earlier.get("slices", []), visit],
             curve=curve,
         )
-        self.files += 1
-        state_file(self.out, variant).unlink(missing_ok=True)
-        if result.finished:
-            write_half(run / ENCODER_FILE, encoder_file(self.out, variant))
-            return True
-        save_state(max((run / "checkpoints").glob("step-*.safetensors")), state_file(self.out, variant))
-        return False
+        return result.finished
 
     def stop_in_time(self, first: int) -> Hook:
         """A hook that requests a stop as a user would, by a signal, after which everything is saved."""
@@ -151,13 +163,13 @@ class Study:
 
         return stop
 
-    def finetune(self, variant: str) -> bool:
-        """Fine-tune the encoder of a variant, in one piece; returns whether it is finished."""
+    def finetune(self, variant: str) -> None:
+        """Fine-tune the encoder of a variant, if it is not done and there is time for all of it."""
         if self.entry(variant).get("finetuned"):
-            return True
+            return
         toy = self.options.toy
         if self.clock.left < (SPARE if toy else self._finetune_seconds() * 1.15 + SPARE):
-            return False
+            return
         started, source = time.monotonic(), open_source(str(self.data), labels="column")
         few = SubsetSource(source, np.arange(64))  # the test images are not here; these only fill their place
         settings = {"epochs": 1, "batch_size": 16} if toy else {"epochs": FINETUNE_EPOCHS, "batch_size": BATCH}
@@ -179,7 +191,6 @@ class Study:
         self.files += 1
         seconds = round(time.monotonic() - started, 1)
         self.update(variant, finetuned=True, finetune_seconds=seconds, finetune_configuration=result["configuration"])
-        return True
 
     def start_of(self, variant: str) -> Encoder:
         """The encoder to fine-tune: pre-trained, or with random weights."""

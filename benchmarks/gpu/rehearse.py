@@ -26,8 +26,10 @@ SECONDS = {"check": 1500, "speed": 600, "loader": 120, "study": 400}
 
 TOY_IMAGES = {"train": 256, "test": 128}
 
-# No index, no network: a proxy that does not exist.
-OFFLINE = {"PIP_NO_INDEX": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+# No index, and a proxy that does not exist; one thread, because steps of toys are too small for several.
+APART = {"PIP_NO_INDEX": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"} | {
+    "OMP_NUM_THREADS": "1"
+}
 
 
 def build_environment(folder: Path, python: str) -> Path:
@@ -51,7 +53,7 @@ def export_tree(folder: Path) -> None:
 def variables() -> dict[str, str]:
     """The environment of the commands: nothing of this one's Python, no network."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "VIRTUAL_ENV"))}
-    return kept | OFFLINE
+    return kept | APART
 
 
 def visit(interpreter: Path, tree: Path, out: Path) -> dict[str, Any]:
@@ -92,6 +94,8 @@ def check_results(first: dict[str, Any], second: dict[str, Any]) -> None:
         kept = {k: v for k, v in first[part]["entries"].items() if part != "check" or k in passed}
         again = {k: second[part]["entries"][k] for k in kept}
         expect(again == kept, f"{part} was measured again")
+    errors = [entry["error"] for entry in second["study"]["entries"].values() if "error" in entry]
+    expect(not errors, f"study: {errors}")
     before, after = (found["study"]["entries"]["dmjd"] for found in (first, second))
     expect(not before["pretrained"] and after["pretrained"], "the second visit did not finish the first variant")
     expect(after["slices"][1]["steps"][0] == before["step"], f"not continued: {after['slices']}")

@@ -37,7 +37,15 @@ def speed_table(content: dict[str, Any]) -> str:
         elif "images_per_s" in entry:
             memory = f"{entry['memory_gb']:.1f} GB" if entry.get("memory_gb") else ""
             speeds = (f"{entry['images_per_s']:.0f}", f"{100 * entry['mfu']:.0f} %", memory)
-            rows.append([card, ", ".join(case[:3]), case[3], *speeds, f"{100 * entry['share_of_floor']:.0f} %"])
+            rows.append(
+                [
+                    card,
+                    ", ".join(case[:3]),
+                    f"{case[3]}, {entry['batch']} images",
+                    *speeds,
+                    f"{100 * entry['share_of_floor']:.0f} %",
+                ]
+            )
         else:
             rows.append([card, ", ".join(case[:3]), case[3], entry.get("error", "did not end")[:60], "", "", ""])
     return table(["card", "side", "mode", "images/s", "MFU", "memory", "of the floor"], rows)
@@ -78,6 +86,19 @@ def ratio_lines(content: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+def payback_lines(content: dict[str, Any]) -> str:
+    """After how many steps compilation has paid back, for each case measured both ways."""
+    lines = []
+    for name, entry in content["entries"].items():
+        eager = content["entries"].get(name.replace("| compiled |", "| eager |"), {})
+        if "| compiled |" not in name or "images_per_s" not in entry or "images_per_s" not in eager:
+            continue
+        saved = entry["batch"] / eager["images_per_s"] - entry["batch"] / entry["images_per_s"]
+        when = f"after {entry['compile_s'] / saved:.0f} steps" if saved > 0 else "never"
+        lines.append(f"- {name}: {entry['compile_s']:.0f} s of compiling pay back {when}\n")
+    return "".join(lines)
+
+
 def study_table(content: dict[str, Any], tested: dict[str, Any] | None) -> str:
     """Each variant with its length, speed and accuracies, in percent."""
     entries, found, rows = content["entries"], (tested or {"entries": {}})["entries"], []
@@ -104,7 +125,7 @@ def print_tables(folder: Path) -> None:
     if check := read(folder, "check"):
         print(f"## check\n\n{check.get('outcomes')}, {check['machine']['gpu']}\n")
     if speed := read(folder, "speed"):
-        print(f"## speed\n\n{speed_table(speed)}\n{ratio_lines(speed)}")
+        print(f"## speed\n\n{speed_table(speed)}\n{ratio_lines(speed)}{payback_lines(speed)}")
     if loader := read(folder, "loader"):
         print(f"## loader\n\n{loader_table(loader)}")
     if study := read(folder, "study"):

@@ -104,6 +104,7 @@ def profile_small(
         "launches_per_step": sum(row.count for row in kernels) / steps,
         "kernels_ms_per_step": top(kernels, "self_device_time_total", steps),
         "host_ms_per_step": top(list(rows), "self_cpu_time_total", steps),
+        "batch": batch,
         "model": engine.task.model,
     }
 

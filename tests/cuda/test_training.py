@@ -136,7 +136,8 @@ def test_out_of_memory_is_one_clear_line(card, tmp_path, capsys):
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(card).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(card) + (256 << 20)) / total)
-    flags = ["--batch-size", "512", "--steps", "2", "--no-final-eval", "--eval-every", "0", "--device", "cuda"]
+    flags = ["--embed-dim", "384", "--depth", "12", "--num-heads", "6", "--batch-size", "512", "--steps", "2"]
+    flags += ["--no-final-eval", "--eval-every", "0", "--device", "cuda"]
     try:
         code = main(["pretrain", "digits", "--encoder", "vit_small_patch4", *flags, "--out", str(tmp_path / "run")])
     finally:
