@@ -30,8 +30,8 @@ def code_hash() -> str:
 
 
 def test_files() -> list[str]:
-    """Files with tests that need a card."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    """Files with tests that need a card: values first, then training, then whole commands."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"), reverse=True)
     return [str(file.relative_to(ROOT)) for file in files if "mark.cuda" in file.read_text(encoding="utf-8")]
 
 

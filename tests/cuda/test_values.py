@@ -50,7 +50,7 @@ def test_hog_is_that_of_the_cpu(device, dtype, bins):
 def test_losses_and_gradients_are_those_of_the_cpu(device, encoder, target, tmp_path):
     settings = TeacherSettings(make_run(tmp_path / "teacher")) if target == "teacher" else target
     found = []
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for where in ("cpu", device):
             model = tiny_model(encoder, target=settings).to(where)
             for key in model.branch_targets:
@@ -82,7 +82,7 @@ def convit(device):
 def test_published_conv_vit(convit):
     model, values, masks = convit
     close = {"rtol": 0, "atol": 3e-4}
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with torch.no_grad():
             torch.testing.assert_close(model.encode(values["images"], masks.visible), values["latent"], **close)
             predictions = model.predict(values["images"], masks)
@@ -116,6 +116,6 @@ def test_published_mae(device):
 def test_published_classifier(device):
     values, state, config = published.read("convit_classify.safetensors")
     model = load_official(state, num_heads=config["num_heads"]).to(device).eval()
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits = model(values["images"].to(device))
     torch.testing.assert_close(logits.cpu(), values["logits"], rtol=0, atol=3e-4)
