@@ -71,6 +71,8 @@ def measure_small(
     engine, warmup, steps = small_engine(recipe, batch, compiled, device, toy), WARMUP, STEPS
     if toy:
         warmup, steps = 1, 2
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     loaded = with_batch(loader, batch).batches()
     started = time.perf_counter()
     run_steps(engine, loaded, 1)
