@@ -91,8 +91,8 @@ def payback_lines(content: dict[str, Any]) -> str:
     lines = []
     for name, entry in content["entries"].items():
         eager = content["entries"].get(name.replace("| compiled |", "| eager |"), {})
-        if "| compiled |" not in name or "images_per_s" not in entry or "images_per_s" not in eager:
-            continue
+        if "| compiled |" not in name or "compile_s" not in entry or "images_per_s" not in eager:
+            continue  # eager, an error, or a profile
         saved = entry["batch"] / eager["images_per_s"] - entry["batch"] / entry["images_per_s"]
         when = f"after {entry['compile_s'] / saved:.0f} steps" if saved > 0 else "never"
         lines.append(f"- {name}: {entry['compile_s']:.0f} s of compiling pay back {when}\n")

@@ -22,6 +22,7 @@ from pack import MAX_COMMAND, call  # noqa: E402
 from part_speed import cases  # noqa: E402
 from plan import COMMAND_SECONDS, NEEDS, PARTS, calls, first_call  # noqa: E402
 from record import ROOT, Record  # noqa: E402
+from report import print_tables  # noqa: E402
 from run import is_older, needed_wheels  # noqa: E402
 from sides import COMPARISONS, config_of, layers_of  # noqa: E402
 from study_plan import VARIANTS, restore_state, save_state, state_file  # noqa: E402
@@ -93,6 +94,28 @@ def test_every_case_is_named_once():
         names = [case.name for case in cases(toy)]
         assert len(set(names)) == len(names)
     assert not any(case.compiled for case in cases(False)[:10])
+
+
+def test_tables_of_every_case(tmp_path, capsys):
+    """Cases with all their values, profiles, errors and cases that never ended."""
+    record = Record("speed", tmp_path, tmp_path)
+    record.describe(machine={"gpu": "a card"})
+    record.put("a card | rates", {"matmul_bf16": 8e14})
+    for case in cases(toy=False):
+        result = {"images_per_s": 100.0 + 100 * case.compiled, "mfu": 0.4, "share_of_floor": 0.5, "batch": 50}
+        record.put(f"a card | {case.name}", result if case.kind == "profile" else result | {"compile_s": 30.0})
+    for case, entry in zip(cases(toy=True), ({"error": "RuntimeError: no"}, {"running": 1}), strict=False):
+        record.put(f"a card, toy | {case.name}", entry)
+    study = Record("study", tmp_path, tmp_path)
+    study.put("dmjd", {"epochs": 200.0, "slices": [{"images_per_s": 17000.0}]})
+    Record("study_test", tmp_path, tmp_path).put("dmjd", {"knn": {"result": 0.5}, "finetune": {"top1": 0.9}})
+    print_tables(tmp_path)
+    printed = capsys.readouterr().out
+    assert "| dmjd | 200 | 17000 | 50.0 |  | 90.0 |" in printed
+    assert "128 images a step: ConvViT-B, DMJD over the dense reference (goal 1.6): 1.00 times" in printed
+    assert "30 s of compiling pay back after 120 steps" in printed  # half a second less, a quarter instead
+    assert "RuntimeError: no" in printed
+    assert "did not end" in printed
 
 
 @pytest.mark.parametrize("encoder", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
