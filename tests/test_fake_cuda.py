@@ -3,19 +3,21 @@
 Reading a value, which would wait for the device, raises an error, and so does a tensor that was left on the CPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
 import torch
-from tiny_models import tiny_model
+from tiny_models import KEYS, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from dmjd.data.train_loader import Batch
 from dmjd.encoders.classifier import ImageClassifier
 from dmjd.encoders.registry import create_encoder
 from dmjd.images import preprocess
 from dmjd.images.preprocess import Preprocess
+from dmjd.pretraining.run import PretrainTask
 from dmjd.targets.teacher import TeacherSettings
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=False)  # one for all: tensors of two modes do not mix
@@ -82,6 +84,23 @@ def test_a_classifier_stays_on_the_device(name):
     with FAKE:
         to_fake_cuda(model)
         assert model(torch.empty(2, 3, 32, 32, device="cuda")).device.type == "cuda"
+
+
+@BOTH
+def test_a_compiled_step_has_no_constant_tensors(name):
+    """They would be copied to the device, and waited for, in every step. Single numbers become arguments of kernels."""
+    constants = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        made = [node for node in graph.graph.nodes if node.target is torch.tensor]
+        constants.extend(node.args[0] for node in made if not isinstance(node.args[0], int))
+        return graph.forward
+
+    task = PretrainTask(tiny_model(name), Preprocess((32, 32)))
+    batch = Batch(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), KEYS)
+    torch.compile(task, backend=look, fullgraph=True)(batch)
+    torch.compiler.reset()
+    assert constants == []
 
 
 def test_reading_a_value_or_leaving_a_tensor_on_the_cpu_is_noticed():

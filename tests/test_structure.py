@@ -166,7 +166,7 @@ def test_no_private_names_cross_files():
 def test_tests_mirror_the_package():
     """Each test folder has the name of a package folder."""
     tests = ROOT / "tests"
-    own = {"golden", "benchmarks", "docs", "examples", "storm"}
+    own = {"golden", "benchmarks", "cuda", "docs", "examples", "storm"}
     for file in tests.rglob("test_*.py"):
         folder = file.relative_to(tests).parent
         if folder.parts and folder.parts[0] not in own:

@@ -139,14 +139,14 @@ class LightlyMAE(nn.Module):
         return F.mse_loss(predicted.float(), target)
 
 
-def hugging_face_mae() -> nn.Module:
+def hugging_face_mae(**sizes: Any) -> nn.Module:
     """ViTMAEForPreTraining of transformers in MAE's configuration: ViT-B/16, decoder 512 x 8, normalized pixels."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     class Loss(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True, mask_ratio=0.75))
+            self.model = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True, mask_ratio=0.75, **sizes))
 
         def forward(self, images: Tensor) -> Tensor:
             return self.model(images).loss

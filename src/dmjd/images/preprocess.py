@@ -98,8 +98,11 @@ class Preprocess:
 
     def normalize(self, raw: Tensor) -> Tensor:
         """(raw / 255 - mean) / std: [..., C, H, W] on the 0..255 scale, uint8 or float -> float32."""
+        if torch.compiler.is_compiling():  # a tensor in the graph would be copied to the device in every step
+            channels = zip(raw.float().unbind(-3), self.mean, self.std, strict=True)
+            return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3)
         mean, std = _per_channel(self.mean, raw.device), _per_channel(self.std, raw.device)
-        if raw.dtype != torch.uint8 or raw.device.type != "cpu" or torch.compiler.is_compiling():
+        if raw.dtype != torch.uint8 or raw.device.type != "cpu":
             return (raw.float() / 255 - mean) / std
         images = raw.reshape(-1, *raw.shape[-3:])
         out = torch.empty(images.shape, dtype=torch.float32)

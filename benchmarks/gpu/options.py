@@ -1,0 +1,38 @@
+"""The command line that all parts share."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a part.
+
+    Attributes:
+        seconds: time limit.
+        out: folder for the results.
+        device: device to run on.
+        pack: folder made by ``pack.py``.
+        toy: run everything in small.
+    """
+
+    seconds: float
+    out: Path
+    device: torch.device
+    pack: Path
+    toy: bool
+
+
+def part_options(description: str | None) -> Options:
+    """Parse the command line of a part."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--pack", type=Path, required=True)
+    parser.add_argument("--toy", action="store_true")
+    given = parser.parse_args()
+    return Options(given.seconds, given.out, torch.device(given.device), given.pack, given.toy)

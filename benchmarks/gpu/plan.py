@@ -1,0 +1,75 @@
+"""What to run first with so many minutes of GPU time. Imports the standard library only."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+COMMAND_SECONDS = 570  # a command ends well within ten minutes
+
+START_SECONDS = 120  # to get a machine and send the tree
+
+CLOSE_SECONDS = 30  # to fetch the results
+
+PARTS = ("check", "speed", "loader", "study")
+
+
+class Need(NamedTuple):
+    """Seconds of a part: less than ``least`` is not worth a start; ``useful`` is what it takes to finish."""
+
+    least: int
+    useful: int
+
+
+# In the order of importance: speed of wrong code is worth nothing, and the study needs to know what is fastest.
+NEEDS = {"check": Need(60, 150), "speed": Need(60, 330), "loader": Need(30, 45), "study": Need(100, COMMAND_SECONDS)}
+
+
+def is_complete(part: str, results: Path) -> bool:
+    """Whether the results of earlier visits contain all of a part."""
+    file = results / f"{part}.json"
+    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("complete"))
+
+
+def allot(seconds: int, parts: list[str]) -> dict[str, int]:
+    """Seconds for each part that is worth a start; what is left over goes to the longest."""
+    given: dict[str, int] = {}
+    for part in parts:
+        if seconds >= NEEDS[part].least:
+            given[part] = min(seconds, NEEDS[part].useful)
+            seconds -= given[part]
+    if given:
+        given[max(given, key=lambda part: NEEDS[part].useful)] += seconds
+    return given
+
+
+def calls(minutes: float, results: Path) -> list[dict[str, int]]:
+    """The commands to run with so many minutes, one after the other on one machine: part -> seconds."""
+    left = int(60 * minutes) - START_SECONDS
+    missing = [part for part in PARTS if not is_complete(part, results)]
+    commands = []
+    while missing:
+        given = allot(min(COMMAND_SECONDS, left - CLOSE_SECONDS), missing)
+        if not given:
+            break
+        commands.append(given)
+        left -= sum(given.values()) + CLOSE_SECONDS
+        missing = [part for part in missing if part not in given or part == "study"]
+    return commands
+
+
+def command_line(given: dict[str, int]) -> str:
+    """The call of ``run.py``."""
+    return "python3 benchmarks/gpu/run.py " + " ".join(f"{part}={seconds}" for part, seconds in given.items())
+
+
+def first_call(minutes: float, results: Path) -> str:
+    """What to run, as text; with 0 minutes, only what is missing."""
+    missing = [part for part in PARTS if not is_complete(part, results)]
+    if not missing:
+        return "everything is measured"
+    if not minutes:
+        return f"not complete: {', '.join(missing)}"
+    lines = [command_line(given) for given in calls(minutes, results)]
+    if not lines:
+        return f"{minutes:g} minutes are too few to start a machine; not complete: {', '.join(missing)}"
+    return "\n".join([f"with {minutes:g} minutes:", *lines])

@@ -1,0 +1,138 @@
+"""The results of the GPU kit as Markdown tables.
+
+python benchmarks/gpu/report.py
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS
+
+PUBLIC = "public: linear 63.7 (tiny MAE, 200 epochs, c = 0.9), fine-tuning 86.8 to 91.2, SimCLR kNN 84.8"
+
+
+def read(folder: Path, part: str) -> dict[str, Any] | None:
+    """The file of a part."""
+    file = folder / f"{part}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    titles = list(titles)
+    lines = [titles, ["---"] * len(titles), *map(list, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def speed_table(content: dict[str, Any]) -> str:
+    """Each case with its speed, memory, MFU and share of the floor."""
+    rows = []
+    for name, entry in content["entries"].items():
+        card, *case = name.split(" | ")
+        if case == ["rates"]:
+            rows.append([card, "matrix products, bf16", "", f"{entry['matmul_bf16'] / 1e12:.0f} TFLOP/s", "", "", ""])
+        elif "images_per_s" in entry:
+            memory = f"{entry['memory_gb']:.1f} GB" if entry.get("memory_gb") else ""
+            speeds = (f"{entry['images_per_s']:.0f}", f"{100 * entry['mfu']:.0f} %", memory)
+            rows.append(
+                [
+                    card,
+                    ", ".join(case[:3]),
+                    f"{case[3]}, {entry['batch']} images",
+                    *speeds,
+                    f"{100 * entry['share_of_floor']:.0f} %",
+                ]
+            )
+        else:
+            rows.append([card, ", ".join(case[:3]), case[3], entry.get("error", "did not end")[:60], "", "", ""])
+    return table(["card", "side", "mode", "images/s", "MFU", "memory", "of the floor"], rows)
+
+
+# what, over what: the part of a case's name between the card and the batch
+RATIOS = {
+    "ConvViT-B, DMJD over the dense reference (goal 1.6)": (
+        "ConvViT-B, DMJD | dmjd | ",
+        "ConvViT-B, DMJD | dense reference | ",
+    ),
+    "ViT-B, MAE over transformers (goal 1.2)": ("ViT-B, MAE | dmjd | ", "ViT-B, MAE | transformers | "),
+}
+
+
+def best(entries: dict[str, Any], start: str, batch: str) -> float | None:
+    """The fastest case of a side at one batch size."""
+    rates = [
+        e["images_per_s"]
+        for name, e in entries.items()
+        if name.startswith(start) and name.endswith(f"| {batch}")
+        if "images_per_s" in e
+    ]
+    return max(rates, default=None)
+
+
+def ratio_lines(content: dict[str, Any]) -> str:
+    """Ours over theirs, each at its fastest, at the same batch size on the same card."""
+    lines = []
+    cards = dict.fromkeys(name.split(" | ")[0] for name in content["entries"])
+    for card in cards:
+        for title, (ours, theirs) in RATIOS.items():
+            batches = dict.fromkeys(n.rsplit("| ", 1)[1] for n in content["entries"] if f"{card} | {theirs}" in n)
+            for batch in batches:
+                pair = [best(content["entries"], f"{card} | {start}", batch) for start in (ours, theirs)]
+                if pair[0] and pair[1]:
+                    lines.append(f"- {card}, {batch} images a step: {title}: {pair[0] / pair[1]:.2f} times\n")
+    return "".join(lines)
+
+
+def payback_lines(content: dict[str, Any]) -> str:
+    """After how many steps compilation has paid back, for each case measured both ways."""
+    lines = []
+    for name, entry in content["entries"].items():
+        eager = content["entries"].get(name.replace("| compiled |", "| eager |"), {})
+        if "| compiled |" not in name or "compile_s" not in entry or "images_per_s" not in eager:
+            continue  # eager, an error, or a profile
+        saved = entry["batch"] / eager["images_per_s"] - entry["batch"] / entry["images_per_s"]
+        when = f"after {entry['compile_s'] / saved:.0f} steps" if saved > 0 else "never"
+        lines.append(f"- {name}: {entry['compile_s']:.0f} s of compiling pay back {when}\n")
+    return "".join(lines)
+
+
+def study_table(content: dict[str, Any], tested: dict[str, Any] | None) -> str:
+    """Each variant with its length, speed and accuracies, in percent."""
+    entries, found, rows = content["entries"], (tested or {"entries": {}})["entries"], []
+    for variant in dict.fromkeys([*entries, *found]):
+        entry, test = entries.get(variant, {}), found.get(variant, {})
+        rates = ", ".join(f"{piece['images_per_s']:.0f}" for piece in entry.get("slices", []))
+        scores = [test.get("knn", {}).get("result"), test.get("linear", {}).get("result")]
+        scores.append(test.get("finetune", {}).get("top1"))
+        shown = ["" if score is None else f"{100 * score:.1f}" for score in scores]
+        rows.append([variant, f"{entry.get('epochs', 0):.0f}", rates, *shown])
+    return table(["variant", "epochs", "images/s of each slice", "kNN", "linear", "fine-tuned"], rows) + f"\n{PUBLIC}\n"
+
+
+def loader_table(content: dict[str, Any]) -> str:
+    """Images/s by number of workers."""
+    return table(
+        ["machine, workers", "images/s"],
+        ([name.replace(" | ", ", "), f"{entry['images_per_s']:.0f}"] for name, entry in content["entries"].items()),
+    )
+
+
+def print_tables(folder: Path) -> None:
+    """All tables of the parts that were run."""
+    if check := read(folder, "check"):
+        print(f"## check\n\n{check.get('outcomes')}, {check['machine']['gpu']}\n")
+    if speed := read(folder, "speed"):
+        print(f"## speed\n\n{speed_table(speed)}\n{ratio_lines(speed)}{payback_lines(speed)}")
+    if loader := read(folder, "loader"):
+        print(f"## loader\n\n{loader_table(loader)}")
+    if study := read(folder, "study"):
+        print(f"## study: CIFAR-10, JPEG-coded\n\n{study_table(study, read(folder, 'study_test'))}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    print_tables(parser.parse_args().results)

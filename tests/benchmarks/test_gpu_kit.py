@@ -1,0 +1,172 @@
+"""The GPU kit: what is run first, what travels, records that continue, plain layers, slices of the study."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from device_runs import write_images
+from support import metrics
+from tiny_models import KEYS, smooth_images, tiny_model
+
+import dmjd
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS / "gpu"), str(BENCHMARKS / "speed")]
+
+from floors import step_floors  # noqa: E402
+from pack import MAX_COMMAND, call  # noqa: E402
+from part_speed import cases  # noqa: E402
+from plan import COMMAND_SECONDS, NEEDS, PARTS, calls, first_call  # noqa: E402
+from record import ROOT, Record  # noqa: E402
+from report import print_tables  # noqa: E402
+from run import is_older, needed_wheels  # noqa: E402
+from sides import COMPARISONS, config_of, layers_of  # noqa: E402
+from study_plan import VARIANTS, restore_state, save_state, state_file  # noqa: E402
+from study_plan import config_of as study_config  # noqa: E402
+
+from dmjd.runs.build import build_model  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Steps of tiny models are too small for several threads, which wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def complete(folder: Path, *parts: str) -> Path:
+    for part in parts:
+        Record(part, folder, folder).describe(complete=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("minutes", "parts"), [(14, ["check", "speed", "loader"]), (9, ["check", "speed"]), (5, ["check"])]
+)
+def test_what_is_run_first(tmp_path, minutes, parts):
+    first = calls(minutes, tmp_path)[0]
+    assert list(first) == parts
+    assert sum(first.values()) <= min(COMMAND_SECONDS, 60 * minutes - 120)
+    assert all(seconds >= NEEDS[part].least for part, seconds in first.items())
+    assert "run.py check=" in first_call(minutes, tmp_path)
+
+
+def test_later_visits_run_what_is_missing(tmp_path):
+    assert list(calls(5, complete(tmp_path, "check"))[0]) == ["speed"]
+    assert calls(14, complete(tmp_path, "speed", "loader"))[0] == {"study": COMMAND_SECONDS}
+    assert first_call(14, complete(tmp_path, "study")) == "everything is measured"
+    assert "too few" in first_call(2, tmp_path / "nothing")
+
+
+def test_the_call_is_short_enough():
+    text = call(dict.fromkeys(PARTS, 100), ROOT / ".gpu")
+    assert len(text.splitlines()[0]) < MAX_COMMAND
+    assert "carry:    .gpu" in text
+
+
+def test_wheels_are_installed_where_they_are_missing_or_too_old(tmp_path):
+    assert is_older("1.0.9", "1.0.21")
+    assert not is_older("2.5", "2.5.0")
+    for name in ("nowhere_to_be_found-1.0-py3-none-any.whl", "torch-99-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    assert [wheel.name.split("-")[0] for wheel in needed_wheels(tmp_path)] == ["nowhere_to_be_found"]
+
+
+def test_a_record_continues_earlier_visits(tmp_path):
+    first = Record("speed", tmp_path / "first", tmp_path / "none")
+    first.put("a", 1)
+    first.describe(complete=False)
+    second = Record("speed", tmp_path / "second", tmp_path / "first")
+    second.put("b", 2)
+    content = json.loads((tmp_path / "second" / "speed.json").read_text())
+    assert content["entries"] == {"a": 1, "b": 2}
+    assert content["complete"] is False
+
+
+def test_every_case_is_named_once():
+    for toy in (False, True):
+        names = [case.name for case in cases(toy)]
+        assert len(set(names)) == len(names)
+    assert not any(case.compiled for case in cases(False)[:10])
+
+
+def test_tables_of_every_case(tmp_path, capsys):
+    """Cases with all their values, profiles, errors and cases that never ended."""
+    record = Record("speed", tmp_path, tmp_path)
+    record.describe(machine={"gpu": "a card"})
+    record.put("a card | rates", {"matmul_bf16": 8e14})
+    for case in cases(toy=False):
+        result = {"images_per_s": 100.0 + 100 * case.compiled, "mfu": 0.4, "share_of_floor": 0.5, "batch": 50}
+        record.put(f"a card | {case.name}", result if case.kind == "profile" else result | {"compile_s": 30.0})
+    for case, entry in zip(cases(toy=True), ({"error": "RuntimeError: no"}, {"running": 1}), strict=False):
+        record.put(f"a card, toy | {case.name}", entry)
+    study = Record("study", tmp_path, tmp_path)
+    study.put("dmjd", {"epochs": 200.0, "slices": [{"images_per_s": 17000.0}]})
+    Record("study_test", tmp_path, tmp_path).put("dmjd", {"knn": {"result": 0.5}, "finetune": {"top1": 0.9}})
+    print_tables(tmp_path)
+    printed = capsys.readouterr().out
+    assert "| dmjd | 200 | 17000 | 50.0 |  | 90.0 |" in printed
+    assert "128 images a step: ConvViT-B, DMJD over the dense reference (goal 1.6): 1.00 times" in printed
+    assert "30 s of compiling pay back after 120 steps" in printed  # half a second less, a quarter instead
+    assert "RuntimeError: no" in printed
+    assert "did not end" in printed
+
+
+@pytest.mark.parametrize("encoder", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_plain_layers_compute_the_same(encoder):
+    model, found = tiny_model(encoder), []
+    for name in ("recompute", "plain + plain depthwise"):
+        model.zero_grad()
+        with layers_of(name):
+            out = model(*smooth_images(), keys=KEYS)
+        out["loss"].backward()
+        found.append((out["loss"].detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    (loss, gradients), (plain_loss, plain_gradients) = found
+    torch.testing.assert_close(plain_loss, loss)
+    for plain, ours in zip(plain_gradients, gradients, strict=True):
+        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_floors(comparison):
+    model = build_model(config_of(comparison, toy=True))
+    floors = step_floors(model, 4, {"matmul_bf16": 1e12, "copy": 1e12})
+    assert floors["arithmetic_ms"] == pytest.approx(4 * 3 * model.flops() / 1e9)
+    more = step_floors(model, 8, {"matmul_bf16": 1e12, "copy": 1e12})
+    assert floors["memory_ms"] < more["memory_ms"] < 2 * floors["memory_ms"]  # parameters are moved once a step
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_fits_into_one_file(variant, tmp_path):
+    model = build_model(study_config(variant, tmp_path, tmp_path, toy=False))
+    assert 2 * sum(value.numel() for value in model.state_dict().values()) < 15 << 20
+
+
+@pytest.mark.parametrize("variant", ["folder"])  # Muon and, for biases, AdamW
+def test_a_slice_continues_from_a_state_that_traveled(variant, tmp_path):
+    """The same images and masks; the loss differs by the rounding and the moments that were left behind."""
+    data, stopped = write_images(tmp_path / "images"), tmp_path / "stopped"
+
+    def stop(report):
+        if report.state.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)  # ends after the next step
+
+    def config_in(run: Path):
+        return study_config(variant, data, run, toy=True, device="cpu", log_every=1).replace(steps=10)
+
+    dmjd.pretrain(config_in(tmp_path / "whole"))
+    assert not dmjd.pretrain(config_in(stopped), hooks=[stop]).finished
+    save_state(stopped / "checkpoints" / "step-000000008.safetensors", state_file(tmp_path, variant))
+    config = config_in(tmp_path / "second")
+    assert restore_state(state_file(tmp_path, variant), config, tmp_path / "second") == 8
+    assert dmjd.pretrain(config).finished
+    lines, expected = metrics(tmp_path / "second"), metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [9, 10]
+    assert lines[0]["loss"] == pytest.approx(expected[8]["loss"], rel=3e-3)  # of the rounded weights
+    assert lines[1]["loss"] == pytest.approx(expected[9]["loss"], rel=0.05)  # after a step without moments
