@@ -1,10 +1,7 @@
 """Every wrong command line that the parsers allow to make is refused at once, with a short message."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
+from storm.table import record
 from wrong_command_lines import check_refused, wrong_lines
 
 import dmjd.evaluation.run
@@ -25,9 +22,6 @@ def test_every_wrong_command_line_is_refused(tmp_path, capsys, monkeypatch):
             check_refused(line, tmp_path, capsys)
         except (Exception, SystemExit) as error:
             failures.append(f"dmjd {' '.join(map(repr, line.arguments))[:200]}: {type(error).__name__} {error}"[:600])
-    if table := os.environ.get("DMJD_STORM_TABLE"):
-        row = {"part": "wrong command lines", "tried": len(lines), "survived": len(lines) - len(failures), "lost": 0}
-        with Path(table).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    record("wrong command lines", tried=len(lines), lost=len(failures))
     assert len(lines) >= LEAST
     assert not failures, f"{len(failures)} of {len(lines)}:\n" + "\n".join(failures[:40])

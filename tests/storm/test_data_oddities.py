@@ -1,7 +1,5 @@
 """Odd COCO files, labels and images through the command line: right, or one clear error; nothing wrong in silence."""
 
-import json
-import os
 import re
 import shutil
 import warnings
@@ -12,6 +10,7 @@ import pytest
 from data_oddities import COCO, IMAGES, LABELS, coco_command, image_command, label_command
 from dense_sets import make_detection_set, make_run
 from PIL import Image
+from storm.table import record
 from support import MAX_ERROR_LINES, TINY
 
 from dmjd.cli.main import main
@@ -51,11 +50,7 @@ def test_data_oddities(work, capsys):
             command = ["pretrain", "folder", *command, "--out", str(work / "out"), *SHORT]
         if problem := judged(command, case[1], case[2], capsys):
             lost.append(f"{make.__name__} {name}: {problem}")
-    if table := os.environ.get("DMJD_STORM_TABLE"):
-        tried, count = len(CASES), len(lost)
-        line = {"part": "odd data", "tried": tried, "survived": tried - count, "lost": count}
-        with Path(table).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    record("odd data", tried=len(CASES), lost=len(lost))
     assert len(CASES) > 100
     assert not lost, "\n".join(lost)
 

@@ -1,13 +1,12 @@
 """The whole matrix of image formats: every cell is read right, or refused with its reason."""
 
-import json
 import os
 from collections import Counter
-from pathlib import Path
 from random import Random
 
 import pytest
 from format_matrix import judge, png_cells, tiff_cells
+from storm.table import record
 
 SHARE = float(os.environ.get("SHARE", 0.02))  # of the TIFF cells, of which there are 340,000
 
@@ -35,9 +34,6 @@ def test_every_cell_of_the_format_matrix():
         if kind == "WRONG" or (kind == "refused" and not allowed):
             lost.append((cell, outcome))
     tried = len(cells) - outcomes["not writable"]
-    if table := os.environ.get("DMJD_STORM_TABLE"):
-        line = {"part": "image formats", "tried": tried, "survived": tried - len(lost), "lost": len(lost)}
-        with Path(table).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    record("image formats", tried=tried, lost=len(lost))
     assert not lost, f"{len(lost)} of {tried}:\n" + "\n".join(map(str, lost[:20]))
     assert outcomes["right"] > tried / 2, outcomes

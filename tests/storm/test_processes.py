@@ -3,7 +3,6 @@
 Minutes long. Each test adds a line to the table in the file that the environment variable DMJD_STORM_TABLE names.
 """
 
-import json
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from storm.table import record
 from support import TINY, assert_same_bits, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="uses /proc and namespaces")]
@@ -26,13 +26,9 @@ FLAGS = [*TINY, "--batch-size", "8", "--num-workers", "2", "--checkpoint-every",
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def record(part: str, tried: int, survived: int) -> None:
+def judge(part: str, tried: int, survived: int) -> None:
     """Add a line to the table of the storm, and require that nothing was lost."""
-    if file := os.environ.get("DMJD_STORM_TABLE"):
-        with open(file, "a", encoding="utf-8") as table:
-            table.write(
-                json.dumps({"part": part, "tried": tried, "survived": survived, "lost": tried - survived}) + "\n"
-            )
+    record(part, tried=tried, lost=tried - survived)
     assert survived == tried
 
 
@@ -142,7 +138,7 @@ def test_twenty_signals_at_random_moments(tmp_path, storm_folder, straight):
     assert process.returncode == 0, stderr
     assert [m["step"] for m in metrics(run)] == list(range(1, 61))
     assert_same_bits(run, straight)
-    record("signals at random moments, to the main process and to workers", 20, survived)
+    judge("signals at random moments, to the main process and to workers", 20, survived)
 
 
 def test_killed_workers_save_first(tmp_path, storm_folder, straight):
@@ -160,7 +156,7 @@ def test_killed_workers_save_first(tmp_path, storm_folder, straight):
         assert "resumed at step" in end(process)
         assert_same_bits(run, straight)
         survived += 1
-    record("loader processes killed", 3, survived)
+    judge("loader processes killed", 3, survived)
 
 
 HANG = """
@@ -200,7 +196,7 @@ def test_reads_that_hang(tmp_path, storm_folder, workers):
             time.sleep(0.1)
         assert not any(map(is_running, pids))
         survived += 1
-    record(f"signals while reads hang, {workers} workers", len(SIGNALS), survived)
+    judge(f"signals while reads hang, {workers} workers", len(SIGNALS), survived)
 
 
 def in_namespace(setup: str, command: list[str]) -> list[str]:
@@ -224,7 +220,7 @@ def test_little_shared_memory(tmp_path, storm_folder, straight):
         assert stderr.count("warning: ") == 2  # the other one is about the few images
         assert "shared memory" in stderr or "cannot start" in stderr
         assert_same_bits(tmp_path / name, straight)
-    record("small, full and read-only shared memory", len(mounts), len(mounts))
+    judge("small, full and read-only shared memory", len(mounts), len(mounts))
 
 
 def test_low_limits(tmp_path, storm_folder):
@@ -238,7 +234,7 @@ def test_low_limits(tmp_path, storm_folder):
         if limit.startswith("ulimit -n"):
             assert process.returncode in (0, 2), (limit, stderr)
             assert "ulimit -n" in stderr
-    record("low limits of open files and memory", len(limits), len(limits))
+    judge("low limits of open files and memory", len(limits), len(limits))
 
 
 def test_broken_output(tmp_path, storm_folder, straight):
@@ -252,7 +248,7 @@ def test_broken_output(tmp_path, storm_folder, straight):
         assert done.returncode == 0, ending
         assert "Traceback" not in done.stdout + done.stderr
         assert_same_bits(tmp_path / str(i), straight)
-    record("output that cannot be written", len(endings), len(endings))
+    judge("output that cannot be written", len(endings), len(endings))
 
 
 def torchrun(*arguments: str) -> list[str]:
@@ -295,7 +291,7 @@ def test_two_processes(tmp_path, storm_folder):
         assert not any(map(is_running, ranks))
         saved = max(int(file.stem[5:]) for file in (run / "checkpoints").glob("step-*"))
         assert saved >= (20 if name == "rank 0" else 25)  # the first process can save nothing after it was killed
-    record("two processes: one killed, both stopped", len(faults), len(faults))
+    judge("two processes: one killed, both stopped", len(faults), len(faults))
 
 
 def environment_of(pid: int) -> dict[str, str]:
@@ -315,7 +311,7 @@ def test_too_many_unreadable_images_on_two_processes(tmp_path, storm_folder):
     assert len(ours(stderr)) - stderr.count("warning: ") <= 4, stderr
     assert sum(line.startswith("  /") for line in stderr.splitlines()) <= 10, stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir())
-    record("too many unreadable images on two processes", 1, 1)
+    judge("too many unreadable images on two processes", 1, 1)
 
 
 def test_schedulers(tmp_path, storm_folder):
@@ -333,7 +329,7 @@ def test_schedulers(tmp_path, storm_folder):
     tasks = [start(pretrain(storm_folder, tmp_path / "step", "--steps", 2), **variables) for variables in step]
     assert "2 process(es)" in "".join(end(task, 90) for task in tasks)
     assert [task.returncode for task in tasks] == [0, 0]
-    record("variables of schedulers", 4, 4)
+    judge("variables of schedulers", 4, 4)
 
 
 def test_a_process_that_does_not_start(tmp_path, storm_folder):
@@ -366,4 +362,4 @@ def test_other_commands_at_random_moments(tmp_path, straight):
         process = start([str(word) for word in command])
         stderr = end(process, 400)
         assert process.returncode == 0, stderr
-    record("signals to evaluations and embedding", 9, survived)
+    judge("signals to evaluations and embedding", 9, survived)

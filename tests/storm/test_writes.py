@@ -67,7 +67,8 @@ def storm(mode: str, work: Path, command: list[object], **setup: object) -> list
     cases = [json.loads(line) for line in result.stdout.splitlines()]
     assert cases
     lost = [case for case in cases if not survived(case)]
-    record(f"{mode} at every write of `dmjd {command[0]}`", tried=len(cases), lost=len(lost))
+    name = " ".join(map(str, command[: 2 if command[0] == "evaluate" else 1]))
+    record(f"{mode} at every write of `{name}`", tried=len(cases), lost=len(lost))
     assert not lost, json.dumps(lost[:3], indent=1)
     return cases
 
