@@ -95,12 +95,13 @@ class TestEveryWrite:
         storm(mode, copied, ["evaluate", "frozen", copied / "run", *QUICK])
 
     def test_finetune(self, mode, copied):
-        few = ["--steps", 4, "--batch-size", 8, "--checkpoint-every", 2, *QUICK]
+        few = ["--steps", 4, "--batch-size", 8, "--checkpoint-every", 2, "--log-every", 1, *QUICK]
         storm(mode, copied, ["evaluate", "finetune", copied / "run", *few])
 
     def test_segmentation(self, mode, copied, tmp_path):
         data = make_segmentation_set(tmp_path / "shapes", {"train": 8, "test": 4})
-        few = ["--steps", 4, "--batch-size", 4, "--checkpoint-every", 2, "--decoder", "linear", "--img-size", 32]
+        few = ["--steps", 4, "--batch-size", 4, "--checkpoint-every", 2, "--log-every", 1]
+        few += ["--decoder", "linear", "--img-size", 32]
         storm(mode, copied, ["evaluate", "segmentation", copied / "run", "--data", data, *few, *QUICK])
 
     @pytest.mark.parametrize("name", ["features.parquet", "features.npy"])
