@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from dmjd.checked_json import parse_json
+from dmjd.regular import check_regular
 
 METADATA_KEY = "dmjd"  # the key in a file's metadata that holds our JSON
 
@@ -189,6 +190,7 @@ def try_lock(path: Path) -> IO[str] | None:
     Raises:
         OSError: if the file cannot be opened.
     """
+    check_regular(path)
     file = path.open("a+", encoding="utf-8")  # "w" would erase what the owner wrote
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,6 +213,7 @@ def locked(path: Path) -> Iterator[None]:
         ValueError: if the file cannot be opened.
     """
     try:
+        check_regular(path)
         file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"could not write {path}: {error.strerror}") from None

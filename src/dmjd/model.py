@@ -13,7 +13,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.masking import DisjointMasks, Masks, MaskSampler, random_keys
 from dmjd.nn.dropout import set_row_keys
 from dmjd.nn.layers import set_checkpointing
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 from dmjd.rng import STREAM_VIEW, hash64
 from dmjd.targets.base import Target
 from dmjd.targets.registry import create_target
@@ -45,7 +45,7 @@ class MaskedImageModel(nn.Module):
         ValueError: for settings that do not fit together or do not fit the encoder.
     """
 
-    @float32_by_default()
+    @own_defaults()
     def __init__(
         self,
         encoder: Encoder,

@@ -1,5 +1,7 @@
 """Only regular files are opened: opening a FIFO waits for ever, and opening a device may act on it."""
 
+import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
@@ -23,3 +25,10 @@ def irregular(path: str | Path) -> str | None:
     if stat.S_ISREG(mode):
         return None
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a special file")
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError, with a reason to print, if a path exists and is no regular file; call before opening it."""
+    with contextlib.suppress(FileNotFoundError):
+        if kind := irregular(path):
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))

@@ -30,7 +30,7 @@ def test_a_line_that_cannot_be_written_is_written_with_the_next(tmp_path):
     folder.metrics.mkdir()
     with pytest.raises(ValueError, match=r"could not write .*metrics\.jsonl"):
         folder.log({"step": 2})
-    with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read: Is a directory; move it away"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read: it is a folder, not a file; move it away"):
         folder.cut_metrics(1)
     folder.metrics.rmdir()
     (tmp_path / "away").rename(folder.metrics)

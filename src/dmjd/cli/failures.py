@@ -73,6 +73,8 @@ def explain(error: BaseException) -> str | None:
         return f"the network does not answer as it should: {_first_line(text)}; check the connection and try again"
     if isinstance(error, OSError):
         return _explain_errno(error)
+    if isinstance(error, ImportError) and ("failed to map segment" in text or any(w in text for w in _MEMORY)):
+        return "out of memory while a library was loaded; raise the limit (ulimit -v, or the memory of the job)"
     if isinstance(error, ImportError):
         return f"a package is missing or broken: {_first_line(text)}; install dmjd again, in a fresh environment"
     return None

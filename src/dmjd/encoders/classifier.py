@@ -16,7 +16,7 @@ from dmjd.files import read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.decoding import ImageLike
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TransformerNorm
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 
 CLASSIFIER_FILE = "classifier.safetensors"
 
@@ -105,7 +105,7 @@ def classifier_bytes(model: ImageClassifier) -> bytes:
     return safetensors_bytes(model.state_dict(), {"classifier": metadata})
 
 
-@float32_by_default()
+@own_defaults()
 def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> ImageClassifier:
     """Load a fine-tuned classifier in evaluation mode.
 

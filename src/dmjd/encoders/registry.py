@@ -29,7 +29,7 @@ from dmjd.encoders.conv_vit import ConvViT
 from dmjd.encoders.timm_features import feature_backbone
 from dmjd.encoders.vit import VisionTransformer
 from dmjd.files import tuples_to_lists
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 from dmjd.suggest import did_you_mean
 
 # A new family is its class and one entry here.
@@ -81,7 +81,7 @@ def nearest_name(cls: type[Encoder], embed_dim: int, patch_size: int) -> str:
     return f"{family}_{min(cls.SIZES, key=lambda size: abs(width(size) - embed_dim))}_patch{patch_size}"
 
 
-@float32_by_default()
+@own_defaults()
 def create_encoder(
     name: str,
     img_size: int | tuple[int, int] = 224,

@@ -28,8 +28,8 @@ MAX_SCORE = 1e300
 
 
 def data_fingerprint(train: Source, test: Source) -> str:
-    """Identifier of the images of both sets."""
-    return f"{train.fingerprint()}/{test.fingerprint()}"
+    """Identifier of the images and labels of both sets."""
+    return "/".join(f"{source.fingerprint()}-{source.content_hash()}" for source in (train, test))
 
 
 def versions() -> dict[str, str]:

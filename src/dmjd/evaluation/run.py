@@ -7,10 +7,10 @@ from dmjd.config.checks import check_path, check_text
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.evaluation.frozen.protocol import evaluate_all
 from dmjd.evaluation.registry import FrozenTask, get_task
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 
 
-@float32_by_default()
+@own_defaults()
 def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
     """Evaluate a trained encoder and, with the same protocol, a randomly initialized one.
 

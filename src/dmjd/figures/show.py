@@ -21,7 +21,7 @@ from dmjd.figures.neighbors import neighbors_figure
 from dmjd.figures.reconstruction import mask_figure, reconstruction_figure, target_figure
 from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 from dmjd.rng import image_keys
 from dmjd.runs.build import LISTING, load_model, open_data, open_images
 
@@ -39,7 +39,7 @@ def save_reconstruction_figure(
     return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
 
 
-@float32_by_default()
+@own_defaults()
 def show(
     kind: str,
     run: str | Path,

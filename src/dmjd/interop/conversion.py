@@ -22,7 +22,7 @@ from dmjd.files import read_safetensors
 from dmjd.masking import DisjointMasks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 
 # (published prefix, ours); the first match counts.
 DECODER_KEYS = (
@@ -71,7 +71,7 @@ def to_published(key: str, conv_vit: bool) -> str:
     return theirs + key[len(ours) :]
 
 
-@float32_by_default()
+@own_defaults()
 def load_official(
     source: str | Path | Mapping[str, Tensor], num_heads: int | None = None, decoder_heads: int | None = None
 ) -> MaskedImageModel | Classifier:

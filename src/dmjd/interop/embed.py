@@ -54,7 +54,8 @@ from dmjd.interop.feature_files import (
     write_npy,
     write_parquet,
 )
-from dmjd.nn.modes import evaluating, float32_by_default
+from dmjd.nn.modes import evaluating, own_defaults
+from dmjd.regular import check_regular
 from dmjd.runs.build import open_images
 
 ENDINGS = (".parquet", ".npy")
@@ -66,7 +67,7 @@ PART_BYTES = 64 << 20  # the most rows held in memory
 _SHOWN = 10  # unreadable images named on the terminal; the file's metadata lists all
 
 
-@float32_by_default()
+@own_defaults()
 def embed(
     run: str | Path,
     *,
@@ -114,7 +115,7 @@ def embed(
     source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
     extract = _extractor(encoder, tokens, precision)
     settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
-    settings |= {"tokens": bool(tokens), "half": bool(half), "precision": precision}
+    settings |= {"content": source.content_hash(), "tokens": bool(tokens), "half": bool(half), "precision": precision}
     console = Console()
     if _is_finished(settings, out, console):
         return out
@@ -276,6 +277,7 @@ class _Parts:
         for file in self.files():
             first, last = range_of(file)
             try:
+                check_regular(file)
                 schema, num_rows = pq.read_schema(file), pq.read_metadata(file).num_rows
                 unreadable_of(schema)
                 if not schema.equals(self.schema) or not (end <= first and num_rows <= last - first):

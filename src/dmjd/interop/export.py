@@ -17,7 +17,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
 from dmjd.files import METADATA_KEY, atomic, check_writable, make_folder, write_bytes
 from dmjd.interop.conversion import timm_call
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 from dmjd.suggest import did_you_mean
 
 FORMATS = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -35,7 +35,7 @@ class Exported:
     usage: str
 
 
-@float32_by_default()
+@own_defaults()
 def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
     """Write an encoder in the format of another library.
 

@@ -16,6 +16,7 @@ from dmjd.checked_json import parse_json
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report
 from dmjd.files import DIGEST_KEY, METADATA_KEY, atomic
+from dmjd.regular import check_regular
 
 ROWS_ENDING = ".rows.parquet"  # of the table that describes the rows of features.npy
 
@@ -143,6 +144,8 @@ def check_finished(settings: dict[str, Any], out: Path) -> None:
     """
     file = rows_file(out) if out.suffix == ".npy" else out
     try:
+        check_regular(file)
+        check_regular(out)
         text = pq.read_schema(file).metadata[METADATA_KEY.encode()]
         metadata = parse_json(text, dict[str, Any], "metadata")
         if not isinstance(old := metadata.get("settings"), dict):
@@ -162,8 +165,8 @@ def check_finished(settings: dict[str, Any], out: Path) -> None:
 
 
 def check_same(settings: dict[str, Any], old: dict[str, Any], path: Path) -> None:
-    """Raise an error if existing features were made with other settings. Version 0.1 stored more settings."""
-    if different := [name for name, value in settings.items() if old.get(name) != value]:
+    """Raise an error if existing features were made with other settings. Version 0.1 stored no hash of the content."""
+    if different := [name for name, value in settings.items() if old.get(name, value) != value]:
         raise ValueError(
             f"{path} was made with other settings ({', '.join(different)}): delete it, or give another --out"
         )

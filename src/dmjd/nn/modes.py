@@ -1,4 +1,4 @@
-"""Temporary modes: evaluation, and float32 as the type of new tensors."""
+"""Temporary modes: evaluation, and defaults of torch that do not depend on the caller."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,14 +21,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def float32_by_default() -> Iterator[None]:
-    """New modules and tensors are float32, whatever the caller chose with ``torch.set_default_dtype``.
+def own_defaults() -> Iterator[None]:
+    """New modules and tensors are float32, and gradients are on, whatever the caller chose.
 
-    Public functions have it as a decorator, so that weights and results do not depend on the caller's choice.
+    Public functions have it as a decorator, so that weights and results do not depend on ``torch.set_default_dtype``,
+    ``torch.no_grad`` or ``torch.inference_mode`` around the call.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         torch.set_default_dtype(before)

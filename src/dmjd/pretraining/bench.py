@@ -23,7 +23,7 @@ from dmjd.engine.device import make_fabric, precision_name
 from dmjd.engine.loop import Engine, Report, StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.run import make_engine, resolve_batch_size, training_batches
 from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
@@ -35,7 +35,7 @@ WARMUP_STEPS = 3
 PARTS = ("data", "masks and targets", "encoder", "branches", "backward", "optimizer")
 
 
-@float32_by_default()
+@own_defaults()
 def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     """Measure training steps of a configuration. Nothing is written.
 

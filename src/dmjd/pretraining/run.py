@@ -26,7 +26,7 @@ from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, scaled_learning_rate, warmup_cosine
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.callbacks import Monitor
 from dmjd.runs.build import LISTING, build_model, open_data
 from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder
@@ -58,7 +58,7 @@ class RunResult:
     unreadable: tuple[tuple[str, str], ...] = ()
 
 
-@float32_by_default()
+@own_defaults()
 def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, hooks: Sequence[Hook] = ()) -> RunResult:
     """Pre-train an encoder. Called again with the same ``out``, the run resumes where it stopped.
 

@@ -20,7 +20,7 @@ from dmjd.files import FileWarning
 from dmjd.images.preprocess import Preprocess
 from dmjd.masking import MaskSampler, sampler_class
 from dmjd.model import MaskedImageModel
-from dmjd.nn.modes import float32_by_default
+from dmjd.nn.modes import own_defaults
 from dmjd.runs.checkpoint import ModelState, RunFolder, one_line, read_config_of
 from dmjd.targets.base import TargetSettings
 from dmjd.targets.registry import target_class
@@ -188,7 +188,7 @@ def read_config(run: str | Path) -> PretrainConfig:
     return config
 
 
-@float32_by_default()
+@own_defaults()
 def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
     """Load the pre-training model of a run at its newest checkpoint. A damaged one is skipped with a warning.
 

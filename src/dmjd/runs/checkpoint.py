@@ -32,6 +32,7 @@ from dmjd.files import (
     write_text,
 )
 from dmjd.images.preprocess import Preprocess
+from dmjd.regular import check_regular
 from dmjd.runs.metrics import cut_metrics
 
 KEEP = 2  # step checkpoints, besides the final one
@@ -271,6 +272,7 @@ def read_config_of(run: Path) -> PretrainConfig | None:
     """
     file = run / CONFIG_FILE
     try:
+        check_regular(file)
         return PretrainConfig.from_json(file.read_bytes(), str(file))
     except FileNotFoundError:
         problem = f"{file} is missing"

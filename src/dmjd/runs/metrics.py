@@ -5,6 +5,7 @@ from typing import Any
 
 from dmjd.checked_json import parse_json
 from dmjd.files import write_bytes
+from dmjd.regular import check_regular
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -19,6 +20,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     """The lines of a file, each with its content or None if that is not a line of metrics."""
     try:
+        check_regular(file)
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}; move it away") from None

@@ -1,5 +1,6 @@
 """The interface of a data source: an indexed set of images."""
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -11,6 +12,10 @@ import numpy as np
 
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage, open_image
+from dmjd.images.stored import UnreadableImage
+from dmjd.regular import check_regular
+
+_SAMPLED, _FIRST_BYTES = 64, 1 << 16  # of Source.content_hash
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,20 @@ class Source(ABC):
         """Short hash that changes when images are added, removed or change size; independent of the set's path."""
         return short_hash([str(len(self)), *self._identity()])
 
+    def content_hash(self) -> str:
+        """Short hash of the labels, and of the first bytes of at most 64 images, evenly spaced over the set.
+
+        With :meth:`fingerprint`, which an image or label of the same size does not change, it tells results on other
+        data apart.
+        """
+        digest = hashlib.sha256()
+        if self.labels is not None:
+            digest.update(self.labels.tobytes() + "\0".join(self.classes).encode("utf-8", "surrogateescape"))
+        for index in np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(int):
+            with contextlib.suppress(UnreadableImage, OSError):
+                digest.update(_first_bytes(self.stored(int(index))))
+        return digest.hexdigest()[:12]
+
     def changes(self, fingerprint: str) -> Changes | None:
         """What differs from the set a run began with, whose fingerprint is given; None: it is another set."""
         return Changes([], len(self)) if fingerprint == self.fingerprint() else None
@@ -131,6 +150,16 @@ class Source(ABC):
     def _identity(self) -> Iterable[str]:
         """Strings that distinguish this set from others of the same length."""
         return [self.name]
+
+
+def _first_bytes(stored: ImageLike) -> bytes:
+    if isinstance(stored, bytes):
+        return stored[:_FIRST_BYTES]
+    if isinstance(stored, str | Path):
+        check_regular(Path(stored))
+        with open(stored, "rb") as file:
+            return file.read(_FIRST_BYTES)
+    return np.asarray(stored).tobytes()[:_FIRST_BYTES]
 
 
 def short_hash(parts: Iterable[str]) -> str:

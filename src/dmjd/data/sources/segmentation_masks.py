@@ -139,6 +139,10 @@ class SegmentationSource(Source):
         """Short hash of images and masks."""
         return f"{self.images.fingerprint()}-{self.masks.fingerprint()}"
 
+    def content_hash(self) -> str:
+        """See :meth:`Source.content_hash`."""
+        return f"{self.images.content_hash()}-{self.masks.content_hash()}"
+
 
 def open_segmentation(
     data: str | Path, split: str, *, in_chans: int = 3, value_range: tuple[float, float] | None = None

@@ -32,10 +32,10 @@ from dmjd.evaluation.results import (
     write_result,
 )
 from dmjd.evaluation.setup import aligned_labels, config_of, given_data, open_sets
-from dmjd.nn.modes import evaluating, float32_by_default
+from dmjd.nn.modes import evaluating, own_defaults
 
 
-@float32_by_default()
+@own_defaults()
 def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **options: Any) -> dict[str, dict[str, Any]]:
     """Run several evaluations on frozen features in one pass over the images.
 
@@ -80,7 +80,7 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
     )
 
 
-@float32_by_default()
+@own_defaults()
 def evaluate_frozen(
     tasks: Mapping[str, Mapping[str, Any]],
     encoder: Encoder,

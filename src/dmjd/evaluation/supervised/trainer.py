@@ -24,6 +24,7 @@ from dmjd.engine.loop import Duration, Engine, Report, Task
 from dmjd.engine.optim import warmup_cosine
 from dmjd.files import remove, write_text
 from dmjd.nn.modes import evaluating
+from dmjd.regular import check_regular
 from dmjd.runs.checkpoint import KEEP, Checkpoint, RunFolder, load_checkpoint, named_tensors, save_checkpoint
 from dmjd.runs.driver import Callback, Driver, newest_checkpoint
 
@@ -241,6 +242,7 @@ def fit(
             console.say(f"{name}: resumed at step {engine.state.step}")
         if not driver.run():
             raise Stopped
+        validation.after_save(final=True)  # again: a kill may have come before, with the final checkpoint written
     return FitResult(validation.model, validation.scores, validation.best, engine.state.step, run.path, fabric)
 
 
@@ -249,6 +251,7 @@ def _validate_config(folder: RunFolder, description: dict[str, Any]) -> None:
     file = folder.path / "config.json"
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     try:
+        check_regular(file)
         old = file.read_bytes().decode(errors="replace") if file.exists() else text
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}; move {folder.path} away") from None
