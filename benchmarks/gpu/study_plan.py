@@ -9,12 +9,13 @@ from torch import Tensor
 
 import dmjd
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.encoders.headers import CHECKPOINT_FORMAT
 from dmjd.engine.optim import OPTIMIZERS
 from dmjd.files import read_safetensors, write_safetensors
 from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.run import PretrainTask
 from dmjd.runs.build import build_model
-from dmjd.runs.checkpoint import FORMAT_VERSION, load_checkpoint, optimizer_tensors, save_checkpoint
+from dmjd.runs.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
 
 EPOCHS = 200
 
@@ -92,7 +93,7 @@ def save_state(checkpoint: Path, target: Path) -> None:
     loaded = load_checkpoint(checkpoint)
     tensors = {key: value for key, value in loaded.tensors.items() if key.startswith("model.")}
     state = {key: value for key, value in loaded.state.items() if key != "format"}
-    write_safetensors(target, halved(tensors), {"format": FORMAT_VERSION} | state)
+    write_safetensors(target, halved(tensors), {"format": CHECKPOINT_FORMAT} | state)
 
 
 def restore_state(file: Path, config: PretrainConfig, run: Path) -> int:
