@@ -87,3 +87,11 @@ def test_runs_do_not_depend_on_the_default_type(tmp_path, image_folder):
     assert_same_bits(*(tmp_path / str(dtype) for dtype in (torch.float32, torch.bfloat16)))
     assert scores[0] == scores[1]
     np.testing.assert_array_equal(*features)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_trains_where_the_caller_switched_gradients_off(tmp_path, mode):
+    fields = TINY_FIELDS | {"steps": 2, "batch_size": 8}
+    with mode():
+        result = pretrain(recipes.digits(out=str(tmp_path / "run"), **fields))
+    assert result.finished
