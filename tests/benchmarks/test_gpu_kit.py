@@ -32,12 +32,8 @@ from dmjd.runs.build import build_model  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Steps of tiny models are too small for several threads, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """All tests here take tiny steps."""
 
 
 def complete(folder: Path, *parts: str) -> Path:

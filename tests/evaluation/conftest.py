@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from support import FEATURE_SIZE, tiny_encoder
 
 from dmjd.config.pretrain import PretrainConfig
@@ -11,12 +10,8 @@ from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Steps of a probe are too small for several threads, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """All tests here take tiny steps."""
 
 
 @pytest.fixture

@@ -213,16 +213,3 @@ def test_a_signal_at_the_very_end_is_for_what_follows(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Training(tmp_path).run([interrupt])
     assert saved(tmp_path) == ["final.safetensors"]
-
-
-def test_a_log_that_cannot_be_closed_does_not_hide_the_error(tmp_path):
-    class Log:
-        def log(self, values, step):
-            pass
-
-        def close(self):
-            raise OSError("full")
-
-    training = Training(tmp_path, raise_at(3, ValueError("the cause")), start=lambda step, progress: [Log()])
-    with pytest.raises(ValueError, match="the cause"):
-        training.run()

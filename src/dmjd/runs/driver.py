@@ -160,7 +160,7 @@ class Driver:
                 finished = self._train(batches, hooks, stop)
         finally:
             for logger in self._loggers:
-                self._close(logger)
+                logger.close()
             self.console.close()
         if finished and stop.requested:  # too late to stop the training: it is meant for what follows
             os.kill(os.getpid(), stop.requested)
@@ -209,13 +209,6 @@ class Driver:
     def _say(self, text: str) -> None:
         prefix = f"{self.name}: " if self.name else ""
         self.console.say(prefix + text.format(self.engine.state.step))
-
-    def _close(self, logger: Logger) -> None:
-        """Close a logger; an error, such as a full disk, must not hide the one that ended the training."""
-        try:
-            logger.close()
-        except Exception as error:
-            self.console.warn(f"a log is incomplete: {error}")
 
     def _after_step(self, report: Report) -> None:
         self._complete = None
