@@ -231,3 +231,14 @@ def test_files_that_went_wrong():
         read = read_image(file, expected.shape[2], RANGES.get(name))
         assert read.shape == expected.shape, name
         assert np.abs(read - expected).max() <= 0.5, name  # one of them is rounded to 8 bits
+
+
+@pytest.mark.parametrize("bands", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_one_channel_of_gray_with_bands_is_the_first(bands, dtype):
+    """They are not red, green and blue, which would be mixed."""
+    values = np.random.default_rng(0).integers(0, 255, (5, 6, bands)).astype(dtype)
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="minisblack", planarconfig="contig")
+    scale = 255 / np.iinfo(dtype).max
+    np.testing.assert_allclose(read_image(file.getvalue(), 1)[..., 0], values[..., 0] * scale, rtol=1e-6)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Logger(Protocol):
-    """A destination of scalars besides ``metrics.jsonl``."""
+    """A destination of scalars besides ``metrics.jsonl``. ``close`` must not raise; see :class:`GuardedLogger`."""
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Log the scalars of a step."""

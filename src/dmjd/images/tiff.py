@@ -21,6 +21,7 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both by
 # Photometric interpretation -> color samples: gray, gray, RGB, palette, CMYK.
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}
 _WHITE_IS_ZERO, _PALETTE, _CMYK = 0, 3, 5
+_GRAYS = (_WHITE_IS_ZERO, 1)
 
 # None, CCITT, LZW, JPEG, deflate, PackBits: every build of Pillow decodes them.
 _PILLOWS_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
@@ -61,7 +62,10 @@ def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], S
                 raise UnreadableImage("", f"it has {channels} channels, in_chans is {in_chans}")
             return Stored(upright(values, _orientation(page)))
         stored = _interpreted(values, page)
-        return Stored(upright(stored.values, _orientation(page)), stored.alpha)
+        values = stored.values
+        if in_chans == 1 and not stored.alpha and int(page.photometric) in _GRAYS:
+            values = values[..., :1]  # bands of unknown meaning follow, which are not red, green and blue
+        return Stored(upright(values, _orientation(page)), stored.alpha)
 
 
 def decode_numbers(file: Any) -> np.ndarray:
