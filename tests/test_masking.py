@@ -377,3 +377,12 @@ def test_numbers_of_numpy_count_as_pythons():
     of_numpy = {name: np.asarray(value)[()] for name, value in settings.items()}
     plain, other = (disjoint_masks(n, (4, 4), keys=keys, **s) for n, s in ((3, settings), (np.int64(3), of_numpy)))
     assert torch.equal(plain.mask, other.mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("grid", None), ("grid", 3), ("keys", 0), ("keys", "abc"), ("keys", []), ("generator", 0), ("disjoint", "no")],
+)
+def test_arguments_of_other_types_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        disjoint_masks(2, **{"grid": (4, 4)} | {name: value})

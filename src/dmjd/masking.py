@@ -7,13 +7,14 @@ subclass and a line in :data:`SAMPLERS`.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.config.checks import MAX_BATCH_SIZE, Bounds, check_float, check_int, check_real, shown
+from dmjd.config.checks import MAX_BATCH_SIZE, Bounds, check_bool, check_float, check_int, check_real, shown
 from dmjd.rng import STREAM_DECODE, STREAM_MASK, hash64
 from dmjd.suggest import did_you_mean
 
@@ -280,9 +281,12 @@ def disjoint_masks(
         ValueError: if a setting is out of its range or does not fit the grid.
     """
     batch_size = check_int("batch_size", batch_size, Bounds(ge=0, most=MAX_BATCH_SIZE))
+    for name, value, kind in (("keys", keys, Tensor), ("generator", generator, torch.Generator)):
+        if not isinstance(value, kind | None):
+            raise ValueError(f"{name} must be a torch {kind.__name__}, got {shown(value)}")
     if keys is not None and generator is not None:
         raise ValueError("give keys or a generator, not both: masks are a pure function of the keys")
-    if not disjoint and pred_ratio is not None:
+    if not check_bool("disjoint", disjoint) and pred_ratio is not None:
         raise ValueError("pred_ratio has no meaning with disjoint=False: independent views cannot be steered to it")
     if disjoint:
         sampler: MaskSampler = DisjointMasks(num_views, mask_ratio, pred_ratio, block_size)
@@ -345,6 +349,8 @@ def _check_ratios(K: int, c: float, p: float | None = None) -> None:
 
 def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
     """The side of a masking block in tokens; None means 2 if it divides both grid sides, else 1."""
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise ValueError(f"grid must be (rows, columns), got {shown(grid)}")
     h, w = (check_int("grid", side, Bounds(ge=1)) for side in grid)
     if block_size is None:
         return 2 if h % 2 == 0 and w % 2 == 0 else 1

@@ -159,3 +159,9 @@ def test_whitening():
     expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(whiten(x), expected)
     assert not whiten(torch.full((2, 9), 3.0)).any()
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 3, 16, 16)), torch.zeros(3, 16, 16), None, ""])
+def test_what_is_no_batch_of_images_is_refused(images):
+    with pytest.raises(ValueError, match=r"images_0_255 must be a \[B, C, H, W\] tensor, got"):
+        hog(images)

@@ -47,8 +47,11 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
         [B, C, H/cell, W/cell, bins] float32.
 
     Raises:
-        ValueError: if the cell does not divide the image, or for another number of bins.
+        ValueError: for images of another shape or type, a cell that does not divide them, or another number of bins.
     """
+    if not isinstance(images_0_255, Tensor) or images_0_255.dim() != 4:
+        got = list(images_0_255.shape) if isinstance(images_0_255, Tensor) else type(images_0_255).__name__
+        raise ValueError(f"images_0_255 must be a [B, C, H, W] tensor, got {got}")
     H, W = images_0_255.shape[-2:]
     cell_size = check_int("cell_size", cell_size, Bounds(ge=1))
     num_bins = check_int("num_bins", num_bins, Bounds(ge=1, le=MAX_BINS))
