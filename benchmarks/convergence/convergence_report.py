@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dmjd.figures.grid import DPI
+from dmjd.figures.panels import DPI
 
 PROBES = {"linear": "linear probe", "knn": "kNN"}
 AXES = {"minutes": "minutes of training", "images": "images seen", "epochs": "epochs"}

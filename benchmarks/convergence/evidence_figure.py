@@ -11,7 +11,8 @@ from pathlib import Path
 from convergence_report import Run, by_variant, curve
 from matplotlib.figure import Figure
 
-from dmjd.figures.grid import DPI, save_figure
+from dmjd.figures.grid import save_figure
+from dmjd.figures.panels import DPI
 
 AXES = {"minutes": "minutes of training", "images": "images seen, thousands"}
 

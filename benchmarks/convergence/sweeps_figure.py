@@ -14,7 +14,8 @@ from typing import Any
 from convergence_report import by_variant
 from matplotlib.figure import Figure
 
-from dmjd.figures.grid import DPI, save_figure
+from dmjd.figures.grid import save_figure
+from dmjd.figures.panels import DPI
 
 ROW = 0.2  # inches
 

@@ -1,10 +1,9 @@
 """Attention of the last block, and tokens as colors."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from figure_models import small_encoder, titles
+from figure_models import rows_of, small_encoder, titles
 
 from dmjd.figures.attention import MAX_HEADS, attention_figure, last_attention
 
@@ -43,7 +42,7 @@ def test_attention_figure_has_a_panel_for_each_head_up_to_six(name, size, chans,
     figure = attention_figure(encoder, torch.randint(0, 256, (5, chans, *size)), num_shown=3)
     shown = min(heads, MAX_HEADS)
     assert len(titles(figure)) == 3 + shown
-    assert len(figure.axes) == 3 * (3 + shown)
+    assert [len(row) for row in rows_of(figure)] == 3 * [3 + shown]
     assert encoder.training
-    assert np.asarray(figure.axes[2].images[0].get_array()).shape == (*size, 3)
+    assert rows_of(figure)[0][2].image.shape == (*size, 3)
     assert ("of 8 heads" in figure.get_supxlabel()) == (heads > MAX_HEADS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from figure_models import panels
+from figure_models import panels, row_labels
 from matplotlib import rc_context
 from PIL import Image
 
@@ -16,7 +16,7 @@ def test_a_grid_has_titles_labels_and_a_note():
         "a": [0.0, 1.0, 0.5],
         "b": [0.0, 1.0, 0.5],
     }
-    assert [axes.get_ylabel() for axes in figure.axes[1::2]] == ["one", "two", "three"]
+    assert row_labels(figure) == ["one", "two", "three"]
     assert figure.get_supxlabel() == "a note"
 
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from figure_models import small_encoder, titles
+from figure_models import rows_of, small_encoder, titles
 from matplotlib.colors import to_rgba
 
 from dmjd.data.sources.registry import open_source
@@ -29,25 +29,24 @@ def test_the_copy_of_an_image_is_its_nearest_neighbor(labels, image_folder, tmp_
     (tmp_path / "cats" / "broken.png").write_text("no image")
     figure = neighbors_figure(small_encoder(), open_source(tmp_path, labels=labels), num_images=3)
     assert titles(figure) == ["query", *(f"neighbor {i + 1}" for i in range(NUM_NEIGHBORS))]
-    rows = np.array(figure.axes).reshape(3, 1 + NUM_NEIGHBORS)
-    for query, first, *others in rows:
-        np.testing.assert_array_equal(*(np.asarray(axes.images[0].get_array()) for axes in (query, first)))
-        assert first.get_xlabel().startswith("1.000")
-        color = first.spines["top"].get_edgecolor()
-        assert (
-            (color == to_rgba(SAME) and query.get_xlabel() in ("cats", "dogs"))
-            if labels == "folder"
-            else (not first.spines["top"].get_visible())
-        )
-        for axes in others if labels == "folder" else ():
-            same = axes.get_xlabel().split()[1] == query.get_xlabel()
-            assert axes.spines["top"].get_edgecolor() == to_rgba(SAME if same else OTHER)
+    assert [len(row) for row in rows_of(figure)] == 3 * [1 + NUM_NEIGHBORS]
+    for query, first, *others in rows_of(figure):
+        np.testing.assert_array_equal(first.image, query.image)
+        assert first.caption.startswith("1.000")
+        assert query.border is None
+        assert first.border == (to_rgba(SAME) if labels == "folder" else None)
+        assert query.caption in (("cats", "dogs") if labels == "folder" else ("",))
+        for panel in others if labels == "folder" else ():
+            same = panel.caption.split()[1] == query.caption
+            assert panel.border == to_rgba(SAME if same else OTHER)
 
 
 def test_neighbors_of_a_part_of_the_set(image_folder, tmp_path):
     source = open_source(image_folder)
     figure = neighbors_figure(small_encoder(), source, num_images=9, num_candidates=4)
-    assert len(figure.axes) == 4 * 4  # each of four images is a query, and the others are its neighbors
+    assert [len(row) for row in rows_of(figure)] == 4 * [
+        4
+    ]  # each of four images is a query, and the others are its neighbors
     assert "of 4 images" in figure.get_supxlabel()
     shutil.copy(source.stored(0), tmp_path / "one.png")
     with pytest.raises(ValueError, match="fewer than two"):

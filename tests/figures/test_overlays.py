@@ -8,6 +8,7 @@ import torch
 from hostile_names import NAMES
 from PIL import Image
 
+import dmjd.figures.overlays as drawing
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.coco import Instances
 from dmjd.figures.overlays import IGNORED, OPACITY, class_colors, detection_panels, save_overlays, segmentation_panels
@@ -67,3 +68,26 @@ def test_any_name_of_a_class_can_be_drawn(tmp_path):
 def test_long_and_narrow_images_can_be_drawn(size, tmp_path):
     image, truth = np.zeros((*size, 3), np.uint8), np.zeros(size, np.int64)
     save_overlays(segmentation_panels([(image, truth, truth)] * 2, ["a"]), tmp_path / "a.png")
+
+
+def test_boxes_are_drawn_over_their_own_image(tmp_path, monkeypatch):
+    """Two images of different shapes, each with a box in another place."""
+    figures = []
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, file: figures.append(figure))
+    none = torch.zeros(0)
+    examples = []
+    for shape, box in (((8, 10), [3.0, 2.0, 6.0, 4.0]), ((20, 10), [0.0, 15.0, 5.0, 20.0])):
+        truth = Instances(torch.tensor([box]), torch.tensor([1]), torch.tensor([False]), None)
+        empty = {"boxes": none.view(0, 4), "labels": none.long(), "scores": none}
+        examples.append((np.zeros((*shape, 3), np.uint8), truth, empty))
+    save_overlays(detection_panels(examples, ["cat", "dog"]), tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    assert len(axes.patches) == 2
+    for image, patch, (_, truth, _) in zip(axes.images[::2], axes.patches, examples, strict=True):
+        left, right, bottom, top = image.get_extent()
+        rows, columns = image.get_size()
+        x, y, width, height = (*patch.get_xy(), patch.get_width(), patch.get_height())
+        corners = [(x - left) / (right - left) * columns, (y - top) / (bottom - top) * rows]
+        sides = [width / (right - left) * columns, height / (bottom - top) * rows]
+        x0, y0, x1, y1 = truth.boxes[0].tolist()
+        np.testing.assert_allclose([*corners, *sides], [x0, y0, x1 - x0, y1 - y0], atol=1e-5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from figure_models import images_of, model_for, panels, words
+from figure_models import images_of, model_for, panels, row_labels, words
 from matplotlib import colors
 
 import dmjd.figures.render as rendering
@@ -45,8 +45,7 @@ def test_reconstruction_figure_has_a_row_for_each_view(views, patch, size, chans
     assert len(columns) == 5
     assert all(len(rows) == 2 * views for rows in columns.values())
     assert all(np.isfinite(panel).all() for rows in columns.values() for panel in rows)
-    labels = [axes.get_ylabel() for axes in figure.axes[1::5]]
-    assert labels == [f"view {k + 1}" for k in range(views)] * 2 if views > 1 else ["", ""]
+    assert row_labels(figure) == [f"view {k + 1}" for k in range(views)] * 2 if views > 1 else ["", ""]
     assert (UNNORMALIZED in words(figure)) == (target == "pixel")
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dmjd.config.checks import check_path
-from dmjd.figures.grid import DPI, save_figure
+from dmjd.figures.grid import save_figure
+from dmjd.figures.panels import DPI
 from dmjd.runs.metrics import read_metrics
 
 _LARGEST = 1e300  # of a number that is drawn

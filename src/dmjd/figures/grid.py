@@ -1,26 +1,20 @@
 """Grids of images, and saving of figures."""
 
-import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
 from dmjd.config.checks import check_path
+from dmjd.figures.panels import Panel, draw_panels, height_over_width
 from dmjd.files import atomic, check_writable, make_folder
 
-DPI = 130
-
 _PANEL_INCHES = 1.9
-
-_MOST_PIXELS = 1 << 15  # of a side of a figure; matplotlib draws less than twice as many
 
 _NOT_IMAGES = {"pgf", "raw", "rgba"}  # formats of matplotlib that need LaTeX, or have no header
 
@@ -28,41 +22,19 @@ _NOT_IMAGES = {"pgf", "raw", "rgba"}  # formats of matplotlib that need LaTeX, o
 Columns = dict[str, list[Tensor]]
 
 
-def dpi_of(size: tuple[float, float]) -> float:
-    """Resolution of a figure of (width, height) inches: lower for one with very many rows."""
-    return min(DPI, _MOST_PIXELS / max(size))
-
-
-def height_over_width(image: Tensor | np.ndarray) -> float:
-    """Shape of the panel of an image [H, W, ...]: long and narrow images are drawn smaller, in a panel 1 to 4."""
-    return min(4.0, max(0.25, image.shape[0] / image.shape[1]))
-
-
 def image_grid(columns: Columns, row_labels: Sequence[str], note: str = "") -> Figure:
     """Draw images in rows and columns, with a title above each column and a note below."""
-    first = next(iter(columns.values()))[0]
-    shape = height_over_width(first)
+    rows = [[Panel(image.cpu().numpy()) for image in images] for images in zip(*columns.values(), strict=True)]
+    return panel_grid(list(columns), rows, row_labels, note)
+
+
+def panel_grid(
+    titles: Sequence[str], rows: Sequence[Sequence[Panel]], row_labels: Sequence[str] = (), note: str = ""
+) -> Figure:
+    """Draw rows of panels, in the size of an image of :func:`image_grid`."""
+    shape = height_over_width(rows[0][0].image)
     width = _PANEL_INCHES / max(1, shape) ** 0.5
-    height = width * shape
-    size = (len(columns) * (width + 0.08) + 0.3, len(row_labels) * (height + 0.08) + 0.7)
-    figure = Figure(figsize=size, dpi=dpi_of(size), layout="constrained")
-    axes = figure.subplots(len(row_labels), len(columns), squeeze=False)
-    for column, (title, panels) in enumerate(columns.items()):
-        axes[0, column].set_title(title, fontsize=9)
-        for row, panel in enumerate(panels):
-            show_image(axes[row, column], panel.cpu().numpy())
-    for row, label in enumerate(row_labels):
-        axes[row, 1].set_ylabel(label, fontsize=8)
-    if note:
-        figure.supxlabel("\n".join(textwrap.wrap(note, int(size[0] * 16))), fontsize=8)
-    return figure
-
-
-def show_image(axes: Axes, image: np.ndarray, interpolation: str | None = None) -> None:
-    """Draw an RGB image [H, W, 3] without ticks and spines; small images keep sharp pixel edges."""
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.imshow(image, interpolation=interpolation or ("nearest" if image.shape[0] < 300 else "antialiased"))
+    return draw_panels(titles, rows, (width, width * shape), labels=row_labels, note=note)
 
 
 def check_ending(path: Path) -> str:

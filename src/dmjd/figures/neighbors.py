@@ -6,7 +6,6 @@ Shapes: n candidate images, D width of a feature.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -14,7 +13,8 @@ from dmjd.data.cache import first_of_parts
 from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.figures.grid import Columns, image_grid
+from dmjd.figures.grid import panel_grid
+from dmjd.figures.panels import Panel
 from dmjd.figures.render import to_rgb
 from dmjd.nn.modes import evaluating
 from dmjd.text import drawable
@@ -67,16 +67,24 @@ def neighbors_figure(
     shown = index[torch.cat([queries.unsqueeze(1), rows], dim=1)]  # q, 1 + k
     images = read_all(source, known_preprocess(encoder), shown.flatten().numpy(), num_workers=0)
     rgb = to_rgb(images.raw).unflatten(0, shown.shape)  # q, 1 + k, H, W, 3
-    columns: Columns = {"query" if i == 0 else f"neighbor {i}": list(rgb[:, i]) for i in range(rgb.shape[1])}
-    figure = image_grid(columns, [""] * len(queries), _note(source, len(index)))
-    axes = np.array(figure.axes).reshape(tuple(shown.shape))
-    for row, (panels, ids, cosine) in enumerate(zip(axes, shown.numpy(), cosines.tolist(), strict=True)):
-        _label(panels[0], _class_name(source, ids[0]))
-        for panel, neighbor, value in zip(panels[1:], ids[1:], cosine, strict=True):
-            _label(panel, f"{value:.3f}  {_class_name(source, neighbor)}".rstrip())
-            if source.labels is not None:
-                _border(panel, SAME if source.labels[neighbor] == source.labels[shown[row, 0]] else OTHER)
-    return figure
+    titles = ["query" if i == 0 else f"neighbor {i}" for i in range(rgb.shape[1])]
+    rows_of_panels = [
+        _panels(source, panels.numpy(), ids, values)
+        for panels, ids, values in zip(rgb, shown.tolist(), cosines.tolist(), strict=True)
+    ]
+    return panel_grid(titles, rows_of_panels, note=_note(source, len(index)))
+
+
+def _panels(source: Source, images: np.ndarray, indices: list[int], cosines: list[float]) -> list[Panel]:
+    """A query and its neighbors: RGB images [1 + k, H, W, 3], indices of the images in the set, k cosines."""
+    names = [_class_name(source, i) for i in indices]
+    panels = [Panel(images[0], names[0])]
+    for image, index, name, cosine in zip(images[1:], indices[1:], names[1:], cosines, strict=True):
+        border = None
+        if source.labels is not None:
+            border = SAME if source.labels[index] == source.labels[indices[0]] else OTHER
+        panels.append(Panel(image, f"{cosine:.3f}  {name}".rstrip(), border))
+    return panels
 
 
 def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -93,14 +101,6 @@ def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Te
 
 def _class_name(source: Source, index: int) -> str:
     return drawable(source.classes[source.labels[index]], _MAX_LETTERS) if source.labels is not None else ""
-
-
-def _label(axes: Axes, text: str) -> None:
-    axes.set_xlabel(text, fontsize=8, labelpad=3)
-
-
-def _border(axes: Axes, color: str) -> None:
-    axes.spines[:].set(visible=True, color=color, linewidth=2.5)
 
 
 def _note(source: Source, num_candidates: int) -> str:

@@ -1,5 +1,7 @@
 """Predictions of segmentation and detection next to the ground truth, drawn over the images."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +10,14 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.transforms import Bbox, TransformedBbox
 from torch import Tensor
 
 from dmjd.data.sources.coco import Instances
-from dmjd.figures.grid import dpi_of, height_over_width, save_figure, show_image
+from dmjd.figures.grid import save_figure
+from dmjd.figures.panels import Panel, draw_panels, height_over_width, text_width
 from dmjd.figures.render import to_rgb
 from dmjd.text import drawable
 
@@ -22,6 +26,8 @@ OPACITY = 0.55  # of classes over an image
 IGNORED = (0.0, 0.0, 0.0)  # color of pixels without label
 
 _PANEL_INCHES = 2.6
+
+_LEGEND = 7.0  # points of the font of the legend
 
 _MOST_IN_LEGEND = 40
 
@@ -39,10 +45,9 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One image of a figure: RGB [H, W, 3] in 0..1, and the objects whose boxes are drawn over it."""
+class Overlay(Panel):
+    """One image of a figure, and the objects whose boxes are drawn over it."""
 
-    image: np.ndarray
     objects: Objects | None = None
 
 
@@ -51,7 +56,7 @@ class Overlays:
     """Rows of panels, their column titles, and the classes of the legend."""
 
     titles: list[str]
-    rows: list[list[Panel]]
+    rows: list[list[Overlay]]
     classes: list[str]
 
 
@@ -68,7 +73,8 @@ def segmentation_panels(examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndar
     rows = []
     for image, truth, prediction in examples:
         base = _rgb(image)
-        rows.append([Panel(base), *(Panel(base + OPACITY * (colors[index] - base)) for index in (truth, prediction))])
+        colored = [Overlay(base + OPACITY * (colors[index] - base)) for index in (truth, prediction)]
+        rows.append([Overlay(base), *colored])
     return Overlays(["image", "ground truth (black: no label)", "prediction"], rows, classes)
 
 
@@ -82,7 +88,8 @@ def detection_panels(
         labeled = Objects(truth.boxes, truth.labels, None, truth.masks)
         masks = prediction.get("masks")
         predicted = Objects(prediction["boxes"], prediction["labels"], prediction["scores"], masks)
-        rows.append([Panel(_with_masks(base, objects, len(classes)), objects) for objects in (labeled, predicted)])
+        both = (labeled, predicted)
+        rows.append([Overlay(_with_masks(base, objects, len(classes)), objects=objects) for objects in both])
     return Overlays(["ground truth", "prediction"], rows, classes)
 
 
@@ -102,32 +109,31 @@ def _with_masks(base: np.ndarray, objects: Objects, num_classes: int) -> np.ndar
 
 def save_overlays(overlays: Overlays, file: Path) -> None:
     """Draw the panels and write the figure to a file."""
-    columns, rows = len(overlays.titles), len(overlays.rows)
-    size = (columns * _PANEL_INCHES, rows * _PANEL_INCHES * height_over_width(overlays.rows[0][0].image) + 0.9)
-    figure = Figure(figsize=size, dpi=dpi_of(size), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes_row, panels in zip(grid, overlays.rows, strict=True):
-        for axes, panel in zip(axes_row, panels, strict=True):
-            _draw(axes, panel, overlays.classes)
-    for axes, title in zip(grid[0], overlays.titles, strict=True):
-        axes.set_title(title, fontsize=9)
-    colors = class_colors(len(overlays.classes))
-    shown = list(zip(overlays.classes, colors, strict=True))[:_MOST_IN_LEGEND]
-    handles = [Patch(color=color, label=drawable(name, 24)) for name, color in shown]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=7, frameon=False)
+    size = (_PANEL_INCHES, _PANEL_INCHES * height_over_width(overlays.rows[0][0].image))
+    names = [drawable(name, 24) for name in overlays.classes[:_MOST_IN_LEGEND]]
+    columns = min(6, len(names), int(len(overlays.titles) * size[0] / (text_width(max(names, key=len), _LEGEND) + 0.5)))
+    footer = _LEGEND / 72 * (1.75 * math.ceil(len(names) / columns) + 1)  # 1.75 is the space between lines
+    figure = draw_panels(overlays.titles, overlays.rows, size, footer=footer)
+    axes, colors = figure.axes[0], class_colors(len(overlays.classes))
+    for image, panel in zip(axes.images, itertools.chain.from_iterable(overlays.rows), strict=True):
+        image.set_interpolation("antialiased")
+        if panel.objects is not None:
+            _draw_boxes(axes, image, panel.objects, colors)
+    handles = [Patch(color=color, label=name) for name, color in zip(names, colors, strict=False)]
+    axes.legend(handles=handles, loc="lower center", ncols=columns, fontsize=_LEGEND, frameon=False)
     save_figure(figure, file)
 
 
-def _draw(axes: Axes, panel: Panel, classes: list[str]) -> None:
-    show_image(axes, panel.image, interpolation="antialiased")
-    objects = panel.objects
-    if objects is None:
-        return
-    colors = class_colors(len(classes))
+def _draw_boxes(axes: Axes, image: AxesImage, objects: Objects, colors: Sequence[Color]) -> None:
+    """Draw boxes, with their scores, over an image that lies somewhere in a figure."""
+    x, right, bottom, y = image.get_extent()
+    inside = TransformedBbox(Bbox.from_extents(x, y, right, bottom), axes.transData)
+    rows, columns = image.get_size()
     scores = objects.scores.tolist() if objects.scores is not None else [None] * len(objects.labels)
-    for box, label, score in zip(objects.boxes.tolist(), objects.labels.tolist(), scores, strict=True):
-        left, top, right, bottom = box
-        sides = right - left, bottom - top
-        axes.add_patch(Rectangle((left, top), *sides, fill=False, color=colors[label], linewidth=1))
+    scale = objects.boxes.new_tensor([(right - x) / columns, (bottom - y) / rows] * 2)  # inches per pixel
+    boxes = objects.boxes * scale + objects.boxes.new_tensor([x, y] * 2)
+    for (x0, y0, x1, y1), label, score in zip(boxes.tolist(), objects.labels.tolist(), scores, strict=True):
+        drawn = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colors[label], linewidth=1)
+        axes.add_patch(drawn).set_clip_box(inside)
         if score is not None:
-            axes.text(left, top, f"{score:.2f}", fontsize=4, color=colors[label], va="bottom")
+            axes.text(x0, y0, f"{score:.2f}", fontsize=4, color=colors[label], va="bottom")

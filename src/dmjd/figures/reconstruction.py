@@ -15,6 +15,7 @@ from dmjd.nn.modes import evaluating
 from dmjd.targets.base import Target
 from dmjd.targets.hog import HogTarget
 from dmjd.targets.pixel import PixelTarget
+from dmjd.text import drawable
 
 UNNORMALIZED = "un-normalized with the true mean and standard deviation of each patch"
 
@@ -127,7 +128,7 @@ def _targets(model: MaskedImageModel) -> list[tuple[list[str], Target]]:
 
 
 def _target_title(target: Target, branches: list[str]) -> str:
-    return f"target '{target.name}'" + ("" if len(branches) == 2 else f"\nof {branches[0]}")
+    return f"target '{drawable(target.name, 20)}'" + ("" if len(branches) == 2 else f"\nof {branches[0]}")
 
 
 def _note(model: MaskedImageModel) -> str:
@@ -146,8 +147,8 @@ def _note(model: MaskedImageModel) -> str:
 
 def _component_note(target: Target) -> str:
     return (
-        f"{target.name}: colors are the first three principal components of the true tokens; similar tokens have "
-        "similar colors. The mean token of each position is subtracted first."
+        f"{drawable(target.name)}: colors are the first three principal components of the true tokens; similar tokens "
+        "have similar colors. The mean token of each position is subtracted first."
     )
 
 
