@@ -77,24 +77,31 @@ def test_without_cuda():
 def test_freed_memory_stays_with_the_process():
     """Tensors of sizes seen before need no new pages; by default every tensor does."""
     program = """
-import resource, sys, torch
+import os, resource, torch
 from dmjd.engine.device import keep_freed_memory
-if sys.argv[1] != "default":
-    assert keep_freed_memory("cpu")
-    assert not keep_freed_memory("cuda")
-if sys.argv[1] == "keep small":
-    assert keep_freed_memory("cpu", up_to=1 << 21)
 def make():
     for i in range(6):
         torch.ones((40 << 20) + i % 3 * 1000, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-before = make()
-print(make() - before)
+for setting in ("keep", "keep small", "default"):
+    if os.fork():  # each setting in a process of its own, without another import of torch
+        assert os.wait()[1] == 0
+        continue
+    if setting != "default":
+        assert keep_freed_memory("cpu")
+        assert not keep_freed_memory("cuda")
+    if setting == "keep small":
+        assert keep_freed_memory("cpu", up_to=1 << 21)
+    before = make()
+    print(make() - before)
+    break
 """
-    small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
-    found = {}
-    for word in ("keep", "keep small", "default"):
-        command = [sys.executable, "-c", program, word]
-        found[word] = int(subprocess.run(command, capture_output=True, check=True, env=small_pages).stdout)
+    environment = os.environ | {
+        "THP_MEM_ALLOC_ENABLE": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # small pages; forks need one thread
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    found = dict(zip(("keep", "keep small", "default"), map(int, done.stdout.split()), strict=True))
     pages = 6 * (40 << 20) / resource.getpagesize()
     assert found["keep"] < pages / 4 < pages / 2 < min(found["default"], found["keep small"])
