@@ -229,7 +229,7 @@ ALLOWED = {
     ("cli/failures.py", "write_text"),  # the traceback of a bug, which must not depend on more of the package
     ("figures/grid.py", "savefig"),
     ("interop/export.py", "save"),
-    ("interop/embed.py", "write_table"),
+    ("interop/embed_parts.py", "write_table"),
     ("interop/feature_files.py", "ParquetWriter"),
     ("interop/feature_files.py", "write_table"),
     ("interop/feature_files.py", "open"),
