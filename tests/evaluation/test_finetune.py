@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from itertools import islice
 
@@ -154,6 +155,37 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bits(run, tmp_path, monke
     assert finetune(run, out=broken, device="cpu", **options) == expected
     files = [out / "evaluation" / "finetune" / "classifier.safetensors" for out in (whole, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_training_that_is_not_continued_is_named(run, stripes, tmp_path, capsys):
+    """Stopped, then repeated with another setting, and with a changed image; with the same ones it resumes."""
+    data = tmp_path / "data"
+    shutil.copytree(stripes, data)
+    batches = LabeledBatches.__call__
+
+    def stopping(self, start_step, fabric):
+        for batch in batches(self, start_step, fabric):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    options = {"data": data, "labels": "folder", "device": "cpu", "num_workers": 0}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LabeledBatches, "__call__", stopping)
+        with pytest.raises(Stopped):
+            finetune(run, steps=3, **options)
+    capsys.readouterr()
+    named = "a new training, because it differs from the unfinished one in"
+    finetune(run, steps=2, **options)
+    assert f"finetune, pre-trained, seed 0: {named} {run}" in (printed := capsys.readouterr().err)
+    assert "which is kept: steps: 3 -> 2" in printed
+    finetune(run, steps=3, **options)
+    printed = capsys.readouterr().err
+    assert "pre-trained, seed 0: resumed at step 1" in printed
+    assert "a new training" not in printed
+    image = next((data / "train" / "vertical").iterdir())
+    image.write_bytes((data / "train" / "vertical" / "03.png").read_bytes() + b" ")
+    finetune(run, steps=3, **options)
+    assert "which is kept: other images or labels" in capsys.readouterr().err
 
 
 # --- the recipe

@@ -50,8 +50,7 @@ def embed(
     """Write the features of every image of a set to a file.
 
     Rows are in the order of the set; unreadable images are left out and reported. Finished parts are kept in
-    ``<out>.parts`` until the file is complete: the same call resumes from them. What was computed is saved before an
-    error or KeyboardInterrupt is raised; on the command line, signals are that.
+    ``<out>.parts`` until the file is complete: the same call resumes from them, also after an error or interruption.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
