@@ -145,12 +145,19 @@ class SupervisedEvaluation(ABC):
 
 
 def save_comparison(
-    folder: Path, task: str, results: Mapping[str, Any], encoder: Encoder, seed: int, **described: Any
+    folder: Path,
+    task: str,
+    results: Mapping[str, Any],
+    encoder: Encoder,
+    seed: int,
+    files: Mapping[Path, bytes] | None = None,
+    **described: Any,
 ) -> dict[str, Any]:
     """Write ``evaluation/<task>.json`` and return its content.
 
     Args:
         results: start -> result.
+        files: other files that belong to the result.
         described: "configuration", "overrides" and "data".
     """
     content = {
@@ -161,5 +168,5 @@ def save_comparison(
         "seed": seed,
         "versions": versions(),
     }
-    write_result(folder, task, content)
+    write_result(folder, task, content, files)
     return content
