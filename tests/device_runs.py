@@ -12,7 +12,8 @@ from support import TINY_FIELDS
 from dmjd.config import recipes
 from dmjd.data.train_loader import Batch
 from dmjd.engine.device import make_fabric
-from dmjd.engine.loop import Engine, Report, StopSignal
+from dmjd.engine.loop import Engine, Report
+from dmjd.engine.stop_signal import StopSignal
 from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.run import make_engine
 from dmjd.rng import image_keys

@@ -51,7 +51,8 @@ from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric, pick_device
-from dmjd.engine.loop import NonFiniteLoss, Report, StopSignal, TrainState
+from dmjd.engine.loop import NonFiniteLoss, Report, TrainState
+from dmjd.engine.stop_signal import StopSignal
 from dmjd.figures.grid import save_figure
 from dmjd.files import write_bytes, write_text
 from dmjd.pretraining.bench import machine

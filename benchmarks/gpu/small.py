@@ -16,7 +16,8 @@ from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.data.train_loader import Stream, TrainLoader
 from dmjd.engine.device import make_fabric
-from dmjd.engine.loop import Duration, Engine, StopSignal
+from dmjd.engine.loop import Duration, Engine
+from dmjd.engine.stop_signal import StopSignal
 from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.bench import wait
 from dmjd.pretraining.run import make_engine

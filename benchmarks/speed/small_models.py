@@ -32,7 +32,8 @@ import dmjd
 from dmjd.data.sources.base import Source
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.engine.device import keep_freed_memory, make_fabric
-from dmjd.engine.loop import Duration, Engine, StopSignal
+from dmjd.engine.loop import Duration, Engine
+from dmjd.engine.stop_signal import StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.pretraining.bench import machine, wait
 from dmjd.pretraining.run import make_engine

@@ -10,7 +10,8 @@ from dense_sets import make_run
 from device_runs import CONV_VIT, batches, on_cpu, tiny_engine, train
 
 from dmjd.cli.main import main
-from dmjd.engine.loop import Report, StopSignal
+from dmjd.engine.loop import Report
+from dmjd.engine.stop_signal import StopSignal
 
 pytestmark = pytest.mark.cuda
 

@@ -2,15 +2,14 @@
 
 import os
 import signal
-import time
 
 import pytest
 import torch
 
-from dmjd.engine import loop
 from dmjd.engine.device import make_fabric
-from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Report, StopNow, StopSignal, Task
+from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Report, Task
 from dmjd.engine.optim import adamw
+from dmjd.engine.stop_signal import StopSignal
 
 
 class Toy(Task):
@@ -84,49 +83,6 @@ def test_a_signal_stops_after_the_step_and_the_run_resumes():
     assert again.progress == 0.4
     assert again.run(ones(), [], StopSignal())
     assert again.state.step == 10
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_repeated_signal_is_one_request_and_a_later_one_ends_the_process(monkeypatch, number):
-    """A closed terminal sends SIGHUP twice."""
-    seen = []
-    before = signal.signal(number, lambda *_: seen.append(number))
-    try:
-        with StopSignal() as stop:
-            for _ in range(2):
-                os.kill(os.getpid(), number)
-            assert stop.requested == number
-            assert not seen
-            monkeypatch.setattr(loop, "SAME_REQUEST", 0.0)
-            os.kill(os.getpid(), number)
-            assert seen == [number]
-        assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
-    finally:
-        signal.signal(number, before)
-
-
-def test_an_ignored_hangup_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with StopSignal() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.requested
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_a_stop_waits_for_a_while_and_then_interrupts():
-    with StopSignal(patience=0.2) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with stop.interruptible():
-            pass  # there is still time
-        reader, _ = os.pipe()
-        started = time.monotonic()
-        with pytest.raises(StopNow), stop.interruptible():
-            os.read(reader, 1)
-        assert time.monotonic() - started < 5
-        with pytest.raises(StopNow), stop.interruptible():  # from now on at once
-            raise AssertionError("not reached")
 
 
 def test_accumulated_micro_batches_equal_one_batch():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from itertools import islice
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from PIL import Image
+from safetensors.torch import load_file
 from support import mistake
 
 import dmjd
@@ -107,6 +109,18 @@ def test_low_shot_and_seeds(run):
         assert result[name]["top1_std"] == pytest.approx(np.std(tops, ddof=1))
 
 
+def test_micro_batches_do_not_change_the_result(run, tmp_path):
+    """With everything random enabled; the classifiers differ by rounding only."""
+    options = EVERYTHING | {"steps": 6, "batch_size": 8, "blr": 0.01, "eval_every": 0}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finetune(run, out=whole, device="cpu", **options)
+    finetune(run, out=parts, device="cpu", accumulate=4, **options)
+    one, other = (load_file(out / "evaluation" / "finetune" / "classifier.safetensors") for out in (whole, parts))
+    for key in one:
+        if not key.endswith("qkv.bias"):  # attention does not depend on the bias of its keys, whose gradient is noise
+            torch.testing.assert_close(other[key], one[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
 def test_interrupted_and_resumed_it_ends_with_the_same_bits(run, tmp_path, monkeypatch):
     """With everything random enabled (augmentation, mixing, drop path), and a moving average of the weights."""
     options = EVERYTHING | {"steps": 12, "batch_size": 8, "checkpoint_every": 3, "log_every": 1, "eval_every": 0.5}
@@ -141,6 +155,37 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bits(run, tmp_path, monke
     assert finetune(run, out=broken, device="cpu", **options) == expected
     files = [out / "evaluation" / "finetune" / "classifier.safetensors" for out in (whole, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_training_that_is_not_continued_is_named(run, stripes, tmp_path, capsys):
+    """Stopped, then repeated with another setting, and with a changed image; with the same ones it resumes."""
+    data = tmp_path / "data"
+    shutil.copytree(stripes, data)
+    batches = LabeledBatches.__call__
+
+    def stopping(self, start_step, fabric):
+        for batch in batches(self, start_step, fabric):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    options = {"data": data, "labels": "folder", "device": "cpu", "num_workers": 0}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LabeledBatches, "__call__", stopping)
+        with pytest.raises(Stopped):
+            finetune(run, steps=3, **options)
+    capsys.readouterr()
+    named = "a new training, because it differs from the unfinished one in"
+    finetune(run, steps=2, **options)
+    assert f"finetune, pre-trained, seed 0: {named} {run}" in (printed := capsys.readouterr().err)
+    assert "which is kept: steps: 3 -> 2" in printed
+    finetune(run, steps=3, **options)
+    printed = capsys.readouterr().err
+    assert "pre-trained, seed 0: resumed at step 1" in printed
+    assert "a new training" not in printed
+    image = next((data / "train" / "vertical").iterdir())
+    image.write_bytes((data / "train" / "vertical" / "03.png").read_bytes() + b" ")
+    finetune(run, steps=3, **options)
+    assert "which is kept: other images or labels" in capsys.readouterr().err
 
 
 # --- the recipe
@@ -228,13 +273,6 @@ def test_the_replacement_of_an_unreadable_image_has_its_own_label(tmp_path):
     for images, targets, _ in taken:
         light = images.mean(dim=(1, 2, 3)) > 0
         assert torch.equal(targets[:, source.classes.index("light")] == 1, light)
-
-
-def test_pairs_need_an_even_batch(stripes):
-    source = open_source(stripes, labels="folder")
-    config = FinetuneConfig(batch_size=6, accumulate=2, mixup=0.8).resolve(40, SIZE, 32)
-    with pytest.raises(ValueError, match="must be even, or both off"):
-        LabeledBatches(source, config, Preprocess(SIZE), 2, seed=0)
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (3, np.float32), (5, np.uint8)])

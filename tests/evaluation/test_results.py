@@ -1,13 +1,16 @@
 """Results as files: none is lost, and a result is reused only for the same weights and settings."""
 
 import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support import mistake, tiny_encoder
 
-from dmjd.evaluation.results import Baselines, read_result, write_result
+from dmjd.evaluation.results import Baselines, read_evaluation, read_result, write_result
 from dmjd.evaluation.run import evaluate
+from dmjd.files import locked
 
 
 def test_an_earlier_result_is_never_lost(tmp_path):
@@ -102,3 +105,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(run, tmp_path
         assert f"results in {out}/evaluation" in mistake(capsys, "evaluate", task, run, "--out", out)
     (run / "evaluation").write_text("")
     assert "cannot be written: Not a directory" in mistake(capsys, "evaluate", task, run)
+
+
+def test_no_other_process_writes_between_a_result_and_its_files(tmp_path):
+    """Of two fine-tunings that end together, one leaves both: its classifier and its result."""
+    classifier = tmp_path / "classifier.safetensors"
+    result = {"result": {"top1": 0.5}}
+    (tmp_path / "evaluation").mkdir()
+    with locked(tmp_path / "evaluation" / ".lock"):
+        writer = threading.Thread(target=write_result, args=(tmp_path, "finetune", result, {classifier: b"weights"}))
+        writer.start()
+        time.sleep(0.2)
+        assert writer.is_alive()
+        assert not classifier.exists()
+    writer.join(10)
+    assert classifier.read_bytes() == b"weights"
+    assert read_evaluation(tmp_path / "evaluation" / "finetune.json") == result

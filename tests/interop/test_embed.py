@@ -1,5 +1,6 @@
 """Features as a table: the encoder's values, in the order of the set, complete after a kill."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import dmjd.interop.embed as embedding
 from dmjd.cli.main import main
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.evaluation.frozen.features import extract
 from dmjd.images.preprocess import Preprocess
-from dmjd.interop.embed import embed, rows_file
-from dmjd.interop.feature_files import feature_schema
+from dmjd.interop.embed import embed
+from dmjd.interop.embed_parts import Parts
+from dmjd.interop.feature_files import feature_schema, rows_file
 
 SIZE = (16, 24)
 
@@ -95,8 +96,8 @@ def test_other_numbers_of_channels(chans, tmp_path):
 
 SLOWLY = """
 import sys
-from dmjd.interop import embed as embedding
-embedding.PART_SECONDS = 0
+from dmjd.interop import embed as embedding, embed_parts
+embed_parts.PART_SECONDS = 0
 embedding.embed(sys.argv[1], data=sys.argv[2], out=sys.argv[3], batch_size=2, device="cpu", num_workers=0)
 """
 
@@ -131,6 +132,38 @@ def test_a_killed_run_resumes_from_its_finished_parts(file, tmp_path, capfd):
     whole = {ending: embed(file, out=tmp_path / f"whole.{ending}", **options) for ending in out}
     assert pq.read_table(out["parquet"]).equals(pq.read_table(whole["parquet"]))
     assert out["npy"].read_bytes() == whole["npy"].read_bytes()
+
+
+@pytest.mark.parametrize("event", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, OSError(errno.EIO, "a broken disk")])
+def test_what_was_computed_is_saved_before_a_signal_or_error_ends_the_command(
+    event, file, image_folder, tmp_path, monkeypatch, capfd
+):
+    """Also the unreadable images so far; parts are usually saved every 20 seconds only."""
+    data, out = tmp_path / "data", tmp_path / "f.parquet"
+    shutil.copytree(image_folder, data)
+    (data / "cats" / "00a.png").write_text("no image")
+    command = ["embed", str(file), "--data", str(data), "--out", str(out), "--device", "cpu", "--batch-size", "4"]
+    normalize, batches = Preprocess.normalize, []
+
+    def end_in_the_fourth_batch(self, raw):
+        batches.append(raw)
+        if len(batches) == 4:
+            if isinstance(event, OSError):
+                raise event
+            signal.raise_signal(event)
+        return normalize(self, raw)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Preprocess, "normalize", end_in_the_fourth_batch)
+        assert main(command) == (2 if isinstance(event, OSError) else 128 + event)
+    assert [part.name for part in tmp_path.glob("f.parquet.parts/part-*")] == ["part-000000000000-000000000012.parquet"]
+    capfd.readouterr()
+    assert main(command) == 0
+    assert "resuming from image 12 of 25" in capfd.readouterr().err
+    whole = pq.read_table(embed(file, data=data, out=tmp_path / "whole.parquet", device="cpu", batch_size=4))
+    assert pq.read_table(out).equals(whole)
+    assert pq.read_table(out).schema.metadata == whole.schema.metadata
+    assert len(json.loads(whole.schema.metadata[b"dmjd"])["unreadable"]) == 1
 
 
 def test_unreadable_images_are_left_out_and_named(file, image_folder, tmp_path, capfd):
@@ -200,7 +233,7 @@ def test_files_and_parts_of_version_0_1_are_recognized(file, image_folder, tmp_p
 def test_one_process_writes_a_file(file, image_folder, tmp_path):
     out, schema = tmp_path / "f.parquet", feature_schema(open_source(image_folder), (16,), half=False)
     with (
-        embedding._Parts(out, {}, schema),
+        Parts(out, {}, schema),
         pytest.raises(ValueError, match="another process is writing"),
     ):
         embed(file, data=image_folder, out=out)

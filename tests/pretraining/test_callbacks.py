@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from support import TINY_FIELDS, metrics
 
 import dmjd
+import dmjd.files
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
-from dmjd.encoders.weights import encoder_bytes
+from dmjd.encoders.weights import encoder_bytes, weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.loop import Report, TrainState
 from dmjd.images.preprocess import Preprocess
@@ -119,6 +121,16 @@ def test_too_many_unreadable_images_stop_the_run(monitor, capsys):
     assert (monitor.folder.path / "unreadable.txt").read_text() == "a.png\tempty\n"
     with pytest.raises(ValueError, match="images can't be read"):
         monitor.count_unreadable([(f"{i}.png", "empty") for i in range(11)])
+
+
+def test_the_encoder_is_written_to_memory_once_for_a_checkpoint(monitor, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        dmjd.files, "save", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
+    )
+    state = monitor.state()
+    assert len(written) == 1
+    assert state["weights"] == weights_hash(monitor.model.encoder)
 
 
 def test_a_checkpoint_of_other_images_is_refused(monitor):

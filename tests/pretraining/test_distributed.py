@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from support import TINY
 
 from dmjd.cli.main import main
+
+from dmjd.runs.checkpoint import load_checkpoint
 
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}
 
@@ -74,3 +77,21 @@ def test_more_processes_than_images(tmp_path, image_folder):
     )
     assert result.returncode != 0
     assert "cannot be divided among 2 process(es)" in result.stderr
+
+
+def test_unreadable_images_of_all_processes_count_together(tmp_path, image_folder):
+    """Each process reads a part of the images only, and all end together, with one message."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(image_folder, data)
+    damaged = sorted(data.rglob("*.png"))[::5][:4]
+    for file in damaged:
+        file.write_bytes(b"no image")
+    common = ["pretrain", "folder", "--data", data, "--out", run, *TINY, "--batch-size", 8, "--num-workers", 0]
+    result = torchrun(2, *common, "--steps", 9, "--max-unreadable", 3, check=False)
+    assert result.returncode != 0
+    assert f"4 of {len(list(data.rglob('*.png')))} images can't be read, more than max_unreadable = 3" in result.stderr
+    assert "process 2 of 2: error: 4 of" in result.stderr
+    assert "lost process" not in result.stderr
+    assert all(result.stderr.count(f"replaced by another image: {file}:") == 1 for file in damaged)
+    state = load_checkpoint(next(run.glob("checkpoints/step-*"))).state
+    assert {name for name, _ in state["bad"]} == set(map(str, damaged))

@@ -8,7 +8,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-SAME_REQUEST = 1.0  # seconds
+from dmjd.engine.stop_signal import SAME_REQUEST
 
 
 class Interruption:

@@ -44,7 +44,7 @@ class FinetuneConfig(LabeledConfig):
     )
     accumulate: int = option(
         1,
-        "micro-batches per step: less memory; same result without mixup and cutmix",
+        "micro-batches per step: less memory, same result",
         "finetune",
         ge=1,
         most=MAX_BATCH_SIZE,

@@ -74,7 +74,7 @@ class PretrainConfig(Config):
     flip: bool = option(True, "random left-right flips", "data")
     max_unreadable: int | None = option(
         None,
-        "unreadable images to tolerate; default the larger of 10 and 1 % of the images",
+        "unreadable images to tolerate, in all processes together; default the larger of 10 and 1 % of the images",
         "data",
         resume=True,
         ge=0,

@@ -5,12 +5,12 @@ restored afterwards, so that a batch is a function of its step, independent of t
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import random
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class Augmentation:
         return torch.from_numpy(augmented).permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _LabeledCrops:
     """Reads and augments the labeled images of a micro-batch, given its sample numbers."""
 
@@ -109,10 +109,14 @@ class _LabeledCrops:
     images: np.ndarray | None  # n, H, W, C: the decoded set, if held in memory
     stream: Stream
     augmentation: Augmentation
+    pairs: bool  # whether the images are mixed in pairs
 
     def __call__(self, samples: range) -> tuple[Tensor, Tensor, Tensor, list[Report]]:
         """Images [b, C, h, w], labels [b], keys [b] and reports."""
         indices, keys = self.stream.draw(samples)
+        if self.pairs:
+            order = mirrored_pairs(len(samples))
+            indices, keys = indices[order], keys[order]
         unreadable: list[Report] = []
         images, labels = [], []
         assert self.source.labels is not None
@@ -131,11 +135,23 @@ class _LabeledCrops:
         return (self.source.read(index) if self.images is None else self.images[index]), index
 
 
+def mirrored_pairs(n: int) -> Tensor:
+    """Order of n images, n even, in which neighbors 2i and 2i + 1 stand at mirrored places: [n] int64.
+
+    timm's Mixup mixes mirrored images. So each image is mixed with its neighbor in the step's batch, however that is
+    divided into micro-batches.
+    """
+    return torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
+
+
 class LabeledBatches:
     """Endless micro-batches on the device, from any step on: images, soft targets and keys.
 
-    Images are [b, C, h, w] normalized, targets [b, classes], keys [b] int64. Mixup and CutMix mix the images of a
-    micro-batch, so with them ``accumulate`` changes what is mixed.
+    Images are [b, C, h, w] normalized, targets [b, classes], keys [b] int64.
+
+    Mixup and CutMix mix the images 2i and 2i + 1 of a step's batch. The coefficient, the box and the choice between the
+    two are drawn once a step, from seed and step. So neither ``accumulate`` nor the number of processes changes what is
+    mixed.
 
     Args:
         source: labeled set.
@@ -150,7 +166,8 @@ class LabeledBatches:
         unreadable: the unreadable images so far; each is reported once by a warning.
 
     Raises:
-        ValueError: for a batch that cannot be divided by ``accumulate``, or into pairs for mixing.
+        ValueError: for a batch that cannot be divided by ``accumulate``, or, when called, for micro-batches that cannot
+            be divided among the processes or into pairs for mixing.
     """
 
     def __init__(
@@ -170,11 +187,7 @@ class LabeledBatches:
         assert config.batch_size is not None
         self._stream = Stream(len(source), config.batch_size, config.accumulate, seed)
         if config.mixup or config.cutmix:
-            if config.batch_size // config.accumulate % 2:
-                raise ValueError(
-                    f"mixup and cutmix mix images in pairs: batch_size {config.batch_size} over accumulate "
-                    f"{config.accumulate} must be even, or both off (--mixup 0 --cutmix 0)"
-                )
+            self._check_pairs(1)
             self._mix = Mixup(
                 mixup_alpha=config.mixup,
                 cutmix_alpha=config.cutmix,
@@ -187,9 +200,12 @@ class LabeledBatches:
         """Micro-batches from a step on; closing the iterator ends its workers."""
         memory = load_to_memory(self.source, _MOST_PIXELS_IN_MEMORY)
         held = memory.images.permute(0, 2, 3, 1).numpy() if memory is not None and not memory.unreadable else None
-        crops = _LabeledCrops(self.source, held, self._stream, self.augmentation)
+        stream = dataclasses.replace(self._stream, rank=fabric.global_rank, world_size=fabric.world_size)
+        if self._mix is not None:
+            self._check_pairs(fabric.world_size)
+        crops = _LabeledCrops(self.source, held, stream, self.augmentation, self._mix is not None)
         workers = self.num_workers if self.num_workers is not None else 0 if held is not None else auto_workers()
-        results = read_batches(crops, self._stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
+        results = read_batches(crops, stream.micro_batches(start_step), workers, fabric.device.type == "cuda")
         first = start_step * self.config.accumulate
         try:
             for number, (images, labels, keys, unreadable) in zip(itertools.count(first), results, strict=False):
@@ -197,10 +213,22 @@ class LabeledBatches:
                     unreadable, functools.partial(warnings.warn, category=DataWarning, stacklevel=3)
                 )
                 images, labels, keys = (x.to(fabric.device, non_blocking=True) for x in (images, labels, keys))
-                images, targets = self._mixed(images, labels, int(hash64(STREAM_MIX, self.seed, number)) & (2**63 - 1))
+                key = hash64(STREAM_MIX, self.seed, number // self.config.accumulate)
+                images, targets = self._mixed(images, labels, int(key) & (2**63 - 1))
                 yield images, targets, keys
         finally:
             results.close()  # type: ignore[attr-defined]
+
+    def _check_pairs(self, world_size: int) -> None:
+        """Check that the images of every micro-batch are pairs."""
+        parts, batch_size = self.config.accumulate * world_size, self._stream.batch_size
+        if batch_size // parts % 2:
+            processes = f" on {world_size} processes" if world_size > 1 else ""
+            raise ValueError(
+                f"mixup and cutmix mix images in pairs: batch_size {batch_size} over accumulate "
+                f"{self.config.accumulate}{processes} must be even: give a --batch-size that is a multiple of "
+                f"{2 * parts}, or switch both off (--mixup 0 --cutmix 0)"
+            )
 
     def _mixed(self, images: Tensor, labels: Tensor, key: int) -> tuple[Tensor, Tensor]:
         """Images and soft targets [b, classes]; pairs of images are mixed if mixup or CutMix is on."""

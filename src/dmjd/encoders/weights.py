@@ -14,7 +14,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.headers import CHECKPOINTS, ENCODER_DIGEST_KEY, read_headers
 from dmjd.encoders.registry import check_options, create_encoder, encoder_family, is_encoder_name
 from dmjd.encoders.timm_features import feature_backbone
-from dmjd.files import FileWarning, content_hash, read_digest, read_safetensors, safetensors_bytes
+from dmjd.files import FileWarning, content_hash, content_hash_of, read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
 
 FORMAT = 1  # version of the metadata; increased when older versions would misread it
@@ -52,6 +52,11 @@ def encoder_bytes(encoder: Encoder) -> bytes:
 def weights_hash(encoder: Encoder) -> str:
     """16 hexadecimal digits of a SHA-256 of the encoder's weights, options and preprocessing."""
     return content_hash(encoder.state_dict(), encoder_metadata(encoder))[:16]
+
+
+def weights_hash_of(content: bytes) -> str:
+    """:func:`weights_hash` of the encoder in the bytes of :func:`encoder_bytes`."""
+    return content_hash_of(content)[:16]
 
 
 @overload

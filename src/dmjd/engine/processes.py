@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -36,6 +36,9 @@ _BEAT_SECONDS = 20.0  # between signs of life of the first process
 _DONE, _BUSY, _STOPPED, _FAILED = range(4)  # what the first process tells those that wait for it
 
 _CONNECTION_WORDS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL")
+
+
+T = TypeVar("T")
 
 
 class LostProcessError(RuntimeError):
@@ -140,6 +143,19 @@ def introduce(num_processes: int) -> None:
     table: list[_Peer] = [_Peer("", 0)] * num_processes
     torch.distributed.all_gather_object(table, _Peer(platform.node(), os.getpid()), group=group)
     _peers[:], _waiting[:] = table, [group]
+
+
+def num_processes() -> int:
+    """The number of processes of the run."""
+    return max(1, len(_peers))
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, by rank. All of them must call it, at the same step."""
+    values = [value] * num_processes()
+    if _waiting:
+        torch.distributed.all_gather_object(values, value, group=_waiting[0])
+    return values
 
 
 def explain_loss(error: Exception, seconds: float = 3.0) -> str | None:

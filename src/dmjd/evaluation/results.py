@@ -94,11 +94,20 @@ def check_results_folder(folder: Path) -> None:
         check_writable(folder / EVALUATION / part, flag="results in", folder=True)
 
 
-def write_result(folder: Path, task: str, result: Mapping[str, Any]) -> None:
-    """Write ``evaluation/<task>.json``; a different earlier result, readable or not, is kept in ``earlier/``."""
+def write_result(folder: Path, task: str, result: Mapping[str, Any], files: Mapping[Path, bytes] | None = None) -> None:
+    """Write ``evaluation/<task>.json``; a different earlier result, readable or not, is kept in ``earlier/``.
+
+    Args:
+        folder: the run folder.
+        task: name of the task.
+        result: the content.
+        files: other files that belong to the result. No other process writes between them and the result.
+    """
     evaluation = folder / EVALUATION
     file, content = evaluation / f"{task}.json", json.dumps(result, indent=2) + "\n"
     with _locked(evaluation):
+        for path, data in (files or {}).items():
+            write_bytes(path, data)
         if file.exists():
             with contextlib.suppress(ValueError):
                 if read_json(file, dict[str, Any]) == json.loads(content):

@@ -20,7 +20,8 @@ from dmjd.data.train_loader import Batch
 from dmjd.data.workers import available_cores
 from dmjd.engine.console import literal
 from dmjd.engine.device import make_fabric, precision_name
-from dmjd.engine.loop import Engine, Report, StopSignal
+from dmjd.engine.loop import Engine, Report
+from dmjd.engine.stop_signal import StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults

@@ -9,14 +9,15 @@ from typing import Any, cast
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.recheck import recheck
 from dmjd.data.sources.base import Source
+from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
 from dmjd.encoders.headers import ENCODER_DIGEST_KEY, WEIGHTS_KEY
 from dmjd.encoders.registry import fresh_like
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata, weights_hash
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata, weights_hash_of
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report
-from dmjd.engine.processes import first_process_works, wait_for_first
+from dmjd.engine.processes import first_process_works, gather, num_processes, wait_for_first
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.results import read_result
@@ -55,6 +56,7 @@ class Monitor(Callback):
     ) -> None:
         self.config, self.model, self.source, self.folder, self.console = config, model, source, folder, console
         self.unreadable = UnreadableImages()
+        self._unshared: list[UnreadableReport] = []  # found by this process, and not yet known to the others
         self._fingerprint = source.fingerprint()
         self._knn: OnlineKnn | None = None
         self._baselines: dict[str, float] = {}
@@ -83,7 +85,7 @@ class Monitor(Callback):
         self._encoder_file = encoder_bytes(encoder)
         return {
             "encoder": encoder_metadata(encoder),
-            WEIGHTS_KEY: weights_hash(encoder),
+            WEIGHTS_KEY: weights_hash_of(self._encoder_file),
             ENCODER_DIGEST_KEY: digest_of(self._encoder_file),
             "data": self._fingerprint,
             "bad": self.unreadable.reports,
@@ -183,14 +185,36 @@ class Monitor(Callback):
             results = evaluate_frozen(tasks, encoder, self.source, test, folder=path, seed=seed)
         return results
 
-    def count_unreadable(self, reports: Iterable[tuple[str, str]]) -> None:
+    def count_unreadable(self, reports: Iterable[UnreadableReport]) -> None:
         """Record (name, reason) of unreadable images, and warn about each once.
 
         Raises:
-            ValueError: if there are more than the configuration tolerates.
+            ValueError: if there are more than the configuration tolerates. Several processes find that together, in
+                :meth:`share`.
         """
-        for name, reason in self.unreadable.add(reports):
+        self._unshared += self._note_unreadable(reports)
+        if num_processes() == 1:
+            self._check_unreadable()
+
+    def share(self) -> None:
+        """Let all processes know the unreadable images of each.
+
+        Raises:
+            ValueError: in all of them, if there are more than the configuration tolerates.
+        """
+        for reports in gather(self._unshared):
+            self._note_unreadable(reports)
+        self._unshared = []
+        self._check_unreadable()
+
+    def _note_unreadable(self, reports: Iterable[UnreadableReport]) -> list[UnreadableReport]:
+        """Record unreadable images and warn about the new ones, which are returned."""
+        new = self.unreadable.add(reports)
+        for name, reason in new:
             self.console.warn(f"unreadable, replaced by another image: {name}: {reason}")
+        return new
+
+    def _check_unreadable(self) -> None:
         cure = self.unreadable.cure(self.source.removable)
         self.unreadable.check(self.config.max_unreadable, len(self.source), cure)
 

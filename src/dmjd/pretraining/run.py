@@ -1,6 +1,7 @@
 """``pretrain(config)``: the ten steps of a pre-training run, in order."""
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.callbacks import Monitor
 from dmjd.runs.build import LISTING, build_model, open_data
-from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder
+from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, check_continues
 from dmjd.runs.driver import Driver, newest_checkpoint
 
 FEW_IMAGES = 64
@@ -87,6 +88,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
+    if fabric.is_global_zero:  # before a large set is listed; checked again under the lock
+        with warnings.catch_warnings(action="ignore"):
+            check_continues(out, config)
     # 3. The images. The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
     begun = bool(glob("*.safetensors", root_dir=out / "checkpoints"))
     source = open_data(config, data, "train", listing=out / LISTING if begun else None)

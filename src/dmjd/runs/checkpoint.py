@@ -39,6 +39,8 @@ KEEP = 2  # step checkpoints, besides the final one
 
 CONFIG_FILE = "config.json"
 
+_SHOWN = 6  # settings in an error
+
 ORPHANS_SECONDS = 30.0  # worker processes check every five seconds whether their parent is alive
 
 
@@ -197,20 +199,8 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def validate_config(self, config: PretrainConfig) -> None:
-        """Check that a configuration continues the run in this folder, if there is one, and write it.
-
-        Raises:
-            ValueError: naming the settings that differ, or if the folder holds a run and resuming is off.
-        """
-        old = read_config_of(self.path)
-        if old is not None:
-            if not config.resume:
-                raise ValueError(f"{self.path} holds a run already and --no-resume was given; give another --out")
-            if lines := resume_differences(old, config):
-                listed = "\n  ".join(lines[:6])
-                raise ValueError(
-                    f"{self.path} holds a run with other settings; use them, or another --out:\n  {listed}"
-                )
+        """Write a configuration; ValueError as of :func:`check_continues`."""
+        check_continues(self.path, config)
         write_text(self.path / CONFIG_FILE, config.to_json())
 
     def files(self) -> list[Path]:
@@ -260,6 +250,23 @@ class RunFolder:
         self._unwritten.append(json.dumps(values))
         append_lines(self.metrics, self._unwritten)
         self._unwritten = []
+
+
+def check_continues(run: Path, config: PretrainConfig) -> None:
+    """Check that a configuration continues the run in a folder, if there is one. Nothing is written.
+
+    Raises:
+        ValueError: naming the settings that differ, or if the folder holds a run and resuming is off.
+    """
+    old = read_config_of(run)
+    if old is None:
+        return
+    if not config.resume:
+        raise ValueError(f"{run} holds a run already and --no-resume was given; give another --out")
+    if lines := resume_differences(old, config):
+        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        listed = "\n  ".join([*lines[:_SHOWN], *more])
+        raise ValueError(f"{run} holds a run with other settings; use them, or another --out:\n  {listed}")
 
 
 def read_config_of(run: Path) -> PretrainConfig | None:

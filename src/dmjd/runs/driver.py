@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger
-from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report, StopNow, StopSignal
+from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report
 from dmjd.engine.processes import LostProcessError, explain_loss, first_process_works, wait_for_first
+from dmjd.engine.stop_signal import StopNow, StopSignal
 from dmjd.runs.checkpoint import (
     FINAL,
     Checkpoint,
@@ -29,7 +30,10 @@ UNEVALUATED = "unevaluated"  # in the state of a checkpoint: its step is to be e
 
 
 class Callback:
-    """The part that differs between trainings. All methods are optional; only ``restore`` runs in every process."""
+    """The part that differs between trainings. All methods are optional.
+
+    ``restore``, ``is_due`` and ``share`` run in every process, the others in the first one.
+    """
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore what :meth:`state` and :meth:`tensors` saved; ValueError if the checkpoint belongs to other data."""
@@ -47,6 +51,9 @@ class Callback:
     def is_due(self, report: Report) -> bool:
         """Whether to evaluate after this step. Depends on the report alone: every process calls it."""
         return False
+
+    def share(self) -> None:
+        """Called in all processes at the same steps, those of logs and checkpoints: exchange what only one knows."""
 
     def evaluate(self, report: Report) -> dict[str, float]:
         """Evaluate the model. Returns scalars to log."""
@@ -155,7 +162,7 @@ class Driver:
                 self._loggers = self.callback.start(self.engine.state.step, self.engine.progress)
                 hooks = [self._after_step, self._log]
             with StopSignal(patience) as stop, closing(batches):
-                hooks.append(lambda report: self._evaluate(report, stop))
+                hooks += [self._share, lambda report: self._evaluate(report, stop)]
                 hooks += [self._save, *self.hooks] if self.folder.owner else []
                 finished = self._train(batches, hooks, stop)
         finally:
@@ -238,6 +245,10 @@ class Driver:
         self._record(state.step, {"epoch": epoch, "seconds": state.seconds} | report.scalars)
         self.console.progress(report.progress, state.step, epoch, state.seconds, report.scalars)
 
+    def _share(self, report: Report) -> None:
+        if report.scalars is not None or self._saves_at(report):
+            self.callback.share()
+
     def _evaluate(self, report: Report, stop: StopSignal) -> None:
         """Evaluate in the first process if it is due, while the others wait. A stop interrupts it; it is done again."""
         if self._unevaluated is None:
@@ -253,8 +264,11 @@ class Driver:
         if scores:
             self._record(report.state.step, scores)
 
+    def _saves_at(self, report: Report) -> bool:
+        return report.state.step % self.checkpoint_every == 0 and report.progress < 1.0
+
     def _save(self, report: Report) -> None:
-        if report.state.step % self.checkpoint_every == 0 and report.progress < 1.0:
+        if self._saves_at(report):
             self.save()
 
     def _record(self, step: int, values: dict[str, float]) -> None:

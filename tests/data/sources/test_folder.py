@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from image_sets import first_values, save
 
+from dmjd.data.sources.paths import DataWarning
 from dmjd.data.sources.registry import open_source
 
 
@@ -91,3 +92,23 @@ def test_sixteen_bit_and_many_channels(tmp_path):
     np.save(tmp_path / "a.npy", np.full((4, 5, 6), 1000, np.uint16))
     source = open_source(tmp_path, in_chans=6)
     np.testing.assert_allclose(source.read(0), np.full((4, 5, 6), 1000 / 257), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("images", "masks"), ("images", "labels"), ("images/training", "annotations/training")]
+)
+def test_segmentation_masks_are_no_images(tmp_path, images, masks):
+    """As in a folder that ``dmjd evaluate segmentation`` reads."""
+    for i, name in enumerate([f"{images}/a.jpg", f"{images}/b.c.png", f"{masks}/a.png", f"{masks}/b.c.png"]):
+        save(tmp_path / name, i)
+    save(tmp_path / masks / "other.png", 5)  # of no image
+    with pytest.warns(DataWarning, match=f"2 masks in {tmp_path / masks.split('/')[0]} are left out"):
+        source = open_source(tmp_path)
+    names = [os.path.relpath(source.describe(i), tmp_path) for i in range(len(source))]
+    assert names == sorted([f"{images}/a.jpg", f"{images}/b.c.png", f"{masks}/other.png"])
+
+
+def test_a_class_called_masks_stays(tmp_path):
+    save(tmp_path / "masks/a.png", 0)
+    save(tmp_path / "hats/a.png", 1)
+    assert len(open_source(tmp_path, labels="folder")) == 2

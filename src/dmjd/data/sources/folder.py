@@ -20,6 +20,7 @@ from dmjd.data.sources.paths import (
     permission_checked,
     split_folder,
     warn_of_loose_images,
+    without_masks,
 )
 from dmjd.files import write_text
 from dmjd.images.reading import OpenImage, open_image
@@ -32,7 +33,8 @@ class FolderSource(Source):
     """The images below a folder, in the sorted order of their relative paths.
 
     Args:
-        root: the folder. Hidden files and folders, and files of unknown extensions, are left out.
+        root: the folder. Hidden files and folders, files of unknown extensions, and masks (see
+            :func:`~dmjd.data.sources.paths.without_masks`) are left out.
         with_labels: use the first folder below the root as the class.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         listing: file that may hold the sorted list (see :meth:`save_listing`). If it exists, the folder is not
@@ -59,7 +61,7 @@ class FolderSource(Source):
         self.name, self.root = str(root), root
         self.in_chans, self.value_range = in_chans, value_range
         listed = read_listing(listing) if listing is not None else None
-        paths = walk(root, extensions) if listed is None else listed.paths
+        paths = without_masks(root, walk(root, extensions)) if listed is None else listed.paths
         if not paths:
             raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
         self._paths = _Strings(paths)

@@ -18,6 +18,8 @@ _TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first tha
 
 SPLIT_NAMES = _TRAIN_NAMES + _TEST_NAMES  # of folders, in small or capital letters
 
+_MASK_FOLDERS = ("masks", "labels", "annotations")  # next to images/, in sets for segmentation
+
 _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
@@ -150,6 +152,24 @@ def warn_of_loose_images(root: Path) -> None:
         warnings.warn(
             f"{len(loose)} images next to {where} are in no split and are left out", DataWarning, stacklevel=4
         )
+
+
+def without_masks(root: Path, paths: list[str]) -> list[str]:
+    """Leave out segmentation masks: ``masks/a.png`` if there is ``images/a.jpg``, for example. Warns about them.
+
+    Args:
+        root: a folder.
+        paths: images in it, relative.
+    """
+    if not (root / "images").is_dir():
+        return paths
+    inside = [path.partition("/") for path in paths]
+    images = {os.path.splitext(rest)[0] for top, _, rest in inside if top == "images"}
+    is_mask = [top in _MASK_FOLDERS and os.path.splitext(rest)[0] in images for top, _, rest in inside]
+    if any(is_mask):
+        folder = printable(root / inside[is_mask.index(True)][0])
+        warnings.warn(f"{sum(is_mask)} masks in {folder} are left out", DataWarning, stacklevel=4)
+    return [path for path, mask in zip(paths, is_mask, strict=True) if not mask]
 
 
 def _shard_of(table: Path, names: tuple[str, ...]) -> bool:

@@ -18,6 +18,7 @@ from dmjd.engine.console import Console
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.engine.loop import Task
 from dmjd.evaluation.results import data_fingerprint, headline, key_of, versions, write_result
+from dmjd.evaluation.supervised.similar import find_similar
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit
 from dmjd.files import write_text
 
@@ -120,6 +121,9 @@ class SupervisedEvaluation(ABC):
         file = folder / subfolder / "result.json"
         if file.exists():
             return self.finished(file) | {"folder": subfolder}
+        name = f"{self.name}, {STARTS[start]}, seed {self.seed}"
+        if not (folder / subfolder).exists() and (found := find_similar(folder / subfolder, identity)) is not None:
+            self.console.say(f"{name}: a new training, because {found}")
         task = self.task(start)
         decay = self.config.layer_decay if start == "result" else 1.0
         assert decay is not None
@@ -132,7 +136,7 @@ class SupervisedEvaluation(ABC):
             validate=self.validate,
             identity=identity,
             num_images=len(self.train),
-            name=f"{self.name}, {STARTS[start]}, seed {self.seed}",
+            name=name,
             console=self.console,
         )
         result = self.evaluate(fitted, start) | {"steps": fitted.step, "folder": subfolder}
@@ -141,12 +145,19 @@ class SupervisedEvaluation(ABC):
 
 
 def save_comparison(
-    folder: Path, task: str, results: Mapping[str, Any], encoder: Encoder, seed: int, **described: Any
+    folder: Path,
+    task: str,
+    results: Mapping[str, Any],
+    encoder: Encoder,
+    seed: int,
+    files: Mapping[Path, bytes] | None = None,
+    **described: Any,
 ) -> dict[str, Any]:
     """Write ``evaluation/<task>.json`` and return its content.
 
     Args:
         results: start -> result.
+        files: other files that belong to the result.
         described: "configuration", "overrides" and "data".
     """
     content = {
@@ -157,5 +168,5 @@ def save_comparison(
         "seed": seed,
         "versions": versions(),
     }
-    write_result(folder, task, content)
+    write_result(folder, task, content, files)
     return content

@@ -115,7 +115,6 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
     first = results["result"][0]
     described = {name: first[name] for name in Finetuning.described}
     classifier = _read_classifier(folder / first["folder"])
-    write_bytes(folder / "evaluation" / "finetune" / CLASSIFIER_FILE, classifier)
     described[CLASSIFIER_KEY] = digest_of(classifier)
     seeds = [evaluation.seed for evaluation in evaluations]
     summaries = {
@@ -123,7 +122,8 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
         for start, found in results.items()
     }
     encoder = evaluations[0].encoder
-    return save_comparison(folder, "finetune", summaries, encoder, seed, overrides=overrides, **described)
+    files = {folder / "evaluation" / "finetune" / CLASSIFIER_FILE: classifier}
+    return save_comparison(folder, "finetune", summaries, encoder, seed, files, overrides=overrides, **described)
 
 
 def _read_classifier(folder: Path) -> bytes:
