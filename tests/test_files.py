@@ -201,6 +201,23 @@ def test_temporary_files_of_killed_writers_are_deleted_and_no_others(tmp_path):
     remove_leftovers(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002, 0o077])
+def test_permissions_of_files(tmp_path, umask):
+    """Those that the umask leaves for new files; an existing file keeps its own."""
+    file, kept = tmp_path / "new.safetensors", tmp_path / "old.txt"
+    kept.touch()
+    kept.chmod(0o604)
+    former = os.umask(umask)
+    try:
+        write_safetensors(file, TENSORS, METADATA)
+        write_text(tmp_path / "new.txt", "text")
+        write_text(kept, "text")
+    finally:
+        os.umask(former)
+    modes = [one.stat().st_mode & 0o777 for one in (file, tmp_path / "new.txt", kept)]
+    assert modes == [0o666 & ~umask, 0o666 & ~umask, 0o604]
+
+
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     write_text(tmp_path / "file", "x")
     os.mkfifo(tmp_path / "fifo")

@@ -348,10 +348,10 @@ def test_from_visible_agrees_with_the_draw(num_tokens, K, seed):
         (torch.tensor([[0, 6]]), r"must lie in 0\.\.5, got 0\.\.6"),
         (torch.tensor([[-1, 2]]), r"must lie in 0\.\.5, got -1\.\.2"),
         (torch.tensor([[1, 1]]), "distinct"),
-        (torch.zeros(1, 0), "between 1 and 5 of 6 tokens must be visible, got 0"),
+        (torch.zeros(1, 0).long(), "between 1 and 5 of 6 tokens must be visible, got 0"),
         (torch.arange(6).unsqueeze(0), "between 1 and 5 of 6 tokens must be visible, got 6"),
         (torch.arange(3), r"\[K, B, V\] or \[B, V\]"),
-        (torch.zeros(0, 2, 3), "K >= 1"),
+        (torch.zeros(0, 2, 3).long(), "K >= 1"),
     ],
 )
 def test_from_visible_refuses_invalid_ids(visible, message):
@@ -386,3 +386,15 @@ def test_numbers_of_numpy_count_as_pythons():
 def test_arguments_of_other_types_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         disjoint_masks(2, **{"grid": (4, 4)} | {name: value})
+
+
+@pytest.mark.parametrize("visible", [torch.tensor([[1.5]]), torch.tensor([[math.nan]]), torch.tensor([[True]]), [[1]]])
+def test_visible_ids_are_integers(visible):
+    with pytest.raises(ValueError, match="visible must be a tensor of integers, got"):
+        Masks.from_visible(visible, 4)
+
+
+@pytest.mark.parametrize("ratio", [math.nan, 0, -0.5, 1.5])
+def test_a_subset_that_is_no_share(ratio):
+    with pytest.raises(ValueError, match=r"ratio must lie in \(0, 1\], got"):
+        disjoint_masks(1, (4, 4)).subset_masked(ratio)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +42,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Write ``path`` completely or not at all: yields a temporary file in the same folder, then fsync and rename.
 
     The temporary file is locked, so that :func:`remove_leftovers` knows those of processes that were killed. Those of
-    the same ``path`` are deleted first.
+    the same ``path`` are deleted first. A new file gets the permissions that the umask leaves, others keep theirs.
 
     Raises:
         ValueError: if the disk is full or the folder is not writable. An earlier file at ``path`` is kept.
@@ -51,15 +51,15 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         _check_replaceable(path)
         remove_leftovers(path.parent, path.name)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
+        handle, temporary = _open_temporary(path.parent, path.name)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-            temporary.chmod(0o644)
+            # Set again, because safetensors replaces the temporary file by one that is the owner's alone.
+            temporary.chmod((path.stat() if path.exists() else os.fstat(handle)).st_mode & 0o777)
             os.replace(temporary, path)
         finally:
             os.close(handle)
@@ -73,6 +73,18 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             remove(temporary)
+
+
+def _open_temporary(folder: Path, name: str) -> tuple[int, Path]:
+    """Create a temporary file for the file of this name; returns its descriptor and path.
+
+    ``tempfile.mkstemp`` would take all permissions from others, and the umask cannot be read without changing it for
+    other threads.
+    """
+    while True:
+        path = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), path
 
 
 def _check_replaceable(path: Path) -> None:
@@ -147,9 +159,9 @@ def check_writable(path: Path, flag: str = "--out", folder: bool = False) -> Non
         if path.exists() and not (path.is_dir() or path.is_file()):
             raise ValueError(f"{flag} {path} is not a regular file")
         remove_leftovers(where, inside)
-        handle, name = tempfile.mkstemp(dir=where, prefix=f".{inside}.", suffix=".tmp")
+        handle, temporary = _open_temporary(where, inside)
         os.close(handle)
-        os.unlink(name)
+        os.unlink(temporary)
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written: {error.strerror}; give a path on a writable disk") from None
 

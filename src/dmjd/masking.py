@@ -20,7 +20,6 @@ from dmjd.suggest import did_you_mean
 
 # Layout of a 64-bit sort key: mask count in the high bits, then noise, then the unit's index.
 _UNITS, _NOISE, _COUNTS = 1 << 20, 1 << 52, 1 << 11
-
 _TOLERANCE = 1e-6  # so that e.g. 49 * (1 - 0.6) = 19.6 and 50 * (1 - 0.6) = 20.0 never lose a unit to rounding
 
 
@@ -48,8 +47,10 @@ class Masks:
             num_tokens: N, tokens of an image without prefix tokens.
 
         Raises:
-            ValueError: if ids are out of range or repeated, or if no token or every token is visible.
+            ValueError: if ids are no integers, out of range or repeated, or if no token or every token is visible.
         """
+        if not isinstance(visible, Tensor) or visible.dtype == torch.bool or visible.dtype.is_floating_point:
+            raise ValueError(f"visible must be a tensor of integers, got {getattr(visible, 'dtype', shown(visible))}")
         visible = visible.long().unsqueeze(0) if visible.dim() == 2 else visible.long()
         if visible.dim() != 3 or visible.shape[0] == 0:
             raise ValueError(f"visible must be [K, B, V] or [B, V] with K >= 1, got shape {list(visible.shape)}")
@@ -75,6 +76,8 @@ class Masks:
         Returns:
             Masks with ``masked`` [K, B, :func:`num_decoded`] int64, sorted.
         """
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
         M = self.masked.shape[-1]
         A = num_decoded(M, ratio)
         if A == M:

@@ -45,7 +45,7 @@ class MaskedImageModel(nn.Module):
         ValueError: for settings that do not fit together or do not fit the encoder.
     """
 
-    @own_defaults()
+    @own_defaults(callers_device=True)
     def __init__(
         self,
         encoder: Encoder,
@@ -168,6 +168,8 @@ class MaskedImageModel(nn.Module):
 
     def _check_sizes(self, images: Tensor, raw: Tensor, masks: Masks) -> None:
         """Check that the masks and both forms of the images fit the model and each other."""
+        if not masks.visible.shape[1]:
+            raise ValueError("the batch holds no image, so it has no loss")
         expected = (masks.visible.shape[1], self.encoder.in_chans, *self.encoder.img_size)
         if masks.mask.shape[-1] != self.encoder.num_patches:
             raise ValueError(f"masks are for {masks.mask.shape[-1]} tokens, the model has {self.encoder.num_patches}")

@@ -75,9 +75,9 @@ def hash64(*parts: int | Tensor) -> Tensor:
         if state is None and isinstance(part, int):  # leading integers cost no tensor operation
             head = _mix_int(((head ^ (part & _MASK64)) + _GOLDEN) & _MASK64)
             continue
-        state = torch.tensor(_signed(head)) if state is None else state
+        state = torch.tensor(_signed(head), device="cpu") if state is None else state
         state = _mix((state ^ (_signed(part) if isinstance(part, int) else part.long())) + _signed(_GOLDEN))
-    return torch.tensor(_signed(head)) if state is None else state
+    return torch.tensor(_signed(head), device="cpu") if state is None else state
 
 
 def uniform(bits: Tensor) -> Tensor:

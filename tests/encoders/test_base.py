@@ -215,3 +215,16 @@ def test_dense_forward_compiles_to_one_graph():
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(torch.compile(encoder, fullgraph=True, backend="eager")(images), encoder(images))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_inputs_that_are_no_normalized_images(name):
+    encoder = small_encoder(name, img_size=32)
+    size = encoder.img_size
+    tokens = encoder(torch.ones(0, 3, *size))
+    assert tokens.shape == (0, encoder.num_prefix_tokens + encoder.num_patches, encoder.embed_dim)  # an empty batch
+    for images in (torch.ones(1, 3, *size, dtype=torch.uint8), torch.ones(1, 3, *size).numpy()):
+        with pytest.raises(ValueError, match="images must be a tensor of floats"):
+            encoder(images)
+    with pytest.raises(ValueError, match="visible must hold integers, got"):
+        encoder(torch.ones(1, 3, *size), visible=torch.tensor([[1.0]]))

@@ -82,3 +82,27 @@ def test_former_names_are_errors_with_the_new_names(former, name):
     with pytest.raises(AttributeError, match=r"no attribute 'nonsense'$"):
         _ = preprocess.nonsense
     assert pickle.loads(pickle.dumps(preprocess)) == preprocess
+
+
+def test_an_empty_batch():
+    assert Preprocess((8, 16), 3)([]).shape == (0, 3, 8, 16)
+
+
+@pytest.mark.parametrize("method", ["normalize", "denormalize"])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.ones(2, 4, 8, 8), r"images must be \[..., 3, H, W\], got \[2, 4, 8, 8\]"),
+        (torch.ones(8, 8), r"images must be \[..., 3, H, W\], got \[8, 8\]"),
+        (np.ones((2, 3, 8, 8)), r"images must be a \[..., C, H, W\] tensor, got ndarray"),
+    ],
+)
+def test_what_is_no_batch_of_images(method, images, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(Preprocess((8, 8)), method)(images)
+
+
+@pytest.mark.parametrize("image", [None, 3, [None]])
+def test_what_is_no_image(image):
+    with pytest.raises(TypeError, match="an image is a path, bytes, a binary file, a PIL image or an array, not"):
+        Preprocess((8, 8))(image)

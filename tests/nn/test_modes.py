@@ -1,5 +1,7 @@
 """Temporary modes."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,23 @@ from support import TINY_FIELDS, assert_same_bits
 from tiny_models import SIZES, tiny_model
 from torch import nn
 
-from dmjd import create_encoder, disjoint_masks, embed, evaluate, hog, pretrain, recipes
+from dmjd import (
+    MaskedImageModel,
+    create_encoder,
+    disjoint_masks,
+    embed,
+    evaluate,
+    export,
+    hog,
+    load_classifier,
+    load_encoder,
+    pretrain,
+    recipes,
+    show,
+)
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
+from dmjd.runs.build import load_model
 
 
 def test_modes_are_restored_one_by_one():
@@ -34,30 +50,37 @@ DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def _default_dtype():
+def _defaults():
     yield
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
-def computed(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Results of public functions if the caller has set another default type."""
+def computed(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Results of public functions if the caller has set another default type or device."""
     raw = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    keys = torch.tensor([1, 2])
     torch.set_default_dtype(dtype)
+    encoders, models = {}, {}
+    for name, sizes in SIZES.items():
+        torch.manual_seed(0)
+        encoders[name] = create_encoder(name, 32, **sizes)
+        models[name] = tiny_model(name, target="ema")
+    if device != "cpu":  # from here on; those who make a module choose its device
+        torch.set_default_device(device)
     preprocess = Preprocess((24, 40))
-    masks = disjoint_masks(2, (4, 4), keys=torch.tensor([1, 2]))
+    masks = disjoint_masks(2, (4, 4), keys=keys)
     found = {"mask": masks.mask, "visible": masks.visible, "masked": masks.subset_masked(0.5).masked}
     found |= {"hog": hog(raw, 4), "hog of floats": hog(raw.float(), 8, 40), "hog of nothing": hog(raw[:0], 4)}
     found |= {"normalized": preprocess.normalize(raw), "denormalized": preprocess.denormalize(raw)}
     found["preprocessed"] = preprocess(raw[0].permute(1, 2, 0).numpy())
-    for name, sizes in SIZES.items():
-        torch.manual_seed(0)
-        encoder = create_encoder(name, 32, **sizes)
+    for name, encoder in encoders.items():
         tokens = encoder(preprocess.normalize(raw))
         found |= {f"{name} {key}": value for key, value in encoder.state_dict().items()}
         found |= {f"{name} tokens": tokens, f"{name} pooled": encoder.pool(tokens)}
         found[f"{name} positions"] = encoder.positions((3, 5))
-        model = tiny_model(name, target="ema")
-        losses = model(preprocess.normalize(raw), raw, keys=torch.tensor([1, 2]))
+        model = models[name]
+        losses = model(preprocess.normalize(raw), raw, keys=keys)
         losses["loss"].backward()
         found |= {f"{name} {key}": value for key, value in losses.items()}
         found |= {f"{name} gradient {key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
@@ -70,6 +93,34 @@ def test_results_do_not_depend_on_the_default_type(dtype):
     assert torch.get_default_dtype() == dtype
     assert {k: v.dtype for k, v in actual.items()} == {k: v.dtype for k, v in expected.items()}
     assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_results_do_not_depend_on_the_default_device(device):
+    """Which need not even exist."""
+    expected, actual = computed(), computed(device=device)
+    assert {value.device.type for value in actual.values()} == {"cpu"}
+    assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+
+
+@pytest.mark.parametrize("context", [torch.device, torch.set_default_device])
+def test_public_functions_do_not_depend_on_the_default_device(tmp_path, image_folder, context, one_thread):
+    """A whole run, and what reads it."""
+    fields = TINY_FIELDS | {"data": image_folder, "labels": "folder", "steps": 2, "batch_size": 8, "num_workers": 0}
+    own = {"data": image_folder, "labels": "folder", "test_data": image_folder, "num_workers": 0}
+    default = context("meta") or contextlib.nullcontext()
+    with default:
+        run = pretrain(recipes.digits(out=tmp_path / "run", **fields)).path
+        assert evaluate("knn", run, **own)["result"]["top1"] > 0
+        assert evaluate("finetune", run, steps=1, batch_size=8, **own)["result"]
+        assert embed(run, out=tmp_path / "features.npy", num_workers=0).exists()
+        assert show("masks", run, out=tmp_path / "masks.png").exists()
+        assert export(run, out=tmp_path / "vit.safetensors", format="safetensors")
+        loaded = [load_encoder(run), load_classifier(run), load_model(run)[0], load_encoder("vit_tiny_patch16")]
+        model = MaskedImageModel(load_encoder(run)) if context is torch.device else None
+    assert {p.device.type for module in loaded for p in module.state_dict().values()} == {"cpu"}
+    if model is not None:  # who makes a module chooses its device
+        assert {p.device.type for p in model.branches.parameters()} == {"meta"}
 
 
 def test_runs_do_not_depend_on_the_default_type(tmp_path, image_folder):

@@ -165,3 +165,26 @@ def test_whitening():
 def test_what_is_no_batch_of_images_is_refused(images):
     with pytest.raises(ValueError, match=r"images_0_255 must be a \[B, C, H, W\] tensor, got"):
         hog(images)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (math.nan, torch.float16),
+        (math.nan, torch.float32),
+        (math.inf, torch.bfloat16),
+        (-math.inf, torch.float32),
+        (1e300, torch.float64),
+    ],
+)
+def test_values_that_are_not_finite(value, dtype):
+    images = torch.ones(2, 3, 16, 16, dtype=dtype)
+    images[1, 2, 5, 7] = value
+    with pytest.raises(ValueError, match="images_0_255 has values that are not finite"):
+        hog(images)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.to(torch.complex64), torch.Tensor.to_sparse])
+def test_images_that_are_no_dense_real_numbers(change):
+    with pytest.raises(ValueError, match="images_0_255 must be a dense tensor of real numbers, got"):
+        hog(change(torch.ones(1, 3, 16, 16)))

@@ -198,6 +198,8 @@ class Encoder(nn.Module, ABC):
         """
         if visible is None:
             return self.forward_stages(images)[0]
+        if visible.is_floating_point():
+            raise ValueError(f"visible must hold integers, got {visible.dtype}")
         if visible.dim() not in (2, 3) or visible.shape[-2] != images.shape[0]:
             raise ValueError(
                 f"visible must be [B, V] or [K, B, V] with B = {images.shape[0]}, got {list(visible.shape)}"
@@ -225,7 +227,10 @@ class Encoder(nn.Module, ABC):
         return tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
     def check_images(self, images: Tensor) -> tuple[int, int]:
-        """Token grid (h, w) of a batch; ValueError if its shape or number of channels does not fit."""
+        """Token grid (h, w) of a batch; ValueError if its type, shape or number of channels does not fit."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a tensor of floats, from encoder.preprocess(images), got {got}")
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
         H, W = images.shape[-2:]
@@ -250,9 +255,9 @@ class Encoder(nn.Module, ABC):
         if grid == self.grid:
             return self.pos_embed
         P = self.num_prefix_tokens
-        fixed = sincos_positions(self.embed_dim, self.grid, P).to(self.pos_embed.device)
+        fixed = sincos_positions(self.embed_dim, self.grid, P, self.pos_embed.device)
         if torch.allclose(self.pos_embed.detach().float(), fixed, atol=1e-5):
-            return sincos_positions(self.embed_dim, grid, P).to(self.pos_embed)
+            return sincos_positions(self.embed_dim, grid, P, self.pos_embed.device).to(self.pos_embed)
         table = self.pos_embed[:, P:].unflatten(1, self.grid).permute(0, 3, 1, 2).float()  # 1, D, h, w
         table = F.interpolate(table, size=grid, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
         return torch.cat([self.pos_embed[:, :P], table.to(self.pos_embed.dtype)], dim=1)

@@ -81,7 +81,7 @@ def nearest_name(cls: type[Encoder], embed_dim: int, patch_size: int) -> str:
     return f"{family}_{min(cls.SIZES, key=lambda size: abs(width(size) - embed_dim))}_patch{patch_size}"
 
 
-@own_defaults()
+@own_defaults(callers_device=True)
 def create_encoder(
     name: str,
     img_size: int | tuple[int, int] = 224,

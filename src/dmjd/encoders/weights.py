@@ -16,6 +16,7 @@ from dmjd.encoders.registry import check_options, create_encoder, encoder_family
 from dmjd.encoders.timm_features import feature_backbone
 from dmjd.files import FileWarning, content_hash, content_hash_of, read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
+from dmjd.nn.modes import own_defaults
 
 FORMAT = 1  # version of the metadata; increased when older versions would misread it
 
@@ -73,6 +74,7 @@ def load_encoder(
 ) -> Any: ...
 
 
+@own_defaults()
 def load_encoder(
     source: str | Path,
     device: torch.device | str = "cpu",
@@ -115,7 +117,7 @@ def _warn_if_stale(file: Path) -> None:
     headers, _ = read_headers(file.parent / CHECKPOINTS)
     digest = headers[0].metadata.get(ENCODER_DIGEST_KEY) if headers else None
     if digest is not None and digest != read_digest(file):
-        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", FileWarning, stacklevel=4)
+        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", FileWarning, stacklevel=5)
 
 
 def _load_run(run: Path) -> Encoder:
@@ -147,7 +149,7 @@ def _load_run(run: Path) -> Encoder:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", FileWarning, stacklevel=4)
+            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", FileWarning, stacklevel=5)
         return encoder
     raise ValueError(f"{run} holds no readable weights:\n  " + "\n  ".join(problems[:5]))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -87,9 +87,11 @@ class Preprocess:
         return self.normalize(self.raw(image))
 
     def raw(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """Images before normalization: [B, C, h, w] float32 on the 0..255 scale."""
-        images = [image] if is_image_like(image) else image
+        """Images before normalization: [B, C, h, w] float32 on the 0..255 scale; B is 0 for an empty list."""
+        images = image if isinstance(image, Iterable) and not is_image_like(image) else [image]
         arrays = [read_image(one, self.in_chans, self.value_range) for one in cast(Sequence[ImageLike], images)]
+        if not arrays:
+            return torch.empty(0, self.in_chans, *self.img_size, dtype=torch.float32, device="cpu")
         return torch.stack([self.fit(array).float() for array in arrays])
 
     def fit(self, array: np.ndarray) -> Tensor:
@@ -97,7 +99,12 @@ class Preprocess:
         return resize_box(array, center_box(array.shape[0], array.shape[1], self.img_size), self.img_size)
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """(raw / 255 - mean) / std: [..., C, H, W] on the 0..255 scale, uint8 or float -> float32."""
+        """(raw / 255 - mean) / std: [..., C, H, W] on the 0..255 scale, uint8 or float -> float32.
+
+        Raises:
+            ValueError: for another number of channels, or what is no tensor.
+        """
+        self._check_channels(raw)
         if torch.compiler.is_compiling():  # a tensor in the graph would be copied to the device in every step
             channels = zip(raw.float().unbind(-3), self.mean, self.std, strict=True)
             return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3)
@@ -105,7 +112,7 @@ class Preprocess:
         if raw.dtype != torch.uint8 or raw.device.type != "cpu":
             return (raw.float() / 255 - mean) / std
         images = raw.reshape(-1, *raw.shape[-3:])
-        out = torch.empty(images.shape, dtype=torch.float32)
+        out = torch.empty(images.shape, dtype=torch.float32, device="cpu")
         # A few images at a time stay in the cache between the passes.
         few = max(1, _CACHED_VALUES // max(1, raw.shape[-3:].numel()))
         for part, done in zip(images.split(few), out.split(few), strict=True):
@@ -114,8 +121,15 @@ class Preprocess:
 
     def denormalize(self, normalized: Tensor) -> Tensor:
         """Inverse of :meth:`normalize`: [..., C, H, W] -> float32 on the 0..255 scale, not clamped."""
+        self._check_channels(normalized)
         device = normalized.device
         return (normalized.float() * _per_channel(self.std, device) + _per_channel(self.mean, device)) * 255
+
+    def _check_channels(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images must be a [..., C, H, W] tensor, got {type(images).__name__}")
+        if images.dim() < 3 or images.shape[-3] != self.in_chans:
+            raise ValueError(f"images must be [..., {self.in_chans}, H, W], got {list(images.shape)}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types, for :meth:`from_dict`."""

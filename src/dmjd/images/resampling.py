@@ -146,7 +146,7 @@ def resize_box(image: np.ndarray, box: Sequence[float], size: tuple[int, int]) -
     mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(image.shape[2])  # not RGBA, which would premultiply alpha
     if image.dtype != np.uint8 or mode is None:
         one = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
-        return resample(one, torch.tensor([[top, left, height, width]], dtype=torch.float64), size)[0]
+        return resample(one, torch.tensor([[top, left, height, width]], dtype=torch.float64, device="cpu"), size)[0]
     pil = Image.fromarray(image[:, :, 0] if mode == "L" else image)
     if mode == "CMYK":
         pil = Image.frombytes(mode, image.shape[1::-1], image.tobytes())

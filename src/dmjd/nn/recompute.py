@@ -156,7 +156,7 @@ class _NormMlp(torch.autograd.Function):
                 torch.addmm(b2, F.gelu(h), w2.t(), out=out[part])
         ctx.eps = eps
         ctx.save_for_backward(x, nw, nb, w1, b1, w2, hidden)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -29,11 +29,13 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     return x.reshape(B, -1, h * P, w * P)
 
 
-def sincos_positions(dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Tensor:
+def sincos_positions(
+    dim: int, grid: tuple[int, int], num_prefix: int = 0, device: torch.device | None = None
+) -> Tensor:
     """Fixed 2-D sine-cosine position table (MAE, He et al. 2022), computed in float64.
 
     The first half of the channels encodes the column, the second half the row; each half is [sin..., cos...] with
-    frequencies 10000^(-i / (dim / 4)).
+    frequencies 10000^(-i / (dim / 4)). ``device`` None is torch's default device.
 
     Returns:
         [1, num_prefix + h*w, dim] float32; prefix positions are zero.
@@ -44,14 +46,15 @@ def sincos_positions(dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Te
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width divisible by 4, got {dim}")
     h, w = grid
-    if torch.get_default_device().type == "meta":  # only the shapes of a model are wanted
-        return torch.empty(1, num_prefix + h * w, dim)
+    device = torch.get_default_device() if device is None else device
+    if device.type == "meta":  # only the shapes of a model are wanted
+        return torch.empty(1, num_prefix + h * w, dim, device=device)
     omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
     rows, columns = np.meshgrid(np.arange(h, dtype=np.float64), np.arange(w, dtype=np.float64), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # N, D/4 each
     table = np.concatenate([part for a in angles for part in (np.sin(a), np.cos(a))], axis=1)  # N, D
     table = np.concatenate([np.zeros((num_prefix, dim)), table])
-    return torch.from_numpy(table).float().unsqueeze(0)
+    return torch.from_numpy(table).float().unsqueeze(0).to(device)
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.data.recheck import recheck
+from dmjd.data.recheck import Began, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
@@ -57,7 +57,7 @@ class Monitor(Callback):
         self.config, self.model, self.source, self.folder, self.console = config, model, source, folder, console
         self.unreadable = UnreadableImages()
         self._unshared: list[UnreadableReport] = []  # found by this process, and not yet known to the others
-        self._fingerprint = source.fingerprint()
+        self._began = Began.of(source)
         self._knn: OnlineKnn | None = None
         self._baselines: dict[str, float] = {}
         self._encoder_file = b""  # that belongs to the checkpoint which is being written
@@ -66,9 +66,12 @@ class Monitor(Callback):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
-        began_with, unreadable = checkpoint.state["data"], [(name, reason) for name, reason in checkpoint.state["bad"]]
-        known = recheck(self.source, began_with, unreadable, self.console.warn)
-        self._fingerprint = began_with
+        unreadable = [(name, reason) for name, reason in checkpoint.state["bad"]]
+        content = checkpoint.state.get("content")
+        began = Began(checkpoint.state["data"], dict(content) if content is not None else None)
+        known = recheck(self.source, began, unreadable, self.console.warn)
+        # Runs of former versions recorded no content: it is recorded from now on.
+        self._began = Began(began.fingerprint, self._began.content) if began.content is None else began
         if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count again:
             self.unreadable = known  # a disk or folder that was gone may be back
 
@@ -80,14 +83,15 @@ class Monitor(Callback):
             self.console.say(f"{file} was missing or not that of the newest checkpoint: it is written again")
 
     def state(self) -> dict[str, Any]:
-        """Encoder metadata, hash and the digest of its file, data fingerprint, unreadable images and configuration."""
+        """Encoder metadata, hash and the digest of its file, identity of the data, unreadable images, configuration."""
         encoder = self.model.encoder
         self._encoder_file = encoder_bytes(encoder)
         return {
             "encoder": encoder_metadata(encoder),
             WEIGHTS_KEY: weights_hash_of(self._encoder_file),
             ENCODER_DIGEST_KEY: digest_of(self._encoder_file),
-            "data": self._fingerprint,
+            "data": self._began.fingerprint,
+            "content": list((self._began.content or {}).items()),
             "bad": self.unreadable.reports,
             "config": json.loads(self.config.to_json()),
         }

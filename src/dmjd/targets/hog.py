@@ -39,7 +39,8 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     by their number.
 
     Args:
-        images_0_255: [B, C, H, W] of any number type, before normalization.
+        images_0_255: [B, C, H, W] of any real number type, before normalization. Values must be finite. This is checked
+            on the CPU alone, because a GPU would have to wait; there, a cell with NaN or infinity is NaN.
         cell_size: side of a cell in pixels; it must divide H and W.
         num_bins: orientations, 1 to 255.
 
@@ -47,11 +48,10 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
         [B, C, H/cell, W/cell, bins] float32.
 
     Raises:
-        ValueError: for images of another shape or type, a cell that does not divide them, or another number of bins.
+        ValueError: for images of another shape or type, values that are not finite, a cell that does not divide them,
+            or another number of bins.
     """
-    if not isinstance(images_0_255, Tensor) or images_0_255.dim() != 4:
-        got = list(images_0_255.shape) if isinstance(images_0_255, Tensor) else type(images_0_255).__name__
-        raise ValueError(f"images_0_255 must be a [B, C, H, W] tensor, got {got}")
+    _check_images(images_0_255)
     H, W = images_0_255.shape[-2:]
     cell_size = check_int("cell_size", cell_size, Bounds(ge=1))
     num_bins = check_int("num_bins", num_bins, Bounds(ge=1, le=MAX_BINS))
@@ -67,13 +67,24 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
         return torch.cat([_pooled(chunk.float(), cell_size, num_bins) for chunk in chunks])
     use_table = images_0_255.dtype == torch.uint8 and num_bins <= _TABLE_BINS
     row_sums = _row_sums_by_table if use_table else _row_sums
-    out = torch.empty(B * C, H // cell_size, W // cell_size, num_bins, dtype=torch.float32)
+    if images_0_255.dtype.is_floating_point and not bool(torch.stack(images_0_255.float().aminmax()).isfinite().all()):
+        raise ValueError("images_0_255 has values that are not finite (NaN, or infinite as float32)")
+    out = torch.empty(B * C, H // cell_size, W // cell_size, num_bins, dtype=torch.float32, device="cpu")
     per_chunk = max(1, _CPU_PIXELS // (H * W))
     planes = images_0_255.reshape(B * C, H, W).contiguous()  # one channels-last image is reshaped to strided planes
     for chunk, part in zip(planes.split(per_chunk), out.split(per_chunk), strict=True):
         torch.sum(row_sums(chunk, cell_size, num_bins), dim=2, out=part)
         part.mul_(1 / cell_size**2)
     return out.view(B, C, H // cell_size, W // cell_size, num_bins)
+
+
+def _check_images(images: Tensor) -> None:
+    """Check that images are a dense [B, C, H, W] tensor of real numbers."""
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images_0_255 must be a [B, C, H, W] tensor, got {got}")
+    if images.is_complex() or images.is_quantized or images.layout != torch.strided:
+        raise ValueError(f"images_0_255 must be a dense tensor of real numbers, got {images.dtype}, {images.layout}")
 
 
 def _row_sums_by_table(planes: Tensor, cell: int, num_bins: int) -> Tensor:
@@ -97,7 +108,7 @@ def _gradient_table(num_bins: int) -> Tensor:
     Row |512 * row difference + column difference| holds the gradient's magnitude in its bin and zeros elsewhere. A
     gradient and its opposite share a row.
     """
-    rows = torch.arange(_TABLE_SIDE // 2 * _TABLE_SIDE)
+    rows = torch.arange(_TABLE_SIDE // 2 * _TABLE_SIDE, device="cpu")
     down = (rows + _TABLE_SIDE // 2).div(_TABLE_SIDE, rounding_mode="floor")
     bins, magnitude = _polar(down.float(), (rows - down * _TABLE_SIDE).float(), num_bins)
     return _one_hot(num_bins)[bins.flatten().long()] * magnitude.view(-1, 1)
@@ -105,7 +116,7 @@ def _gradient_table(num_bins: int) -> Tensor:
 
 def _one_hot(num_bins: int) -> Tensor:
     """One-hot rows [2 n + 1, n] that map the bins of a full turn, and exactly 180 degrees, to the n of half a turn."""
-    return torch.eye(num_bins, dtype=torch.float32).repeat(3, 1)[: 2 * num_bins + 1]
+    return torch.eye(num_bins, dtype=torch.float32, device="cpu").repeat(3, 1)[: 2 * num_bins + 1]
 
 
 def _row_sums(planes: Tensor, cell: int, num_bins: int) -> Tensor:

@@ -15,7 +15,7 @@ from dmjd.images.reading import OpenImage, open_image
 from dmjd.images.stored import UnreadableImage
 from dmjd.regular import check_regular
 
-_SAMPLED, _FIRST_BYTES = 64, 1 << 16  # of Source.content_hash
+_SAMPLED, _FIRST_BYTES = 64, 1 << 16  # of Source.content_sample
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,21 @@ class Source(ABC):
         return short_hash([str(len(self)), *self._identity()])
 
     def content_hash(self) -> str:
-        """Short hash of the labels, and of the first bytes of at most 64 images, evenly spaced over the set.
+        """Short hash of the labels and the :meth:`content_sample`.
 
         With :meth:`fingerprint`, which an image or label of the same size does not change, it tells results on other
         data apart.
         """
-        digest = hashlib.sha256()
-        if self.labels is not None:
-            digest.update(self.labels.tobytes() + "\0".join(self.classes).encode("utf-8", "surrogateescape"))
-        for index in np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(int):
+        labels = [] if self.labels is None else [self.labels.tobytes().hex(), *self.classes]
+        return short_hash([*labels, *self.content_sample().values()])
+
+    def content_sample(self) -> dict[int, str]:
+        """Index -> short hash of the first bytes, of at most 64 evenly spaced images; unreadable ones are left out."""
+        hashes = {}
+        for index in np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(int).tolist():
             with contextlib.suppress(UnreadableImage, OSError):
-                digest.update(_first_bytes(self.stored(int(index))))
-        return digest.hexdigest()[:12]
+                hashes[index] = hashlib.sha256(_first_bytes(self.stored(index))).hexdigest()[:12]
+        return hashes
 
     def changes(self, fingerprint: str) -> Changes | None:
         """What differs from the set a run began with, whose fingerprint is given; None: it is another set."""
