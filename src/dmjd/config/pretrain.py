@@ -109,6 +109,17 @@ class PretrainConfig(Config):
         None, "target teacher: a run folder, an encoder file or a timm model", "method", resume=True
     )
     teacher_layers: int = option(1, "number of last teacher blocks to average", "method", ge=1, most=MAX_DEPTH)
+    teacher_skip: int = option(
+        0, "number of last teacher blocks to leave out: finer maps of a CNN", "method", ge=0, most=MAX_DEPTH
+    )
+    teacher_size: tuple[int, ...] | None = option(
+        None,
+        "side, or height and width, of the teacher's images; default its own; smaller is cheaper",
+        "method",
+        ge=1,
+        most=MAX_SIDE,
+        length=(1, 2),
+    )
     ema_layers: int | None = option(
         None, "target ema: number of last blocks to average; default half", "method", ge=1, most=MAX_DEPTH
     )

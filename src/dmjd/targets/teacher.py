@@ -1,6 +1,7 @@
 """Targets from a frozen pre-trained model: any timm model with feature maps, or the encoder of a previous run."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.config.checks import MAX_DEPTH, Bounds, check_int, check_path
+from dmjd.config.checks import MAX_DEPTH, MAX_SIDE, Bounds, check_int, check_path
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.hub import offline_if_unreachable
@@ -37,13 +38,21 @@ class TeacherSettings(TargetSettings):
             taken from the cache), or a timm model or :class:`~dmjd.encoders.base.Encoder`, which is put into
             evaluation mode.
         layers: number of last blocks to average, each whitened first.
+        skip: number of last blocks to leave out before that; 1 makes a convolutional teacher's maps finer.
+        size: side in pixels, or height and width, of the images that the teacher gets; None: its own. Smaller is
+            cheaper.
     """
 
     source: str | Path | nn.Module | None = None
     layers: int = 1
+    skip: int = 0
+    size: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_int("teacher_layers", self.layers, Bounds(ge=1, most=MAX_DEPTH))
+        check_int("teacher_skip", self.skip, Bounds(ge=0, most=MAX_DEPTH))
+        for side in self.size or ():
+            check_int("teacher_size", side, Bounds(ge=1, most=MAX_SIDE))
 
 
 class TeacherTarget(Target):
@@ -74,8 +83,13 @@ class TeacherTarget(Target):
         model = teacher if isinstance(teacher, nn.Module) else load_teacher(str(teacher))
         # Held in a tuple, it is not a submodule: not saved, trained or synchronized, and never in training mode.
         self._held = (model.eval(),)
-        self.layers, self.grid = layers, encoder.grid
-        self.preprocess = _preprocess_of(model, self.source)
+        self.layers, self.skip, self.grid = layers, settings.skip, encoder.grid
+        self.preprocess = teacher_preprocess(model, self.source)
+        if settings.size is not None:
+            size = (settings.size[0], settings.size[-1])
+            self.preprocess = dataclasses.replace(self.preprocess, img_size=size)
+            if model is not teacher and hasattr(model, "set_input_size"):  # a timm ViT; one that is given is left alone
+                cast(Callable[..., None], model.set_input_size)(img_size=size)
         self.fingerprint = _fingerprint(model, self.preprocess)
         maps = self._try(encoder.in_chans)
         if len({feature_map.shape[1] for feature_map in maps}) > 1:
@@ -96,18 +110,31 @@ class TeacherTarget(Target):
     def _maps(self, images: Tensor) -> list[Tensor]:
         """Normalized images -> feature maps [B, C, h, w] of the last layers, in the teacher's own grid."""
         model = self._held[0]
+        count = self.layers + self.skip
         if isinstance(model, Encoder):
-            if self.layers > model.depth:
-                raise ValueError(f"--teacher-layers {self.layers}: the teacher has only {model.depth} blocks")
-            outputs = model.block_outputs(images, self.layers)
+            if count > model.depth:
+                raise ValueError(f"{self._flags()}: the teacher has only {model.depth} blocks")
+            outputs = model.block_outputs(images, count)[: self.layers]
             return [x.transpose(1, 2).unflatten(2, model.check_images(images)) for x in outputs]
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"teacher {self.source} gives no token grid or feature map (timm's forward_intermediates)")
         try:
             intermediates = cast(Callable[..., list[Tensor]], model.forward_intermediates)
-            return intermediates(images, indices=self.layers, norm=True, output_fmt="NCHW", intermediates_only=True)
-        except AssertionError:  # raised by timm for more layers than there are
-            raise ValueError(f"--teacher-layers {self.layers}: teacher {self.source} has fewer layers") from None
+            return intermediates(
+                images,
+                indices=list(range(-count, -self.skip)),
+                norm=True,
+                stop_early=True,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        except AssertionError as error:  # raised by timm for more layers than there are, and for sizes a ViT rejects
+            if self.preprocess.img_size != teacher_preprocess(model, self.source).img_size:
+                raise ValueError(f"--teacher-size: teacher {self.source} does not take it ({error})") from None
+            raise ValueError(f"{self._flags()}: teacher {self.source} has fewer layers") from None
+
+    def _flags(self) -> str:
+        return f"--teacher-layers {self.layers}" + (f" --teacher-skip {self.skip}" if self.skip else "")
 
     @torch.no_grad()
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
@@ -164,7 +191,7 @@ def load_teacher(source: str) -> nn.Module:
             ) from None
 
 
-def _preprocess_of(model: nn.Module, source: str) -> Preprocess:
+def teacher_preprocess(model: nn.Module, source: str) -> Preprocess:
     """The teacher's own preprocessing."""
     if isinstance(model, Encoder):
         if model.preprocess is None:
