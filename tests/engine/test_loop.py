@@ -10,7 +10,7 @@ import torch
 from dmjd.engine import loop
 from dmjd.engine.device import make_fabric
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Report, StopNow, StopSignal, Task
-from dmjd.engine.optim import adamw
+from dmjd.engine.optim import adamw, parameter_groups
 
 
 class Toy(Task):
@@ -32,7 +32,9 @@ class Toy(Task):
 
 def engine_of(task: Task, steps: int = 10, **options) -> Engine:
     fabric = make_fabric("cpu", "fp32")
-    return Engine(fabric, task, adamw(task, 0.0), Duration(steps=steps), 0.1, lambda progress: 1.0, 1, **options)
+    return Engine(
+        fabric, task, adamw(parameter_groups(task, 0.0)), Duration(steps=steps), 0.1, lambda progress: 1.0, 1, **options
+    )
 
 
 def ones():

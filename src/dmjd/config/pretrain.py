@@ -203,6 +203,16 @@ class PretrainConfig(Config):
     )
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0, most=MAX_FACTOR)
     warmup: float = option(0.05, "fraction of the run with linear warm-up", "training", ge=0, le=1)
+    layer_decay: float = option(
+        1.0, "factor on the learning rate per encoder layer, from the last to the first", "training", gt=0, le=1
+    )
+    init_freeze: float = option(
+        0.0,
+        "fraction of the run in which only the branches train, so that they do not harm trained weights",
+        "training",
+        ge=0,
+        lt=1,
+    )
     clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "training", gt=0, most=1e9)
     seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)

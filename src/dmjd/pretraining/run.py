@@ -21,9 +21,10 @@ from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.engine.console import Console
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
+from dmjd.engine.layer_decay import encoder_groups
 from dmjd.engine.loggers import import_wandb
 from dmjd.engine.loop import Duration, Engine, Hook, Task
-from dmjd.engine.optim import OPTIMIZERS, scaled_learning_rate, warmup_cosine
+from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate, warmup_cosine
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
@@ -206,10 +207,11 @@ def make_engine(
     return Engine(
         fabric=fabric,
         task=task,
-        optimizer=OPTIMIZERS[config.optimizer](task, config.weight_decay),
+        optimizer=OPTIMIZERS[config.optimizer](_parameter_groups(config, task)),
         duration=Duration(steps, config.minutes),
         peak_lr=scaled_learning_rate(config.blr, batch_size, model.masks),
         schedule=partial(warmup_cosine, warmup=config.warmup),
+        warmup=config.warmup,
         batch_size=batch_size,
         accumulate=config.accumulate,
         clip_grad=config.clip_grad,
@@ -217,6 +219,13 @@ def make_engine(
         log_every=config.log_every,
         compile=config.compile,
     )
+
+
+def _parameter_groups(config: PretrainConfig, task: PretrainTask) -> list[ParameterGroup]:
+    """Two groups; by layer if trained weights are to be treated with care."""
+    if config.layer_decay == 1.0 and config.init_freeze == 0.0:
+        return parameter_groups(task, config.weight_decay)
+    return encoder_groups(task, task.model.encoder, config.weight_decay, config.layer_decay, config.init_freeze)
 
 
 def training_batches(
