@@ -98,6 +98,20 @@ class PretrainConfig(Config):
         None, "MLP ratio, three for ConvViT; default by name", "encoder", gt=0, most=MAX_MLP_RATIO
     )
 
+    init: str | None = option(
+        None,
+        "weights to start from: a run, an encoder file, published weights, a timm name or a folder of transformers",
+        "encoder",
+        common=True,
+    )
+    init_hash: str | None = option(
+        None, "refuse weights of another hash than this; a run records that of its --init here", "encoder"
+    )
+    init_fresh: tuple[str, ...] | None = option(
+        None, "tensors that --init need not have, by the beginnings of their names; default none", "encoder"
+    )
+    init_decoder: bool = option(False, "take over the decoder of --init too", "encoder")
+
     target: str = option("hog", "learning target of both branches: hog, pixel, teacher or ema", "method", common=True)
     mim_target: str | None = option(None, "target of the reconstruction branch; default --target", "method")
     vis_target: str | None = option(None, "target of the distillation branch; default --target", "method")
@@ -257,6 +271,8 @@ class PretrainConfig(Config):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
+        if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder):
+            raise ValueError("init_hash, init_fresh and init_decoder (--init-decoder, ...) need --init")
         if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
             raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 

@@ -1,30 +1,24 @@
 """Targets from a frozen pre-trained model: any timm model with feature maps, or the encoder of a previous run."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import huggingface_hub.constants as hub
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmjd.config.checks import MAX_DEPTH, MAX_SIDE, Bounds, check_int, check_path
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.timm_weights import load_timm, timm_preprocess
 from dmjd.encoders.weights import load_encoder
-from dmjd.hub import offline_if_unreachable
 from dmjd.images.preprocess import Preprocess
 from dmjd.images.reading import LUMINANCE
-from dmjd.suggest import did_you_mean
 from dmjd.targets.base import Target, TargetSettings, whitened_mean
-
-_SOURCES = ("hf-hub:", "local-dir:")  # timm's prefixes for weights that are not in its list
 
 _HASH_DIGITS = 16
 
@@ -169,26 +163,10 @@ def load_teacher(source: str) -> nn.Module:
     Raises:
         ValueError: if there is no such model, or its weights are not available.
     """
-    with torch.random.fork_rng(devices=[]):
-        if check_path("teacher", source).exists():
+    if check_path("teacher", source).exists():
+        with torch.random.fork_rng(devices=[]):
             return load_encoder(source)
-        if not (source.startswith(_SOURCES) or timm.is_model(source)):
-            hint = did_you_mean(source, timm.list_models())
-            raise ValueError(f"teacher {source} is not a run folder, an encoder file or a timm model{hint}")
-        remote = not source.startswith("local-dir:")
-        reachable = True
-        try:
-            with offline_if_unreachable() if remote else contextlib.nullcontext(True) as reachable:
-                return timm.create_model(source, pretrained=True, num_classes=0)
-        # Networks, caches and timm fail in many ways; all mean that the weights are not available.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            if not reachable:
-                reason = f"{hub.ENDPOINT} cannot be reached, and they are not in its cache, {hub.HF_HUB_CACHE}"
-            raise ValueError(
-                f"the weights of teacher {source} are not available ({reason}): give a folder that holds them, "
-                "--teacher local-dir:FOLDER, a run folder or an encoder file"
-            ) from None
+    return load_timm(source, "teacher", "--teacher")
 
 
 def teacher_preprocess(model: nn.Module, source: str) -> Preprocess:
@@ -197,9 +175,7 @@ def teacher_preprocess(model: nn.Module, source: str) -> Preprocess:
         if model.preprocess is None:
             raise ValueError(f"teacher {source} does not know its preprocessing: set its preprocess = Preprocess(...)")
         return model.preprocess
-    data: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    channels, height, width = data["input_size"]
-    return Preprocess((height, width), channels, tuple(data["mean"]), tuple(data["std"]))
+    return timm_preprocess(model)
 
 
 def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
