@@ -64,7 +64,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from labels import labels_of
 
 SEARCH_SEED = 1000  # differs from the seeds of the runs
-PATHS = ("data", "out", "json", "encoders", "teacher")  # paths of one machine, left out of the record
+PATHS = ("data", "held_out_data", "out", "json", "encoders", "teacher")  # paths of one machine, left out of the record
 ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_IMAGES = 3, 3, 10, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "class_token": False,
@@ -92,7 +92,7 @@ class Study:
             raise ValueError(f"the baseline {self.baseline} is not one of the variants: {', '.join(self.trained)}")
         self.jobs = self.out / "jobs"
         self.jobs.mkdir(parents=True, exist_ok=True)
-        split(arguments.data, self.out / "data", arguments.held_out)
+        split(arguments.data, self.out / "data", arguments.held_out, arguments.held_out_data)
         self.num_images = len(open_source(str(self.out / "data"), split="train", labels="column"))
         self.features = "bf16" if arguments.precision == "bf16" else "fp32"
         self.common = COMMON | {"img_size": arguments.img_size}

@@ -32,6 +32,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--probe-train", type=int, default=5000, help="training images of the probe")
     parser.add_argument("--probe-test", type=int, default=2500, help="held-out images of the probe")
     parser.add_argument("--held-out", type=float, default=0.1, help="fraction of the training images to hold out")
+    parser.add_argument("--held-out-data", help="folder of labeled images to hold out instead, e.g. a validation part")
     parser.add_argument("--label-fraction", type=float, help="fraction of the labels in the final evaluation")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")

@@ -35,27 +35,36 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from labels import labels_of
 
 
-def split(data: str, folder: Path, held_out: float) -> None:
-    """Write a held-out part of the training images as test.parquet and the rest as train.parquet, once."""
+def split(data: str, folder: Path, held_out: float, held_out_data: str | None = None) -> None:
+    """Write held-out images as test.parquet and the training images as train.parquet, once.
+
+    Held out is a part of the training images, or all of ``held_out_data``, whose classes are some of the training set.
+    """
     files = {name: folder / f"{name}.parquet" for name in ("train", "test")}
     if all(file.exists() for file in files.values()):
         return
     folder.mkdir(parents=True, exist_ok=True)
     source: Source = open_source(data, split="train", labels=labels_of(data))
-    held = hold_out(source.labels, held_out, seed=0)
-    for name, chosen in (("train", ~held), ("test", held)):
+    if held_out_data is not None:
+        other = open_source(held_out_data, split="train", labels=labels_of(held_out_data))
+        parts = {"train": (source, np.arange(len(source))), "test": (other, np.arange(len(other)))}
+    else:
+        held = hold_out(source.labels, held_out, seed=0)
+        parts = {"train": (source, np.flatnonzero(~held)), "test": (source, np.flatnonzero(held))}
+    numbers = {name: number for number, name in enumerate(source.classes)}
+    for name, (chosen, rows) in parts.items():
         with atomic(files[name]) as temporary:
-            pq.write_table(pa.Table.from_pylist([_row(source, int(i)) for i in np.flatnonzero(chosen)]), temporary)
+            pq.write_table(pa.Table.from_pylist([_row(chosen, int(i), numbers) for i in rows]), temporary)
 
 
-def _row(source: Source, index: int) -> dict[str, Any]:
-    """A row in Hugging Face's image schema; encoded bytes are kept unchanged."""
+def _row(source: Source, index: int, numbers: dict[str, int]) -> dict[str, Any]:
+    """A row in Hugging Face's image schema, with the number of its class; bytes are kept unchanged."""
     stored = source.stored(index)
     if not isinstance(stored, bytes):
         buffer = io.BytesIO()
         Image.fromarray(source.read(index)).save(buffer, format="png")
         stored = buffer.getvalue()
-    return {"image": {"bytes": stored, "path": None}, "label": int(source.labels[index])}
+    return {"image": {"bytes": stored, "path": None}, "label": numbers[source.classes[source.labels[index]]]}
 
 
 class Probe:
