@@ -14,6 +14,9 @@ can be resumed:
 - test: after all training, kNN and linear probe by the library's own protocol on the test set, once;
 - report: JSON, a figure (.png) and a table (.md).
 
+The set ``distill`` learns from a trained model: give it with ``--teacher``, and the size of the images with
+``--img-size``; the report compares the teacher's own frozen features, too.
+
 ``name@share`` in ``--variants`` is a variant whose whole schedule takes that fraction of the time: ``dmjd@10/37``.
 ``--slice-minutes 8`` saves and stops after eight minutes; repeat the command to continue.
 """
@@ -30,15 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence_probe import SIDE, Probe, ProbeHook, split
+from convergence_options import PHASES, parse
+from convergence_probe import Probe, ProbeHook, split, teacher_scores
 from convergence_report import curves_figure, final_score, result_table, summarize
 from convergence_sets import (
     ENCODERS,
-    SETS,
     Variant,
     base_name,
     make_model,
-    override,
     shuffled,
     variants_of,
     with_share,
@@ -62,12 +64,10 @@ from dmjd.runs.build import build_encoder, build_masks
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from labels import labels_of
 
-PHASES = ("calibrate", "search", "train", "test", "report")
 SEARCH_SEED = 1000  # differs from the seeds of the runs
-PATHS = ("data", "out", "json", "encoders")  # paths of one machine, left out of the record
+PATHS = ("data", "held_out_data", "out", "json", "encoders", "teacher")  # paths of one machine, left out of the record
 ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_IMAGES = 3, 3, 10, 2048  # of the calibration
 COMMON: dict[str, Any] = {
-    "img_size": SIDE,
     "class_token": False,
     "crop_scale": (0.5, 1.0),
     "clip_grad": 3.0,
@@ -93,11 +93,12 @@ class Study:
             raise ValueError(f"the baseline {self.baseline} is not one of the variants: {', '.join(self.trained)}")
         self.jobs = self.out / "jobs"
         self.jobs.mkdir(parents=True, exist_ok=True)
-        split(arguments.data, self.out / "data", arguments.held_out)
+        split(arguments.data, self.out / "data", arguments.held_out, arguments.held_out_data)
         self.num_images = len(open_source(str(self.out / "data"), split="train", labels="column"))
         self.features = "bf16" if arguments.precision == "bf16" else "fp32"
+        self.common = COMMON | {"img_size": arguments.img_size}
         counts = (arguments.probe_train, arguments.probe_test)
-        self.probe = Probe(self.out / "data", *counts, self.device, self.features)
+        self.probe = Probe(self.out / "data", arguments.img_size, *counts, self.device, self.features)
         self._stop_sent = False  # to the current run
         self.seconds: dict[str, float] = {}  # per step, by variant, if calibrated
         self.best_blrs: dict[str, float] = {}
@@ -126,8 +127,10 @@ class Study:
         given, own = self.arguments, dict(variant.overrides)
         if variant.teacher is not None:
             own["teacher"] = str(self._teacher(variant.teacher))
+        elif "teacher" in (own.get("target"), own.get("mim_target"), own.get("vis_target")):
+            own["teacher"] = given.teacher
         config = dmjd.recipes.get_recipe(variant.recipe)(data=str(self.out / "data"), out=str(out), steps=1).replace(
-            **COMMON
+            **self.common
             | ENCODERS[given.encoder]
             | {"batch_size": given.batch_size, "precision": given.precision, "device": given.device, "seed": seed}
             | given.override
@@ -154,7 +157,7 @@ class Study:
         stand_in = self.out / "stand_in.safetensors"
         if not stand_in.exists():
             encoder = build_encoder(
-                PretrainConfig(**COMMON | ENCODERS[self.arguments.encoder] | self.arguments.override)
+                PretrainConfig(**self.common | ENCODERS[self.arguments.encoder] | self.arguments.override)
             )
             encoder.preprocess = self.probe.preprocess
             write_bytes(stand_in, encoder_bytes(encoder))
@@ -323,6 +326,15 @@ class Study:
                 write_text(file, json.dumps(kept, indent=2) + "\n")
             run["test"] = json.loads(file.read_text()) if file.exists() else None
 
+    def _teacher_scores(self) -> dict[str, Any] | None:
+        """Scores of the frozen teacher's own features on the held-out images, measured once and saved."""
+        if self.arguments.teacher is None:
+            return None
+        file = self.jobs / "teacher.json"
+        if not file.exists():
+            write_text(file, json.dumps(teacher_scores(self.arguments.teacher, self.probe), indent=2) + "\n")
+        return json.loads(file.read_text())
+
     def report(self, runs: list[dict[str, Any]]) -> None:
         """Write JSON, figure and table; print the table."""
         given = self.arguments
@@ -334,6 +346,7 @@ class Study:
             "baseline": self.baseline,
             "summary": rows,
             "seconds_per_step": self.seconds,
+            "teacher": self._teacher_scores(),
             "search": [{"variant": s["variant"], "blr": s["blr"], "linear": final_score(s)} for s in searches],
             "runs": [{key: value for key, value in run.items() if key != "config"} for run in runs],
             "machine": machine(self.device),
@@ -352,42 +365,8 @@ class Study:
 
 def main() -> None:
     """Run the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=SETS)
-    parser.add_argument("--encoder", choices=list(ENCODERS), default="vit_lite")
-    parser.add_argument("--data", default="cifar10", help="images with labels and a test part")
-    parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
-    parser.add_argument("--json", type=Path, help="result; figure and table go to the same folder")
-    parser.add_argument("--encoders", type=Path, help="folder for the trained encoders in half precision")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=8.0, help="training time per run")
-    length.add_argument("--epochs", type=float, help="epochs per run, instead of minutes")
-    parser.add_argument("--clock", choices=("wall", "calibrated"), default="wall")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--repeat", nargs="+", help="variants run with all seeds, the others with one; default all")
-    blrs = [1.5e-3, 3e-3, 6e-3]
-    parser.add_argument("--blrs", type=float, nargs="+", default=blrs, help="candidates; one: no search")
-    parser.add_argument("--search-share", type=float, default=0.25, help="length of a search run; 1: a full run")
-    parser.add_argument("--probes", type=int, default=8, help="probes per run")
-    parser.add_argument("--probe-train", type=int, default=5000, help="training images of the probe")
-    parser.add_argument("--probe-test", type=int, default=2500, help="held-out images of the probe")
-    parser.add_argument("--held-out", type=float, default=0.1, help="fraction of the training images to hold out")
-    parser.add_argument("--label-fraction", type=float, help="fraction of the labels in the final evaluation")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--variants", nargs="+", help="from the set, or name@share; default all")
-    parser.add_argument("--baseline", help="variant whose final accuracy the others must reach; default the first")
-    parser.add_argument(
-        "--override", type=override, nargs="+", default=[], help="settings of all runs; a variant's own win"
-    )
-    parser.add_argument("--slice-minutes", type=float, help="save and stop after this time")
-    parser.add_argument("--skip-test", action="store_true", help="do not evaluate on the test set")
-    parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")
-    arguments = parser.parse_args()
-    arguments.override = dict(arguments.override)
     try:
-        Study(arguments).run()
+        Study(parse(__doc__)).run()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -3,7 +3,9 @@
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -26,46 +29,56 @@ from dmjd.evaluation.low_shot import hold_out
 from dmjd.files import atomic, write_text
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
+from dmjd.targets.teacher import load_teacher, teacher_preprocess
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from labels import labels_of
 
-SIDE = 32  # of images, in pixels
 
+def split(data: str, folder: Path, held_out: float, held_out_data: str | None = None) -> None:
+    """Write held-out images as test.parquet and the training images as train.parquet, once.
 
-def split(data: str, folder: Path, held_out: float) -> None:
-    """Write a held-out part of the training images as test.parquet and the rest as train.parquet, once."""
+    Held out is a part of the training images, or all of ``held_out_data``, whose classes are some of the training set.
+    """
     files = {name: folder / f"{name}.parquet" for name in ("train", "test")}
     if all(file.exists() for file in files.values()):
         return
     folder.mkdir(parents=True, exist_ok=True)
     source: Source = open_source(data, split="train", labels=labels_of(data))
-    held = hold_out(source.labels, held_out, seed=0)
-    for name, chosen in (("train", ~held), ("test", held)):
+    if held_out_data is not None:
+        other = open_source(held_out_data, split="train", labels=labels_of(held_out_data))
+        parts = {"train": (source, np.arange(len(source))), "test": (other, np.arange(len(other)))}
+    else:
+        held = hold_out(source.labels, held_out, seed=0)
+        parts = {"train": (source, np.flatnonzero(~held)), "test": (source, np.flatnonzero(held))}
+    numbers = {name: number for number, name in enumerate(source.classes)}
+    for name, (chosen, rows) in parts.items():
         with atomic(files[name]) as temporary:
-            pq.write_table(pa.Table.from_pylist([_row(source, int(i)) for i in np.flatnonzero(chosen)]), temporary)
+            pq.write_table(pa.Table.from_pylist([_row(chosen, int(i), numbers) for i in rows]), temporary)
 
 
-def _row(source: Source, index: int) -> dict[str, Any]:
-    """A row in Hugging Face's image schema; encoded bytes are kept unchanged."""
+def _row(source: Source, index: int, numbers: dict[str, int]) -> dict[str, Any]:
+    """A row in Hugging Face's image schema, with the number of its class; bytes are kept unchanged."""
     stored = source.stored(index)
     if not isinstance(stored, bytes):
         buffer = io.BytesIO()
         Image.fromarray(source.read(index)).save(buffer, format="png")
         stored = buffer.getvalue()
-    return {"image": {"bytes": stored, "path": None}, "label": int(source.labels[index])}
+    return {"image": {"bytes": stored, "path": None}, "label": numbers[source.classes[source.labels[index]]]}
 
 
 class Probe:
     """kNN and linear probe of an encoder on fixed subsets of the training and the held-out images.
 
     Args:
-        data: folder of :func:`split`. num_train, num_test: images, evenly spaced.
+        data: folder of :func:`split`. side: of the images, in pixels. num_train, num_test: images, evenly spaced.
         device: of the encoder. precision: of features, "fp32" or "bf16".
     """
 
-    def __init__(self, data: Path, num_train: int, num_test: int, device: torch.device, precision: str) -> None:
-        self.preprocess = Preprocess((SIDE, SIDE))
+    def __init__(
+        self, data: Path, side: int, num_train: int, num_test: int, device: torch.device, precision: str
+    ) -> None:
+        self.preprocess = Preprocess((side, side))
         self.device, self.precision, self.sets = device, precision, []
         for name, count in (("train", num_train), ("test", num_test)):
             source = open_source(str(data), split=name, labels="column")
@@ -74,15 +87,41 @@ class Probe:
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """Top-1 accuracies, 0 to 1; the encoder is left unchanged."""
-        train, test = (Features(self._features(encoder, s.raw), s.labels, s.index) for s in self.sets)
+        extract = pooled(encoder, self.precision)
+        with evaluating(encoder):
+            return self.scores(lambda raw: extract(self.preprocess.normalize(raw)))
+
+    def scores(self, extract: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Top-1 accuracies of any features: ``extract`` maps images [B, C, H, W] on the 0..255 scale to [B, D]."""
+        train, test = (
+            Features(
+                torch.cat([extract(raw.to(self.device)).float().cpu() for raw in each.raw.split(512)]),
+                each.labels,
+                each.index,
+            )
+            for each in self.sets
+        )
         tasks = {"knn": knn, "linear": linear_probe}
         return {name: task(train, test, device=self.device)["top1"] for name, task in tasks.items()}
 
-    def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
-        extract = pooled(encoder, self.precision)
-        with evaluating(encoder):
-            parts = [extract(self.preprocess.normalize(part.to(self.device))).cpu() for part in raw.split(512)]
-        return torch.cat(parts)
+
+def teacher_scores(teacher: str, probe: Probe) -> dict[str, dict[str, float]]:
+    """Scores of the frozen features of a trained model, pooled over positions: its input size -> accuracies.
+
+    The images are those of the probe, enlarged to the teacher's own size, and as they are.
+    """
+    model = load_teacher(teacher).to(probe.device).eval()
+    preprocess = teacher_preprocess(model, teacher)
+
+    @torch.no_grad()
+    def extract(raw: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(raw.shape[2:]) != size:
+            raw = F.interpolate(raw.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
+        features = model.forward_features(preprocess.normalize(raw))  # type: ignore[operator]
+        return F.layer_norm(features.mean(dim=(2, 3)), (features.shape[1],))
+
+    sizes = dict.fromkeys((probe.preprocess.img_size, preprocess.img_size))
+    return {f"{size[0]} x {size[1]}": probe.scores(partial(extract, size=size)) for size in sizes}
 
 
 class ProbeHook:

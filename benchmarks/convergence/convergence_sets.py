@@ -50,9 +50,12 @@ ENCODERS: dict[str, dict[str, Any]] = {
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
     "conv_lite": {"encoder": "conv_vit_tiny_patch4", "embed_dim": (32, 64, 128), "depth": (1, 1, 4), "num_heads": 4}
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
+    "vit16": {"encoder": "vit_tiny_patch16"},
+    "vit16_lite": {"encoder": "vit_tiny_patch16", "embed_dim": 128, "depth": 5, "num_heads": 4}
+    | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
-SETS += ("targets", "beyond")
+SETS += ("targets", "beyond", "distill")
 
 
 def of_dmjd(**overrides: Any) -> Variant:
@@ -98,6 +101,25 @@ def _beyond(pixels: str) -> dict[str, Variant]:
     }
 
 
+def _distill() -> dict[str, Variant]:
+    """What to learn from a given teacher, and from the image; all with Muon and single tokens masked."""
+    common = {"optimizer": "muon", "block_size": 1, "mask_ratio": 0.75}
+    one = {"num_views": 1}
+    by = {"pixel_teacher": ("pixel", "teacher"), "hog_teacher": ("hog", "teacher"), "teacher": ("teacher", "teacher")}
+    by |= {"pixel_hog": ("pixel", "hog")}
+    variants = {"mae": Variant("mae", {"optimizer": "muon"})}
+    variants |= {k: Variant("dmjd", common | {"mim_target": mim, "vis_target": vis}) for k, (mim, vis) in by.items()}
+    alone = {"mim": False, "vis_target": "teacher"}
+    return variants | {
+        "teacher_visible_only": Variant("dmjd", common | alone),
+        "pixel_teacher_one_view": Variant("dmjd", common | one | {"mim_target": "pixel", "vis_target": "teacher"}),
+        "teacher_visible_only_c50": Variant("dmjd", common | one | alone | {"mask_ratio": 0.5}),
+        "pixel_teacher_c50": Variant(
+            "dmjd", common | one | {"mim_target": "pixel", "vis_target": "teacher", "mask_ratio": 0.5}
+        ),
+    }
+
+
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
     """The variants of a set, the baseline first."""
     pixels = "convmae" if convolutional else "mae"
@@ -124,6 +146,8 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return _targets()
     if name == "beyond":
         return _beyond(pixels)
+    if name == "distill":
+        return _distill()
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}

@@ -10,7 +10,7 @@ from torch import Tensor
 import dmjd
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.encoders.headers import CHECKPOINT_FORMAT
-from dmjd.engine.optim import OPTIMIZERS
+from dmjd.engine.optim import OPTIMIZERS, parameter_groups
 from dmjd.files import read_safetensors, write_safetensors
 from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.run import PretrainTask
@@ -116,7 +116,9 @@ def restore_state(file: Path, config: PretrainConfig, run: Path) -> int:
 def fresh_moments(config: PretrainConfig) -> dict[str, Tensor]:
     """The state of an optimizer that has taken no step, as a checkpoint holds it."""
     model = build_model(config)
-    optimizer = OPTIMIZERS[config.optimizer](PretrainTask(model, Preprocess(config.size)), config.weight_decay)
+    optimizer = OPTIMIZERS[config.optimizer](
+        parameter_groups(PretrainTask(model, Preprocess(config.size)), config.weight_decay)
+    )
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)

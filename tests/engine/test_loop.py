@@ -8,7 +8,7 @@ import torch
 
 from dmjd.engine.device import make_fabric
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Report, Task
-from dmjd.engine.optim import adamw
+from dmjd.engine.optim import adamw, parameter_groups
 from dmjd.engine.stop_signal import StopSignal
 
 
@@ -31,7 +31,9 @@ class Toy(Task):
 
 def engine_of(task: Task, steps: int = 10, **options) -> Engine:
     fabric = make_fabric("cpu", "fp32")
-    return Engine(fabric, task, adamw(task, 0.0), Duration(steps=steps), 0.1, lambda progress: 1.0, 1, **options)
+    return Engine(
+        fabric, task, adamw(parameter_groups(task, 0.0)), Duration(steps=steps), 0.1, lambda progress: 1.0, 1, **options
+    )
 
 
 def ones():

@@ -53,7 +53,7 @@ def test_muon_orthogonalizes_updates_of_matrices_and_leaves_the_rest_to_adamw():
     before = {key: value.clone() for key, value in models["muon"].state_dict().items()}
     x = torch.randn(64, 32)
     for name, model in models.items():
-        optimizer = OPTIMIZERS[name](model, 0.0)
+        optimizer = OPTIMIZERS[name](parameter_groups(model, 0.0))
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.01
         model(x).square().mean().backward()
         optimizer.step()
@@ -74,7 +74,7 @@ def test_reserved_state_is_that_of_the_first_step():
     for reserve in (True, False):
         torch.manual_seed(0)
         model = nn.Linear(5, 3)
-        optimizer = adamw(model, 0.1)
+        optimizer = adamw(parameter_groups(model, 0.1))
         if reserve:
             reserve_state(optimizer)
         for _ in range(2):

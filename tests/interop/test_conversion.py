@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.classifier import Classifier
+from dmjd.encoders.published import to_ours, to_published
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_bytes, load_encoder
-from dmjd.interop.conversion import from_timm, load_official, timm_arguments, to_ours, to_published
+from dmjd.interop.conversion import from_timm, load_official, timm_arguments
 from dmjd.masking import DisjointMasks, disjoint_masks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.tokens import sincos_positions

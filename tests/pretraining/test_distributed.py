@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from support import TINY
 
 from dmjd.cli.main import main
-
 from dmjd.runs.checkpoint import load_checkpoint
 
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}

@@ -11,7 +11,7 @@ import torch
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Task
-from dmjd.engine.optim import adamw
+from dmjd.engine.optim import adamw, parameter_groups
 from dmjd.runs.checkpoint import RunFolder
 from dmjd.runs.driver import Callback, Driver, newest_checkpoint
 
@@ -87,7 +87,7 @@ class Training:
         self.engine = Engine(
             make_fabric("cpu", "fp32"),
             self.task,
-            adamw(self.task, 0.0),
+            adamw(parameter_groups(self.task, 0.0)),
             Duration(STEPS),
             0.1,
             lambda _: 1.0,

@@ -16,8 +16,10 @@ from dmjd.encoders.weights import encoder_bytes, load_encoder
 from dmjd.figures.show import show
 from dmjd.images.preprocess import Preprocess
 from dmjd.runs.build import load_model
-from dmjd.targets.base import whiten
+from dmjd.targets.base import whiten, whitened_mean
 from dmjd.targets.teacher import TeacherSettings, TeacherTarget, to_channels, to_grid
+
+TIMM_SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 OWN = Preprocess((32, 32), 3, (0.3, 0.4, 0.5), (0.2, 0.2, 0.3))
 
@@ -39,9 +41,10 @@ def own_teacher(name: str = "vit_tiny_patch8") -> Encoder:
 
 def timm_vit(in_chans: int = 3) -> torch.nn.Module:
     torch.manual_seed(3)
-    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
     data = {"input_size": (in_chans, 32, 32), "mean": (0.4,) * in_chans, "std": (0.2,) * in_chans}
-    return timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=data, in_chans=in_chans, **small)
+    return timm.create_model(
+        "vit_tiny_patch16_224", pretrained_cfg_overlay=data, in_chans=in_chans, num_classes=0, **TIMM_SIZES
+    )
 
 
 def make_images(channels: int = 3, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
@@ -189,7 +192,7 @@ def test_timm_weights_from_a_folder(tmp_path):
     config = {
         "architecture": "vit_tiny_patch16_224",
         "num_classes": 0,
-        "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
+        "model_args": TIMM_SIZES,
         "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": 0},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -249,3 +252,34 @@ def test_a_run_teaches_the_next_one(tmp_path, image_folder):
     with pytest.raises(ValueError, match="not a run folder"):
         pretrain(taught.replace(out=str(tmp_path / "third"), teacher=str(first)))
     assert not (tmp_path / "third").exists()
+
+
+def test_layers_can_be_skipped_and_the_teacher_can_see_smaller_images():
+    model = timm.create_model("efficientnet_lite0", num_classes=0).eval()
+    encoder = create_encoder("vit_tiny_patch16", img_size=64, depth=1)
+    raw = torch.rand(2, 3, 64, 64) * 255
+    target = TeacherTarget(encoder, TeacherSettings(model, skip=1, size=(64,)))
+    whole = model.forward_features(target.preprocess.normalize(raw))
+    assert whole.shape[2:] == (2, 2)  # stride 32
+    maps = model.forward_intermediates(target.preprocess.normalize(raw), intermediates_only=True)
+    torch.testing.assert_close(target(raw, raw), whitened_mean([maps[-2].flatten(2).transpose(1, 2)]))
+    assert maps[-2].shape == (2, target.dim, 4, 4)
+
+
+def test_skipped_blocks_of_an_encoder_are_the_last_ones():
+    teacher = create_encoder("vit_tiny_patch16", img_size=32, depth=3)
+    teacher.preprocess = Preprocess((32, 32))
+    raw = torch.rand(1, 3, 32, 32) * 255
+    target = TeacherTarget(create_encoder("vit_tiny_patch16", img_size=32, depth=1), TeacherSettings(teacher, skip=2))
+    first = teacher.block_outputs(teacher.preprocess.normalize(raw), 3)[0]
+    torch.testing.assert_close(target(raw, raw), whitened_mean([first]))
+
+
+def test_a_vit_teacher_takes_other_sizes(tmp_path):
+    model = timm_vit()
+    timm.models.save_for_hf(model, tmp_path, model_args=TIMM_SIZES, safe_serialization=True)
+    encoder = create_encoder("vit_tiny_patch16", img_size=64, depth=1)
+    target = TeacherTarget(encoder, TeacherSettings(f"local-dir:{tmp_path}", size=(64,)))
+    assert target(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)).shape == (1, 16, 32)
+    with pytest.raises(ValueError, match="--teacher-size"):  # a model that is given is left as it is
+        TeacherTarget(encoder, TeacherSettings(model, size=(64,)))

@@ -98,6 +98,20 @@ class PretrainConfig(Config):
         None, "MLP ratio, three for ConvViT; default by name", "encoder", gt=0, most=MAX_MLP_RATIO
     )
 
+    init: str | None = option(
+        None,
+        "weights to start from: a run, an encoder file, published weights, a timm name or a folder of transformers",
+        "encoder",
+        common=True,
+    )
+    init_hash: str | None = option(
+        None, "refuse weights of another hash than this; a run records that of its --init here", "encoder"
+    )
+    init_fresh: tuple[str, ...] | None = option(
+        None, "tensors that --init need not have, by the beginnings of their names; default none", "encoder"
+    )
+    init_decoder: bool = option(False, "take over the decoder of --init too", "encoder")
+
     target: str = option("hog", "learning target of both branches: hog, pixel, teacher or ema", "method", common=True)
     mim_target: str | None = option(None, "target of the reconstruction branch; default --target", "method")
     vis_target: str | None = option(None, "target of the distillation branch; default --target", "method")
@@ -109,6 +123,17 @@ class PretrainConfig(Config):
         None, "target teacher: a run folder, an encoder file or a timm model", "method", resume=True
     )
     teacher_layers: int = option(1, "number of last teacher blocks to average", "method", ge=1, most=MAX_DEPTH)
+    teacher_skip: int = option(
+        0, "number of last teacher blocks to leave out: finer maps of a CNN", "method", ge=0, most=MAX_DEPTH
+    )
+    teacher_size: tuple[int, ...] | None = option(
+        None,
+        "side, or height and width, of the teacher's images; default its own; smaller is cheaper",
+        "method",
+        ge=1,
+        most=MAX_SIDE,
+        length=(1, 2),
+    )
     ema_layers: int | None = option(
         None, "target ema: number of last blocks to average; default half", "method", ge=1, most=MAX_DEPTH
     )
@@ -192,6 +217,16 @@ class PretrainConfig(Config):
     )
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0, most=MAX_FACTOR)
     warmup: float = option(0.05, "fraction of the run with linear warm-up", "training", ge=0, le=1)
+    layer_decay: float = option(
+        1.0, "factor on the learning rate per encoder layer, from the last to the first", "training", gt=0, le=1
+    )
+    init_freeze: float = option(
+        0.0,
+        "fraction of the run in which only the branches train, so that they do not harm trained weights",
+        "training",
+        ge=0,
+        lt=1,
+    )
     clip_grad: float | None = option(None, "maximum gradient norm; default no clipping", "training", gt=0, most=1e9)
     seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)
@@ -236,6 +271,8 @@ class PretrainConfig(Config):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
+        if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder):
+            raise ValueError("init_hash, init_fresh and init_decoder (--init-decoder, ...) need --init")
         if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
             raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 

@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from dmjd.engine.device import loss_scaler, precision_name, seed_device, unscale_gradients
-from dmjd.engine.optim import reserve_state
+from dmjd.engine.optim import group_factor, reserve_state
 from dmjd.engine.stop_signal import StopSignal
 from dmjd.rng import STREAM_STEP, hash64
 
@@ -85,11 +85,13 @@ class Engine:
         fabric: a launched Fabric.
         task: the module to train, not wrapped.
         optimizer: optimizer of its parameters. A group with an "lr_scale" (timm's key for layer-wise decay) uses that
-            multiple of the learning rate. On an accelerator, fused optimizers skip a non-finite step without waiting
-            for the device; others wait once a step.
+            multiple of the learning rate, one with a "frozen_until" is not trained before that progress. On an
+            accelerator, fused optimizers skip a non-finite step without waiting for the device; others wait once a
+            step.
         duration: length of the run.
         peak_lr: peak learning rate.
         schedule: progress -> factor on the peak learning rate.
+        warmup: fraction of the run over which the rate of a group rises that was frozen.
         batch_size: images per step over all processes.
         accumulate: micro-batches per step.
         clip_grad: largest gradient norm, or None.
@@ -111,6 +113,7 @@ class Engine:
     peak_lr: float
     schedule: Callable[[float], float]
     batch_size: int
+    warmup: float = 0.0
     accumulate: int = 1
     clip_grad: float | None = None
     seed: int = 0
@@ -155,7 +158,7 @@ class Engine:
             started = time.perf_counter()
             lr = self.peak_lr * self.schedule(progress)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+                group["lr"] = lr * group_factor(group, progress, self.warmup)
             self._step(batches, meter, stop)
             step = self.state.step = self.state.step + 1
             self.state.images += self.batch_size

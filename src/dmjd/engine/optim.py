@@ -1,7 +1,8 @@
 """Optimizers, learning-rate scale rule and schedule. A schedule is a function of progress, 0 to 1."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.optim import Muon
@@ -11,8 +12,10 @@ from dmjd.masking import MaskSampler
 
 BETAS = (0.9, 0.95)
 
+ParameterGroup = dict[str, Any]  # of torch.optim: "params", "weight_decay"; "lr_scale" and "frozen_until" are ours
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
     """Trainable parameters in two groups: weight decay on matrices and tokens, none on 1-D ones (biases, norms)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim > 1]
@@ -20,22 +23,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS) -> torch.optim.AdamW:
-    """Fused AdamW over :func:`parameter_groups`; the engine sets its learning rate before every step."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
+def adamw(groups: Sequence[ParameterGroup], betas: tuple[float, float] = BETAS) -> torch.optim.AdamW:
+    """Fused AdamW; the engine sets its learning rate before every step."""
+    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, fused=True)
 
 
-def muon(model: nn.Module, weight_decay: float) -> Muon:
-    """Muon over :func:`parameter_groups`: updates of weight matrices are orthogonalized (Jordan et al. 2024).
+def muon(groups: Sequence[ParameterGroup]) -> Muon:
+    """Muon: updates of weight matrices are orthogonalized (Jordan et al. 2024).
 
     timm's implementation: tokens, biases, norms and depthwise kernels are left to AdamW, and updates of matrices are
     scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and one scale rule serve both.
     """
-    return Muon(parameter_groups(model, weight_decay), lr=0.0, betas=BETAS)
+    return Muon(list(groups), lr=0.0, betas=BETAS)
 
 
-# name in the configuration -> factory(model, weight_decay)
-OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
+# name in the configuration -> factory(parameter groups)
+OPTIMIZERS: dict[str, Callable[[Sequence[ParameterGroup]], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 
 
 def scaled_learning_rate(blr: float, batch_size: int, masks: MaskSampler) -> float:
@@ -64,6 +67,22 @@ def warmup_cosine(progress: float, warmup: float, floor: float = 0.0) -> float:
         return progress / warmup
     cosine = 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / max(1.0 - warmup, 1e-12)))
     return floor + (1.0 - floor) * cosine
+
+
+def group_factor(group: ParameterGroup, progress: float, warmup: float) -> float:
+    """Factor on the learning rate of a group: its "lr_scale", and 0 until its "frozen_until".
+
+    After that the factor rises linearly over ``warmup``, as at the start of a run.
+
+    Args:
+        group: parameter group; both keys may be missing.
+        progress: progress of the run, 0 to 1.
+        warmup: fraction of the run.
+    """
+    frozen, scale = group.get("frozen_until", 0.0), group.get("lr_scale", 1.0)
+    if not frozen:
+        return scale
+    return scale * min(1.0, max(0.0, progress - frozen) / max(warmup, 1e-12))
 
 
 def reserve_state(optimizer: torch.optim.AdamW) -> None:

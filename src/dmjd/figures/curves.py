@@ -16,6 +16,7 @@ _LARGEST = 1e300  # of a number that is drawn
 _CURVES = {
     "loss": ("loss", "mim", "vis"),
     "learning rate": ("lr",),
+    "drift from the start": ("drift_cosine", "drift_neighbors"),
     "online kNN, top-1": ("knn_top1", "knn_random_init", "knn_raw_pixels"),
 }
 

@@ -1,13 +1,10 @@
-"""Weights of other projects: published DMJD, ConvMAE and MAE (key tables used in both directions), and timm."""
+"""Whole models from weights of other projects: published DMJD, ConvMAE and MAE, and timm."""
 
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
@@ -16,59 +13,16 @@ from dmjd.config.checks import check_path
 from dmjd.encoders.base import Encoder, TimmModel
 from dmjd.encoders.classifier import Classifier
 from dmjd.encoders.conv_vit import ConvViT
+from dmjd.encoders.published import is_conv_vit, read_state, square_grid, to_our_state, to_published
 from dmjd.encoders.registry import ENCODERS, create_encoder, nearest_name
 from dmjd.encoders.vit import VisionTransformer
-from dmjd.files import read_safetensors
 from dmjd.masking import DisjointMasks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS
 from dmjd.nn.modes import own_defaults
 
-# (published prefix, ours); the first match counts.
-DECODER_KEYS = (
-    ("decoder_embed.", "branches.mim.decoder.embed."),
-    ("decoder_pos_embed", "branches.mim.decoder.pos_embed"),
-    ("decoder_blocks.", "branches.mim.decoder.blocks."),
-    ("decoder_norm.", "branches.mim.decoder.norm."),
-    ("decoder_pred.", "branches.mim.decoder.head."),
-    ("mask_token", "branches.mim.decoder.mask_token"),
-    ("proj_embed.", "branches.vis.head.projector."),
-    ("predictor.0.", "branches.vis.head.predictor."),
-    ("stage1_output_decode.", "fusion.convs.0."),
-    ("stage2_output_decode.", "fusion.convs.1."),
-    ("fc_norm.", "fc_norm."),
-    ("head.", "head."),
-)
-
-CONV_VIT_KEYS = (("blocks3.", "encoder.blocks."),)
-
-ENCODER_KEYS = (("", "encoder."),)
-
-# In the published convolutional stages the depthwise convolution is called "attn".
-_DEPTHWISE = (re.compile(r"^(blocks[12]\.\d+)\.attn\."), r"\1.dwconv.")
-
-_DEPTHWISE_BACK = (re.compile(r"^(encoder\.blocks[12]\.\d+)\.dwconv\."), r"\1.attn.")
-
-_POINTWISE = re.compile(r"blocks[12]\.\d+\.(conv[12]|mlp\.fc[12])\.weight$")
-
 # Width -> attention heads of the published models; they cannot be inferred from the tensors.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-
-
-def to_ours(key: str, conv_vit: bool) -> str:
-    """Our name for a published parameter."""
-    key = _DEPTHWISE[0].sub(_DEPTHWISE[1], key)
-    table = DECODER_KEYS + (CONV_VIT_KEYS if conv_vit else ()) + ENCODER_KEYS
-    theirs, ours = next(pair for pair in table if key.startswith(pair[0]))
-    return ours + key[len(theirs) :]
-
-
-def to_published(key: str, conv_vit: bool) -> str:
-    """The published name of a parameter: inverse of :func:`to_ours`."""
-    key = _DEPTHWISE_BACK[0].sub(_DEPTHWISE_BACK[1], key)
-    table = DECODER_KEYS + (CONV_VIT_KEYS if conv_vit else ()) + ENCODER_KEYS
-    theirs, ours = next(pair for pair in table if key.startswith(pair[1]))
-    return theirs + key[len(ours) :]
 
 
 @own_defaults()
@@ -93,8 +47,8 @@ def load_official(
     Raises:
         ValueError: naming unknown or missing keys, tensors of wrong shape, or a file that cannot be read.
     """
-    state = _State(source if isinstance(source, Mapping) else _read_state(check_path("source", source)))
-    conv_vit = any(key.startswith("blocks3.") for key in state)
+    state = _State(source if isinstance(source, Mapping) else read_state(check_path("source", source)))
+    conv_vit = is_conv_vit(state)
     needed = ["pos_embed"] + (["patch_embed1.proj.weight"] if conv_vit else ["patch_embed.proj.weight"])
     if lacking := [key for key in needed if key not in state]:
         raise ValueError(f"these are not DMJD, ConvMAE or MAE weights: {', '.join(lacking)} missing")
@@ -105,11 +59,7 @@ def load_official(
         allowed = {"encoder.norm.weight", "encoder.norm.bias"}  # used in pre-training only; not in all classifiers
     else:
         model, allowed = _pretraining_model(state, encoder, decoder_heads), set()
-    ours = {}
-    for key, value in state.items():
-        flat = value.flatten(1) if conv_vit and _POINTWISE.search(key) else value
-        ours[to_ours(key, conv_vit)] = flat
-    _load_strictly(model, ours, allowed, partial(to_published, conv_vit=conv_vit))
+    _load_strictly(model, to_our_state(state), allowed, partial(to_published, conv_vit=conv_vit))
     return model.eval()
 
 
@@ -120,37 +70,9 @@ class _State(dict[str, Tensor]):
         raise ValueError(f"the weights do not fit (missing: {key})")
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} could not be read as plain weights ({first}). Nothing in a file is ever executed: re-save it as "
-            "safetensors, or with torch.save of a dict of tensors"
-        ) from None
-    for name in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
-            state = state[name]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict of tensors")
-    return dict(state)
-
-
 def _depth(keys: Iterable[str], prefix: str) -> int:
     indices = [int(key[len(prefix) :].split(".")[0]) for key in keys if key.startswith(prefix)]
     return max(indices) + 1 if indices else 0
-
-
-def _square_grid(num_patches: int) -> tuple[int, int]:
-    side = math.isqrt(num_patches)
-    if side * side != num_patches:
-        raise ValueError(f"a position table of {num_patches} patches is not square; published weights always are")
-    return side, side
 
 
 def _heads(dim: int, num_heads: int | None, word: str) -> int:
@@ -163,7 +85,7 @@ def _heads(dim: int, num_heads: int | None, word: str) -> int:
 def _vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     class_token = "cls_token" in state
-    h, w = _square_grid(state["pos_embed"].shape[1] - int(class_token))
+    h, w = square_grid(state["pos_embed"].shape[1] - int(class_token))
     options: dict[str, Any] = {
         "img_size": (h * patch, w * patch),
         "in_chans": in_chans,
@@ -179,7 +101,7 @@ def _vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
 def _conv_vit(state: Mapping[str, Tensor], num_heads: int | None) -> Encoder:
     d1, in_chans, stride, _ = state["patch_embed1.proj.weight"].shape
     d2, d3 = state["patch_embed2.proj.weight"].shape[0], state["patch_embed3.proj.weight"].shape[0]
-    h, w = _square_grid(state["pos_embed"].shape[1])
+    h, w = square_grid(state["pos_embed"].shape[1])
     patch = 4 * stride
     options: dict[str, Any] = {
         "img_size": (h * patch, w * patch),

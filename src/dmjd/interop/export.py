@@ -62,6 +62,11 @@ def export(run: str | Path, *, format: str, out: str | Path) -> Exported:
     return {"timm": _to_timm, "safetensors": _to_safetensors, "onnx": _to_onnx}[format](encoder, out)
 
 
+def formats_of(encoder: Encoder) -> list[str]:
+    """The formats of :func:`export` that support an encoder."""
+    return [name for name in FORMATS if name != "timm" or encoder.timm_model() is not None]
+
+
 def _to_safetensors(encoder: Encoder, out: Path) -> Exported:
     write_bytes(out, encoder_bytes(encoder))
     return Exported(out, f'import dmjd\n\nencoder = dmjd.load_encoder("{out}")')

@@ -18,6 +18,7 @@ from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report
 from dmjd.engine.processes import first_process_works, gather, num_processes, wait_for_first
+from dmjd.evaluation.frozen.drift import Drift
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.results import read_result
@@ -39,6 +40,8 @@ NUM_IMAGES = 3  # in a reconstruction figure of a run
 
 FINAL_TASKS = ("knn", "linear")
 
+START_FEATURES = "start_features.safetensors"  # in the folder of a run that began from trained weights
+
 
 class Monitor(Callback):
     """Evaluates a pre-training run at intervals and at its end, and keeps the record of unreadable images.
@@ -59,6 +62,7 @@ class Monitor(Callback):
         self._unshared: list[UnreadableReport] = []  # found by this process, and not yet known to the others
         self._began = Began.of(source)
         self._knn: OnlineKnn | None = None
+        self._drift: Drift | None = None
         self._baselines: dict[str, float] = {}
         self._encoder_file = b""  # that belongs to the checkpoint which is being written
         self._warned: set[str] = set()  # names of targets whose warning was shown
@@ -107,7 +111,18 @@ class Monitor(Callback):
         if self.config.eval_every != 0 and self._test_source is not None:
             assert self.model.encoder.preprocess is not None
             self._knn = OnlineKnn(self.source, self._test_source, self.model.encoder.preprocess, self._device)
+        if self.config.eval_every != 0 and self.config.init is not None:
+            self._start_drift(fresh=step == 0)
         return loggers
+
+    def _start_drift(self, fresh: bool) -> None:
+        """Prepare to measure drift from the starting weights, which the encoder has if the run is ``fresh``."""
+        encoder, file = self.model.encoder, self.folder.path / START_FEATURES
+        assert encoder.preprocess is not None
+        try:
+            self._drift = Drift(self.source, encoder.preprocess, file, encoder if fresh else None, self._device)
+        except ValueError as error:
+            self.console.warn(f"drift from the starting weights is not measured: {error}")
 
     def after_step(self, report: Report) -> None:
         """Show the warning of each target once, e.g. of a collapse."""
@@ -129,8 +144,22 @@ class Monitor(Callback):
         return every > 0 and report.state.step % every == 0
 
     def evaluate(self, report: Report) -> dict[str, float]:
-        """Save a reconstruction figure and, with labels, measure the accuracy of online kNN and its baselines."""
+        """Save a reconstruction figure; measure the drift of a run from trained weights, and with labels online kNN."""
         attempt_figure(lambda: self._save_figure(f"step-{report.state.step:09d}.png"), self.console)
+        return self._measure_drift(f"step {report.state.step}") | self._measure_knn(report)
+
+    def _measure_drift(self, when: str) -> dict[str, float]:
+        if self._drift is None:
+            return {}
+        drift = self._drift(self.model.encoder)
+        self.console.say(
+            f"{when}: features against those at the start: cosine {drift['drift_cosine']:.3f}, "
+            f"shared neighbors {100 * drift['drift_neighbors']:.0f} %"
+        )
+        return drift
+
+    def _measure_knn(self, report: Report) -> dict[str, float]:
+        """Accuracy of online kNN and its baselines, if there are labels."""
         if self._knn is None:
             return {}
         if not self._baselines:
@@ -164,6 +193,7 @@ class Monitor(Callback):
         path = self.folder.path
         for text in self._warnings.values():
             self.console.warn(f"at the end of the run: {text}")
+        self._measure_drift("at the end")
         try:
             results = self._final_results()
         finally:

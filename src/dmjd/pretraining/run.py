@@ -22,16 +22,19 @@ from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.engine.console import Console
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
+from dmjd.engine.layer_decay import encoder_groups
 from dmjd.engine.loggers import import_wandb
 from dmjd.engine.loop import Duration, Engine, Hook, Task
-from dmjd.engine.optim import OPTIMIZERS, scaled_learning_rate, warmup_cosine
+from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate, warmup_cosine
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.callbacks import Monitor
 from dmjd.runs.build import LISTING, build_model, open_data
 from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, check_continues
 from dmjd.runs.driver import Driver, newest_checkpoint
+from dmjd.runs.start import Start, read_start
 
 FEW_IMAGES = 64
 
@@ -83,8 +86,10 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     if config.wandb:
         import_wandb()
     out, data = check_out("out", config.out), str(config.data)
-    # 1. The model. Invalid settings raise before anything is written.
-    model = build_model(config) if model is None else model
+    begun = bool(glob("*.safetensors", root_dir=out / "checkpoints"))
+    # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
+    config, start = read_start(config, out, begun, own_model=model is not None)
+    model = build_model(config, start) if model is None else model
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
@@ -92,7 +97,6 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         with warnings.catch_warnings(action="ignore"):
             check_continues(out, config)
     # 3. The images. The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
-    begun = bool(glob("*.safetensors", root_dir=out / "checkpoints"))
     source = open_data(config, data, "train", listing=out / LISTING if begun else None)
     batch_size = resolve_batch_size(config, len(source), fabric.world_size)
     # 4. The run folder, locked by the first process.
@@ -100,11 +104,13 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         if folder.owner:
             folder.validate_config(config)
             source.save_listing(out / LISTING)
+            if start is not None:
+                start.save(out)
         fabric.barrier()
         # 5. The newest checkpoint, if the run was started before.
         checkpoint = newest_checkpoint(folder, console, PretrainState)
         # 6. Preprocessing, which is saved with the weights.
-        model.encoder.preprocess = resolve_preprocess(config, source, checkpoint, console)
+        model.encoder.preprocess = resolve_preprocess(config, source, checkpoint, console, start)
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
         engine = make_engine(config, model, fabric, batch_size, len(source))
         monitor = Monitor(config, model, source, folder, console)
@@ -112,7 +118,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         driver = Driver(engine, model, folder, console, batches, len(source), config.checkpoint_every, monitor, hooks)
         # 8. Restore everything from the checkpoint.
         driver.restore(checkpoint)
-        log_summary(config, engine, source, model, console, resumed=checkpoint is not None)
+        log_summary(config, engine, source, model, console, start, resumed=checkpoint is not None)
         # 9. Train, evaluating and saving at intervals.
         finished = driver.run()
         # 10. Final figures and evaluation.
@@ -132,7 +138,7 @@ def resolve_paths(config: PretrainConfig) -> PretrainConfig:
         raise ValueError("say what to train on: --data FOLDER (or a .parquet file, a set name, digits)")
     if config.out is None:
         raise ValueError("say where the run goes: --out DIR")
-    paths = {name: getattr(config, name) for name in ("data", "test_data", "teacher")}
+    paths = {name: getattr(config, name) for name in ("data", "test_data", "teacher", "init")}
     if empty := [name for name, path in paths.items() if path is not None and not path.strip()]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")
     return config.replace(**{name: absolute(path) for name, path in paths.items() if path is not None})
@@ -160,12 +166,21 @@ def resolve_batch_size(config: PretrainConfig, num_images: int, world_size: int)
 
 
 def resolve_preprocess(
-    config: PretrainConfig, source: Source, checkpoint: Checkpoint | None, console: Console
+    config: PretrainConfig,
+    source: Source,
+    checkpoint: Checkpoint | None,
+    console: Console,
+    start: Start | None = None,
 ) -> Preprocess:
-    """The checkpoint's preprocessing; else the configured, ImageNet's (3 channels) or measured mean and std."""
+    """The checkpoint's preprocessing; else the first that there is: the configured mean and std, those of the weights
+    it starts from, ImageNet's (3 channels), measured ones. The size is always the configured one.
+    """
     if checkpoint is not None:
         return checkpoint.preprocess()
     mean, std = config.mean, config.std
+    theirs = start.weights.preprocess if start is not None else None
+    if mean is None and theirs is not None and theirs.in_chans == config.in_chans:
+        mean, std = theirs.mean, theirs.std
     if mean is not None and std is not None:
         warning = range_warning(source)
     elif config.in_chans == 3:
@@ -210,10 +225,11 @@ def make_engine(
     return Engine(
         fabric=fabric,
         task=task,
-        optimizer=OPTIMIZERS[config.optimizer](task, config.weight_decay),
+        optimizer=OPTIMIZERS[config.optimizer](_parameter_groups(config, task)),
         duration=Duration(steps, config.minutes),
         peak_lr=scaled_learning_rate(config.blr, batch_size, model.masks),
         schedule=partial(warmup_cosine, warmup=config.warmup),
+        warmup=config.warmup,
         batch_size=batch_size,
         accumulate=config.accumulate,
         clip_grad=config.clip_grad,
@@ -221,6 +237,13 @@ def make_engine(
         log_every=config.log_every,
         compile=config.compile,
     )
+
+
+def _parameter_groups(config: PretrainConfig, task: PretrainTask) -> list[ParameterGroup]:
+    """Two groups; by layer if trained weights are to be treated with care."""
+    if config.layer_decay == 1.0 and config.init_freeze == 0.0:
+        return parameter_groups(task, config.weight_decay)
+    return encoder_groups(task, task.model.encoder, config.weight_decay, config.layer_decay, config.init_freeze)
 
 
 def training_batches(
@@ -266,17 +289,20 @@ def log_summary(
     source: Source,
     model: MaskedImageModel,
     console: Console,
+    start: Start | None,
     resumed: bool,
 ) -> None:
     """Print data, encoder and device of the run, and warn about settings that are likely mistakes."""
     encoder, fabric, batch_size = model.encoder, engine.fabric, engine.batch_size
+    begin = f"  init     {start}\n           {mean_source(config, start)}\n" if start is not None else ""
     parameters = sum(p.numel() for p in encoder.parameters())
     console.say(
         f"{f'resumed at step {engine.state.step}' if resumed else 'started'}: {config.out}\n"
         f"  data     {source.name}: {len(source)} images -> {config.size[0]} x {config.size[1]} x "
         f"{config.in_chans}, {batch_size} a step\n"
         f"  encoder  {encoder.name}, {parameters / 1e6:.1f} M parameters, {encoder.num_patches} tokens, "
-        f"{model.counts[0]} visible in each of {model.masks.num_views} view(s)\n"
+        f"{model.counts[0]} visible in each of {model.masks.num_views} view(s)\n{begin}"
+        f"  exports  {', '.join(formats_of(encoder))} (dmjd export); features (dmjd embed)\n"
         f"  device   {fabric.device}, {precision_name(fabric)}, {fabric.world_size} process(es)"
     )
     if len(source) < FEW_IMAGES:
@@ -290,6 +316,19 @@ def log_summary(
         warn_enlarged(config, source, console)
     if engine.progress >= 1.0:
         console.say("the run is finished; give a longer duration to continue it")
+
+
+def mean_source(config: PretrainConfig, start: Start) -> str:
+    """A line about where size, mean and std come from in a run that starts from weights."""
+    theirs = start.weights.preprocess
+    if config.mean is not None:
+        origin = "as given"
+    elif theirs is not None and theirs.in_chans == config.in_chans:
+        origin = "of the weights"
+    else:
+        known = "the weights have none" if theirs is None else f"the weights are for {theirs.in_chans} channels"
+        origin = f"ImageNet's ({known})" if config.in_chans == 3 else f"measured ({known})"
+    return f"mean and std {origin}; image size as set (--img-size)"
 
 
 def warn_enlarged(config: PretrainConfig, source: Source, console: Console) -> None:

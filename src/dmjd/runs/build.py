@@ -22,6 +22,7 @@ from dmjd.masking import MaskSampler, sampler_class
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
 from dmjd.runs.checkpoint import ModelState, RunFolder, one_line, read_config_of
+from dmjd.runs.start import Start
 from dmjd.targets.base import TargetSettings
 from dmjd.targets.registry import target_class
 
@@ -59,13 +60,18 @@ def _encoder_sizes(config: PretrainConfig) -> dict[str, Any]:
     return sizes
 
 
-def build_model(config: PretrainConfig) -> MaskedImageModel:
-    """The pre-training model of a configuration, its weights initialized from the seed."""
+def build_model(config: PretrainConfig, start: Start | None = None) -> MaskedImageModel:
+    """The pre-training model of a configuration, its weights initialized from the seed, or from ``start``."""
     torch.manual_seed(config.seed)
     encoder = build_encoder(config)
-    return MaskedImageModel(
+    if start is not None:
+        start.load_encoder(encoder)  # before a target copies it
+    model = MaskedImageModel(
         encoder, masks=build_masks(config), mim=build_reconstruction(config), vis=build_distillation(config)
     )
+    if start is not None:
+        start.load_decoder(model)
+    return model
 
 
 def build_masks(config: PretrainConfig) -> MaskSampler:

@@ -23,7 +23,7 @@ class EmaSettings(TargetSettings):
 
     Args:
         layers: number of last transformer blocks to average; None = half of them.
-        momentum: momentum at the start of the run, 0 to 1.
+        momentum: momentum at the start of the run, 0 to 1; 1 = the copy stays what the run began with.
     """
 
     layers: int | None = None
@@ -80,8 +80,10 @@ class EmaTarget(Target):
     @torch.no_grad()
     def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
         """Move the copy towards the encoder."""
+        if (momentum := self.momentum_at(progress)) == 1.0:  # a frozen copy
+            return
         copied, current = ([p.detach() for p in module.parameters()] for module in (self.copy, encoder))
-        torch._foreach_lerp_(copied, current, 1.0 - self.momentum_at(progress))
+        torch._foreach_lerp_(copied, current, 1.0 - momentum)
 
     def scalars(self, features: Tensor) -> dict[str, Tensor]:
         """``target_std``: see :func:`feature_deviation`; 0 if every image has the same target."""

@@ -1,29 +1,24 @@
 """Targets from a frozen pre-trained model: any timm model with feature maps, or the encoder of a previous run."""
 
-import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import huggingface_hub.constants as hub
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.config.checks import MAX_DEPTH, Bounds, check_int, check_path
+from dmjd.config.checks import MAX_DEPTH, MAX_SIDE, Bounds, check_int, check_path
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.timm_weights import load_timm, timm_preprocess
 from dmjd.encoders.weights import load_encoder
-from dmjd.hub import offline_if_unreachable
 from dmjd.images.preprocess import Preprocess
 from dmjd.images.reading import LUMINANCE
-from dmjd.suggest import did_you_mean
 from dmjd.targets.base import Target, TargetSettings, whitened_mean
-
-_SOURCES = ("hf-hub:", "local-dir:")  # timm's prefixes for weights that are not in its list
 
 _HASH_DIGITS = 16
 
@@ -37,13 +32,21 @@ class TeacherSettings(TargetSettings):
             taken from the cache), or a timm model or :class:`~dmjd.encoders.base.Encoder`, which is put into
             evaluation mode.
         layers: number of last blocks to average, each whitened first.
+        skip: number of last blocks to leave out before that; 1 makes a convolutional teacher's maps finer.
+        size: side in pixels, or height and width, of the images that the teacher gets; None: its own. Smaller is
+            cheaper.
     """
 
     source: str | Path | nn.Module | None = None
     layers: int = 1
+    skip: int = 0
+    size: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_int("teacher_layers", self.layers, Bounds(ge=1, most=MAX_DEPTH))
+        check_int("teacher_skip", self.skip, Bounds(ge=0, most=MAX_DEPTH))
+        for side in self.size or ():
+            check_int("teacher_size", side, Bounds(ge=1, most=MAX_SIDE))
 
 
 class TeacherTarget(Target):
@@ -74,8 +77,13 @@ class TeacherTarget(Target):
         model = teacher if isinstance(teacher, nn.Module) else load_teacher(str(teacher))
         # Held in a tuple, it is not a submodule: not saved, trained or synchronized, and never in training mode.
         self._held = (model.eval(),)
-        self.layers, self.grid = layers, encoder.grid
-        self.preprocess = _preprocess_of(model, self.source)
+        self.layers, self.skip, self.grid = layers, settings.skip, encoder.grid
+        self.preprocess = teacher_preprocess(model, self.source)
+        if settings.size is not None:
+            size = (settings.size[0], settings.size[-1])
+            self.preprocess = dataclasses.replace(self.preprocess, img_size=size)
+            if model is not teacher and hasattr(model, "set_input_size"):  # a timm ViT; one that is given is left alone
+                cast(Callable[..., None], model.set_input_size)(img_size=size)
         self.fingerprint = _fingerprint(model, self.preprocess)
         maps = self._try(encoder.in_chans)
         if len({feature_map.shape[1] for feature_map in maps}) > 1:
@@ -96,18 +104,31 @@ class TeacherTarget(Target):
     def _maps(self, images: Tensor) -> list[Tensor]:
         """Normalized images -> feature maps [B, C, h, w] of the last layers, in the teacher's own grid."""
         model = self._held[0]
+        count = self.layers + self.skip
         if isinstance(model, Encoder):
-            if self.layers > model.depth:
-                raise ValueError(f"--teacher-layers {self.layers}: the teacher has only {model.depth} blocks")
-            outputs = model.block_outputs(images, self.layers)
+            if count > model.depth:
+                raise ValueError(f"{self._flags()}: the teacher has only {model.depth} blocks")
+            outputs = model.block_outputs(images, count)[: self.layers]
             return [x.transpose(1, 2).unflatten(2, model.check_images(images)) for x in outputs]
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"teacher {self.source} gives no token grid or feature map (timm's forward_intermediates)")
         try:
             intermediates = cast(Callable[..., list[Tensor]], model.forward_intermediates)
-            return intermediates(images, indices=self.layers, norm=True, output_fmt="NCHW", intermediates_only=True)
-        except AssertionError:  # raised by timm for more layers than there are
-            raise ValueError(f"--teacher-layers {self.layers}: teacher {self.source} has fewer layers") from None
+            return intermediates(
+                images,
+                indices=list(range(-count, -self.skip)),
+                norm=True,
+                stop_early=True,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        except AssertionError as error:  # raised by timm for more layers than there are, and for sizes a ViT rejects
+            if self.preprocess.img_size != teacher_preprocess(model, self.source).img_size:
+                raise ValueError(f"--teacher-size: teacher {self.source} does not take it ({error})") from None
+            raise ValueError(f"{self._flags()}: teacher {self.source} has fewer layers") from None
+
+    def _flags(self) -> str:
+        return f"--teacher-layers {self.layers}" + (f" --teacher-skip {self.skip}" if self.skip else "")
 
     @torch.no_grad()
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
@@ -142,37 +163,19 @@ def load_teacher(source: str) -> nn.Module:
     Raises:
         ValueError: if there is no such model, or its weights are not available.
     """
-    with torch.random.fork_rng(devices=[]):
-        if check_path("teacher", source).exists():
+    if check_path("teacher", source).exists():
+        with torch.random.fork_rng(devices=[]):
             return load_encoder(source)
-        if not (source.startswith(_SOURCES) or timm.is_model(source)):
-            hint = did_you_mean(source, timm.list_models())
-            raise ValueError(f"teacher {source} is not a run folder, an encoder file or a timm model{hint}")
-        remote = not source.startswith("local-dir:")
-        reachable = True
-        try:
-            with offline_if_unreachable() if remote else contextlib.nullcontext(True) as reachable:
-                return timm.create_model(source, pretrained=True, num_classes=0)
-        # Networks, caches and timm fail in many ways; all mean that the weights are not available.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            if not reachable:
-                reason = f"{hub.ENDPOINT} cannot be reached, and they are not in its cache, {hub.HF_HUB_CACHE}"
-            raise ValueError(
-                f"the weights of teacher {source} are not available ({reason}): give a folder that holds them, "
-                "--teacher local-dir:FOLDER, a run folder or an encoder file"
-            ) from None
+    return load_timm(source, "teacher", "--teacher")
 
 
-def _preprocess_of(model: nn.Module, source: str) -> Preprocess:
+def teacher_preprocess(model: nn.Module, source: str) -> Preprocess:
     """The teacher's own preprocessing."""
     if isinstance(model, Encoder):
         if model.preprocess is None:
             raise ValueError(f"teacher {source} does not know its preprocessing: set its preprocess = Preprocess(...)")
         return model.preprocess
-    data: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    channels, height, width = data["input_size"]
-    return Preprocess((height, width), channels, tuple(data["mean"]), tuple(data["std"]))
+    return timm_preprocess(model)
 
 
 def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:

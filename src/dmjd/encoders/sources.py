@@ -1,0 +1,217 @@
+"""Weights to start from, read from any of the sources that ``--init`` takes."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import Eva, VisionTransformer
+from torch import Tensor, nn
+
+from dmjd.checked_json import read_json
+from dmjd.config.checks import check_path, check_text
+from dmjd.encoders.adaptation import POSITIONS
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.headers import CHECKPOINTS, read_headers
+from dmjd.encoders.published import read_state, square_grid, to_our_state
+from dmjd.encoders.timm_weights import PREFIXES, load_timm, timm_preprocess
+from dmjd.encoders.transformers_weights import CONFIG, read_transformers
+from dmjd.encoders.weights import ENCODER_FILE, load_encoder, weights_hash
+from dmjd.files import read_metadata, read_safetensors
+from dmjd.images.preprocess import Preprocess
+from dmjd.nn.modes import own_defaults
+from dmjd.regular import irregular
+
+TIMM = "timm/"  # begins the names of encoders from timm; timm's own names have no such beginning
+
+HASH_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights to start from.
+
+    Attributes:
+        source: as the user gave it.
+        tensors: the encoder's, float32, under the names of our encoders, which are timm's.
+        hash: 16 hexadecimal digits that identify them; for an encoder of ours its :func:`weights_hash`.
+        grid: (h, w) of the position table; None without one.
+        num_heads: attention heads; None if they are unknown.
+        activation: of the MLP, as PyTorch shows the module; None if it is unknown.
+        preprocess: how images became input; None if it is unknown.
+        encoder: name and sizes of the encoder that has these weights, as flags; None if they are unknown.
+        decoder: the other weights of the pre-training model, under its names; empty if there are none.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    hash: str
+    grid: tuple[int, int] | None = None
+    num_heads: int | None = None
+    activation: str | None = None
+    preprocess: Preprocess | None = None
+    encoder: str | None = None
+    decoder: dict[str, Tensor] = field(default_factory=dict)
+
+
+@own_defaults()
+def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
+    """Read weights to start from; torch's random state is left unchanged.
+
+    Args:
+        source: a run folder, an encoder file, a checkpoint, published DMJD, ConvMAE or MAE weights (``.pth`` or
+            ``.safetensors``), a folder that ``save_pretrained`` of transformers or timm wrote, a timm name,
+            ``local-dir:FOLDER`` or ``hf-hub:NAME``.
+        decoder: read the decoder too.
+
+    Raises:
+        ValueError: in one line that names the source, if it cannot be used.
+    """
+    text = check_text("init", source)
+    with torch.random.fork_rng(devices=[]):
+        if text.startswith(PREFIXES):
+            return _from_timm(text)
+        path = check_path("init", text)
+        if not path.exists():
+            return _from_timm(text)
+        if not path.is_dir() and (kind := irregular(path)):
+            raise ValueError(f"--init {path} is {kind}, not a file")
+        return _from_folder(path, decoder) if path.is_dir() else _from_file(path, decoder)
+
+
+def _from_folder(folder: Path, decoder: bool) -> Weights:
+    if (folder / ENCODER_FILE).exists() or (folder / CHECKPOINTS).is_dir():
+        return _of_encoder(folder, decoder)
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"--init {folder} is neither a run folder nor one with a {CONFIG} of transformers or timm")
+    config = read_json(folder / CONFIG, dict[str, Any])
+    if "architecture" in config:  # timm's key
+        return _from_timm(f"local-dir:{folder}")
+    read = read_transformers(folder, config)
+    tensors = _plain(read.tensors)
+    return Weights(
+        source=str(folder),
+        tensors=tensors,
+        hash=hash_of(tensors),
+        grid=read.grid if POSITIONS in tensors else None,
+        num_heads=read.num_heads,
+        activation=read.activation,
+        preprocess=read.preprocess,
+    )
+
+
+def _from_file(file: Path, decoder: bool) -> Weights:
+    if file.suffix == ".safetensors" and read_metadata(file):
+        return _of_encoder(file, decoder)
+    ours = to_our_state(read_state(file))
+    prefix = "encoder."
+    tensors = _plain({key.removeprefix(prefix): value for key, value in ours.items() if not _is_other(key)})
+    if not any(key.startswith(("patch_embed.", "patch_embed1.")) for key in tensors):
+        raise ValueError(f"--init {file} holds no weights of a ViT or ConvViT: patch_embed.proj.weight is missing")
+    positions = tensors.get(POSITIONS)
+    grid = None
+    if positions is not None:
+        try:
+            grid = square_grid(positions.shape[1] - ("cls_token" in tensors))
+        except ValueError as error:
+            raise ValueError(f"--init {file}: {error}") from None
+    others = {key: value for key, value in ours.items() if _is_other(key)} if decoder else {}
+    return Weights(str(file), tensors, hash_of(tensors), grid, decoder=_plain(others))
+
+
+def _is_other(key: str) -> bool:
+    """Whether a name of :func:`to_our_state` belongs to the pre-training model, not to its encoder."""
+    return key.startswith(("branches.", "fusion."))
+
+
+def _of_encoder(source: Path, decoder: bool) -> Weights:
+    """Weights of a run folder, an encoder file or a checkpoint."""
+    encoder = load_encoder(source)
+    heads, activation = traits(encoder)
+    return Weights(
+        source=str(source),
+        tensors=_plain(encoder.state_dict()),
+        hash=weights_hash(encoder),
+        grid=encoder.grid,
+        num_heads=heads,
+        activation=activation,
+        preprocess=encoder.preprocess,
+        encoder=_flags(encoder),
+        decoder=_decoder_of(source) if decoder else {},
+    )
+
+
+def _flags(encoder: Encoder) -> str:
+    """Name and sizes of an encoder as flags of ``dmjd pretrain``."""
+    words = [f"--encoder {encoder.name}"]
+    for setting, (argument, _) in type(encoder).SETTINGS.items():
+        if (value := encoder.options.get(argument)) is not None:
+            numbers = value if isinstance(value, list) else [value]
+            words.append(f"--{setting.replace('_', '-')} {' '.join(map(str, numbers))}")
+    return " ".join(words)
+
+
+def _decoder_of(source: Path) -> dict[str, Tensor]:
+    """The other weights of a pre-training model, from a checkpoint or the newest one of a run that can be read."""
+    files = [source]
+    if source.is_dir():
+        headers, _ = read_headers(source / CHECKPOINTS)
+        files = [header.path for header in headers]
+    for file in files:
+        try:
+            state, _ = read_safetensors(file)
+        except ValueError:  # reading the encoder has warned about it
+            continue
+        prefix = "model."
+        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if found := {key: value for key, value in found.items() if _is_other(key)}:
+            return _plain(found)
+    return {}
+
+
+def _from_timm(source: str) -> Weights:
+    name = source.removeprefix(TIMM)
+    if name.startswith("local-dir:"):
+        name = f"local-dir:{os.path.expanduser(name.removeprefix('local-dir:'))}"
+    model = load_timm(name, "--init", "--init", only=(VisionTransformer, Eva))
+    tensors = _plain(model.state_dict())
+    heads, activation = traits(model)
+    grid: Any = getattr(model.patch_embed, "grid_size", None)
+    return Weights(
+        source=source,
+        tensors=tensors,
+        hash=hash_of(tensors),
+        grid=tuple(grid) if grid is not None and POSITIONS in tensors else None,
+        num_heads=heads,
+        activation=activation,
+        preprocess=timm_preprocess(model),
+        encoder=None if name.startswith(PREFIXES) else f"--encoder {TIMM}{name}",
+    )
+
+
+def traits(model: nn.Module) -> tuple[int | None, str | None]:
+    """Attention heads and activation of a transformer's first block, which its tensors do not tell; None if unknown."""
+    block = next(iter(getattr(model, "blocks", [])), None)
+    activation = getattr(getattr(block, "mlp", None), "act", None)
+    return getattr(getattr(block, "attn", None), "num_heads", None), None if activation is None else repr(activation)
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of a SHA-256 of names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:HASH_DIGITS]
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that belong to nothing else, with floats of any precision as float32."""
+    return {
+        key: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value.detach().clone()
+        for key, value in tensors.items()
+    }
