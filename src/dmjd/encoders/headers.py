@@ -69,6 +69,11 @@ def check_checkpoint(path: Path, metadata: dict[str, Any]) -> int:
     return check_json(metadata, CheckpointState, str(path))["progress"]["step"]
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a folder is a run with a checkpoint, readable or not."""
+    return any((run / CHECKPOINTS).glob("*.safetensors"))
+
+
 def step_files(folder: Path) -> list[Path]:
     """Step checkpoints in a folder of checkpoints, oldest first."""
     return sorted(folder.glob("step-*.safetensors"), key=_step_of)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dmjd.data.sources.registry import absolute
 from dmjd.data.statistics import measure_stats, range_warning, typical_size
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
+from dmjd.encoders.headers import has_checkpoint
 from dmjd.engine.console import Console
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
 from dmjd.engine.layer_decay import encoder_groups
@@ -86,18 +86,15 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     if config.wandb:
         import_wandb()
     out, data = check_out("out", config.out), str(config.data)
-    begun = bool(glob("*.safetensors", root_dir=out / "checkpoints"))
     # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
-    config, start = read_start(config, out, begun, own_model=model is not None)
+    config, start = read_start(config, out, own_model=model is not None)
     model = build_model(config, start) if model is None else model
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
-    if fabric.is_global_zero:  # before a large set is listed; checked again under the lock
-        with warnings.catch_warnings(action="ignore"):
-            check_continues(out, config)
+    check_settings(config, out, fabric)
     # 3. The images. The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
-    source = open_data(config, data, "train", listing=out / LISTING if begun else None)
+    source = open_data(config, data, "train", listing=out / LISTING if has_checkpoint(out) else None)
     batch_size = resolve_batch_size(config, len(source), fabric.world_size)
     # 4. The run folder, locked by the first process.
     with closing(RunFolder(out, owner=fabric.is_global_zero)) as folder, closing(console):
@@ -142,6 +139,16 @@ def resolve_paths(config: PretrainConfig) -> PretrainConfig:
     if empty := [name for name, path in paths.items() if path is not None and not path.strip()]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")
     return config.replace(**{name: absolute(path) for name, path in paths.items() if path is not None})
+
+
+def check_settings(config: PretrainConfig, out: Path, fabric: Fabric) -> None:
+    """Check in the first process that the settings continue the run in a folder, before a large set is listed.
+
+    They are checked again under the lock of the folder, with the warnings.
+    """
+    if fabric.is_global_zero:
+        with warnings.catch_warnings(action="ignore"):
+            check_continues(out, config)
 
 
 def resolve_batch_size(config: PretrainConfig, num_images: int, world_size: int) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.headers import has_checkpoint
 from dmjd.encoders.initialization import Initialization, initialize
 from dmjd.encoders.sources import Weights, read_weights
 from dmjd.files import write_text
@@ -78,15 +79,12 @@ class Start:
         write_text(run / START_FILE, json.dumps(values, indent=2) + "\n")
 
 
-def read_start(
-    config: PretrainConfig, out: Path, begun: bool, own_model: bool = False
-) -> tuple[PretrainConfig, Start | None]:
+def read_start(config: PretrainConfig, out: Path, own_model: bool = False) -> tuple[PretrainConfig, Start | None]:
     """Read the weights that a configuration names, unless the run has begun.
 
     Args:
         config: the configuration.
         out: the run folder.
-        begun: whether it holds a checkpoint.
         own_model: whether the caller gives a model, which has its own weights.
 
     Returns:
@@ -95,7 +93,7 @@ def read_start(
     Raises:
         ValueError: if they cannot be used, if their hash is not ``init_hash``, or if the run began from others.
     """
-    if begun:
+    if has_checkpoint(out):
         old = read_config_of(out) or config
         if old.init != config.init or (config.init_hash or old.init_hash) != old.init_hash:
             began, now = (_named(one) for one in (old, config))
