@@ -237,7 +237,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     check_writable(tmp_path / "new" / "folder" / "a.png")
     check_writable(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "file"]
-    with pytest.raises(ValueError, match="it is no regular file"):
+    with pytest.raises(ValueError, match="it is a FIFO, not a file; move it"):
         write_bytes(tmp_path / "fifo", b"")
 
 

@@ -3,7 +3,9 @@
 Every JSON text the package reads goes through :func:`parse_json` or :func:`read_json`.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,8 @@ import msgspec
 from dmjd.regular import irregular
 
 T = TypeVar("T")
+
+_DIGEST = "sha256"  # the key of a digest in JSON
 
 
 def parse_json(text: str | bytes, schema: type[T], name: str) -> T:
@@ -68,3 +72,28 @@ def read_json(file: Path, schema: type[T], name: str | None = None) -> T:
     except OSError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror})") from None
     return parse_json(content, schema, name)
+
+
+def signed(content: Mapping[str, Any], *context: str) -> dict[str, Any]:
+    """JSON content with its SHA-256, for :func:`verified`. The ``context`` counts too, such as the content's key."""
+    return {**content, _DIGEST: _digest(content, context)}
+
+
+def verified(content: Mapping[str, Any], name: str, *context: str) -> dict[str, Any]:
+    """The content that :func:`signed` got; content without a digest, which former versions wrote, as it is.
+
+    Raises:
+        ValueError: "NAME: ..." if it does not match its digest.
+    """
+    own = {key: value for key, value in content.items() if key != _DIGEST}
+    if _DIGEST in content and content[_DIGEST] != _digest(own, context):
+        raise ValueError(
+            f"{name}: its content does not match its digest, so it is damaged or was edited; "
+            f"to keep an edit, delete {_DIGEST} in it"
+        )
+    return own
+
+
+def _digest(content: Mapping[str, Any], context: tuple[str, ...]) -> str:
+    plain = json.loads(json.dumps([content, *context]))  # as it is read back: keys are strings
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

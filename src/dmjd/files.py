@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from dmjd.checked_json import parse_json
-from dmjd.regular import check_regular
+from dmjd.regular import check_regular, irregular
 
 METADATA_KEY = "dmjd"  # the key in a file's metadata that holds our JSON
 
@@ -49,7 +49,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = None
     try:
-        _check_replaceable(path)
+        check_replaceable(path)
         remove_leftovers(path.parent, path.name)
         handle, temporary = _open_temporary(path.parent, path.name)
         try:
@@ -87,9 +87,10 @@ def _open_temporary(folder: Path, name: str) -> tuple[int, Path]:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), path
 
 
-def _check_replaceable(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise ValueError(f"could not write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}; move it")
+def check_replaceable(path: Path) -> None:
+    """Raise a ValueError if there is something else than a file, such as a folder, in the place of a file to write."""
+    if path.exists() and (kind := irregular(path)):
+        raise ValueError(f"could not write {path}: it is {kind}, not a file; move it")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -276,6 +277,7 @@ def read_metadata(path: Path, kind: str = "safetensors file") -> dict[str, Any]:
 def read_digest(path: Path) -> str | None:
     """The digest in the header of a safetensors file, 64 hexadecimal digits; None if it has none or is no such file."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return digest_of(file.read(min(8 + int.from_bytes(file.read(8), "little"), _MAX_HEADER)))
     except OSError:

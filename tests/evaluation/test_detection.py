@@ -15,6 +15,7 @@ from dmjd.data.dense_loader import ExampleBatch
 from dmjd.data.sources.coco import Instances, open_coco
 from dmjd.encoders.registry import create_encoder
 from dmjd.engine.layer_decay import layer_groups
+from dmjd.evaluation.results import read_evaluation
 from dmjd.evaluation.run import evaluate
 from dmjd.evaluation.supervised.detection import Detection, DetectionTask, predict
 from dmjd.evaluation.tables import results_table
@@ -228,7 +229,7 @@ def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
     run = make_run(tmp_path / "run", "conv_vit_tiny_patch8")
     options = {"steps": 20, "img_size": (48, 64), "blr": 0.06, "scale": (0.9, 1.1), "log_every": 5}
     result = evaluate("detection", run, data=boxes, **options, **QUICK)
-    assert json.loads((run / "evaluation" / "detection.json").read_text()) == result
+    assert read_evaluation(run / "evaluation" / "detection.json") == result
     for start in ("result", "random_init"):
         lines = (run / result[start]["folder"] / "metrics.jsonl").read_text().splitlines()
         losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]

@@ -24,6 +24,7 @@ from dmjd.encoders.classifier import ImageClassifier
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
 from dmjd.engine.layer_decay import layer_groups
+from dmjd.evaluation.results import read_evaluation
 from dmjd.evaluation.supervised.finetune import finetune
 from dmjd.evaluation.supervised.trainer import Stopped
 from dmjd.images.preprocess import Preprocess
@@ -68,7 +69,7 @@ def run(tmp_path, stripes):
 def test_fine_tuning_learns_and_leaves_a_classifier(run, stripes):
     result = finetune(run, steps=50, blr=0.05, device="cpu")
     assert result["result"]["top1"] > 0.85
-    assert json.loads((run / "evaluation" / "finetune.json").read_text()) == result
+    assert read_evaluation(run / "evaluation" / "finetune.json") == result
     folder = run / result["result"]["folder"]
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

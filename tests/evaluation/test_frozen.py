@@ -21,6 +21,7 @@ from dmjd.evaluation.frozen.linear import linear_probe
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.metrics import accuracies, label_ranks
+from dmjd.evaluation.results import read_evaluation
 from dmjd.evaluation.run import evaluate
 from dmjd.evaluation.tables import results_table
 from dmjd.images.preprocess import Preprocess
@@ -185,7 +186,7 @@ def test_bf16_features_are_close_to_fp32_and_other_precisions_are_an_error():
 
 def test_evaluate_measures_the_encoder_and_both_baselines(run):
     result = evaluate("knn", run, k=3, device="cpu")
-    assert json.loads((run / "evaluation" / "knn.json").read_text()) == result
+    assert read_evaluation(run / "evaluation" / "knn.json") == result
     for name in ("result", "random_init", "raw_pixels"):
         assert 0 <= result[name]["top1"] <= result[name]["top5"] == 1
     assert result["configuration"] == {"k": 3, "temperature": 0.07, "precision": "fp32"}
@@ -309,7 +310,7 @@ def test_an_encoder_in_memory_gives_the_files_of_one_that_is_opened(run):
     train = open_source(run.parent / "my data", labels="folder")
     test = open_source(run.parent / "my data", split="test", labels="folder")
     assert evaluate_frozen({"knn": {}}, encoder, train, test, folder=run) == {"knn": opened}
-    assert json.loads(file.read_text()) == opened
+    assert read_evaluation(file) == opened
     assert encoder.training
 
 

@@ -1,9 +1,12 @@
 """Results as files: none is lost, and a result is reused only for the same weights and settings."""
 
+import contextlib
 import json
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 from support import mistake, tiny_encoder
@@ -85,7 +88,7 @@ def test_an_unreadable_earlier_result_is_kept_aside(tmp_path):
     (evaluation / "knn.json").write_bytes(b"\xff{")
     write_result(tmp_path, "knn", {"result": {"top1": 0.2}})
     assert (evaluation / "earlier" / "knn-2.json").read_bytes() == b"\xff{"
-    assert json.loads((evaluation / "knn.json").read_text()) == {"result": {"top1": 0.2}}
+    assert read_evaluation(evaluation / "knn.json") == {"result": {"top1": 0.2}}
 
 
 def test_a_kill_between_keeping_and_writing_keeps_a_result_once(tmp_path):
@@ -121,3 +124,45 @@ def test_no_other_process_writes_between_a_result_and_its_files(tmp_path):
     writer.join(10)
     assert classifier.read_bytes() == b"weights"
     assert read_evaluation(tmp_path / "evaluation" / "finetune.json") == result
+
+
+RESULT = {"result": {"top1": 0.2515, "counts": {1: 3}}, "configuration": {"k": 20, "note": "é"}, "encoder": "a1"}
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_flipped_bit_never_changes_a_result_unseen(tmp_path, seed):
+    """Not in results that are read, nor in baselines, which are measured again."""
+    random = Random(seed)
+    write_result(tmp_path, "knn", RESULT)
+    plain = json.loads(json.dumps(RESULT))
+    assert read_evaluation(tmp_path / "evaluation" / "knn.json") == plain
+    for name in "ab":
+        Baselines(tmp_path).put(name, {"top1": 0.5, "per_class": {"x": 0.25}})
+    for name in ("knn.json", "baselines.json"):
+        file = tmp_path / "evaluation" / name
+        content = bytearray(file.read_bytes())
+        position = random.choice([i for i, one in enumerate(content) if not chr(one).isspace()])
+        content[position] ^= 1 << random.randrange(8)
+        file.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        found = read_evaluation(tmp_path / "evaluation" / "knn.json")
+        assert found == plain or len(found) > len(plain)  # in the name of the digest
+    with warnings.catch_warnings(record=True) as caught:
+        kept = Baselines(tmp_path)
+    values = [kept.get(name) for name in "ab"]
+    assert caught or any(value is not None and len(value) > 2 for value in values)  # likewise
+    assert all(value is None or value.items() >= {"top1": 0.5, "per_class": {"x": 0.25}}.items() for value in values)
+
+
+def test_an_edited_result_is_refused_with_a_way_on(tmp_path):
+    write_result(tmp_path, "knn", RESULT)
+    file = tmp_path / "evaluation" / "knn.json"
+    file.write_text(file.read_text().replace("0.2515", "0.2516"))
+    with pytest.raises(ValueError, match=r"knn.json is not a result .* does not match its digest.*delete sha256 in it"):
+        read_evaluation(file)
+    content = json.loads(file.read_text())
+    del content["sha256"]  # as former versions wrote it
+    file.write_text(json.dumps(content))
+    assert read_evaluation(file)["result"]["top1"] == 0.2516
+    write_result(tmp_path, "knn", content)  # equal: nothing is kept aside
+    assert not (tmp_path / "evaluation" / "earlier").exists()

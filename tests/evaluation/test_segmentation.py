@@ -1,7 +1,6 @@
 """Segmentation: maps, decoders, inference, scores, and whole evaluations of tiny sets."""
 
 import itertools
-import json
 import shutil
 
 import numpy as np
@@ -19,6 +18,7 @@ from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.metrics import iou_scores
+from dmjd.evaluation.results import read_evaluation
 from dmjd.evaluation.run import evaluate
 from dmjd.evaluation.supervised.dense_task import rounded_up
 from dmjd.evaluation.supervised.pyramid import LastMap, Pyramid, UPerNet
@@ -218,7 +218,7 @@ def test_a_few_steps_learn_the_shapes(name, shapes, tmp_path):
     run = make_run(tmp_path / "run", name)
     options = {"steps": 50, "img_size": (32, 48), "blr": 0.1, "scale": (0.8, 1.2), "color_jitter": False}
     result = evaluate("segmentation", run, data=shapes, **options, **QUICK)
-    assert json.loads((run / "evaluation" / "segmentation.json").read_text()) == result
+    assert read_evaluation(run / "evaluation" / "segmentation.json") == result
     for start in ("result", "random_init"):  # background everywhere gives 0.27
         assert 0.45 < result[start]["miou"] < 1
         assert set(result[start]["iou"]) == {"0", "1", "2"}

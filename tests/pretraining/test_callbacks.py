@@ -17,6 +17,7 @@ from dmjd.data.sources.registry import open_source
 from dmjd.encoders.weights import encoder_bytes, weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.loop import Report, TrainState
+from dmjd.evaluation.results import read_evaluation
 from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.callbacks import NUM_EVALS, Monitor
 from dmjd.runs.build import build_model
@@ -65,7 +66,7 @@ def test_the_final_evaluation_equals_one_of_the_run_folder(finished, tmp_path):
     assert model.encoder.training
     assert set(result.evaluation) == {"knn", "linear"}
     for task, content in result.evaluation.items():
-        assert json.loads((result.path / "evaluation" / f"{task}.json").read_text()) == content
+        assert read_evaluation(result.path / "evaluation" / f"{task}.json") == content
         assert dmjd.evaluate(task, result.path, out=tmp_path / task, device="cpu", num_workers=0) == content
 
 

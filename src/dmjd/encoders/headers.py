@@ -1,5 +1,6 @@
 """Checkpoints and encoder file of a run, known by their headers: which is the newest, and whether the two agree."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -91,7 +92,7 @@ def read_headers(folder: Path) -> tuple[list[Header], list[Unreadable]]:
     """
     final = folder / FINAL
     headers, unreadable = [], []
-    for file in ([final] if final.exists() else []) + step_files(folder)[::-1]:
+    for file in ([final] if os.path.lexists(final) else []) + step_files(folder)[::-1]:
         try:
             headers.append(read_header(file))
         except ValueError as error:

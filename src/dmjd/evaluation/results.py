@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from dmjd import __version__
-from dmjd.checked_json import check_json, read_json
+from dmjd.checked_json import check_json, read_json, signed, verified
 from dmjd.data.sources.base import Source, short_hash
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_metadata, weights_hash
@@ -74,7 +74,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         ValueError: if it is damaged or not a result; the message says what to do.
     """
     try:
-        content = read_json(file, dict[str, Any])
+        content = verified(read_json(file, dict[str, Any]), str(file))
         result = check_json(content, ResultFile, str(file))["result"]
         if headline(result) is None:
             raise ValueError("it has no number in its result")
@@ -104,13 +104,13 @@ def write_result(folder: Path, task: str, result: Mapping[str, Any], files: Mapp
         files: other files that belong to the result. No other process writes between them and the result.
     """
     evaluation = folder / EVALUATION
-    file, content = evaluation / f"{task}.json", json.dumps(result, indent=2) + "\n"
+    file, content = evaluation / f"{task}.json", json.dumps(signed(result), indent=2) + "\n"
     with _locked(evaluation):
         for path, data in (files or {}).items():
             write_bytes(path, data)
         if file.exists():
             with contextlib.suppress(ValueError):
-                if read_json(file, dict[str, Any]) == json.loads(content):
+                if verified(read_json(file, dict[str, Any]), str(file)) == json.loads(json.dumps(result)):
                     return
             _keep(file, file.read_bytes() if file.is_file() else None, evaluation / "earlier")
         write_text(file, content)
@@ -160,7 +160,12 @@ class Baselines:
         except ValueError as error:
             warnings.warn(f"{error}; baselines are measured again", FileWarning, stacklevel=4)
             return {}
-        good = {key: entry for key, entry in found.items() if isinstance(entry, dict) and headline(entry) is not None}
+        good = {}
+        for key, entry in found.items():
+            with contextlib.suppress(ValueError):
+                own = verified(check_json(entry, dict[str, Any], key), key, key)
+                if headline(own) is not None:
+                    good[key] = own
         if len(good) < len(found):
             warnings.warn(
                 f"{self._file}: {len(found) - len(good)} damaged entries are measured again", FileWarning, stacklevel=4
@@ -179,7 +184,8 @@ class Baselines:
         try:
             with _locked(self._file.parent):
                 self._results = self._read() | {key: result}
-                write_text(self._file, json.dumps(dict(sorted(self._results.items())), indent=2) + "\n")
+                entries = {name: signed(entry, name) for name, entry in sorted(self._results.items())}
+                write_text(self._file, json.dumps(entries, indent=2) + "\n")
         except ValueError as error:  # they can be measured again, which is no reason to lose the result
             warnings.warn(f"{error}; this baseline is not kept", FileWarning, stacklevel=2)
 

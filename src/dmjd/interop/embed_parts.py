@@ -82,7 +82,8 @@ class Parts:
         try:
             lock = try_lock(self.folder / ".lock")
         except OSError as error:
-            raise ValueError(f"{self.folder} cannot be written: {error.strerror}") from None
+            named = f" ({error.filename})" if error.filename else ""
+            raise ValueError(f"{self.folder} cannot be written: {error.strerror}{named}") from None
         if lock is None:
             raise ValueError(f"another process is writing {self.out}; wait for it or give another --out")
         self._lock = lock

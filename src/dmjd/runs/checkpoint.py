@@ -20,10 +20,11 @@ from dmjd.checked_json import check_json
 from dmjd.config.checks import check_path
 from dmjd.config.pretrain import PretrainConfig, resume_differences
 from dmjd.encoders.headers import CHECKPOINT_FORMAT, CHECKPOINTS, FINAL, check_checkpoint, read_headers, step_files
-from dmjd.encoders.weights import EncoderMetadata
+from dmjd.encoders.weights import ENCODER_FILE, EncoderMetadata
 from dmjd.files import (
     FileWarning,
     append_lines,
+    check_replaceable,
     read_safetensors,
     remove,
     remove_leftovers,
@@ -40,6 +41,9 @@ KEEP = 2  # step checkpoints, besides the final one
 CONFIG_FILE = "config.json"
 
 _SHOWN = 6  # settings in an error
+
+# Files of a run that are written late.
+_WRITTEN = ("metrics.jsonl", f"{CHECKPOINTS}/{FINAL}", ENCODER_FILE, "unreadable.txt")
 
 ORPHANS_SECONDS = 30.0  # worker processes check every five seconds whether their parent is alive
 
@@ -174,8 +178,11 @@ class RunFolder:
             lock.write(f"{os.getpid()} {platform.node()}")
             lock.flush()
         except OSError as error:
-            raise ValueError(f"--out {self.path} cannot be written: {error.strerror}") from None
+            named = f" ({error.filename})" if error.filename else ""
+            raise ValueError(f"--out {self.path} cannot be written: {error.strerror}{named}") from None
         self._lock = lock
+        for file in (*(self.path / name for name in _WRITTEN), *self.files()):
+            check_replaceable(file)  # before the work
         for folder in (self.path, self.checkpoints, self.path / "figures"):
             remove_leftovers(folder)
 

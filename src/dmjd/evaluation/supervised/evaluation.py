@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from lightning.fabric import Fabric
 
-from dmjd.checked_json import read_json
+from dmjd.checked_json import read_json, signed, verified
 from dmjd.config.dense import DenseConfig
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.sources.base import Source
@@ -92,7 +92,7 @@ class SupervisedEvaluation(ABC):
             ValueError: if it, or a file that belongs to it, is damaged.
         """
         try:
-            result = read_json(file, dict[str, Any])
+            result = verified(read_json(file, dict[str, Any]), str(file))
             if headline(result) is None or any(not isinstance(result.get(name), dict) for name in self.described):
                 raise ValueError(f"{file}: it is not the result of a training")
         except ValueError as error:
@@ -140,7 +140,7 @@ class SupervisedEvaluation(ABC):
             console=self.console,
         )
         result = self.evaluate(fitted, start) | {"steps": fitted.step, "folder": subfolder}
-        write_text(file, json.dumps(result, indent=2) + "\n")
+        write_text(file, json.dumps(signed(result), indent=2) + "\n")
         return result
 
 
