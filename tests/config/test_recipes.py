@@ -59,7 +59,7 @@ def test_folder_depends_on_the_image_size():
     large = recipes.folder(img_size=(64, 80))
     assert large == recipes.folder().replace(img_size=(64, 80))
     assert (large.encoder, large.optimizer, large.branch_targets) == (
-        "conv_vit_tiny_patch16",
+        "vit_tiny_patch16",
         "adamw",
         {"mim": "hog", "vis": "hog"},
     )
