@@ -102,21 +102,30 @@ def _beyond(pixels: str) -> dict[str, Variant]:
 
 
 def _distill() -> dict[str, Variant]:
-    """What to learn from a given teacher, and from the image; all with Muon and single tokens masked."""
-    common = {"optimizer": "muon", "block_size": 1, "mask_ratio": 0.75}
-    one = {"num_views": 1}
-    by = {"pixel_teacher": ("pixel", "teacher"), "hog_teacher": ("hog", "teacher"), "teacher": ("teacher", "teacher")}
-    by |= {"pixel_hog": ("pixel", "hog")}
-    variants = {"mae": Variant("mae", {"optimizer": "muon"})}
-    variants |= {k: Variant("dmjd", common | {"mim_target": mim, "vis_target": vis}) for k, (mim, vis) in by.items()}
-    alone = {"mim": False, "vis_target": "teacher"}
-    return variants | {
-        "teacher_visible_only": Variant("dmjd", common | alone),
-        "pixel_teacher_one_view": Variant("dmjd", common | one | {"mim_target": "pixel", "vis_target": "teacher"}),
-        "teacher_visible_only_c50": Variant("dmjd", common | one | alone | {"mask_ratio": 0.5}),
-        "pixel_teacher_c50": Variant(
-            "dmjd", common | one | {"mim_target": "pixel", "vis_target": "teacher", "mask_ratio": 0.5}
-        ),
+    """What to learn from a given teacher and from the image itself; all with Muon and single tokens masked.
+
+    The teacher sees images of the student's size, which is cheaper, unless the name says 224.
+    """
+    common = {"optimizer": "muon", "block_size": 1, "mask_ratio": 0.75, "teacher_size": (128,)}
+    one, alone = {"num_views": 1}, {"mim": False, "vis_target": "teacher"}
+    mixed = {"mim_target": "pixel", "vis_target": "teacher"}
+
+    def of(*changes: dict[str, Any]) -> Variant:
+        return Variant("dmjd", {name: value for change in (common, *changes) for name, value in change.items()})
+
+    without_teacher = {"mim_target": "pixel", "vis_target": "hog", "teacher_size": None}
+    return {
+        "mae": Variant("mae", {"optimizer": "muon"}),
+        "pixel_hog": of(without_teacher),
+        "pixel_teacher": of(mixed),
+        "pixel_teacher_stride16": of(mixed, {"teacher_skip": 1}),
+        "pixel_teacher_224": of(mixed, {"teacher_size": None}),
+        "pixel_teacher_224_one_view": of(mixed, one, {"teacher_size": None}),
+        "teacher": of({"target": "teacher"}),
+        "visible_teacher_c75": of(alone),
+        "visible_teacher_c50": of(alone, one, {"mask_ratio": 0.5}),
+        "visible_teacher_c25": of(alone, one, {"mask_ratio": 0.25}),
+        "visible_teacher_c50_224": of(alone, one, {"mask_ratio": 0.5, "teacher_size": None}),
     }
 
 
