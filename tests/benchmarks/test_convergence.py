@@ -22,7 +22,9 @@ from dmjd.nn.tokens import gather_views
 
 def config(variant: Variant, encoder: str):
     overrides = {key: value for key, value in variant.overrides.items() if value != "teacher"}
-    return recipes.get_recipe(variant.recipe)(steps=1).replace(**COMMON | ENCODERS[encoder] | overrides)
+    return recipes.get_recipe(variant.recipe)(steps=1).replace(
+        **COMMON | {"img_size": 32} | ENCODERS[encoder] | overrides
+    )
 
 
 @pytest.mark.parametrize("encoder", ["vit_lite", "conv_lite"])
