@@ -177,13 +177,12 @@ def _check_fit(
         problems.append(f"{len(missing)} of {len(wanted)} tensors would stay fresh: {_listed(missing)}")
     if unknown:
         problems.append(f"it has {len(unknown)} tensors that the encoder lacks: {_listed(unknown)}")
-    if problems:
-        fresh = ""
-        if missing and not wrong and not unknown:
-            fresh = f"; to start with fresh ones, --init-fresh {' '.join(missing[:SHOWN])}"
-        raise ValueError(
-            f"--init {weights.source} does not fit {encoder.name}: {'; '.join(problems)}{_cure(weights) or fresh}"
-        )
+    if not problems:
+        return
+    cure = _cure(weights)
+    if len(missing) <= SHOWN and not wrong and not unknown:
+        cure = f"; to start with fresh ones: --init-fresh {' '.join(missing)}"
+    raise ValueError(f"--init {weights.source} does not fit {encoder.name}: {'; '.join(problems)}{cure}")
 
 
 def _cure(weights: Weights) -> str:

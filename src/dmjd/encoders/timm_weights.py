@@ -63,9 +63,7 @@ class _OtherClassError(ValueError):
 def _check_class(model: nn.Module, source: str, what: str, only: tuple[type[nn.Module], ...]) -> None:
     if not isinstance(model, only):
         kinds = " or ".join(kind.__name__ for kind in only)
-        raise _OtherClassError(
-            f"{what} {source} is not a ViT: it is a {type(model).__name__}, and weights are taken from timm's {kinds}"
-        )
+        raise _OtherClassError(f"{what} {source} is not a ViT: its class is {type(model).__name__}, not {kinds}")
 
 
 def timm_preprocess(model: nn.Module) -> Preprocess:
