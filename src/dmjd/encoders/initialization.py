@@ -71,21 +71,31 @@ def create_encoder(
     out_indices: int | tuple[int, ...] | None = None,
     **overrides: Any,
 ) -> Any:
-    """Create an encoder with random weights, or with the weights of ``init``.
+    """Create an encoder with random weights (from torch's global random state), or with those of ``init``.
 
     Args:
-        name, img_size, in_chans, class_token, drop_path, features_only, out_indices, overrides: see
-            :func:`dmjd.encoders.registry.create_encoder`.
-        init: weights to start from; see :func:`~dmjd.encoders.sources.read_weights` for what it may be and
-            :func:`initialize` for how they are adapted. ``preprocess`` gets the source's mean and standard deviation,
-            if it has them for as many channels.
+        name: ``vit_{tiny,small,base,large}_patch{P}``, ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``, or that of
+            another family; see :func:`dmjd.encoders.registry.encoder_names`.
+        img_size: pixels, one side or (height, width), divisible by the patch.
+        in_chans: channels.
+        class_token: one prefix token, if the family supports one.
+        drop_path: stochastic depth of the last block.
+        init: weights to start from, anything that :func:`~dmjd.encoders.sources.read_weights` takes; they are adapted
+            as in :func:`initialize`. ``preprocess`` gets the source's mean and standard deviation, if it has them for
+            as many channels.
         init_fresh: beginnings of the names of tensors that ``init`` need not have.
+        features_only: return timm's feature backbone instead, a module: images -> list of maps [B, D, h, w], with
+            ``feature_info``.
+        out_indices: which maps (default: the last four, all three of ConvViT).
+        overrides: other arguments of the family's class, such as ``embed_dim``. Lists count as tuples, so that the
+            ``options`` of an encoder file can be passed.
 
     Returns:
         :class:`~dmjd.encoders.base.Encoder` (or timm's ``FeatureGetterNet``).
 
     Raises:
-        ValueError: for a wrong name or size, or if the weights are not available or do not fit.
+        ValueError: unknown name (the nearest is suggested), unknown override, sizes that do not fit, or weights that
+            are not available or do not fit.
     """
     encoder = create_fresh_encoder(name, img_size, in_chans, class_token, drop_path, **overrides)
     if init is not None:
