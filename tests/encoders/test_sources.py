@@ -94,10 +94,12 @@ TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads
 
 
 def saved_timm(folder: Path, name: str = "vit_tiny_patch16_224", **args: object) -> torch.nn.Module:
-    model = timm.create_model(name, num_classes=0, **args)
+    """A model with a head of five classes in timm's form; returned without it."""
+    model = timm.create_model(name, num_classes=5, **args)
     save_file(model.state_dict(), folder / "model.safetensors")
-    data = {"input_size": [3, 32, 32], "mean": [0.4] * 3, "std": [0.25] * 3, "num_classes": 0}
-    config = {"architecture": name, "num_classes": 0, "model_args": args, "pretrained_cfg": data}
+    data = {"input_size": [3, 32, 32], "mean": [0.4] * 3, "std": [0.25] * 3, "num_classes": 5, "classifier": "head"}
+    config = {"architecture": name, "num_classes": 5, "model_args": args, "pretrained_cfg": data}
+    model.reset_classifier(0)
     (folder / "config.json").write_text(json.dumps(config))
     return model
 
@@ -109,6 +111,19 @@ def test_a_folder_of_timm(prefix, tmp_path):
     assert all(torch.equal(weights.tensors[key], value) for key, value in model.state_dict().items())
     assert (weights.grid, weights.num_heads) == ((4, 4), 2)
     assert (weights.preprocess.mean, weights.preprocess.std) == ((0.4,) * 3, (0.25,) * 3)
+
+
+def test_a_folder_of_timm_that_lacks_tensors(tmp_path):
+    """timm itself leaves them random without an error."""
+    model = saved_timm(tmp_path, **TIMM)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("blocks.1.mlp")}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lack 2 tensors of VisionTransformer: blocks\.1\.mlp\.fc1\.weight, blocks"):
+        read_weights(tmp_path)
+    save_file({f"model.{key}": value for key, value in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lack 12 tensors .*: cls_token, pos_embed, .* and 7 more") as refused:
+        read_weights(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_folder_of_a_convolutional_network(tmp_path):
@@ -143,6 +158,30 @@ def test_without_a_network_it_says_where_it_looked(source, offline):
     assert str(offline) in str(told.value)
     assert "--init local-dir:FOLDER" in str(told.value)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("form", ["timm", "transformers"])
+def test_models_of_the_hub_from_its_cache(form, offline):
+    """The files lie where the hub's own library puts them."""
+    model, revision = offline / "models--user--model", "0" * 40
+    folder = model / "snapshots" / revision
+    folder.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(revision)
+    if form == "timm":
+        expected = saved_timm(folder, **TIMM).state_dict()["norm.weight"]
+    else:
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        saved = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
+        saved.save_pretrained(folder)
+        expected = saved.layernorm.weight
+    weights = read_weights("hf-hub:user/model")
+    assert torch.equal(weights.tensors["norm.weight"], expected)
+    assert weights.source == "hf-hub:user/model"
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be reached, and they are not in its cache"):
+        read_weights("hf-hub:user/model")
 
 
 class Bomb:

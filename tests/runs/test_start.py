@@ -13,6 +13,7 @@ import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.pretraining.run import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config
 from dmjd.runs.start import read_start
 
@@ -103,6 +104,14 @@ def test_a_resumed_run_of_other_weights_is_refused(source, tmp_path, capsys):
 
 
 GOLDEN_RUN = Path(__file__).parents[1] / "golden" / "run_v0.1"
+
+
+def test_a_relative_source_is_recorded_with_its_whole_path(source, tmp_path, monkeypatch):
+    """So that the run can be resumed from any folder."""
+    monkeypatch.chdir(source.parent)
+    for given, whole in (("source", source), ("local-dir:source", f"local-dir:{source}")):
+        assert resolve_paths(config_of(tmp_path, given)).init == str(whole)
+    assert resolve_paths(config_of(tmp_path, "vit_tiny_patch16_224")).init == "vit_tiny_patch16_224"
 
 
 def test_the_hash_of_the_weights_may_be_prescribed(source, tmp_path):

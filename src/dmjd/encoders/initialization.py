@@ -22,8 +22,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder as create_fresh_encoder
 from dmjd.encoders.sources import Weights, read_weights, traits
 from dmjd.encoders.timm_features import feature_backbone
-
-SHOWN = 5  # names of tensors in a message
+from dmjd.encoders.timm_weights import SHOWN
 
 # Beginnings of the names of tensors that an encoder has no use for.
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.", "mask_token")
