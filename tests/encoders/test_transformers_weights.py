@@ -10,44 +10,45 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmjd.encoders.initialization import create_encoder, initialize
+from dmjd.encoders.registry import ENCODERS
 from dmjd.encoders.registry import create_encoder as create_fresh_encoder
 from dmjd.encoders.sources import read_weights
 from dmjd.encoders.transformers_weights import DINOV2, DINOV2_SWIGLU, DINOV3, DINOV3_GATED, VIT
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-HIDDEN = SIZES | {"intermediate_size": 64, "layer_norm_eps": 1e-6}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+HIDDEN = {"intermediate_size": 64, "layer_norm_eps": 1e-6}
 DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 32}
 OURS = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "class_token": True}
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
+# model -> (its class, the class of its configuration, settings)
 MODELS = {
-    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**HIDDEN)),
-    "vit with a head": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**HIDDEN)),
-    "mae": lambda: transformers.ViTMAEForPreTraining(
-        transformers.ViTMAEConfig(**HIDDEN, **DECODER, decoder_num_attention_heads=2, mask_ratio=0.0)
+    "vit": ("ViTModel", "ViTConfig", HIDDEN),
+    "vit with a head": ("ViTForImageClassification", "ViTConfig", HIDDEN),
+    "mae": (
+        "ViTMAEForPreTraining",
+        "ViTMAEConfig",
+        HIDDEN | DECODER | {"decoder_num_attention_heads": 2, "mask_ratio": 0.0},
     ),
-    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, mlp_ratio=2)),
-    "dinov2 swiglu": lambda: transformers.Dinov2Model(
-        transformers.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)
+    "dinov2": ("Dinov2Model", "Dinov2Config", {"mlp_ratio": 2}),
+    "dinov2 swiglu": ("Dinov2Model", "Dinov2Config", {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "dinov2 registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"mlp_ratio": 2}),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {"intermediate_size": 64, "num_register_tokens": 4}),
+    "dinov3 gated": (
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {"intermediate_size": 64, "num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
     ),
-    "dinov2 registers": lambda: transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2)
-    ),
-    "dinov3": lambda: transformers.DINOv3ViTModel(dinov3_config()),
-    "dinov3 gated": lambda: transformers.DINOv3ViTModel(dinov3_config(use_gated_mlp=True, hidden_act="silu")),
 }
 
 
-def dinov3_config(**options):
-    return transformers.DINOv3ViTConfig(**SIZES, intermediate_size=64, num_register_tokens=4, **options)
-
-
-def saved(kind: str, folder: Path) -> nn.Module:
-    """A model with random weights, also those that start as zeros or ones, saved into a folder."""
+def saved(kind: str, folder: Path, patch_size: int = 8) -> nn.Module:
+    """A model of 4 x 4 patches with random weights, also those that start as zeros or ones, saved into a folder."""
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
+    model, config, settings = MODELS[kind]
+    sizes = SIZES | {"image_size": 4 * patch_size, "patch_size": patch_size}
+    model = getattr(transformers, model)(getattr(transformers, config)(**sizes, **settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -55,15 +56,19 @@ def saved(kind: str, folder: Path) -> nn.Module:
     return model
 
 
+def images(side: int = 32) -> Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
 def trunk(model: nn.Module) -> nn.Module:
     return getattr(model, "vit", model)
 
 
-def tokens_of(model: nn.Module) -> Tensor:
+def tokens_of(model: nn.Module, side: int = 32) -> Tensor:
     """All tokens after the final norm, as transformers computes them."""
     order = {"noise": torch.arange(16.0).expand(2, -1)} if "MAE" in type(model).__name__ else {}
     with torch.no_grad():
-        return trunk(model)(IMAGES, **order).last_hidden_state
+        return trunk(model)(images(side), **order).last_hidden_state
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ def test_features_of_a_plain_vit_equal_those_of_transformers(kind, tmp_path):
     model = saved(kind, tmp_path)
     encoder = create_encoder("vit_tiny_patch8", init=tmp_path, **OURS)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.forward_features(IMAGES), tokens_of(model), rtol=0, atol=1e-5)
+        torch.testing.assert_close(encoder.forward_features(images()), tokens_of(model), rtol=0, atol=1e-5)
 
 
 def timm_vit(kind: str) -> nn.Module:
@@ -119,7 +124,28 @@ def test_features_of_timms_models_equal_those_of_transformers(kind, tmp_path):
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     theirs.load_state_dict(tensors)
     with torch.no_grad():
-        torch.testing.assert_close(theirs.forward_features(IMAGES), tokens_of(model), rtol=0, atol=2e-5)
+        torch.testing.assert_close(theirs.forward_features(images()), tokens_of(model), rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif("timm" not in ENCODERS, reason="there are no encoders of timm")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("vit", "vit_tiny_patch16_224"),
+        ("dinov2", "vit_small_patch14_dinov2"),
+        ("dinov2 registers", "vit_small_patch14_reg4_dinov2"),
+        ("dinov3", "vit_small_patch16_dinov3_qkvb"),
+        ("dinov3 gated", "vit_small_plus_patch16_dinov3_qkvb"),
+    ],
+)
+def test_features_of_encoders_of_timm_equal_those_of_transformers(kind, name, tmp_path):
+    patch_size = 14 if "patch14" in name else 16
+    model = saved(kind, tmp_path, patch_size)
+    sizes = OURS | {"img_size": 4 * patch_size, "class_token": False}
+    encoder = create_encoder(f"timm/{name}", init=tmp_path, **sizes).eval()
+    x = images(4 * patch_size)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.forward_features(x), tokens_of(model, x.shape[-1]), rtol=0, atol=2e-5)
 
 
 def test_what_the_folder_tells_besides_weights(tmp_path):

@@ -12,6 +12,7 @@ from support import TINY, TINY_FIELDS, final, metrics, mistake
 import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
+from dmjd.config.pretrain import PretrainConfig
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.pretraining.run import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config
@@ -19,22 +20,29 @@ from dmjd.runs.start import read_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FIELDS = TINY_FIELDS | {"batch_size": 8}
+FIELDS = TINY_FIELDS | {"batch_size": 8, "num_workers": 0}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
+def source(tmp_path_factory, image_folder) -> Path:
     """A run of 32 x 32 pixels and three channels."""
     out = tmp_path_factory.mktemp("start") / "source"
-    dmjd.pretrain(recipes.digits(out=str(out), steps=3, mean=(0.4,) * 3, std=(0.3,) * 3, **FIELDS))
+    fields = FIELDS | {"steps": 3, "mean": (0.4,) * 3, "std": (0.3,) * 3}
+    dmjd.pretrain(recipes.digits(str(image_folder), str(out), **fields))
     return out
 
 
-def config_of(out: Path, source: Path | str | None, **changes):
-    return recipes.digits(out=str(out), init=None if source is None else str(source), **FIELDS | {"steps": 1} | changes)
+@pytest.fixture(scope="module")
+def config_of(image_folder):
+    """(run folder, source, other settings) -> configuration of a run of one step."""
+
+    def config(out: Path, source: Path | str, **changes: object) -> PretrainConfig:
+        return recipes.digits(str(image_folder), str(out), init=str(source), **FIELDS | {"steps": 1} | changes)
+
+    return config
 
 
-def test_the_encoder_starts_from_the_weights_and_the_rest_is_fresh(source, tmp_path):
+def test_the_encoder_starts_from_the_weights_and_the_rest_is_fresh(source, tmp_path, config_of):
     config = config_of(tmp_path, source, seed=5)
     config, start = read_start(config, tmp_path, begun=False)
     model, random = build_model(config, start), build_model(config.replace(init=None, init_hash=None))
@@ -45,7 +53,7 @@ def test_the_encoder_starts_from_the_weights_and_the_rest_is_fresh(source, tmp_p
     assert str(start) == f"29 of 29 encoder tensors from {source}; decoder fresh"
 
 
-def test_a_run_records_what_it_starts_from(source, tmp_path, capsys):
+def test_a_run_records_what_it_starts_from(source, tmp_path, capsys, config_of):
     """In the banner, in config.json and in a file; mean and std come from the weights, the size does not."""
     dmjd.pretrain(config_of(tmp_path, source, img_size=(48, 64)))
     shown = capsys.readouterr().err
@@ -63,7 +71,7 @@ def test_a_run_records_what_it_starts_from(source, tmp_path, capsys):
     assert load_model(tmp_path)[1].init == str(source)
 
 
-def test_given_mean_and_std_win_and_other_channels_are_measured(source, tmp_path):
+def test_given_mean_and_std_win_and_other_channels_are_measured(source, tmp_path, config_of):
     dmjd.pretrain(config_of(tmp_path / "given", source, mean=(0.1,) * 3, std=(0.9,) * 3))
     assert load_encoder(tmp_path / "given").preprocess.mean == (0.1,) * 3
     dmjd.pretrain(config_of(tmp_path / "gray", source, in_chans=1))
@@ -72,7 +80,7 @@ def test_given_mean_and_std_win_and_other_channels_are_measured(source, tmp_path
     assert measured.mean != (0.4,)
 
 
-def test_a_resumed_run_does_not_need_the_weights_again(source, tmp_path):
+def test_a_resumed_run_does_not_need_the_weights_again(source, tmp_path, config_of):
     gone, out, whole = tmp_path / "gone", tmp_path / "run", tmp_path / "whole"
     shutil.copytree(source, gone)
     dmjd.pretrain(config_of(whole, gone, steps=4))
@@ -85,9 +93,21 @@ def test_a_resumed_run_does_not_need_the_weights_again(source, tmp_path):
     assert metrics(out)[0]["loss"] == metrics(whole)[0]["loss"]
 
 
-def test_a_resumed_run_of_other_weights_is_refused(source, tmp_path, capsys):
+def test_a_resumed_run_of_other_weights_is_refused(source, tmp_path, capsys, image_folder):
     out = tmp_path / "run"
-    start = ["pretrain", "digits", *TINY, "--batch-size", "8", "--out", out]
+    start = [
+        "pretrain",
+        "digits",
+        *TINY,
+        "--data",
+        image_folder,
+        "--batch-size",
+        "8",
+        "--num-workers",
+        "0",
+        "--out",
+        out,
+    ]
     assert main([str(word) for word in (*start, "--steps", "1", "--init", source)]) == 0
     capsys.readouterr()
     for more, now in ((["--init", GOLDEN_RUN], GOLDEN_RUN), ([], "random weights")):
@@ -106,7 +126,7 @@ def test_a_resumed_run_of_other_weights_is_refused(source, tmp_path, capsys):
 GOLDEN_RUN = Path(__file__).parents[1] / "golden" / "run_v0.1"
 
 
-def test_a_relative_source_is_recorded_with_its_whole_path(source, tmp_path, monkeypatch):
+def test_a_relative_source_is_recorded_with_its_whole_path(source, tmp_path, monkeypatch, config_of):
     """So that the run can be resumed from any folder."""
     monkeypatch.chdir(source.parent)
     for given, whole in (("source", source), ("local-dir:source", f"local-dir:{source}")):
@@ -114,7 +134,7 @@ def test_a_relative_source_is_recorded_with_its_whole_path(source, tmp_path, mon
     assert resolve_paths(config_of(tmp_path, "vit_tiny_patch16_224")).init == "vit_tiny_patch16_224"
 
 
-def test_the_hash_of_the_weights_may_be_prescribed(source, tmp_path):
+def test_the_hash_of_the_weights_may_be_prescribed(source, tmp_path, config_of):
     expected = weights_hash(load_encoder(source))
     config, _ = read_start(config_of(tmp_path, source, init_hash=expected), tmp_path, begun=False)
     assert config.init_hash == expected
@@ -122,7 +142,7 @@ def test_the_hash_of_the_weights_may_be_prescribed(source, tmp_path):
         read_start(config_of(tmp_path, source, init_hash="abc"), tmp_path, begun=False)
 
 
-def test_the_decoder_is_taken_over_on_request(source, tmp_path):
+def test_the_decoder_is_taken_over_on_request(source, tmp_path, config_of):
     config, start = read_start(config_of(tmp_path, source, init_decoder=True, img_size=(64,)), tmp_path, begun=False)
     model = build_model(config, start)
     stored = load_file(source / "checkpoints" / "final.safetensors")
@@ -144,21 +164,21 @@ def test_the_decoder_is_taken_over_on_request(source, tmp_path):
         ({"vis": False}, r"branches\.vis\.head\..* there and missing here"),
     ],
 )
-def test_a_decoder_of_other_settings_is_refused(changes, message, source, tmp_path):
+def test_a_decoder_of_other_settings_is_refused(changes, message, source, tmp_path, config_of):
     config, start = read_start(config_of(tmp_path, source, init_decoder=True, **changes), tmp_path, begun=False)
     with pytest.raises(ValueError, match=message) as refused:
         build_model(config, start)
     assert "\n" not in str(refused.value)
 
 
-def test_a_source_without_a_decoder(source, tmp_path):
+def test_a_source_without_a_decoder(source, tmp_path, config_of):
     file = source / "encoder.safetensors"
     config, start = read_start(config_of(tmp_path, file, init_decoder=True), tmp_path, begun=False)
     with pytest.raises(ValueError, match=r"--init-decoder: .*encoder\.safetensors holds no decoder"):
         build_model(config, start)
 
 
-def test_a_target_that_follows_the_encoder_starts_from_the_weights_too(source, tmp_path):
+def test_a_target_that_follows_the_encoder_starts_from_the_weights_too(source, tmp_path, config_of):
     config, start = read_start(config_of(tmp_path, source, target="ema"), tmp_path, begun=False)
     state = build_model(config, start).state_dict()
     copies = [key for key in state if key.startswith("branch_targets.") and key.endswith("patch_embed.proj.weight")]
@@ -167,7 +187,7 @@ def test_a_target_that_follows_the_encoder_starts_from_the_weights_too(source, t
         assert torch.equal(state[key], load_encoder(source).patch_embed.proj.weight)
 
 
-def test_settings_that_go_together(source, tmp_path):
+def test_settings_that_go_together(source, tmp_path, config_of):
     for settings in ({"init_decoder": True}, {"init_hash": "a"}, {"init_fresh": ("a",)}):
         with pytest.raises(ValueError, match="need --init"):
             recipes.digits(**settings)
