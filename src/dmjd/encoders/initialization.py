@@ -22,8 +22,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder as create_fresh_encoder
 from dmjd.encoders.sources import Weights, read_weights, traits
 from dmjd.encoders.timm_features import feature_backbone
-
-SHOWN = 5  # names of tensors in a message
+from dmjd.encoders.timm_weights import SHOWN
 
 # Beginnings of the names of tensors that an encoder has no use for.
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.", "mask_token")
@@ -71,21 +70,31 @@ def create_encoder(
     out_indices: int | tuple[int, ...] | None = None,
     **overrides: Any,
 ) -> Any:
-    """Create an encoder with random weights, or with the weights of ``init``.
+    """Create an encoder with random weights (from torch's global random state), or with those of ``init``.
 
     Args:
-        name, img_size, in_chans, class_token, drop_path, features_only, out_indices, overrides: see
-            :func:`dmjd.encoders.registry.create_encoder`.
-        init: weights to start from; see :func:`~dmjd.encoders.sources.read_weights` for what it may be and
-            :func:`initialize` for how they are adapted. ``preprocess`` gets the source's mean and standard deviation,
-            if it has them for as many channels.
+        name: ``vit_{tiny,small,base,large}_patch{P}``, ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``, or that of
+            another family; see :func:`dmjd.encoders.registry.encoder_names`.
+        img_size: pixels, one side or (height, width), divisible by the patch.
+        in_chans: channels.
+        class_token: one prefix token, if the family supports one.
+        drop_path: stochastic depth of the last block.
+        init: weights to start from, anything that :func:`~dmjd.encoders.sources.read_weights` takes; they are adapted
+            as in :func:`initialize`. ``preprocess`` gets the source's mean and standard deviation, if it has them for
+            as many channels.
         init_fresh: beginnings of the names of tensors that ``init`` need not have.
+        features_only: return timm's feature backbone instead, a module: images -> list of maps [B, D, h, w], with
+            ``feature_info``.
+        out_indices: which maps (default: the last four, all three of ConvViT).
+        overrides: other arguments of the family's class, such as ``embed_dim``. Lists count as tuples, so that the
+            ``options`` of an encoder file can be passed.
 
     Returns:
         :class:`~dmjd.encoders.base.Encoder` (or timm's ``FeatureGetterNet``).
 
     Raises:
-        ValueError: for a wrong name or size, or if the weights are not available or do not fit.
+        ValueError: unknown name (the nearest is suggested), unknown override, sizes that do not fit, or weights that
+            are not available or do not fit.
     """
     encoder = create_fresh_encoder(name, img_size, in_chans, class_token, drop_path, **overrides)
     if init is not None:
@@ -177,13 +186,12 @@ def _check_fit(
         problems.append(f"{len(missing)} of {len(wanted)} tensors would stay fresh: {_listed(missing)}")
     if unknown:
         problems.append(f"it has {len(unknown)} tensors that the encoder lacks: {_listed(unknown)}")
-    if problems:
-        fresh = ""
-        if missing and not wrong and not unknown:
-            fresh = f"; to start with fresh ones, --init-fresh {' '.join(missing[:SHOWN])}"
-        raise ValueError(
-            f"--init {weights.source} does not fit {encoder.name}: {'; '.join(problems)}{_cure(weights) or fresh}"
-        )
+    if not problems:
+        return
+    cure = _cure(weights)
+    if len(missing) <= SHOWN and not wrong and not unknown:
+        cure = f"; to start with fresh ones: --init-fresh {' '.join(missing)}"
+    raise ValueError(f"--init {weights.source} does not fit {encoder.name}: {'; '.join(problems)}{cure}")
 
 
 def _cure(weights: Weights) -> str:

@@ -1,5 +1,6 @@
 """Weights to start from, read from any of the sources that ``--init`` takes."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from dmjd.encoders.adaptation import POSITIONS
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.headers import CHECKPOINTS, read_headers
 from dmjd.encoders.published import read_state, square_grid, to_our_state
-from dmjd.encoders.timm_weights import PREFIXES, load_timm, timm_preprocess
+from dmjd.encoders.timm_weights import HUB, LOCAL, PREFIXES, load_timm, timm_preprocess, transformers_folder
 from dmjd.encoders.transformers_weights import CONFIG, read_transformers
 from dmjd.encoders.weights import ENCODER_FILE, load_encoder, weights_hash
 from dmjd.files import read_metadata, read_safetensors
@@ -64,7 +65,7 @@ def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
     Args:
         source: a run folder, an encoder file, a checkpoint, published DMJD, ConvMAE or MAE weights (``.pth`` or
             ``.safetensors``), a folder that ``save_pretrained`` of transformers or timm wrote, a timm name,
-            ``local-dir:FOLDER`` or ``hf-hub:NAME``.
+            ``local-dir:FOLDER``, or ``hf-hub:NAME`` for a model of timm or transformers.
         decoder: read the decoder too.
 
     Raises:
@@ -72,6 +73,8 @@ def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
     """
     text = check_text("init", source)
     with torch.random.fork_rng(devices=[]):
+        if text.startswith(HUB) and (folder := transformers_folder(text, "--init", "--init")) is not None:
+            return dataclasses.replace(_from_transformers(folder), source=text)
         if text.startswith(PREFIXES):
             return _from_timm(text)
         path = check_path("init", text)
@@ -87,10 +90,13 @@ def _from_folder(folder: Path, decoder: bool) -> Weights:
         return _of_encoder(folder, decoder)
     if not (folder / CONFIG).exists():
         raise ValueError(f"--init {folder} is neither a run folder nor one with a {CONFIG} of transformers or timm")
-    config = read_json(folder / CONFIG, dict[str, Any])
-    if "architecture" in config:  # timm's key
-        return _from_timm(f"local-dir:{folder}")
-    read = read_transformers(folder, config)
+    if "architecture" in read_json(folder / CONFIG, dict[str, Any]):  # timm's key
+        return _from_timm(f"{LOCAL}{folder}")
+    return _from_transformers(folder)
+
+
+def _from_transformers(folder: Path) -> Weights:
+    read = read_transformers(folder, read_json(folder / CONFIG, dict[str, Any]))
     tensors = _plain(read.tensors)
     return Weights(
         source=str(folder),
@@ -174,8 +180,8 @@ def _decoder_of(source: Path) -> dict[str, Tensor]:
 
 def _from_timm(source: str) -> Weights:
     name = source.removeprefix(TIMM)
-    if name.startswith("local-dir:"):
-        name = f"local-dir:{os.path.expanduser(name.removeprefix('local-dir:'))}"
+    if name.startswith(LOCAL):
+        name = LOCAL + os.path.expanduser(name.removeprefix(LOCAL))
     model = load_timm(name, "--init", "--init", only=(VisionTransformer, Eva))
     tensors = _plain(model.state_dict())
     heads, activation = traits(model)

@@ -1,18 +1,30 @@
-"""Pre-trained models of timm, by name, from a folder or from the hub; without a network only the cache is searched."""
+"""Pre-trained models of timm by name, and models of the hub; without a network only the cache is searched."""
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants as hub
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
+from dmjd.checked_json import read_json
 from dmjd.hub import offline_if_unreachable
 from dmjd.images.preprocess import Preprocess
 from dmjd.suggest import did_you_mean
+from dmjd.text import shortened
 
-PREFIXES = ("hf-hub:", "local-dir:")  # timm's, for weights that are not in its list
+SHOWN = 5  # names of tensors in a message
+
+MOST_LETTERS = 300  # of another library's message
+
+_SEED = 7_305_119  # of random weights that no file holds by chance
+
+HUB, LOCAL = PREFIXES = ("hf-hub:", "local-dir:")  # timm's, for weights that are not in its list
 
 
 def is_timm_source(source: str) -> bool:
@@ -35,19 +47,53 @@ def load_timm(source: str, what: str, flag: str, only: tuple[type[nn.Module], ..
     if not is_timm_source(source):
         hint = did_you_mean(source, timm.list_models())
         raise ValueError(f"{what} {source} is not a run folder, an encoder file or a timm model{hint}")
-    network = contextlib.nullcontext(True) if source.startswith("local-dir:") else offline_if_unreachable()
+    with _looked_for(source, what, flag), torch.random.fork_rng(devices=[]):
+        if only:
+            with torch.device("meta"):
+                _check_class(timm.create_model(source, num_classes=0), source, what, only)
+        torch.manual_seed(_SEED)
+        model = timm.create_model(source, pretrained=True, num_classes=0)
+        torch.manual_seed(_SEED)
+        _check_loaded(model, timm.create_model(source, num_classes=0), source, what)
+        return model
+
+
+def transformers_folder(source: str, what: str, flag: str) -> Path | None:
+    """The local folder of a model of transformers on the hub, downloaded if the cache lacks it.
+
+    Args:
+        source: ``hf-hub:NAME`` or ``hf-hub:NAME@REVISION``.
+        what, flag: see :func:`load_timm`.
+
+    Returns:
+        The folder; None if the model is in timm's form.
+
+    Raises:
+        ValueError: if the model is not available.
+    """
+    name, _, revision = source.removeprefix(HUB).partition("@")
+    with _looked_for(source, what, flag):
+        config = Path(hf_hub_download(name, "config.json", revision=revision or None))
+        if "architecture" in read_json(config, dict[str, Any]):  # timm's key
+            return None
+        hf_hub_download(name, "model.safetensors", revision=revision or None)
+        with contextlib.suppress(EntryNotFoundError):  # not every model has it
+            hf_hub_download(name, "preprocessor_config.json", revision=revision or None)
+    return config.parent
+
+
+@contextlib.contextmanager
+def _looked_for(source: str, what: str, flag: str) -> Iterator[None]:
+    """Errors of networks, caches and libraries, which fail in many ways, as one line that says where was searched."""
+    network = contextlib.nullcontext(True) if source.startswith(LOCAL) else offline_if_unreachable()
     reachable = True
     try:
-        with torch.random.fork_rng(devices=[]), network as reachable:
-            if only:
-                with torch.device("meta"):
-                    _check_class(timm.create_model(source, num_classes=0), source, what, only)
-            return timm.create_model(source, pretrained=True, num_classes=0)
-    except _OtherClassError:
+        with network as reachable:
+            yield
+    except _UnusableError:
         raise
-    # Networks, caches and timm fail in many ways; all mean that the weights are not available.
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {shortened(' '.join(str(error).split()), MOST_LETTERS)}"
         if not reachable:
             reason = f"{hub.ENDPOINT} cannot be reached, and they are not in its cache, {hub.HF_HUB_CACHE}"
         raise ValueError(
@@ -56,15 +102,29 @@ def load_timm(source: str, what: str, flag: str, only: tuple[type[nn.Module], ..
         ) from None
 
 
-class _OtherClassError(ValueError):
-    """A model is not of a class that is accepted."""
+class _UnusableError(ValueError):
+    """A model is there, but not what is wanted."""
 
 
 def _check_class(model: nn.Module, source: str, what: str, only: tuple[type[nn.Module], ...]) -> None:
     if not isinstance(model, only):
         kinds = " or ".join(kind.__name__ for kind in only)
-        raise _OtherClassError(
-            f"{what} {source} is not a ViT: it is a {type(model).__name__}, and weights are taken from timm's {kinds}"
+        raise _UnusableError(f"{what} {source} is not a ViT: its class is {type(model).__name__}, not {kinds}")
+
+
+def _check_loaded(model: nn.Module, fresh: nn.Module, source: str, what: str) -> None:
+    """Check that no random weights were left: timm goes on if a file lacks tensors. Both models have the same seed."""
+    random = fresh.state_dict()
+    left = [
+        key
+        for key, value in model.state_dict().items()
+        if torch.equal(value, random[key]) and not torch.equal(value, value.flatten()[:1].expand_as(value))
+    ]
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        raise _UnusableError(
+            f"the weights of {what} {source} lack {len(left)} tensors of {type(model).__name__}: "
+            f"{', '.join(left[:SHOWN])}{more}"
         )
 
 

@@ -211,7 +211,7 @@ def read_transformers(folder: Path, config: Mapping[str, Any]) -> TransformersWe
         ValueError: if the model is of another kind than ViT, ViTMAE, DINOv2 and DINOv3, or a file is missing or
             damaged.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in TABLES:
         raise ValueError(f"{folder} is not a ViT: model_type {shown(kind)} is none of {', '.join(TABLES)}")
     name = str(folder / CONFIG)

@@ -211,7 +211,9 @@ def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Metadata and weights of an encoder file, or of the encoder in a run's checkpoint (``model.encoder.*``)."""
     state, metadata = read_safetensors(file)
     if not metadata:
-        raise ValueError(f"{file} was not written by dmjd; for published weights use dmjd.interop.load_official")
+        raise ValueError(
+            f"{file} was not written by dmjd; weights of others are for --init, or dmjd.interop.load_official"
+        )
     if "encoder" in metadata:  # a checkpoint of a run
         prefix = "model.encoder."
         return metadata["encoder"], {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

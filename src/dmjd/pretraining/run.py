@@ -20,6 +20,7 @@ from dmjd.data.statistics import measure_stats, range_warning, typical_size
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.encoders.headers import has_checkpoint
+from dmjd.encoders.timm_weights import LOCAL
 from dmjd.engine.console import Console
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
 from dmjd.engine.layer_decay import encoder_groups
@@ -138,7 +139,13 @@ def resolve_paths(config: PretrainConfig) -> PretrainConfig:
     paths = {name: getattr(config, name) for name in ("data", "test_data", "teacher", "init")}
     if empty := [name for name, path in paths.items() if path is not None and not path.strip()]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")
-    return config.replace(**{name: absolute(path) for name, path in paths.items() if path is not None})
+    return config.replace(**{name: _absolute(path) for name, path in paths.items() if path is not None})
+
+
+def _absolute(path: str) -> str:
+    """A path made absolute, also behind timm's ``local-dir:``; names stay as they are."""
+    prefix = LOCAL if path.startswith(LOCAL) else ""
+    return prefix + absolute(path.removeprefix(prefix))
 
 
 def check_settings(config: PretrainConfig, out: Path, fabric: Fabric) -> None:

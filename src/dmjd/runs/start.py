@@ -97,7 +97,7 @@ def read_start(config: PretrainConfig, out: Path, own_model: bool = False) -> tu
         old = read_config_of(out) or config
         if old.init != config.init or (config.init_hash or old.init_hash) != old.init_hash:
             began, now = (_named(one) for one in (old, config))
-            raise ValueError(f"{out} began from {began}, not from {now}: resume with its --init, or give another --out")
+            raise ValueError(f"{out} began from {began}, not from {now}: leave --init as it was, or give another --out")
         return config.replace(init_hash=old.init_hash), None
     if config.init is None:
         return config, None
