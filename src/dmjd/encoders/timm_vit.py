@@ -78,7 +78,7 @@ class TimmViT(PlainEncoder):
         arguments = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans}
         arguments |= {key: value for key, value in sizes.items() if value is not None}
         _check_memory(model, arguments)
-        trunk = _build(model, arguments)
+        trunk = _build(model, arguments | {"drop_path_rate": drop_path})  # where stochastic depth acts
         super().__init__(img_size, patch_size, in_chans, trunk.embed_dim, trunk.num_prefix_tokens)
         self.model = model
         self.timm_arguments = arguments | _headless(model)
