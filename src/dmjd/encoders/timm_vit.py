@@ -194,8 +194,8 @@ def gather_rotary(table: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def _headless(model: str) -> dict[str, Any]:
-    """Arguments of timm for a model without head and pooling; a norm after the pooling becomes the final norm."""
-    return {"num_classes": 0, "global_pool": "", CLASSES[class_of(model)]: False}
+    """Arguments of timm for a model without head; the norm after the pooling that some have becomes the final norm."""
+    return {"num_classes": 0, "global_pool": "avg", CLASSES[class_of(model)]: False}
 
 
 def _build(model: str, arguments: dict[str, Any]) -> Any:
@@ -215,7 +215,7 @@ def _build(model: str, arguments: dict[str, Any]) -> Any:
         raise ValueError(f"timm cannot build {model} with {given}: {reason}") from None
 
 
-def _outline(model: str, arguments: dict[str, Any]) -> Any:
+def _sketch(model: str, arguments: dict[str, Any]) -> Any:
     """The model without weights, and with one block only if timm allows it."""
     with torch.device("meta"):
         try:
@@ -231,7 +231,7 @@ def _patch_size(model: str) -> int:
     Raises:
         ValueError: for a model that cannot leave tokens out.
     """
-    embed = _outline(model, {}).patch_embed
+    embed = _sketch(model, {}).patch_embed
     if type(embed) is not PatchEmbed:
         raise ValueError(f"timm/{model} has a convolutional stem, which mixes neighboring patches; {INSTEAD}")
     return embed.patch_size[0]
@@ -239,7 +239,7 @@ def _patch_size(model: str) -> int:
 
 def _check_memory(model: str, arguments: dict[str, Any]) -> None:
     """Refuse a model that does not fit into memory, before it is built."""
-    outline = _outline(model, arguments)
-    block, total = (sum(p.numel() for p in part.parameters()) for part in (outline.blocks[0], outline))
-    missing = max(0, arguments.get("depth", 12) - len(outline.blocks))  # timm's names have about 12 blocks or more
+    sketch = _sketch(model, arguments)
+    block, total = (sum(p.numel() for p in part.parameters()) for part in (sketch.blocks[0], sketch))
+    missing = max(0, arguments.get("depth", 12) - len(sketch.blocks))  # timm's names have about 12 blocks or more
     check_memory(f"timm/{model}", total + missing * block)
