@@ -361,14 +361,6 @@ def test_flops_are_what_runs(name, encoder, options):
 
 
 @BOTH
-def test_encoder_flops_of_the_dense_form(name):
-    encoder = create_encoder(name, img_size=64).eval()
-    with torch.no_grad(), counted_products() as counter:
-        encoder(torch.randn(1, 3, 64, 64))
-    assert encoder.flops() == pytest.approx(counter.get_total_flops(), rel=0.03)
-
-
-@BOTH
 def test_stochastic_depth_does_not_depend_on_the_batch(name):
     model = tiny_model(name, {"drop_path": 0.6}).train()
     normalized, raw = smooth_images()

@@ -1,13 +1,11 @@
-"""Behavior of all encoders: visible tokens, positions, pooling, initialization, stochastic depth."""
+"""Behavior of our own encoders: visible tokens, positions, pooling, initialization, stochastic depth."""
 
-import copy
 import math
 
 import pytest
 import torch
 from support import SMALL_CONV_VIT, small_encoder
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.base import drop_path_rates
@@ -97,40 +95,6 @@ def test_drop_path_rates_grow_linearly_over_all_blocks():
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-@BOTH
-def test_drop_path_acts_in_training_only(name):
-    images = torch.randn(8, 3, 32, 32)
-    encoder = small_encoder(name, img_size=32, drop_path=0.5)
-    plain = small_encoder(name, img_size=32)
-    with torch.no_grad():
-        assert torch.equal(encoder(images), plain(images))
-        encoder.train()
-        plain.train()
-        assert not torch.equal(encoder(images), encoder(images))
-        assert torch.equal(plain(images), plain(images))
-
-
-@BOTH
-def test_gradient_checkpointing_keeps_less_and_changes_nothing(name):
-    plain = small_encoder(name, img_size=32)
-    checkpointed = copy.deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
-    saved = []
-    images, ids = torch.randn(2, 3, 32, 32), torch.tensor([[0, 5, 9], [1, 2, 15]])
-    for encoder in (plain, checkpointed):
-        storages = {}
-        with saved_tensors_hooks(lambda t, s=storages: s.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
-            maps = encoder.forward_intermediates(images, [1], intermediates_only=True)
-            loss = encoder(images).square().mean() + encoder(images, visible=ids).square().mean()
-            loss = loss + maps[0].square().mean()
-        saved.append(sum(storages.values()))
-        loss.backward()
-    assert saved[1] < 0.7 * saved[0]
-    for (key, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        if a.requires_grad and key not in ("norm.weight", "norm.bias"):
-            torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=key)
-
-
 def assert_uniform(weight: torch.Tensor, bound: float, key: str) -> None:
     """Check a uniform distribution in +-bound: nothing outside, edges reached, the right variance."""
     n = weight.numel()
@@ -168,18 +132,6 @@ def test_initialization(name):
     for token in tokens:
         assert token.std().item() == pytest.approx(0.02, rel=0.25)
         assert abs(token.mean().item()) < 0.006
-
-
-@BOTH
-def test_parameters_have_layers(name):
-    encoder = small_encoder(name, img_size=32, **({} if name.startswith("conv") else {"class_token": True}))
-    layers = {}
-    for key, _ in encoder.named_parameters():
-        layers.setdefault(encoder.layer_of(key), set()).add(key.split(".")[0])
-    assert sorted(layers) == list(range(encoder.depth + 1))
-    assert all(layers[i] == {"blocks"} for i in range(1, encoder.depth + 1))
-    assert "pos_embed" in layers[0]
-    assert encoder.layer_of("blocks.1.attn.qkv.weight") == 2
 
 
 # ---- torch.compile

@@ -180,7 +180,7 @@ def test_one_entry_adds_a_family(toy, image_folder, tmp_path):
     assert toy in encoder_names()
     with pytest.raises(ValueError, match="did you mean 'toy_mini_patch8'"):
         create_encoder("toy_mni_patch8")
-    with pytest.raises(ValueError, match=r"Toy has no class token; use a vit_\* encoder"):
+    with pytest.raises(ValueError, match=r"Toy has no class token; use a vit_\* or timm/\* encoder"):
         create_encoder(toy, 32, class_token=True)
     fields = TINY_FIELDS | {"encoder": toy, "embed_dim": (24,), "depth": (3,), "num_heads": None, "img_size": (32,)}
     config = dmjd.recipes.get_recipe("dmjd")(data=str(image_folder), out=str(tmp_path / "run"))

@@ -15,7 +15,7 @@ def test_attention_equals_that_of_pytorch(class_token):
     with torch.no_grad():
         received, tokens = last_attention(encoder, images)
         block = encoder.blocks[-1]
-        x = block.norm1(encoder.blocks[0](encoder._embed(images, None))).transpose(0, 1)  # N, B, D
+        x = block.norm1(encoder.blocks[0](encoder.prepare(images)[0])).transpose(0, 1)  # N, B, D
         _, weights = F.multi_head_attention_forward(
             *(x, x, x, 16, 2, block.attn.qkv.weight, block.attn.qkv.bias, None, None, False, 0.0),
             *(block.attn.proj.weight, block.attn.proj.bias),

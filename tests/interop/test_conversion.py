@@ -301,9 +301,8 @@ def test_from_timm_with_the_norm_behind_the_pooling():
         ({"pre_norm": True}, r"unknown: norm_pre\.bias"),
         ({"qk_norm": True}, r"unknown: blocks\.0\.attn\.k_norm"),
         ({"qkv_bias": False}, r"missing: blocks\.0\.attn\.qkv\.bias"),
-        ({"act_layer": "quick_gelu"}, "ours has exact GELU and eps 1e-06"),
-        ({"act_layer": "gelu_tanh"}, "ours has exact GELU"),
-        ({"norm_layer": nn.LayerNorm}, "norms of eps 1e-05; ours"),
+        ({"act_layer": "quick_gelu"}, "computes other values than timm/vit_tiny_patch16_224"),
+        ({"num_heads": 3, "embed_dim": 30}, "a width divisible by 4"),
     ],
 )
 def test_from_timm_refuses_unsupported_parts(options, message):
@@ -312,10 +311,30 @@ def test_from_timm_refuses_unsupported_parts(options, message):
 
 
 def test_from_timm_refuses_other_classes():
-    with pytest.raises(ValueError, match="Eva is not a timm VisionTransformer"):
-        from_timm(timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1))
-    with pytest.raises(ValueError, match="ResNet is not a timm VisionTransformer"):
+    with pytest.raises(ValueError, match="ResNet is not a plain vision transformer of timm"):
         from_timm(timm.create_model("resnet10t"))
+    with pytest.raises(ValueError, match="VisionTransformerDistilled is not a plain"):
+        from_timm(timm.create_model("deit_tiny_distilled_patch16_224", depth=1))
+    with pytest.raises(ValueError, match=r"was not built by timm\.create_model"):
+        from_timm(timm.models.VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=2, reg_tokens=1))
+
+
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"]
+)
+def test_from_timm_takes_other_vision_transformers_by_their_names(name):
+    patch = 14 if "14" in name else 16
+    sizes = {"img_size": (2 * patch, 3 * patch), "embed_dim": 32, "depth": 2, "num_heads": 2, "in_chans": 1}
+    theirs = timm.create_model(name, **sizes, num_classes=5).eval()
+    ours = from_timm(theirs)
+    assert (ours.name, ours.img_size, ours.in_chans) == (f"timm/{name}", sizes["img_size"], 1)
+    norm = theirs.fc_norm if isinstance(theirs.norm, nn.Identity) else theirs.norm
+    torch.testing.assert_close(ours.norm.weight, norm.weight)
+    images = torch.randn(2, 1, *sizes["img_size"])
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(images, 1, norm=True, output_fmt="NLC", intermediates_only=True)[0]
+        tokens = ours(images) if norm is theirs.fc_norm else ours.forward_features(images)
+    torch.testing.assert_close(tokens[:, ours.num_prefix_tokens :], expected, rtol=0, atol=1e-5)
 
 
 def test_timm_arguments_are_for_vit_only():

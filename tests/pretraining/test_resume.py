@@ -36,6 +36,8 @@ OTHER = {
     "hog_cell": 8,
     "hog_bins": 8,
     "teacher_layers": 2,
+    "teacher_skip": 1,
+    "teacher_size": 16,
     "ema_layers": 1,
     "ema_momentum": 0.9,
     "num_views": 1,
@@ -60,6 +62,8 @@ OTHER = {
     "optimizer": "adamw",
     "weight_decay": 0.1,
     "warmup": 0.5,
+    "layer_decay": 0.5,
+    "init_freeze": 0.5,
     "clip_grad": 1,
     "seed": 1,
     "precision": "bf16",
@@ -83,6 +87,7 @@ ALLOWED = {
     "final_eval": True,
 }
 ELSEWHERE = {"out", "resume", "wandb", "test_data", "teacher"}  # may change too, and have tests of their own
+START = {"init", "init_hash", "init_fresh", "init_decoder"}  # see tests/runs/test_start.py
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def begun(image_folder, tmp_path_factory):
 
 
 def test_every_setting_is_tried():
-    tables = {*OTHER, *TOGETHER, *ALLOWED, *ELSEWHERE}
+    tables = {*OTHER, *TOGETHER, *ALLOWED, *ELSEWHERE, *START}
     assert tables == {field.name for field in dataclasses.fields(PretrainConfig)}
     may_change = {field.name for field in dataclasses.fields(PretrainConfig) if field.metadata["resume"]}
     assert may_change == {*ALLOWED, *ELSEWHERE, *DURATIONS}

@@ -84,8 +84,10 @@ class PretrainConfig(Config):
         None, "data loading processes; default by the number of cores", "data", resume=True, ge=0, most=MAX_WORKERS
     )
 
-    encoder: str = option("conv_vit_base_patch16", "vit_* or conv_vit_*, tiny small base large", "encoder", common=True)
-    class_token: bool = option(False, "one prefix token (ViT)", "encoder")
+    encoder: str = option(
+        "conv_vit_base_patch16", "vit_* or conv_vit_*, tiny small base large; timm/NAME", "encoder", common=True
+    )
+    class_token: bool = option(False, "one prefix token (ViT; timm/NAME without one)", "encoder")
     drop_path: float = option(0.0, "stochastic depth rate of the last block", "encoder", ge=0, le=0.99)
     embed_dim: tuple[int, ...] | None = option(
         None, "width, three for ConvViT; default by name", "encoder", ge=4, most=MAX_WIDTH

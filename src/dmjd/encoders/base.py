@@ -1,5 +1,6 @@
 """The base class of encoders, which is all that the rest of the package relies on."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
@@ -37,16 +38,20 @@ class Encoder(nn.Module, ABC):
         - the class attributes below;
         - a constructor with keyword arguments ``img_size``, ``patch_size``, ``in_chans``, ``drop_path``, its sizes, and
           ``class_token`` if it supports one; they are what ``create_encoder`` accepts;
-        - the modules ``blocks`` (a list of :class:`~dmjd.nn.layers.TransformerBlock` on tokens) and ``norm``, the
-          parameter ``pos_embed`` [1, prefix + N, D], and the list ``feature_info``;
+        - the modules ``blocks`` (a list of transformer blocks on tokens) and ``norm``, ``pos_embed`` (a parameter
+          [1, prefix + N, D] or [1, N, D], or None), and the list ``feature_info``;
         - :meth:`forward_stages`, :meth:`forward_intermediates`, :meth:`block_outputs`,
-          :meth:`prune_intermediate_layers`, :meth:`flops`;
-        - where the defaults do not fit: :attr:`scales`, :meth:`layer_of`, :meth:`no_weight_decay`, :meth:`timm_model`.
+          :meth:`prune_intermediate_layers`, :meth:`flops`; :class:`~dmjd.encoders.plain.PlainEncoder` has them for
+          encoders that are blocks on tokens only;
+        - where the defaults do not fit: :attr:`scales`, :meth:`layer_of`, :meth:`no_weight_decay`, :meth:`timm_model`,
+          and for names of another form :attr:`NAME`, :attr:`NAMED`, :meth:`named_arguments`.
 
     Class attributes:
         SIZES: size name -> constructor arguments. An encoder is called ``<family>_<size>_patch<P>``.
         PATCHES: patch sizes in the list of names; the constructor may accept others.
         SETTINGS: setting of a run -> (constructor argument, number of values it takes).
+        NAME: form of what follows the family in a name.
+        NAMED: constructor arguments that only the name sets.
 
     Attributes:
         name: what ``create_encoder`` was called with.
@@ -56,7 +61,7 @@ class Encoder(nn.Module, ABC):
         patch_size: P, side of a token in pixels.
         in_chans: C.
         embed_dim, num_features: D.
-        num_prefix_tokens: class tokens before the patch tokens.
+        num_prefix_tokens: class and register tokens before the patch tokens.
         scales: (width, cells per token side) of each convolutional stage, finest first; empty without such stages.
             Pre-training fuses them with the tokens.
         decoder_mlp_ratio: default MLP ratio of the reconstruction decoder.
@@ -74,8 +79,10 @@ class Encoder(nn.Module, ABC):
         "num_heads": ("num_heads", 1),
         "mlp_ratio": ("mlp_ratio", 1),
     }
+    NAME: ClassVar[re.Pattern[str]] = re.compile(r"_([a-z0-9]+)_patch(\d+)")
+    NAMED: ClassVar[frozenset[str]] = frozenset({"patch_size"})
 
-    pos_embed: nn.Parameter
+    pos_embed: nn.Parameter | None
     norm: nn.Module
     feature_info: list[dict[str, Any]]
     decoder_mlp_ratio: float
@@ -100,6 +107,21 @@ class Encoder(nn.Module, ABC):
         self.embed_dim = self.num_features = embed_dim  # the latter is timm's name
         self.num_prefix_tokens = num_prefix_tokens
         self.preprocess: Preprocess | None = None
+
+    @classmethod
+    def named_arguments(cls, rest: str) -> dict[str, Any] | None:
+        """Constructor arguments that a name stands for, ``patch_size`` among them.
+
+        Args:
+            rest: the part of the name after the family.
+
+        Returns:
+            The arguments, or None for an unknown name.
+        """
+        match = cls.NAME.fullmatch(rest)
+        if match is None or match[1] not in cls.SIZES or int(match[2]) == 0:
+            return None
+        return {**cls.SIZES[match[1]], "patch_size": int(match[2])}
 
     @property
     def num_patches(self) -> int:
@@ -249,22 +271,45 @@ class Encoder(nn.Module, ABC):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table of a grid, [1, prefix + h*w, D].
 
-        For a grid other than the encoder's, a fixed table is recomputed, a learned one resized by 2-D bicubic
-        interpolation.
+        For a grid other than the encoder's, a fixed table is recomputed, a learned one resized.
+
+        Raises:
+            ValueError: if the encoder has no position table.
         """
+        if self.pos_embed is None:
+            raise ValueError(f"{self.name} has no position table")
         if grid == self.grid:
             return self.pos_embed
-        P = self.num_prefix_tokens
-        fixed = sincos_positions(self.embed_dim, self.grid, P, self.pos_embed.device)
+        dim, prefix, device = self.embed_dim, self.num_prefix_tokens, self.pos_embed.device
+        fixed = sincos_positions(dim, self.grid, prefix, device)
         if torch.allclose(self.pos_embed.detach().float(), fixed, atol=1e-5):
-            return sincos_positions(self.embed_dim, grid, P, self.pos_embed.device).to(self.pos_embed)
-        table = self.pos_embed[:, P:].unflatten(1, self.grid).permute(0, 3, 1, 2).float()  # 1, D, h, w
-        table = F.interpolate(table, size=grid, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-        return torch.cat([self.pos_embed[:, :P], table.to(self.pos_embed.dtype)], dim=1)
+            return sincos_positions(dim, grid, prefix, device).to(self.pos_embed)
+        return resize_positions(self.pos_embed, self.grid, grid)
+
+    def state_for(self, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """The state dict of the same encoder for images of another token grid."""
+        positions = {} if self.pos_embed is None else {"pos_embed": self.positions(grid)}
+        return self.state_dict() | positions
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass: less memory, about a quarter more arithmetic."""
         set_checkpointing(self, enable)
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize a position table by 2-D bicubic interpolation, as timm does.
+
+    Args:
+        table: [1, prefix + h*w, D] for any number of prefix tokens, whose positions are kept.
+        old, new: (h, w) of the table and of the result.
+
+    Returns:
+        [1, prefix + h'*w', D] of the same dtype.
+    """
+    prefix = table.shape[1] - old[0] * old[1]
+    cells = table[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2).float()  # 1, D, h, w
+    cells = F.interpolate(cells, size=new, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :prefix], cells.to(table.dtype)], dim=1)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

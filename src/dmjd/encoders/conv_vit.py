@@ -23,7 +23,7 @@ from dmjd.nn.layers import (
     block_flops,
     init_flattened,
 )
-from dmjd.nn.tokens import gather_tokens, sincos_positions
+from dmjd.nn.tokens import gather_positions, sincos_positions
 
 CELLS = (4, 2)  # cells per token side in stages 1 and 2
 
@@ -143,7 +143,7 @@ class ConvViT(Encoder):
                 for s in CELLS
             ]
             x1, x2 = self._conv_stages(pixels, depthwise)
-            positions = gather_tokens(positions.expand(visible.shape[0], -1, -1), visible)
+            positions = gather_positions(positions, visible)
         return self._transformer_stage(x2, positions), [x1, x2]
 
     def forward_masked_dense(self, images: Tensor, visible: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -161,7 +161,7 @@ class ConvViT(Encoder):
         maps = self._dense_maps(images, mask.scatter_(1, visible, False))
         rows = torch.arange(visible.shape[0], device=images.device).unsqueeze(1)
         x1, x2 = (_to_tokens(x, grid)[rows, visible] for x in maps)
-        positions = gather_tokens(self.positions(grid).expand(visible.shape[0], -1, -1), visible)
+        positions = gather_positions(self.positions(grid), visible)
         return self._transformer_stage(x2, positions), [x1, x2]
 
     def forward_intermediates(

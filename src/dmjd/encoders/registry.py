@@ -1,7 +1,6 @@
 """Encoders by name."""
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -27,21 +26,25 @@ from dmjd.config.checks import (
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.conv_vit import ConvViT
 from dmjd.encoders.timm_features import feature_backbone
+from dmjd.encoders.timm_names import is_timm_name
+from dmjd.encoders.timm_vit import TimmViT
 from dmjd.encoders.vit import VisionTransformer
 from dmjd.files import tuples_to_lists
 from dmjd.nn.modes import own_defaults
 from dmjd.suggest import did_you_mean
 
 # A new family is its class and one entry here.
-ENCODERS: dict[str, type[Encoder]] = {"vit": VisionTransformer, "conv_vit": ConvViT}
+ENCODERS: dict[str, type[Encoder]] = {"vit": VisionTransformer, "conv_vit": ConvViT, "timm": TimmViT}
 
 MAX_TOKENS = 1 << 20  # of an image
 
-_NAME = re.compile(r"(\w+)_([a-z0-9]+)_patch(\d+)")
-
 
 def encoder_names() -> list[str]:
-    """The common names. Some families accept other patch sizes too (``vit_small_patch10``)."""
+    """The common names of our own families.
+
+    Some of them accept other patch sizes too (``vit_small_patch10``). Names of models of timm,
+    :func:`~dmjd.encoders.timm_names.timm_names`, follow ``timm/``.
+    """
     return [
         f"{family}_{size}_patch{patch}"
         for family, cls in ENCODERS.items()
@@ -50,10 +53,19 @@ def encoder_names() -> list[str]:
     ]
 
 
+def names_of(family: str) -> str:
+    """All names of a family, for messages: ``vit_*``."""
+    return f"{family}{ENCODERS[family].NAME.pattern[0]}*"
+
+
 def is_encoder_name(text: str) -> bool:
     """Whether ``text`` has the form of an encoder name of a known family; its size may be misspelled."""
-    match = _NAME.fullmatch(text)
-    return match is not None and match[1] in ENCODERS
+    return any(cls.NAME.fullmatch(rest) is not None for cls, rest in _split(text))
+
+
+def _split(name: str) -> list[tuple[type[Encoder], str]]:
+    """The families with which a name begins, and the rest of the name for each."""
+    return [(cls, name.removeprefix(family)) for family, cls in ENCODERS.items() if name.startswith(family)]
 
 
 def encoder_family(name: str) -> type[Encoder]:
@@ -62,11 +74,19 @@ def encoder_family(name: str) -> type[Encoder]:
     Raises:
         ValueError: for an unknown name; the nearest is suggested.
     """
-    match = _NAME.fullmatch(name)
-    if match is None or match[1] not in ENCODERS or match[2] not in ENCODERS[match[1]].SIZES or int(match[3]) == 0:
-        names = encoder_names()
-        raise ValueError(f"unknown encoder {shown(name)}{did_you_mean(name, names)} Encoders: {', '.join(names)}")
-    return ENCODERS[match[1]]
+    return _resolve(name)[0]
+
+
+def _resolve(name: str) -> tuple[type[Encoder], dict[str, Any]]:
+    """The class of an encoder, and the arguments that its name stands for."""
+    for cls, rest in _split(name):
+        if (arguments := cls.named_arguments(rest)) is not None:
+            return cls, arguments
+    names = encoder_names()
+    hint = did_you_mean(name, [f"timm/{name}"] if is_timm_name(name) else names)
+    raise ValueError(
+        f"unknown encoder {shown(name)}{hint} Encoders: {', '.join(names)}, timm/NAME (vision transformers)"
+    )
 
 
 def nearest_name(cls: type[Encoder], embed_dim: int, patch_size: int) -> str:
@@ -96,17 +116,19 @@ def create_encoder(
     """Create an encoder with random weights (from torch's global random state).
 
     Args:
-        name: ``vit_{tiny,small,base,large}_patch{P}`` or ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``.
+        name: ``vit_{tiny,small,base,large}_patch{P}``, ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``, or
+            ``timm/NAME`` for a vision transformer of timm.
         img_size: pixels, one side or (height, width), divisible by the patch.
         in_chans: channels.
-        class_token: one prefix token (ViT only).
+        class_token: one prefix token (ViT only). A model of timm has one if its name says so, or if this is True.
         drop_path: stochastic depth of the last block.
         features_only: return timm's feature backbone instead, a module: images -> list of maps [B, D, h, w], with
             ``feature_info``.
         out_indices: which maps (default: the last four, all three of ConvViT).
         overrides: other arguments of :class:`VisionTransformer` (``embed_dim``, ``depth``, ``num_heads``,
-            ``mlp_ratio``) or :class:`ConvViT` (``embed_dims``, ``depths``, ``num_heads``, ``mlp_ratios``). Lists count
-            as tuples, so that the ``options`` of an encoder file can be passed.
+            ``mlp_ratio``), :class:`ConvViT` (``embed_dims``, ``depths``, ``num_heads``, ``mlp_ratios``) or
+            :class:`TimmViT` (those of the ViT, ``patch_size``). Lists count as tuples, so that the ``options`` of an
+            encoder file can be passed.
 
     Returns:
         :class:`Encoder` (or timm's ``FeatureGetterNet``).
@@ -114,23 +136,22 @@ def create_encoder(
     Raises:
         ValueError: unknown name (the nearest is suggested), unknown override, or sizes that do not fit.
     """
-    cls = encoder_family(check_text("encoder", name))
-    size, patch_size = name.split("_")[-2], int(name.rpartition("patch")[2])
+    cls, named = _resolve(check_text("encoder", name))
     accepted = _arguments(cls)
     if unknown := set(overrides) - accepted:
         raise ValueError(f"{name} does not take {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted))}")
     if class_token and "class_token" not in accepted:
-        others = " or ".join(f"{family}_*" for family, other in ENCODERS.items() if "class_token" in _arguments(other))
+        others = " or ".join(names_of(family) for family, c in ENCODERS.items() if "class_token" in _arguments(c))
         raise ValueError(f"{cls.__name__} has no class token; use a {others} encoder or leave class_token out")
     H, W = _sides(img_size)
     options = {"in_chans": in_chans, "class_token": class_token, "drop_path": drop_path} | overrides
     options = {key: _checked(cls, key, value) for key, value in options.items()}
-    arguments = {key: value for key, value in options.items() if key in accepted}
+    arguments = named | {key: value for key, value in options.items() if key in accepted}
     build = cast(Callable[..., Encoder], cls)
-    arguments = {**cls.SIZES[size], **arguments}
     defaults = {key: p.default for key, p in inspect.signature(cls).parameters.items()}
+    patch_size = arguments["patch_size"]
     _check_size(cls, name, defaults | arguments, H // patch_size * (W // patch_size))
-    encoder = build(img_size=(H, W), patch_size=patch_size, **arguments)
+    encoder = build(img_size=(H, W), **arguments)
     encoder.name = name
     encoder.options = tuples_to_lists({"img_size": (H, W), **options})
     return feature_backbone(encoder, out_indices) if features_only else encoder
@@ -142,6 +163,7 @@ _LIMITS = {
     "num_heads": Bounds(ge=1, most=MAX_HEADS),
     "mlp_ratio": Bounds(gt=0, most=MAX_MLP_RATIO),
     "in_chans": Bounds(ge=1, most=MAX_CHANNELS),
+    "patch_size": Bounds(ge=1, most=MAX_SIDE),
     "drop_path": ANY,  # the family checks its range
 }
 
@@ -153,7 +175,7 @@ def _checked(cls: type[Encoder], argument: str, value: Any) -> Any:
         return check_bool(argument, value)
     if setting not in _LIMITS:  # an argument that only this family has
         return tuple(value) if isinstance(value, list) else value
-    check = check_int if setting in ("embed_dim", "depth", "num_heads", "in_chans") else check_float
+    check = check_float if setting in ("mlp_ratio", "drop_path") else check_int
     value = plain(value)
     if count == 1:
         check(argument, value, _LIMITS[setting])
@@ -180,9 +202,9 @@ def _check_size(cls: type[Encoder], name: str, arguments: Mapping[str, Any], tok
     if tokens > MAX_TOKENS:
         raise ValueError(f"{name} would cut an image into {tokens} tokens, more than {MAX_TOKENS}: use smaller images")
     settings = [cls.SETTINGS[name][0] for name in ("embed_dim", "depth", "mlp_ratio") if name in cls.SETTINGS]
-    if len(settings) < 3:  # a family without one of them
+    values = [arguments[argument] for argument in settings]
+    if len(values) < 3 or None in values:  # a family without one of them, or whose constructor checks it
         return
-    values = (arguments[argument] for argument in settings)
     widths, depths, ratios = (value if isinstance(value, tuple) else (value,) for value in values)
     blocks = (n * D * D * (2 + 2 * ratio) for D, n, ratio in zip(widths, depths, ratios, strict=True))
     check_memory(name, sum(blocks) + tokens * widths[-1])
@@ -199,8 +221,8 @@ def _sides(img_size: Any) -> tuple[int, int]:
 
 
 def _arguments(cls: type[Encoder]) -> set[str]:
-    """Arguments that ``create_encoder`` accepts for a family; the patch size is part of the name."""
-    return set(inspect.signature(cls).parameters) - {"patch_size"}
+    """Arguments that ``create_encoder`` accepts for a family."""
+    return set(inspect.signature(cls).parameters) - cls.NAMED
 
 
 def fresh_like(
@@ -234,5 +256,5 @@ def resized(encoder: Encoder, img_size: tuple[int, int] | None = None, *, drop_p
     """
     copy = fresh_like(encoder, seed=0, img_size=img_size, drop_path=drop_path)
     with torch.no_grad():
-        copy.load_state_dict(encoder.state_dict() | {"pos_embed": encoder.positions(copy.grid)})
+        copy.load_state_dict(encoder.state_for(copy.grid))
     return copy

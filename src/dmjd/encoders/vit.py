@@ -3,17 +3,16 @@
 Parameter names are those of timm's VisionTransformer, so state dicts can be exchanged without a key map.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.encoders.base import Encoder, TimmModel, drop_path_rates
-from dmjd.encoders.timm_features import take_indices
+from dmjd.encoders.base import TimmModel, drop_path_rates
+from dmjd.encoders.plain import PlainEncoder, embed_patches
 from dmjd.nn.layers import TransformerBlock, TransformerNorm, block_flops, init_flattened
-from dmjd.nn.tokens import gather_tokens, sincos_positions
+from dmjd.nn.tokens import gather_positions, sincos_positions
 
 
 class PatchProjection(nn.Module):
@@ -25,10 +24,10 @@ class PatchProjection(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[B, N, P*P*C] in (row, column, channel) order -> [B, N, D]."""
-        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+        return embed_patches(self.proj, patches)
 
 
-class VisionTransformer(Encoder):
+class VisionTransformer(PlainEncoder):
     """ViT encoder, the same class for pre-training and transfer.
 
     Args:
@@ -75,9 +74,7 @@ class VisionTransformer(Encoder):
             TransformerBlock(embed_dim, num_heads, mlp_ratio, rate) for rate in drop_path_rates(drop_path, depth)
         )
         self.norm = TransformerNorm(embed_dim)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
-        ]
+        self.feature_info = self.block_info(depth)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -87,61 +84,16 @@ class VisionTransformer(Encoder):
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
 
-    def _embed(self, images: Tensor, visible: Tensor | None) -> Tensor:
-        """[B, C, H, W] (and ids [R, V]) -> tokens with positions, prefix first: [R, prefix + V, D]."""
-        grid = self.check_images(images)
+    def prepare(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
+        """Embed patches, add positions, prepend the class token; see :class:`PlainEncoder`."""
+        grid, P = self.check_images(images), self.num_prefix_tokens
         x = self.patch_embed(self.visible_patches(images, visible))  # R, V, D
         positions = self.positions(grid)  # 1, prefix + N, D
-        x = x + self.visible_positions(positions, visible)
-        if self.cls_token is None:
-            return x
-        prefix = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
-        return torch.cat([prefix.to(x.dtype), x], dim=1)
-
-    def forward_stages(self, images: Tensor, visible: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Block outputs, and no convolutional stages; see :class:`Encoder`."""
-        x = self._embed(images, visible)
-        for block in self.blocks:
-            x = block(x)
-        return x, []
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """One map for each block; see :class:`Encoder`."""
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt}")
-        take, last = take_indices(len(self.blocks), indices)
-        grid = self.check_images(x)
-        x = self._embed(x, None)
-        outputs = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = block(x)
-            if i in take:
-                y = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
-                outputs.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, grid).contiguous())
-        return outputs if intermediates_only else (self.norm(x), outputs)
-
-    def block_outputs(self, images: Tensor, count: int) -> list[Tensor]:
-        """Patch tokens after the last blocks; see :class:`Encoder`."""
-        outputs = self.forward_intermediates(images, count, output_fmt="NLC", intermediates_only=True)
-        return cast(list[Tensor], outputs)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the blocks after the last requested one; see :class:`Encoder`."""
-        take, last = take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        return take
+        x = x + gather_positions(positions[:, P:], visible)
+        if self.cls_token is not None:
+            prefix = (self.cls_token + positions[:, :P]).expand(x.shape[0], -1, -1)
+            x = torch.cat([prefix.to(x.dtype), x], dim=1)
+        return x, list(self.blocks)
 
     def flops(self, num_visible: int | None = None) -> int:
         """Floating-point operations of a forward pass; see :class:`Encoder`."""
@@ -149,13 +101,6 @@ class VisionTransformer(Encoder):
         embed = 2 * V * self.patch_size**2 * self.in_chans * self.embed_dim
         T = V + self.num_prefix_tokens
         return embed + len(self.blocks) * block_flops(T, self.embed_dim, self.mlp_ratio)
-
-    def visible_positions(self, positions: Tensor, visible: Tensor | None) -> Tensor:
-        """Positions of the patch tokens: [1, N, D], or [R, V, D] for the visible ids."""
-        table = positions[:, self.num_prefix_tokens :]
-        if visible is None:
-            return table
-        return gather_tokens(table.expand(visible.shape[0], -1, -1), visible)
 
     def timm_model(self) -> TimmModel:
         """timm's ViT of the same size and without a head; see :class:`Encoder`."""

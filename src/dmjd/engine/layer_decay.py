@@ -21,7 +21,8 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     """
     encoder = cast(Encoder, model.encoder)
     frozen = not any(p.requires_grad for p in encoder.parameters())
-    encoder.pos_embed.requires_grad_(not frozen)
+    if encoder.pos_embed is not None:
+        encoder.pos_embed.requires_grad_(not frozen)
     encoder.norm.requires_grad_(False)
     return encoder_groups(model, encoder, weight_decay, layer_decay)
 

@@ -3,19 +3,34 @@
 Shapes: B image, N patch token, D width, h, w token grid.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.figures.grid import Columns, image_grid
 from dmjd.figures.render import component_colors, heat_map, to_rgb
-from dmjd.nn.layers import TransformerBlock
 from dmjd.nn.modes import evaluating
 
 MAX_HEADS = 6  # shown in a figure
+
+
+class _Products(TorchFunctionMode):
+    """Records query and key of every attention, whatever kind of block computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # [B, heads, prefix + N, d] each
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            self.pairs.append((query, key))
+        return func(*args, **(kwargs or {}))
 
 
 def last_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,34 +41,30 @@ def last_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
         images: [B, C, H, W] normalized.
 
     Returns:
-        received: [B, heads, N], the mean over the queries of all patch tokens; sums to 1 if there is no class token.
-        tokens: [B, N, D], ``encoder(images)`` without the class token.
+        received: [B, heads, N], the mean over the queries of all patch tokens; sums to 1 if there are no prefix tokens.
+        tokens: [B, N, D], ``encoder(images)`` without prefix tokens.
     """
-    inputs: list[Tensor] = []
-
-    def record(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs.append(arguments[0])
-
-    block = cast(TransformerBlock, cast(nn.ModuleList, encoder.blocks)[-1])
-    handle = block.register_forward_pre_hook(record)
+    block, products = cast(nn.ModuleList, encoder.blocks)[-1], _Products()
+    handle = block.register_forward_pre_hook(lambda *_: products.pairs.clear())
     try:
-        tokens = encoder(images)
+        with products:
+            tokens = encoder(images)
     finally:
         handle.remove()
     prefix = encoder.num_prefix_tokens
-    received = torch.cat(
-        [_received(block, x, prefix) for x in inputs[0].split(1)]
-    )  # one image at a time: N^2 values each
+    # A block may compute several attentions: their heads are shown side by side.
+    received = torch.cat([_received(query, key, prefix) for query, key in products.pairs], dim=1)
     return received, tokens[:, prefix:]
 
 
-def _received(block: TransformerBlock, x: Tensor, prefix: int) -> Tensor:
-    """The block's input [B, prefix + N, D] -> [B, heads, N]. Computed here: the block returns no attention weights."""
-    heads = block.attn.num_heads
-    qkv = cast(nn.Linear, block.attn.qkv)(block.norm1(x))
-    q, k, _ = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # B, heads, N, d
-    weights = (q[:, :, prefix:] * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # B, heads, N, prefix + N
-    return weights.mean(dim=2)[..., prefix:]
+def _received(query: Tensor, key: Tensor, prefix: int) -> Tensor:
+    """Query and key [B, heads, prefix + N, d] -> [B, heads, N]. One image at a time: N^2 values for each head."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # keys that several heads share
+    queries = query[:, :, prefix:] * query.shape[-1] ** -0.5
+    received = [
+        (q @ k.transpose(-2, -1)).softmax(-1).mean(dim=2) for q, k in zip(queries.split(1), key.split(1), strict=True)
+    ]
+    return torch.cat(received)[..., prefix:]
 
 
 def attention_figure(encoder: Encoder, images_0_255: Tensor, num_shown: int) -> Figure:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from timm.models import vision_transformer as timm_vit
+import torch
 from torch import Tensor, nn
 
 from dmjd.branches import Distillation, Reconstruction
@@ -14,12 +14,14 @@ from dmjd.encoders.base import Encoder, TimmModel
 from dmjd.encoders.classifier import Classifier
 from dmjd.encoders.conv_vit import ConvViT
 from dmjd.encoders.published import is_conv_vit, read_state, square_grid, to_our_state, to_published
-from dmjd.encoders.registry import ENCODERS, create_encoder, nearest_name
+from dmjd.encoders.registry import ENCODERS, create_encoder, names_of, nearest_name
+from dmjd.encoders.timm_names import CLASSES
 from dmjd.encoders.vit import VisionTransformer
 from dmjd.masking import DisjointMasks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS
-from dmjd.nn.modes import own_defaults
+from dmjd.nn.modes import evaluating, own_defaults
+from dmjd.nn.timm_blocks import is_plain
 
 # Width -> attention heads of the published models; they cannot be inferred from the tensors.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -154,39 +156,86 @@ def _load_strictly(
 
 
 def from_timm(model: nn.Module) -> Encoder:
-    """Convert a timm ``VisionTransformer`` with learned or fixed positions to our encoder, in evaluation mode.
+    """Convert a vision transformer of timm (class ``VisionTransformer`` or ``Eva``) to an encoder, in evaluation mode.
+
+    A plain ViT becomes our :class:`VisionTransformer`, any other the encoder ``timm/NAME``. The head is left out; a
+    norm after the pooling becomes the encoder's final norm.
 
     Raises:
-        ValueError: if the model has parts that our ViT lacks (registers, layer scale, pre-norm), is of another class
-            (rotary positions, parallel blocks), or has other activations or norms.
+        ValueError: for a model of another class, or one that ``timm.create_model`` does not build with these sizes.
     """
-    if not isinstance(model, timm_vit.VisionTransformer) or type(model.blocks[0]) is not timm_vit.Block:
-        raise ValueError(f"{type(model).__name__} is not a timm VisionTransformer with plain blocks")
-    act, eps = model.blocks[0].mlp.act, model.blocks[0].norm1.eps
-    if getattr(act, "approximate", "") != "none" or eps != TRANSFORMER_NORM_EPS:
-        raise ValueError(
-            f"this ViT has {act} and norms of eps {eps}; ours has exact GELU and eps {TRANSFORMER_NORM_EPS}"
-        )
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("head.", "fc_norm."))}
+    if type(model).__name__ not in CLASSES:
+        raise ValueError(f"{type(model).__name__} is not a plain vision transformer of timm")
+    vit = cast(Any, model)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("head.", "fc_norm.", "attn_pool."))}
+    if isinstance(vit.norm, nn.Identity):  # timm's average-pooled models have the norm after the pooling
+        state |= {f"norm.{k}": v for k, v in vit.fc_norm.state_dict().items()}
     options: dict[str, Any] = {
-        "img_size": tuple(model.patch_embed.img_size),
+        "img_size": tuple(vit.patch_embed.img_size),
         "in_chans": state["patch_embed.proj.weight"].shape[1],
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+    }
+    encoder = _plain_vit(vit, options, state) if _is_plain_vit(vit) else _timm_vit(vit, options)
+    _load_strictly(encoder, state, set(), str)  # the names are the same
+    _check_same(vit, encoder.eval())
+    return encoder
+
+
+def _is_plain_vit(model: Any) -> bool:
+    """Whether our ViT has all parts of a model of timm."""
+    block = model.blocks[0]
+    table = None if model.pos_embed is None else model.pos_embed.shape[1]
+    return (
+        is_plain(block)
+        and isinstance(block.ls1, nn.Identity)
+        and block.norm1.eps == TRANSFORMER_NORM_EPS
+        and isinstance(model.norm_pre, nn.Identity)
+        and isinstance(model.patch_embed.norm, nn.Identity)
+        and table == model.patch_embed.num_patches + model.num_prefix_tokens
+        and model.num_prefix_tokens == int(model.cls_token is not None)
+    )
+
+
+def _plain_vit(model: Any, options: dict[str, Any], state: Mapping[str, Tensor]) -> Encoder:
+    options |= {
         "num_heads": model.blocks[0].attn.num_heads,
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / model.embed_dim,
         "class_token": model.num_prefix_tokens == 1,
     }
     patch = model.patch_embed.patch_size[0]
-    encoder = create_encoder(nearest_name(VisionTransformer, model.embed_dim, patch), **options)
-    if isinstance(model.norm, nn.Identity):  # timm's average-pooled models have the norm after the pooling
-        state |= {f"norm.{k}": v for k, v in model.fc_norm.state_dict().items()}
-    _load_strictly(encoder, state, set(), str)  # the names are the same
-    return encoder.eval()
+    return create_encoder(nearest_name(VisionTransformer, model.embed_dim, patch), **options)
+
+
+def _timm_vit(model: Any, options: dict[str, Any]) -> Encoder:
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if name is None:
+        raise ValueError(f"this {type(model).__name__} was not built by timm.create_model, which tells its name")
+    attention = getattr(model.blocks[0], "attn", model.blocks[0])
+    if (heads := getattr(attention, "num_heads", None)) is not None:
+        options |= {"num_heads": heads}
+    return create_encoder(f"timm/{name}", **options, patch_size=model.patch_embed.patch_size[0])
+
+
+def _check_same(model: Any, encoder: Encoder) -> None:
+    """Check that both compute the same: activation, eps and the like are in no tensor."""
+    images = torch.randn(1, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    with evaluating(model), evaluating(encoder):
+        theirs = model.forward_intermediates(images.to(device), 1, output_fmt="NLC", intermediates_only=True)[0]
+        ours = encoder.block_outputs(images, 1)[0]
+    tolerance = 1e-5 if theirs.dtype == torch.float32 else 3e-2
+    if not torch.allclose(theirs.float().cpu(), ours, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"this model computes other values than {encoder.name}: it was built with an activation, a norm or other "
+            "arguments that the encoder does not have"
+        )
 
 
 def timm_arguments(encoder: Encoder) -> dict[str, Any]:
-    """Arguments with which any ViT of ``timm.create_model`` loads the encoder's state dict strictly.
+    """Arguments with which the model of :func:`timm_call` loads the encoder's state dict strictly.
+
+    For our own ViT, any plain ViT of ``timm.create_model`` does.
 
     Raises:
         ValueError: if timm has no such model.
@@ -212,6 +261,6 @@ def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]]:
 
 def _timm_model(encoder: Encoder) -> TimmModel:
     if (model := encoder.timm_model()) is None:
-        able = " and ".join(f"{name}_*" for name, cls in ENCODERS.items() if cls.timm_model is not Encoder.timm_model)
+        able = " and ".join(names_of(f) for f, cls in ENCODERS.items() if cls.timm_model is not Encoder.timm_model)
         raise ValueError(f"timm has no {type(encoder).__name__}; only {able} encoders can be loaded by timm")
     return model

@@ -25,8 +25,8 @@ class KeyedDropout(nn.Module):
         self.rate = rate
         self.bits: Tensor | None = None  # [R] int64
 
-    def _row_bits(self, x: Tensor) -> Tensor:
-        """[R] int64 hashes, one for each row of ``x``."""
+    def row_bits(self, x: Tensor) -> Tensor:
+        """[R] int64 hashes, one for each row of ``x``: those of :func:`set_row_keys`, or new random ones."""
         bits, self.bits = self.bits, None
         if bits is None:
             return torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
@@ -49,7 +49,7 @@ class DropPath(KeyedDropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, ...] -> the same shape."""
-        return self._scale(x, self._row_bits(x)) if self.training and self.rate else x
+        return self._scale(x, self.row_bits(x)) if self.training and self.rate else x
 
 
 class ChannelDropout(KeyedDropout):
@@ -60,7 +60,12 @@ class ChannelDropout(KeyedDropout):
         if not (self.training and self.rate):
             return x
         channels = torch.arange(x.shape[1], device=x.device)
-        return self._scale(x, hash64(self._row_bits(x)[:, None], channels))
+        return self._scale(x, hash64(self.row_bits(x)[:, None], channels))
+
+
+def active_dropouts(module: nn.Module) -> list[KeyedDropout]:
+    """The layers in ``module`` that drop something in the next forward pass."""
+    return [m for m in module.modules() if isinstance(m, KeyedDropout) and m.training and m.rate]
 
 
 def set_row_keys(module: nn.Module, keys: Tensor) -> None:
@@ -70,7 +75,7 @@ def set_row_keys(module: nn.Module, keys: Tensor) -> None:
         module: holds :class:`KeyedDropout` layers; each draws differently.
         keys: [R] int64, on the module's device.
     """
-    layers = [m for m in module.modules() if isinstance(m, KeyedDropout) and m.training and m.rate]
+    layers = active_dropouts(module)
     if layers:
         numbers = torch.arange(len(layers), device=keys.device)
         for layer, bits in zip(layers, hash64(STREAM_DROPOUT, keys, numbers[:, None]), strict=True):

@@ -7,7 +7,7 @@ confined to one token, so they serve both forms.
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -50,9 +50,10 @@ class TransformerBlock(Block):
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:  # type: ignore[override]
         """[B, N, D] -> [B, N - skip, D]: the first ``skip`` tokens are attended to, but not computed."""
-        x = x[:, skip:] + self.drop_path1(maybe_checkpoint(self.checkpointing, self._attend, x, skip))
+        x = x[:, skip:] + self.drop_path1(self.ls1(maybe_checkpoint(self.checkpointing, self._attend, x, skip)))
         fc1, fc2 = cast(nn.Linear, self.mlp.fc1), cast(nn.Linear, self.mlp.fc2)
-        return x + self.drop_path2(norm_mlp(cast(nn.LayerNorm, self.norm2), fc1, fc2, x, not self.checkpointing))
+        hidden = norm_mlp(cast(nn.LayerNorm, self.norm2), fc1, fc2, x, not self.checkpointing)
+        return x + self.drop_path2(self.ls2(hidden))
 
     def _attend(self, x: Tensor, skip: int) -> Tensor:
         norm, qkv, heads = cast(nn.LayerNorm, self.norm1), cast(nn.Linear, self.attn.qkv), self.attn.num_heads
@@ -126,10 +127,10 @@ class ConvBlock(nn.Module):
 
 
 def set_checkpointing(module: nn.Module, enable: bool) -> None:
-    """Enable or disable activation checkpointing of every block in ``module``."""
+    """Enable or disable activation checkpointing of every part of ``module`` that has a ``checkpointing`` switch."""
     for part in module.modules():
-        if isinstance(part, TransformerBlock | ConvBlock):
-            part.checkpointing = enable
+        if hasattr(type(part), "checkpointing"):
+            cast(Any, part).checkpointing = enable
 
 
 class PatchEmbed(nn.Module):

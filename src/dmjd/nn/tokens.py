@@ -62,6 +62,11 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def gather_positions(table: Tensor, ids: Tensor | None) -> Tensor:
+    """Positions of the visible tokens: table [1, N, D], ids [R, V] int64 -> [R, V, D]; the whole table for None."""
+    return table if ids is None else gather_tokens(table.expand(ids.shape[0], -1, -1), ids)
+
+
 def gather_views(x: Tensor, ids: Tensor) -> Tensor:
     """Select tokens for all views of each image: x [B, N, D], ids [R, V] with R = K * B, view-major -> [R, V, D]."""
     image = torch.arange(ids.shape[0], device=ids.device) % x.shape[0]  # R
