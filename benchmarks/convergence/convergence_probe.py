@@ -88,8 +88,12 @@ class Probe:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """Top-1 accuracies, 0 to 1; the encoder is left unchanged."""
         extract = pooled(encoder, self.precision)
-        with evaluating(encoder):
-            return self.scores(lambda raw: extract(self.preprocess.normalize(raw)))
+
+        def features(raw: Tensor) -> Tensor:
+            with evaluating(encoder):
+                return extract(self.preprocess.normalize(raw))
+
+        return self.scores(features)
 
     def scores(self, extract: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Top-1 accuracies of any features: ``extract`` maps images [B, C, H, W] on the 0..255 scale to [B, D]."""
