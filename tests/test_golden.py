@@ -11,8 +11,9 @@ from torch import nn
 
 import dmjd
 from dmjd.encoders.classifier import Classifier
+from dmjd.encoders.published import to_ours
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from dmjd.interop.conversion import load_official, to_ours
+from dmjd.interop.conversion import load_official
 from dmjd.nn.tokens import gather_tokens
 from dmjd.targets import hog
 

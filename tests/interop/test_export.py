@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from support import small_encoder
 
 from dmjd.cli.main import main
 from dmjd.encoders.registry import create_encoder
