@@ -5,12 +5,13 @@ import json
 import pytest
 import timm
 import torch
+from support import small_encoder
 
 from dmjd.cli.main import main
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
 from dmjd.images.preprocess import Preprocess
-from dmjd.interop.export import _check_onnx, _TokensAndFeatures, export
+from dmjd.interop.export import _check_onnx, _TokensAndFeatures, export, formats_of
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}
@@ -142,3 +143,9 @@ def test_errors_are_explained(tmp_path, capsys):
         assert main(["export", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors"}
+
+
+def test_formats_that_support_an_encoder():
+    """The start of a run names them."""
+    assert formats_of(small_encoder("vit_tiny_patch8", img_size=16)) == ["timm", "safetensors", "onnx"]
+    assert formats_of(small_encoder("conv_vit_tiny_patch4", img_size=16)) == ["safetensors", "onnx"]
