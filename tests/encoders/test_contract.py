@@ -5,6 +5,7 @@ import re
 from functools import partial
 
 import pytest
+import timm
 import torch
 from support import SMALL_CONV_VIT, SMALL_VIT
 from torch import nn
@@ -17,6 +18,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, resized
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, load_encoder
 from dmjd.engine.layer_decay import layer_groups
+from dmjd.evaluation.frozen.linear_sweep import SweepFeatures
 from dmjd.evaluation.supervised.pyramid import Pyramid
 from dmjd.figures.attention import last_attention
 from dmjd.masking import DisjointMasks, disjoint_masks
@@ -40,7 +42,7 @@ TIMM = {
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERY = pytest.mark.parametrize("name", [*OURS, *TIMM])
+EVERY = pytest.mark.parametrize("name", [*OURS, *(name for name in TIMM if timm.is_model(name.removeprefix("timm/")))])
 GRID = (2, 3)
 
 
@@ -238,6 +240,18 @@ def test_attention_maps_are_those_of_the_last_block(name):
     attention.attn_drop.register_forward_hook(lambda *call: weights.append(call[-1]))
     encoder(images)
     close(received, weights[0][:, :, P:, P:].mean(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "class_token"), [("timm/vit_tiny_patch16_224", True), ("timm/vit_pwee_patch16_reg1_gap_256", False)]
+)
+def test_a_register_is_not_probed_as_a_class_token(name, class_token):
+    encoder = small(name)
+    sweep = SweepFeatures(encoder)
+    with torch.no_grad():
+        features = sweep(images_for(encoder))
+    assert any("class token" in part for part in sweep.parts) == class_token
+    assert features.shape == (2, len(sweep.parts) * encoder.embed_dim)
 
 
 @EVERY

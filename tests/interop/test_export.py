@@ -47,6 +47,8 @@ def random_images(encoder, batch=2) -> torch.Tensor:
         ("vit_tiny_patch16", 224, 3, {"depth": 2}),
         ("vit_small_patch8", (32, 48), 1, {"class_token": True} | SMALL),
         ("vit_base_patch4", (16, 24), 5, {"mlp_ratio": 2.5} | SMALL),
+        ("timm/vit_small_patch16_dinov3", (32, 48), 2, SMALL),
+        ("timm/vit_base_patch16_siglip_224", (32, 48), 3, {"class_token": True, "patch_size": 8} | SMALL),
     ],
 )
 def test_timm_loads_the_file_by_the_printed_lines(name, size, chans, options, tmp_path):
@@ -90,6 +92,7 @@ def test_without_class_token_few_arguments_are_needed(tmp_path):
     [
         ("vit_tiny_patch8", (16, 24), 1, {"class_token": True} | SMALL),
         ("conv_vit_tiny_patch8", (32, 16), 5, SMALL_CONV),
+        ("timm/vit_small_patch16_dinov3", (32, 48), 3, SMALL),
     ],
 )
 def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, options, tmp_path):
@@ -109,7 +112,7 @@ def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, option
     with torch.no_grad():
         encoder.norm.weight.add_(1)  # not in the outputs
         _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
-        encoder.pos_embed.add_(0.01)
+        encoder.blocks[0].norm1.weight.add_(0.1)
     with pytest.raises(ValueError, match="differ from the encoder's by up to"):
         _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
 

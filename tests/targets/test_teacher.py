@@ -81,7 +81,7 @@ def test_a_timm_model_gives_its_normed_patch_tokens():
 
 def test_several_layers_are_whitened_averaged_and_whitened():
     teacher, raw = own_teacher(), make_images()
-    x, outputs = teacher._embed(OWN.normalize(raw), None), []
+    x, outputs = teacher.prepare(OWN.normalize(raw))[0], []
     with torch.no_grad():
         for block in teacher.blocks:
             x = block(x)

@@ -5,6 +5,7 @@ import inspect
 
 import timm
 
+from dmjd.config.checks import shown
 from dmjd.suggest import did_you_mean
 
 # Class of a model -> its argument for a norm after pooling. Only these classes compute a subset of the tokens exactly.
@@ -46,9 +47,9 @@ def class_of(name: str) -> str:
     """
     architecture, _, tag = name.partition(".")
     if not is_timm_name(architecture):
-        raise ValueError(f"timm has no model '{architecture}'{did_you_mean(architecture, timm_names())}")
+        raise ValueError(f"timm has no model {shown(architecture)}{did_you_mean(architecture, timm_names())}")
     if tag and name not in (tagged := timm.list_pretrained(f"{architecture}.*")):
-        raise ValueError(f"timm has no weights '{name}'{did_you_mean(name, tagged)} The tag may be left out")
+        raise ValueError(f"timm has no weights {shown(name)}{did_you_mean(name, tagged)} The tag may be left out")
     kind = _class_of(architecture)
     if kind not in CLASSES:
         reason = _REASONS.get(kind, _MIXING)

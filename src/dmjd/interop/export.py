@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -105,6 +106,7 @@ def _to_onnx(encoder: Encoder, out: Path) -> Exported:
     if missing:
         raise ValueError(f"the onnx format needs {' and '.join(missing)}: pip install 'dmjd[onnx]'")
     model = _TokensAndFeatures(encoder).eval()
+    logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it warns of every node that it leaves alone
     program = torch.onnx.export(
         model,
         (_random_images(encoder, 2),),

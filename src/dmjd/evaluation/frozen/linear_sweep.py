@@ -44,7 +44,8 @@ class SweepFeatures:
         self.encoder, self.precision = encoder, precision
         depth = len(cast(nn.ModuleList, encoder.blocks))
         self.blocks = sorted({max(0, round(depth * fraction) - 1) for fraction in (0.5, 0.75, 1.0)})
-        poolings = ["mean", "max"] + (["class token"] if encoder.num_prefix_tokens else [])
+        self.class_token = getattr(encoder, "cls_token", None) is not None  # prefix tokens may be registers only
+        poolings = ["mean", "max"] + (["class token"] if self.class_token else [])
         self.parts = [f"block {i + 1} of {depth}, {pooling}" for i in self.blocks for pooling in poolings]
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class SweepFeatures:
         """[B, prefix + N, D] -> [B, D] for each pooling."""
         prefix = self.encoder.num_prefix_tokens
         pooled = [self.encoder.mean_patch_token(tokens), tokens[:, prefix:].amax(dim=1)]
-        return pooled + ([tokens[:, 0]] if prefix else [])
+        return pooled + ([tokens[:, 0]] if self.class_token else [])
 
 
 @dataclass(frozen=True)
