@@ -1,7 +1,6 @@
 """Shared fixtures."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the processes that tests start
-torch.set_num_threads(2)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For steps of tiny models: several threads would wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Two test processes share the cores; more threads would wait for each other, here and in processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,6 @@ from study_plan import config_of as study_config  # noqa: E402
 from dmjd.runs.build import build_model  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    """All tests here take tiny steps."""
-
-
 def complete(folder: Path, *parts: str) -> Path:
     for part in parts:
         Record(part, folder, folder).describe(complete=True)

@@ -19,8 +19,3 @@ def card(device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("only a CUDA device has this")
     return device
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    """All tests here take tiny steps."""

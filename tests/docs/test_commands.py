@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from support import ROOT
 
@@ -94,15 +93,6 @@ def run_page(page: Path, folder: Path, first_run: Path, slow: bool) -> None:
                 provide(name, folder, first_run)
             if block.run and (slow or not block.slow):
                 execute(block, names)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """With tiny models, threads spend more time waiting for each other than computing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

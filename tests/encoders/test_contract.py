@@ -40,7 +40,6 @@ TIMM = {
     "timm/vit_pwee_patch16_reg1_gap_256": "attention and MLP side by side",
     "timm/test_vit4": "normalized queries and keys",
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERY = pytest.mark.parametrize("name", [*OURS, *(name for name in TIMM if timm.is_model(name.removeprefix("timm/")))])
 GRID = (2, 3)

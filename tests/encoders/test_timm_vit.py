@@ -21,8 +21,6 @@ from dmjd.interop.conversion import timm_call
 from dmjd.nn.layers import TransformerBlock
 from dmjd.nn.tokens import gather_tokens
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONVOLUTIONAL = re.compile(r"vitamin_|vit_base_mci|_r\d*_s\d+|_resnet")  # their stems mix patches
 
 NAMES = [name for name in timm_names() if not CONVOLUTIONAL.search(name)]

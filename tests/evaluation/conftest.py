@@ -1,4 +1,4 @@
-"""Fixtures of evaluations: one thread, and a run folder as written by pre-training."""
+"""A run folder as written by pre-training."""
 
 import shutil
 
@@ -7,11 +7,6 @@ from support import FEATURE_SIZE, tiny_encoder
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    """All tests here take tiny steps."""
 
 
 @pytest.fixture

@@ -6,19 +6,9 @@ import shutil
 import sys
 
 import pytest
-import torch
 from support import ROOT, TINY
 
 from dmjd.cli.main import main
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """With tiny models, threads spend more time waiting for each other than computing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(monkeypatch, capsys, name: str, *arguments: object) -> str:

@@ -20,7 +20,6 @@ from dmjd.masking import DisjointMasks, disjoint_masks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.tokens import sincos_positions
 
-torch.set_num_threads(2)
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = {"convit_pretrain": True, "convit_classify": True, "mae_pretrain": False}
 

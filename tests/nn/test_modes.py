@@ -104,7 +104,7 @@ def test_results_do_not_depend_on_the_default_device(device):
 
 
 @pytest.mark.parametrize("context", [torch.device, torch.set_default_device])
-def test_public_functions_do_not_depend_on_the_default_device(tmp_path, image_folder, context, one_thread):
+def test_public_functions_do_not_depend_on_the_default_device(tmp_path, image_folder, context):
     """A whole run, and what reads it."""
     fields = TINY_FIELDS | {"data": image_folder, "labels": "folder", "steps": 2, "batch_size": 8, "num_workers": 0}
     own = {"data": image_folder, "labels": "folder", "test_data": image_folder, "num_workers": 0}
@@ -127,7 +127,6 @@ def test_runs_do_not_depend_on_the_default_type(tmp_path, image_folder):
     """Pre-training, evaluation and features."""
     data = {"data": image_folder, "labels": "folder"}
     fields = TINY_FIELDS | data | {"steps": 2, "batch_size": 8, "drop_path": 0.1, "num_workers": 0}
-    torch.set_num_threads(1)
     scores, features = [], []
     for dtype in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(dtype)

@@ -18,8 +18,6 @@ from dmjd.pretraining.run import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config
 from dmjd.runs.start import read_start
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FIELDS = TINY_FIELDS | {"batch_size": 8, "num_workers": 0}
 
 
@@ -44,7 +42,7 @@ def config_of(image_folder):
 
 def test_the_encoder_starts_from_the_weights_and_the_rest_is_fresh(source, tmp_path, config_of):
     config = config_of(tmp_path, source, seed=5)
-    config, start = read_start(config, tmp_path, begun=False)
+    config, start = read_start(config, tmp_path)
     model, random = build_model(config, start), build_model(config.replace(init=None, init_hash=None))
     trained = load_encoder(source).state_dict()
     for key, value in model.state_dict().items():
@@ -136,14 +134,14 @@ def test_a_relative_source_is_recorded_with_its_whole_path(source, tmp_path, mon
 
 def test_the_hash_of_the_weights_may_be_prescribed(source, tmp_path, config_of):
     expected = weights_hash(load_encoder(source))
-    config, _ = read_start(config_of(tmp_path, source, init_hash=expected), tmp_path, begun=False)
+    config, _ = read_start(config_of(tmp_path, source, init_hash=expected), tmp_path)
     assert config.init_hash == expected
     with pytest.raises(ValueError, match=rf"the hash of its weights is {expected}, not abc \(--init-hash\)"):
-        read_start(config_of(tmp_path, source, init_hash="abc"), tmp_path, begun=False)
+        read_start(config_of(tmp_path, source, init_hash="abc"), tmp_path)
 
 
 def test_the_decoder_is_taken_over_on_request(source, tmp_path, config_of):
-    config, start = read_start(config_of(tmp_path, source, init_decoder=True, img_size=(64,)), tmp_path, begun=False)
+    config, start = read_start(config_of(tmp_path, source, init_decoder=True, img_size=(64,)), tmp_path)
     model = build_model(config, start)
     stored = load_file(source / "checkpoints" / "final.safetensors")
     taken = [key for key in model.state_dict() if key.startswith("branches.")]
@@ -165,7 +163,7 @@ def test_the_decoder_is_taken_over_on_request(source, tmp_path, config_of):
     ],
 )
 def test_a_decoder_of_other_settings_is_refused(changes, message, source, tmp_path, config_of):
-    config, start = read_start(config_of(tmp_path, source, init_decoder=True, **changes), tmp_path, begun=False)
+    config, start = read_start(config_of(tmp_path, source, init_decoder=True, **changes), tmp_path)
     with pytest.raises(ValueError, match=message) as refused:
         build_model(config, start)
     assert "\n" not in str(refused.value)
@@ -173,13 +171,13 @@ def test_a_decoder_of_other_settings_is_refused(changes, message, source, tmp_pa
 
 def test_a_source_without_a_decoder(source, tmp_path, config_of):
     file = source / "encoder.safetensors"
-    config, start = read_start(config_of(tmp_path, file, init_decoder=True), tmp_path, begun=False)
+    config, start = read_start(config_of(tmp_path, file, init_decoder=True), tmp_path)
     with pytest.raises(ValueError, match=r"--init-decoder: .*encoder\.safetensors holds no decoder"):
         build_model(config, start)
 
 
 def test_a_target_that_follows_the_encoder_starts_from_the_weights_too(source, tmp_path, config_of):
-    config, start = read_start(config_of(tmp_path, source, target="ema"), tmp_path, begun=False)
+    config, start = read_start(config_of(tmp_path, source, target="ema"), tmp_path)
     state = build_model(config, start).state_dict()
     copies = [key for key in state if key.startswith("branch_targets.") and key.endswith("patch_embed.proj.weight")]
     assert copies
