@@ -10,7 +10,9 @@ from dmjd.cli.main import main
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
 from dmjd.images.preprocess import Preprocess
-from dmjd.interop.export import _check_onnx, _TokensAndFeatures, export
+from dmjd.interop.export import export
+from dmjd.interop.exported import TokensAndFeatures
+from dmjd.interop.onnx_export import check_onnx
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}
@@ -107,10 +109,10 @@ def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, option
     assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", "encoder.onnx"}
     with torch.no_grad():
         encoder.norm.weight.add_(1)  # not in the outputs
-        _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
+        check_onnx(tmp_path / "encoder.onnx", TokensAndFeatures(encoder))
         encoder.pos_embed.add_(0.01)
     with pytest.raises(ValueError, match="differ from the encoder's by up to"):
-        _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
+        check_onnx(tmp_path / "encoder.onnx", TokensAndFeatures(encoder))
 
 
 def test_onnx_names_missing_packages(tmp_path, monkeypatch):
