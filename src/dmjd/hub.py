@@ -103,7 +103,7 @@ def read_remote(repo: str, name: str) -> bytes | None:
     """
     with _uploading(repo):
         try:
-            return Path(huggingface_hub.hf_hub_download(repo, name, force_download=True)).read_bytes()
+            return Path(huggingface_hub.hf_hub_download(repo, name)).read_bytes()
         except (EntryNotFoundError, RepositoryNotFoundError):
             return None
 

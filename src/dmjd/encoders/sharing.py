@@ -54,8 +54,8 @@ def folder_files(encoder: Stored, repo: str | None = None) -> dict[str, bytes]:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """JSON for people to read."""
-    return (json.dumps(content, indent=2) + "\n").encode()
+    """JSON for people to read; equal content gives equal bytes."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def timm_config(encoder: Stored) -> dict[str, Any]:
