@@ -9,7 +9,9 @@ import torch
 from loopback_hub import loopback_hub
 
 import dmjd
+from dmjd.cli.main import main
 from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.weights import encoder_bytes
 from dmjd.hub import check_repo, upload
 from dmjd.images.preprocess import Preprocess
 
@@ -54,6 +56,17 @@ def test_an_encoder_goes_to_the_hub_and_back(server, monkeypatch):
 
     monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # the cache has it
     assert torch.equal(dmjd.load_encoder("hf-hub:me/first")(images), encoder(images))
+
+
+def test_the_command_uploads_what_it_writes(server, tmp_path, capsys):
+    file = tmp_path / "encoder.safetensors"
+    file.write_bytes(encoder_bytes(encoder_of()))
+    command = ["export", str(file), "--format", "timm", "--out", str(tmp_path / "out"), "--push", "me/first"]
+    assert main(command) == 0
+    assert f"Uploaded to {server.url}/me/first" in capsys.readouterr().out
+    assert server.repos["me/first"] == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert main(["export", "hf-hub:me/first", "--format", "safetensors", "--out", str(tmp_path / "b.safetensors")]) == 0
+    assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
 
 
 def test_a_card_that_was_edited_on_the_hub_is_kept(server):
@@ -105,7 +118,7 @@ def test_without_token_or_network(monkeypatch, tmp_path, capfd):
     with pytest.raises(ValueError, match=r"needs a token of .* 'hf auth login', or set HF_TOKEN$"):
         encoder_of().push_to_hub("me/first")
     monkeypatch.setenv("HF_TOKEN", "good")
-    with pytest.raises(ValueError, match=r"could not upload to me/first: .* cannot be reached; save the encoder to a"):
+    with pytest.raises(ValueError, match=r"could not upload to me/first: .* cannot be reached; write the encoder to a"):
         upload("me/first", {"a": b""})
     with pytest.raises(ValueError, match=rf"hf-hub:me/first cannot be loaded: .*not in its cache, {tmp_path}"):
         dmjd.load_encoder("hf-hub:me/first")

@@ -62,13 +62,19 @@ def check_upload(repo: str) -> None:
     """Check before the work that an encoder can be uploaded.
 
     Raises:
-        ValueError: for a wrong name, or without a token.
+        ValueError: for a wrong name, without a token, or if the hub cannot be reached.
     """
     check_repo(repo)
     if huggingface_hub.get_token() is None:
         raise ValueError(
             f"uploading to {repo} needs a token of {hub.ENDPOINT} that may write: run 'hf auth login', or set HF_TOKEN"
         )
+    with offline_if_unreachable() as reachable:
+        if not reachable:
+            raise ValueError(
+                f"could not upload to {repo}: {hub.ENDPOINT} cannot be reached; write the encoder to a folder, and "
+                "upload it later"
+            )
 
 
 def download(source: str, names: Sequence[str]) -> Path:
@@ -126,16 +132,10 @@ def upload(repo: str, files: Mapping[str, bytes], private: bool = False) -> str:
 def _uploading(repo: str) -> Iterator[None]:
     """Let errors of an upload be a ValueError that says what to do."""
     check_upload(repo)
-    with offline_if_unreachable() as reachable:
-        if not reachable:
-            raise ValueError(
-                f"could not upload to {repo}: {hub.ENDPOINT} cannot be reached; save the encoder to a folder, and "
-                "upload it later"
-            )
-        try:
-            yield
-        except Exception as error:  # as in `download`
-            raise ValueError(f"could not upload to {repo}: {_unavailable(error)}") from None
+    try:
+        yield
+    except Exception as error:  # as in `download`
+        raise ValueError(f"could not upload to {repo}: {_unavailable(error)}") from None
 
 
 def _unavailable(error: Exception) -> str:

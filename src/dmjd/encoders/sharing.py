@@ -14,7 +14,7 @@ from dmjd.encoders.model_card import model_card, usage_lines
 from dmjd.encoders.stored import Stored, encoder_metadata, weights_hash
 from dmjd.encoders.training_facts import read_facts
 from dmjd.files import safetensors_bytes
-from dmjd.hub import check_repo, read_remote, upload
+from dmjd.hub import check_upload, read_remote, upload
 
 
 def save_encoder(encoder: Stored, folder: str | Path) -> None:
@@ -26,7 +26,7 @@ def save_encoder(encoder: Stored, folder: str | Path) -> None:
 
 def push_encoder(encoder: Stored, repo: str, private: bool) -> str:
     """Upload an encoder; see :meth:`dmjd.encoders.base.Encoder.push_to_hub`."""
-    check_repo(repo)
+    check_upload(repo)
     return push_files(repo, folder_files(encoder, repo), private)
 
 

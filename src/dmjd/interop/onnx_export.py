@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ def check_onnx_installed() -> None:
 def to_onnx(encoder: Encoder, out: Path) -> Exported:
     """Write the encoder as a model for onnxruntime, which is compared with it first."""
     model = TokensAndFeatures(encoder).eval()
+    logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it warns of every node that it leaves alone
     program = torch.onnx.export(
         model,
         (random_images(encoder, 2),),

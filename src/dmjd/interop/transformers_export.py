@@ -17,7 +17,7 @@ from dmjd.encoders.model_card import model_card
 from dmjd.encoders.sharing import json_bytes
 from dmjd.encoders.sources import traits
 from dmjd.encoders.training_facts import read_facts
-from dmjd.encoders.transformers_weights import VIT
+from dmjd.encoders.transformers_weights import ACTIVATIONS, VIT
 from dmjd.encoders.weights import encoder_metadata, weights_hash
 from dmjd.images.preprocess import Preprocess
 from dmjd.interop.exported import check_close, random_images
@@ -51,7 +51,10 @@ def why_not_transformers(encoder: Encoder) -> str | None:
     wanted = _OUTSIDE | {f"{VIT.layers}{block}.{name}" for block in range(encoder.depth) for name in inside}
     if wanted - state.keys() == {"embeddings.cls_token"} and not state.keys() - wanted:
         return "it has no class token, and every token of a ViTModel attends to one"
-    return None if state.keys() == wanted else f"ViTModel has other parts than {type(encoder).__name__}"
+    if state.keys() != wanted:
+        return f"ViTModel has other parts than {type(encoder).__name__}"
+    _, activation = traits(encoder)
+    return None if activation in ACTIVATIONS.values() else f"ViTModel has no activation {activation}"
 
 
 def transformers_files(encoder: Encoder) -> dict[str, bytes]:
@@ -83,7 +86,7 @@ def _instead(encoder: Encoder) -> str:
 
 def vit_config(encoder: Encoder) -> dict[str, Any]:
     """``config.json`` of a ViTModel."""
-    heads, _ = traits(encoder)
+    heads, activation = traits(encoder)
     state = encoder.state_dict()
     height, width = encoder.img_size
     return {
@@ -93,7 +96,7 @@ def vit_config(encoder: Encoder) -> dict[str, Any]:
         "num_hidden_layers": encoder.depth,
         "num_attention_heads": heads,
         "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
-        "hidden_act": "gelu",
+        "hidden_act": next(name for name, shown in ACTIVATIONS.items() if shown == activation),
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": getattr(encoder.norm, "eps", 1e-6),
