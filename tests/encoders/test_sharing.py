@@ -1,6 +1,7 @@
 """Folders of encoders: what they hold, how they load, what of a folder they leave alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,18 @@ def test_the_card_and_the_config_tell_what_the_run_tells(tmp_path):
 
     load_encoder(tmp_path).save_pretrained(tmp_path / "again")  # the facts travel with the folder
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dmjd"]["training"] == facts
+
+
+def test_a_shared_encoder_is_evaluated_and_embedded_as_an_encoder_file_is(tmp_path, capsys):
+    encoder = encoder_of("vit_tiny_patch8", embed_dim=16, depth=1, num_heads=2)
+    encoder.save_pretrained(tmp_path / "shared")
+    shared = str(tmp_path / "shared")
+    assert main(["embed", shared, "--out", str(tmp_path / "f.npy"), "--device", "cpu"]) == 2
+    assert "so it has no data of its own: pass --data" in capsys.readouterr().err
+    few = ["--data", "digits", "--test-data", "digits", "--labels-per-class", "2", "--device", "cpu"]
+    assert main(["evaluate", "knn", shared, *few, "--num-workers", "0"]) == 0
+    load_encoder(shared).save_pretrained(shared)  # the card of what was evaluated meanwhile
+    assert re.search(r"`knn` \| `top1` \| `digits` (\| [\d.]+ ){3}", (tmp_path / "shared" / "README.md").read_text())
 
 
 def test_scores_of_other_weights_are_left_out(tmp_path):

@@ -108,6 +108,8 @@ def test_safetensors_is_the_encoder_with_its_metadata(tmp_path):
 def test_errors_are_explained(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     _, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").touch()
     for arguments, message in [
         ([file, "--format", "timm", "--out", tmp_path / "a.safetensors"], "timm has no ConvViT"),
         ([file, "--format", "onxx", "--out", tmp_path / "a.onnx"], "did you mean 'onnx'"),
@@ -119,6 +121,8 @@ def test_errors_are_explained(tmp_path, capsys, monkeypatch):
         ([file, "--format", "timm", "--out", tmp_path / "a"], "timm has no ConvViT"),
         ([file, "--format", "hub", "--out", tmp_path / "a.safetensors"], "hub writes a folder; give a name without"),
         ([file, "--format", "hub", "--out", file], "hub writes a folder"),
+        ([file, "--format", "timm", "--out", tmp_path / "taken"], "is a file; give a folder"),
+        ([tmp_path / "empty", "--format", "hub", "--out", tmp_path / "a"], "holds no encoder.safetensors"),
         ([file, "--format", "torch", "--out", tmp_path / "a.onnx"], "ends in .pt2"),
         ([file, "--format", "torch", "--out", tmp_path], "ends in .pt2"),
         ([file, "--format", "hf", "--out", tmp_path / "a"], "Use --format torch"),
@@ -128,8 +132,10 @@ def test_errors_are_explained(tmp_path, capsys, monkeypatch):
         (["hf-hub:x", "--format", "hub", "--out", tmp_path / "a"], "give user/name"),
     ]:
         assert main(["export", *map(str, arguments)]) == 2
-        assert message in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors"}
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.strip().splitlines()) == 1 + ("required" in message)
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", "empty", "taken"}
 
 
 def test_the_formats_of_the_banner_are_those_that_work(tmp_path):

@@ -100,7 +100,7 @@ def _encoder_rows(encoder: Stored) -> list[tuple[str, str]]:
     height, width = encoder.img_size
     rows = [
         ("architecture", code(encoder.name)),
-        ("weights", f"{weights / 1e6:.1f} M"),
+        ("weights", f"{weights:,} numbers"),
         ("input", f"{height} x {width} pixels, {encoder.in_chans} channel(s)"),
         ("features", f"{encoder.embed_dim} numbers"),
     ]

@@ -52,7 +52,7 @@ def read_facts(origin: Path | None, weights: str) -> TrainingFacts:
         weights: their hash. Results that were measured on other weights are left out.
     """
     if origin is None:
-        return {"weights": weights}
+        return {"weights": weights, "evaluations": {}}
     run = origin
     if not origin.is_dir():
         run = origin.parent.parent if origin.parent.name == CHECKPOINTS else origin.parent
@@ -70,10 +70,10 @@ def _of_folder(folder: Path, weights: str) -> TrainingFacts:
         stored = read_json(folder / CONFIG, dict[str, Any])[OURS].get("training", {})
         facts = check_json(stored, TrainingFacts, str(folder / CONFIG))
     except (OSError, ValueError, AttributeError):
-        return {"weights": weights}
+        facts = {"weights": weights}
     if facts.get("weights") not in (weights, None):
         facts |= {"weights": weights, "changed": True, "evaluations": {}}
-    return facts
+    return facts | {"evaluations": facts.get("evaluations", {}) | _evaluations(folder, weights)}
 
 
 def _settings(run: Path) -> TrainingFacts:

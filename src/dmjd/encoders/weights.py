@@ -33,6 +33,7 @@ __all__ = [
     "build_encoder_of",
     "encoder_bytes",
     "encoder_metadata",
+    "is_shared",
     "load_encoder",
     "weights_hash",
     "weights_hash_of",
@@ -69,8 +70,8 @@ def load_encoder(
 
     Args:
         source: a run folder, an ``encoder.safetensors`` file, a checkpoint file of a run, a folder of
-            :meth:`Encoder.save_pretrained`, ``hf-hub:user/name``, or an encoder name (``vit_tiny_patch16``: random
-            weights, for baselines).
+            :meth:`Encoder.save_pretrained`, ``hf-hub:user/name`` (or ``hf-hub:user/name@revision``), or an encoder
+            name (``vit_tiny_patch16``: random weights, for baselines).
         device: device of the weights.
         features_only, out_indices: return timm's feature backbone instead, as :func:`create_encoder` does.
 
@@ -84,6 +85,11 @@ def load_encoder(
     encoder = _load(path)
     encoder.origin = path if path.exists() else None
     return (feature_backbone(encoder, out_indices) if features_only else encoder).eval().to(device)
+
+
+def is_shared(source: Path) -> bool:
+    """Whether a source is an encoder of :meth:`Encoder.save_pretrained`, in a folder or on the hub, not a run."""
+    return str(source).startswith(HUB) or is_encoder_folder(source)
 
 
 def _located(source: str | Path) -> Path:
