@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,28 @@ def test_what_is_in_a_folder_is_kept(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "README.md").read_text() == card + "\nMine.\n"
     assert encoder_bytes(load_encoder(tmp_path)) == encoder_bytes(encoder)
+
+
+KILLED = """
+import os, sys
+import dmjd.encoders.folders as folders
+from dmjd import create_encoder
+write = folders.write_bytes
+def write_one(path, content):
+    write(path, content)
+    os._exit(9)
+folders.write_bytes = write_one
+create_encoder("vit_tiny_patch8", 16, embed_dim=16, depth=1, num_heads=2).save_pretrained(sys.argv[1])
+"""
+
+
+def test_a_folder_that_a_kill_left_unfinished_is_written_again(tmp_path):
+    assert subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a"]).returncode == 9
+    assert len(list((tmp_path / "a").iterdir())) == 1
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_encoder(tmp_path / "a")
+    encoder_of().save_pretrained(tmp_path / "a")
+    load_encoder(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])

@@ -44,7 +44,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     check_folder(folder)
     make_folder(folder)
-    for name, content in files.items():
+    # The configuration comes first: it tells that a folder which a kill left unfinished may be written again.
+    for name, content in sorted(files.items(), key=lambda file: file[0] != CONFIG):
         if name == CARD and (folder / CARD).exists() and is_edited((folder / CARD).read_bytes()):
             continue
         write_bytes(folder / name, content)

@@ -107,7 +107,7 @@ def _is_folder(format: str, out: Path) -> bool:
 def _folder(encoder: Encoder, format: str, out: Path, repo: str | None) -> tuple[Exported, dict[str, bytes]]:
     """How to load a folder, and its files; those for timm and transformers are compared with the encoder."""
     if format == "hf":
-        return Exported(out, transformers_usage(str(out), encoder)), transformers_files(encoder)
+        return Exported(out, transformers_usage(str(out), encoder)), transformers_files(encoder, repo)
     files = folder_files(encoder, repo)
     if format == "timm":
         check_timm_folder(encoder, files)

@@ -57,7 +57,7 @@ def why_not_transformers(encoder: Encoder) -> str | None:
     return None if activation in ACTIVATIONS.values() else f"ViTModel has no activation {activation}"
 
 
-def transformers_files(encoder: Encoder) -> dict[str, bytes]:
+def transformers_files(encoder: Encoder, repo: str | None = None) -> dict[str, bytes]:
     """The files of a folder for ``ViTModel.from_pretrained``, which is compared with the encoder first.
 
     Raises:
@@ -71,7 +71,7 @@ def transformers_files(encoder: Encoder) -> dict[str, bytes]:
     files = {WEIGHTS: save(state, {"format": "pt"}), CONFIG: json_bytes(config)}
     if (known := encoder.preprocess) is not None:
         files[PREPROCESSOR] = json_bytes(processor_config(known))
-    usage = ["```python", *transformers_usage("FOLDER", encoder).splitlines(), "```"]
+    usage = ["```python", *transformers_usage(repo or "FOLDER", encoder).splitlines(), "```"]
     files[CARD] = signed_card(model_card(encoder, facts, usage, library="transformers"))
     _check_files(encoder, files)
     return files
