@@ -246,7 +246,7 @@ ALLOWED = {
     ("streams.py", "open"),  # /dev/null
     ("cli/failures.py", "write_text"),  # the traceback of a bug, which must not depend on more of the package
     ("figures/grid.py", "savefig"),
-    ("interop/export.py", "save"),
+    ("interop/onnx_export.py", "save"),
     ("interop/embed_parts.py", "write_table"),
     ("interop/feature_files.py", "ParquetWriter"),
     ("interop/feature_files.py", "write_table"),

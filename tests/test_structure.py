@@ -21,6 +21,7 @@ ORDER = [
     "config",
     "files",
     "hub",
+    "result_files",
     "rng",
     "nn",
     "images",

@@ -318,13 +318,27 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             file.write(_signed(header, digest.hexdigest()))
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+def safetensors_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], others: Mapping[str, str] | None = None
+) -> bytes:
     """Tensors and JSON metadata as the bytes of a safetensors file. Equal content gives equal bytes.
 
     The metadata holds the SHA-256 of the file, in which the digest's own digits count as zeros.
+
+    Args:
+        tensors: by name.
+        metadata: JSON types.
+        others: further entries of the file's metadata, for other libraries.
     """
     content = save(_on_cpu(tensors), metadata=_header({**metadata, DIGEST_KEY: _NO_DIGEST}))
     end = 8 + int.from_bytes(content[:8], "little")
+    if others:  # added here, because safetensors does not keep their order
+        header = json.loads(content[8:end])
+        header["__metadata__"] |= dict(others)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        content = len(text).to_bytes(8, "little") + text + content[end:]
+        end = 8 + len(text)
     return content[:8] + _signed(content[8:end], hashlib.sha256(content).hexdigest()) + content[end:]
 
 

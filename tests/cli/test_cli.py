@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -179,6 +180,13 @@ def test_all_commands_in_sequence(tmp_path, image_folder, capsys):
     found: dict = {}
     exec(usage.partition("Load it with:")[2].strip(), found)
     assert found["model"].num_features == 32
+    run_command(capsys, "export", run, "--format", "hub", "--out", tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    for row in (f"data | `{image_folder.name}`", "number of images | 24", "recipe | `folder`", "duration | 3 steps, 1"):
+        assert f"| {row}" in card
+    assert str(image_folder.parent) not in card
+    scores = re.escape(f"`knn` | `top1` | `{image_folder.name}` ") + r"(\| [\d.]+ ){3}\|"
+    assert re.search(scores, card)
     cats = image_folder / "cats"
     mistake(capsys, "evaluate", "knn", run, "--data", cats, "--test-data", cats, "--labels", "folder")
 

@@ -5,39 +5,14 @@ import json
 import pytest
 import timm
 import torch
-from support import small_encoder
+from exported_encoders import SMALL, SMALL_CONV, random_images, run_lines, saved
 
+from dmjd.cli.encoder import EXPORT_FORMATS
 from dmjd.cli.main import main
-from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
-from dmjd.images.preprocess import Preprocess
-from dmjd.interop.export import _check_onnx, _TokensAndFeatures, export, formats_of
-
-SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}
-
-
-def saved(folder, name, size=224, chans=3, preprocess=True, **options):
-    """An encoder in which all weights are random, and its file."""
-    torch.manual_seed(0)
-    encoder = create_encoder(name, size, chans, **options).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    if preprocess:
-        encoder.preprocess = Preprocess(encoder.img_size, chans, (0.4,) * chans, (0.2,) * chans)
-    file = folder / "encoder.safetensors"
-    file.write_bytes(encoder_bytes(encoder))
-    return encoder, file
-
-
-def run_lines(usage: str, **given) -> dict:
-    exec(usage, given)
-    return given
-
-
-def random_images(encoder, batch=2) -> torch.Tensor:
-    return torch.randn(batch, encoder.in_chans, *encoder.img_size)
+from dmjd.interop.export import FORMATS, export, formats_of
+from dmjd.interop.exported import TokensAndFeatures
+from dmjd.interop.onnx_export import check_onnx
 
 
 @pytest.mark.parametrize(
@@ -111,10 +86,10 @@ def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, option
     assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", "encoder.onnx"}
     with torch.no_grad():
         encoder.norm.weight.add_(1)  # not in the outputs
-        _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
+        check_onnx(tmp_path / "encoder.onnx", TokensAndFeatures(encoder))
         encoder.blocks[0].norm1.weight.add_(0.1)
     with pytest.raises(ValueError, match="differ from the encoder's by up to"):
-        _check_onnx(tmp_path / "encoder.onnx", _TokensAndFeatures(encoder))
+        check_onnx(tmp_path / "encoder.onnx", TokensAndFeatures(encoder))
 
 
 def test_onnx_names_missing_packages(tmp_path, monkeypatch):
@@ -133,8 +108,11 @@ def test_safetensors_is_the_encoder_with_its_metadata(tmp_path):
     assert torch.equal(again(images := random_images(encoder)), load_encoder(file)(images))
 
 
-def test_errors_are_explained(tmp_path, capsys):
+def test_errors_are_explained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     _, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").touch()
     for arguments, message in [
         ([file, "--format", "timm", "--out", tmp_path / "a.safetensors"], "timm has no ConvViT"),
         ([file, "--format", "onxx", "--out", tmp_path / "a.onnx"], "did you mean 'onnx'"),
@@ -142,13 +120,43 @@ def test_errors_are_explained(tmp_path, capsys):
         ([file, "--format", "safetensors", "--out", file / "a.safetensors"], "cannot be written"),
         ([tmp_path / "nowhere", "--format", "timm", "--out", tmp_path / "a.safetensors"], "does not exist"),
         ([file, "--out", tmp_path / "a.safetensors"], "required: --format"),
+        ([file, "--format", "hubb", "--out", tmp_path / "a"], "did you mean 'hub'"),
+        ([file, "--format", "timm", "--out", tmp_path / "a"], "timm has no ConvViT"),
+        ([file, "--format", "hub", "--out", tmp_path / "a.safetensors"], "hub writes a folder; give a name without"),
+        ([file, "--format", "hub", "--out", file], "hub writes a folder"),
+        ([file, "--format", "timm", "--out", tmp_path / "taken"], "is a file; give a folder"),
+        ([tmp_path / "empty", "--format", "hub", "--out", tmp_path / "a"], "holds no encoder.safetensors"),
+        ([file, "--format", "torch", "--out", tmp_path / "a.onnx"], "ends in .pt2"),
+        ([file, "--format", "torch", "--out", tmp_path], "ends in .pt2"),
+        ([file, "--format", "hf", "--out", tmp_path / "a"], "Use --format torch"),
+        ([file, "--format", "torch", "--out", tmp_path / "a.pt2", "--push", "me/x"], "--push uploads a folder"),
+        ([file, "--format", "hub", "--out", tmp_path / "a", "--push", "x"], "give user/name"),
+        ([file, "--format", "hub", "--out", tmp_path / "a", "--push", "me/x"], "needs a token"),
+        (["hf-hub:x", "--format", "hub", "--out", tmp_path / "a"], "give user/name"),
     ]:
         assert main(["export", *map(str, arguments)]) == 2
-        assert message in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors"}
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.strip().splitlines()) == 1 + ("required" in message)
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", "empty", "taken"}
 
 
-def test_formats_that_support_an_encoder():
-    """The start of a run names them."""
-    assert formats_of(small_encoder("vit_tiny_patch8", img_size=16)) == ["timm", "safetensors", "onnx"]
-    assert formats_of(small_encoder("conv_vit_tiny_patch4", img_size=16)) == ["safetensors", "onnx"]
+def test_the_formats_of_the_banner_are_those_that_work(tmp_path):
+    for name, options, missing in (
+        ("vit_tiny_patch8", SMALL | {"class_token": True}, set()),
+        ("vit_tiny_patch8", SMALL, {"hf"}),
+        ("conv_vit_tiny_patch8", SMALL_CONV, {"hf", "timm"}),
+    ):
+        encoder, _ = saved(tmp_path, name, 16, **options)
+        assert set(formats_of(encoder)) == set(FORMATS) - missing
+    assert tuple(FORMATS) == EXPORT_FORMATS
+
+
+def test_the_hub_format_is_save_pretrained(tmp_path, capsys):
+    encoder, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
+    assert main(["export", str(file), "--format", "hub", "--out", str(tmp_path / "out.v2")]) == 0
+    assert "dmjd.load_encoder(" in capsys.readouterr().out
+    load_encoder(file).save_pretrained(tmp_path / "same")
+    written, same = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("out.v2", "same"))
+    assert written == same
+    assert encoder_bytes(load_encoder(tmp_path / "out.v2")) == encoder_bytes(encoder)

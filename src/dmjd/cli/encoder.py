@@ -7,6 +7,8 @@ from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS
 from dmjd.figures.kinds import KINDS, check_kind
 from dmjd.text import printable
 
+EXPORT_FORMATS = ("timm", "hf", "torch", "onnx", "safetensors", "hub")
+
 _ENCODER_SOURCE = "run folder, encoder file or checkpoint"
 
 
@@ -76,20 +78,30 @@ def run_export(arguments: Sequence[str]) -> None:
     """``dmjd export``: see :func:`dmjd.export`."""
     parser = Parser(
         prog="dmjd export",
-        usage="dmjd export RUN --format {timm,safetensors,onnx} --out FILE",
+        usage=f"dmjd export RUN --format {_one_of(EXPORT_FORMATS)} --out PATH [--push USER/NAME]",
         description="Write the encoder for another library, check that its outputs agree, and print how to load it.",
         epilog="examples:\n"
-        "  dmjd export runs/first --format timm --out vit.safetensors\n"
-        "  dmjd export runs/first --format onnx --out vit.onnx",
+        "  dmjd export runs/first --format timm --out vit\n"
+        "  dmjd export runs/first --format torch --out encoder.pt2\n"
+        "  dmjd export runs/first --format hub --out encoder --push me/encoder",
     )
-    add_run_argument(parser, _ENCODER_SOURCE)
-    parser.add_argument("--format", metavar="{timm,safetensors,onnx}", required=True, help="format of the file")
-    parser.add_argument("--out", metavar="FILE", required=True, help="ends in .safetensors or .onnx")
+    add_run_argument(parser, f"{_ENCODER_SOURCE}, or hf-hub:USER/NAME")
+    parser.add_argument("--format", metavar=_one_of(EXPORT_FORMATS), required=True, help="format to write")
+    parser.add_argument(
+        "--out", metavar="PATH", required=True, help="folder (timm, hf, hub), or FILE.{safetensors,pt2,onnx}"
+    )
+    parser.add_argument("--push", metavar="USER/NAME", help="repository of the Hugging Face hub to upload a folder to")
     given = parser.parse(arguments)
     from dmjd.interop.export import export  # imports torch
 
     exported = export(given.pop("run"), **given)
-    print(printable(f"{exported.path} reproduces the encoder's outputs. Load it with:\n\n{exported.usage}", keep="\n"))
+    uploaded = "" if exported.address is None else f"Uploaded to {exported.address}\n"
+    print(
+        printable(
+            f"{exported.path} reproduces the encoder's outputs. Load it with:\n\n{exported.usage}\n{uploaded}".rstrip(),
+            keep="\n",
+        )
+    )
 
 
 def run_compare(arguments: Sequence[str]) -> None:

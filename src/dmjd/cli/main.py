@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "evaluate": (run_evaluate, "kNN, linear probe, fine-tuning, segmentation, detection"),
     "show": (run_show, "figures of masks, targets, reconstructions, attention, neighbors"),
     "embed": (run_embed, "features of every image as a table"),
-    "export": (run_export, "the encoder for timm, for ONNX or as one file"),
+    "export": (run_export, "the encoder for timm, transformers, PyTorch, ONNX or the hub"),
     "compare": (run_compare, "evaluations of several runs side by side"),
     "bench": (run_bench, "training speed, memory and MFU on this machine"),
 }

@@ -3,12 +3,14 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmjd.encoders.sharing import push_encoder, save_encoder
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS, init_linear, set_checkpointing
 from dmjd.nn.tokens import gather_views, patchify, sincos_positions
@@ -69,6 +71,7 @@ class Encoder(nn.Module, ABC):
         feature_info: for each map of :meth:`forward_intermediates` its width ("num_chs"), stride in pixels
             ("reduction") and module, as in timm. The feature pyramid takes the last map of each stride.
         preprocess: how images become input of this encoder; None if unknown.
+        origin: what it was loaded from; None if nothing or unknown.
     """
 
     SIZES: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -107,6 +110,7 @@ class Encoder(nn.Module, ABC):
         self.embed_dim = self.num_features = embed_dim  # the latter is timm's name
         self.num_prefix_tokens = num_prefix_tokens
         self.preprocess: Preprocess | None = None
+        self.origin: Path | None = None
 
     @classmethod
     def named_arguments(cls, rest: str) -> dict[str, Any] | None:
@@ -207,6 +211,33 @@ class Encoder(nn.Module, ABC):
     def timm_model(self) -> TimmModel | None:
         """The model of timm that loads this encoder's state dict; None if there is none."""
         return None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, configuration and a model card to a folder.
+
+        :func:`dmjd.load_encoder` loads the folder. If timm has the model, ``timm.create_model("local-dir:FOLDER",
+        pretrained=True, num_classes=0)`` does so, too. The card states data, recipe, time and scores as far as the
+        run that the encoder was loaded from tells them.
+
+        Args:
+            folder: created if missing. Of an earlier export, an edited model card and all other files are kept.
+
+        Raises:
+            ValueError: if the folder holds the weights or configuration of another program, or cannot be written.
+        """
+        save_encoder(self, folder)
+
+    def push_to_hub(self, repo: str, private: bool = False) -> str:
+        """Upload the files of :meth:`save_pretrained` to the Hugging Face hub; returns the address.
+
+        Args:
+            repo: ``user/name``; created if there is none. ``dmjd.load_encoder("hf-hub:user/name")`` loads it.
+            private: create it for yourself alone.
+
+        Raises:
+            ValueError: for a wrong name, without a token, or if the hub cannot be reached or refuses.
+        """
+        return push_encoder(self, repo, private)
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Block outputs, before the final norm.

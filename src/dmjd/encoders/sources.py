@@ -16,6 +16,7 @@ from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path, check_text
 from dmjd.encoders.adaptation import POSITIONS
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.folders import is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, read_headers
 from dmjd.encoders.published import read_state, square_grid, to_our_state
 from dmjd.encoders.timm_weights import HUB, LOCAL, PREFIXES, load_timm, timm_preprocess, transformers_folder
@@ -90,7 +91,10 @@ def _from_folder(folder: Path, decoder: bool) -> Weights:
         return _of_encoder(folder, decoder)
     if not (folder / CONFIG).exists():
         raise ValueError(f"--init {folder} is neither a run folder nor one with a {CONFIG} of transformers or timm")
-    if "architecture" in read_json(folder / CONFIG, dict[str, Any]):  # timm's key
+    config = read_json(folder / CONFIG, dict[str, Any])
+    if is_encoder_folder(folder) and "model_type" not in config:  # the latter is the key of transformers
+        return _of_encoder(folder, decoder)
+    if "architecture" in config:  # timm's key
         return _from_timm(f"{LOCAL}{folder}")
     return _from_transformers(folder)
 

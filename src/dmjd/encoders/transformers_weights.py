@@ -170,7 +170,7 @@ TABLES: dict[str, tuple[str | None, KeyTable, KeyTable]] = {
 }
 
 # hidden_act in config.json -> the module, as PyTorch shows it
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": "GELU(approximate='none')",
     "gelu_pytorch_tanh": "GELUTanh()",
     "gelu_new": "GELUTanh()",
@@ -229,7 +229,7 @@ def read_transformers(folder: Path, config: Mapping[str, Any]) -> TransformersWe
         tensors=(with_gate if is_gated else plain).to_timm(state),
         grid=(sides[0] // patches[0], sides[1] // patches[1]),
         num_heads=heads,
-        activation=_ACTIVATIONS.get(activation, activation),
+        activation=ACTIVATIONS.get(activation, activation),
         preprocess=_preprocess(folder, sides, config),
     )
 

@@ -1,9 +1,9 @@
-"""Encoder files: save, load, hash."""
+"""Encoder files: how they are loaded, and which of a run's files holds the newest weights."""
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -11,53 +11,37 @@ from torch import Tensor
 from dmjd.checked_json import check_json
 from dmjd.config.checks import check_path, check_text
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.folders import CONFIG, WEIGHTS, is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, ENCODER_DIGEST_KEY, read_headers
 from dmjd.encoders.registry import check_options, create_encoder, encoder_family, is_encoder_name
+from dmjd.encoders.stored import (
+    FORMAT,
+    EncoderMetadata,
+    encoder_bytes,
+    encoder_metadata,
+    weights_hash,
+    weights_hash_of,
+)
 from dmjd.encoders.timm_features import feature_backbone
-from dmjd.files import FileWarning, content_hash, content_hash_of, read_digest, read_safetensors, safetensors_bytes
+from dmjd.files import FileWarning, read_digest, read_safetensors
+from dmjd.hub import download
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
 
-FORMAT = 1  # version of the metadata; increased when older versions would misread it
+__all__ = [
+    "ENCODER_FILE",
+    "build_encoder_of",
+    "encoder_bytes",
+    "encoder_metadata",
+    "is_shared",
+    "load_encoder",
+    "weights_hash",
+    "weights_hash_of",
+]
 
 ENCODER_FILE = "encoder.safetensors"
 
-
-class EncoderMetadata(TypedDict):
-    """What :func:`encoder_metadata` returns."""
-
-    format: int
-    name: str
-    options: dict[str, Any]
-    preprocess: dict[str, Any] | None
-
-
-def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
-    """Everything that defines an encoder besides its weights: name, options and preprocessing, as JSON types.
-
-    ``drop_path`` is stored as 0, because it belongs to a training run, not to the encoder.
-    """
-    return {
-        "format": FORMAT,
-        "name": encoder.name,
-        "options": encoder.options | {"drop_path": 0.0},
-        "preprocess": encoder.preprocess.to_dict() if encoder.preprocess is not None else None,
-    }
-
-
-def encoder_bytes(encoder: Encoder) -> bytes:
-    """The encoder as a safetensors file. The bytes depend only on its weights, options and preprocessing."""
-    return safetensors_bytes(encoder.state_dict(), encoder_metadata(encoder))
-
-
-def weights_hash(encoder: Encoder) -> str:
-    """16 hexadecimal digits of a SHA-256 of the encoder's weights, options and preprocessing."""
-    return content_hash(encoder.state_dict(), encoder_metadata(encoder))[:16]
-
-
-def weights_hash_of(content: bytes) -> str:
-    """:func:`weights_hash` of the encoder in the bytes of :func:`encoder_bytes`."""
-    return content_hash_of(content)[:16]
+HUB = "hf-hub:"  # begins the name of an encoder on the hub
 
 
 @overload
@@ -85,8 +69,9 @@ def load_encoder(
     """Load a trained encoder in evaluation mode.
 
     Args:
-        source: a run folder, an ``encoder.safetensors`` file, a checkpoint file of a run, or an encoder name
-            (``vit_tiny_patch16``: random weights, for baselines).
+        source: a run folder, an ``encoder.safetensors`` file, a checkpoint file of a run, a folder of
+            :meth:`Encoder.save_pretrained`, ``hf-hub:user/name`` (or ``hf-hub:user/name@revision``), or an encoder
+            name (``vit_tiny_patch16``: random weights, for baselines).
         device: device of the weights.
         features_only, out_indices: return timm's feature backbone instead, as :func:`create_encoder` does.
 
@@ -96,13 +81,31 @@ def load_encoder(
     Raises:
         ValueError: naming what is wrong with the source.
     """
-    encoder = _load(check_path("source", source))
+    path = _located(source)
+    encoder = _load(path)
+    encoder.origin = path if path.exists() else None
     return (feature_backbone(encoder, out_indices) if features_only else encoder).eval().to(device)
+
+
+def is_shared(source: Path) -> bool:
+    """Whether a source is an encoder of :meth:`Encoder.save_pretrained`, in a folder or on the hub, not a run."""
+    return str(source).startswith(HUB) or is_encoder_folder(source)
+
+
+def _located(source: str | Path) -> Path:
+    """The path of what to load; files of the hub are downloaded to its cache."""
+    text = check_text("source", source)
+    if not text.startswith(HUB):
+        return check_path("source", text)
+    folder = download(text.removeprefix(HUB), (CONFIG, WEIGHTS))
+    if not is_encoder_folder(folder):
+        raise ValueError(f"{text} was not written by dmjd; weights of others are for --init")
+    return folder
 
 
 def _load(path: Path) -> Encoder:
     if path.is_dir():
-        return _load_run(path)
+        return _load_file(path / WEIGHTS) if is_encoder_folder(path) else _load_run(path)
     if not path.exists():
         if is_encoder_name(str(path)):
             return create_encoder(str(path))

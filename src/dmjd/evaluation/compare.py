@@ -18,10 +18,10 @@ from dmjd.config.evaluation import EvaluationConfig
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
 from dmjd.encoders.headers import CHECKPOINTS, WEIGHTS_KEY, read_headers
 from dmjd.engine.console import literal
-from dmjd.evaluation.results import BASELINES, headline, is_number, read_evaluation
 from dmjd.figures.grid import figure_path, save_figure
 from dmjd.figures.panels import dpi_of
 from dmjd.files import FileWarning
+from dmjd.result_files import BASELINES, headline, is_number, read_evaluation
 from dmjd.runs.checkpoint import CONFIG_FILE
 from dmjd.text import drawable
 

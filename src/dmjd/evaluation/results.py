@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 
@@ -17,14 +17,9 @@ from dmjd.data.sources.base import Source, short_hash
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_metadata, weights_hash
 from dmjd.files import FileWarning, check_writable, locked, make_folder, move, remove_leftovers, write_bytes, write_text
-
-EVALUATION = "evaluation"  # folder of the results in a run folder
-
-BASELINES = "baselines.json"
+from dmjd.result_files import BASELINES, EVALUATION, headline, is_number, read_evaluation
 
 PARTS = ("result", "random_init", "raw_pixels")  # what is measured: the encoder and its two baselines
-
-MAX_SCORE = 1e300
 
 
 def data_fingerprint(train: Source, test: Source) -> str:
@@ -42,46 +37,6 @@ def key_of(encoder: Encoder, *parts: Any) -> str:
     return short_hash(
         json.dumps(part, sort_keys=True, default=str) for part in (encoder_metadata(encoder), __version__, *parts)
     )
-
-
-class ResultFile(TypedDict):
-    """What ``evaluation/<task>.json`` holds; see :func:`dmjd.evaluate`."""
-
-    result: dict[str, Any]
-    random_init: NotRequired[dict[str, Any] | None]
-    raw_pixels: NotRequired[dict[str, Any] | None]
-    configuration: NotRequired[dict[str, Any]]
-    overrides: NotRequired[dict[str, Any]]
-    data: NotRequired[dict[str, Any]]
-    encoder: NotRequired[str]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SCORE
-
-
-def headline(scores: Mapping[str, Any]) -> str | None:
-    """The main score of a result: its first number; None if it holds none."""
-    return next((name for name, value in scores.items() if is_number(value)), None)
-
-
-def read_evaluation(file: Path) -> dict[str, Any]:
-    """Read ``evaluation/<task>.json``.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or not a result; the message says what to do.
-    """
-    try:
-        content = verified(read_json(file, dict[str, Any]), str(file))
-        result = check_json(content, ResultFile, str(file))["result"]
-        if headline(result) is None:
-            raise ValueError("it has no number in its result")
-    except ValueError as error:
-        reason = str(error).removeprefix(f"{file}: ")
-        raise ValueError(f"{file} is not a result of dmjd evaluate ({reason}): delete it, or evaluate again") from None
-    return content
 
 
 def check_results_folder(folder: Path) -> None:

@@ -11,13 +11,14 @@ from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels
 from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.encoders.weights import is_shared
 from dmjd.evaluation.frozen.features import check_labels
 from dmjd.runs.build import LISTING, open_data, open_test_data, read_config
 
 
 def config_of(run: Path) -> PretrainConfig:
-    """The configuration of a run folder; the default one for an encoder file."""
-    return read_config(run) if run.is_dir() or not run.exists() else PretrainConfig()
+    """The configuration of a run folder; the default one for an encoder file or a shared encoder."""
+    return read_config(run) if not is_shared(run) and (run.is_dir() or not run.exists()) else PretrainConfig()
 
 
 def given_data(data: str | Path | None, test_data: str | Path | None, labels: str | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from dmjd.engine.console import literal
-from dmjd.evaluation.results import is_number
+from dmjd.result_files import is_number
 
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 

@@ -11,7 +11,7 @@ from dmjd.data.recheck import Began, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
-from dmjd.encoders.headers import ENCODER_DIGEST_KEY, WEIGHTS_KEY
+from dmjd.encoders.headers import ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
 from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata, weights_hash_of
 from dmjd.engine.console import Console
@@ -95,6 +95,7 @@ class Monitor(Callback):
             WEIGHTS_KEY: weights_hash_of(self._encoder_file),
             ENCODER_DIGEST_KEY: digest_of(self._encoder_file),
             "data": self._began.fingerprint,
+            NUM_IMAGES_KEY: len(self.source),
             "content": list((self._began.content or {}).items()),
             "bad": self.unreadable.reports,
             "config": json.loads(self.config.to_json()),

@@ -16,6 +16,7 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, encoder_family
+from dmjd.encoders.weights import is_shared
 from dmjd.files import FileWarning
 from dmjd.images.preprocess import Preprocess
 from dmjd.masking import MaskSampler, sampler_class
@@ -170,7 +171,7 @@ def open_images(
         ValueError: if the folder is not a run, or the data cannot be opened.
     """
     run = check_path("run", run)
-    config = read_config(run) if run.is_dir() else PretrainConfig()
+    config = read_config(run) if run.is_dir() and not is_shared(run) else PretrainConfig()
     config = config.replace(
         in_chans=preprocess.in_chans,
         value_range=preprocess.value_range,

@@ -61,6 +61,7 @@ class PretrainState(ModelState):
     weights: NotRequired[str]  # hash of the encoder's
     encoder_file: NotRequired[str]  # digest of the encoder file that belongs to it
     data: str  # fingerprint
+    num_images: NotRequired[int]
     content: NotRequired[list[tuple[int, str]]]  # index and hash of sampled images
     bad: list[tuple[str, str]]  # unreadable images
     scaler: NotRequired[dict[str, Any] | None]

@@ -17,10 +17,11 @@ from dmjd.encoders.weights import weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.engine.loop import Task
-from dmjd.evaluation.results import data_fingerprint, headline, key_of, versions, write_result
+from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
 from dmjd.evaluation.supervised.similar import find_similar
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit
 from dmjd.files import write_text
+from dmjd.result_files import headline
 
 STARTS = {"result": "pre-trained", "random_init": "from scratch"}  # key of a result -> its initial weights
 

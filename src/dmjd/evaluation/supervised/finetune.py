@@ -20,7 +20,7 @@ from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.classifier import CLASSIFIER_FILE, CLASSIFIER_KEY, ImageClassifier, classifier_bytes, load_classifier
 from dmjd.encoders.registry import fresh_like
-from dmjd.encoders.weights import load_encoder
+from dmjd.encoders.weights import is_shared, load_encoder
 from dmjd.engine.loop import Task
 from dmjd.evaluation.low_shot import LowShot, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
@@ -79,8 +79,8 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
     """
     config = FinetuneConfig(**options)
     run = check_path("run", run)
-    if config.out is None and not run.is_dir() and run.exists():
-        raise ValueError(f"{run} is a file: say where the classifier goes with --out DIR")
+    if config.out is None and not run.is_dir() and (run.exists() or is_shared(run)):
+        raise ValueError(f"{run} is not a folder: say where the classifier goes with --out DIR")
     run_config = config_of(run)
     check_results_folder(Path(config.out).expanduser() if config.out is not None else run)
     config = config.replace(flip=options.get("flip", run_config.flip))

@@ -1,0 +1,53 @@
+"""The files of results in a run folder, ``evaluation/<task>.json``: what they hold, and how they are read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from dmjd.checked_json import check_json, read_json, verified
+
+EVALUATION = "evaluation"  # folder of the results in a run folder
+
+BASELINES = "baselines.json"
+
+MAX_SCORE = 1e300
+
+
+class ResultFile(TypedDict):
+    """What ``evaluation/<task>.json`` holds; see :func:`dmjd.evaluate`."""
+
+    result: dict[str, Any]
+    random_init: NotRequired[dict[str, Any] | None]
+    raw_pixels: NotRequired[dict[str, Any] | None]
+    configuration: NotRequired[dict[str, Any]]
+    overrides: NotRequired[dict[str, Any]]
+    data: NotRequired[dict[str, Any]]
+    encoder: NotRequired[str]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SCORE
+
+
+def headline(scores: Mapping[str, Any]) -> str | None:
+    """The main score of a result: its first number; None if it holds none."""
+    return next((name for name, value in scores.items() if is_number(value)), None)
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """Read ``evaluation/<task>.json``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or not a result; the message says what to do.
+    """
+    try:
+        content = verified(read_json(file, dict[str, Any]), str(file))
+        result = check_json(content, ResultFile, str(file))["result"]
+        if headline(result) is None:
+            raise ValueError("it has no number in its result")
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise ValueError(f"{file} is not a result of dmjd evaluate ({reason}): delete it, or evaluate again") from None
+    return content
