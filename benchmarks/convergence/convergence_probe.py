@@ -1,5 +1,6 @@
 """Held-out training images, and probes of an encoder on them during training, for ``convergence.py``."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dmjd.data.eval_loader import read_all
 from dmjd.data.sources.base import Source
-from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.registry import align_labels, open_source
 from dmjd.encoders.base import Encoder
 from dmjd.engine.loop import Report, TrainState
 from dmjd.evaluation.frozen.features import Features, pooled
@@ -80,10 +81,12 @@ class Probe:
     ) -> None:
         self.preprocess = Preprocess((side, side))
         self.device, self.precision, self.sets = device, precision, []
-        for name, count in (("train", num_train), ("test", num_test)):
-            source = open_source(str(data), split=name, labels="column")
+        train, test = (open_source(str(data), split=name, labels="column") for name in ("train", "test"))
+        labels = {"train": train.labels, "test": align_labels(train, test)}  # a small test part may lack classes
+        for name, source, count in (("train", train, num_train), ("test", test, num_test)):
             rows = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
-            self.sets.append(read_all(source, self.preprocess, rows))
+            images = read_all(source, self.preprocess, rows)
+            self.sets.append(dataclasses.replace(images, labels=torch.from_numpy(labels[name][images.index.numpy()])))
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """Top-1 accuracies, 0 to 1; the encoder is left unchanged."""

@@ -1,6 +1,7 @@
 """The convergence study: every variant builds, the published order is reproduced, tables read curves correctly."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence"))
 import sweeps_figure
 from convergence import COMMON
-from convergence_probe import ProbeHook, split
+from convergence_probe import Probe, ProbeHook, split
 from convergence_report import curves_figure, result_table, summarize, time_to_reach
 from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
 
@@ -139,6 +140,18 @@ def test_probes_after_an_interruption_are_repeated(tmp_path):
     assert [line["step"] for line in again.lines] == [0, 3, 5, 10]
     assert hook().lines == again.lines
     assert len(probed) == 5
+
+
+def test_a_held_out_part_may_lack_classes(tmp_path, image_folder):
+    """Its labels are still those of the training images."""
+    part = tmp_path / "val"
+    last = sorted(path for path in image_folder.iterdir() if path.is_dir())[-1]
+    shutil.copytree(last, part / last.name)
+    split(str(image_folder), tmp_path / "data", 0.25, str(part))
+    probe = Probe(tmp_path / "data", 32, 24, 24, torch.device("cpu"), "fp32")
+    train, test = probe.sets
+    assert len(train.labels) == 24
+    assert test.labels.unique().tolist() == [train.labels.max()]
 
 
 def test_held_out_images_are_disjoint_from_the_training_images(tmp_path, image_folder):
