@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from torch import Tensor
 
-from dmjd.nn.tokens import sincos_positions
+from dmjd.nn.tokens import resize_positions, sincos_positions
 
 Tensors = dict[str, Tensor]
 
@@ -72,7 +71,7 @@ def fit_positions(
     patches = table[:, prefix:]
     if grid != new_grid:
         fixed = width % 4 == 0 and torch.allclose(patches, sincos_positions(width, grid), atol=_ALMOST)
-        patches = sincos_positions(width, new_grid) if fixed else resized_table(patches, grid, new_grid)
+        patches = sincos_positions(width, new_grid) if fixed else resize_positions(patches, grid, new_grid)
         sizes = f"{grid[0]} x {grid[1]} -> {new_grid[0]} x {new_grid[1]}"
         changes.append(f"positions {'computed' if fixed else 'resized'} {sizes}")
     surplus = table[:, new_prefix:prefix]
@@ -86,12 +85,6 @@ def fit_positions(
     blank = table.new_zeros(1, max(0, new_prefix - prefix), width)
     fitted[POSITIONS] = torch.cat([kept, blank, patches], dim=1)
     return fitted, changes
-
-
-def resized_table(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """[1, h*w, D] -> [1, h'*w', D] by bicubic interpolation with antialiasing."""
-    maps = table.unflatten(1, grid).permute(0, 3, 1, 2)  # 1, D, h, w
-    return F.interpolate(maps, size=new_grid, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
 
 
 def fit_first_layer(

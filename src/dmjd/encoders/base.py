@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dmjd.encoders.sharing import push_encoder, save_encoder
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS, init_linear, set_checkpointing
-from dmjd.nn.tokens import gather_views, patchify, sincos_positions
+from dmjd.nn.tokens import gather_views, patchify, resize_positions, sincos_positions
 
 
 class TimmModel(NamedTuple):
@@ -325,22 +325,6 @@ class Encoder(nn.Module, ABC):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass: less memory, about a quarter more arithmetic."""
         set_checkpointing(self, enable)
-
-
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize a position table by 2-D bicubic interpolation, as timm does.
-
-    Args:
-        table: [1, prefix + h*w, D] for any number of prefix tokens, whose positions are kept.
-        old, new: (h, w) of the table and of the result.
-
-    Returns:
-        [1, prefix + h'*w', D] of the same dtype.
-    """
-    prefix = table.shape[1] - old[0] * old[1]
-    cells = table[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2).float()  # 1, D, h, w
-    cells = F.interpolate(cells, size=new, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-    return torch.cat([table[:, :prefix], cells.to(table.dtype)], dim=1)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

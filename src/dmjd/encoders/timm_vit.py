@@ -17,12 +17,12 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmjd.config.checks import check_memory
-from dmjd.encoders.base import TimmModel, drop_path_rates, resize_positions
+from dmjd.encoders.base import TimmModel, drop_path_rates
 from dmjd.encoders.plain import PlainEncoder, embed_patches
 from dmjd.encoders.timm_names import CLASSES, INSTEAD, class_of
 from dmjd.nn.modes import evaluating
 from dmjd.nn.timm_blocks import own_block, run_block
-from dmjd.nn.tokens import gather_positions
+from dmjd.nn.tokens import gather_positions, resize_positions
 
 DECODER_MLP_RATIO = 4.0
 

@@ -6,6 +6,7 @@ H, W image sides, h, w grid sides, P patch side.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -71,3 +72,19 @@ def gather_views(x: Tensor, ids: Tensor) -> Tensor:
     """Select tokens for all views of each image: x [B, N, D], ids [R, V] with R = K * B, view-major -> [R, V, D]."""
     image = torch.arange(ids.shape[0], device=ids.device) % x.shape[0]  # R
     return x[image.unsqueeze(1), ids]
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize a position table by 2-D bicubic interpolation, as timm does.
+
+    Args:
+        table: [1, prefix + h*w, D] for any number of prefix tokens, whose positions are kept.
+        old, new: (h, w) of the table and of the result.
+
+    Returns:
+        [1, prefix + h'*w', D] of the same dtype.
+    """
+    prefix = table.shape[1] - old[0] * old[1]
+    cells = table[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2).float()  # 1, D, h, w
+    cells = F.interpolate(cells, size=new, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :prefix], cells.to(table.dtype)], dim=1)
