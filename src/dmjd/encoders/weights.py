@@ -14,9 +14,10 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.headers import CHECKPOINTS, ENCODER_DIGEST_KEY, read_headers
 from dmjd.encoders.registry import check_options, create_encoder, encoder_family, is_encoder_name
 from dmjd.encoders.timm_features import feature_backbone
-from dmjd.files import FileWarning, content_hash, content_hash_of, read_digest, read_safetensors, safetensors_bytes
+from dmjd.files import content_hash, content_hash_of, read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
+from dmjd.warning import DMJDWarning
 
 FORMAT = 1  # version of the metadata; increased when older versions would misread it
 
@@ -117,7 +118,7 @@ def _warn_if_stale(file: Path) -> None:
     headers, _ = read_headers(file.parent / CHECKPOINTS)
     digest = headers[0].metadata.get(ENCODER_DIGEST_KEY) if headers else None
     if digest is not None and digest != read_digest(file):
-        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", FileWarning, stacklevel=5)
+        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", DMJDWarning, stacklevel=5)
 
 
 def _load_run(run: Path) -> Encoder:
@@ -149,7 +150,7 @@ def _load_run(run: Path) -> Encoder:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", FileWarning, stacklevel=5)
+            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", DMJDWarning, stacklevel=5)
         return encoder
     raise ValueError(f"{run} holds no readable weights:\n  " + "\n  ".join(problems[:5]))
 

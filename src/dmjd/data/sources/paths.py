@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dmjd.regular import irregular
 from dmjd.text import printable
+from dmjd.warning import DMJDWarning
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 
@@ -24,10 +25,6 @@ _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
 _BREAKING = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
-
-
-class DataWarning(UserWarning):
-    """The data are likely not what the user means; shown without its place in the code."""
 
 
 @contextlib.contextmanager
@@ -150,7 +147,7 @@ def warn_of_loose_images(root: Path) -> None:
     if loose:
         where = printable(folders["train"])
         warnings.warn(
-            f"{len(loose)} images next to {where} are in no split and are left out", DataWarning, stacklevel=4
+            f"{len(loose)} images next to {where} are in no split and are left out", DMJDWarning, stacklevel=4
         )
 
 
@@ -168,7 +165,7 @@ def without_masks(root: Path, paths: list[str]) -> list[str]:
     is_mask = [top in _MASK_FOLDERS and os.path.splitext(rest)[0] in images for top, _, rest in inside]
     if any(is_mask):
         folder = printable(root / inside[is_mask.index(True)][0])
-        warnings.warn(f"{sum(is_mask)} masks in {folder} are left out", DataWarning, stacklevel=4)
+        warnings.warn(f"{sum(is_mask)} masks in {folder} are left out", DMJDWarning, stacklevel=4)
     return [path for path, mask in zip(paths, is_mask, strict=True) if not mask]
 
 
