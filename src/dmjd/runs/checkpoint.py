@@ -302,4 +302,5 @@ def read_config_of(run: Path) -> PretrainConfig | None:
             return PretrainConfig.from_json(json.dumps(stored), str(header.path))
     if not file.exists() and not headers and not unreadable:
         return None
-    raise ValueError(f"{problem}, and no checkpoint replaces it; give another --out")
+    why = f" ({unreadable[0].reason})" if unreadable else ""
+    raise ValueError(f"{problem}, and no checkpoint replaces it{why}; give another --out")
