@@ -18,6 +18,7 @@ from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import SPLITS
+from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.console import Console, duration_text
@@ -84,6 +85,8 @@ def embed(
     console = Console()
     if _is_finished(settings, out, console):
         return out
+    if data is not None:
+        warn_of_range(source)
     shape = (encoder.num_patches, encoder.embed_dim) if tokens else (encoder.embed_dim,)
     with Parts(out, settings, feature_schema(source, shape, half)) as parts:
         if out.exists():  # by another process, just now
