@@ -141,6 +141,15 @@ def test_repairs_and_removals_of_the_same_size_do_not_count(bmps):
     assert warnings == []
 
 
+def test_a_damaged_list_is_named_and_may_be_deleted(bmps):
+    began, listing = Began.of(reopened(bmps)), bmps.parent / "files.txt"
+    listing.write_text(listing.read_text().replace("03.bmp", "03.bmx"))
+    with pytest.raises(ValueError, match=f"give another --out. If they are, {listing} is damaged: delete it."):
+        recheck(reopened(bmps), began, [], pytest.fail)
+    listing.unlink()
+    recheck(reopened(bmps), began, [], pytest.fail)
+
+
 def test_a_moved_set_is_compared_and_its_unreadable_images_are_renamed(begun, tmp_path):
     root, listing, began, reports = begun
     root.rename(other := tmp_path / "moved")

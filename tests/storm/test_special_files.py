@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import run
 from state_files import COMMANDS, TRAIN, Command, make_base
-from storm.forked import run
 from storm.table import record
 
 from dmjd.cli.main import main

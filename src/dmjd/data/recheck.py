@@ -105,7 +105,8 @@ def _new_changes(source: Source, began: Began, known: set[str], cure: str = "giv
     """
     changes = source.changes(began.fingerprint)
     if changes is None:
-        raise ValueError(f"the images in {source.name} are not those this run began with; {cure}")
+        damaged = f" If they are, {source.listing} is damaged: delete it." if source.listing is not None else ""
+        raise ValueError(f"the images in {source.name} are not those this run began with; {cure}.{damaged}")
     for one in (changes, _changed_content(source, began.content or {})):
         yield Changes([name for name in one.names if name not in known], one.compared)
 
