@@ -78,15 +78,13 @@ def embed(
     _check(tokens, half, split, data=data, labels=labels, batch_size=batch_size, **machine)
     keep_freed_memory(chosen := pick_device(device))
     encoder = load_encoder(run, chosen)
-    source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
+    source = _open(run, encoder, data, split, labels)
     extract = _extractor(encoder, tokens, precision)
     settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
     settings |= {"content": source.content_hash(), "tokens": bool(tokens), "half": bool(half), "precision": precision}
     console = Console()
     if _is_finished(settings, out, console):
         return out
-    if data is not None:
-        warn_of_range(source)
     shape = (encoder.num_patches, encoder.embed_dim) if tokens else (encoder.embed_dim,)
     with Parts(out, settings, feature_schema(source, shape, half)) as parts:
         if out.exists():  # by another process, just now
@@ -115,6 +113,14 @@ def _checked_out(out: str | Path) -> Path:
         check_writable(out)
         make_folder(out.parent)
     return out
+
+
+def _open(run: Path, encoder: Encoder, data: str | Path | None, split: str, labels: str | None) -> Source:
+    """The images; with a warning if they are not the run's own, and use little of the range of values."""
+    source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
+    if data is not None:
+        warn_of_range(source)
+    return source
 
 
 def _is_finished(settings: dict[str, Any], out: Path, console: Console) -> bool:
