@@ -17,6 +17,7 @@ ORDER = [
     "regular",
     "streams",
     "suggest",
+    "warning",
     "checked_json",
     "config",
     "files",
@@ -112,7 +113,7 @@ def test_import_is_light(module):
     "name",
     [
         *("disjoint_masks", "Masks", "hog", "create_encoder", "MaskedImageModel", "load_encoder"),
-        *("embed", "export", "compare", "show"),
+        *("embed", "export", "compare", "show", "DMJDWarning"),
     ],
 )
 def test_lazy_names_resolve(name):
@@ -162,6 +163,18 @@ def test_no_private_names_cross_files():
                     f"{file}: {a.name}" for a in node.names if a.name.startswith("_") and a.name != "__version__"
                 ]
     assert not crossing
+
+
+def test_warnings_are_of_one_class():
+    """So that a user can filter all of them."""
+    others = [
+        f"{file}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and "warnings.warn" in (ast.unparse(part) for part in (node.func, *node.args))
+        if "DMJDWarning" not in ast.unparse(node)
+    ]
+    assert not others
 
 
 def test_tests_mirror_the_package():

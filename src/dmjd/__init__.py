@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "ComplementaryMasks": "dmjd.masking",
+    "DMJDWarning": "dmjd.warning",
     "DisjointMasks": "dmjd.masking",
     "Distillation": "dmjd.branches",
     "IndependentMasks": "dmjd.masking",

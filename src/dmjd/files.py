@@ -33,10 +33,6 @@ _DIGEST_ENTRY = re.compile(rb"(, )?" + _DIGEST.pattern + rb"(?(1)|(?:, )?)")  # 
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names that `atomic` gives to temporary files
 
 
-class FileWarning(UserWarning):
-    """A file is damaged or does not fit others, and something else is used; shown without its place in the code."""
-
-
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Write ``path`` completely or not at all: yields a temporary file in the same folder, then fsync and rename.

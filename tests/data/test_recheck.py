@@ -8,7 +8,7 @@ from image_sets import Arrays, first_values, save, write_table
 from support import TINY, metrics
 
 from dmjd.cli.main import main
-from dmjd.data.recheck import Began, recheck
+from dmjd.data.recheck import Began, check_moved, moved_reports, recheck
 from dmjd.data.sources.registry import open_source
 from dmjd.data.unreadable import MISSING, UnreadableImages
 
@@ -139,6 +139,34 @@ def test_repairs_and_removals_of_the_same_size_do_not_count(bmps):
         save(file, i) if i % 2 else file.unlink()
     assert len(recheck(reopened(bmps), began, reports, warnings.append).reports) == 10
     assert warnings == []
+
+
+def test_a_damaged_list_is_named_and_may_be_deleted(bmps):
+    began, listing = Began.of(reopened(bmps)), bmps.parent / "files.txt"
+    listing.write_text(listing.read_text().replace("03.bmp", "03.bmx"))
+    with pytest.raises(ValueError, match=f"give another --out. If they are, {listing} is damaged: delete it."):
+        recheck(reopened(bmps), began, [], pytest.fail)
+    listing.unlink()
+    recheck(reopened(bmps), began, [], pytest.fail)
+
+
+def test_a_moved_set_is_compared_and_its_unreadable_images_are_renamed(begun, tmp_path):
+    root, listing, began, reports = begun
+    root.rename(other := tmp_path / "moved")
+    source = open_source(other, listing=listing)
+    renamed = moved_reports([*reports, ("row 3 of a.parquet", "damaged")], str(root), str(other))
+    assert [name for name, _ in renamed] == [*(f"{other}/{i:02d}.png" for i in range(11, 23)), "row 3 of a.parquet"]
+    check_moved(source, began, renamed, str(root))
+    assert recheck(source, began, renamed[:-1], pytest.fail).count == 12
+    save(other / "12.png", 12)  # repaired on the way
+    check_moved(source, began, renamed, str(root))
+    save(other / "01.png", 99)
+    with pytest.raises(ValueError, match=r"1 differ from those this run began with, .*/moved/01\.png for one; .* give"):
+        check_moved(source, began, renamed, str(root))
+    with pytest.raises(ValueError, match=f"resume it once with --data {root}, or"):
+        check_moved(source, Began(began.fingerprint), renamed, str(root))
+    with pytest.raises(ValueError, match="are not those this run began with; a run may go on with the same images"):
+        check_moved(open_source("digits"), began, renamed, str(root))
 
 
 def test_labels_may_change_but_not_the_images_of_a_table(tmp_path):

@@ -8,7 +8,8 @@ from image_sets import save
 
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.registry import open_source
-from dmjd.data.statistics import measure_stats, range_warning, typical_size
+from dmjd.data.statistics import measure_stats, range_warning, typical_size, warn_of_range
+from dmjd.warning import DMJDWarning
 
 
 def test_mean_and_deviation_are_those_of_all_pixels(tmp_path):
@@ -55,6 +56,15 @@ def test_values_that_fill_little_of_their_range(tmp_path, values, dtype, value_r
     warning = range_warning(open_source(tmp_path, value_range=value_range))
     assert (warning is None) == (text is None)
     assert text is None or re.search(text, warning)
+
+
+def test_images_for_a_trained_encoder(tmp_path):
+    for value in (0, 3):
+        save(tmp_path / f"{value}.png", value)
+    with pytest.warns(
+        DMJDWarning, match=r"0 and 3, 1\.2% of .* from 0 to 255, which the encoder takes: .* scale these"
+    ):
+        warn_of_range(open_source(tmp_path, value_range=(0, 255)))
 
 
 def test_typical_size_is_the_median(tmp_path):

@@ -8,13 +8,13 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 
 from dmjd.engine.device import make_fabric
 from dmjd.engine.processes import (
-    LaunchWarning,
     LostProcessError,
     explain_loss,
     find_launch,
     first_process_works,
     warn_alone,
 )
+from dmjd.warning import DMJDWarning
 
 TASKS = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
 
@@ -77,7 +77,7 @@ def test_tasks_must_be_spread_evenly(environment):
 @pytest.mark.parametrize("variables", [TASKS, BATCH, KUBEFLOW, LSF, {"OMPI_COMM_WORLD_SIZE": "2"}])
 def test_one_process_of_a_job_starts_alone_with_a_warning(environment, variables):
     environment(variables)
-    with pytest.warns(LaunchWarning, match="neither srun nor torchrun started this process: it trains alone"):
+    with pytest.warns(DMJDWarning, match="neither srun nor torchrun started this process: it trains alone"):
         assert make_fabric("cpu", "fp32").world_size == 1
     assert make_fabric("cpu", "fp32", distributed=False).world_size == 1  # without a warning, which would be an error
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import save
 from sklearn.neighbors import KNeighborsClassifier
 from support import FEATURE_SIZE, GOLDEN, blobs, features, tiny_encoder
 
+from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, load_encoder
 from dmjd.evaluation.frozen.features import Features, extract, pooled, raw_pixels
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe
@@ -23,8 +25,10 @@ from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.results import read_evaluation
 from dmjd.evaluation.run import evaluate
+from dmjd.evaluation.setup import open_sets
 from dmjd.evaluation.tables import results_table
 from dmjd.images.preprocess import Preprocess
+from dmjd.warning import DMJDWarning
 
 # --- metrics
 
@@ -225,6 +229,15 @@ def test_other_data_and_another_folder(run, image_folder, tmp_path):
     evaluate("knn", run, data=image_folder, test_data=image_folder, labels="folder", out=tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "evaluation" / "knn.json").exists()
     assert not (run / "evaluation").exists()
+
+
+def test_dark_images_are_warned_about(run, tmp_path, recwarn):
+    for i in range(8):
+        save(tmp_path / ("train" if i < 4 else "test") / str(i % 2) / f"{i}.png", i)
+    open_sets(PretrainConfig(data=str(tmp_path), labels="folder"), run, load_encoder(run), {})
+    assert not recwarn.list  # its own images were looked at when the run began
+    with pytest.warns(DMJDWarning, match=r"between 0 and 3, 1\.2% of the range"):
+        open_sets(PretrainConfig(), run, load_encoder(run), {"data": str(tmp_path), "labels": "folder"})
 
 
 def test_an_encoder_file_needs_data(run, image_folder):

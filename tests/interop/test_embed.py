@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from image_sets import save
 from PIL import Image
 
 from dmjd.cli.main import main
@@ -25,6 +26,7 @@ from dmjd.images.preprocess import Preprocess
 from dmjd.interop.embed import embed
 from dmjd.interop.embed_parts import Parts
 from dmjd.interop.feature_files import feature_schema, rows_file
+from dmjd.warning import DMJDWarning
 
 SIZE = (16, 24)
 
@@ -63,6 +65,13 @@ def test_rows_are_the_encoders_pooled_features_with_path_and_label(file, image_f
     expected = extract(load_encoder(file), source).x.numpy()
     np.testing.assert_allclose(features_of(out), expected, atol=1e-5)
     assert [p.name for p in out.parent.iterdir()] == ["f.parquet"]
+
+
+def test_dark_images_are_warned_about(file, tmp_path):
+    for value in (0, 9):
+        save(tmp_path / "dark" / f"{value}.png", value)
+    with pytest.warns(DMJDWarning, match=r"between 0 and 9, 3\.5% of the range"):
+        embed(file, data=tmp_path / "dark", out=tmp_path / "a.npy", num_workers=0)
 
 
 @pytest.mark.parametrize(

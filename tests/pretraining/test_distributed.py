@@ -67,17 +67,6 @@ def test_two_processes_equal_one(tmp_path, image_folder, accumulate, target, wor
         assert b["epoch"] == a["epoch"]
 
 
-def test_more_processes_than_images(tmp_path, image_folder):
-    data = tmp_path / "one"
-    data.mkdir()
-    os.link(next(image_folder.rglob("*.png")), data / "a.png")
-    result = torchrun(
-        2, "pretrain", "folder", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 2, check=False
-    )
-    assert result.returncode != 0
-    assert "cannot be divided among 2 process(es)" in result.stderr
-
-
 def test_unreadable_images_of_all_processes_count_together(tmp_path, image_folder):
     """Each process reads a part of the images only, and all end together, with one message."""
     data, run = tmp_path / "data", tmp_path / "run"

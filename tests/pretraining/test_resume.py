@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support import TINY_FIELDS, metrics
+from support import TINY_FIELDS, assert_same_bits, metrics
 
 import dmjd
 from dmjd.config import recipes
@@ -16,7 +16,6 @@ from dmjd.config.pretrain import DURATIONS, PretrainConfig
 # Another value of every setting that a run must keep, except those of the next two tables.
 OTHER = {
     "recipe": "fast",
-    "data": "a folder that does not exist",
     "labels": "folder",
     "img_size": 24,
     "in_chans": 1,
@@ -37,7 +36,7 @@ OTHER = {
     "hog_bins": 8,
     "teacher_layers": 2,
     "teacher_skip": 1,
-    "teacher_size": 16,
+    "teacher_size": 64,
     "ema_layers": 1,
     "ema_momentum": 0.9,
     "num_views": 1,
@@ -62,8 +61,8 @@ OTHER = {
     "optimizer": "adamw",
     "weight_decay": 0.1,
     "warmup": 0.5,
-    "layer_decay": 0.5,
-    "init_freeze": 0.5,
+    "layer_decay": 0.9,
+    "init_freeze": 0.1,
     "clip_grad": 1,
     "seed": 1,
     "precision": "bf16",
@@ -86,8 +85,8 @@ ALLOWED = {
     "eval_every": 3,
     "final_eval": True,
 }
-ELSEWHERE = {"out", "resume", "wandb", "test_data", "teacher"}  # may change too, and have tests of their own
-START = {"init", "init_hash", "init_fresh", "init_decoder"}  # see tests/runs/test_start.py
+ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher"}  # may change too, and have tests of their own
+STARTING = {"init", "init_hash", "init_fresh", "init_decoder"}  # must stay; need weights, and are tested with them
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def begun(image_folder, tmp_path_factory):
 
 
 def test_every_setting_is_tried():
-    tables = {*OTHER, *TOGETHER, *ALLOWED, *ELSEWHERE, *START}
+    tables = {*OTHER, *TOGETHER, *ALLOWED, *ELSEWHERE, *STARTING}
     assert tables == {field.name for field in dataclasses.fields(PretrainConfig)}
     may_change = {field.name for field in dataclasses.fields(PretrainConfig) if field.metadata["resume"]}
     assert may_change == {*ALLOWED, *ELSEWHERE, *DURATIONS}
@@ -145,3 +144,53 @@ def test_settings_that_may_change_take_effect(begun, tmp_path):
     assert sorted(file.stem for file in (out / "figures").glob("step-*")) == ["step-000000003"]
     stored = PretrainConfig.from_json((out / "config.json").read_text(), "config.json")
     assert all(getattr(stored, name) == value for name, value in ALLOWED.items())
+
+
+def test_the_images_may_move(begun, tmp_path):
+    shutil.copytree(begun.out, out := tmp_path / "run")
+    shutil.copytree(begun.out, still := tmp_path / "still")
+    shutil.copytree(begun.data, data := tmp_path / "elsewhere")
+    assert dmjd.pretrain(begun.replace(out=str(out), data=str(data))).finished
+    assert dmjd.pretrain(begun.replace(out=str(still))).finished
+    assert_same_bits(out, still)
+    assert PretrainConfig.from_json((out / "config.json").read_text(), "config.json").data == str(data)
+
+
+def _changed(data):
+    next(data.rglob("00.png")).write_bytes(next(data.rglob("02.png")).read_bytes())
+
+
+def _same_size(data):
+    file = next(data.rglob("00.png"))
+    file.write_bytes(b"#" + file.read_bytes()[1:-1] + b"#")
+
+
+def _emptied(data):
+    for file in data.rglob("*.png"):
+        file.unlink()
+
+
+def _without_checkpoint(data):
+    shutil.rmtree(data.parent / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_changed, r"elsewhere: of 24 images compared, 1 differ from those this run began with, .*00\.png for one; .*"),
+        (_same_size, r"of 24 images compared, 1 differ from those"),
+        (_emptied, r"of 24 images compared, 24 differ from those .*; give --data .*, or another --out"),
+        (shutil.rmtree, "there is no .*elsewhere"),
+        (_without_checkpoint, "no checkpoint yet that its images could be compared with; give the same path"),
+    ],
+)
+def test_other_images_at_another_path_are_refused(begun, tmp_path, change, message):
+    shutil.copytree(begun.out, tmp_path / "run")
+    shutil.copytree(begun.data, data := tmp_path / "elsewhere")
+    change(data)
+    config = begun.replace(out=str(tmp_path / "run"), data=str(data))
+    before = content_of(config)
+    with pytest.raises(ValueError, match=message) as error:
+        dmjd.pretrain(config)
+    assert "\n" not in str(error.value)
+    assert content_of(config) == before

@@ -3,12 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import pytest
 from support import TINY, TINY_FIELDS, assert_same_bits, metrics, mistake
 
@@ -17,6 +17,7 @@ from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.encoders.weights import encoder_bytes
 from dmjd.engine.optim import scaled_learning_rate, warmup_cosine
+from dmjd.pretraining.run import resolve_batch_size
 from dmjd.runs.build import build_masks
 
 
@@ -25,23 +26,19 @@ def command(*arguments: object) -> None:
     assert main(["pretrain", "folder", *map(str, arguments)]) == 0
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    """Start ``dmjd ...`` in a separate process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "dmjd", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def start(log: Path, *arguments: object) -> BaseProcess:
+    """Start ``dmjd ...`` in a process of its own."""
+    return forked.start(main, [str(argument) for argument in arguments], log=log)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: Path, step: int, process: BaseProcess, log: Path) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if any(m["step"] >= step for m in metrics(run)[:-1]):  # the last line may be incomplete
             return
         time.sleep(0.005)
-    raise AssertionError(f"no step {step} in time: {process.communicate()[1]}")
+    process.kill()
+    raise AssertionError(f"no step {step} in time: {log.read_text()}")
 
 
 def test_a_run_learns_and_leaves_its_files(tmp_path, image_folder):
@@ -74,10 +71,11 @@ def test_a_killed_process_resumes_to_the_same_bits(capsys, tmp_path, image_folde
     flags = ["--data", image_folder, *TINY, "--steps", 14, "--checkpoint-every", 5, "--batch-size", 10]
     flags += ["--drop-path", 0.3, "--accumulate", 2]
     command(*flags, "--num-workers", 2, "--out", tmp_path / "straight")
-    process = start("pretrain", "folder", *flags, "--num-workers", 2, "--out", tmp_path / "killed")
-    wait_for_step(tmp_path / "killed", 7, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    log = tmp_path / "log"
+    process = start(log, "pretrain", "folder", *flags, "--num-workers", 2, "--out", tmp_path / "killed")
+    wait_for_step(tmp_path / "killed", 7, process, log)
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed" / "checkpoints" / "final.safetensors").exists(), "the kill came too late"
     capsys.readouterr()
     command(*flags, "--num-workers", 1, "--out", tmp_path / "killed")
@@ -119,14 +117,14 @@ def test_sigint_saves_and_stops(capsys, tmp_path):
 
 def test_a_second_run_in_the_folder_is_refused_and_sigterm_ends_the_first_cleanly(capsys, tmp_path):
     arguments = ["pretrain", "digits", *TINY, "--steps", 100000, "--batch-size", 32, "--out", tmp_path / "run"]
-    process = start(*arguments)
-    wait_for_step(tmp_path / "run", 5, process)
+    process = start(log := tmp_path / "log", *arguments)
+    wait_for_step(tmp_path / "run", 5, process, log)
     assert "another process is training" in mistake(capsys, *arguments)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert "the same command resumes from there" in stderr
+    assert process.is_alive()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+    assert "the same command resumes from there" in log.read_text()
     step = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:09d}.safetensors").exists()
 
@@ -190,6 +188,17 @@ def test_one_image_trains_with_a_warning(capsys, tmp_path, image_folder):
     printed = capsys.readouterr().err
     assert "only 1 image(s)" in printed
     assert "batch size 64 (the recipe's unless you gave one) exceeds the number of images: 1 per step" in printed
+
+
+def test_batch_sizes_that_cannot_be_divided():
+    config = recipes.digits(**TINY_FIELDS | {"batch_size": 6, "accumulate": 2})
+    assert resolve_batch_size(config, 5, 1) == 4
+    with pytest.raises(
+        ValueError, match=r"^1 image\(s\) cannot be divided among 2 process\(es\) x --accumulate 2; use"
+    ):
+        resolve_batch_size(config, 1, 2)
+    with pytest.raises(ValueError, match=r"batch size 6 .* pass a --batch-size that is a multiple of 4"):
+        resolve_batch_size(config, 9, 2)
 
 
 def test_images_smaller_than_the_input_are_named(capsys, tmp_path, image_folder):

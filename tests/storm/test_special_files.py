@@ -7,15 +7,15 @@ import contextlib
 import os
 import shutil
 import socket
-import sys
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import run
 from state_files import COMMANDS, TRAIN, Command, make_base
 from storm.table import record
+
+from dmjd.cli.main import main
 
 SECONDS = 60.0
 
@@ -79,32 +79,6 @@ FILES = {
 }
 
 
-def _run(command: Command, work: Path, log: Path) -> int | None:
-    """Exit code of a command in a fork of this process, which has imported everything; None if it hangs."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with log.open("w") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            with os.fdopen(2, "w", closefd=False) as sys.stderr, open(os.devnull, "w") as sys.stdout:
-                try:
-                    code = command.run(work)
-                except BaseException:
-                    traceback.print_exc()
-        finally:
-            os._exit(code)
-    until = time.monotonic() + SECONDS
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > until:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            return None
-        time.sleep(0.02)
-    return os.waitstatus_to_exitcode(ended[1])
-
-
 @pytest.mark.slow
 def test_special_files_in_place_of_state_files(tmp_path):
     work, base, log = tmp_path / "work", tmp_path / "base", tmp_path / "log"
@@ -120,7 +94,7 @@ def test_special_files_in_place_of_state_files(tmp_path):
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
         KINDS[kind](path)
-        code = _run(commands[name], work, log)
+        code = run(main, [str(word) for word in commands[name].arguments(work)], log=log, seconds=SECONDS)
         text = log.read_text(errors="replace")
         named = path.name in text or "half.parquet.parts" in text  # other weights than those of the parts
         if code not in (0, 2) or "Traceback" in text or (code == 2 and not named):

@@ -266,6 +266,19 @@ def test_layers_can_be_skipped_and_the_teacher_can_see_smaller_images():
     assert maps[-2].shape == (2, target.dim, 4, 4)
 
 
+def test_a_convolutional_teacher_from_a_folder(tmp_path):
+    """Its batch norms hold counters, which are no random weights."""
+    model = timm.create_model("efficientnet_lite0", num_classes=0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    encoder, raw = create_encoder("vit_tiny_patch16", img_size=64, depth=1), torch.rand(2, 3, 64, 64) * 255
+    settings = {"skip": 1, "size": (64,)}
+    loaded = TeacherTarget(encoder, TeacherSettings(f"local-dir:{tmp_path}", **settings))
+    torch.testing.assert_close(loaded(raw, raw), TeacherTarget(encoder, TeacherSettings(model, **settings))(raw, raw))
+
+
 def test_skipped_blocks_of_an_encoder_are_the_last_ones():
     teacher = create_encoder("vit_tiny_patch16", img_size=32, depth=3)
     teacher.preprocess = Preprocess((32, 32))

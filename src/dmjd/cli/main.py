@@ -17,6 +17,7 @@ from dmjd.config.checks import shown
 from dmjd.streams import unfailing_standard_streams
 from dmjd.suggest import did_you_mean
 from dmjd.text import printable
+from dmjd.warning import DMJDWarning
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pretrain": (run_pretrain, "train an encoder on unlabeled images"),
@@ -79,7 +80,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Print a warning of ours without its place in the code, once a machine."""
-    if not category.__module__.startswith("dmjd."):
+    if not issubclass(category, DMJDWarning):
         text = warnings.formatwarning(message, category, filename, lineno, line)
         print(text, end="", file=sys.stderr if file is None else file)
     elif os.environ.get("LOCAL_RANK", "0") == "0":

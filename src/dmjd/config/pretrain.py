@@ -41,7 +41,11 @@ class PretrainConfig(Config):
 
     recipe: str = option("dmjd", "recipe the run started from", "run")
     data: str | None = option(
-        None, "folder of images, .parquet file or folder of them, set name, hub name, or digits", "data", common=True
+        None,
+        "folder of images, .parquet file or folder of them, set name, hub name, or digits",
+        "data",
+        resume=True,
+        common=True,
     )
     out: str | None = option(None, "run folder", "run", resume=True, common=True)
     test_data: str | None = option(None, "labeled test set for kNN while training", "data", resume=True)
@@ -311,9 +315,9 @@ def _not_rising(name: str, value: tuple[float, ...]) -> str:
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
     """Settings that differ although a resumed run must keep them, as "name: old -> new".
 
-    Fields marked ``resume`` may change: workers, device, logging, intervals, tolerance of unreadable images, test data.
-    A duration may become longer, in the same unit. Complementary masks are disjoint masks of a certain ratio, and are
-    drawn the same, so that each may replace the other.
+    Fields marked ``resume`` may change: workers, device, logging, intervals, tolerance of unreadable images, test data,
+    and the path of the images, if they are the same. A duration may become longer, in the same unit. Complementary
+    masks are disjoint masks of a certain ratio, and are drawn the same, so that each may replace the other.
     """
     lines = []
     for field in dataclasses.fields(old):

@@ -25,13 +25,13 @@ from torch import Tensor
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.cache import load_to_memory
 from dmjd.data.sources.base import Source
-from dmjd.data.sources.paths import DataWarning
 from dmjd.data.train_loader import Augment, Stream
 from dmjd.data.transforms import crop_resize
 from dmjd.data.unreadable import Report, UnreadableImages, read_or_replace
 from dmjd.data.workers import auto_workers, read_batches
 from dmjd.images.preprocess import Preprocess
 from dmjd.rng import STREAM_AUGMENT, STREAM_MIX, hash64
+from dmjd.warning import DMJDWarning
 
 _MOST_PIXELS_IN_MEMORY = 96 * 96  # larger images take longer to augment than to transfer from workers
 
@@ -210,7 +210,7 @@ class LabeledBatches:
         try:
             for number, (images, labels, keys, unreadable) in zip(itertools.count(first), results, strict=False):
                 self.unreadable.add_and_warn(
-                    unreadable, functools.partial(warnings.warn, category=DataWarning, stacklevel=3)
+                    unreadable, functools.partial(warnings.warn, category=DMJDWarning, stacklevel=3)
                 )
                 images, labels, keys = (x.to(fabric.device, non_blocking=True) for x in (images, labels, keys))
                 key = hash64(STREAM_MIX, self.seed, number // self.config.accumulate)

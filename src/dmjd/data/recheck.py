@@ -1,12 +1,13 @@
-"""What may change between the runs that resume each other: images are repaired or removed."""
+"""What may change between the runs that resume each other: images are repaired, removed, or moved to another path."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from dmjd.data.cache import try_read
 from dmjd.data.sources.base import Changes, Source
+from dmjd.data.sources.paths import one_line
 from dmjd.data.unreadable import MISSING, Report, UnreadableImages
 
 
@@ -44,19 +45,15 @@ def recheck(source: Source, began: Began, reports: Iterable[Report], warn: Calla
         ValueError: if it is another set: the list is another one, or most images have changed.
     """
     reports = list(reports)
-    changes = source.changes(began.fingerprint)
-    if changes is None:
-        raise ValueError(f"the images in {source.name} are not those this run began with; give another --out")
     known = {name for name, _ in reports}
     changed: dict[str, None] = {}
-    for one in (changes, _changed_content(source, began.content or {})):
-        new = [name for name in one.names if name not in known]
-        if len(new) > one.compared / 2:
+    for one in _new_changes(source, began, known):
+        if len(one.names) > one.compared / 2:
             raise ValueError(
                 f"the images in {source.name} are not those this run began with: of {one.compared} compared, "
-                f"{len(new)} have changed, {new[0]} for one; put them back, or give another --out"
+                f"{len(one.names)} have changed, {one.names[0]} for one; put them back, or give another --out"
             )
-        changed |= dict.fromkeys(new)
+        changed |= dict.fromkeys(one.names)
     if changed:
         warn(
             f"at least {len(changed)} image(s) have changed since the run began, {next(iter(changed))} for one: "
@@ -66,6 +63,52 @@ def recheck(source: Source, began: Began, reports: Iterable[Report], warn: Calla
     still = [(name, reason) for name, reason in reports if now.get(name, reason) is not None]
     removed = [name for name, reason in still if now.get(name) == MISSING and reason != MISSING]
     return UnreadableImages(still, removed)
+
+
+def check_moved(source: Source, began: Began, reports: Iterable[Report], former: str) -> None:
+    """Check that a set at another path than before is the one a run began with. No compared image may differ.
+
+    Args:
+        source: the set as it is now.
+        began: the set the run began with.
+        reports: (name, reason) of the images that were unreadable, which may differ, with names as they are now.
+        former: the former path.
+
+    Raises:
+        ValueError: if it is another set, or if the run recorded too little to tell.
+    """
+    cure = f"a run may go on with the same images at another path only; give --data {former}, or another --out"
+    if began.content is None:
+        raise ValueError(
+            f"the run began in version 0.1, which did not record enough to compare {source.name} with {former}: "
+            f"resume it once with --data {former}, or give another --out"
+        )
+    for one in _new_changes(source, began, {name for name, _ in reports}, cure):
+        if one.names:
+            raise ValueError(
+                f"{source.name}: of {one.compared} images compared, {len(one.names)} differ from those this run began "
+                f"with, {one.names[0]} for one; {cure}"
+            )
+
+
+def moved_reports(reports: Iterable[Report], former: str, data: str) -> list[Report]:
+    """The reports of unreadable images of a set that was at another path, with the names they have now."""
+    before, now = (one_line(path).rstrip("/") + "/" for path in (former, data))
+    return [(now + name.removeprefix(before) if name.startswith(before) else name, reason) for name, reason in reports]
+
+
+def _new_changes(source: Source, began: Began, known: set[str], cure: str = "give another --out") -> Iterator[Changes]:
+    """What has changed in the list of images and their sizes, and in their content, besides known images.
+
+    Raises:
+        ValueError: if the list is another one.
+    """
+    changes = source.changes(began.fingerprint)
+    if changes is None:
+        damaged = f" If they are, {source.listing} is damaged: delete it." if source.listing is not None else ""
+        raise ValueError(f"the images in {source.name} are not those this run began with; {cure}.{damaged}")
+    for one in (changes, _changed_content(source, began.content or {})):
+        yield Changes([name for name in one.names if name not in known], one.compared)
 
 
 def _changed_content(source: Source, before: Mapping[int, str]) -> Changes:

@@ -1,5 +1,6 @@
 """Statistics of a set: mean and standard deviation of its channels, typical size of its images."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from dmjd.data.workers import available_cores
 from dmjd.images.decoding import open_stored
 from dmjd.images.resampling import resize_box
 from dmjd.images.stored import Stored
+from dmjd.warning import DMJDWarning
 
 _LONGEST_SIDE = 64
 
@@ -93,6 +95,35 @@ def range_warning(source: Source, sample: int = 32) -> str | None:
         source: the set.
         sample: largest number of images to read.
     """
+    used = _little_used(source, sample)
+    if used is None:
+        return None
+    given = [f"{x:g}" for x in used.rounded]
+    return (
+        f"{used.text}: if that is all they use, pass --value-range {' '.join(given)}, "
+        "the values that become black and white"
+    )
+
+
+def warn_of_range(source: Source) -> None:
+    """Warn, as :func:`range_warning`, about images for a trained encoder, whose value range is given."""
+    if (used := _little_used(source, 32)) is not None:
+        warnings.warn(
+            f"{used.text}, which the encoder takes: if the images it was trained on used more, scale these like them",
+            DMJDWarning,
+            stacklevel=3,
+        )
+
+
+class _Used(NamedTuple):
+    """In words, the values that images use of their range; and the range of round numbers around them."""
+
+    text: str
+    rounded: tuple[float, float]
+
+
+def _little_used(source: Source, sample: int) -> _Used | None:
+    """What evenly spaced images use of their range, if that is little."""
     indices = [int(i) for i in evenly_spaced(len(source), sample)]
     with ThreadPoolExecutor(available_cores()) as pool:
         read = list(pool.map(lambda i: try_read(source, i), indices))
@@ -103,12 +134,11 @@ def range_warning(source: Source, sample: int = 32) -> str | None:
         return None
     whole, integers = _whole_range(source, good[0][0])
     lo, hi = (whole[0] + end / 255 * (whole[1] - whole[0]) for end in (smallest, largest))
-    given = [f"{x:g}" for x in _rounded(lo, hi, integers)]
-    return (
+    text = (
         f"the values of {len(good)} images of {source.name} lie between {lo:.5g} and {hi:.5g}, "
-        f"{(largest - smallest) / 255:.1%} of the range from {whole[0]:g} to {whole[1]:g}: if that is all they use, "
-        f"pass --value-range {' '.join(given)}, the values that become black and white"
+        f"{(largest - smallest) / 255:.1%} of the range from {whole[0]:g} to {whole[1]:g}"
     )
+    return _Used(text, _rounded(lo, hi, integers))
 
 
 def _whole_range(source: Source, index: int) -> tuple[tuple[float, float], bool]:

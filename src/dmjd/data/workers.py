@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from dmjd.config.checks import MAX_WORKERS
 from dmjd.images.stored import UnreadableImage
+from dmjd.warning import DMJDWarning
 
 _MOST_WORKERS = 8
 
@@ -45,10 +46,6 @@ Result = TypeVar("Result")
 
 class LoaderError(RuntimeError):
     """Worker processes that died, or deliver nothing. The message says why, if that is known, and what to change."""
-
-
-class LoaderWarning(UserWarning):
-    """Images are read more slowly than they could be, because the machine limits something."""
 
 
 def wait_limit() -> float:
@@ -149,7 +146,7 @@ def _allowed_workers(num_workers: int) -> int:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, LoaderWarning, stacklevel=3)
+    warnings.warn(text, DMJDWarning, stacklevel=3)
 
 
 class _Workers(Generic[Request, Result]):

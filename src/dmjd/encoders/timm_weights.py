@@ -10,7 +10,7 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
 
 from dmjd.checked_json import read_json
 from dmjd.hub import offline_if_unreachable
@@ -116,9 +116,7 @@ def _check_loaded(model: nn.Module, fresh: nn.Module, source: str, what: str) ->
     """Check that no random weights were left: timm goes on if a file lacks tensors. Both models have the same seed."""
     random = fresh.state_dict()
     left = [
-        key
-        for key, value in model.state_dict().items()
-        if torch.equal(value, random[key]) and not torch.equal(value, value.flatten()[:1].expand_as(value))
+        key for key, value in model.state_dict().items() if torch.equal(value, random[key]) and not _is_constant(value)
     ]
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
@@ -126,6 +124,11 @@ def _check_loaded(model: nn.Module, fresh: nn.Module, source: str, what: str) ->
             f"the weights of {what} {source} lack {len(left)} tensors of {type(model).__name__}: "
             f"{', '.join(left[:SHOWN])}{more}"
         )
+
+
+def _is_constant(value: Tensor) -> bool:
+    """Whether all numbers of a tensor are the same: biases, scales of norms and counters may well be as at first."""
+    return value.numel() == 0 or bool((value == value.flatten()[0]).all())
 
 
 def timm_preprocess(model: nn.Module) -> Preprocess:

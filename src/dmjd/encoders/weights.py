@@ -23,10 +23,11 @@ from dmjd.encoders.stored import (
     weights_hash_of,
 )
 from dmjd.encoders.timm_features import feature_backbone
-from dmjd.files import FileWarning, read_digest, read_safetensors
+from dmjd.files import read_digest, read_safetensors
 from dmjd.hub import download
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
+from dmjd.warning import DMJDWarning
 
 __all__ = [
     "ENCODER_FILE",
@@ -120,7 +121,7 @@ def _warn_if_stale(file: Path) -> None:
     headers, _ = read_headers(file.parent / CHECKPOINTS)
     digest = headers[0].metadata.get(ENCODER_DIGEST_KEY) if headers else None
     if digest is not None and digest != read_digest(file):
-        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", FileWarning, stacklevel=5)
+        warnings.warn(f"{file} does not belong to the newest checkpoint; {file.parent} does", DMJDWarning, stacklevel=5)
 
 
 def _load_run(run: Path) -> Encoder:
@@ -152,7 +153,7 @@ def _load_run(run: Path) -> Encoder:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", FileWarning, stacklevel=5)
+            warnings.warn(f"{'; '.join(problems)}. The weights are taken from {candidate}", DMJDWarning, stacklevel=5)
         return encoder
     raise ValueError(f"{run} holds no readable weights:\n  " + "\n  ".join(problems[:5]))
 

@@ -25,6 +25,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from dmjd.data.workers import TIMEOUT, wait_limit
+from dmjd.warning import DMJDWarning
 
 # Variables that hold the number of processes of a job, by which a user may expect more than one.
 _SIZES = ("SLURM_NTASKS", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE")
@@ -43,10 +44,6 @@ T = TypeVar("T")
 
 class LostProcessError(RuntimeError):
     """Another process of the run ended or does not answer."""
-
-
-class LaunchWarning(UserWarning):
-    """The run uses fewer processes than the job has."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def warn_alone() -> None:
             warnings.warn(
                 f"{name} is {_number(name)}, but neither srun nor torchrun started this process: it trains alone. To "
                 "use all of them, start it with 'srun dmjd ...' or 'torchrun -m dmjd ...'",
-                LaunchWarning,
+                DMJDWarning,
                 stacklevel=2,
             )
             return

@@ -20,10 +20,10 @@ from dmjd.encoders.headers import CHECKPOINTS, WEIGHTS_KEY, read_headers
 from dmjd.engine.console import literal
 from dmjd.figures.grid import figure_path, save_figure
 from dmjd.figures.panels import dpi_of
-from dmjd.files import FileWarning
 from dmjd.result_files import BASELINES, headline, is_number, read_evaluation
 from dmjd.runs.checkpoint import CONFIG_FILE
 from dmjd.text import drawable
+from dmjd.warning import DMJDWarning
 
 # part of evaluation/<task>.json -> its label
 PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pixels"}
@@ -123,7 +123,7 @@ def _warn_of_other_weights(run: Path, evaluations: Mapping[str, Mapping[str, Any
             if content.get("encoder") not in (weights, None):
                 warnings.warn(
                     f"{run}: {task} was measured on other weights than the newest: evaluate it again",
-                    FileWarning,
+                    DMJDWarning,
                     stacklevel=4,
                 )
 

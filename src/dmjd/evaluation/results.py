@@ -16,8 +16,9 @@ from dmjd.checked_json import check_json, read_json, signed, verified
 from dmjd.data.sources.base import Source, short_hash
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.weights import encoder_metadata, weights_hash
-from dmjd.files import FileWarning, check_writable, locked, make_folder, move, remove_leftovers, write_bytes, write_text
+from dmjd.files import check_writable, locked, make_folder, move, remove_leftovers, write_bytes, write_text
 from dmjd.result_files import BASELINES, EVALUATION, headline, is_number, read_evaluation
+from dmjd.warning import DMJDWarning
 
 PARTS = ("result", "random_init", "raw_pixels")  # what is measured: the encoder and its two baselines
 
@@ -113,7 +114,7 @@ class Baselines:
         try:
             found = read_json(self._file, dict[str, Any])
         except ValueError as error:
-            warnings.warn(f"{error}; baselines are measured again", FileWarning, stacklevel=4)
+            warnings.warn(f"{error}; baselines are measured again", DMJDWarning, stacklevel=4)
             return {}
         good = {}
         for key, entry in found.items():
@@ -123,7 +124,7 @@ class Baselines:
                     good[key] = own
         if len(good) < len(found):
             warnings.warn(
-                f"{self._file}: {len(found) - len(good)} damaged entries are measured again", FileWarning, stacklevel=4
+                f"{self._file}: {len(found) - len(good)} damaged entries are measured again", DMJDWarning, stacklevel=4
             )
         return good
 
@@ -142,7 +143,7 @@ class Baselines:
                 entries = {name: signed(entry, name) for name, entry in sorted(self._results.items())}
                 write_text(self._file, json.dumps(entries, indent=2) + "\n")
         except ValueError as error:  # they can be measured again, which is no reason to lose the result
-            warnings.warn(f"{error}; this baseline is not kept", FileWarning, stacklevel=2)
+            warnings.warn(f"{error}; this baseline is not kept", DMJDWarning, stacklevel=2)
 
 
 def read_result(file: str | Path, encoder: Encoder) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels
+from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.weights import is_shared
 from dmjd.evaluation.frozen.features import check_labels
@@ -48,6 +49,8 @@ def open_sets(
     test = open_test_data(config, data, test_data)
     if test is None:
         raise ValueError(f"{data} has no test part: pass --test-data")
+    if not own or "test_data" in given:
+        warn_of_range(test if own else train)
     return train, test, aligned_labels(train, test)
 
 

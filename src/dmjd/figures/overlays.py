@@ -95,7 +95,7 @@ def detection_panels(
 
 def _rgb(image: np.ndarray) -> np.ndarray:
     """[H, W, C] on the 0..255 scale -> [H, W, 3] in 0..1."""
-    return to_rgb(torch.from_numpy(image).permute(2, 0, 1)[None])[0].numpy()
+    return to_rgb(torch.tensor(image).permute(2, 0, 1)[None])[0].numpy()  # a copy: decoded images may be read-only
 
 
 def _with_masks(base: np.ndarray, objects: Objects, num_classes: int) -> np.ndarray:

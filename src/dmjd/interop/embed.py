@@ -18,6 +18,7 @@ from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import SPLITS
+from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.weights import load_encoder, weights_hash
 from dmjd.engine.console import Console, duration_text
@@ -77,7 +78,7 @@ def embed(
     _check(tokens, half, split, data=data, labels=labels, batch_size=batch_size, **machine)
     keep_freed_memory(chosen := pick_device(device))
     encoder = load_encoder(run, chosen)
-    source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
+    source = _open(run, encoder, data, split, labels)
     extract = _extractor(encoder, tokens, precision)
     settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
     settings |= {"content": source.content_hash(), "tokens": bool(tokens), "half": bool(half), "precision": precision}
@@ -112,6 +113,14 @@ def _checked_out(out: str | Path) -> Path:
         check_writable(out)
         make_folder(out.parent)
     return out
+
+
+def _open(run: Path, encoder: Encoder, data: str | Path | None, split: str, labels: str | None) -> Source:
+    """The images; with a warning if they are not the run's own, and use little of the range of values."""
+    source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
+    if data is not None:
+        warn_of_range(source)
+    return source
 
 
 def _is_finished(settings: dict[str, Any], out: Path, console: Console) -> bool:

@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.data.recheck import Began, recheck
+from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
@@ -70,9 +70,7 @@ class Monitor(Callback):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
-        unreadable = [(name, reason) for name, reason in checkpoint.state["bad"]]
-        content = checkpoint.state.get("content")
-        began = Began(checkpoint.state["data"], dict(content) if content is not None else None)
+        began, unreadable = began_with(checkpoint.state, self.config)
         known = recheck(self.source, began, unreadable, self.console.warn)
         # Runs of former versions recorded no content: it is recorded from now on.
         self._began = Began(began.fingerprint, self._began.content) if began.content is None else began
@@ -280,6 +278,15 @@ class Monitor(Callback):
     def _save_figure(self, name: str) -> None:
         """Save a figure of masked input, targets and predictions of a few images."""
         save_reconstruction_figure(self.model, self.source, self.folder.path / "figures" / name, num_images=NUM_IMAGES)
+
+
+def began_with(state: Mapping[str, Any], config: PretrainConfig) -> tuple[Began, list[UnreadableReport]]:
+    """The images of a checkpoint, and its unreadable ones, by the names they have at the configured path."""
+    content, former = state.get("content"), state["config"].get("data")
+    reports = [(name, reason) for name, reason in state["bad"]]
+    if isinstance(former, str) and config.data is not None:
+        reports = moved_reports(reports, former, config.data)
+    return Began(state["data"], dict(content) if content is not None else None), reports
 
 
 def _next_evaluation(progress: float) -> float:

@@ -12,14 +12,16 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from dmjd.checked_json import check_json
 from dmjd.config.checks import check_out
 from dmjd.config.pretrain import DEFAULT_BATCH_SIZE, PretrainConfig
+from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import absolute
 from dmjd.data.statistics import measure_stats, range_warning, typical_size
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
-from dmjd.encoders.headers import has_checkpoint
+from dmjd.encoders.headers import CHECKPOINTS, has_checkpoint, read_headers
 from dmjd.encoders.timm_weights import LOCAL
 from dmjd.engine.console import Console
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
@@ -31,9 +33,9 @@ from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
-from dmjd.pretraining.callbacks import Monitor
+from dmjd.pretraining.callbacks import Monitor, began_with
 from dmjd.runs.build import LISTING, build_model, open_data
-from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, check_continues
+from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, check_continues, read_config_of
 from dmjd.runs.driver import Driver, newest_checkpoint
 from dmjd.runs.start import Start, read_start
 
@@ -86,7 +88,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     config = resolve_paths(config)
     if config.wandb:
         import_wandb()
-    out, data = check_out("out", config.out), str(config.data)
+    out = check_out("out", config.out)
     # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
     config, start = read_start(config, out, own_model=model is not None)
     model = build_model(config, start) if model is None else model
@@ -94,8 +96,8 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     fabric = make_fabric(config.device, config.precision)
     console = Console(enabled=fabric.is_global_zero)
     check_settings(config, out, fabric)
-    # 3. The images. The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
-    source = open_data(config, data, "train", listing=out / LISTING if has_checkpoint(out) else None)
+    # 3. The images.
+    source = training_images(config, out)
     batch_size = resolve_batch_size(config, len(source), fabric.world_size)
     # 4. The run folder, locked by the first process.
     with closing(RunFolder(out, owner=fabric.is_global_zero)) as folder, closing(console):
@@ -156,6 +158,30 @@ def check_settings(config: PretrainConfig, out: Path, fabric: Fabric) -> None:
     if fabric.is_global_zero:
         with warnings.catch_warnings(action="ignore"):
             check_continues(out, config)
+
+
+def training_images(config: PretrainConfig, out: Path) -> Source:
+    """Open the images. If ``data`` is not that of the run in ``out``, they must be the same at another path.
+
+    The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
+
+    Raises:
+        ValueError: if they cannot be opened, are others, or there is no checkpoint that says which they were.
+    """
+    data = str(config.data)
+    source = open_data(config, data, "train", listing=out / LISTING if has_checkpoint(out) else None)
+    old = read_config_of(out)
+    if old is None or old.data is None or old.data == data:
+        return source
+    headers, _ = read_headers(out / CHECKPOINTS)
+    if not headers:
+        raise ValueError(
+            f"{out} began with --data {old.data} and has no checkpoint yet that its images could be compared with; "
+            "give the same path, or another --out"
+        )
+    began, reports = began_with(check_json(headers[0].metadata, PretrainState, str(headers[0].path)), config)
+    check_moved(source, began, reports, old.data)
+    return source
 
 
 def resolve_batch_size(config: PretrainConfig, num_images: int, world_size: int) -> int:

@@ -17,7 +17,6 @@ from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, encoder_family
 from dmjd.encoders.weights import is_shared
-from dmjd.files import FileWarning
 from dmjd.images.preprocess import Preprocess
 from dmjd.masking import MaskSampler, sampler_class
 from dmjd.model import MaskedImageModel
@@ -26,6 +25,7 @@ from dmjd.runs.checkpoint import ModelState, RunFolder, one_line, read_config_of
 from dmjd.runs.start import Start
 from dmjd.targets.base import TargetSettings
 from dmjd.targets.registry import target_class
+from dmjd.warning import DMJDWarning
 
 MASK_SETTINGS = ("num_views", "mask_ratio", "pred_ratio", "block_size")
 
@@ -220,7 +220,7 @@ def load_model(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
         raise ValueError(f"{checkpoint.path} does not fit the model of its configuration: {one_line(error)}") from None
     if problems:
         warnings.warn(
-            f"{'; '.join(problems)}. The model is that of {checkpoint.path}, an older one", FileWarning, stacklevel=2
+            f"{'; '.join(problems)}. The model is that of {checkpoint.path}, an older one", DMJDWarning, stacklevel=2
         )
     model.encoder.preprocess = checkpoint.preprocess()
     return model.eval(), config

@@ -22,7 +22,6 @@ from dmjd.config.pretrain import PretrainConfig, resume_differences
 from dmjd.encoders.headers import CHECKPOINT_FORMAT, CHECKPOINTS, FINAL, check_checkpoint, read_headers, step_files
 from dmjd.encoders.weights import ENCODER_FILE, EncoderMetadata
 from dmjd.files import (
-    FileWarning,
     append_lines,
     check_replaceable,
     read_safetensors,
@@ -35,6 +34,7 @@ from dmjd.files import (
 from dmjd.images.preprocess import Preprocess
 from dmjd.regular import check_regular
 from dmjd.runs.metrics import cut_metrics
+from dmjd.warning import DMJDWarning
 
 KEEP = 2  # step checkpoints, besides the final one
 
@@ -299,8 +299,9 @@ def read_config_of(run: Path) -> PretrainConfig | None:
     headers, unreadable = read_headers(run / CHECKPOINTS)
     for header in headers:
         if isinstance(stored := header.metadata.get("config"), dict):
-            warnings.warn(f"{problem}. The configuration is taken from {header.path}", FileWarning, stacklevel=3)
+            warnings.warn(f"{problem}. The configuration is taken from {header.path}", DMJDWarning, stacklevel=3)
             return PretrainConfig.from_json(json.dumps(stored), str(header.path))
     if not file.exists() and not headers and not unreadable:
         return None
-    raise ValueError(f"{problem}, and no checkpoint replaces it; give another --out")
+    why = f" ({unreadable[0].reason})" if unreadable else ""
+    raise ValueError(f"{problem}, and no checkpoint replaces it{why}; give another --out")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from image_sets import first_values, save
 
-from dmjd.data.sources.paths import DataWarning
 from dmjd.data.sources.registry import open_source
+from dmjd.warning import DMJDWarning
 
 
 def test_sorted_nested_and_hidden(tmp_path):
@@ -102,7 +102,7 @@ def test_segmentation_masks_are_no_images(tmp_path, images, masks):
     for i, name in enumerate([f"{images}/a.jpg", f"{images}/b.c.png", f"{masks}/a.png", f"{masks}/b.c.png"]):
         save(tmp_path / name, i)
     save(tmp_path / masks / "other.png", 5)  # of no image
-    with pytest.warns(DataWarning, match=f"2 masks in {tmp_path / masks.split('/')[0]} are left out"):
+    with pytest.warns(DMJDWarning, match=f"2 masks in {tmp_path / masks.split('/')[0]} are left out"):
         source = open_source(tmp_path)
     names = [os.path.relpath(source.describe(i), tmp_path) for i in range(len(source))]
     assert names == sorted([f"{images}/a.jpg", f"{images}/b.c.png", f"{masks}/other.png"])

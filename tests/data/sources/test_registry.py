@@ -84,6 +84,9 @@ def test_single_file(tmp_path):
     save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="is a single file: give the folder"):
         open_source(tmp_path / "one.png")
+    (tmp_path / "list.csv").write_text("one.png,cat")
+    with pytest.raises(ValueError, match=r"list\.csv is a list or table .* not supported yet: give the folder of the"):
+        open_source(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ class Source(ABC):
         label_option: the only value of ``labels`` besides "none" that is accepted; None: all are.
         can_hold_masks: whether such sets can have segmentation masks.
         remote: whether such sets are on the network.
+        listing: file that the list of images was read from; None: it is not from a file.
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
     """
 
@@ -73,6 +74,7 @@ class Source(ABC):
     in_chans: int = 3
     value_range: tuple[float, float] | None = None
     labels: np.ndarray | None = None
+    listing: Path | None = None
     classes: list[str]
 
     @classmethod

@@ -65,6 +65,7 @@ class FolderSource(Source):
         if not paths:
             raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
         self._paths = _Strings(paths)
+        self.listing = listing if listed is not None else None
         self._listed_sizes = listed.sizes if listed is not None else None
         self.classes: list[str] = []
         if with_labels:

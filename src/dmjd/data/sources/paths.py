@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dmjd.regular import irregular
 from dmjd.text import printable
+from dmjd.warning import DMJDWarning
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 
@@ -20,14 +21,12 @@ SPLIT_NAMES = _TRAIN_NAMES + _TEST_NAMES  # of folders, in small or capital lett
 
 _MASK_FOLDERS = ("masks", "labels", "annotations")  # next to images/, in sets for segmentation
 
+_LISTS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx")  # may list images, but are not read
+
 _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
 _BREAKING = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
-
-
-class DataWarning(UserWarning):
-    """The data are likely not what the user means; shown without its place in the code."""
 
 
 @contextlib.contextmanager
@@ -131,6 +130,11 @@ def split_folder(path: Path, split: str) -> Path | None:
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return None
+        if path.suffix.lower() in _LISTS:
+            raise ValueError(
+                f"{printable(path)} is a list or table of a kind that is not supported yet: give the folder of the "
+                "images, or a .parquet file with a column of images"
+            )
         raise ValueError(
             f"{printable(path)} is a single file: give the folder of images it lies in, or a .parquet file"
         )
@@ -150,7 +154,7 @@ def warn_of_loose_images(root: Path) -> None:
     if loose:
         where = printable(folders["train"])
         warnings.warn(
-            f"{len(loose)} images next to {where} are in no split and are left out", DataWarning, stacklevel=4
+            f"{len(loose)} images next to {where} are in no split and are left out", DMJDWarning, stacklevel=4
         )
 
 
@@ -168,7 +172,7 @@ def without_masks(root: Path, paths: list[str]) -> list[str]:
     is_mask = [top in _MASK_FOLDERS and os.path.splitext(rest)[0] in images for top, _, rest in inside]
     if any(is_mask):
         folder = printable(root / inside[is_mask.index(True)][0])
-        warnings.warn(f"{sum(is_mask)} masks in {folder} are left out", DataWarning, stacklevel=4)
+        warnings.warn(f"{sum(is_mask)} masks in {folder} are left out", DMJDWarning, stacklevel=4)
     return [path for path, mask in zip(paths, is_mask, strict=True) if not mask]
 
 

@@ -12,10 +12,11 @@ from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
-from dmjd.data.sources.paths import EXTENSIONS, DataWarning, existing_path, expanded, permission_checked
+from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
 from dmjd.text import printable
+from dmjd.warning import DMJDWarning
 
 # The kinds of sources, in order of precedence: the first that matches is opened. Names win over paths.
 SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, FolderSource, HubSource)
@@ -70,7 +71,7 @@ def open_source(
     if name in kind.names and os.path.isdir(name):
         warnings.warn(
             f"'{name}' is {kind.kind} here, not the folder {name}/ that lies in this folder: write ./{name} for that",
-            DataWarning,
+            DMJDWarning,
             stacklevel=2,
         )
     return kind.from_data(name, SourceOptions(split, labels, in_chans, value_range, listing, masks))

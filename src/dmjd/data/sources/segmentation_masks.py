@@ -16,13 +16,14 @@ import numpy as np
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
-from dmjd.data.sources.paths import DataWarning, expanded, permission_checked
+from dmjd.data.sources.paths import expanded, permission_checked
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.workers import available_cores
 from dmjd.images.class_numbers import read_mask
 from dmjd.images.decoding import ImageLike
 from dmjd.images.stored import UnreadableImage
 from dmjd.text import printable
+from dmjd.warning import DMJDWarning
 
 MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # lossless formats
 
@@ -264,7 +265,7 @@ def resolve_classes(
         warnings.warn(
             f"the masks of {train.name} hold {len(present)} of the {len(names)} numbers up to {present[-1]}, and each "
             "number is a class: number the classes 0, 1, 2, ... to train without those that never occur",
-            DataWarning,
+            DMJDWarning,
             stacklevel=3,
         )
     class_map = ClassMap(names, tuple(ignored))

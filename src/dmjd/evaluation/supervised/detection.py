@@ -22,6 +22,7 @@ from dmjd.config.dense import DetectionConfig
 from dmjd.data.dense_loader import Augmentation, BoxAugment, ExampleBatch
 from dmjd.data.dense_transforms import GeometricTransform, boxes_to_image, fit_scale, scaled_size, transform_image
 from dmjd.data.sources.coco import CocoSource, Instances, find_coco, open_coco
+from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.device import seed_device
 from dmjd.engine.loop import Task
@@ -318,6 +319,7 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
     test_data = config.data if config.test_data is None else config.test_data
     whole = config.test_data is not None and find_coco(test_data, "test") is None  # a test set without parts
     test = open_coco(test_data, "train" if whole else "test", classes=train.classes, **reading)
+    warn_of_range(train)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Detection(
         config,

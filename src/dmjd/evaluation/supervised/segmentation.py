@@ -19,6 +19,7 @@ from dmjd.data.sources.segmentation_masks import (
     open_segmentation,
     resolve_classes,
 )
+from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.loop import Task
 from dmjd.evaluation.metrics import iou_scores
@@ -234,6 +235,7 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
     # A test set without parts is used as a whole.
     whole = config.test_data is not None and not has_segmentation_split(test_data, "test")
     test = open_segmentation(test_data, "train" if whole else "test", **reading)
+    warn_of_range(train.images)
     resolve_classes(train, test, config.num_classes, config.ignore_index)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Segmentation(

@@ -1,0 +1,67 @@
+"""Commands in forks of a process that has imported everything: a start takes a second, not ten.
+
+The forks come from a server process that runs no command itself: a fork of a process whose libraries have started
+threads may wait for locks of theirs forever.
+"""
+
+import multiprocessing.process
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from storm.faults import SLOW_IMPORTS
+
+from dmjd.cli.main import main
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([*SLOW_IMPORTS, __name__, "state_files", "dmjd.evaluation.frozen.protocol"])
+
+
+def start(work: Callable[..., Any], *arguments: Any, log: Path) -> multiprocessing.process.BaseProcess:
+    """Call a function in a fork, whose exit code is what it returns. ``log`` gets what it prints to stderr."""
+    process = _SERVER.Process(target=_logged, args=(work, arguments, log))
+    process.start()
+    return process
+
+
+def run(work: Callable[..., Any], *arguments: Any, log: Path, seconds: float) -> int | None:
+    """Call a function in a fork; returns its exit code, None if it did not end in time."""
+    process = start(work, *arguments, log=log)
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def _logged(work: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)  # sums over several threads round differently
+    code = 1
+    try:
+        with os.fdopen(2, "w", closefd=False) as sys.stderr, open(os.devnull, "w") as sys.stdout:
+            try:
+                code = work(*arguments) or 0
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def killed_before(name: str, arguments: list[str]) -> int:
+    """Run a command that is killed before a file of this name replaces a temporary one. Call it in a fork."""
+
+    def kill(event: str, given: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(given[1]).endswith(name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    return main(arguments)
