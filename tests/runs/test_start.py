@@ -14,6 +14,7 @@ from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.interop.export import formats_of
 from dmjd.pretraining.run import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config
 from dmjd.runs.start import read_start
@@ -58,7 +59,7 @@ def test_a_run_records_what_it_starts_from(source, tmp_path, capsys, config_of):
     summary = f"29 of 29 encoder tensors from {source}, positions computed 4 x 4 -> 6 x 8; decoder fresh"
     assert f"  init     {summary}\n" in shown
     assert "mean and std of the weights; image size as set (--img-size)" in shown
-    assert "  exports  timm, safetensors, onnx (dmjd export); features (dmjd embed)" in shown
+    assert f"  exports  {', '.join(formats_of(load_encoder(source)))} (dmjd export); features (dmjd embed)" in shown
     expected = weights_hash(load_encoder(source))
     assert read_config(tmp_path).init_hash == expected
     record = json.loads((tmp_path / "initialization.json").read_text())

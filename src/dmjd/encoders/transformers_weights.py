@@ -109,6 +109,8 @@ _SCALES = (("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.
 
 _SEPARATE = ("attention.attention.query.", "attention.attention.key.", "attention.attention.value.")
 
+VIT_MODEL_TYPE = "vit"  # in config.json of a ViTModel
+
 VIT = KeyTable(
     outside=_EMBEDDINGS,
     layers="encoder.layer.",
@@ -162,7 +164,7 @@ DINOV3_GATED = KeyTable(
 
 # model_type in config.json -> (setting of a gated MLP or None, tables without and with it)
 TABLES: dict[str, tuple[str | None, KeyTable, KeyTable]] = {
-    "vit": (None, VIT, VIT),
+    VIT_MODEL_TYPE: (None, VIT, VIT),
     "vit_mae": (None, VIT, VIT),
     "dinov2": ("use_swiglu_ffn", DINOV2, DINOV2_SWIGLU),
     "dinov2_with_registers": ("use_swiglu_ffn", DINOV2, DINOV2_SWIGLU),

@@ -17,7 +17,7 @@ from dmjd.encoders.model_card import model_card
 from dmjd.encoders.sharing import json_bytes
 from dmjd.encoders.sources import traits
 from dmjd.encoders.training_facts import read_facts
-from dmjd.encoders.transformers_weights import ACTIVATIONS, VIT
+from dmjd.encoders.transformers_weights import ACTIVATIONS, VIT, VIT_MODEL_TYPE
 from dmjd.encoders.weights import encoder_metadata, weights_hash
 from dmjd.images.preprocess import Preprocess
 from dmjd.interop.exported import check_close, random_images
@@ -91,7 +91,7 @@ def vit_config(encoder: Encoder) -> dict[str, Any]:
     height, width = encoder.img_size
     return {
         "architectures": ["ViTModel"],
-        "model_type": "vit",
+        "model_type": VIT_MODEL_TYPE,
         "hidden_size": encoder.embed_dim,
         "num_hidden_layers": encoder.depth,
         "num_attention_heads": heads,
