@@ -58,6 +58,21 @@ def test_an_encoder_goes_to_the_hub_and_back(server, monkeypatch):
     assert torch.equal(dmjd.load_encoder("hf-hub:me/first")(images), encoder(images))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch8", SMALL),  # which timm knows, too
+        ("conv_vit_tiny_patch8", {"embed_dims": (8, 8, 16), "depths": (1, 1, 1), "num_heads": 2}),
+    ],
+)
+def test_a_run_starts_from_an_encoder_on_the_hub(server, name, options):
+    encoder = encoder_of(name, **options)
+    encoder.push_to_hub("me/first")
+    started = dmjd.create_encoder(name, 16, init="hf-hub:me/first", **options)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(started.eval()(images), encoder(images))
+
+
 def test_the_command_uploads_what_it_writes(server, tmp_path, capsys):
     file = tmp_path / "encoder.safetensors"
     file.write_bytes(encoder_bytes(encoder_of()))

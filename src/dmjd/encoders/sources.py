@@ -66,7 +66,7 @@ def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
     Args:
         source: a run folder, an encoder file, a checkpoint, published DMJD, ConvMAE or MAE weights (``.pth`` or
             ``.safetensors``), a folder that ``save_pretrained`` of transformers or timm wrote, a timm name,
-            ``local-dir:FOLDER``, or ``hf-hub:NAME`` for a model of timm or transformers.
+            ``local-dir:FOLDER``, or ``hf-hub:NAME`` for a model of timm or transformers, or an encoder of ours.
         decoder: read the decoder too.
 
     Raises:
@@ -75,7 +75,7 @@ def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
     text = check_text("init", source)
     with torch.random.fork_rng(devices=[]):
         if text.startswith(HUB) and (folder := transformers_folder(text, "--init", "--init")) is not None:
-            return dataclasses.replace(_from_transformers(folder), source=text)
+            return dataclasses.replace(_from_folder(folder, decoder), source=text)
         if text.startswith(PREFIXES):
             return _from_timm(text)
         path = check_path("init", text)
