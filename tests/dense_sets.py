@@ -9,7 +9,8 @@ from PIL import Image
 
 from dmjd.data.sources.segmentation_masks import ClassMap, SegmentationSource, open_segmentation, resolve_classes
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.images.preprocess import Preprocess
 
 SIZE = (48, 64)  # height, width of images

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.images.preprocess import Preprocess
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -11,7 +11,7 @@ from loopback_hub import loopback_hub
 import dmjd
 from dmjd.cli.main import main
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.hub import check_repo, upload
 from dmjd.images.preprocess import Preprocess
 

@@ -50,7 +50,8 @@ import dmjd
 from dmjd.config.pretrain import PretrainConfig, resume_differences
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
-from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import load_encoder
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric, pick_device
 from dmjd.engine.loop import NonFiniteLoss, Report, TrainState

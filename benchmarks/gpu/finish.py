@@ -19,7 +19,8 @@ import dmjd
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels, open_source
-from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.encoders.stored import weights_hash
+from dmjd.encoders.weights import load_encoder
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.pretraining.bench import machine
 

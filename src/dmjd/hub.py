@@ -17,6 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 from dmjd.config.checks import check_text, shown
 
+HUB = "hf-hub:"  # begins the names of models on the hub, ours and timm's
+
 CONNECT_SECONDS = 5.0
 
 

@@ -8,7 +8,7 @@ import torch
 from support import small_encoder
 
 from dmjd.encoders.classifier import ImageClassifier, classifier_bytes, load_classifier
-from dmjd.encoders.weights import encoder_bytes, encoder_metadata
+from dmjd.encoders.stored import encoder_bytes, encoder_metadata
 from dmjd.files import digest_of, write_safetensors
 from dmjd.images.preprocess import Preprocess
 

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, resized
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE, load_encoder
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.frozen.linear_sweep import SweepFeatures
 from dmjd.evaluation.supervised.pyramid import Pyramid

@@ -11,7 +11,8 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.initialization import create_encoder, initialize
 from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.sources import Weights, hash_of, read_weights
-from dmjd.encoders.weights import encoder_bytes, load_encoder, weights_hash
+from dmjd.encoders.stored import encoder_bytes, weights_hash
+from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
 
 SMALL = {

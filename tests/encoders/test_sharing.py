@@ -15,7 +15,8 @@ from dmjd.cli.main import main
 from dmjd.encoders.folders import is_edited, signed_card
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.sources import read_weights
-from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
 
 FORMER = Path(__file__).parents[1] / "golden" / "run_v0.1"

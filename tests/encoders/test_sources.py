@@ -16,7 +16,7 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.published import to_published
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.sources import hash_of, read_weights
-from dmjd.encoders.weights import encoder_bytes, encoder_metadata, weights_hash
+from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash
 from dmjd.images.preprocess import Preprocess
 from dmjd.runs.checkpoint import named_tensors, save_checkpoint
 

@@ -14,7 +14,8 @@ from support import GOLDEN, small_encoder
 from torch import nn
 
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder, weights_hash
+from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash
+from dmjd.encoders.weights import load_encoder
 from dmjd.files import digest_of, write_safetensors
 from dmjd.images.preprocess import Preprocess
 from dmjd.runs.checkpoint import named_tensors, save_checkpoint

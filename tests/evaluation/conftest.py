@@ -6,7 +6,8 @@ import pytest
 from support import FEATURE_SIZE, tiny_encoder
 
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from PIL import Image
 from support import tiny_encoder
 
 from dmjd.cli.main import main
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE
 
 NAMES = [b"$x_1$", b"[b]", b"caf\xe9", b"_x\x1b[31m", b"two\nlines", b":smile:"]
 

@@ -22,7 +22,8 @@ from dmjd.data.labeled_loader import Augmentation, LabeledBatches
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.classifier import ImageClassifier
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.results import read_evaluation
 from dmjd.evaluation.supervised.finetune import finetune

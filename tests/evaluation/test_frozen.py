@@ -16,7 +16,8 @@ from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE, load_encoder
 from dmjd.evaluation.frozen.features import Features, extract, pooled, raw_pixels
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe

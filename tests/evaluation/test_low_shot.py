@@ -13,7 +13,8 @@ from support import blobs, features, tiny_encoder
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.evaluation.frozen.features import pooled
 from dmjd.evaluation.frozen.linear_sweep import RATES, SweepFeatures, linear_sweep
 from dmjd.evaluation.frozen.protocol import evaluate_all

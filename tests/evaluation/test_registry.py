@@ -12,7 +12,8 @@ from support import mistake, tiny_encoder
 import dmjd
 from dmjd.cli.main import main
 from dmjd.config.evaluation import EvaluationConfig
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.evaluation.frozen.protocol import evaluate_all, task_config
 from dmjd.evaluation.registry import TASKS, EvaluationTask, FrozenTask
 from dmjd.evaluation.run import evaluate

@@ -12,7 +12,8 @@ from PIL import Image
 import dmjd
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.registry import open_source
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata
+from dmjd.encoders.stored import encoder_bytes, encoder_metadata
+from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.figures.kinds import KINDS
 from dmjd.figures.show import save_reconstruction_figure, show
 from dmjd.images.preprocess import Preprocess

@@ -14,7 +14,8 @@ from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.classifier import Classifier
 from dmjd.encoders.published import to_ours, to_published
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import load_encoder
 from dmjd.interop.conversion import from_timm, load_official, timm_arguments
 from dmjd.masking import DisjointMasks, disjoint_masks
 from dmjd.model import MaskedImageModel

@@ -20,7 +20,8 @@ from PIL import Image
 from dmjd.cli.main import main
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.registry import create_encoder
-from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import load_encoder
 from dmjd.evaluation.frozen.features import extract
 from dmjd.images.preprocess import Preprocess
 from dmjd.interop.embed import embed

@@ -9,7 +9,8 @@ from exported_encoders import SMALL, SMALL_CONV, random_images, run_lines, saved
 
 from dmjd.cli.encoder import EXPORT_FORMATS
 from dmjd.cli.main import main
-from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder
+from dmjd.encoders.stored import encoder_bytes, encoder_metadata
+from dmjd.encoders.weights import load_encoder
 from dmjd.interop.export import FORMATS, export, formats_of
 from dmjd.interop.exported import TokensAndFeatures
 from dmjd.interop.onnx_export import check_onnx

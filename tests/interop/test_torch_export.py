@@ -8,7 +8,7 @@ import pytest
 import torch
 from exported_encoders import SMALL, SMALL_CONV, random_images, saved
 
-from dmjd.encoders.weights import encoder_metadata
+from dmjd.encoders.stored import encoder_metadata
 from dmjd.interop.export import export
 from dmjd.interop.exported import TokensAndFeatures
 from dmjd.interop.torch_export import check_program

@@ -14,7 +14,7 @@ import dmjd
 import dmjd.files
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
-from dmjd.encoders.weights import encoder_bytes, weights_hash
+from dmjd.encoders.stored import encoder_bytes, weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.loop import Report, TrainState
 from dmjd.evaluation.results import read_evaluation

@@ -15,7 +15,7 @@ from support import TINY, TINY_FIELDS, assert_same_bits, metrics, mistake
 import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
-from dmjd.encoders.weights import encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.optim import scaled_learning_rate, warmup_cosine
 from dmjd.pretraining.run import resolve_batch_size
 from dmjd.runs.build import build_masks

@@ -6,7 +6,7 @@ from support import TINY_FIELDS
 
 import dmjd
 from dmjd.config import recipes
-from dmjd.encoders.weights import encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.images.preprocess import Preprocess
 from dmjd.runs.build import build_model, load_model, open_images, open_test_data, read_config
 

@@ -13,7 +13,8 @@ import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.encoders.stored import weights_hash
+from dmjd.encoders.weights import load_encoder
 from dmjd.interop.export import formats_of
 from dmjd.pretraining.run import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config

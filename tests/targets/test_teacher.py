@@ -12,7 +12,8 @@ from support import TINY_FIELDS
 from dmjd import ComplementaryMasks, Distillation, MaskedImageModel, Reconstruction, create_encoder, pretrain
 from dmjd.config import recipes
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import load_encoder
 from dmjd.figures.show import show
 from dmjd.images.preprocess import Preprocess
 from dmjd.runs.build import load_model

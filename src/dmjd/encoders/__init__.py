@@ -6,8 +6,9 @@ from dmjd.encoders.conv_vit import ConvViT
 from dmjd.encoders.initialization import Initialization, create_encoder, initialize
 from dmjd.encoders.registry import encoder_names, fresh_like, resized
 from dmjd.encoders.sources import Weights, read_weights
+from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash
 from dmjd.encoders.vit import VisionTransformer
-from dmjd.encoders.weights import encoder_bytes, encoder_metadata, load_encoder, weights_hash
+from dmjd.encoders.weights import load_encoder
 
 __all__ = [
     "ConvViT",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dmjd.checked_json import check_json, read_json
 from dmjd.config.checks import check_path
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.encoders.weights import build_encoder_of, encoder_metadata
+from dmjd.encoders.stored import encoder_metadata
+from dmjd.encoders.weights import build_encoder_of
 from dmjd.files import read_digest, read_safetensors, safetensors_bytes
 from dmjd.images.decoding import ImageLike
 from dmjd.images.preprocess import Preprocess

@@ -19,10 +19,12 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, read_headers
 from dmjd.encoders.published import read_state, square_grid, to_our_state
-from dmjd.encoders.timm_weights import HUB, LOCAL, PREFIXES, load_timm, timm_preprocess, transformers_folder
+from dmjd.encoders.stored import weights_hash
+from dmjd.encoders.timm_weights import LOCAL, PREFIXES, hub_folder, load_timm, timm_preprocess
 from dmjd.encoders.transformers_weights import CONFIG, read_transformers
-from dmjd.encoders.weights import ENCODER_FILE, load_encoder, weights_hash
+from dmjd.encoders.weights import ENCODER_FILE, load_encoder
 from dmjd.files import read_metadata, read_safetensors
+from dmjd.hub import HUB
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
 from dmjd.regular import irregular
@@ -74,7 +76,7 @@ def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
     """
     text = check_text("init", source)
     with torch.random.fork_rng(devices=[]):
-        if text.startswith(HUB) and (folder := transformers_folder(text, "--init", "--init")) is not None:
+        if text.startswith(HUB) and (folder := hub_folder(text, "--init", "--init")) is not None:
             return dataclasses.replace(_from_folder(folder, decoder), source=text)
         if text.startswith(PREFIXES):
             return _from_timm(text)

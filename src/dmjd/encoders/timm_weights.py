@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from dmjd.checked_json import read_json
-from dmjd.hub import offline_if_unreachable
+from dmjd.hub import HUB, offline_if_unreachable
 from dmjd.images.preprocess import Preprocess
 from dmjd.suggest import did_you_mean
 from dmjd.text import shortened
@@ -24,7 +24,9 @@ MOST_LETTERS = 300  # of another library's message
 
 _SEED = 7_305_119  # of random weights that no file holds by chance
 
-HUB, LOCAL = PREFIXES = ("hf-hub:", "local-dir:")  # timm's, for weights that are not in its list
+LOCAL = "local-dir:"
+
+PREFIXES = (HUB, LOCAL)  # timm's, for weights that are not in its list
 
 
 def is_timm_source(source: str) -> bool:
@@ -58,8 +60,8 @@ def load_timm(source: str, what: str, flag: str, only: tuple[type[nn.Module], ..
         return model
 
 
-def transformers_folder(source: str, what: str, flag: str) -> Path | None:
-    """The local folder of a model of transformers on the hub, downloaded if the cache lacks it.
+def hub_folder(source: str, what: str, flag: str) -> Path | None:
+    """The local folder of a model on the hub that is not in timm's form, downloaded if the cache lacks it.
 
     Args:
         source: ``hf-hub:NAME`` or ``hf-hub:NAME@REVISION``.

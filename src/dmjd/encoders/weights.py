@@ -14,35 +14,15 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import CONFIG, WEIGHTS, is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, ENCODER_DIGEST_KEY, read_headers
 from dmjd.encoders.registry import check_options, create_encoder, encoder_family, is_encoder_name
-from dmjd.encoders.stored import (
-    FORMAT,
-    EncoderMetadata,
-    encoder_bytes,
-    encoder_metadata,
-    weights_hash,
-    weights_hash_of,
-)
+from dmjd.encoders.stored import FORMAT, EncoderMetadata
 from dmjd.encoders.timm_features import feature_backbone
 from dmjd.files import read_digest, read_safetensors
-from dmjd.hub import download
+from dmjd.hub import HUB, download
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
 from dmjd.warning import DMJDWarning
 
-__all__ = [
-    "ENCODER_FILE",
-    "build_encoder_of",
-    "encoder_bytes",
-    "encoder_metadata",
-    "is_shared",
-    "load_encoder",
-    "weights_hash",
-    "weights_hash_of",
-]
-
 ENCODER_FILE = "encoder.safetensors"
-
-HUB = "hf-hub:"  # begins the name of an encoder on the hub
 
 
 @overload

@@ -15,7 +15,7 @@ from dmjd import __version__
 from dmjd.checked_json import check_json, read_json, signed, verified
 from dmjd.data.sources.base import Source, short_hash
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.weights import encoder_metadata, weights_hash
+from dmjd.encoders.stored import encoder_metadata, weights_hash
 from dmjd.files import check_writable, locked, make_folder, move, remove_leftovers, write_bytes, write_text
 from dmjd.result_files import BASELINES, EVALUATION, headline, is_number, read_evaluation
 from dmjd.warning import DMJDWarning

@@ -20,7 +20,8 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import SPLITS
 from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.encoders.stored import weights_hash
+from dmjd.encoders.weights import load_encoder
 from dmjd.engine.console import Console, duration_text
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, pooled

@@ -7,7 +7,8 @@ from dmjd.config.checks import check_out, check_path, check_text
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import check_folder, write_folder
 from dmjd.encoders.sharing import folder_files, push_files
-from dmjd.encoders.weights import encoder_bytes, load_encoder
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.encoders.weights import load_encoder
 from dmjd.files import check_writable, make_folder, write_bytes
 from dmjd.hub import check_upload
 from dmjd.interop.exported import Exported

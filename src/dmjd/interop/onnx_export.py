@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.weights import encoder_metadata
+from dmjd.encoders.stored import encoder_metadata
 from dmjd.files import METADATA_KEY, atomic
 from dmjd.interop.exported import BATCHES, Exported, TokensAndFeatures, check_close, images_comment, random_images
 

@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import write_folder
-from dmjd.encoders.weights import encoder_bytes
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.files import write_bytes
 from dmjd.interop.conversion import timm_call
 from dmjd.interop.exported import Exported, check_close, random_images

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.weights import encoder_metadata
+from dmjd.encoders.stored import encoder_metadata
 from dmjd.files import METADATA_KEY, write_bytes
 from dmjd.interop.exported import BATCHES, Exported, TokensAndFeatures, check_close, images_comment, random_images
 

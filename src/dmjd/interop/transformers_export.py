@@ -16,9 +16,9 @@ from dmjd.encoders.folders import CARD, CONFIG, OURS, PREPROCESSOR, WEIGHTS, sig
 from dmjd.encoders.model_card import model_card
 from dmjd.encoders.sharing import json_bytes
 from dmjd.encoders.sources import traits
+from dmjd.encoders.stored import encoder_metadata, weights_hash
 from dmjd.encoders.training_facts import read_facts
 from dmjd.encoders.transformers_weights import ACTIVATIONS, VIT, VIT_MODEL_TYPE
-from dmjd.encoders.weights import encoder_metadata, weights_hash
 from dmjd.images.preprocess import Preprocess
 from dmjd.interop.exported import check_close, random_images
 

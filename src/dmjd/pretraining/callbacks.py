@@ -13,7 +13,8 @@ from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
 from dmjd.encoders.headers import ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
 from dmjd.encoders.registry import fresh_like
-from dmjd.encoders.weights import ENCODER_FILE, encoder_bytes, encoder_metadata, weights_hash_of
+from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash_of
+from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report

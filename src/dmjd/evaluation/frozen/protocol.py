@@ -16,7 +16,8 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.registry import fresh_like
-from dmjd.encoders.weights import load_encoder, weights_hash
+from dmjd.encoders.stored import weights_hash
+from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, Features, extract_all, pooled, raw_pixels
 from dmjd.evaluation.frozen.linear_sweep import HELD_OUT, SweepFeatures

@@ -13,7 +13,7 @@ from dmjd.config.dense import DenseConfig
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder
-from dmjd.encoders.weights import weights_hash
+from dmjd.encoders.stored import weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.engine.loop import Task
