@@ -1,7 +1,7 @@
 """A pytest plugin that writes the outcome of each test as it comes, and leaves out tests that passed before.
 
 ``DMJD_CHECK`` is a JSON file: "out", the folder of the record; "code", the hash of the tested code; "passed", the tests
-that passed on earlier visits.
+that passed with it on earlier visits; "earlier", those that passed with earlier code.
 """
 
 import json
@@ -18,9 +18,10 @@ _GIVEN: dict[str, Any] = json.loads(Path(os.environ["DMJD_CHECK"]).read_text(enc
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that passed."""
+    """Leave out the tests that passed with this code; those that passed with earlier code come last."""
     left_out = [item for item in items if item.nodeid in _GIVEN["passed"]]
     items[:] = [item for item in items if item.nodeid not in _GIVEN["passed"]]
+    items.sort(key=lambda item: item.nodeid in _GIVEN["earlier"])
     config.hook.pytest_deselected(items=left_out)
 
 

@@ -17,6 +17,7 @@ class Options:
         device: device to run on.
         pack: folder made by ``pack.py``.
         toy: run everything in small.
+        case: the only case to run, of those that can run one.
     """
 
     seconds: float
@@ -24,6 +25,7 @@ class Options:
     device: torch.device
     pack: Path
     toy: bool
+    case: str | None
 
 
 def part_options(description: str | None) -> Options:
@@ -34,5 +36,6 @@ def part_options(description: str | None) -> Options:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--pack", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--case")
     given = parser.parse_args()
-    return Options(given.seconds, given.out, torch.device(given.device), given.pack, given.toy)
+    return Options(given.seconds, given.out, torch.device(given.device), given.pack, given.toy, given.case)

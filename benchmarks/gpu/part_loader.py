@@ -1,6 +1,7 @@
 """Loader: images/s from JPEG files to the device, by the number of worker processes."""
 
 import itertools
+import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,8 @@ from dmjd.pretraining.bench import machine, wait
 
 IMAGES, BATCH, SECONDS = 512, 256, 4.0
 
+LINKS = 8  # names per file, so that the set is too large to be kept in memory
+
 WORKERS = (16, 8, 4, 1)
 
 
@@ -29,12 +32,22 @@ def write_jpeg(folder: str, seed: int) -> int:
     return file.stat().st_size
 
 
+def fill(folder: Path, cores: int, count: int) -> float:
+    """Write ``count`` photographs, each under several names; returns their mean size in kilobytes."""
+    with ProcessPoolExecutor(cores) as pool:
+        sizes = list(pool.map(write_jpeg, itertools.repeat(str(folder)), range(count), chunksize=8))
+    for file, link in itertools.product(sorted(folder.iterdir()), range(1, LINKS)):
+        os.link(file, folder / f"{file.stem}-{link}.jpg")
+    return sum(sizes) / count / 1000
+
+
 def rate(folder: Path, workers: int, options: Options) -> dict[str, float]:
     """Images/s of the loader, after its workers have started."""
     batch = 16 if options.toy else BATCH
     loader = TrainLoader(
         FolderSource(folder), img_size=(224, 224), batch_size=batch, num_workers=workers, device=options.device
     )
+    assert options.toy or not loader.in_memory
     started = time.perf_counter()
     with closing(loader.batches()) as batches:
         for _ in range(2 if options.toy else 2 * max(1, workers)):
@@ -58,9 +71,7 @@ def run(options: Options) -> None:
     record.describe(machine=where, versions=versions(), complete=False)
     count = 32 if options.toy else IMAGES
     with tempfile.TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(cores) as pool:
-            sizes = list(pool.map(write_jpeg, itertools.repeat(folder), range(count), chunksize=8))
-        missing = False
+        kilobytes, missing = fill(Path(folder), cores, count), False
         for workers in sorted({min(n, cores) for n in WORKERS} | {0}, reverse=True):
             key = f"{card} | {workers} workers"
             if key in record.entries:
@@ -69,7 +80,7 @@ def run(options: Options) -> None:
                 missing = True
                 continue
             found = rate(Path(folder), workers, options)
-            record.put(key, found | {"kilobytes": sum(sizes) / count / 1000, "pixels": [HEIGHT, WIDTH]})
+            record.put(key, found | {"kilobytes": kilobytes, "pixels": [HEIGHT, WIDTH]})
             print(f"{workers} workers: {found['images_per_s']:.0f} images/s", flush=True)
     record.describe(complete=not missing)
 

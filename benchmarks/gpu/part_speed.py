@@ -4,12 +4,10 @@ The order is that of importance, because time may run out at any case. A case is
 earlier visits on the same kind of card are kept. A case that crashed or hung is tried once more by the next visit.
 """
 
-import functools
 import gc
 import re
 import statistics
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,81 +16,13 @@ from options import Options, part_options
 from record import Clock, Record, versions
 from sides import Side, layers_of
 from small import measure_small, profile_small, small_loader
+from speed_cases import EAGER, Case, cases, compiling
 
 from dmjd.pretraining.bench import machine, wait
 
 WARMUP, STEPS, ROUNDS = 3, 4, 3
 
-COMPILE_SECONDS = 75  # expected, until one was measured
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement.
-
-    Attributes:
-        comparison: key of ``COMPARISONS``, or the recipe of a small model.
-        kind: "dmjd", "dense reference", "transformers", "small" or "profile".
-        layers: "recompute", or which plain layers take the place of ours.
-        compiled: with ``torch.compile``.
-        batch: images per step; None: the largest that fits, found by doubling.
-    """
-
-    comparison: str
-    kind: str
-    layers: str
-    compiled: bool
-    batch: int | None
-
-    @property
-    def name(self) -> str:
-        """Name of the entry."""
-        mode = "compiled" if self.compiled else "eager"
-        return f"{self.comparison} | {self.kind} | {self.layers} | {mode} | {self.batch or 'largest'}"
-
-
-def cases(toy: bool) -> list[Case]:
-    """All cases in the order of importance."""
-    vit, conv, small = ("ViT-B, MAE", 2 if toy else 256), ("ConvViT-B, DMJD", 2 if toy else 128), 8 if toy else 512
-    both = "plain + plain depthwise"
-    eager = [
-        Case(*conv_case, False, batch)
-        for conv_case, batch in (
-            ((vit[0], "dmjd", "recompute"), vit[1]),
-            ((vit[0], "dmjd", "plain"), vit[1]),
-            ((vit[0], "transformers", "recompute"), vit[1]),
-            ((conv[0], "dmjd", "recompute"), conv[1]),
-            ((conv[0], "dmjd", both), conv[1]),
-            ((conv[0], "dmjd", "plain depthwise"), conv[1]),
-            ((conv[0], "dense reference", "recompute"), conv[1]),
-            (("dmjd", "small", "recompute"), small),
-            (("dmjd", "profile", "recompute"), small),
-            (("mae", "small", "recompute"), small),
-            (("dmjd", "small", "recompute"), 4 * small),
-            ((vit[0], "dmjd", "recompute"), None),
-            ((conv[0], "dmjd", "recompute"), None),
-            (("ViT-B, DMJD", "dmjd", "recompute"), conv[1]),
-            (("ConvViT-B, MAE", "dmjd", "recompute"), conv[1]),
-        )
-    ]
-    compiled = [
-        Case(*one, True, batch)
-        for one, batch in (
-            (("dmjd", "small", "recompute"), small),
-            ((vit[0], "dmjd", "recompute"), vit[1]),
-            ((vit[0], "transformers", "recompute"), vit[1]),
-            ((conv[0], "dmjd", "recompute"), conv[1]),
-            ((vit[0], "dmjd", "plain"), vit[1]),
-            ((conv[0], "dmjd", both), conv[1]),
-            ((conv[0], "dense reference", "recompute"), conv[1]),
-            (("dmjd", "small", "plain"), small),
-            (("dmjd", "profile", "recompute"), small),
-            (("mae", "small", "recompute"), small),
-            (("ViT-B, DMJD", "dmjd", "recompute"), conv[1]),
-            (("ConvViT-B, MAE", "dmjd", "recompute"), conv[1]),
-        )
-    ]
-    return eager + compiled
+COMPILE_SECONDS = 40  # expected, until one was measured; ``warm.py`` compiles beforehand
 
 
 class Speed:
@@ -105,31 +35,31 @@ class Speed:
     def __init__(self, options: Options) -> None:
         self.device, self.toy, self.pack = options.device, options.toy, options.pack
         self.clock, self.record = Clock(options.seconds), Record("speed", options.out)
-        self._compile_seconds = float(COMPILE_SECONDS)
-        if self.toy:  # the graph is captured, but no code is compiled for it, which takes minutes on a CPU
-            self._compile_seconds = 5.0
-            torch.compile = functools.partial(torch.compile, backend="aot_eager")
+        self._compile_seconds = 5.0 if self.toy else float(COMPILE_SECONDS)
         self._loader: Any = None
         where = machine(self.device)
         self.card = f"{where['gpu'] or where['cpu']}{', toy' if self.toy else ''}"
-        self.record.describe(machine=where, versions=versions(), complete=False)
 
     def run(self) -> None:
         """All cases, until time is up."""
+        self.record.describe(machine=machine(self.device), versions=versions(), complete=False)
         key = f"{self.card} | rates"
         if key not in self.record.entries:
             self.record.put(key, card_rates(self.device))
         self.rates = self.record.entries[key]
         for name, value in self.rates.items():
             print(f"{name}: {value / 1e12:.3g} T/s", flush=True)
-        waiting = [case for case in cases(self.toy) if not self._is_done(case)]
         skipped = False
-        for case in waiting:
-            if self.clock.left < (self._compile_seconds * 1.3 if case.compiled else 12):
+        for case in self.waiting():
+            if self.clock.left < (self._compile_seconds * 1.3 if case.mode != EAGER else 12):
                 skipped = True  # a shorter case may still fit
                 continue
             self._run_case(case)
         self.record.describe(complete=not skipped)
+
+    def waiting(self) -> list[Case]:
+        """The cases that are not measured yet."""
+        return [case for case in cases(self.toy) if not self._is_done(case)]
 
     def _key(self, case: Case) -> str:
         return f"{self.card} | {case.name}"
@@ -145,27 +75,28 @@ class Speed:
         self.record.put(key, {"running": tries + 1})  # stays if the process dies
         started = time.monotonic()
         try:
-            with layers_of(case.layers):
+            with layers_of(case.layers), compiling(case.mode, self.toy):
                 result = self._measure(case)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:600]}
         result["seconds"] = round(time.monotonic() - started, 1)
-        if case.compiled and "compile_s" in result:
-            self._compile_seconds = max(5.0 if self.toy else 30.0, result["seconds"])
+        if case.mode != EAGER and "compile_s" in result:
+            self._compile_seconds = max(5.0 if self.toy else 20.0, result["seconds"])
         self.record.put(key, result)
         shown = {k: v for k, v in result.items() if k in ("images_per_s", "mfu", "memory_gb", "error", "compile_s")}
         print(f"{case.name}: {shown}", flush=True)
         self._clear()
 
     def _measure(self, case: Case) -> dict[str, Any]:
-        if case.kind in ("small", "profile"):
+        compiled = case.mode != EAGER
+        if case.is_small:
             assert case.batch is not None
             if self._loader is None:
                 self._loader = small_loader(self.pack, self.device, self.toy)
             function = measure_small if case.kind == "small" else profile_small
-            result = function(case.comparison, self._loader, case.batch, case.compiled, self.device, self.toy)
+            result = function(case.comparison, self._loader, case.batch, compiled, self.device, self.toy)
             return self._judged(result, result.pop("model"), case.batch)
-        side = Side(case.comparison, case.kind, self.device, self.toy, case.compiled)
+        side = Side(case.comparison, case.kind, self.device, self.toy, compiled)
         if case.batch is None:
             return self._largest(side)
         return self._judged(self._steps(side, case.batch), side.model, case.batch)

@@ -120,7 +120,9 @@ class Study:
         if variant == SCRATCH or self.entry(variant).get("pretrained"):
             return True
         started, run, earlier = time.monotonic(), self.work / variant, self.entry(variant)
-        compiled = earlier.get("compile", self.options.device.type == "cuda" and compile_pays())
+        compiled = earlier.get(
+            "compile", self.options.device.type == "cuda" and compile_pays(self.traveled("speed.json"))
+        )
         config = config_of(variant, self.data, run, self.options.toy, compile=compiled, device=self.options.device.type)
         state, first = self.traveled(state_file(self.out, variant).name), 0
         if state.exists() and earlier:
@@ -208,9 +210,9 @@ class Study:
         return max(known, default=240.0)
 
 
-def compile_pays() -> bool:
+def compile_pays(file: Path) -> bool:
     """Whether the speed part found compiled steps faster by more than a tenth on 32-pixel images."""
-    if not (file := RESULTS / "speed.json").exists():
+    if not file.exists():
         return False
     entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
     found = {

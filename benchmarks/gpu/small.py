@@ -42,11 +42,11 @@ def small_config(recipe: str, batch: int, compiled: bool, device: torch.device, 
     return config.replace(embed_dim=(32,), depth=(2,), num_heads=2) if toy else config
 
 
-def small_loader(pack: Path, device: torch.device, toy: bool) -> TrainLoader:
-    """CIFAR-10 in the device's memory; a few of its images if ``toy``."""
+def small_loader(pack: Path, device: torch.device, toy: bool, images: int | None = None) -> TrainLoader:
+    """CIFAR-10 in the device's memory; its first ``images``, or a few if ``toy``."""
     source = open_source(str(pack / "cifar10" / "train.parquet"), split="train")
-    if toy:
-        source = SubsetSource(source, np.arange(TOY_IMAGES))
+    if toy or images is not None:
+        source = SubsetSource(source, np.arange(min(images or TOY_IMAGES, len(source))))
     return TrainLoader(source, img_size=(32, 32), batch_size=8, device=device)
 
 

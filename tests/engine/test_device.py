@@ -39,12 +39,27 @@ def test_lightning_still_has_the_private_parts_that_are_used():
     fabric = Fabric(accelerator="cpu", devices=1, plugins=Autocast("16-mixed", "cpu", scaler))
     assert precision_name(fabric) == "16-mixed", version
     assert loss_scaler(fabric) is scaler, version
-    model, optimizer = fabric.setup(torch.nn.Linear(2, 1), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0))
-    weight = optimizer.param_groups[0]["params"][0]
-    fabric.backward((weight * 3).sum(), model=model)
-    assert weight.grad.item() == 12.0, version
-    unscale_gradients(fabric, optimizer)
-    assert weight.grad.item() == 3.0, version
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_divided_by_the_scale_of_the_loss_once(fused):
+    weight = torch.nn.Parameter(torch.ones(1))
+    raw = torch.optim.SGD([weight], lr=1.0, fused=fused)
+    fabric = Fabric(
+        accelerator="cpu",
+        devices=1,
+        plugins=Autocast("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)),
+    )
+    model, wrapped = fabric.setup(torch.nn.Linear(2, 1), raw)
+    for scale in (4.0, 8.0):
+        fabric.backward((weight * 3).sum(), model=model)
+        assert weight.grad.item() == 3.0 * scale
+        unscale_gradients(fabric, raw)
+        assert weight.grad.item() == 3.0
+        before = weight.item()
+        wrapped.step()
+        assert weight.item() == before - 3.0
+        wrapped.zero_grad()
 
 
 def test_inputs_are_not_rounded():

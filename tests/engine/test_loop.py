@@ -5,8 +5,9 @@ import signal
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 
-from dmjd.engine.device import make_fabric
+from dmjd.engine.device import Autocast, make_fabric
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Report, Task
 from dmjd.engine.optim import adamw, parameter_groups
 from dmjd.engine.stop_signal import StopSignal
@@ -56,6 +57,22 @@ def test_a_non_finite_loss_stops_before_the_step(eager):
     assert torch.equal(task.weight, seen[3])
     assert not torch.equal(seen[2], seen[3])
     assert engine.state.step == (3 if eager else 6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_with_a_scaled_loss_is_the_plain_step(fused):
+    task = Toy()
+    fabric = Fabric(
+        accelerator="cpu",
+        devices=1,
+        plugins=Autocast("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)),
+    )
+    optimizer = torch.optim.SGD(task.parameters(), lr=1.0, fused=fused)
+    engine = Engine(fabric, task, optimizer, Duration(steps=2), 0.25, lambda progress: 1.0, 1)
+    norms, engine.log_every = [], 1
+    assert engine.run(ones(), [lambda report: norms.append(report.scalars["grad_norm"])], StopSignal())
+    assert norms == [3.0, 3.0]
+    assert torch.equal(task.weight, torch.full((3, 3), 0.5))
 
 
 def test_hooks_and_task_see_every_step_and_scalars_at_intervals():

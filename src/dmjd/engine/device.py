@@ -76,7 +76,7 @@ class Autocast(MixedPrecision):
         return data
 
 
-# Fabric has no public access to its precision plugin. Only the three functions below use it.
+# Fabric has no public access to its precision plugin. Only the two functions below use it.
 
 
 def precision_name(fabric: Fabric) -> str:
@@ -89,9 +89,17 @@ def loss_scaler(fabric: Fabric) -> Any | None:
     return getattr(fabric._precision, "scaler", None)
 
 
-def unscale_gradients(fabric: Fabric, optimizer: Any) -> None:
-    """Divide gradients by the loss scale of fp16; ``optimizer`` as wrapped by ``fabric.setup``."""
-    fabric._precision.unscale_gradients(optimizer)
+def unscale_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
+    """Divide gradients by the loss scale of fp16, once per step.
+
+    Args:
+        fabric: with a loss scaler.
+        optimizer: the optimizer itself. The scaler knows optimizers by identity: given Fabric's wrapper, the step would
+            divide again. Fabric's own function refuses fused optimizers, which the scaler supports.
+    """
+    scaler = loss_scaler(fabric)
+    assert scaler is not None
+    scaler.unscale_(optimizer)
 
 
 def seed_device(device: torch.device, seed: int) -> None:

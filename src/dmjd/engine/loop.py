@@ -210,7 +210,7 @@ class Engine:
     def _gradient_norm(self) -> Tensor:
         """Norm of the whole gradient; gradients are clipped if ``clip_grad`` is set."""
         if self._scaled:
-            unscale_gradients(self.fabric, self._optimizer)
+            unscale_gradients(self.fabric, self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_grad is not None:
