@@ -5,18 +5,21 @@ Reading a value, which would wait for the device, raises an error, and so does a
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import timm
 import torch
 from tiny_models import KEYS, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from dmjd.data.train_loader import Batch
 from dmjd.encoders.classifier import ImageClassifier
 from dmjd.encoders.registry import create_encoder
 from dmjd.images import preprocess
 from dmjd.images.preprocess import Preprocess
+from dmjd.images.resampling import resample
 from dmjd.pretraining.run import PretrainTask
 from dmjd.targets.teacher import TeacherSettings
 
@@ -49,10 +52,20 @@ def to_fake_cuda(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
 
 
+class NoLists(TorchFunctionMode):
+    """An error where a tensor is indexed by a list: the index is copied to the device, and the host waits for it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list | np.ndarray) for part in index), "an index that is not a tensor"
+        return func(*args, **(kwargs or {}))
+
+
 def run(model: nn.Module, channels: int = 3, teacher: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """One training pass as the engine runs it: normalization on the device, masks from keys, losses."""
     normalize = Preprocess((32, 32), channels, (0.5,) * channels, (0.25,) * channels).normalize
-    with FAKE:
+    with FAKE, NoLists():
         to_fake_cuda(model)
         if teacher is not None:
             to_fake_cuda(teacher)
@@ -76,12 +89,21 @@ def test_masks_and_channels_of_other_numbers(masks):
     assert run(tiny_model("vit_tiny_patch8", {"in_chans": 5}, masks=masks), channels=5)["loss"].device.type == "cuda"
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_crops_of_images_on_the_device_stay_there(dtype):
+    with FAKE, NoLists():
+        images = torch.empty(4, 3, 32, 40, dtype=dtype, device="cuda")
+        boxes = torch.empty(4, 4, dtype=torch.float64, device="cuda")
+        crops = resample(images, boxes, (16, 16), torch.empty(4, dtype=torch.bool, device="cuda"))
+    assert (crops.device.type, crops.dtype, tuple(crops.shape)) == ("cuda", dtype, (4, 3, 16, 16))
+
+
 @BOTH
 def test_a_classifier_stays_on_the_device(name):
     encoder = create_encoder(name, img_size=32)
     encoder.preprocess = Preprocess((32, 32))
     model = ImageClassifier(encoder, ["a", "b"], test_crop=1.0)
-    with FAKE:
+    with FAKE, NoLists():
         to_fake_cuda(model)
         assert model(torch.empty(2, 3, 32, 32, device="cuda")).device.type == "cuda"
 
@@ -118,9 +140,15 @@ def test_reading_a_value_or_leaving_a_tensor_on_the_cpu_is_noticed():
         def forward(self, images, raw, keys):
             return {"loss": images + self.table}
 
+    class Lists(nn.Module):
+        def forward(self, images, raw, keys):
+            return {"loss": images[[0, 2]]}
+
     with pytest.raises(DataDependentOutputException):
         run(Reads())
     with pytest.raises(RuntimeError, match="cpu"):
         run(Leaves())
     with pytest.raises(AssertionError, match="FakeTensor"):
         run(Holds())
+    with pytest.raises(AssertionError, match="not a tensor"):
+        run(Lists())

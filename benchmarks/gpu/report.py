@@ -5,6 +5,7 @@ python benchmarks/gpu/report.py
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def speed_table(content: dict[str, Any]) -> str:
                 ]
             )
         else:
-            rows.append([card, ", ".join(case[:3]), case[3], entry.get("error", "did not end")[:60], "", "", ""])
+            rows.append([card, ", ".join(case[:3]), case[3], entry.get("error", "not measured")[:60], "", "", ""])
     return table(["card", "side", "mode", "images/s", "MFU", "memory", "of the floor"], rows)
 
 
@@ -86,19 +87,6 @@ def ratio_lines(content: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def payback_lines(content: dict[str, Any]) -> str:
-    """After how many steps compilation has paid back, for each case measured both ways."""
-    lines = []
-    for name, entry in content["entries"].items():
-        eager = content["entries"].get(name.replace("| compiled |", "| eager |"), {})
-        if "| compiled |" not in name or "compile_s" not in entry or "images_per_s" not in eager:
-            continue  # eager, an error, or a profile
-        saved = entry["batch"] / eager["images_per_s"] - entry["batch"] / entry["images_per_s"]
-        when = f"after {entry['compile_s'] / saved:.0f} steps" if saved > 0 else "never"
-        lines.append(f"- {name}: {entry['compile_s']:.0f} s of compiling pay back {when}\n")
-    return "".join(lines)
-
-
 def study_table(content: dict[str, Any], tested: dict[str, Any] | None) -> str:
     """Each variant with its length, speed and accuracies, in percent."""
     entries, found, rows = content["entries"], (tested or {"entries": {}})["entries"], []
@@ -123,9 +111,10 @@ def loader_table(content: dict[str, Any]) -> str:
 def print_tables(folder: Path) -> None:
     """All tables of the parts that were run."""
     if check := read(folder, "check"):
-        print(f"## check\n\n{check.get('outcomes')}, {check['machine']['gpu']}\n")
+        outcomes = Counter(entry["outcome"] for entry in check["entries"].values())
+        print(f"## check\n\n{dict(outcomes)}, {check['machine']['gpu']}\n")
     if speed := read(folder, "speed"):
-        print(f"## speed\n\n{speed_table(speed)}\n{ratio_lines(speed)}{payback_lines(speed)}")
+        print(f"## speed\n\n{speed_table(speed)}\n{ratio_lines(speed)}")
     if loader := read(folder, "loader"):
         print(f"## loader\n\n{loader_table(loader)}")
     if study := read(folder, "study"):

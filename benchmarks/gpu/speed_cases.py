@@ -42,7 +42,7 @@ class Case:
 def cases(toy: bool) -> list[Case]:
     """All cases in the order of importance."""
     vit, conv, small, both = "ViT-B, MAE", "ConvViT-B, DMJD", 8 if toy else 512, "plain + plain depthwise"
-    narrow, wide, views = (2, 2, 2) if toy else (256, 512, 128)
+    narrow, wide, views = (2, 4, 2) if toy else (256, 512, 128)
     rows = [
         (vit, "dmjd", "recompute", EAGER, narrow),
         (vit, "dmjd", "plain", EAGER, narrow),

@@ -2,15 +2,20 @@
 
 import gc
 import resource
+from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from dense_sets import make_run
-from device_runs import CONV_VIT, batches, on_cpu, tiny_engine, train
+from device_runs import BATCH, CONV_VIT, batches, on_cpu, tiny_engine, train
 
 from dmjd.cli.main import main
-from dmjd.engine.loop import Report
+from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.subset import SubsetSource
+from dmjd.data.train_loader import Batch, TrainLoader
+from dmjd.engine.loop import Engine, Report
 from dmjd.engine.stop_signal import StopSignal
 
 pytestmark = pytest.mark.cuda
@@ -55,17 +60,29 @@ def test_steps_that_do_not_log_do_not_wait_for_the_device(device, encoder, targe
     engine = tiny_engine(
         device, 40, log_every=1000, precision="bf16", target=target, clip_grad=3.0, compile=compiled, **settings
     )
+    run_without_waiting(engine, batches(device))
+
+
+def test_images_in_memory_are_cropped_without_waiting_for_the_device(device):
+    source = SubsetSource(open_source("digits"), np.arange(100))
+    loader = TrainLoader(source, img_size=(32, 32), batch_size=BATCH, device=device)
+    assert loader.in_memory
+    run_without_waiting(tiny_engine(device, 40, log_every=1000, precision="bf16"), loader.batches())
+
+
+def run_without_waiting(engine: Engine, source: Iterator[Batch]) -> None:
+    """Run 40 steps; on a GPU, waiting for it is an error from step 5 to step 39."""
     checked: list[int] = []
 
     def toggle(report: Report) -> None:
-        if device.type == "cuda":
+        if engine.fabric.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error" if 5 <= report.state.step < 39 else "default")
         checked.append(report.state.step)
 
     try:
-        engine.run(batches(device), [toggle], StopSignal())
+        engine.run(source, [toggle], StopSignal())
     finally:
-        if device.type == "cuda":
+        if engine.fabric.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     assert checked == list(range(1, 41))
 

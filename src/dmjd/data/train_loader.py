@@ -27,6 +27,8 @@ from dmjd.rng import STREAM_EPOCH, hash64, image_keys
 # On the CPU, larger images are cropped faster one by one in workers than in batches.
 _MOST_PIXELS_IN_CPU_BATCHES = 96 * 96
 
+_DRAWN_AT_ONCE = 8192  # samples
+
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
@@ -73,9 +75,9 @@ class Stream:
             first = slice_number * per_slice + self.rank * share
             yield range(first, first + share)
 
-    def draw(self, samples: range) -> tuple[Tensor, Tensor]:
-        """Sample numbers -> [b] int64 indices into the set and [b] int64 keys of the images."""
-        numbers = torch.arange(samples.start, samples.stop)
+    def draw(self, *samples: range) -> tuple[Tensor, Tensor]:
+        """Sample numbers, in order -> [b] int64 indices into the set and [b] int64 keys of the images."""
+        numbers = torch.cat([torch.arange(part.start, part.stop) for part in samples])
         epochs, positions = numbers // self.length, numbers % self.length
         indices = torch.empty_like(numbers)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
@@ -168,8 +170,7 @@ class TrainLoader:
         """
         requests = self.stream.micro_batches(start_step)
         if self._memory is not None:
-            for samples in requests:
-                yield self._from_memory(self._memory, samples)
+            yield from self._from_memory(self._memory, requests)
             return
         # Drawn in this process, because each worker would need the permutations, of 8 bytes per image.
         drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
@@ -181,15 +182,34 @@ class TrainLoader:
     def _pinned(self) -> bool:
         return self.device.type == "cuda"
 
-    def _from_memory(self, memory: ImagesInMemory, samples: range) -> Batch:
-        drawn, keys = self.stream.draw(samples)
-        indices = replace_unreadable(drawn, keys, memory.readable)
-        unreadable = [memory.unreadable[int(i)] for i in drawn[~memory.readable[drawn]]] if memory.unreadable else []
-        sides = torch.tensor(memory.images.shape[2:]).expand(len(keys), 2)
-        boxes, flipped = self._augment.draw(keys, sides)
-        on_device = [self._send(x) for x in (indices, keys, boxes, flipped)]
-        images = resample(memory.images.index_select(0, on_device[0]), on_device[2], self._augment.size, on_device[3])
-        return Batch(images, on_device[1], unreadable)
+    def _from_memory(self, memory: ImagesInMemory, requests: Iterator[range]) -> Iterator[Batch]:
+        """Batches of a set in memory. Indices and boxes of several are drawn at once, because on small tensors the host
+        spends more time on starting operations, and on waking its threads for them, than on arithmetic.
+        """
+        sides = torch.tensor(memory.images.shape[2:])
+        while samples := list(itertools.islice(requests, self._batches_at_once)):
+            drawn, keys = self.stream.draw(*samples)
+            boxes, flipped = self._augment.draw(keys, sides.expand(len(keys), 2))
+            wanted = (replace_unreadable(drawn, keys, memory.readable), keys, boxes, flipped)
+            share = len(samples[0])
+            parts = zip(*(self._send(x).split(share) for x in wanted), strict=True)
+            for number, (indices, part_keys, part_boxes, part_flipped) in enumerate(parts):
+                images = resample(memory.images.index_select(0, indices), part_boxes, self._augment.size, part_flipped)
+                missing = self._missing(memory, drawn[number * share : (number + 1) * share])
+                yield Batch(images, part_keys, missing)
+
+    @property
+    def _batches_at_once(self) -> int:
+        """How many micro-batches are drawn at once."""
+        parts = self.stream.accumulate * self.stream.world_size
+        return max(1, _DRAWN_AT_ONCE * parts // self.stream.batch_size)
+
+    @staticmethod
+    def _missing(memory: ImagesInMemory, drawn: Tensor) -> list[Report]:
+        """The unreadable ones among the drawn images."""
+        if not memory.unreadable:
+            return []
+        return [memory.unreadable[int(i)] for i in drawn[~memory.readable[drawn]]]
 
     def _send(self, x: Tensor) -> Tensor:
         """Move a tensor to the device; asynchronous on a GPU, from page-locked memory."""

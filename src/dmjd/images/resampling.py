@@ -31,14 +31,15 @@ def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor
     eight_bit = images.dtype == torch.uint8
     dtype, round_ = (torch.float32, _round_to_byte) if eight_bit else (torch.float64, _round_to_step)
     boxes = boxes.to(device=images.device, dtype=torch.float64)
-    columns, which = _bicubic_taps(boxes[:, [1, 3]], images.shape[3], size[1])
+    # Slices: the host would wait for a GPU that an index list is copied to.
+    columns, which = _bicubic_taps(boxes[:, 1::2], images.shape[3], size[1])
     matrices = columns.dense(images.shape[3], dtype)  # U, w, W
     if flips is not None:
         which = which + flips.to(which) * len(matrices)
         matrices = torch.cat([matrices, matrices.flip(1)])
     with _exact_products(images.device):
         x = round_(images.to(dtype).flatten(1, 2) @ matrices.index_select(0, which).transpose(1, 2))  # B, C*H, w
-    rows, which = _bicubic_taps(boxes[:, [0, 2]], images.shape[2], size[0])
+    rows, which = _bicubic_taps(boxes[:, 0::2], images.shape[2], size[0])
     pixel, weight = rows.pixel.index_select(0, which), rows.weight.to(dtype).index_select(0, which)
     x = _sum_rows(x.unflatten(1, images.shape[1:3]), pixel, weight)
     # The conversion to uint8 truncates, so adding 0.5 rounds without another pass.
