@@ -15,6 +15,7 @@ from support import GOLDEN, SHARED, small_encoder
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.published import to_published
 from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.source_settings import as_flags
 from dmjd.encoders.sources import hash_of, read_weights
 from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash
 from dmjd.images.preprocess import Preprocess
@@ -40,7 +41,8 @@ def test_files_of_ours(encoder, tmp_path):
         assert all(torch.equal(weights.tensors[key], value) for key, value in encoder.state_dict().items())
         assert (weights.grid, weights.num_heads, weights.source) == ((2, 3), 2, str(source))
         assert weights.preprocess == encoder.preprocess
-        assert weights.encoder == "--encoder vit_tiny_patch8 --embed-dim 32 --depth 3 --num-heads 2"
+        assert as_flags(weights.settings) == "--encoder vit_tiny_patch8 --embed-dim 32 --depth 3 --num-heads 2"
+        assert (weights.img_size, weights.in_chans) == (encoder.img_size, encoder.in_chans)
         assert set(weights.decoder) == ({"branches.mim.x"} if str(source) == str(checkpoint) else set())
     assert read_weights(checkpoint).decoder == {}
 

@@ -12,7 +12,7 @@ from support import TINY, TINY_FIELDS, final, metrics, mistake
 import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
-from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.pretrain import ENCODER_SETTINGS, INPUT_SETTINGS, PretrainConfig
 from dmjd.encoders.stored import weights_hash
 from dmjd.encoders.weights import load_encoder
 from dmjd.interop.export import formats_of
@@ -42,6 +42,27 @@ def config_of(image_folder):
     return config
 
 
+def test_a_run_takes_encoder_and_size_from_the_weights_and_resumes_without_them(source, tmp_path, image_folder):
+    """Nothing is told but the source; the folder of the source may be gone when the run goes on."""
+    moved = shutil.copytree(source, tmp_path / "source")
+    given = {"init": str(moved), "batch_size": 8, "num_workers": 0, "decoder_dim": 16, "decoder_depth": 1}
+    config = recipes.folder(str(image_folder), str(tmp_path / "run"), decoder_heads=1, **given)
+    assert dmjd.pretrain(config.replace(steps=1)).finished
+    stored, theirs = read_config(tmp_path / "run"), read_config(source)
+    for name in (*ENCODER_SETTINGS, *INPUT_SETTINGS):
+        assert getattr(stored, name) == getattr(theirs, name), name
+    assert stored.from_init is None
+    shutil.rmtree(moved)
+    assert dmjd.pretrain(config.replace(steps=2)).step == 2
+    assert read_config(tmp_path / "run") == stored.replace(steps=2)
+
+
+def test_bench_measures_the_encoder_of_the_weights(source):
+    result = dmjd.bench(recipes.folder(init=str(source), batch_size=2), steps=1)
+    assert result["settings"]["encoder"] == "vit_tiny_patch8"
+    assert result["settings"]["img_size"] == (32,)
+
+
 def test_the_encoder_starts_from_the_weights_and_the_rest_is_fresh(source, tmp_path, config_of):
     config = config_of(tmp_path, source, seed=5)
     config, start = read_start(config, tmp_path)
@@ -59,7 +80,7 @@ def test_a_run_records_what_it_starts_from(source, tmp_path, capsys, config_of):
     shown = capsys.readouterr().err
     summary = f"29 of 29 encoder tensors from {source}, positions computed 4 x 4 -> 6 x 8; decoder fresh"
     assert f"  init     {summary}\n" in shown
-    assert "mean and std of the weights; image size as set (--img-size)" in shown
+    assert "mean and std of the weights; channels of the weights" in shown
     assert f"  exports  {', '.join(formats_of(load_encoder(source)))} (dmjd export); features (dmjd embed)" in shown
     expected = weights_hash(load_encoder(source))
     assert read_config(tmp_path).init_hash == expected

@@ -28,10 +28,21 @@ DEFAULT_BATCH_SIZE = 256
 
 DURATIONS = ("epochs", "steps", "minutes")
 
+# Settings that name an encoder, and those of its input: with ``init`` they come from there unless they are given.
+ENCODER_SETTINGS = ("encoder", "class_token", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+INPUT_SETTINGS = ("img_size", "in_chans")
+
+
+RESOLVED = "resolved"  # group of settings that are no flags, because a run fills them in
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Config):
     """Everything that defines a pre-training run. Paths are strings; None means the default named in the help text.
+
+    ``replace(init=...)``, and so a recipe with ``init``, leaves encoder, sizes, image size and channels to the weights
+    unless they are given too: ``from_init`` lists those that the run will fill in.
 
     Raises:
         ValueError: for invalid values, from the constructor; the message names the setting and the fix.
@@ -56,9 +67,17 @@ class PretrainConfig(Config):
         choices=LABELS,
     )
     img_size: tuple[int, ...] = option(
-        (224,), "image side in pixels, or height and width", "data", common=True, ge=1, most=MAX_SIDE, length=(1, 2)
+        (224,),
+        "image side in pixels, or height and width; with --init that of the weights",
+        "data",
+        common=True,
+        ge=1,
+        most=MAX_SIDE,
+        length=(1, 2),
     )
-    in_chans: int = option(3, "input channels of the encoder", "data", ge=1, most=MAX_CHANNELS)
+    in_chans: int = option(
+        3, "input channels of the encoder; with --init those of the weights", "data", ge=1, most=MAX_CHANNELS
+    )
     mean: tuple[float, ...] | None = option(
         None,
         "mean per channel on the 0..1 scale; default ImageNet's for 3 channels, else measured",
@@ -89,7 +108,10 @@ class PretrainConfig(Config):
     )
 
     encoder: str = option(
-        "conv_vit_base_patch16", "vit_* or conv_vit_*, tiny small base large; timm/NAME", "encoder", common=True
+        "conv_vit_base_patch16",
+        "vit_* or conv_vit_*, tiny small base large; timm/NAME; with --init that of the weights",
+        "encoder",
+        common=True,
     )
     class_token: bool = option(False, "one prefix token (ViT; timm/NAME without one)", "encoder")
     drop_path: float = option(0.0, "stochastic depth rate of the last block", "encoder", ge=0, le=0.99)
@@ -109,6 +131,9 @@ class PretrainConfig(Config):
         "weights to start from: a run, an encoder file, published weights, a timm name or a folder of transformers",
         "encoder",
         common=True,
+    )
+    from_init: tuple[str, ...] | None = option(
+        None, "settings that the weights of init will give", RESOLVED, choices=(*INPUT_SETTINGS, *ENCODER_SETTINGS)
     )
     init_hash: str | None = option(
         None, "refuse weights of another hash than this; a run records that of its --init here", "encoder"
@@ -277,8 +302,8 @@ class PretrainConfig(Config):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
-        if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder):
-            raise ValueError("init_hash, init_fresh and init_decoder (--init-decoder, ...) need --init")
+        if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
+            raise ValueError("init_hash, init_fresh, init_decoder (--init-decoder, ...) and from_init need --init")
         if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
             raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
 
@@ -294,9 +319,12 @@ class PretrainConfig(Config):
         return {branch: name or self.target for branch, name in own.items() if getattr(self, branch)}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with changes; a new duration replaces the old one."""
+        """A copy with changes. A new duration replaces the old one; a first ``init`` replaces what it determines."""
         if any(changes.get(name) is not None for name in DURATIONS):
             changes = dict.fromkeys(DURATIONS) | changes
+        if changes.get("init") is not None and self.init is None:
+            names = INPUT_SETTINGS if "encoder" in changes else (*ENCODER_SETTINGS, *INPUT_SETTINGS)
+            changes = {"from_init": tuple(name for name in names if name not in changes) or None} | changes
         return super().replace(**changes)
 
     @classmethod

@@ -20,6 +20,7 @@ from dmjd.encoders.adaptation import (
 )
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder as create_fresh_encoder
+from dmjd.encoders.source_settings import as_flags
 from dmjd.encoders.sources import Weights, read_weights, traits
 from dmjd.encoders.timm_features import feature_backbone
 from dmjd.encoders.timm_weights import SHOWN
@@ -196,8 +197,8 @@ def _check_fit(
 
 def _cure(weights: Weights) -> str:
     """How to create the encoder that the weights have; empty if that is unknown."""
-    if weights.encoder is not None:
-        return f". The weights are those of {weights.encoder}"
+    if weights.settings is not None:
+        return f". The weights are those of {as_flags(weights.settings)}"
     blocks = {key.split(".")[1] for key in weights.tensors if key.startswith("blocks.")}
     width = weights.tensors["norm.weight"].shape[0] if "norm.weight" in weights.tensors else None
     if not blocks or width is None:

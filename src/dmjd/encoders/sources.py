@@ -3,19 +3,21 @@
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path, check_text
+from dmjd.encoders import source_settings
 from dmjd.encoders.adaptation import POSITIONS
-from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, read_headers
 from dmjd.encoders.published import read_state, square_grid, to_our_state
@@ -33,6 +35,8 @@ TIMM = "timm/"  # begins the names of encoders from timm; timm's own names have 
 
 HASH_DIGITS = 16
 
+FIRST_LAYERS = ("patch_embed.proj.weight", "patch_embed1.proj.weight")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -46,7 +50,7 @@ class Weights:
         num_heads: attention heads; None if they are unknown.
         activation: of the MLP, as PyTorch shows the module; None if it is unknown.
         preprocess: how images became input; None if it is unknown.
-        encoder: name and sizes of the encoder that has these weights, as flags; None if they are unknown.
+        settings: name and sizes of the encoder that has these weights, as settings of a run; None if they are unknown.
         decoder: the other weights of the pre-training model, under its names; empty if there are none.
     """
 
@@ -57,8 +61,24 @@ class Weights:
     num_heads: int | None = None
     activation: str | None = None
     preprocess: Preprocess | None = None
-    encoder: str | None = None
+    settings: dict[str, Any] | None = None
     decoder: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def in_chans(self) -> int | None:
+        """Channels of the first layer; None if there is none of a known name."""
+        first = next((self.tensors[name] for name in FIRST_LAYERS if name in self.tensors), None)
+        return None if first is None else first.shape[1]
+
+    @property
+    def img_size(self) -> tuple[int, int] | None:
+        """(H, W) of the images they were trained on; None if unknown."""
+        if self.preprocess is not None:
+            return self.preprocess.img_size
+        match = re.search(r"_patch(\d+)", "" if self.settings is None else self.settings["encoder"])
+        if self.grid is None or match is None:
+            return None
+        return self.grid[0] * int(match[1]), self.grid[1] * int(match[1])
 
 
 @own_defaults()
@@ -112,6 +132,7 @@ def _from_transformers(folder: Path) -> Weights:
         num_heads=read.num_heads,
         activation=read.activation,
         preprocess=read.preprocess,
+        settings=source_settings.of_transformers(read.kind, tensors, read.num_heads),
     )
 
 
@@ -131,7 +152,9 @@ def _from_file(file: Path, decoder: bool) -> Weights:
         except ValueError as error:
             raise ValueError(f"--init {file}: {error}") from None
     others = {key: value for key, value in ours.items() if _is_other(key)} if decoder else {}
-    return Weights(str(file), tensors, hash_of(tensors), grid, decoder=_plain(others))
+    is_conv = FIRST_LAYERS[1] in tensors
+    settings = source_settings.of_conv_vit(tensors) if is_conv else source_settings.of_plain_vit(tensors)
+    return Weights(str(file), tensors, hash_of(tensors), grid, settings=settings, decoder=_plain(others))
 
 
 def _is_other(key: str) -> bool:
@@ -151,19 +174,9 @@ def _of_encoder(source: Path, decoder: bool) -> Weights:
         num_heads=heads,
         activation=activation,
         preprocess=encoder.preprocess,
-        encoder=_flags(encoder),
+        settings=source_settings.of_encoder(encoder),
         decoder=_decoder_of(source) if decoder else {},
     )
-
-
-def _flags(encoder: Encoder) -> str:
-    """Name and sizes of an encoder as flags of ``dmjd pretrain``."""
-    words = [f"--encoder {encoder.name}"]
-    for setting, (argument, _) in type(encoder).SETTINGS.items():
-        if (value := encoder.options.get(argument)) is not None:
-            numbers = value if isinstance(value, list) else [value]
-            words.append(f"--{setting.replace('_', '-')} {' '.join(map(str, numbers))}")
-    return " ".join(words)
 
 
 def _decoder_of(source: Path) -> dict[str, Tensor]:
@@ -200,8 +213,22 @@ def _from_timm(source: str) -> Weights:
         num_heads=heads,
         activation=activation,
         preprocess=timm_preprocess(model),
-        encoder=None if name.startswith(PREFIXES) else f"--encoder {TIMM}{name}",
+        settings=_of_timm_folder(model, tensors, heads) if name.startswith(PREFIXES) else {"encoder": f"{TIMM}{name}"},
     )
+
+
+def _of_timm_folder(model: nn.Module, tensors: Mapping[str, Tensor], heads: int | None) -> dict[str, Any] | None:
+    """The settings of a model of timm that came from a folder, whose sizes need not be those of its name."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if name is None or not timm.is_model(name):
+        return source_settings.of_plain_vit(tensors, heads)
+    with torch.device("meta"):
+        named = timm.create_model(name, num_classes=0)
+    shapes = {key: value.shape for key, value in named.state_dict().items() if key.startswith("blocks.")}
+    same = shapes == {key: value.shape for key, value in tensors.items() if key.startswith("blocks.")}
+    first = FIRST_LAYERS[0]
+    same = same and named.state_dict()[first].shape[2:] == tensors[first].shape[2:] and traits(named)[0] == heads
+    return {"encoder": f"{TIMM}{name}"} if same else source_settings.of_plain_vit(tensors, heads)
 
 
 def traits(model: nn.Module) -> tuple[int | None, str | None]:

@@ -188,6 +188,7 @@ class TransformersWeights:
     """Weights of a folder of transformers under timm's names, and what its configuration tells about them.
 
     Attributes:
+        kind: its ``model_type``.
         tensors: the encoder's.
         grid: (h, w) of the position table.
         num_heads: attention heads.
@@ -195,6 +196,7 @@ class TransformersWeights:
         preprocess: from ``preprocessor_config.json``; None without that file.
     """
 
+    kind: str
     tensors: dict[str, Tensor]
     grid: tuple[int, int]
     num_heads: int
@@ -228,6 +230,7 @@ def read_transformers(folder: Path, config: Mapping[str, Any]) -> TransformersWe
     state = _without_model_prefix(read_state(file), file)
     activation = "silu" if is_gated and kind != "dinov3_vit" else str(config.get("hidden_act"))
     return TransformersWeights(
+        kind=kind,
         tensors=(with_gate if is_gated else plain).to_timm(state),
         grid=(sides[0] // patches[0], sides[1] // patches[1]),
         num_heads=heads,

@@ -28,6 +28,7 @@ from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.run import make_engine, resolve_batch_size, training_batches
 from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
+from dmjd.runs.start import begin_from
 
 BATCH_SIZE = {"cpu": 16, "cuda": 128}  # if the configuration has none
 
@@ -56,7 +57,8 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
         ValueError: if the settings are invalid.
     """
     steps = check_int("steps", steps, Bounds(ge=1, most=MAX_COUNT - WARMUP_STEPS))
-    model = build_model(config)
+    config, start = begin_from(config)
+    model = build_model(config, start)
     fabric = make_fabric(config.device, config.precision)
     source = open_data(config, config.data, "train") if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]

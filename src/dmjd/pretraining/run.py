@@ -359,7 +359,7 @@ def log_summary(
 
 
 def mean_source(config: PretrainConfig, start: Start) -> str:
-    """A line about where size, mean and std come from in a run that starts from weights."""
+    """A line about what comes from the weights that a run starts from: mean and std, and settings left to them."""
     theirs = start.weights.preprocess
     if config.mean is not None:
         origin = "as given"
@@ -368,7 +368,9 @@ def mean_source(config: PretrainConfig, start: Start) -> str:
     else:
         known = "the weights have none" if theirs is None else f"the weights are for {theirs.in_chans} channels"
         origin = f"ImageNet's ({known})" if config.in_chans == 3 else f"measured ({known})"
-    return f"mean and std {origin}; image size as set (--img-size)"
+    words = {"encoder": "encoder", "img_size": "image size", "in_chans": "channels"}
+    left = ", ".join(word for name, word in words.items() if name in start.settings)
+    return f"mean and std {origin}" + (f"; {left} of the weights" if left else "")
 
 
 def warn_enlarged(config: PretrainConfig, source: Source, console: Console) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.pretrain import ENCODER_SETTINGS, PretrainConfig
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.headers import has_checkpoint
 from dmjd.encoders.initialization import Initialization, initialize
@@ -31,6 +31,7 @@ class Start:
         with_decoder: take over the decoder too.
 
     Attributes:
+        settings: the settings that were left to the weights.
         encoder: what was done with the encoder's; None before :meth:`load_encoder`.
         decoder: what was done with the decoder, in words.
     """
@@ -38,6 +39,7 @@ class Start:
     weights: Weights
     fresh: tuple[str, ...] = ()
     with_decoder: bool = False
+    settings: tuple[str, ...] = ()
     encoder: Initialization | None = None
     decoder: str = "decoder fresh"
 
@@ -88,7 +90,8 @@ def read_start(config: PretrainConfig, out: Path, own_model: bool = False) -> tu
         own_model: whether the caller gives a model, which has its own weights.
 
     Returns:
-        The configuration with the hash of the weights, and the weights; None for random ones or a resumed run.
+        The configuration with the hash of the weights and what was left to them, and the weights; None for random ones
+        or a resumed run.
 
     Raises:
         ValueError: if they cannot be used, if their hash is not ``init_hash``, or if the run began from others.
@@ -98,17 +101,36 @@ def read_start(config: PretrainConfig, out: Path, own_model: bool = False) -> tu
         if old.init != config.init or (config.init_hash or old.init_hash) != old.init_hash:
             began, now = (_named(one) for one in (old, config))
             raise ValueError(f"{out} began from {began}, not from {now}: leave --init as it was, or give another --out")
-        return config.replace(init_hash=old.init_hash), None
+        filled = {name: getattr(old, name) for name in config.from_init or ()}
+        return config.replace(init_hash=old.init_hash, from_init=None, **filled), None
+    if own_model and config.init is not None:
+        raise ValueError("give either a model, which has its weights, or init")
+    return begin_from(config)
+
+
+def begin_from(config: PretrainConfig) -> tuple[PretrainConfig, Start | None]:
+    """:func:`read_start` for a run that has not begun."""
     if config.init is None:
         return config, None
-    if own_model:
-        raise ValueError("give either a model, which has its weights, or init")
     weights = read_weights(config.init, decoder=config.init_decoder)
     if config.init_hash not in (None, weights.hash):
         raise ValueError(
             f"--init {config.init}: the hash of its weights is {weights.hash}, not {config.init_hash} (--init-hash)"
         )
-    return config.replace(init_hash=weights.hash), Start(weights, config.init_fresh or (), config.init_decoder)
+    start = Start(weights, config.init_fresh or (), config.init_decoder, config.from_init or ())
+    return config.replace(init_hash=weights.hash, from_init=None, **_left_to(config, weights)), start
+
+
+def _left_to(config: PretrainConfig, weights: Weights) -> dict[str, Any]:
+    """The settings that a configuration leaves to the weights it starts from."""
+    left = config.from_init or ()
+    if "encoder" in left and weights.settings is None:
+        raise ValueError(f"--init {weights.source} does not say which encoder has these weights: give --encoder")
+    own = dict.fromkeys(ENCODER_SETTINGS[1:]) | {"class_token": False} | (weights.settings or {})
+    height, width = weights.img_size or config.size
+    own |= {"img_size": (height, width) if height != width else (height,)}
+    own |= {"in_chans": weights.in_chans or config.in_chans}
+    return {name: own[name] for name in left}
 
 
 def _named(config: PretrainConfig) -> str:
