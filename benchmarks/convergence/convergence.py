@@ -15,7 +15,8 @@ can be resumed:
 - report: JSON, a figure (.png) and a table (.md).
 
 The set ``distill`` learns from a trained model: give it with ``--teacher``, and the size of the images with
-``--img-size``; the report compares the teacher's own frozen features, too.
+``--img-size``; the report compares the teacher's own frozen features, too. The set ``adapt`` goes on from weights: give
+them with ``--init``; the first probe of such a run is that of the weights as they were.
 
 ``name@share`` in ``--variants`` is a variant whose whole schedule takes that fraction of the time: ``dmjd@10/37``.
 ``--slice-minutes 8`` saves and stops after eight minutes; repeat the command to continue.
@@ -66,7 +67,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from labels import labels_of
 
 SEARCH_SEED = 1000  # differs from the seeds of the runs
-PATHS = ("data", "held_out_data", "out", "json", "encoders", "teacher")  # paths of one machine, left out of the record
+PATHS = (
+    "data",
+    "held_out_data",
+    "out",
+    "json",
+    "encoders",
+    "teacher",
+    "init",
+)  # paths of one machine, left out of the record
 ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_IMAGES = 3, 3, 10, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "class_token": False,
@@ -130,6 +139,8 @@ class Study:
             own["teacher"] = str(self._teacher(variant.teacher))
         elif "teacher" in (own.get("target"), own.get("mim_target"), own.get("vis_target")):
             own["teacher"] = given.teacher
+        if "init" in own:
+            own["init"] = given.init
         config = dmjd.recipes.get_recipe(variant.recipe)(data=str(self.out / "data"), out=str(out), steps=1).replace(
             **self.common
             | ENCODERS[given.encoder]
@@ -262,7 +273,7 @@ class Study:
             hook.write(0.0, TrainState())
         diverged = False
         try:
-            finished = dmjd.pretrain(config, model=model, hooks=[hook, self._guard]).finished
+            finished = dmjd.pretrain(config.replace(init=None, from_init=None), model=model, hooks=[hook, self._guard]).finished
         except NonFiniteLoss as error:
             self.console.warn(str(error))
             finished = diverged = True

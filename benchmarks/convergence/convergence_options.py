@@ -16,6 +16,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--data", default="cifar10", help="images with labels and a test part")
     parser.add_argument("--img-size", type=int, default=32, help="side in pixels")
     parser.add_argument("--teacher", help="trained model for the set distill, as for dmjd pretrain")
+    parser.add_argument("--init", help="weights for the set adapt, as for dmjd pretrain")
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
     parser.add_argument("--json", type=Path, help="result; figure and table go to the same folder")
     parser.add_argument("--encoders", type=Path, help="folder for the trained encoders in half precision")

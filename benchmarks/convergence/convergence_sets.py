@@ -17,6 +17,7 @@ from dmjd.masking import Masks, MaskSampler
 from dmjd.model import MaskedImageModel
 from dmjd.rng import hash64
 from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
+from dmjd.runs.start import begin_from
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ ENCODERS: dict[str, dict[str, Any]] = {
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
-SETS += ("targets", "beyond", "distill")
+SETS += ("targets", "beyond", "distill", "adapt")
+
+GIVEN = "given"  # stands for the weights that are given
 
 
 def of_dmjd(**overrides: Any) -> Variant:
@@ -129,6 +132,23 @@ def _distill() -> dict[str, Variant]:
     }
 
 
+def _adapt() -> dict[str, Variant]:
+    """Ways on from weights that are given: the settings of new runs, and those of the recipe with parts left out."""
+    new = {"optimizer": "muon", "block_size": 1, "mask_ratio": 0.75, "mim_target": "pixel", "vis_target": "hog"}
+    plain = {"layer_decay": 1.0, "init_freeze": 0.0}
+    return {
+        "scratch": Variant("dmjd", new),
+        "continue": Variant("dmjd", new | {"init": GIVEN}),
+        "adapt": Variant("adapt", {"init": GIVEN}),
+        "adapt_hog": Variant("adapt", {"init": GIVEN, "mim_target": "hog"}),
+        "adapt_muon": Variant("adapt", {"init": GIVEN, "optimizer": "muon"}),
+        "adapt_without_care": Variant("adapt", plain | {"init": GIVEN}),
+        "adapt_muon_without_care": Variant("adapt", plain | {"init": GIVEN, "optimizer": "muon"}),
+        "adapt_without_copy": Variant("adapt", {"init": GIVEN, "vis_target": "hog"}),
+        "adapt_moving_copy": Variant("adapt", {"init": GIVEN, "ema_momentum": 0.996}),
+    }
+
+
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
     """The variants of a set, the baseline first."""
     pixels = "convmae" if convolutional else "mae"
@@ -157,6 +177,8 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return _beyond(pixels)
     if name == "distill":
         return _distill()
+    if name == "adapt":
+        return _adapt()
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}
@@ -248,7 +270,7 @@ class Misaligned(Distillation):
 def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     """The untrained model of a variant; both orders start from the same weights."""
     if not variant.misaligned:
-        return build_model(config)
+        return build_model(*begin_from(config))
     torch.manual_seed(config.seed)
     encoder, distillation = build_encoder(config), build_distillation(config)
     assert distillation is not None

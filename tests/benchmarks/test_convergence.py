@@ -17,12 +17,15 @@ from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, w
 
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.loop import Report, TrainState
 from dmjd.nn.tokens import gather_views
 
 
-def config(variant: Variant, encoder: str):
+def config(variant: Variant, encoder: str, init: Path | None = None):
     overrides = {key: value for key, value in variant.overrides.items() if value != "teacher"}
+    if "init" in overrides:
+        overrides["init"] = str(init)
     return recipes.get_recipe(variant.recipe)(steps=1).replace(
         **COMMON | {"img_size": 32} | ENCODERS[encoder] | overrides
     )
@@ -30,9 +33,11 @@ def config(variant: Variant, encoder: str):
 
 @pytest.mark.parametrize("encoder", ["vit_lite", "conv_lite"])
 @pytest.mark.parametrize("name", SETS)
-def test_every_variant_can_be_built(name, encoder):
+def test_every_variant_can_be_built(name, encoder, tmp_path):
     variants = variants_of(name, encoder.startswith("conv"))
-    models = {key: make_model(variant, config(variant, encoder)) for key, variant in variants.items()}
+    given = tmp_path / "encoder.safetensors"
+    given.write_bytes(encoder_bytes(make_model(Variant("dmjd"), config(Variant("dmjd"), encoder)).encoder))
+    models = {key: make_model(variant, config(variant, encoder, given)) for key, variant in variants.items()}
     assert len({str(vars(variant)) for variant in variants.values()}) == len(variants)  # no variant twice
     for variant in variants.values():
         assert variant.blr_of is None or variant.blr_of in {*variants, "dmjd"}

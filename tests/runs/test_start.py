@@ -57,6 +57,20 @@ def test_a_run_takes_encoder_and_size_from_the_weights_and_resumes_without_them(
     assert read_config(tmp_path / "run") == stored.replace(steps=2)
 
 
+def test_adapt_keeps_the_start_as_a_target(source, tmp_path, image_folder):
+    """The copy has the weights of the start to the end, and the encoder does not."""
+    given = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 1, "batch_size": 8, "num_workers": 0}
+    config = recipes.adapt(str(image_folder), str(tmp_path), init=str(source), steps=4, init_freeze=0.25, **given)
+    dmjd.pretrain(config)
+    model, stored = load_model(tmp_path)
+    start = load_encoder(source).state_dict()
+    copy = model.branch_targets["vis"].copy.state_dict()
+    assert (stored.encoder, stored.recipe) == ("vit_tiny_patch8", "adapt")
+    assert all(torch.equal(copy[key], value) for key, value in start.items())
+    assert not torch.equal(model.encoder.state_dict()["blocks.1.mlp.fc2.weight"], start["blocks.1.mlp.fc2.weight"])
+    assert "drift_cosine" in metrics(tmp_path)[-1]
+
+
 def test_bench_measures_the_encoder_of_the_weights(source):
     result = dmjd.bench(recipes.folder(init=str(source), batch_size=2), steps=1)
     assert result["settings"]["encoder"] == "vit_tiny_patch8"
@@ -215,6 +229,12 @@ def test_settings_that_go_together(source, tmp_path, config_of):
     config = config_of(tmp_path / "run", source)
     with pytest.raises(ValueError, match="give either a model, which has its weights, or init"):
         dmjd.pretrain(config, model=build_model(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_that_need_a_model_say_so(tmp_path, capsys):
+    for recipe, flag in (("adapt", "give --init"), ("distill", "needs --teacher")):
+        assert flag in mistake(capsys, "pretrain", recipe, "--data", "digits", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -304,8 +304,8 @@ class PretrainConfig(Config):
             raise ValueError("both branches are off: leave --mim or --vis on")
         if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
             raise ValueError("init_hash, init_fresh, init_decoder (--init-decoder, ...) and from_init need --init")
-        if (self.teacher is not None) != ("teacher" in self.branch_targets.values()):
-            raise ValueError("--teacher and target 'teacher' (--target, --mim-target or --vis-target) go together")
+        if self.teacher is not None and "teacher" not in self.branch_targets.values():
+            raise ValueError("--teacher has no use without target 'teacher' (--target, --mim-target or --vis-target)")
 
     @property
     def size(self) -> tuple[int, int]:

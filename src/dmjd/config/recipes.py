@@ -151,6 +151,53 @@ def folder(data: str | None = None, out: str | None = None, **overrides: Any) ->
     return config.replace(**overrides)
 
 
+def distill(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+    """A new encoder for your images that learns from a trained model as well as from the pixels.
+
+    ``dmjd pretrain distill --data ~/images --teacher tf_efficientnet_lite0 --img-size 128 --out runs/student``.
+    """
+    config = PretrainConfig(
+        recipe="distill",
+        data=data,
+        out=out,
+        encoder="vit_tiny_patch16",
+        target="teacher",
+        mask_ratio=0.75,
+        block_size=1,
+        optimizer="muon",
+        epochs=100,
+        batch_size=64,
+        blr=3e-3,
+        clip_grad=3.0,
+    )
+    return config.replace(**overrides)
+
+
+def adapt(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+    """Trained weights, adapted to your images; a frozen copy of them is one of the targets.
+
+    ``dmjd pretrain adapt --data ~/images --init vit_small_patch16_224 --out runs/adapted``.
+    """
+    config = PretrainConfig(
+        recipe="adapt",
+        data=data,
+        out=out,
+        encoder="vit_tiny_patch16",
+        mim_target="pixel",
+        vis_target="ema",
+        ema_momentum=1.0,
+        mask_ratio=0.75,
+        block_size=1,
+        layer_decay=0.75,
+        init_freeze=0.1,
+        epochs=20,
+        batch_size=64,
+        blr=6e-4,
+        clip_grad=3.0,
+    )
+    return config.replace(**overrides)
+
+
 def digits(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Handwritten digits on colored gradients, 32 x 32, rendered on the fly: nothing to download.
 
@@ -180,9 +227,13 @@ def digits(data: str | None = None, out: str | None = None, **overrides: Any) ->
     return config.replace(**overrides)
 
 
+NEED_INIT = ("adapt",)  # recipes that make no sense with random weights
+
 RECIPES: dict[str, Recipe] = {
     "dmjd": dmjd,
     "folder": folder,
+    "adapt": adapt,
+    "distill": distill,
     "digits": digits,
     "mae": mae,
     "convmae": convmae,

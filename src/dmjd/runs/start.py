@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dmjd.config.pretrain import ENCODER_SETTINGS, PretrainConfig
+from dmjd.config.recipes import NEED_INIT
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.headers import has_checkpoint
 from dmjd.encoders.initialization import Initialization, initialize
@@ -103,15 +104,17 @@ def read_start(config: PretrainConfig, out: Path, own_model: bool = False) -> tu
             raise ValueError(f"{out} began from {began}, not from {now}: leave --init as it was, or give another --out")
         filled = {name: getattr(old, name) for name in config.from_init or ()}
         return config.replace(init_hash=old.init_hash, from_init=None, **filled), None
-    if own_model and config.init is not None:
-        raise ValueError("give either a model, which has its weights, or init")
-    return begin_from(config)
+    return begin_from(config, own_model)
 
 
-def begin_from(config: PretrainConfig) -> tuple[PretrainConfig, Start | None]:
+def begin_from(config: PretrainConfig, own_model: bool = False) -> tuple[PretrainConfig, Start | None]:
     """:func:`read_start` for a run that has not begun."""
     if config.init is None:
+        if config.recipe in NEED_INIT and not own_model:
+            raise ValueError(f"the recipe {config.recipe} starts from trained weights: give --init")
         return config, None
+    if own_model:
+        raise ValueError("give either a model, which has its weights, or init")
     weights = read_weights(config.init, decoder=config.init_decoder)
     if config.init_hash not in (None, weights.hash):
         raise ValueError(
