@@ -273,7 +273,9 @@ class Study:
             hook.write(0.0, TrainState())
         diverged = False
         try:
-            finished = dmjd.pretrain(config.replace(init=None, from_init=None), model=model, hooks=[hook, self._guard]).finished
+            finished = dmjd.pretrain(
+                config.replace(init=None, from_init=None), model=model, hooks=[hook, self._guard]
+            ).finished
         except NonFiniteLoss as error:
             self.console.warn(str(error))
             finished = diverged = True

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence"))
+import make_teacher
 import sweeps_figure
 from convergence import COMMON
 from convergence_probe import Probe, ProbeHook, split
@@ -166,3 +168,16 @@ def test_held_out_images_are_disjoint_from_the_training_images(tmp_path, image_f
     assert sorted(test.labels.tolist()) == [0, 0, 0, 1, 1, 1]
     seen = [source.stored(i) for source in (train, test) for i in range(len(source))]
     assert len(set(seen)) == 24
+
+
+def test_the_teacher_is_a_folder_that_timm_reads(tmp_path):
+    """From tensors of the package's order, under other names."""
+    model = timm.create_model(make_teacher.NAME).eval()
+    state = {f"_layer{i}.{name}": value for i, (name, value) in enumerate(model.state_dict().items())}
+    make_teacher.write(state, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(again(images), model(images))
+    state[next(iter(state))] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"conv_stem.weight has another shape"):
+        make_teacher.to_timm(state)

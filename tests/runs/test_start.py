@@ -68,7 +68,7 @@ def test_adapt_keeps_the_start_as_a_target(source, tmp_path, image_folder):
     assert (stored.encoder, stored.recipe) == ("vit_tiny_patch8", "adapt")
     assert all(torch.equal(copy[key], value) for key, value in start.items())
     assert not torch.equal(model.encoder.state_dict()["blocks.1.mlp.fc2.weight"], start["blocks.1.mlp.fc2.weight"])
-    assert "drift_cosine" in metrics(tmp_path)[-1]
+    assert any("drift_cosine" in line for line in metrics(tmp_path))
 
 
 def test_bench_measures_the_encoder_of_the_weights(source):
