@@ -124,6 +124,22 @@ def test_feature_maps_of_a_convolutional_network():
         TeacherTarget(student(), TeacherSettings(network, layers=2))
 
 
+def test_a_network_gets_its_images_with_channels_last():
+    """Convolutions are nearly twice as fast then, and the features are the same."""
+    encoder = create_encoder("vit_tiny_patch8", 32, embed_dim=32, depth=1, num_heads=2)
+    raw = torch.randint(0, 256, (2, 3, 32, 32)).float()
+    model = timm.create_model("tf_efficientnet_lite0", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    seen: list[torch.Tensor] = []
+    model.conv_stem.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    target = TeacherTarget(encoder, TeacherSettings(model))
+    given = target(raw, raw)
+    assert seen[-1].shape[1:] == (3, 64, 64)
+    assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+    maps = target._maps(seen[-1].contiguous())
+    plain = whitened_mean([to_grid(maps[0], encoder.grid).flatten(2).transpose(1, 2)])
+    torch.testing.assert_close(given, plain)
+
+
 def test_to_grid_pools_and_interpolates():
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert torch.equal(to_grid(x, (4, 4)), x)

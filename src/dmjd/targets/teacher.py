@@ -136,7 +136,8 @@ class TeacherTarget(Target):
         images = to_channels(raw.float(), self.preprocess.in_chans)
         if images.shape[2:] != self.preprocess.img_size:
             images = F.interpolate(images, self.preprocess.img_size, mode="bicubic", antialias=True).clamp(0, 255)
-        maps = self._maps(self.preprocess.normalize(images))
+        # Convolutions of a CNN take half the time with channels last; a ViT does not mind.
+        maps = self._maps(self.preprocess.normalize(images).contiguous(memory_format=torch.channels_last))
         return whitened_mean([to_grid(x.float(), self.grid).flatten(2).transpose(1, 2) for x in maps])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherTarget":
