@@ -11,6 +11,7 @@ from loopback_hub import loopback_hub
 import dmjd
 from dmjd.cli.main import main
 from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.sources import read_weights
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.hub import check_repo, upload
 from dmjd.images.preprocess import Preprocess
@@ -71,6 +72,27 @@ def test_a_run_starts_from_an_encoder_on_the_hub(server, name, options):
     started = dmjd.create_encoder(name, 16, init="hf-hub:me/first", **options)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(started.eval()(images), encoder(images))
+
+
+def test_weights_in_several_files_are_downloaded(server, tmp_path):
+    """All that the index names, and nothing else."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    assert len(files) > 4
+    server.repos["me/big"] = files | {"other.safetensors": b""}
+    weights = read_weights("hf-hub:me/big")
+    assert weights.hash == read_weights(tmp_path / "model").hash
+    assert {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")} == set(files)
+    index = files["model.safetensors.index.json"].replace(b"model-00001", b"../model-00001")
+    server.repos["me/hostile"] = files | {"model.safetensors.index.json": index}
+    with pytest.raises(ValueError, match=r"is not the name of a \.safetensors file in the same folder"):
+        read_weights("hf-hub:me/hostile")
+    server.repos["me/empty"] = {"config.json": files["config.json"]}
+    with pytest.raises(ValueError, match=r"EntryNotFound.*/model\.safetensors"):
+        read_weights("hf-hub:me/empty")
 
 
 def test_the_command_uploads_what_it_writes(server, tmp_path, capsys):

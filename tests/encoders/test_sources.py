@@ -1,5 +1,6 @@
 """What ``--init`` takes, and what it refuses in one line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ from safetensors.torch import save_file
 from support import GOLDEN, SHARED, small_encoder
 
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.classifier import ImageClassifier, classifier_bytes
 from dmjd.encoders.published import to_published
 from dmjd.encoders.registry import create_encoder
 from dmjd.encoders.source_settings import as_flags
 from dmjd.encoders.sources import hash_of, read_weights
 from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash
+from dmjd.files import safetensors_bytes
 from dmjd.images.preprocess import Preprocess
 from dmjd.runs.checkpoint import named_tensors, save_checkpoint
 
@@ -45,6 +48,58 @@ def test_files_of_ours(encoder, tmp_path):
         assert (weights.img_size, weights.in_chans) == (encoder.img_size, encoder.in_chans)
         assert set(weights.decoder) == ({"branches.mim.x"} if str(source) == str(checkpoint) else set())
     assert read_weights(checkpoint).decoder == {}
+
+
+@pytest.mark.parametrize("name", ["classifier.safetensors", "best.safetensors"])
+def test_the_encoder_of_a_fine_tuned_classifier(name, encoder, tmp_path):
+    """It is what the same encoder in a file of its own is; head and classes do not matter."""
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    folder = tmp_path / "finetune"
+    folder.mkdir()
+    (folder / name).write_bytes(classifier_bytes(ImageClassifier(encoder, ["cat", "dog"], test_crop=0.5)))
+    weights = read_weights(folder / name, decoder=True)
+    expected = dataclasses.asdict(read_weights(tmp_path / "encoder.safetensors"))
+    found = dataclasses.asdict(weights) | {"source": expected["source"]}
+    assert found.pop("tensors").keys() == expected["tensors"].keys()
+    assert all(torch.equal(weights.tensors[key], value) for key, value in expected.pop("tensors").items())
+    assert found == expected
+    assert weights.settings is not None
+
+
+@pytest.mark.parametrize("damage", ["classes", "digest", "encoder"])
+def test_damaged_classifiers(damage, encoder, tmp_path):
+    file = tmp_path / "classifier.safetensors"
+    model = ImageClassifier(encoder, ["cat", "dog"])
+    content = bytearray(classifier_bytes(model))
+    message = "is damaged: its content does not match its digest"
+    if damage == "digest":
+        content[-1] ^= 1
+    else:
+        metadata = encoder_metadata(encoder) | {"classes": 2 if damage == "classes" else ["cat"], "test_crop": 1.0}
+        metadata |= {"options": []} if damage == "encoder" else {}
+        content = safetensors_bytes(model.state_dict(), {"classifier": metadata})
+        message = {"classes": r"wrong content .*`\$\.classes`", "encoder": "do not describe an encoder"}[damage]
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"classifier\.safetensors:? .*{message}") as refused:
+        read_weights(file)
+    assert "\n" not in str(refused.value)
+
+
+def test_trainings_of_evaluations_are_refused(encoder, tmp_path):
+    """Their checkpoints hold no description of the encoder; the folder of a finished fine-tuning has the classifier."""
+    checkpoints = tmp_path / "training" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    state = {"progress": {"step": 3}, "scores": {}, "best": {}}
+    for name in ("final", "best-000000003"):
+        save_checkpoint(checkpoints / f"{name}.safetensors", named_tensors("model.pyramid.encoder", encoder), state)
+    for source in (checkpoints.parent, checkpoints / "final.safetensors", checkpoints / "best-000000003.safetensors"):
+        with pytest.raises(ValueError, match=r"holds the training of an evaluation .*: give the run, or") as refused:
+            read_weights(source)
+        assert "\n" not in str(refused.value)
+    shutil.rmtree(checkpoints)
+    (checkpoints.parent / "classifier.safetensors").touch()
+    with pytest.raises(ValueError, match=r"the folder of a classifier: give \S+/training/classifier\.safetensors$"):
+        read_weights(checkpoints.parent)
 
 
 def test_the_run_of_a_former_version():
@@ -162,7 +217,7 @@ def test_without_a_network_it_says_where_it_looked(source, offline):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("form", ["timm", "transformers"])
+@pytest.mark.parametrize("form", ["timm", "transformers", "several files"])
 def test_models_of_the_hub_from_its_cache(form, offline):
     """The files lie where the hub's own library puts them."""
     model, revision = offline / "models--user--model", "0" * 40
@@ -176,12 +231,12 @@ def test_models_of_the_hub_from_its_cache(form, offline):
         transformers = pytest.importorskip("transformers")
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         saved = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
-        saved.save_pretrained(folder)
+        saved.save_pretrained(folder, max_shard_size="20KB" if form == "several files" else "5GB")
         expected = saved.layernorm.weight
     weights = read_weights("hf-hub:user/model")
     assert torch.equal(weights.tensors["norm.weight"], expected)
     assert weights.source == "hf-hub:user/model"
-    (folder / "model.safetensors").unlink()
+    next(folder.glob("model*.safetensors")).unlink()
     with pytest.raises(ValueError, match="cannot be reached, and they are not in its cache"):
         read_weights("hf-hub:user/model")
 

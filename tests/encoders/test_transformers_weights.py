@@ -9,11 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dmjd.branches import Reconstruction
 from dmjd.encoders.initialization import create_encoder, initialize
 from dmjd.encoders.registry import ENCODERS
 from dmjd.encoders.registry import create_encoder as create_fresh_encoder
 from dmjd.encoders.sources import read_weights
 from dmjd.encoders.transformers_weights import DINOV2, DINOV2_SWIGLU, DINOV3, DINOV3_GATED, VIT
+from dmjd.model import MaskedImageModel
+from dmjd.nn.tokens import gather_tokens
+from dmjd.runs.start import Start
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,15 +47,21 @@ MODELS = {
 }
 
 
-def saved(kind: str, folder: Path, patch_size: int = 8) -> nn.Module:
-    """A model of 4 x 4 patches with random weights, also those that start as zeros or ones, saved into a folder."""
+def saved(kind: str, folder: Path, patch_size: int = 8, **changes: object) -> nn.Module:
+    """A model of 4 x 4 patches with random weights, also those that start as zeros or ones, saved into a folder.
+
+    The decoder's positions are the fixed ones of published files; some versions of transformers start with zeros.
+    """
     torch.manual_seed(0)
     model, config, settings = MODELS[kind]
     sizes = SIZES | {"image_size": 4 * patch_size, "patch_size": patch_size}
-    model = getattr(transformers, model)(getattr(transformers, config)(**sizes, **settings)).eval()
+    model = getattr(transformers, model)(getattr(transformers, config)(**sizes, **settings | changes)).eval()
+    if hasattr(model, "decoder"):
+        model.decoder.initialize_weights(16)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            if "decoder_pos_embed" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
 
@@ -202,8 +212,100 @@ def test_damaged_folders(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
         read_weights(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(ValueError, match=r"holds none of model\.safetensors, .*, pytorch_model\.bin"):
         read_weights(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         read_weights(tmp_path)
+
+
+DECODED = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2, "decoder_mlp_ratio": 2.0}
+
+
+def started(folder: Path, encoder: dict[str, object] = {}, **mim: object) -> MaskedImageModel:  # noqa: B006, only read
+    """A model of MAE that starts from encoder and decoder of a folder."""
+    encoder = create_fresh_encoder("vit_tiny_patch8", **OURS | encoder)
+    model = MaskedImageModel(encoder, mim=Reconstruction("pixel", **DECODED | mim), vis=None)
+    start = Start(read_weights(folder, decoder=True), with_decoder=True)
+    start.load_encoder(model.encoder)
+    start.load_decoder(model)
+    return model.eval()
+
+
+def rename_tensors(folder: Path, old: str, new: str) -> None:
+    file = folder / "model.safetensors"
+    save_file({key.replace(old, new): value for key, value in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("layers", ["decoder_encoder.layer.", "decoder_layers."])
+def test_the_reconstruction_of_a_vit_mae_equals_that_of_transformers(layers, tmp_path):
+    """All tokens, with half of them masked; the layers of the decoder have two names in files."""
+    theirs = saved("mae", tmp_path, decoder_num_hidden_layers=2)
+    rename_tensors(tmp_path, "decoder_encoder.layer.", layers)
+    ours = started(tmp_path)
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(1))
+    order = noise.argsort(1)
+    theirs.config.mask_ratio = 0.5
+    visible, masked = order[:, :8], order[:, 8:]
+    with torch.no_grad():
+        expected = theirs(images(), noise=noise).logits
+        found = ours.branches["mim"].decoder(ours.encode(images(), visible[None]), visible, masked, all_tokens=True)
+    torch.testing.assert_close(found, gather_tokens(expected, order), rtol=0, atol=1e-5)
+
+
+def test_folders_without_a_decoder_that_fits(tmp_path):
+    """Those of encoders alone, and of tasks whose decoder is of another kind."""
+    saved("mae", tmp_path)
+    weights = read_weights(tmp_path)
+    assert (weights.decoder, weights.decoder_heads) == ({}, None)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    save_file({key: value for key, value in state.items() if not key.startswith("decoder.")}, file)
+    with pytest.raises(ValueError, match=r"--init-decoder: .* holds no decoder: give a run"):
+        started(tmp_path)
+    save_file(state, file)
+    change_config(tmp_path, model_type="vit")
+    assert read_weights(tmp_path, decoder=True).decoder == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "ours", "message"),
+    [
+        ({"hidden_act": "gelu_new"}, {}, r"has a decoder with the activation GELUTanh\(\), not GELU$"),
+        ({"image_size": 40}, {}, "other positions than the sines and cosines of 5 x 5 patches and a class token$"),
+        ({"decoder_num_attention_heads": 4}, {}, "of 4 attention heads, not 2: give --decoder-heads 4$"),
+        ({"decoder_num_attention_heads": "2"}, {}, r"config\.json: decoder_num_attention_heads must be int, got '2'$"),
+        ({}, {"encoder": {"class_token": False}}, r"reads 1 prefix tokens .*, but here are 0: .*\(--class-token\)"),
+        ({}, {"decoder_depth": 3}, r"blocks\.2\.attn\.proj\.bias is missing there and \[16\] here"),
+        ({}, {"decoder_mlp_ratio": 4.0}, r"blocks\.0\.mlp\.fc1\.bias is \[32\] there and \[64\] here"),
+    ],
+)
+def test_decoders_that_do_not_fit(config, ours, message, tmp_path):
+    saved("mae", tmp_path, decoder_num_hidden_layers=2)
+    change_config(tmp_path, **config)
+    with pytest.raises(ValueError, match=message) as refused:
+        started(tmp_path, **ours)
+    assert "\n" not in str(refused.value)
+    assert "--init-decoder" in str(refused.value) or "must be int" in str(refused.value)
+
+
+@pytest.mark.parametrize("change", ["swapped", "gone", "unknown"])
+def test_damaged_decoders(change, tmp_path):
+    """Rows and columns swapped in the positions, a tensor that is not there, one more."""
+    saved("mae", tmp_path, decoder_num_hidden_layers=2)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    table = state["decoder.decoder_pos_embed"]
+    if change == "swapped":
+        state["decoder.decoder_pos_embed"] = torch.cat([table[..., 8:], table[..., :8]], 2)
+        message = "other positions than the sines"
+    elif change == "gone":
+        del state["decoder.decoder_encoder.layer.1.attention.attention.key.weight"]
+        message = r"branches\.mim\.decoder\.\S+ is .*missing"
+    else:
+        state["decoder.more"] = torch.zeros(2)
+        message = r"branches\.mim\.decoder\.more is \[2\] there and missing here"
+    save_file(state, file)
+    with pytest.raises(ValueError, match=message) as refused:
+        started(tmp_path)
+    assert "\n" not in str(refused.value)

@@ -15,6 +15,7 @@ from dmjd.config.dense import SegmentationConfig
 from dmjd.data.dense_loader import ExampleBatch, ExampleLoader
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.sources import read_weights
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.metrics import iou_scores
@@ -266,9 +267,12 @@ def test_a_crash_changes_nothing(shapes, tmp_path, monkeypatch):
 def test_a_frozen_encoder_keeps_its_weights(shapes, tmp_path):
     run = make_run(tmp_path / "run")
     result = evaluate("segmentation", run, data=shapes, steps=3, freeze=True, decoder="linear", img_size=32, **QUICK)
-    final = load_checkpoint(run / result["result"]["folder"] / "checkpoints" / FINAL).part("model")
+    file = run / result["result"]["folder"] / "checkpoints" / FINAL
+    final = load_checkpoint(file).part("model")
     for name, value in load_encoder(run).state_dict().items():
         assert torch.equal(final[f"maps.encoder.{name}"], value)
+    with pytest.raises(ValueError, match="holds the training of an evaluation"):
+        read_weights(file)
 
 
 def test_gray_images_and_gray_encoders(shapes, tmp_path):

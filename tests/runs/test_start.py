@@ -197,6 +197,7 @@ def test_the_decoder_is_taken_over_on_request(source, tmp_path, config_of):
         ),
         ({"decoder_depth": 2}, r"branches\.mim\.decoder\.blocks\.1\.attn\.proj\.bias is missing there and \[32\] here"),
         ({"vis": False}, r"branches\.vis\.head\..* there and missing here"),
+        ({"decoder_heads": 4}, "has a decoder of 2 attention heads, not 4: give --decoder-heads 2$"),
     ],
 )
 def test_a_decoder_of_other_settings_is_refused(changes, message, source, tmp_path, config_of):

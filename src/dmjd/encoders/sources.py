@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path, check_text
 from dmjd.encoders import source_settings
-from dmjd.encoders.adaptation import POSITIONS
+from dmjd.encoders.adaptation import POSITIONS, PREFIX_TOKENS
+from dmjd.encoders.base import Encoder
+from dmjd.encoders.classifier import CLASSIFIER_FILE, load_classifier
 from dmjd.encoders.folders import is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, read_headers
 from dmjd.encoders.published import read_state, square_grid, to_our_state
@@ -37,6 +39,13 @@ HASH_DIGITS = 16
 
 FIRST_LAYERS = ("patch_embed.proj.weight", "patch_embed1.proj.weight")
 
+_ENCODER_KEY = "encoder"  # in the metadata of a checkpoint of a run, not of an evaluation
+
+_OF_AN_EVALUATION = (
+    "holds the training of an evaluation (detection, segmentation or an unfinished fine-tuning), which does not say "
+    f"which encoder it has: give the run, or the {CLASSIFIER_FILE} of a finished fine-tuning"
+)
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -52,6 +61,7 @@ class Weights:
         preprocess: how images became input; None if it is unknown.
         settings: name and sizes of the encoder that has these weights, as settings of a run; None if they are unknown.
         decoder: the other weights of the pre-training model, under its names; empty if there are none.
+        decoder_heads: attention heads of its decoder; None if they are unknown.
     """
 
     source: str
@@ -63,6 +73,12 @@ class Weights:
     preprocess: Preprocess | None = None
     settings: dict[str, Any] | None = None
     decoder: dict[str, Tensor] = field(default_factory=dict)
+    decoder_heads: int | None = None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token and registers."""
+        return sum(self.tensors[name].shape[1] for name in PREFIX_TOKENS if name in self.tensors)
 
     @property
     def in_chans(self) -> int | None:
@@ -86,9 +102,10 @@ def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
     """Read weights to start from; torch's random state is left unchanged.
 
     Args:
-        source: a run folder, an encoder file, a checkpoint, published DMJD, ConvMAE or MAE weights (``.pth`` or
-            ``.safetensors``), a folder that ``save_pretrained`` of transformers or timm wrote, a timm name,
-            ``local-dir:FOLDER``, or ``hf-hub:NAME`` for a model of timm or transformers, or an encoder of ours.
+        source: a run folder, an encoder file, a checkpoint, a fine-tuned classifier, published DMJD, ConvMAE or MAE
+            weights (``.pth`` or ``.safetensors``), a folder that ``save_pretrained`` of transformers or timm wrote, a
+            timm name, ``local-dir:FOLDER``, or ``hf-hub:NAME`` for a model of timm or transformers, or an encoder of
+            ours.
         decoder: read the decoder too.
 
     Raises:
@@ -109,8 +126,15 @@ def read_weights(source: str | Path, *, decoder: bool = False) -> Weights:
 
 
 def _from_folder(folder: Path, decoder: bool) -> Weights:
-    if (folder / ENCODER_FILE).exists() or (folder / CHECKPOINTS).is_dir():
+    if (folder / ENCODER_FILE).exists():
         return _of_encoder(folder, decoder)
+    if (folder / CHECKPOINTS).is_dir():
+        headers, _ = read_headers(folder / CHECKPOINTS)
+        if headers and not any(_ENCODER_KEY in header.metadata for header in headers):
+            raise ValueError(f"--init {folder} {_OF_AN_EVALUATION}")
+        return _of_encoder(folder, decoder)
+    if (folder / CLASSIFIER_FILE).exists():
+        raise ValueError(f"--init {folder} is the folder of a classifier: give {folder / CLASSIFIER_FILE}")
     if not (folder / CONFIG).exists():
         raise ValueError(f"--init {folder} is neither a run folder nor one with a {CONFIG} of transformers or timm")
     config = read_json(folder / CONFIG, dict[str, Any])
@@ -118,11 +142,11 @@ def _from_folder(folder: Path, decoder: bool) -> Weights:
         return _of_encoder(folder, decoder)
     if "architecture" in config:  # timm's key
         return _from_timm(f"{LOCAL}{folder}")
-    return _from_transformers(folder)
+    return _from_transformers(folder, config, decoder)
 
 
-def _from_transformers(folder: Path) -> Weights:
-    read = read_transformers(folder, read_json(folder / CONFIG, dict[str, Any]))
+def _from_transformers(folder: Path, config: Mapping[str, Any], decoder: bool) -> Weights:
+    read = read_transformers(folder, config, decoder=decoder)
     tensors = _plain(read.tensors)
     return Weights(
         source=str(folder),
@@ -133,11 +157,17 @@ def _from_transformers(folder: Path) -> Weights:
         activation=read.activation,
         preprocess=read.preprocess,
         settings=source_settings.of_transformers(read.kind, tensors, read.num_heads),
+        decoder=_plain(read.decoder),
+        decoder_heads=read.decoder_heads,
     )
 
 
 def _from_file(file: Path, decoder: bool) -> Weights:
-    if file.suffix == ".safetensors" and read_metadata(file):
+    if file.suffix == ".safetensors" and (metadata := read_metadata(file)):
+        if "classifier" in metadata:
+            return _weights_of(load_classifier(file).encoder, file)
+        if "progress" in metadata and _ENCODER_KEY not in metadata:
+            raise ValueError(f"--init {file} {_OF_AN_EVALUATION}")
         return _of_encoder(file, decoder)
     ours = to_our_state(read_state(file))
     prefix = "encoder."
@@ -164,7 +194,14 @@ def _is_other(key: str) -> bool:
 
 def _of_encoder(source: Path, decoder: bool) -> Weights:
     """Weights of a run folder, an encoder file or a checkpoint."""
-    encoder = load_encoder(source)
+    weights = _weights_of(load_encoder(source), source)
+    if not decoder:
+        return weights
+    tensors, heads = _decoder_of(source)
+    return dataclasses.replace(weights, decoder=tensors, decoder_heads=heads)
+
+
+def _weights_of(encoder: Encoder, source: Path) -> Weights:
     heads, activation = traits(encoder)
     return Weights(
         source=str(source),
@@ -175,26 +212,36 @@ def _of_encoder(source: Path, decoder: bool) -> Weights:
         activation=activation,
         preprocess=encoder.preprocess,
         settings=source_settings.of_encoder(encoder),
-        decoder=_decoder_of(source) if decoder else {},
     )
 
 
-def _decoder_of(source: Path) -> dict[str, Tensor]:
-    """The other weights of a pre-training model, from a checkpoint or the newest one of a run that can be read."""
+def _decoder_of(source: Path) -> tuple[dict[str, Tensor], int | None]:
+    """The other weights of a pre-training model, from a checkpoint or the newest one of a run that can be read.
+
+    Returns:
+        Tensors and attention heads; {} and None without a decoder, None if its heads were left to the encoder's width.
+    """
     files = [source]
     if source.is_dir():
         headers, _ = read_headers(source / CHECKPOINTS)
         files = [header.path for header in headers]
     for file in files:
         try:
-            state, _ = read_safetensors(file)
+            state, metadata = read_safetensors(file)
         except ValueError:  # reading the encoder has warned about it
             continue
         prefix = "model."
         found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if found := {key: value for key, value in found.items() if _is_other(key)}:
-            return _plain(found)
-    return {}
+            return _plain(found), _decoder_heads(metadata)
+    return {}, None
+
+
+def _decoder_heads(metadata: Mapping[str, Any]) -> int | None:
+    """Attention heads of the decoder by the configuration in a checkpoint."""
+    config = metadata.get("config")
+    heads = config.get("decoder_heads") if isinstance(config, dict) else None
+    return heads if isinstance(heads, int) else None
 
 
 def _from_timm(source: str) -> Weights:

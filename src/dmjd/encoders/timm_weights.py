@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from dmjd.checked_json import read_json
+from dmjd.encoders.sharded import INDEX, read_index
 from dmjd.hub import HUB, offline_if_unreachable
 from dmjd.images.preprocess import Preprocess
 from dmjd.suggest import did_you_mean
@@ -78,10 +79,23 @@ def hub_folder(source: str, what: str, flag: str) -> Path | None:
         config = Path(hf_hub_download(name, "config.json", revision=revision or None))
         if "architecture" in read_json(config, dict[str, Any]):  # timm's key
             return None
-        hf_hub_download(name, "model.safetensors", revision=revision or None)
+        _download_weights(name, revision or None)
         with contextlib.suppress(EntryNotFoundError):  # not every model has it
             hf_hub_download(name, "preprocessor_config.json", revision=revision or None)
     return config.parent
+
+
+def _download_weights(name: str, revision: str | None) -> None:
+    """Download the weights of a model on the hub; those of large models are several files."""
+    try:
+        hf_hub_download(name, "model.safetensors", revision=revision)
+    except EntryNotFoundError as missing:
+        try:
+            index = hf_hub_download(name, INDEX, revision=revision)
+        except EntryNotFoundError:
+            raise missing from None
+        for file in read_index(Path(index)):
+            hf_hub_download(name, file, revision=revision)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Folders that transformers' ``save_pretrained`` wrote: key tables to timm's names, used in both directions.
 
-The tables need no transformers: a folder is read as ``config.json`` and ``model.safetensors``.
+The tables need no transformers: a folder is read as ``config.json`` and ``model.safetensors``, or several such files.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,13 @@ from torch import Tensor
 from dmjd.checked_json import read_json
 from dmjd.config.checks import MAX_HEADS, MAX_SIDE, Bounds, check_int, shown
 from dmjd.encoders.published import read_state
+from dmjd.encoders.sharded import INDEX, read_shards
 from dmjd.images.preprocess import Preprocess
+from dmjd.nn.tokens import sincos_positions
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")  # the first that exists is read
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ _SCALES = (("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.
 
 _SEPARATE = ("attention.attention.query.", "attention.attention.key.", "attention.attention.value.")
 
-VIT_MODEL_TYPE = "vit"  # in config.json of a ViTModel
+VIT_MODEL_TYPE, MAE_MODEL_TYPE = "vit", "vit_mae"  # in config.json of a ViTModel and a ViTMAEModel
 
 VIT = KeyTable(
     outside=_EMBEDDINGS,
@@ -121,6 +123,18 @@ VIT = KeyTable(
         ("intermediate.dense.", "mlp.fc1."),
         ("output.dense.", "mlp.fc2."),
     ),
+    query_key_value=_SEPARATE,
+)
+
+MAE_DECODER = KeyTable(  # to our names
+    outside=(
+        ("decoder_embed.", "embed."),
+        ("decoder_pos_embed", "pos_embed"),
+        ("decoder_norm.", "norm."),
+        ("decoder_pred.", "head."),
+    ),
+    layers="decoder_layers.",
+    inside=VIT.inside,
     query_key_value=_SEPARATE,
 )
 
@@ -165,7 +179,7 @@ DINOV3_GATED = KeyTable(
 # model_type in config.json -> (setting of a gated MLP or None, tables without and with it)
 TABLES: dict[str, tuple[str | None, KeyTable, KeyTable]] = {
     VIT_MODEL_TYPE: (None, VIT, VIT),
-    "vit_mae": (None, VIT, VIT),
+    MAE_MODEL_TYPE: (None, VIT, VIT),
     "dinov2": ("use_swiglu_ffn", DINOV2, DINOV2_SWIGLU),
     "dinov2_with_registers": ("use_swiglu_ffn", DINOV2, DINOV2_SWIGLU),
     "dinov3_vit": ("use_gated_mlp", DINOV3, DINOV3_GATED),
@@ -179,6 +193,13 @@ ACTIVATIONS = {
     "silu": "SiLU()",
     "swish": "SiLU()",
 }
+
+# Names of a ViTMAE's decoder; version 5 of transformers writes the first for the second.
+_DECODER, _LAYERS = "decoder.", ("decoder_encoder.layer.", "decoder_layers.")
+
+_OUR_DECODER = "branches.mim.decoder."
+
+_ALMOST = 1e-2  # largest difference of a table of sines and cosines, which may be rounded to bfloat16
 
 _UNUSED = ("pooler.", "embeddings.mask_token", "classifier.", "decoder.")
 
@@ -194,6 +215,8 @@ class TransformersWeights:
         num_heads: attention heads.
         activation: the MLP's, as PyTorch shows the module.
         preprocess: from ``preprocessor_config.json``; None without that file.
+        decoder: a ViTMAE's, under the names of the pre-training model; empty if it was not requested or is not there.
+        decoder_heads: its attention heads; None without one.
     """
 
     kind: str
@@ -202,18 +225,21 @@ class TransformersWeights:
     num_heads: int
     activation: str
     preprocess: Preprocess | None
+    decoder: dict[str, Tensor]
+    decoder_heads: int | None
 
 
-def read_transformers(folder: Path, config: Mapping[str, Any]) -> TransformersWeights:
+def read_transformers(folder: Path, config: Mapping[str, Any], *, decoder: bool = False) -> TransformersWeights:
     """Read a folder that ``save_pretrained`` wrote.
 
     Args:
         folder: the folder.
         config: content of its ``config.json``.
+        decoder: read the decoder of a ViTMAE too.
 
     Raises:
-        ValueError: if the model is of another kind than ViT, ViTMAE, DINOv2 and DINOv3, or a file is missing or
-            damaged.
+        ValueError: if the model is of another kind than ViT, ViTMAE, DINOv2 and DINOv3, a file is missing or
+            damaged, or the decoder computes something else than ours would with its weights.
     """
     kind = str(config.get("model_type"))
     if kind not in TABLES:
@@ -226,17 +252,52 @@ def read_transformers(folder: Path, config: Mapping[str, Any]) -> TransformersWe
     is_gated = gated is not None and bool(config.get(gated))
     file = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if file is None:
-        raise ValueError(f"{folder} holds neither {' nor '.join(WEIGHTS)}; weights in several files are not read")
-    state = _without_model_prefix(read_state(file), file)
+        raise ValueError(f"{folder} holds none of {', '.join(WEIGHTS)}")
+    state = read_shards(file) if file.name == INDEX else read_state(file)
     activation = "silu" if is_gated and kind != "dinov3_vit" else str(config.get("hidden_act"))
+    activation = ACTIVATIONS.get(activation, activation)
+    grid = (sides[0] // patches[0], sides[1] // patches[1])
+    branch = _mae_decoder(state, grid, activation, file) if decoder and kind == MAE_MODEL_TYPE else {}
+    word = "decoder_num_attention_heads"
     return TransformersWeights(
         kind=kind,
-        tensors=(with_gate if is_gated else plain).to_timm(state),
-        grid=(sides[0] // patches[0], sides[1] // patches[1]),
+        tensors=(with_gate if is_gated else plain).to_timm(_without_model_prefix(state, file)),
+        grid=grid,
         num_heads=heads,
-        activation=ACTIVATIONS.get(activation, activation),
+        activation=activation,
         preprocess=_preprocess(folder, sides, config),
+        decoder=branch,
+        decoder_heads=check_int(f"{name}: {word}", config.get(word), Bounds(ge=1, most=MAX_HEADS)) if branch else None,
     )
+
+
+def _mae_decoder(state: Mapping[str, Tensor], grid: tuple[int, int], activation: str, file: Path) -> dict[str, Tensor]:
+    """The decoder of a ViTMAE under the names of our pre-training model; empty without one.
+
+    Raises:
+        ValueError: if activation or positions are not those of our decoder, which are in none of its tensors.
+    """
+    theirs = {key.removeprefix(_DECODER): value for key, value in state.items() if key.startswith(_DECODER)}
+    if not theirs:
+        return {}
+    if activation != ACTIVATIONS["gelu"]:
+        raise ValueError(f"--init-decoder: {file} has a decoder with the activation {activation}, not GELU")
+    decoder = MAE_DECODER.to_timm({key.replace(*_LAYERS): value for key, value in theirs.items()})
+    table = decoder.get("pos_embed")
+    if table is not None and not _is_fixed(table.float(), grid):
+        raise ValueError(
+            f"--init-decoder: {file} has a decoder with other positions than the sines and cosines of "
+            f"{grid[0]} x {grid[1]} patches and a class token"
+        )
+    return {f"{_OUR_DECODER}{key}": value for key, value in decoder.items()}
+
+
+def _is_fixed(table: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether a position table is that of a grid after one class token, as our decoder computes it."""
+    shape, width = (1, 1 + grid[0] * grid[1], table.shape[-1]), table.shape[-1]
+    if table.shape != shape or width % 4:
+        return False
+    return torch.allclose(table, sincos_positions(width, grid, 1), rtol=0, atol=_ALMOST)
 
 
 def _without_model_prefix(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

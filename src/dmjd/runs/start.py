@@ -3,10 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from dmjd.branches import ReconstructionBranch
 from dmjd.config.pretrain import ENCODER_SETTINGS, PretrainConfig
 from dmjd.config.recipes import NEED_INIT
 from dmjd.encoders.base import Encoder
@@ -69,8 +70,26 @@ class Start:
                     f"{flag} has a decoder of other settings: {key} is {had} there and {has} here; "
                     "use its settings, or leave --init-decoder out"
                 )
+        self._check_traits(model, flag)
         model.load_state_dict({key: theirs[key] for key in wanted}, strict=False)
         self.decoder = f"decoder taken over ({len(wanted)} tensors)"
+
+    def _check_traits(self, model: MaskedImageModel, flag: str) -> None:
+        """Check what tensors of the reconstruction branch do not tell: its heads, and the prefix tokens it reads."""
+        branch = dict(model.branches.items()).get("mim")
+        if not isinstance(branch, ReconstructionBranch):
+            return
+        heads, theirs = cast(Any, branch.decoder.blocks[0]).attn.num_heads, self.weights.decoder_heads
+        if theirs not in (None, heads):
+            raise ValueError(
+                f"{flag} has a decoder of {theirs} attention heads, not {heads}: give --decoder-heads {theirs}"
+            )
+        has, had = model.encoder.num_prefix_tokens, self.weights.num_prefix_tokens
+        if has < had:
+            raise ValueError(
+                f"{flag} has a decoder that reads {had} prefix tokens (class token, registers), but here are {has}: "
+                "give an encoder that has them (--class-token), or leave --init-decoder out"
+            )
 
     def __str__(self) -> str:
         return f"{self.encoder}; {self.decoder}"
