@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmjd.branches import Branch, Distillation, MultiScaleFusion, Reconstruction
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.published import FORMER_KEYS
 from dmjd.masking import DisjointMasks, Masks, MaskSampler, random_keys
 from dmjd.nn.dropout import set_row_keys
 from dmjd.nn.layers import set_checkpointing
@@ -17,9 +18,6 @@ from dmjd.nn.modes import own_defaults
 from dmjd.rng import STREAM_VIEW, hash64
 from dmjd.targets.base import Target
 from dmjd.targets.registry import create_target
-
-# State-dict prefix of version 0.1 -> ours, so that its checkpoints still load.
-FORMER_KEYS = {"decoder.": "branches.mim.decoder.", "distillation.": "branches.vis.head."}
 
 
 class MaskedImageModel(nn.Module):

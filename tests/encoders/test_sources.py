@@ -22,6 +22,7 @@ from dmjd.encoders.sources import hash_of, read_weights
 from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash
 from dmjd.files import safetensors_bytes
 from dmjd.images.preprocess import Preprocess
+from dmjd.runs.build import load_model
 from dmjd.runs.checkpoint import named_tensors, save_checkpoint
 
 
@@ -105,6 +106,11 @@ def test_trainings_of_evaluations_are_refused(encoder, tmp_path):
 def test_the_run_of_a_former_version():
     weights = read_weights(GOLDEN / "run_v0.1", decoder=True)
     assert weights.hash == json.loads((GOLDEN / "run_v0.1" / "evaluation" / "knn.json").read_text())["encoder"]
+    model, _ = load_model(GOLDEN / "run_v0.1")
+    others = {key: value for key, value in model.state_dict().items() if key.startswith("branches.")}
+    assert others
+    assert weights.decoder.keys() == others.keys()
+    assert all(torch.equal(weights.decoder[key], value) for key, value in others.items())
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -28,6 +28,9 @@ DECODER_KEYS = (
     ("head.", "head."),
 )
 
+# Beginnings of names in checkpoints of version 0.1 -> ours, so that they still load.
+FORMER_KEYS = {"decoder.": "branches.mim.decoder.", "distillation.": "branches.vis.head."}
+
 CONV_VIT_KEYS = (("blocks3.", "encoder.blocks."),)
 
 ENCODER_KEYS = (("", "encoder."),)

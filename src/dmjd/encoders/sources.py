@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path, check_text
 from dmjd.encoders import source_settings
-from dmjd.encoders.adaptation import POSITIONS, PREFIX_TOKENS
+from dmjd.encoders.adaptation import FIRST_LAYERS, POSITIONS, PREFIX_TOKENS
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.classifier import CLASSIFIER_FILE, load_classifier
 from dmjd.encoders.folders import is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, read_headers
-from dmjd.encoders.published import read_state, square_grid, to_our_state
+from dmjd.encoders.published import FORMER_KEYS, read_state, square_grid, to_our_state
 from dmjd.encoders.stored import weights_hash
 from dmjd.encoders.timm_weights import LOCAL, PREFIXES, hub_folder, load_timm, timm_preprocess
 from dmjd.encoders.transformers_weights import CONFIG, read_transformers
@@ -36,8 +36,6 @@ from dmjd.regular import irregular
 TIMM = "timm/"  # begins the names of encoders from timm; timm's own names have no such beginning
 
 HASH_DIGITS = 16
-
-FIRST_LAYERS = ("patch_embed.proj.weight", "patch_embed1.proj.weight")
 
 _ENCODER_KEY = "encoder"  # in the metadata of a checkpoint of a run, not of an evaluation
 
@@ -231,10 +229,16 @@ def _decoder_of(source: Path) -> tuple[dict[str, Tensor], int | None]:
         except ValueError:  # reading the encoder has warned about it
             continue
         prefix = "model."
-        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        found = {_current(key.removeprefix(prefix)): value for key, value in state.items() if key.startswith(prefix)}
         if found := {key: value for key, value in found.items() if _is_other(key)}:
             return _plain(found), _decoder_heads(metadata)
     return {}, None
+
+
+def _current(name: str) -> str:
+    """Today's name of a tensor of a pre-training model, from that of any version."""
+    former = next((begin for begin in FORMER_KEYS if name.startswith(begin)), "")
+    return FORMER_KEYS.get(former, "") + name.removeprefix(former)
 
 
 def _decoder_heads(metadata: Mapping[str, Any]) -> int | None:
