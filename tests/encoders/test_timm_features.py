@@ -9,7 +9,7 @@ from timm.models import _features
 
 from dmjd.encoders.timm_features import FeatureGetterNet, feature_backbone, take_indices
 
-TRIED_ON = ("1.0.21", "1.0.31")  # timm: the oldest version allowed, and the newest one tested
+TRIED_ON = ("1.0.26", "1.0.31")  # timm: the oldest version allowed, and the newest one tested
 
 
 def test_timm_still_has_what_is_used():

@@ -73,6 +73,16 @@ def test_evaluations_on_different_data_are_distinguished(runs):
     assert differences["knn.seed"] == ["1", "0"]
 
 
+def test_other_images_and_another_teacher_are_differences(tmp_path):
+    """Both may change on resume, because files move."""
+    first, second = (
+        run_folder(tmp_path / name, {"knn": result(0.5)}, target="teacher", teacher=name) for name in ("one", "two")
+    )
+    settings = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps(settings | {"data": "other"}))
+    assert compare(first, second).differences == {"data": ["d", "other"], "teacher": ["one", "two"]}
+
+
 def test_a_run_does_not_differ_from_itself(runs):
     found = compare(runs[0], f"{runs[0]}/")
     assert found.runs == ["run"]

@@ -28,7 +28,7 @@ def test_timm_needs_no_arguments_but_the_folder(name, size, chans, options, tmp_
         last = model.forward_intermediates(images, 1, output_fmt="NLC", intermediates_only=True)[0]
         torch.testing.assert_close(last, encoder.block_outputs(images, 1)[0], rtol=1e-5, atol=1e-5)
     config = timm.data.resolve_model_data_config(model)
-    assert (config["input_size"], config["crop_pct"]) == ((chans, *encoder.img_size), 1.0)
+    assert (tuple(config["input_size"]), config["crop_pct"]) == ((chans, *encoder.img_size), 1.0)
     assert (config["interpolation"], config["crop_mode"]) == ("bicubic", "center")
     assert (tuple(config["mean"]), tuple(config["std"])) == ((0.4,) * chans, (0.2,) * chans)
     with_head = timm.create_model(f"local-dir:{exported.path}", pretrained=True, num_classes=3).eval()

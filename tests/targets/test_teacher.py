@@ -313,3 +313,15 @@ def test_a_vit_teacher_takes_other_sizes(tmp_path):
     assert target(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)).shape == (1, 16, 32)
     with pytest.raises(ValueError, match="--teacher-size"):  # a model that is given is left as it is
         TeacherTarget(encoder, TeacherSettings(model, size=(64,)))
+
+
+def test_a_vit_teacher_gets_whole_patches(tmp_path):
+    """timm leaves out the pixels beyond the last whole patch, which would shift the map against the student's grid."""
+    model = timm_vit()
+    timm.models.save_for_hf(model, tmp_path, model_args=TIMM_SIZES, safe_serialization=True)
+    encoder = create_encoder("vit_tiny_patch16", img_size=64, depth=1)
+    ours = create_encoder("vit_tiny_patch16", img_size=32, depth=1)
+    ours.preprocess = Preprocess((32, 32))
+    for teacher in (f"local-dir:{tmp_path}", ours):
+        with pytest.raises(ValueError, match=r"--teacher-size 60 x 64 .* the teacher's \d+-pixel patch.*: 64 x 64"):
+            TeacherTarget(encoder, TeacherSettings(teacher, size=(60, 64)))

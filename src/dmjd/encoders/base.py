@@ -96,11 +96,7 @@ class Encoder(nn.Module, ABC):
     ) -> None:
         super().__init__()
         H, W = img_size
-        if H % patch_size or W % patch_size or min(H, W) < patch_size:
-            raise ValueError(
-                f"img_size {H} x {W} is not divisible by the encoder's {patch_size}-pixel patch; "
-                f"nearest that is: {_nearest(H, patch_size)} x {_nearest(W, patch_size)}"
-            )
+        check_divisible(img_size, patch_size, "img_size", "the encoder's")
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         self.name = type(self).__name__
@@ -334,8 +330,22 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
-def _nearest(pixels: int, patch_size: int) -> int:
-    return max(1, round(pixels / patch_size)) * patch_size
+def check_divisible(size: tuple[int, int], patch_size: int, what: str, whose: str) -> None:
+    """Raise a ValueError, which names the nearest size that fits, if an image size is not made of whole patches.
+
+    Args:
+        size: height and width in pixels.
+        patch_size: side of a patch in pixels.
+        what: the setting or flag that gave the size, for the message.
+        whose: whose patches, for the message: "the encoder's".
+    """
+    height, width = size
+    if height % patch_size or width % patch_size or min(size) < patch_size:
+        nearest = [max(1, round(side / patch_size)) * patch_size for side in size]
+        raise ValueError(
+            f"{what} {height} x {width} is not divisible by {whose} {patch_size}-pixel patch; "
+            f"nearest that is: {nearest[0]} x {nearest[1]}"
+        )
 
 
 def known_preprocess(encoder: Encoder) -> Preprocess:

@@ -80,9 +80,9 @@ def usage_lines(encoder: Stored, repo: str | None) -> list[str]:
         "```",
     ]
     if _is_timm(encoder, "dmjd"):
-        name = source if repo is not None else "local-dir:FOLDER"
+        name, needs = (source, "") if repo is not None else ("local-dir:FOLDER", "  # 1.0.26 or newer")
         call = f'model = timm.create_model("{name}", pretrained=True, num_classes=0)'
-        lines += ["", "Without DMJD:", "", "```python", "import timm", "", call, "```"]
+        lines += ["", "Without DMJD:", "", "```python", f"import timm{needs}", "", call, "```"]
     return lines
 
 

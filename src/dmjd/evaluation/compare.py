@@ -30,8 +30,13 @@ PARTS = {"result": "result", "random_init": "random init", "raw_pixels": "raw pi
 
 _MARKERS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
 
+# They may change on resume because files move. Other images, or another teacher, are then refused.
+_MAY_MOVE = {"data", "teacher"}
+
 # Settings that do not change the weights.
-_IRRELEVANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]} - set(DURATIONS)
+_IRRELEVANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]}.difference(
+    DURATIONS, _MAY_MOVE
+)
 
 
 @dataclasses.dataclass(frozen=True)

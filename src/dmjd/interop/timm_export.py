@@ -30,9 +30,13 @@ def to_timm_file(encoder: Encoder, out: Path) -> Exported:
 
 
 def timm_usage(source: Path) -> str:
-    """How timm loads a folder."""
+    """How timm loads a folder. Older versions read no safetensors files there."""
     return "\n".join(
-        ["import timm", "", f"model = timm.create_model({f'local-dir:{source}'!r}, pretrained=True, num_classes=0)"]
+        [
+            "import timm  # 1.0.26 or newer",
+            "",
+            f"model = timm.create_model({f'local-dir:{source}'!r}, pretrained=True, num_classes=0)",
+        ]
     )
 
 

@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from dmjd.config.checks import MAX_DEPTH, MAX_SIDE, Bounds, check_int, check_path
-from dmjd.encoders.base import Encoder
+from dmjd.encoders.base import Encoder, check_divisible
 from dmjd.encoders.timm_weights import load_timm, timm_preprocess
 from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
@@ -81,6 +82,9 @@ class TeacherTarget(Target):
         self.preprocess = teacher_preprocess(model, self.source)
         if settings.size is not None:
             size = (settings.size[0], settings.size[-1])
+            if (patch_size := _patch_size(model)) is not None:
+                # A ViT of timm would leave out the pixels beyond its last whole patch, and its map be shifted.
+                check_divisible(size, patch_size, "--teacher-size", "the teacher's")
             self.preprocess = dataclasses.replace(self.preprocess, img_size=size)
             if model is not teacher and hasattr(model, "set_input_size"):  # a timm ViT; one that is given is left alone
                 cast(Callable[..., None], model.set_input_size)(img_size=size)
@@ -177,6 +181,16 @@ def teacher_preprocess(model: nn.Module, source: str) -> Preprocess:
             raise ValueError(f"teacher {source} does not know its preprocessing: set its preprocess = Preprocess(...)")
         return model.preprocess
     return timm_preprocess(model)
+
+
+def _patch_size(model: nn.Module) -> int | None:
+    """Side of the patches of a ViT in pixels; None for other models, which take any size or refuse it themselves."""
+    if isinstance(model, Encoder):
+        return model.patch_size
+    if isinstance(model, (VisionTransformer, Eva)):
+        embedding: Any = model.patch_embed
+        return int(embedding.patch_size[0])
+    return None
 
 
 def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
