@@ -105,6 +105,12 @@ def test_a_docstring_holds_the_command(name):
     assert len(text.splitlines()[0]) < 105  # the help shows it
 
 
+def test_the_teacher_of_distill_sees_images_of_the_students_size():
+    assert recipes.distill(img_size=(96, 128)).teacher_size == (96, 128)
+    assert recipes.distill(img_size=96, teacher_size=224).teacher_size == (224,)
+    assert recipes.distill(teacher_size=None).teacher_size is None
+
+
 @pytest.mark.parametrize("name", ["mae", "maskfeat", "dm", "jd", "dmjd", "complementary", "independent"])
 def test_models_of_the_recipes(name):
     model = build_model(recipes.get_recipe(name)(**TINY))
