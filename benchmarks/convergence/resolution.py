@@ -93,7 +93,8 @@ class Resolution:
             config = self.config(size, seed).replace(out=str(run), steps=count)
             if start is not None:
                 config = config.replace(init=str(start), from_init=None, init_decoder=True)
-            dmjd.pretrain(config)
+            if not dmjd.pretrain(config).finished:
+                raise SystemExit("stopped; the same command goes on")
             start, steps = run, [*steps, count]
         results = dmjd.evaluation.evaluate_all(
             {"knn": {}, "linear": {}},

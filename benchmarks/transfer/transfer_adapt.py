@@ -88,7 +88,8 @@ class Adaptation:
             return json.loads(file.read_text("utf-8"))
         if way != START:
             run, steps = self.out / name, max(1, round(60 * self.given.minutes / self.seconds[way]))
-            dmjd.pretrain(self.config(way, seed).replace(out=str(run), steps=steps))
+            if not dmjd.pretrain(self.config(way, seed).replace(out=str(run), steps=steps)).finished:
+                raise SystemExit("stopped; the same command goes on")
         result = dmjd.evaluate(
             "segmentation",
             run,
