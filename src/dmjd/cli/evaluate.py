@@ -30,16 +30,17 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     run = given.pop("run")
     from dmjd.engine.console import Console  # these import torch
     from dmjd.evaluation.frozen.protocol import evaluate_all
+    from dmjd.evaluation.results import results_folder
     from dmjd.evaluation.run import evaluate
     from dmjd.evaluation.supervised.trainer import Stopped
-    from dmjd.evaluation.tables import results_table
+    from dmjd.evaluation.tables import context_lines, results_table
 
     with contextlib.suppress(Stopped):  # stopped by a signal, after saving: there is no result yet
         if task == FROZEN:
             results = evaluate_all({name: {} for name in frozen_names()}, run, **given)
         else:
             results = {task: evaluate(task, run, **given)}
-        Console().table(results_table(results))
+        Console().table(results_table(results), *context_lines(results, results_folder(run, given.get("out"))))
 
 
 def _overview() -> str:

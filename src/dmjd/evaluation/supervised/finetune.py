@@ -22,7 +22,7 @@ from dmjd.encoders.classifier import CLASSIFIER_FILE, CLASSIFIER_KEY, ImageClass
 from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.weights import is_shared, load_encoder
 from dmjd.engine.loop import Task
-from dmjd.evaluation.low_shot import LowShot, summarize
+from dmjd.evaluation.low_shot import LowShot, describe_labels, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.results import check_results_folder, data_fingerprint
 from dmjd.evaluation.setup import config_of, given_data, open_sets
@@ -232,6 +232,7 @@ class Finetuning(SupervisedEvaluation):
         return last | {"best": best, "data": self._data(len(ranks))} | self.identity()
 
     def _data(self, num_test: int) -> dict[str, Any]:
+        assert self.train.labels is not None
         return {
             "train": self.train.name,
             "test": self.test.name,
@@ -240,6 +241,7 @@ class Finetuning(SupervisedEvaluation):
             "num_test": num_test,
             "num_unreadable": self._labeled.unreadable.count + len(self.test) - num_test,
             "classes": len(self.train.classes),
+            **describe_labels(self.train.labels, self.test_labels.numpy()),
         }
 
     def _predict(self, task: FinetuneTask, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
