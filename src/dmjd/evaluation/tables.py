@@ -10,6 +10,8 @@ from dmjd.engine.console import literal
 from dmjd.evaluation.registry import TASKS
 from dmjd.result_files import EVALUATION, is_number
 
+TOO_SHORT_KEY = "too_short"  # in a result: why its training is too short to judge the encoder by
+
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 
 
@@ -49,6 +51,7 @@ def context_lines(results: Mapping[str, Mapping[str, Any]], folder: Path | None)
     elif "seed" in first:
         lines.append(f"one seed ({first['seed']})")
     lines += [f"{task}: {text}" for task, result in results.items() if (text := _protocol(task, result))]
+    lines += [f"{task}: {result[TOO_SHORT_KEY]}" for task, result in results.items() if result.get(TOO_SHORT_KEY)]
     if folder is None:
         return [*lines, "JSON: none was written; --out FOLDER says where it goes"]
     return [*lines, f"JSON: {', '.join(str(folder / EVALUATION / f'{task}.json') for task in results)}"]

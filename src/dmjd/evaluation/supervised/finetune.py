@@ -28,6 +28,7 @@ from dmjd.evaluation.results import check_results_folder, data_fingerprint
 from dmjd.evaluation.setup import config_of, given_data, open_sets
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
+from dmjd.evaluation.tables import TOO_SHORT_KEY
 from dmjd.figures.attempt import attempt_figure
 from dmjd.figures.confusion import save_confusion_figure
 from dmjd.files import digest_of, write_bytes
@@ -109,6 +110,8 @@ def _subset(train: Source, low_shot: LowShot, seed: int) -> Source:
 def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
     """Run all seeds from both starts, and write the result and the classifier of the first seed."""
     results: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
+    if short := evaluations[0].config.too_short(len(evaluations[0].train)):
+        evaluations[0].console.warn(f"finetune: {short}")
     for evaluation in evaluations:
         for start in STARTS:
             results[start].append(evaluation.run(start, folder))
@@ -116,9 +119,10 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
     described = {name: first[name] for name in Finetuning.described}
     classifier = _read_classifier(folder / first["folder"])
     described[CLASSIFIER_KEY] = digest_of(classifier)
+    described |= {TOO_SHORT_KEY: short} if short else {}
     seeds = [evaluation.seed for evaluation in evaluations]
     summaries = {
-        start: summarize([{k: v for k, v in one.items() if k not in described} for one in found], seeds)
+        start: summarize([{k: v for k, v in one.items() if k not in Finetuning.described} for one in found], seeds)
         for start, found in results.items()
     }
     encoder = evaluations[0].encoder
