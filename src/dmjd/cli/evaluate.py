@@ -25,8 +25,6 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     if task not in names:
         raise ValueError(f"unknown evaluation {shown(task)}{did_you_mean(task, names)} Evaluations: {', '.join(names)}")
     given = _parser(task).parse(arguments[1:])
-    if given.pop("sweep", False):
-        task = "linear_sweep"
     run = given.pop("run")
     from dmjd.engine.console import Console  # these import torch
     from dmjd.evaluation.frozen.protocol import evaluate_all
@@ -39,7 +37,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         if task == FROZEN:
             results = evaluate_all({name: {} for name in frozen_names()}, run, **given)
         else:
-            results = {task: evaluate(task, run, **given)}
+            result = evaluate(task, run, **given)
+            results = {result.get("task", task): result}  # linear --sweep is linear_sweep
         Console().table(results_table(results), *context_lines(results, results_folder(run, given.get("out"))))
 
 
@@ -85,5 +84,5 @@ def _parser(task: str) -> Parser:
     for field in dataclasses.fields(config):
         add_field(shared if field.metadata["group"] == COMMON else own, field, config())
     if task == "linear":
-        own.add_argument("--sweep", action="store_true", help="the same as dmjd evaluate linear_sweep")
+        own.add_argument("--sweep", action="store_true", help="the task linear_sweep: many layers and rates")
     return parser

@@ -86,7 +86,7 @@ TASKS: dict[str, EvaluationTask] = {
             "linear_sweep",
             f"{_CONFIG}:LinearSweepConfig",
             f"{_FROZEN}.linear_sweep:linear_sweep",
-            "linear probes on several layers, poolings and learning rates",
+            "linear probes on several layers, poolings and learning rates (or linear --sweep)",
             protocol="the best of many linear layers, chosen on a tenth of the training images, on frozen features",
             layers=True,
         ),
