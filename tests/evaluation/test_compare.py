@@ -186,11 +186,12 @@ def test_other_test_sets_and_label_counts_are_not_ranked_together(tmp_path):
         "other_test": "not comparable: other test set",
         "few": "not comparable: other number of labels",
     }
-    assert found.tested["knn", "top1"]["few"] == ("d, 2,000", "5 a class")
-    assert found.tested["knn", "top1"]["other_test"] == ("y/test, 2,000", "100 images")
+    assert found.tested["knn", "top1"]["few"] == ("d: 2,000 images", "5 labels a class")
+    assert found.tested["knn", "top1"]["other_test"] == ("y/test: 2,000 images", "100 labels")
     text = printed(found)
     order = [text.index(f" {name} ") for name in ("first", "same", "other_test", "few")]
     assert order == sorted(order)  # those that are not comparable stand below
+    assert "(not comparable: other test set)" in text
     figure = comparison_figure(found)
     assert [patch.get_alpha() for patch in figure.axes[0].patches] == [1.0, 0.35, 0.35, 1.0]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]

@@ -52,18 +52,18 @@ def _num_train(result: Result) -> Any:
 
 
 def data_texts(result: Result) -> tuple[str, str]:
-    """Test set and labels of a result, for a row of a table: ("digits, 2,000", "10 a class"); "-" for unknown ones."""
+    """Test set and labels of a result: ("digits: 2,000 images", "10 labels a class"); "-" for what is unknown."""
     data = result.get("data", {})
     name, count = data.get("test"), data.get("num_test")
-    test = "-" if name is None else _short(name) + (f", {count:,}" if isinstance(count, int) else "")
+    test = "-" if name is None else _short(name) + (f": {count:,} images" if isinstance(count, int) else "")
     labels, (per_class, fraction) = labels_text(data), _low_shot(result)
     if labels is None and per_class is not None:
         labels = str(per_class)
     if labels is not None:
-        return test, f"{labels} a class"
+        return test, f"{labels} labels a class"
     if fraction is not None:
-        return test, f"{100 * fraction:g} %"
-    return test, f"{_num_train(result):,} images" if isinstance(_num_train(result), int) else "-"
+        return test, f"{100 * fraction:g} % of the labels"
+    return test, f"{_num_train(result):,} labels" if isinstance(_num_train(result), int) else "-"
 
 
 def _short(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
+from rich.text import Text
 
 from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path
@@ -193,32 +194,31 @@ def _text(value: Any) -> str:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """A table of scores in percent, with a row per task and run, and a table of settings that differ, if any do.
+    """A table of scores in percent for each task, with a row per run, and a table of settings that differ, if any do.
 
-    Results that are not comparable with the first one of their task stand below the others.
+    Results with a note stand below the others, with the note under the name of the run.
     """
-    scores = Table("task", "metric, %", title="evaluations", title_justify="left")
-    scores.add_column("run", overflow="fold")
-    for label in PARTS.values():
-        scores.add_column(label, justify="right")
-    scores.add_column("test set", overflow="fold")
-    scores.add_column("labels")
-    if any(comparison.notes.values()):
-        scores.add_column("note")
+    tables = []
     for (task, metric), runs in comparison.scores.items():
         notes, tested = comparison.notes.get((task, metric), {}), comparison.tested.get((task, metric), {})
+        table = Table(title=literal(f"{task}: {metric}, %"), title_justify="left")
+        table.add_column("run", overflow="fold")
+        for label in PARTS.values():
+            table.add_column(label, justify="right")
+        table.add_column("test set, labels", overflow="fold")
         for run in sorted(runs, key=lambda run: run in notes):
-            cells = [task, metric, run, *(runs[run].get(part, "-") for part in PARTS), *tested.get(run, ("-", "-"))]
-            scores.add_row(*map(literal, cells + [notes.get(run, "")] * any(comparison.notes.values())))
-        scores.add_section()
+            cells = [literal(str(runs[run].get(part, "-"))) for part in PARTS]
+            name = literal(run) if run not in notes else Text("\n").join([literal(run), literal(f"({notes[run]})")])
+            table.add_row(name, *cells, Text("\n").join(map(literal, tested.get(run, ("-",)))))
+        tables.append(table)
     if not comparison.differences:
-        return [scores]
+        return tables
     settings = Table(title="settings that differ", title_justify="left")
     for label in ("setting", *comparison.runs):
         settings.add_column(literal(label), overflow="fold")
     for name, values in comparison.differences.items():
         settings.add_row(literal(name), *map(literal, values))
-    return [scores, settings]
+    return [*tables, settings]
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -258,7 +258,7 @@ def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Sco
             if part in parts:
                 style: dict[str, Any] = {"marker": marker, "color": color, "linestyle": "", "markeredgewidth": 2.0}
                 axes.plot([100 * parts[part].value], [row], label=PARTS[part], markersize=11, **style)
-    names = [drawable(run) + (f"\n{notes[run]}" if run in notes else "") for run in runs]
+    names = [drawable(run) + ("\n" + notes[run].replace("; ", "\n") if run in notes else "") for run in runs]
     axes.set_yticks(range(len(runs)), names, fontsize=8)
     axes.set(ylim=(len(runs) - 0.5, -0.5))
     axes.margins(x=0.12)
