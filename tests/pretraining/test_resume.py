@@ -84,7 +84,7 @@ ALLOWED = {
     "final_eval": True,
 }
 ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher"}  # may change too, and have tests of their own
-STARTING = {"init", "init_hash", "init_fresh", "init_decoder"}  # must stay; need weights, and are tested with them
+STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them
 
 
 @pytest.fixture(scope="module")
