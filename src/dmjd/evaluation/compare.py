@@ -208,16 +208,18 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         table.add_column("test set, labels", overflow="fold")
         for run in sorted(runs, key=lambda run: run in notes):
             cells = [literal(str(runs[run].get(part, "-"))) for part in PARTS]
-            name = literal(run) if run not in notes else Text("\n").join([literal(run), literal(f"({notes[run]})")])
-            table.add_row(name, *cells, Text("\n").join(map(literal, tested.get(run, ("-",)))))
+            names = [run, f"({notes[run]})"] if run in notes else [run]
+            table.add_row(
+                Text("\n").join(map(literal, names)), *cells, Text("\n").join(map(literal, tested.get(run, ("-",))))
+            )
         tables.append(table)
     if not comparison.differences:
         return tables
     settings = Table(title="settings that differ", title_justify="left")
     for label in ("setting", *comparison.runs):
         settings.add_column(literal(label), overflow="fold")
-    for name, values in comparison.differences.items():
-        settings.add_row(literal(name), *map(literal, values))
+    for setting, values in comparison.differences.items():
+        settings.add_row(literal(setting), *map(literal, values))
     return [*tables, settings]
 
 
