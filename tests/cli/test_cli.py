@@ -81,6 +81,40 @@ def test_user_errors_found_before_torch_is_imported(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("command", "flag", "near"),
+    [
+        (["pretrain"], "--mask-ration", "--mask-ratio"),
+        (["pretrain"], "--batch", "--batch-size"),
+        (["pretrain"], "--lr", "--blr"),
+        (["pretrain"], "--size", "--img-size"),
+        (["embed", "x"], "--workers", "--num-workers"),
+        (["embed", "x"], "--init", None),  # the dashes made --split similar
+        (["evaluate", "finetune", "x"], "--init", None),
+        (["show", "masks", "x"], "--minutes", None),
+    ],
+)
+def test_only_flags_of_a_similar_meaning_are_suggested(capsys, command, flag, near):
+    hint = f"; did you mean {near}?" if near else ""
+    assert mistake(capsys, *command, flag, "3").splitlines()[0] == f"error: unknown flag {flag}{hint}"
+
+
+def test_help_leads_to_the_defaults_of_the_recipe_for_own_images(capsys):
+    """README recommends it; the help without a recipe shows those of another."""
+    pointer = "dmjd pretrain folder --help"
+    assert pointer in run_command(capsys, "--help")
+    assert pointer in " ".join(run_command(capsys, "pretrain", "--help").split())
+    text = " ".join(run_command(capsys, "pretrain", "folder", "--help").split())
+    assert "those of 'folder':" in text
+    assert "(vit_tiny_patch16)" in text
+
+
+def test_each_form_of_the_sweep_names_the_other(capsys):
+    assert "(or linear --sweep)" in run_command(capsys, "evaluate", "--help")
+    assert "linear_sweep" in run_command(capsys, "evaluate", "linear", "--help")
+    assert "linear --sweep" in run_command(capsys, "evaluate", "linear_sweep", "--help")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--encoder", "vit_tinny_patch8"], "did you mean 'vit_tiny_patch8'"),

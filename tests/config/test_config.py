@@ -150,8 +150,10 @@ def test_what_may_change_on_resume():
         old, old.replace(steps=20, num_workers=3, checkpoint_every=1, device="cpu", max_unreadable=5)
     )
     assert not resume_differences(*(old.replace(target="teacher", teacher=place) for place in ("runs/a", "runs/b")))
-    assert "steps" in resume_differences(old, old.replace(steps=5))[0]
-    assert "epochs" in "".join(resume_differences(old, old.replace(epochs=5)))
+    assert not resume_differences(old, old.replace(labels="folder"))
+    for minutes, text in ((2.5, "--minutes 2.5"), (3.0, "--minutes 3")):
+        lines = resume_differences(recipes.dmjd(minutes=minutes), old)
+        assert lines == [f"length: {text} -> --steps 10 (go on with {text}, or more minutes for a longer run)"]
     assert resume_differences(old, old.replace(theta=0.5, seed=1)) == ["theta: 1.0 -> 0.5", "seed: 0 -> 1"]
 
 

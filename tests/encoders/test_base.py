@@ -180,3 +180,19 @@ def test_inputs_that_are_no_normalized_images(name):
             encoder(images)
     with pytest.raises(ValueError, match="visible must hold integers, got"):
         encoder(torch.ones(1, 3, *size), visible=torch.tensor([[1.0]]))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_encode_gives_pooled_features_without_gradient_and_leaves_the_mode(name):
+    encoder = small_encoder(name, img_size=32)
+    images = torch.randn(2, 3, *encoder.img_size)
+    expected = encoder.pool(encoder(images))
+    features = encoder.encode(images)
+    assert expected.requires_grad
+    assert not features.requires_grad
+    assert torch.equal(features, expected)
+    assert features.shape == (2, encoder.embed_dim)
+    head = torch.nn.Linear(encoder.embed_dim, 3)
+    head(features).sum().backward()  # they are ordinary tensors: a head can be trained on them
+    assert encoder.train().encode(images).shape == features.shape
+    assert encoder.training

@@ -1,13 +1,19 @@
 """Comparison of runs: their scores, and the settings in which they differ."""
 
 import json
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support import GOLDEN
 
 from dmjd.cli.main import main
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.evaluation.comparability import EARLIER, redo_command
 from dmjd.evaluation.compare import Comparison, Score, compare, comparison_figure, comparison_tables
+from dmjd.warning import DMJDWarning
 
 
 def result(top1: float, **changes) -> dict:
@@ -171,3 +177,75 @@ def test_a_chart_of_very_many_runs_can_be_drawn(tmp_path):
     many = Comparison([f"run {i}" for i in range(1000)], scores, {})
     figure = comparison_figure(many)
     assert max(figure.get_size_inches()) * figure.dpi < 2**16
+
+
+def test_other_test_sets_and_label_counts_are_not_ranked_together(tmp_path):
+    """The first run of a task is what the others are compared with; the reason stands in the row, and at the bar."""
+    data = {"train": "d", "test": "d", "fingerprint": "a/b", "num_train": 100, "num_test": 2000}
+    low_shot = {"configuration": {"labels_per_class": 5}}
+    few = {"num_train": 50, "labels_per_class": [5, 5]}
+    contents = {
+        "first": result(0.5, data=data),
+        "other_test": result(0.9, data=data | {"fingerprint": "a/c", "test": "/x/y/test"}),
+        "few": result(0.8, data=data | few | {"fingerprint": "d/b"}, **low_shot),
+        "same": result(0.4, data=data),
+    }
+    folders = [run_folder(tmp_path / name, {"knn": one}) for name, one in contents.items()]
+    found = compare(*folders)
+    assert found.notes["knn", "top1"] == {
+        "other_test": "not comparable: other test set",
+        "few": "not comparable: other number of labels",
+    }
+    assert found.tested["knn", "top1"]["few"] == ("d: 2,000 images", "5 labels a class")
+    assert found.tested["knn", "top1"]["other_test"] == ("y/test: 2,000 images", "100 labels")
+    text = printed(found)
+    order = [text.index(f" {name} ") for name in ("first", "same", "other_test", "few")]
+    assert order == sorted(order)  # those that are not comparable stand below
+    assert "(not comparable: other test set)" in text
+    figure = comparison_figure(found)
+    assert [patch.get_alpha() for patch in figure.axes[0].patches] == [1.0, 0.35, 0.35, 1.0]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[1].endswith("\nnot comparable: other test set")
+
+
+def test_low_shot_results_of_other_seeds_are_comparable(tmp_path):
+    """They draw other images of the same set, as many of each class."""
+    low_shot = {"overrides": {"labels_per_class": 5}}
+    sets = [{"train": name, "fingerprint": f"{name}{i}/b", "num_train": 50} for i, name in enumerate("ddx")]
+    folders = [
+        run_folder(tmp_path / f"run{i}", {"knn": result(0.5, data=data, seed=i, **low_shot)})
+        for i, data in enumerate(sets)
+    ]
+    assert compare(*folders).notes["knn", "top1"] == {"run2": "not comparable: other training images"}
+
+
+def test_results_of_earlier_weights_are_marked_with_the_command_that_measures_again(tmp_path):
+    """The flags that were given are those of the command; runs of version 0.1 are recognized by their encoder file."""
+    run = shutil.copytree(GOLDEN / "run_v0.1", tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compare(run, GOLDEN / "run_v0.1")
+    assert not any(found.notes.values())
+    shutil.copy(GOLDEN / "run_v0.1_nine_steps.safetensors", run / "encoder.safetensors")  # it was trained on
+    with pytest.warns(DMJDWarning) as caught:
+        found = compare(run, GOLDEN / "run_v0.1")
+    assert found.notes["knn", "top1"] == {found.runs[0]: EARLIER}
+    texts = [str(one.message) for one in caught]
+    command = f"dmjd evaluate knn {run} --labels-per-class 5"
+    assert f"{run}: knn was measured before the run went on; measure again: {command}" in texts
+
+
+def test_commands_that_measure_again():
+    given = {"data": "my images", "labels": "folder", "flip": False, "crop_scale": [0.5, 1.0]}
+    assert redo_command("finetune", Path("runs/a"), {"overrides": given, "seed": 3}) == (
+        "dmjd evaluate finetune runs/a --data 'my images' --labels folder --no-flip --crop-scale 0.5 1.0 --seed 3"
+    )
+
+
+def test_teacher_and_init_are_among_the_settings_that_differ(tmp_path):
+    taught = run_folder(tmp_path / "a", {"knn": result(0.5)}, target="teacher", teacher="vit_tiny_patch16_224")
+    begun = run_folder(tmp_path / "b", {"knn": result(0.5)}, init="runs/x", labels="folder")
+    differences = compare(taught, begun).differences
+    assert differences["teacher"] == ["vit_tiny_patch16_224", "-"]
+    assert differences["init"] == ["-", "runs/x"]
+    assert "labels" not in differences  # they do not change the weights

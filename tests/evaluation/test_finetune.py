@@ -28,6 +28,7 @@ from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.results import read_evaluation
 from dmjd.evaluation.supervised.finetune import finetune
 from dmjd.evaluation.supervised.trainer import Stopped
+from dmjd.evaluation.tables import context_lines
 from dmjd.images.preprocess import Preprocess
 
 SIZE = (16, 16)
@@ -105,6 +106,9 @@ def test_finished_trainings_are_not_repeated(run):
 def test_low_shot_and_seeds(run):
     result = finetune(run, steps=2, labels_per_class=3, seeds=2, device="cpu")
     assert result["data"]["num_train"] == 6
+    assert result["data"]["labels_per_class"] == [3, 3]
+    assert result["too_short"].startswith("2 steps (5.3 epochs) are too few to judge the encoder by")
+    assert any(result["too_short"] in line for line in context_lines({"finetune": result}, run))
     for name in ("result", "random_init"):
         tops = [each["top1"] for each in result[name]["per_seed"]]
         assert result[name]["top1"] == pytest.approx(np.mean(tops))
@@ -215,7 +219,32 @@ def test_the_published_recipe_and_the_one_for_small_sets():
     assert (imagenet.crop_scale, imagenet.test_crop, imagenet.drop_path) == ((0.08, 1.0), 0.875, 0.1)
     assert FinetuneConfig().resolve(1_281_167, (224, 224), 1024).layer_decay == 0.75
     few = FinetuneConfig(mixup=0.2).resolve(500, (32, 32), 192)
-    assert (few.batch_size, few.test_crop, few.mixup, few.cutmix) == (16, 1.0, 0.2, 0.0)
+    assert (few.batch_size, few.test_crop, few.mixup, few.cutmix, few.layer_decay) == (16, 1.0, 0.2, 0.0, 0.65)
+
+
+@pytest.mark.parametrize(
+    ("length", "decay", "short"),
+    [
+        ({"steps": 20}, 1.0, True),
+        ({"steps": 100}, 1.0, True),
+        ({"steps": 101}, 0.65, True),
+        ({"steps": 200}, 0.65, False),
+        ({"epochs": 3}, 1.0, True),
+        ({"epochs": 100}, 0.65, False),
+        ({"steps": 20, "layer_decay": 0.5}, 0.5, True),
+    ],
+)
+def test_a_short_training_has_no_layer_decay_and_is_called_too_short(length, decay, short):
+    """Of 2,000 images in batches of 62, 200 steps are six epochs."""
+    config = FinetuneConfig(**length).resolve(2000, (32, 32), 96)
+    assert config.layer_decay == decay
+    assert (config.too_short(2000) is not None) == short
+
+
+def test_all_epochs_of_a_few_images_are_not_too_short():
+    config = FinetuneConfig().resolve(10, (32, 32), 96)  # 63 steps, but every image was seen a hundred times
+    assert config.too_short(10) is None
+    assert FinetuneConfig(epochs=1).resolve(1_281_167, (224, 224), 768).too_short(1_281_167) is None
 
 
 def test_the_test_crop_is_the_center_of_a_larger_image():

@@ -114,6 +114,19 @@ def test_unusable_features_are_an_error(evaluator, train, message):
         evaluator(train, features(np.ones((2, 3)), [0, 1]))
 
 
+@pytest.mark.parametrize(("labels", "k"), [(1, 1), (4, 1), (5, 5), (10, 10), (19, 10), (20, 20), (300, 20)])
+def test_neighbors_follow_the_labels_unless_they_are_given(labels, k):
+    """A class of the training set is smaller, and one is missing: the median class counts."""
+    train = blobs(6000, 6, 8, 1.0, seed=0)
+    rows = [torch.where(train.labels == one)[0][: 1 if one == 0 else labels] for one in range(5)]
+    train, test = features(train.x[torch.cat(rows)], train.labels[torch.cat(rows)]), blobs(200, 6, 8, 1.0, seed=1)
+    found = knn(train, test)
+    assert found == knn(train, test, k=k)
+    assert found["top1"] == found["top1_by_k"][str(k)]
+    assert list(found["top1_by_k"]) == ["1", "5", "10", "20"]
+    assert knn(train, test, k=20)["top1"] == found["top1_by_k"]["20"]
+
+
 @pytest.mark.parametrize("bad", [{"k": 0}, {"temperature": 0.0}, {"temperature": float("nan")}])
 def test_knn_checks_its_settings(bad):
     train = blobs(10, 2, 3, 1.0, 0)
@@ -204,6 +217,8 @@ def test_evaluate_measures_the_encoder_and_both_baselines(run):
         "num_test": 12,
         "num_unreadable": 0,
         "classes": 2,
+        "labels_per_class": [12, 12],
+        "chance": 1.0,  # the test set holds one class
     }
     assert set(result["versions"]) == {"dmjd", "torch", "python"}
 
@@ -332,6 +347,6 @@ def test_a_run_of_version_0_1_gives_the_same_scores(tmp_path):
     """Its stored baselines are used; the scores of the encoder are recomputed."""
     run = shutil.copytree(GOLDEN / "run_v0.1", tmp_path / "run")
     old = json.loads((run / "evaluation" / "knn.json").read_text())
-    new = evaluate("knn", run, device="cpu", **old["overrides"])
-    for name in ("result", "random_init", "raw_pixels", "configuration", "overrides", "encoder", "seed"):
+    new = evaluate("knn", run, device="cpu", k=20, **old["overrides"])  # 20 was the default for any number of labels
+    for name in ("result", "random_init", "raw_pixels", "configuration", "encoder", "seed"):
         assert new[name] == old[name], name

@@ -164,3 +164,15 @@ def test_numbers_of_numpy_are_stored_as_json(tmp_path):
     stored = json.loads((tmp_path / "evaluation" / "knn.json").read_text())
     assert (stored["configuration"]["k"], stored["configuration"]["temperature"], stored["seed"]) == (5, 0.5, 3)
     assert stored["overrides"]["k"] == 5
+
+
+def test_a_sweep_is_reached_from_the_linear_probe(run):
+    """The flag of the command line is an option in Python, and the name of the task works in both."""
+    swept = dmjd.evaluate("linear", run, sweep=True, steps=2, device="cpu")
+    assert swept["task"] == "linear_sweep"
+    assert swept == dmjd.evaluate("linear_sweep", run, steps=2, device="cpu")
+    assert dmjd.evaluate("linear", run, sweep=False, steps=2, device="cpu")["task"] == "linear"
+    with pytest.raises(ValueError, match="sweep must be bool"):
+        dmjd.evaluate("linear", run, sweep="yes")
+    with pytest.raises(ValueError, match="does not take sweep"):
+        dmjd.evaluate("knn", run, sweep=True)

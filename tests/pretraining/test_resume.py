@@ -16,7 +16,6 @@ from dmjd.config.pretrain import DURATIONS, PretrainConfig
 # Another value of every setting that a run must keep, except those of the next two tables.
 OTHER = {
     "recipe": "fast",
-    "labels": "folder",
     "img_size": 24,
     "in_chans": 1,
     "value_range": (0, 1),
@@ -67,15 +66,14 @@ OTHER = {
     "seed": 1,
     "precision": "bf16",
     "compile": True,
-    "steps": 3,  # shorter
-    "epochs": 100,
-    "minutes": 5,
 }
+LENGTHS = {"steps": 3, "epochs": 100, "minutes": 5}  # shorter, or in another unit
 TOGETHER = {"mean": (0.1,) * 3, "std": (0.1,) * 3}
 
 # Settings that may change, with values whose effect is tested.
 ALLOWED = {
     "steps": 6,
+    "labels": "folder",
     "num_workers": 1,
     "max_unreadable": 0,
     "device": "auto",
@@ -86,7 +84,7 @@ ALLOWED = {
     "final_eval": True,
 }
 ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher"}  # may change too, and have tests of their own
-STARTING = {"init", "init_hash", "init_fresh", "init_decoder"}  # must stay; need weights, and are tested with them
+STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +103,7 @@ def begun(image_folder, tmp_path_factory):
 
 
 def test_every_setting_is_tried():
-    tables = {*OTHER, *TOGETHER, *ALLOWED, *ELSEWHERE, *STARTING}
+    tables = {*OTHER, *LENGTHS, *TOGETHER, *ALLOWED, *ELSEWHERE, *STARTING}
     assert tables == {field.name for field in dataclasses.fields(PretrainConfig)}
     may_change = {field.name for field in dataclasses.fields(PretrainConfig) if field.metadata["resume"]}
     assert may_change == {*ALLOWED, *ELSEWHERE, *DURATIONS}
@@ -123,6 +121,17 @@ def test_a_setting_that_must_stay_is_named_with_both_values(begun, changes):
     for name in changes:
         old, new = getattr(begun, name), getattr(changed, name)
         assert f"\n  {name}: {old} -> {new}" in str(error.value)
+    assert content_of(begun) == before
+
+
+@pytest.mark.parametrize("unit", LENGTHS)
+def test_another_unit_or_a_shorter_run_says_how_to_go_on(begun, unit):
+    """The flag and the value of the run, to be copied, and what makes it longer: one line."""
+    before = content_of(begun)
+    with pytest.raises(ValueError, match="holds a run with other settings") as error:
+        dmjd.pretrain(begun.replace(**{unit: LENGTHS[unit]}))
+    line = f"length: --steps 4 -> --{unit} {LENGTHS[unit]} (go on with --steps 4, or more steps for a longer run)"
+    assert str(error.value).splitlines()[1:] == [f"  {line}"]
     assert content_of(begun) == before
 
 

@@ -20,7 +20,7 @@ def run_show(arguments: Sequence[str]) -> None:
         description="Draw a figure of a run: masks, targets and reconstructions of its model; attention maps or\n"
         "nearest neighbors of its encoder.",
         epilog="examples:\n"
-        "  dmjd show neighbors runs/first --out neighbors.png\n"
+        "  dmjd show neighbors runs/first --query photo.jpg --out neighbors.png\n"
         "  dmjd show reconstructions runs/first --out figure.png",
     )
     parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
@@ -33,6 +33,9 @@ def run_show(arguments: Sequence[str]) -> None:
         "--num-candidates", type=int, default=2000, metavar="N", help="neighbors: images to search (2000)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images and masks (0)")
+    parser.add_argument(
+        "--query", nargs="+", default=(), metavar="FILE", help="neighbors: of these images, not of some of the set"
+    )
     given = parser.parse(arguments)
     kind = given.pop("kind")
     check_kind(kind)

@@ -25,21 +25,21 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     if task not in names:
         raise ValueError(f"unknown evaluation {shown(task)}{did_you_mean(task, names)} Evaluations: {', '.join(names)}")
     given = _parser(task).parse(arguments[1:])
-    if given.pop("sweep", False):
-        task = "linear_sweep"
     run = given.pop("run")
     from dmjd.engine.console import Console  # these import torch
     from dmjd.evaluation.frozen.protocol import evaluate_all
+    from dmjd.evaluation.results import results_folder
     from dmjd.evaluation.run import evaluate
     from dmjd.evaluation.supervised.trainer import Stopped
-    from dmjd.evaluation.tables import results_table
+    from dmjd.evaluation.tables import context_lines, results_table
 
     with contextlib.suppress(Stopped):  # stopped by a signal, after saving: there is no result yet
         if task == FROZEN:
             results = evaluate_all({name: {} for name in frozen_names()}, run, **given)
         else:
-            results = {task: evaluate(task, run, **given)}
-        Console().table(results_table(results))
+            result = evaluate(task, run, **given)
+            results = {result.get("task", task): result}  # linear --sweep is linear_sweep
+        Console().table(results_table(results), *context_lines(results, results_folder(run, given.get("out"))))
 
 
 def _overview() -> str:
@@ -84,5 +84,5 @@ def _parser(task: str) -> Parser:
     for field in dataclasses.fields(config):
         add_field(shared if field.metadata["group"] == COMMON else own, field, config())
     if task == "linear":
-        own.add_argument("--sweep", action="store_true", help="the same as dmjd evaluate linear_sweep")
+        own.add_argument("--sweep", action="store_true", help="the task linear_sweep: many layers and rates")
     return parser

@@ -110,9 +110,11 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "dmjd COMMAND --help lists its flags; dmjd --version prints the version",
+            "dmjd COMMAND --help lists its flags; dmjd --version prints the version.",
+            "dmjd pretrain folder --help has the defaults for your own images.",
             "",
-            "example:",
+            "examples:",
+            "  dmjd pretrain folder --data ~/images --out runs/mine",
             "  dmjd pretrain digits --out runs/first",
         ]
     )

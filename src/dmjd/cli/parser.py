@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from dmjd.config.fields import RENAMED, REPLACED, Config, value_types
@@ -12,6 +12,8 @@ from dmjd.text import shortened
 WIDTH = 88
 
 MOST_LETTERS = 300  # of an error message
+
+_SIMILAR = 0.65  # of a suggested flag; 1: equal
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,9 +59,16 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"the flag {flag} is now called {former[flag]}")
         if (replaced := flag.removeprefix("--").removeprefix("no-")) in REPLACED:
             raise ValueError(f"the setting {replaced} is now {REPLACED[replaced]}")
-        near = difflib.get_close_matches(flag, flags, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near}?" if (near := _nearest(flag, flags)) is not None else ""
         self.error(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint}")
+
+
+def _nearest(flag: str, flags: Iterable[str]) -> str | None:
+    """The flag that was meant, if one is similar or holds the word: dashes in front do not make flags similar."""
+    word, names = flag.lstrip("-"), {text.lstrip("-"): text for text in flags if text.startswith("--")}
+    near = difflib.get_close_matches(word, names, n=1, cutoff=_SIMILAR)
+    near = near or [name for name in names if word in name.split("-")]
+    return names[near[0]] if near else None
 
 
 def flag_of(name: str) -> str:

@@ -74,7 +74,7 @@ def _pretrain_parser(recipe: str) -> Parser:
         prog="dmjd pretrain",
         usage="dmjd pretrain [RECIPE] --data SOURCE --out DIR [flags]",
         description=f"Pre-train an encoder on unlabeled images.\n\nrecipes:\n{lines}\n\n"
-        f"The defaults below are those of '{recipe}':\n  {_doc(RECIPES[recipe])}",
+        f"The defaults below are those of '{recipe}'{_others(recipe)}:\n  {_doc(RECIPES[recipe])}",
         epilog="examples:\n"
         "  dmjd pretrain digits --out runs/first\n"
         "  dmjd pretrain folder --data ~/images --out runs/mine\n"
@@ -89,6 +89,11 @@ def _pretrain_parser(recipe: str) -> Parser:
         for field in (f for f in fields if f.metadata["group"] == key and not f.metadata["common"]):
             add_field(group, field, defaults)
     return parser
+
+
+def _others(recipe: str) -> str:
+    """Where the defaults are that users of their own images need, if these are not they."""
+    return "" if recipe == "folder" else "; dmjd pretrain folder --help has those for your own images"
 
 
 def _doc(function: Callable[..., Any]) -> str:

@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR, MAX_SEED, MAX_WORKERS
 from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, Config, option
 
 PROBE_EPOCHS = 90  # published length of a linear probe
+
+NEIGHBORS = (1, 5, 10, 20)  # numbers of neighbors of a kNN whose results are always reported
 
 COMMON = "evaluation"  # group of settings such as data, folders and device, which do not define the task
 
@@ -68,6 +70,10 @@ class FrozenConfig(LabeledConfig):
     batch_size: int = option(256, "images per batch of the feature extraction", COMMON, ge=1, most=MAX_BATCH_SIZE)
     precision: str = option("fp32", "precision of the feature extraction", COMMON, choices=FEATURE_PRECISIONS)
 
+    def resolve(self, labels_per_class: int) -> Self:
+        """Fill in the defaults for a training set with this many labels of its median class."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig(FrozenConfig):
@@ -75,8 +81,19 @@ class KnnConfig(FrozenConfig):
 
     task: ClassVar[str] = "knn"
 
-    k: int = option(20, "neighbors that vote; 1, 5, 10 and 20 are always reported", "task", ge=1, most=100_000)
+    k: int | None = option(
+        None,
+        "neighbors that vote; default 20, or 10, 5 or 1: at most the labels of the median class. The JSON has all four",
+        "task",
+        ge=1,
+        most=100_000,
+    )
     temperature: float = option(0.07, "temperature of the votes", "task", gt=0, most=MAX_FACTOR)
+
+    def resolve(self, labels_per_class: int) -> Self:
+        """With fewer labels of a class than neighbors, most votes would come from other classes."""
+        fitting = max(k for k in NEIGHBORS if k <= max(1, labels_per_class))
+        return self if self.k is not None else self.replace(k=fitting)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,10 @@ LARGE_WIDTH = 1024  # embedding width of the paper's large encoders
 
 MAX_BATCH, MIN_BATCH, BATCHES_PER_EPOCH = 1024, 16, 32
 
+SHORT_STEPS = 100  # in trainings of at most so many, layer decay was measured to cost accuracy
+
+FEW_EPOCHS, LONG_EPOCHS, MANY_STEPS = 5, 50, 1000  # see FinetuneConfig.too_short
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(LabeledConfig):
@@ -65,7 +69,7 @@ class FinetuneConfig(LabeledConfig):
     )
     layer_decay: float | None = option(
         None,
-        "learning-rate factor from a layer to the one below; default 0.65, 0.75 for a large encoder",
+        "learning-rate factor from a layer to the one below; default 0.65, 0.75 for a large encoder, 1 up to 100 steps",
         "finetune",
         gt=0,
         le=1,
@@ -128,6 +132,8 @@ class FinetuneConfig(LabeledConfig):
         - Runs of fewer than a million samples: no mixup, CutMix and erasing, and RandAugment 5 instead of 9. Such
           runs show each label too rarely to fit mixed targets.
         - Large encoders: the paper's 50 epochs, layer decay 0.75, drop path 0.2.
+        - Trainings of at most 100 steps: no layer decay, as from scratch. Its low learning rates would leave the early
+          layers as they are.
 
         Args:
             num_images: size of the training set.
@@ -141,12 +147,12 @@ class FinetuneConfig(LabeledConfig):
         batch = self.batch_size or max(MIN_BATCH, min(MAX_BATCH, num_images // BATCHES_PER_EPOCH // 2 * 2))
         epochs = self.epochs if self.epochs is not None or self.steps is not None else (50.0 if large else 100.0)
         shown = self.steps * batch if self.steps is not None else (epochs or 0.0) * num_images
-        strong = shown >= MANY_IMAGES
+        strong, short = shown >= MANY_IMAGES, math.ceil(shown / batch) <= SHORT_STEPS
         defaults: dict[str, Any] = {
             "epochs": epochs,
             "batch_size": batch,
             "blr": 5e-4 * max(1.0, math.sqrt(MAX_BATCH / batch)),
-            "layer_decay": 0.75 if large else 0.65,
+            "layer_decay": 1.0 if short else 0.75 if large else 0.65,
             "drop_path": 0.2 if large else 0.1,
             "crop_scale": (0.5, 1.0) if small else (0.08, 1.0),
             "test_crop": 1.0 if small else 0.875,
@@ -157,6 +163,18 @@ class FinetuneConfig(LabeledConfig):
         }
         changes = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return self.replace(**changes)
+
+    def too_short(self, num_images: int) -> str | None:
+        """Why a training with this resolved configuration is too short to judge an encoder by; None if it is not.
+
+        It is long enough with 50 epochs, with 1,000 steps, or with 5 epochs and more than 100 steps.
+        """
+        assert self.batch_size is not None
+        steps = self.steps if self.steps is not None else math.ceil((self.epochs or 0.0) * num_images / self.batch_size)
+        epochs = steps * self.batch_size / num_images
+        if epochs >= LONG_EPOCHS or steps >= MANY_STEPS or (epochs >= FEW_EPOCHS and steps > SHORT_STEPS):
+            return None
+        return f"{steps} steps ({epochs:.1f} epochs) are too few to judge the encoder by; give more --steps or --epochs"
 
     def identity(self) -> dict[str, Any]:
         """Settings that a result depends on, as JSON types."""

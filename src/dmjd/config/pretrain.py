@@ -65,6 +65,7 @@ class PretrainConfig(Config):
         "source of the labels for evaluation; pre-training never uses them",
         "data",
         choices=LABELS,
+        resume=True,
     )
     img_size: tuple[int, ...] = option(
         (224,),
@@ -97,7 +98,7 @@ class PretrainConfig(Config):
     flip: bool = option(True, "random left-right flips", "data")
     max_unreadable: int | None = option(
         None,
-        "unreadable images to tolerate, in all processes together; default the larger of 10 and 1 % of the images",
+        "stop if more images than this cannot be read; default the larger of 10 and 1 % of the images",
         "data",
         resume=True,
         ge=0,
@@ -143,9 +144,14 @@ class PretrainConfig(Config):
     )
     init_decoder: bool = option(False, "take over the decoder of --init too", "encoder")
 
-    target: str = option("hog", "learning target of both branches: hog, pixel, teacher or ema", "method", common=True)
-    mim_target: str | None = option(None, "target of the reconstruction branch; default --target", "method")
-    vis_target: str | None = option(None, "target of the distillation branch; default --target", "method")
+    target: str = option(
+        "hog",
+        "what is predicted of every patch: hog (edges), pixel, or features of a teacher or ema",
+        "method",
+        common=True,
+    )
+    mim_target: str | None = option(None, "what is predicted of masked patches; default --target", "method")
+    vis_target: str | None = option(None, "what is predicted of visible patches; default --target", "method")
     hog_cell: int | None = option(
         None, "side of a HOG cell in pixels; default half the patch", "method", ge=1, most=MAX_SIDE
     )
@@ -169,7 +175,9 @@ class PretrainConfig(Config):
         None, "target ema: number of last blocks to average; default half", "method", ge=1, most=MAX_DEPTH
     )
     ema_momentum: float = option(0.996, "target ema: initial momentum; rises to 1 over the run", "method", ge=0, le=1)
-    num_views: int = option(2, "masked views of each image (K)", "method", common=True, ge=1, most=MAX_VIEWS)
+    num_views: int = option(
+        2, "times that an image is masked in a step: its views (K)", "method", common=True, ge=1, most=MAX_VIEWS
+    )
     mask_ratio: float = option(0.6, "fraction of the tokens masked in each view (c)", "method", common=True, gt=0, lt=1)
     pred_ratio: float | None = option(
         None,
@@ -186,11 +194,11 @@ class PretrainConfig(Config):
         most=MAX_SIDE,
     )
     masks: str = option("disjoint", "masking strategy: disjoint, independent or complementary", "method")
-    mim: bool = option(True, "reconstruction of masked tokens", "method")
-    vis: bool = option(True, "distillation on visible tokens", "method")
-    theta: float = option(1.0, "weight of the distillation loss", "method", ge=0, most=MAX_FACTOR)
-    mim_loss: str = option("l2", "loss of the reconstruction branch", "method", choices=("l2", "smooth_l1"))
-    vis_loss: str = option("smooth_l1", "loss of the distillation branch", "method", choices=("l2", "smooth_l1"))
+    mim: bool = option(True, "learn from masked tokens: reconstruction, loss mim", "method")
+    vis: bool = option(True, "learn from visible tokens: distillation, loss vis", "method")
+    theta: float = option(1.0, "weight of the loss vis", "method", ge=0, most=MAX_FACTOR)
+    mim_loss: str = option("l2", "kind of the loss mim", "method", choices=("l2", "smooth_l1"))
+    vis_loss: str = option("smooth_l1", "kind of the loss vis", "method", choices=("l2", "smooth_l1"))
     decoder_dim: int | None = option(None, "decoder width; default by the encoder's", "method", ge=4, most=MAX_WIDTH)
     decoder_depth: int | None = option(
         None, "decoder blocks; default by the encoder's width", "method", ge=1, most=MAX_DEPTH
@@ -241,7 +249,12 @@ class PretrainConfig(Config):
         1, "micro-batches per step: less memory, same result", "training", ge=1, most=MAX_BATCH_SIZE
     )
     blr: float = option(
-        6e-4, "base learning rate: lr = blr * batch * (p / c) / 256", "training", common=True, gt=0, most=MAX_FACTOR
+        6e-4,
+        "base learning rate: lr = blr * batch / 256 * pred_ratio / mask_ratio (p / c)",
+        "training",
+        common=True,
+        gt=0,
+        most=MAX_FACTOR,
     )
     optimizer: str = option(
         "adamw", "adamw, or muon: far fewer steps for short runs", "training", choices=("adamw", "muon")
@@ -340,23 +353,38 @@ def _not_rising(name: str, value: tuple[float, ...]) -> str:
     return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"
 
 
+def _length(config: PretrainConfig) -> tuple[str, float]:
+    """The unit of the length of a run, and the length."""
+    return next((name, value) for name in DURATIONS if (value := getattr(config, name)) is not None)
+
+
+def _length_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
+    """A line that says how to go on, if a run would become shorter or change the unit that its schedule counts in."""
+    (unit, before), (now, after) = _length(old), _length(new)
+    if unit == now and after >= before:
+        return []
+    flag = f"--{unit} {_number(before)}"
+    return [f"length: {flag} -> --{now} {_number(after)} (go on with {flag}, or more {unit} for a longer run)"]
+
+
+def _number(value: float) -> str:
+    return str(int(value) if value == int(value) else value)
+
+
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
     """Settings that differ although a resumed run must keep them, as "name: old -> new".
 
-    Fields marked ``resume`` may change: workers, device, logging, intervals, tolerance of unreadable images, test data,
-    and the path of the images, if they are the same. A duration may become longer, in the same unit. Complementary
-    masks are disjoint masks of a certain ratio, and are drawn the same, so that each may replace the other.
+    Fields marked ``resume`` may change: workers, device, logging, intervals, unreadable images, labels, test data, and
+    the path of the images, if they are the same. A duration may become longer, in the same unit. Complementary masks
+    are disjoint masks of a certain ratio, and are drawn the same, so that each may replace the other.
     """
-    lines = []
+    lines = _length_differences(old, new)
     for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if before == after:
+        if before == after or field.name in DURATIONS:
             continue
-        if field.name in DURATIONS:
-            if before is None or after is None or after < before:
-                lines.append(f"{field.name}: {before} -> {after} (a run may only become longer, in the same unit)")
-        elif field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
+        if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
             continue
-        elif not field.metadata["resume"]:
+        if not field.metadata["resume"]:
             lines.append(f"{field.name}: {before} -> {after}")
     return lines

@@ -271,6 +271,19 @@ class Encoder(nn.Module, ABC):
         """
         return F.layer_norm(self.mean_patch_token(tokens), (self.embed_dim,), eps=TRANSFORMER_NORM_EPS)
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pooled features without gradient: ``pool(self(images))``.
+
+        Args:
+            images: [B, C, H, W] normalized, as from ``encoder.preprocess(...)``, on the device of the encoder.
+
+        Returns:
+            [B, D]. The mode is the caller's: in training mode, stochastic depth is random. :func:`dmjd.load_encoder`
+            returns an encoder in evaluation mode.
+        """
+        return self.pool(self(images))
+
     def mean_patch_token(self, tokens: Tensor) -> Tensor:
         """Mean over patch tokens: [B, prefix + N, D] -> [B, D]. Prefix tokens are left out."""
         return tokens[:, self.num_prefix_tokens :].mean(dim=1)

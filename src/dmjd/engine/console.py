@@ -54,9 +54,11 @@ class Console:
         """Print a warning."""
         self._err.print(Text("warning: ", style="yellow") + Text(printable(text, keep="\n")))
 
-    def table(self, table: Table) -> None:
-        """Print a table to stdout."""
+    def table(self, table: Table, *below: str) -> None:
+        """Print a table to stdout, and lines below it."""
         self._out.print(table)
+        for line in below:
+            self._out.print(printable(line))
 
     def progress(self, progress: float, step: int, epoch: float, seconds: float, scalars: dict[str, Any]) -> None:
         """Update the live line of a training.

@@ -80,8 +80,9 @@ class Autocast(MixedPrecision):
 
 
 def precision_name(fabric: Fabric) -> str:
-    """Lightning's name for the precision: "32-true", "bf16-mixed" or "16-mixed"."""
-    return fabric._precision.precision
+    """The name of the precision: "fp32", "bf16" or "fp16"; Lightning's name of any other."""
+    theirs = fabric._precision.precision
+    return {"32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}.get(theirs, theirs)
 
 
 def loss_scaler(fabric: Fabric) -> Any | None:

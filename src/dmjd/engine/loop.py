@@ -122,7 +122,7 @@ class Engine:
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
-        self._scaled = precision_name(self.fabric) == "16-mixed"
+        self._scaled = precision_name(self.fabric) == "fp16"
         self._eager = self.fabric.device.type == "cpu"  # reading a value does not block
         self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
         module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]

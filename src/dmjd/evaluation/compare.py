@@ -11,13 +11,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
+from rich.text import Text
 
 from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path
 from dmjd.config.evaluation import EvaluationConfig
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
-from dmjd.encoders.headers import CHECKPOINTS, WEIGHTS_KEY, read_headers
 from dmjd.engine.console import literal
+from dmjd.evaluation.comparability import EARLIER, data_texts, newest_weights, other_data, redo_command
 from dmjd.figures.grid import figure_path, save_figure
 from dmjd.figures.panels import dpi_of
 from dmjd.result_files import BASELINES, headline, is_number, read_evaluation
@@ -60,11 +61,16 @@ class Comparison:
         scores: (task, metric) -> run -> part of :data:`PARTS` -> score. Runs and parts without a score are absent.
         differences: setting -> its value in each run, for settings that differ. Settings of an evaluation are named
             ``task.setting``.
+        tested: (task, metric) -> run -> test set and labels of the result, in words.
+        notes: (task, metric) -> run -> why its result does not count in a ranking: it was measured before the run went
+            on, or on other data or labels than the first run's. Runs without such a reason are absent.
     """
 
     runs: list[str]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]]
     differences: dict[str, list[str]]
+    tested: dict[tuple[str, str], dict[str, tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    notes: dict[tuple[str, str], dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
@@ -85,6 +91,7 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
     names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
+    contents: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, tasks in zip(names, evaluations, strict=True):
         for task, content in tasks.items():
             metric = headline(content["result"])
@@ -92,8 +99,12 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
             parts = {part: _score(content.get(part), metric) for part in PARTS}
             present = {part: score for part, score in parts.items() if score is not None}
             scores.setdefault((task, metric), {})[name] = present
+            contents.setdefault((task, metric), {})[name] = content
+    earlier = {name: _earlier(folder, tasks) for name, folder, tasks in zip(names, folders, evaluations, strict=True)}
+    tested = {key: {name: data_texts(one) for name, one in found.items()} for key, found in contents.items()}
+    notes = {key: _notes(key[0], found, earlier) for key, found in contents.items()}
     settings = [_settings(folder, tasks) for folder, tasks in zip(folders, evaluations, strict=True)]
-    comparison = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations))
+    comparison = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations), tested, notes)
     if out is not None:
         save_figure(comparison_figure(comparison), out)
     return comparison
@@ -115,22 +126,30 @@ def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
     evaluations = {}
     for file in files:
         evaluations[file.stem] = read_evaluation(file)
-    _warn_of_other_weights(run, evaluations)
     return evaluations
 
 
-def _warn_of_other_weights(run: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Warn of results that were measured before the run was trained further."""
-    headers, _ = read_headers(run / CHECKPOINTS)
-    weights = headers[0].metadata.get(WEIGHTS_KEY) if headers else None  # version 0.1 did not record them
-    if weights is not None:
-        for task, content in evaluations.items():
-            if content.get("encoder") not in (weights, None):
-                warnings.warn(
-                    f"{run}: {task} was measured on other weights than the newest: evaluate it again",
-                    DMJDWarning,
-                    stacklevel=4,
-                )
+def _earlier(run: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Tasks that were measured before the run was trained further; with a warning that says how to measure again."""
+    weights = newest_weights(run)
+    if weights is None:
+        return set()
+    tasks = {task for task, content in evaluations.items() if content.get("encoder") not in (weights, None)}
+    for task in sorted(tasks):
+        redo = redo_command(task, run, evaluations[task])
+        warnings.warn(f"{run}: {task} was {EARLIER}; measure again: {redo}", DMJDWarning, stacklevel=3)
+    return tasks
+
+
+def _notes(task: str, contents: Mapping[str, Mapping[str, Any]], earlier: Mapping[str, set[str]]) -> dict[str, str]:
+    """Run -> why its result does not count in a ranking."""
+    first = next(iter(contents.values()))
+    notes = {}
+    for run, content in contents.items():
+        reasons = (EARLIER if task in earlier[run] else None, other_data(first, content))
+        if text := "; ".join(reason for reason in reasons if reason is not None):
+            notes[run] = text
+    return notes
 
 
 def _score(part: Mapping[str, Any] | None, metric: str) -> Score | None:
@@ -177,23 +196,33 @@ def _text(value: Any) -> str:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """A table of scores in percent, with a row per task and run, and a table of settings that differ, if any do."""
-    scores = Table("task", "metric, %", title="evaluations", title_justify="left")
-    scores.add_column("run", overflow="fold")
-    for label in PARTS.values():
-        scores.add_column(label, justify="right")
+    """A table of scores in percent for each task, with a row per run, and a table of settings that differ, if any do.
+
+    Results with a note stand below the others, with the note under the name of the run.
+    """
+    tables = []
     for (task, metric), runs in comparison.scores.items():
-        for run, parts in runs.items():
-            scores.add_row(literal(task), literal(metric), literal(run), *(str(parts.get(part, "-")) for part in PARTS))
-        scores.add_section()
+        notes, tested = comparison.notes.get((task, metric), {}), comparison.tested.get((task, metric), {})
+        table = Table(title=literal(f"{task}: {metric}, %"), title_justify="left")
+        table.add_column("run", overflow="fold")
+        for label in PARTS.values():
+            table.add_column(label, justify="right")
+        table.add_column("test set, labels", overflow="fold")
+        for run in sorted(runs, key=lambda run: run in notes):
+            cells = [literal(str(runs[run].get(part, "-"))) for part in PARTS]
+            names = [run, f"({notes[run]})"] if run in notes else [run]
+            table.add_row(
+                Text("\n").join(map(literal, names)), *cells, Text("\n").join(map(literal, tested.get(run, ("-",))))
+            )
+        tables.append(table)
     if not comparison.differences:
-        return [scores]
+        return tables
     settings = Table(title="settings that differ", title_justify="left")
     for label in ("setting", *comparison.runs):
         settings.add_column(literal(label), overflow="fold")
-    for name, values in comparison.differences.items():
-        settings.add_row(literal(name), *map(literal, values))
-    return [scores, settings]
+    for setting, values in comparison.differences.items():
+        settings.add_row(literal(setting), *map(literal, values))
+    return [*tables, settings]
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -204,7 +233,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     figure = Figure(figsize=size, dpi=dpi_of(size), layout="constrained")
     panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
     for axes, (task, metric) in zip(panels, tasks, strict=True):
-        _bars(axes, comparison.runs, comparison.scores[task, metric])
+        _bars(axes, comparison.runs, comparison.scores[task, metric], comparison.notes.get((task, metric), {}))
         axes.set_title(drawable(f"{task}: {metric}, %"), fontsize=9, loc="left")
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -214,22 +243,27 @@ def comparison_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> None:
-    """Draw runs from top to bottom. A run without a result has an empty row, so that all panels use the same colors."""
+def _bars(axes: Axes, runs: Sequence[str], scores: Mapping[str, Mapping[str, Score]], notes: Mapping[str, str]) -> None:
+    """Draw runs from top to bottom. A run without a result has an empty row, so that all panels use the same colors.
+
+    Results with a note are pale, and the note stands below the name.
+    """
     for row, run in enumerate(runs):
         parts = scores.get(run, {})
         label, end = "-", 0.0  # text to the right of the bar and its markers
         if "result" in parts:
             score = parts["result"]
             error = 100 * score.std if score.std is not None else None
-            axes.barh(row, 100 * score.value, 0.62, color=f"C{row % 10}", xerr=error)
+            pale = 0.35 if run in notes else 1.0
+            axes.barh(row, 100 * score.value, 0.62, color=f"C{row % 10}", alpha=pale, xerr=error)
             label, end = str(score), max(score.value + (score.std or 0), *(s.value for s in parts.values()))
         axes.annotate(label, (100 * end, row), (7, 0), textcoords="offset points", va="center", fontsize=8)
         for part, (marker, color) in _MARKERS.items():
             if part in parts:
                 style: dict[str, Any] = {"marker": marker, "color": color, "linestyle": "", "markeredgewidth": 2.0}
                 axes.plot([100 * parts[part].value], [row], label=PARTS[part], markersize=11, **style)
-    axes.set_yticks(range(len(runs)), [drawable(run) for run in runs], fontsize=8)
+    names = [drawable(run) + ("\n" + notes[run].replace("; ", "\n") if run in notes else "") for run in runs]
+    axes.set_yticks(range(len(runs)), names, fontsize=8)
     axes.set(ylim=(len(runs) - 0.5, -0.5))
     axes.margins(x=0.12)
     axes.set_xlim(left=0)

@@ -72,6 +72,25 @@ class LowShot:
 ALL_LABELS = LowShot()
 
 
+def typical_count(labels: np.ndarray) -> int:
+    """The number of images of the median class of a set with labels [n]; classes without images do not count."""
+    return int(np.median(np.unique(labels, return_counts=True)[1]))
+
+
+def describe_labels(train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    """What labels [n] of a training and of a test set say about a score.
+
+    Returns:
+        "labels_per_class": fewest and most images of a class in the training set; "chance": the accuracy, 0 to 1, of
+        always predicting the most frequent class of the test set.
+    """
+    counts, tested = (np.unique(labels, return_counts=True)[1] for labels in (train, test))
+    return {
+        "labels_per_class": [int(counts.min()), int(counts.max())],
+        "chance": float(tested.max() / tested.sum()),
+    }
+
+
 def round_half_up(x: float) -> int:
     """Round to the nearest integer, halves up. ``round`` is not monotonic: it rounds halves to even."""
     return math.floor(x + 0.5)

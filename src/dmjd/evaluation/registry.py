@@ -25,6 +25,7 @@ class EvaluationTask:
             randomly initialized one, and returns what it writes: "result", "random_init", "configuration", ...
         help: one line for the overview.
         example: value of ``--data`` in the example of its help.
+        protocol: a few words below its results on what was measured; ``{name}`` is a setting or the number of steps.
     """
 
     name: str
@@ -32,6 +33,7 @@ class EvaluationTask:
     run: str
     help: str
     example: str = "cifar10"
+    protocol: str = ""
 
     def load_config(self) -> type[EvaluationConfig]:
         """The class of its settings."""
@@ -66,15 +68,26 @@ _CONFIG, _FROZEN, _SUPERVISED = "dmjd.config", "dmjd.evaluation.frozen", "dmjd.e
 TASKS: dict[str, EvaluationTask] = {
     task.name: task
     for task in (
-        FrozenTask("knn", f"{_CONFIG}:KnnConfig", f"{_FROZEN}.knn:knn", "nearest neighbors in the frozen features"),
         FrozenTask(
-            "linear", f"{_CONFIG}:LinearConfig", f"{_FROZEN}.linear:linear_probe", "linear probe on the frozen features"
+            "knn",
+            f"{_CONFIG}:KnnConfig",
+            f"{_FROZEN}.knn:knn",
+            "nearest neighbors in the frozen features",
+            protocol="the {k} most similar training images vote; frozen features",
+        ),
+        FrozenTask(
+            "linear",
+            f"{_CONFIG}:LinearConfig",
+            f"{_FROZEN}.linear:linear_probe",
+            "linear probe on the frozen features",
+            protocol="one linear layer is trained on frozen features",
         ),
         FrozenTask(
             "linear_sweep",
             f"{_CONFIG}:LinearSweepConfig",
             f"{_FROZEN}.linear_sweep:linear_sweep",
-            "linear probes on several layers, poolings and learning rates",
+            "linear probes on several layers, poolings and learning rates (or linear --sweep)",
+            protocol="the best of many linear layers, chosen on a tenth of the training images, on frozen features",
             layers=True,
         ),
         EvaluationTask(
@@ -82,6 +95,7 @@ TASKS: dict[str, EvaluationTask] = {
             f"{_CONFIG}:FinetuneConfig",
             f"{_SUPERVISED}.finetune:finetune",
             "fine-tune the whole encoder as a classifier",
+            protocol="the whole encoder is trained for {steps:.0f} steps of {batch_size} images and tested once",
         ),
         EvaluationTask(
             "segmentation",
@@ -89,6 +103,7 @@ TASKS: dict[str, EvaluationTask] = {
             f"{_SUPERVISED}.segmentation:segmentation",
             "train the whole encoder for semantic segmentation",
             example="camvid --ignore-index 11",
+            protocol="encoder and decoder are trained for {steps:.0f} steps of {batch_size} images",
         ),
         EvaluationTask(
             "detection",
@@ -96,6 +111,7 @@ TASKS: dict[str, EvaluationTask] = {
             f"{_SUPERVISED}.detection:detection",
             "train the whole encoder for object detection",
             example="bccd",
+            protocol="encoder and detector are trained for {steps:.0f} steps of {batch_size} images",
         ),
     )
 }

@@ -13,6 +13,7 @@ import torch
 
 from dmjd import __version__
 from dmjd.checked_json import check_json, read_json, signed, verified
+from dmjd.config.checks import check_out, check_path
 from dmjd.data.sources.base import Source, short_hash
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.stored import encoder_metadata, weights_hash
@@ -38,6 +39,14 @@ def key_of(encoder: Encoder, *parts: Any) -> str:
     return short_hash(
         json.dumps(part, sort_keys=True, default=str) for part in (encoder_metadata(encoder), __version__, *parts)
     )
+
+
+def results_folder(run: str | Path, out: str | Path | None = None) -> Path | None:
+    """The folder of ``evaluation/``: ``out``, else the run folder; None if the run is a file and ``out`` not given."""
+    if out is not None:
+        return check_out("out", out)
+    run = check_path("run", run)
+    return run if run.is_dir() else None
 
 
 def check_results_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dmjd.config.checks import check_path, check_text
+from dmjd.config.checks import check_bool, check_path, check_text
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.evaluation.frozen.protocol import evaluate_all
 from dmjd.evaluation.registry import FrozenTask, get_task
@@ -20,7 +20,8 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
         options: settings of the task, which are the fields of :class:`~dmjd.config.evaluation.KnnConfig`,
             :class:`~dmjd.config.evaluation.LinearConfig`, :class:`~dmjd.config.evaluation.LinearSweepConfig`,
             :class:`~dmjd.config.finetune.FinetuneConfig`, :class:`~dmjd.config.dense.SegmentationConfig` or
-            :class:`~dmjd.config.dense.DetectionConfig`.
+            :class:`~dmjd.config.dense.DetectionConfig`; and ``sweep=True``, which makes "linear" the task
+            "linear_sweep", as on the command line.
 
     Returns:
         The content of ``evaluation/<task>.json``: "result", "random_init" and, for tasks on frozen features,
@@ -31,6 +32,8 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
             class or no test part.
     """
     run = check_path("run", run)
+    if task == "linear" and check_bool("sweep", options.pop("sweep", False)):
+        task = "linear_sweep"
     entry = get_task(check_text("task", task))
     entry.load_config().check_names(options)
     if not isinstance(entry, FrozenTask):

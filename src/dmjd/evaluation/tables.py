@@ -1,12 +1,16 @@
-"""Results as tables for the console."""
+"""Results as tables for the console, with what they were measured on and how."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from dmjd.engine.console import literal
-from dmjd.result_files import is_number
+from dmjd.evaluation.registry import TASKS
+from dmjd.result_files import EVALUATION, is_number
+
+TOO_SHORT_KEY = "too_short"  # in a result: why its training is too short to judge the encoder by
 
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 
@@ -30,6 +34,56 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         if any(name in result for result in results.values()):
             table.add_row(label, *(_cell(result.get(name)) for result in results.values()))
     return table
+
+
+def context_lines(results: Mapping[str, Mapping[str, Any]], folder: Path | None) -> list[str]:
+    """Lines below a table of results: data, labels and chance level; seeds; protocols; where the JSON files are.
+
+    Args:
+        results: task -> what :func:`dmjd.evaluate` returned; all on the same data.
+        folder: the folder that holds ``evaluation/``; None if nothing was written.
+    """
+    first = next(iter(results.values()))
+    seeds = len(first["result"].get("per_seed", ()))
+    lines = [line] if (line := _data_line(first.get("data", {}))) else []
+    if seeds:
+        lines.append(f"± is the standard deviation over {seeds} seeds")
+    elif "seed" in first:
+        lines.append(f"one seed ({first['seed']})")
+    lines += [f"{task}: {text}" for task, result in results.items() if (text := _protocol(task, result))]
+    lines += [f"{task}: {result[TOO_SHORT_KEY]}" for task, result in results.items() if result.get(TOO_SHORT_KEY)]
+    if folder is None:
+        return [*lines, "JSON: none was written; --out FOLDER says where it goes"]
+    return [*lines, f"JSON: {', '.join(str(folder / EVALUATION / f'{task}.json') for task in results)}"]
+
+
+def _data_line(data: Mapping[str, Any]) -> str:
+    """What a result says about its data; files of former versions say less."""
+    sets = (("trained on", "train", "num_train"), ("tested on", "test", "num_test"))
+    parts = [f"{verb} {data[count]:,} images of {data[name]}" for verb, name, count in sets if count in data]
+    classes = data.get("classes")
+    if classes is not None:
+        parts.append(f"{classes if isinstance(classes, int) else len(classes)} classes")
+    if (labels := labels_text(data)) is not None:
+        parts.append(f"{labels} labels a class")
+    if is_number(data.get("chance")):
+        parts.append(f"chance {100 * data['chance']:.1f} % (always the most frequent class)")
+    return ", ".join(parts)
+
+
+def labels_text(data: Mapping[str, Any]) -> str | None:
+    """The labels of a class that a result was measured with: "10", or "3 to 25"; None if it does not say so."""
+    if (counts := data.get("labels_per_class")) is None:
+        return None
+    return f"{counts[0]:,}" if counts[0] == counts[1] else f"{counts[0]:,} to {counts[1]:,}"
+
+
+def _protocol(task: str, result: Mapping[str, Any]) -> str:
+    if task not in TASKS:
+        return ""
+    settings = dict(result.get("configuration", {}))
+    settings["steps"] = result["result"].get("steps", settings.get("steps"))
+    return TASKS[task].protocol.format_map(settings)
 
 
 def _scores_table(task: str, result: Mapping[str, Any]) -> Table:

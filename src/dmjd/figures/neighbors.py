@@ -3,6 +3,9 @@
 Shapes: n candidate images, D width of a feature.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.figures.grid import panel_grid
 from dmjd.figures.panels import Panel
 from dmjd.figures.render import to_rgb
+from dmjd.images.decoding import ImageLike
 from dmjd.nn.modes import evaluating
 from dmjd.text import drawable
 
@@ -26,64 +30,92 @@ SAME, OTHER = "#2a9d3a", "#d1495b"  # borders of neighbors of the query's class 
 _MAX_LETTERS = 12  # of a class name below an image
 
 
-def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The most similar images of each query, except the query itself.
+def nearest(features: Tensor, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The most similar images of each query.
+
+    The mean of ``features`` is subtracted from all features first. It is far from zero, so that without this the cosine
+    of any two images is close to 1.
 
     Args:
-        features: [n, D].
-        queries: [q] int64, rows of ``features``.
-        count: number of neighbors, at most n - 1.
+        features: [n, D], those to search.
+        queries: [q, D].
+        count: number of neighbors, at most n, or n - 1 with ``own``.
+        own: [q] int64, the row of each query in ``features``, which is left out; None: the queries are other images.
 
     Returns:
         Cosines [q, count], descending, and rows [q, count] int64.
     """
-    unit = F.normalize(features.float(), dim=1)
-    cosines = unit[queries] @ unit.T  # q, n
-    cosines[torch.arange(len(queries)), queries] = -torch.inf
+    mean = features.float().mean(dim=0)
+    unit, asked = (F.normalize(x.float() - mean, dim=1) for x in (features, queries))
+    cosines = asked @ unit.T  # q, n
+    if own is not None:
+        cosines[torch.arange(len(own)), own] = -torch.inf
     best = cosines.topk(count, dim=1)
     return best.values, best.indices
 
 
 def neighbors_figure(
-    encoder: Encoder, source: Source, *, num_images: int = 4, num_candidates: int = 2000, seed: int = 0
+    encoder: Encoder,
+    source: Source,
+    *,
+    num_images: int = 4,
+    num_candidates: int = 2000,
+    seed: int = 0,
+    query: Sequence[ImageLike] = (),
 ) -> Figure:
-    """Draw queries in the first column, each with its nearest images by cosine similarity of pooled features.
+    """Draw queries in the first column, each with its nearest images by centered cosine similarity of pooled features.
 
     Args:
         encoder: an encoder with ``preprocess``; it is not changed.
         source: the images; with labels, borders show whether a neighbor has the query's class.
-        num_images: number of queries.
+        num_images: number of queries that are drawn from the images.
         num_candidates: number of images to search, evenly spaced over the set.
         seed: seed of the choice of queries.
+        query: the queries instead, which need not be in the set.
 
     Raises:
-        ValueError: if fewer than two images can be read.
+        ValueError: if fewer than two images can be read, or one of ``query`` cannot.
     """
+    preprocess = known_preprocess(encoder)
+    given = preprocess.raw(query)  # q, C, H, W
     features, index = _features(encoder, source, first_of_parts(len(source), num_candidates))
     if len(index) < 2:
         raise ValueError(f"{source.name} has fewer than two readable images: there are no neighbors to show")
-    queries = torch.from_numpy(np.random.default_rng(seed).permutation(len(index))[:num_images].copy())
-    cosines, rows = nearest(features, queries, min(NUM_NEIGHBORS, len(index) - 1))
-    shown = index[torch.cat([queries.unsqueeze(1), rows], dim=1)]  # q, 1 + k
-    images = read_all(source, known_preprocess(encoder), shown.flatten().numpy(), num_workers=0)
-    rgb = to_rgb(images.raw).unflatten(0, shown.shape)  # q, 1 + k, H, W, 3
-    titles = ["query" if i == 0 else f"neighbor {i}" for i in range(rgb.shape[1])]
-    rows_of_panels = [
-        _panels(source, panels.numpy(), ids, values)
-        for panels, ids, values in zip(rgb, shown.tolist(), cosines.tolist(), strict=True)
+    labels: list[int | None] = [None] * len(given)
+    if len(given):
+        with evaluating(encoder):
+            asked = encoder.encode(preprocess.normalize(given).to(next(encoder.parameters()).device)).cpu()
+        cosines, rows = nearest(features, asked, min(NUM_NEIGHBORS, len(index)))
+        first = [Panel(image, _file_name(one)) for image, one in zip(to_rgb(given).numpy(), query, strict=True)]
+    else:
+        own = torch.from_numpy(np.random.default_rng(seed).permutation(len(index))[:num_images].copy())
+        cosines, rows = nearest(features, features[own], min(NUM_NEIGHBORS, len(index) - 1), own)
+        first = [Panel(image, _class_name(source, i)) for image, i in _images(encoder, source, index[own])]
+        labels = [None if source.labels is None else int(source.labels[i]) for i in index[own].tolist()]
+    panels = [
+        [one, *_panels(source, _images(encoder, source, index[found]), values, label)]
+        for one, found, values, label in zip(first, rows, cosines.tolist(), labels, strict=True)
     ]
-    return panel_grid(titles, rows_of_panels, note=_note(source, len(index)))
+    titles = ["query", *(f"neighbor {i + 1}" for i in range(rows.shape[1]))]
+    return panel_grid(titles, panels, note=_note(source, len(index), bool(len(given))))
 
 
-def _panels(source: Source, images: np.ndarray, indices: list[int], cosines: list[float]) -> list[Panel]:
-    """A query and its neighbors: RGB images [1 + k, H, W, 3], indices of the images in the set, k cosines."""
-    names = [_class_name(source, i) for i in indices]
-    panels = [Panel(images[0], names[0])]
-    for image, index, name, cosine in zip(images[1:], indices[1:], names[1:], cosines, strict=True):
+def _images(encoder: Encoder, source: Source, index: Tensor) -> list[tuple[np.ndarray, int]]:
+    """RGB images [H, W, 3] of a set, as the encoder sees them, with their indices [n]."""
+    raw = read_all(source, known_preprocess(encoder), index.numpy(), num_workers=0).raw
+    return list(zip(to_rgb(raw).numpy(), index.tolist(), strict=True))
+
+
+def _panels(
+    source: Source, images: Sequence[tuple[np.ndarray, int]], cosines: Sequence[float], label: int | None
+) -> list[Panel]:
+    """The neighbors of a query of a class, or of an unknown one: images with their indices in the set, and cosines."""
+    panels = []
+    for (image, index), cosine in zip(images, cosines, strict=True):
         border = None
-        if source.labels is not None:
-            border = SAME if source.labels[index] == source.labels[indices[0]] else OTHER
-        panels.append(Panel(image, f"{cosine:.3f}  {name}".rstrip(), border))
+        if source.labels is not None and label is not None:
+            border = SAME if source.labels[index] == label else OTHER
+        panels.append(Panel(image, f"{cosine:.3f}  {_class_name(source, index)}".rstrip(), border))
     return panels
 
 
@@ -94,7 +126,7 @@ def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Te
     with evaluating(encoder):
         for batch in EvalLoader(source, preprocess, batch_size=64, indices=indices):
             images = preprocess.normalize(batch.raw.to(device))
-            features.append(encoder.pool(encoder(images)).cpu())
+            features.append(encoder.encode(images).cpu())
             index.append(batch.index)
     return torch.cat(features), torch.cat(index)
 
@@ -103,6 +135,13 @@ def _class_name(source: Source, index: int) -> str:
     return drawable(source.classes[source.labels[index]], _MAX_LETTERS) if source.labels is not None else ""
 
 
-def _note(source: Source, num_candidates: int) -> str:
-    borders = " Green border: the query's class; red: another class." if source.labels is not None else ""
-    return f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features.{borders}"
+def _file_name(image: ImageLike) -> str:
+    return drawable(Path(image).name, _MAX_LETTERS) if isinstance(image, str | Path) else ""
+
+
+def _note(source: Source, num_candidates: int, given: bool) -> str:
+    borders = " Green border: the query's class; red: another class." if source.labels is not None and not given else ""
+    return (
+        f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features, less the mean of "
+        f"these images: 0 is as similar as any two images are on average.{borders}"
+    )

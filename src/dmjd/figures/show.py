@@ -1,5 +1,6 @@
 """``dmjd show``: figures of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def show(
     num_images: int = 4,
     num_candidates: int = 2000,
     seed: int = 0,
+    query: str | Path | Sequence[str | Path] = (),
 ) -> Path:
     """Draw masks, targets or predictions of a run's model, or attention or nearest neighbors of its encoder.
 
@@ -63,6 +65,8 @@ def show(
         num_images: number of images, or of queries.
         num_candidates: for neighbors, number of images to search.
         seed: seed of the images and masks.
+        query: for neighbors, one or several image files to find neighbors of, which need not be in the set; none:
+            ``num_images`` of the set.
 
     Returns:
         The file.
@@ -76,6 +80,7 @@ def show(
     num_candidates = check_int("num_candidates", num_candidates, Bounds(ge=2, most=10**6))
     data = None if data is None else check_text("data", data)
     labels = None if labels is None else check_text("labels", labels, LABELS)
+    queries = _checked_queries(kind, [query] if isinstance(query, str | Path) else list(query))
     if kind in MODEL_KINDS:
         model, config = load_model(run)
         listing = run / LISTING if data is None else None
@@ -84,10 +89,21 @@ def show(
     encoder = load_encoder(run, pick_device("auto"))
     source = open_images(run, known_preprocess(encoder), data, labels=labels)
     if kind == "neighbors":
-        figure = neighbors_figure(encoder, source, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        return save_figure(figure, out)
+        settings = {"num_images": num_images, "num_candidates": num_candidates, "seed": seed}
+        return save_figure(neighbors_figure(encoder, source, **settings, query=queries), out)
     raw, _ = _some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
     return save_figure(attention_figure(encoder, raw.to(next(encoder.parameters()).device), num_images), out)
+
+
+def _checked_queries(kind: str, query: Sequence[str | Path]) -> list[Path]:
+    """The files to find neighbors of; ValueError if there is no such file, too many, or another kind of figure."""
+    if query and kind != "neighbors":
+        raise ValueError(f"query (--query) is for neighbors, not for {kind}")
+    check_int("query", len(query), Bounds(le=MAX_IMAGES))
+    files = [check_path("query", one) for one in query]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise ValueError(f"query (--query): there is no file {missing}")
+    return files
 
 
 def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:

@@ -90,7 +90,7 @@ def _result(
 ) -> dict[str, Any]:
     """The result of :func:`bench` without the machine."""
     precision = precision_name(engine.fabric)
-    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     matmul, flops = matmul_rate(engine.fabric.device, dtype), 3 * model.flops()
     assert images_per_s["step"] is not None
     assert config.steps is not None

@@ -23,7 +23,7 @@ from dmjd.evaluation.frozen.drift import Drift
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.results import read_result
-from dmjd.evaluation.tables import results_table
+from dmjd.evaluation.tables import context_lines, results_table
 from dmjd.figures.attempt import attempt_figure
 from dmjd.figures.curves import save_curves_figure
 from dmjd.figures.show import save_reconstruction_figure
@@ -202,7 +202,7 @@ class Monitor(Callback):
             attempt_figure(lambda: save_curves_figure(self.folder.metrics, curves), self.console)
             self.console.say(f"encoder: {path / ENCODER_FILE}   images: {path / 'figures'}")
         if results:
-            self.console.table(results_table(results))
+            self.console.table(results_table(results), *context_lines(results, path))
         return results
 
     def _final_results(self) -> dict[str, dict[str, Any]]:

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmjd.config.evaluation import KnnConfig
+from dmjd.config.evaluation import NEIGHBORS, KnnConfig
 from dmjd.evaluation.frozen.features import Features, check_features
+from dmjd.evaluation.low_shot import typical_count
 from dmjd.evaluation.metrics import accuracies, label_ranks
-
-NEIGHBORS = (1, 5, 10, 20)  # always reported
 
 _SIMILARITIES_AT_ONCE = 1 << 26  # floats: 256 MiB
 
@@ -19,7 +18,7 @@ def knn(
     train: Features,
     test: Features,
     *,
-    k: int = KnnConfig.k,
+    k: int | None = KnnConfig.k,
     temperature: float = KnnConfig.temperature,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -28,7 +27,8 @@ def knn(
 
     Args:
         train, test: labeled features of the same width.
-        k: number of neighbors that vote; all training features if there are fewer.
+        k: number of neighbors that vote, all training features if there are fewer; None: see
+            :meth:`~dmjd.config.evaluation.KnnConfig.resolve`.
         temperature: T; the smaller it is, the more the nearest neighbors count.
         seed: not used, since nothing is random; the other evaluations take one.
         device: device that similarities are computed on.
@@ -39,8 +39,10 @@ def knn(
     Raises:
         ValueError: if k or the temperature is not positive, or features are unlabeled or not finite.
     """
-    KnnConfig(k=k, temperature=temperature)  # raises for invalid settings
+    config = KnnConfig(k=k, temperature=temperature)  # raises for invalid settings
     num_classes = check_features(train, test)
+    k = config.resolve(typical_count(train.labels.numpy())).k
+    assert k is not None
     bank = F.normalize(train.x.to(device), dim=1)  # n, D
     labels = train.labels.to(device)  # n
     chunk = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))

@@ -1,7 +1,7 @@
 """Evaluation on frozen features, in one pass over the images: an encoder, random weights and raw pixels."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.config.checks import check_out, check_path
+from dmjd.config.checks import check_path
 from dmjd.config.evaluation import FrozenConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
@@ -21,7 +21,7 @@ from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, Features, extract_all, pooled, raw_pixels
 from dmjd.evaluation.frozen.linear_sweep import HELD_OUT, SweepFeatures
-from dmjd.evaluation.low_shot import ALL_LABELS, LowShot, hold_out, summarize
+from dmjd.evaluation.low_shot import ALL_LABELS, LowShot, describe_labels, hold_out, summarize, typical_count
 from dmjd.evaluation.registry import get_frozen_task
 from dmjd.evaluation.results import (
     PARTS,
@@ -29,6 +29,7 @@ from dmjd.evaluation.results import (
     check_results_folder,
     data_fingerprint,
     key_of,
+    results_folder,
     versions,
     write_result,
 )
@@ -61,7 +62,7 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
     keep_freed_memory(device)
     given = given_data(config.data, config.test_data, config.labels)
     run_config = config_of(run)
-    out = check_out("out", config.out) if config.out is not None else run if run.is_dir() else None
+    out = results_folder(run, config.out)
     if out is not None:
         check_results_folder(out)
     encoder = load_encoder(run, device)
@@ -119,7 +120,7 @@ def evaluate_frozen(
         results[task] = {
             "task": task,
             **scores[task],
-            "configuration": configs[task].to_dict() | low_shot.describe() | {"precision": precision},
+            "configuration": protocol.configs[task].to_dict() | low_shot.describe() | {"precision": precision},
             "overrides": changed | ({"precision": precision} if precision != "fp32" else {}),
             "data": protocol.data,
             "encoder": weights_hash(encoder),
@@ -153,6 +154,7 @@ class _Protocol:
         baselines: results of earlier calls.
 
     Attributes:
+        configs: task -> its settings, with defaults filled in.
         data: description of the data for the result; set by :meth:`run`.
     """
 
@@ -167,26 +169,31 @@ class _Protocol:
         precision: str,
         baselines: Baselines,
     ) -> None:
-        self.encoder, self.test, self.configs, self.baselines = encoder, test, configs, baselines
+        self.encoder, self.test, self.baselines = encoder, test, baselines
         self.seed, self.precision = seed, precision
         self.device = next(encoder.parameters()).device
         self.test_labels = aligned_labels(train, test)
-        self.train, self.seeds, self.rows = self._draw(train, low_shot)
+        self.train, self.seeds, self.rows = self._draw(train, low_shot, configs)
+        assert self.train.labels is not None
+        labels = typical_count(self.train.labels[self.rows[0]])
+        self.configs = {task: config.resolve(labels) for task, config in configs.items()}
         self.fingerprint = data_fingerprint(self.train, test)
         self.keys = {
             (task, part): f"{task} {part} "
             + key_of(encoder, config.to_dict(), self.fingerprint, low_shot.describe(), seed, precision)
-            for task, config in configs.items()
+            for task, config in self.configs.items()
             for part in PARTS
         }
         self.data: dict[str, Any] = {}
 
-    def _draw(self, train: Source, low_shot: LowShot) -> tuple[Source, list[int], list[np.ndarray]]:
+    def _draw(
+        self, train: Source, low_shot: LowShot, tasks: Iterable[str]
+    ) -> tuple[Source, list[int], list[np.ndarray]]:
         """The images that at least one seed draws, the seeds, and the rows that each seed draws from these images."""
         assert train.labels is not None
         seeds = low_shot.seeds_from(self.seed)
         rows = [low_shot.rows(train.labels, seed) for seed in seeds]
-        if any(get_frozen_task(task).layers for task in self.configs):
+        if any(get_frozen_task(task).layers for task in tasks):
             for seed, drawn in zip(seeds, rows, strict=True):
                 hold_out(train.labels[drawn], HELD_OUT, seed)  # raises before images are read
         if not low_shot.few:
@@ -268,14 +275,16 @@ class _Protocol:
         return summarize(results, self.seeds)
 
     def _describe(self, train: Features, test: Features) -> dict[str, Any]:
+        drawn = np.isin(train.rows.numpy(), self.rows[0])  # by the first seed
         return {
             "train": self.train.name,
             "test": self.test.name,
             "fingerprint": self.fingerprint,
-            "num_train": int(np.isin(train.rows.numpy(), self.rows[0]).sum()),  # of the first seed
+            "num_train": int(drawn.sum()),
             "num_test": len(test.x),
             "num_unreadable": len(train.unreadable) + len(test.unreadable),
             "classes": len(self.train.classes),
+            **describe_labels(train.labels.numpy()[drawn], test.labels.numpy()),
         }
 
 

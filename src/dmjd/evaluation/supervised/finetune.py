@@ -22,12 +22,13 @@ from dmjd.encoders.classifier import CLASSIFIER_FILE, CLASSIFIER_KEY, ImageClass
 from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.weights import is_shared, load_encoder
 from dmjd.engine.loop import Task
-from dmjd.evaluation.low_shot import LowShot, summarize
+from dmjd.evaluation.low_shot import LowShot, describe_labels, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.results import check_results_folder, data_fingerprint
 from dmjd.evaluation.setup import config_of, given_data, open_sets
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
+from dmjd.evaluation.tables import TOO_SHORT_KEY
 from dmjd.figures.attempt import attempt_figure
 from dmjd.figures.confusion import save_confusion_figure
 from dmjd.files import digest_of, write_bytes
@@ -109,6 +110,8 @@ def _subset(train: Source, low_shot: LowShot, seed: int) -> Source:
 def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
     """Run all seeds from both starts, and write the result and the classifier of the first seed."""
     results: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
+    if short := evaluations[0].config.too_short(len(evaluations[0].train)):
+        evaluations[0].console.warn(f"finetune: {short}")
     for evaluation in evaluations:
         for start in STARTS:
             results[start].append(evaluation.run(start, folder))
@@ -116,9 +119,10 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
     described = {name: first[name] for name in Finetuning.described}
     classifier = _read_classifier(folder / first["folder"])
     described[CLASSIFIER_KEY] = digest_of(classifier)
+    described |= {TOO_SHORT_KEY: short} if short else {}
     seeds = [evaluation.seed for evaluation in evaluations]
     summaries = {
-        start: summarize([{k: v for k, v in one.items() if k not in described} for one in found], seeds)
+        start: summarize([{k: v for k, v in one.items() if k not in Finetuning.described} for one in found], seeds)
         for start, found in results.items()
     }
     encoder = evaluations[0].encoder
@@ -232,6 +236,7 @@ class Finetuning(SupervisedEvaluation):
         return last | {"best": best, "data": self._data(len(ranks))} | self.identity()
 
     def _data(self, num_test: int) -> dict[str, Any]:
+        assert self.train.labels is not None
         return {
             "train": self.train.name,
             "test": self.test.name,
@@ -240,6 +245,7 @@ class Finetuning(SupervisedEvaluation):
             "num_test": num_test,
             "num_unreadable": self._labeled.unreadable.count + len(self.test) - num_test,
             "classes": len(self.train.classes),
+            **describe_labels(self.train.labels, self.test_labels.numpy()),
         }
 
     def _predict(self, task: FinetuneTask, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
