@@ -7,6 +7,7 @@ import re
 import select
 import sys
 import time
+from contextlib import closing, contextmanager
 
 import pytest
 from hostile_names import NAMES
@@ -53,9 +54,9 @@ def test_a_short_wait_for_data_is_not_shown(capsys):
     assert "data wait" not in capsys.readouterr().err
 
 
-@pytest.fixture
+@contextmanager
 def terminal(monkeypatch):
-    """A terminal of 60 columns as standard error; returns a function that reads what was printed."""
+    """Context with a terminal of 60 columns as standard error; yields a function that reads what was printed."""
     master, slave = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
@@ -66,8 +67,8 @@ def terminal(monkeypatch):
             text += os.read(master, 65536)
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.decode())
 
-    with os.fdopen(slave, "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
+    with os.fdopen(slave, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
         yield read
     os.close(master)
 
@@ -82,27 +83,27 @@ def wait_for(read, pattern: str, seconds: float = 60.0) -> str:
     return printed
 
 
-def test_a_terminal_shows_what_is_waited_for_and_how_old_its_line_is(terminal, monkeypatch):
+def test_a_terminal_shows_what_is_waited_for_and_how_old_its_line_is(monkeypatch):
     monkeypatch.setattr(dmjd.engine.console, "_STALE_SECONDS", 1)
-    console = Console()
-    console.wait("first step ...")
-    wait_for(terminal, r"first step \.\.\.  \(\d+ s ago\)")
-    console.progress(0.25, 1, 0.5, 1.0, SCALARS)
-    # Cut, with room for the age.
-    shown = wait_for(terminal, r"25.0 %  left 0:00:03  step 1  epoch 0.5  loss …  \(\d s ago\)")
-    assert "images/s" not in shown
-    console.say("a message")
-    wait_for(terminal, "a message")
-    console.close()
+    with terminal(monkeypatch) as read, closing(Console()) as console:
+        console.wait("first step ...")
+        wait_for(read, r"first step \.\.\.  \(\d+ s ago\)")
+        console.progress(0.25, 1, 0.5, 1.0, SCALARS)
+        # Cut, with room for the age.
+        shown = wait_for(read, r"25.0 %  left 0:00:03  step 1  epoch 0.5  loss \S*…  \(\d s ago\)")
+        assert "images/s" not in shown.rpartition("…")[2]
+        console.say("a message")
+        wait_for(read, "a message")
 
 
-def test_a_terminal_shows_the_progress_of_what_takes_long(terminal, monkeypatch):
+def test_a_terminal_shows_the_progress_of_what_takes_long(monkeypatch):
     monkeypatch.setattr(dmjd.engine.console, "LIVE_SECONDS", 0.3)
-    for item in tracked(range(4), "features", 8, lambda item: 2):
-        if item == 0:  # the first batch takes long
-            wait_for(terminal, r"features \.\.\.")
-        if item == 2:
-            wait_for(terminal, "50.0 %  left 0:00:0.  features: 4 of 8 images")
+    with terminal(monkeypatch) as read:
+        for item in tracked(range(4), "features", 8, lambda item: 2):
+            if item == 0:  # the first batch takes long
+                wait_for(read, r"features \.\.\.")
+            if item == 2:
+                wait_for(read, "50.0 %  left 0:00:0.  features: 4 of 8 images")
 
 
 def test_progress_of_what_takes_long_without_a_terminal(capsys, monkeypatch):
