@@ -71,7 +71,7 @@ def test_images_in_memory_are_cropped_without_waiting_for_the_device(device):
 
 
 def run_without_waiting(engine: Engine, source: Iterator[Batch]) -> None:
-    """Run 40 steps; on a GPU, waiting for it is an error from step 5 to step 39."""
+    """Run 40 steps, of which the first is shown; on a GPU, waiting for it is an error from step 5 to step 39."""
     checked: list[int] = []
 
     def toggle(report: Report) -> None:
@@ -80,7 +80,7 @@ def run_without_waiting(engine: Engine, source: Iterator[Batch]) -> None:
         checked.append(report.state.step)
 
     try:
-        engine.run(source, [toggle], StopSignal())
+        engine.run(source, [toggle], StopSignal(), show_every=1000.0)
     finally:
         if engine.fabric.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")

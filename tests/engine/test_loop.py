@@ -1,11 +1,13 @@
 """The training loop: non-finite steps, durations, stop signals, accumulation."""
 
+import itertools
 import os
 import signal
 
 import pytest
 import torch
 from lightning.fabric import Fabric
+from torch.overrides import TorchFunctionMode
 
 from dmjd.engine.device import Autocast, make_fabric
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Report, Task
@@ -84,6 +86,60 @@ def test_hooks_and_task_see_every_step_and_scalars_at_intervals():
     assert engine_of(task, steps=5, log_every=2).run(ones(), [keep], StopSignal())
     assert reports == [(1, 0.2, False), (2, 0.4, True), (3, 0.6, False), (4, 0.8, True), (5, 1.0, True)]
     assert task.after == [(step, progress) for step, progress, _ in reports]
+
+
+def scalars_of(engine: Engine, **options) -> tuple[dict, dict]:
+    """Scalars of logged steps and of steps that are only shown."""
+    logged, live = {}, {}
+
+    def keep(report: Report) -> None:
+        for kept, scalars in ((logged, report.scalars), (live, report.live)):
+            if scalars is not None:
+                kept[report.state.step] = {name: scalars[name] for name in ("loss", "grad_norm", "lr")}
+
+    assert engine.run(ones(), [keep], StopSignal(), **options)
+    return logged, live
+
+
+def test_what_is_shown_between_logged_steps_does_not_change_what_is_logged():
+    logged, live = scalars_of(engine_of(Toy(), steps=7, log_every=3), show_every=0.0)
+    alone, nothing = scalars_of(engine_of(Toy(), steps=7, log_every=3))
+    assert logged == alone
+    assert (list(logged), list(live)) == ([3, 6, 7], [1, 2, 4, 5])
+    assert not nothing
+    assert live[2]["loss"] > logged[3]["loss"]  # means since the last logged step of a falling loss
+
+
+class Reads(TorchFunctionMode):
+    """Counts reads of values, each of which waits for an accelerator."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        named = getattr(func, "__name__", "")
+        self.count += named in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_accelerator_is_waited_for_only_in_steps_that_are_shown():
+    engine = engine_of(Toy(), steps=40, log_every=1000)
+    engine._eager = False
+    reads = {}
+    with Reads() as mode:
+        engine.run(ones(), [lambda report: reads.update({report.state.step: mode.count})], StopSignal(), 1000.0)
+    steps = [0, *reads.values()]
+    per_step = [now - before for before, now in itertools.pairwise(steps)]
+    assert set(per_step[1:-1]) == {1}  # the seed of the step, a number on the host
+    assert per_step[0] > 1  # shown at once
+    assert per_step[-1] > 1  # logged
+
+
+def test_a_step_that_is_shown_finds_a_loss_that_is_not_finite():
+    engine = engine_of(Toy(nan_at=4), log_every=1000)
+    engine._eager = False
+    with pytest.raises(NonFiniteLoss, match="at step 4"):
+        engine.run(ones(), [], StopSignal(), 0.0)
+    assert engine.state.step == 4
 
 
 def test_a_signal_stops_after_the_step_and_the_run_resumes():

@@ -1,7 +1,9 @@
 """Signals that stop a training after its step, or soon."""
 
 import os
+import queue
 import signal
+import threading
 import time
 
 import pytest
@@ -27,6 +29,23 @@ def test_a_repeated_signal_is_one_request_and_a_later_one_ends_the_process(monke
         assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
     finally:
         signal.signal(number, before)
+
+
+def test_a_request_is_heard_at_once_and_in_a_thread_of_its_own():
+    """What the signal interrupts may hold the lock of the stream that the message goes to."""
+    lock, heard = threading.Lock(), queue.SimpleQueue()
+
+    def say(number: int) -> None:
+        with lock:
+            heard.put((number, threading.current_thread() is threading.main_thread()))
+
+    with StopSignal(heard=say):
+        with lock:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert heard.get(timeout=10) == (signal.SIGINT, False)
+        time.sleep(0.05)
+        assert heard.empty()
 
 
 def test_an_ignored_hangup_stays_ignored():

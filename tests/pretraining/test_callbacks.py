@@ -1,7 +1,9 @@
 """Monitoring of a run: evaluations at intervals, warnings, and the final evaluation."""
 
 import json
+import re
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from dmjd.engine.console import Console
 from dmjd.engine.loop import Report, TrainState
 from dmjd.evaluation.results import read_evaluation
 from dmjd.images.preprocess import Preprocess
+from dmjd.pretraining import callbacks
 from dmjd.pretraining.callbacks import NUM_EVALS, Monitor
 from dmjd.runs.build import build_model
 from dmjd.runs.checkpoint import RunFolder
@@ -105,6 +108,47 @@ def test_ten_evaluations_per_run_if_no_interval_is_given(monitor):
             break
     assert due == [10, 20, 30]
     assert not monitor.is_due(report(100, 1.0))  # left to finish()
+
+
+def trained(step: int, seconds: float) -> Report:
+    """After a step at one image a second."""
+    return Report(TrainState(step, images=int(seconds), seconds=seconds), step / 100, None, before=(step - 1) / 100)
+
+
+def test_an_evaluation_that_takes_too_long_is_left_out(monitor, capsys):
+    with closing(monitor.start(0, 0.0)[0]):
+        assert monitor.evaluate(trained(10, 40.0)) == {}
+        assert monitor.evaluate(trained(20, 80.0)) == {}
+        # Two seconds for a figure, and one for each of the 30 images.
+        assert capsys.readouterr().err == (
+            "step 10: no evaluation, which would take about 32 s; at most 10 % of the time goes to evaluations "
+            "(--eval-every N: one every N steps)\n"
+        )
+        assert not list((monitor.folder.path / "figures").glob("*"))
+        assert set(monitor.evaluate(trained(90, 360.0))) == {"knn_top1", "knn_random_init", "knn_raw_pixels"}
+        assert [file.name for file in (monitor.folder.path / "figures").iterdir()] == ["step-000000090.png"]
+
+
+def test_an_interval_that_was_given_is_kept_and_its_cost_is_told_once(monitor, capsys, monkeypatch):
+    monkeypatch.setattr(callbacks, "TOLD_SECONDS", 0.0)
+    monitor = Monitor(
+        monitor.config.replace(eval_every=5), monitor.model, monitor.source, monitor.folder, monitor.console
+    )
+    with closing(monitor.start(0, 0.0)[0]):
+        for step in (5, 10):
+            assert "knn_top1" in monitor.evaluate(trained(step, 1.0))
+    cost = r"an evaluation takes about \d+ s; there is one every 5 steps \(--eval-every\)"
+    assert len(re.findall(cost, capsys.readouterr().err)) == 1
+
+
+def test_online_knn_whose_images_cannot_be_read_is_a_warning(labeled, tmp_path, capsys):
+    data = shutil.copytree(labeled, tmp_path / "data")
+    config = recipes.folder(data, str(tmp_path / "run"), steps=3, **FIELDS | {"eval_every": 1})
+    for file in (data / "test").rglob("*.png"):
+        file.write_bytes(b"no image")
+    result = dmjd.pretrain(config)
+    assert result.finished
+    assert capsys.readouterr().err.count("warning: online kNN is off: no image of") == 1
 
 
 def test_a_warning_of_a_target_is_shown_once(monitor, capsys):

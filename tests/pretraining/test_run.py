@@ -10,6 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 from support import TINY, TINY_FIELDS, assert_same_bits, metrics, mistake
 
 import dmjd
@@ -17,7 +18,7 @@ from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.optim import scaled_learning_rate, warmup_cosine
-from dmjd.pretraining.run import resolve_batch_size
+from dmjd.pretraining.batch_size import resolve_batch_size
 from dmjd.runs.build import build_masks
 
 
@@ -191,14 +192,14 @@ def test_one_image_trains_with_a_warning(capsys, tmp_path, image_folder):
 
 
 def test_batch_sizes_that_cannot_be_divided():
-    config = recipes.digits(**TINY_FIELDS | {"batch_size": 6, "accumulate": 2})
-    assert resolve_batch_size(config, 5, 1) == 4
+    config, cpu = recipes.digits(**TINY_FIELDS | {"batch_size": 6, "accumulate": 2}), torch.device("cpu")
+    assert resolve_batch_size(config, 5, 1, cpu) == (config, 4)
     with pytest.raises(
         ValueError, match=r"^1 image\(s\) cannot be divided among 2 process\(es\) x --accumulate 2; use"
     ):
-        resolve_batch_size(config, 1, 2)
+        resolve_batch_size(config, 1, 2, cpu)
     with pytest.raises(ValueError, match=r"batch size 6 .* pass a --batch-size that is a multiple of 4"):
-        resolve_batch_size(config, 9, 2)
+        resolve_batch_size(config, 9, 2, cpu)
 
 
 def test_images_smaller_than_the_input_are_named(capsys, tmp_path, image_folder):

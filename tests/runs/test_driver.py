@@ -3,15 +3,18 @@
 import os
 import signal
 import threading
+import time
 from contextlib import closing
 
 import pytest
 import torch
+from support import metrics
 
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Task
 from dmjd.engine.optim import adamw, parameter_groups
+from dmjd.runs import driver
 from dmjd.runs.checkpoint import RunFolder
 from dmjd.runs.driver import Callback, Driver, newest_checkpoint
 
@@ -71,7 +74,8 @@ def interrupted_wait() -> None:
 class Training:
     """A training of the toy in a folder; ``fault(step)`` is called before the batch of each step (from 1)."""
 
-    def __init__(self, path, fault=lambda step: None, log_every=1, **callback) -> None:
+    def __init__(self, path, fault=lambda step: None, log_every=1, console=None, **callback) -> None:
+        self.console = console or Console(enabled=False)
         self.task = Toy()
         self.mean = Mean(self.task)
         vars(self.mean).update(callback)
@@ -94,11 +98,41 @@ class Training:
             1,
             **options,
         )
-        console = Console(enabled=False)
         with closing(RunFolder(self.path)) as folder:
-            driver = Driver(self.engine, self.task, folder, console, self.batches, 10, 100, self.mean, hooks)
-            driver.restore(newest_checkpoint(folder, console, dict))
+            driver = Driver(self.engine, self.task, folder, self.console, self.batches, 10, 100, self.mean, hooks)
+            driver.restore(newest_checkpoint(folder, self.console, dict))
             return driver.run()
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, [1, 2, 3, 4, 5, 6]), (1000.0, [1, 6])])
+def test_a_run_too_short_for_its_interval_still_has_lines(tmp_path, monkeypatch, seconds, steps):
+    """The first and the last step, and those between that are shown, up to twenty."""
+    monkeypatch.setattr(driver, "LIVE_SECONDS", seconds)
+    training = Training(tmp_path, log_every=100, is_due=lambda report: False)
+    training.run()
+    assert [line["step"] for line in metrics(tmp_path)] == steps
+    assert training.engine.state.step == STEPS
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_long_step_is_confirmed_before_the_step_ends(tmp_path, capsys, number):
+    printed = []
+
+    def slow(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), number)
+            until = time.monotonic() + 1.5  # less than the patience
+            while "stopping after this step" not in "".join(printed) and time.monotonic() < until:
+                time.sleep(0.01)
+                printed.append(capsys.readouterr().err)
+
+    training = Training(tmp_path, slow, console=Console())
+    assert not training.run()
+    assert training.engine.state.step == 3
+    again = "; Ctrl-C again ends at once, without saving\n" if number == signal.SIGINT else "\n"
+    name = "" if number == signal.SIGINT else "SIGTERM: "
+    assert f"{name}stopping after this step, which is saved{again}" in "".join(printed)
+    assert "stopped at step 3, checkpoint saved" in capsys.readouterr().err
 
 
 def saved(path):

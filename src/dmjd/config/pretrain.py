@@ -23,7 +23,7 @@ from dmjd.config.checks import (
 )
 from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
 
-DEFAULT_BATCH_SIZE = 256
+FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
 
 DURATIONS = ("epochs", "steps", "minutes")
@@ -239,7 +239,8 @@ class PretrainConfig(Config):
     )
     batch_size: int | None = option(
         None,
-        "images per step over all processes; default 256, or the whole set if smaller",
+        "images per step over all processes; default 256, on a CPU 64 (32 for up to 10 minutes), but a tenth of a "
+        "small set (at least 16)",
         "training",
         common=True,
         ge=1,
@@ -381,6 +382,8 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
     lines = _length_differences(old, new)
     for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name == "batch_size":
+            before = before or FORMER_BATCH_SIZE
         if before == after or field.name in DURATIONS:
             continue
         if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:

@@ -33,6 +33,11 @@ class EvalBatch:
     index: Tensor
     unreadable: list[Report]
 
+    @property
+    def size(self) -> int:
+        """How many images were read for it, unreadable ones included."""
+        return len(self.index) + len(self.unreadable)
+
 
 class EvalLoader:
     """Batches of a set in order, resized and center-cropped; unreadable images are left out.

@@ -4,6 +4,7 @@ A task returns a loss; logging, evaluation and checkpoints are hooks. Runs on Li
 precision, torchrun and SLURM.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -66,12 +67,15 @@ class Report:
         progress: progress of the run, 0 to 1.
         scalars: means since the last logged step, if this step is logged.
         before: progress before the step.
+        live: means since the last logged step, to be shown while training; not in every process, and only if
+            ``scalars`` is None.
     """
 
     state: TrainState
     progress: float
     scalars: dict[str, float] | None
     before: float = 0.0
+    live: dict[str, float] | None = None
 
 
 Hook = Callable[[Report], None]
@@ -137,12 +141,16 @@ class Engine:
         """Progress of the run, 0 to 1."""
         return self.duration.progress(self.state)
 
-    def run(self, batches: Iterator[Any], hooks: Sequence[Hook], stop: StopSignal) -> bool:
+    def run(
+        self, batches: Iterator[Any], hooks: Sequence[Hook], stop: StopSignal, show_every: float | None = None
+    ) -> bool:
         """Train to the end of the duration, or until a stop is requested.
 
         Args:
             batches: endless micro-batches, starting at the current step.
             hooks: called after every step.
+            show_every: seconds between reports with scalars, the first one after the first step, besides those of
+                logged steps; None: none. On an accelerator each waits for the device.
 
         Returns:
             Whether the duration is over.
@@ -151,7 +159,7 @@ class Engine:
             NonFiniteLoss: naming the step, whose update was not applied.
             StopNow: if a stop was requested and data or a hook does not end; the weights are those of the last step.
         """
-        meter = _Meter(self.fabric.device)
+        meter = _Meter(self.fabric.device, show_every)
         self._model.train()
         progress = self._shared_progress()
         while progress < 1.0:
@@ -166,13 +174,16 @@ class Engine:
             self.updating = False
             self.state.seconds += time.perf_counter() - started
             self.before, progress = progress, self._shared_progress()
-            sync = self._eager or step % SYNC_EVERY == 0 or progress >= 1.0
+            sync = self._eager or self.fabric.world_size == 1 or step % SYNC_EVERY == 0 or progress >= 1.0
             stopping = self._agree_on_stop(stop) if sync else False
-            scalars = None
+            scalars = live = None
             if step % self.log_every == 0 or progress >= 1.0 or stopping:
                 self.check_finite()
                 scalars = meter.read(self.batch_size) | {"lr": lr}
-            report = Report(self.state, progress, scalars, self.before)
+                meter.reset()
+            elif meter.is_due() and self._is_finite():
+                live = meter.read(self.batch_size) | {"lr": lr}
+            report = Report(self.state, progress, scalars, self.before, live)
             for hook in hooks:
                 hook(report)
             if stopping and progress < 1.0:
@@ -234,6 +245,12 @@ class Engine:
             # Fused optimizers skip their update on the device if this is 1.
             self.optimizer.found_inf = (self._bad_step >= 0).to(torch.float32)  # type: ignore[attr-defined]
 
+    def _is_finite(self) -> bool:
+        """Whether no step was marked as non-finite. Several processes raise that error together, at a logged step."""
+        if self.fabric.world_size == 1:
+            self.check_finite()
+        return int(self._bad_step) < 0
+
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteLoss` if a step was marked as non-finite; waits for the device."""
         step = int(self._bad_step)
@@ -273,13 +290,23 @@ class Engine:
 
 
 class _Meter:
-    """Sums of scalars, kept on the device until they are logged."""
+    """Sums of scalars, kept on the device until they are logged.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._reset()
+    Args:
+        device: device of the scalars.
+        show_every: seconds between reads besides those of logged steps, the first at once; None: no such reads.
+    """
 
-    def _reset(self) -> None:
+    def __init__(self, device: torch.device, show_every: float | None = None) -> None:
+        self._device, self._show_every, self._read_at = device, show_every, -math.inf
+        self.reset()
+
+    def is_due(self) -> bool:
+        """Whether the scalars are to be shown."""
+        return self._show_every is not None and time.monotonic() - self._read_at >= self._show_every
+
+    def reset(self) -> None:
+        """Forget all steps so far."""
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self.waited = 0.0
@@ -292,9 +319,9 @@ class _Meter:
         self._steps += "grad_norm" in values
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """Means since the last call, images/s and the fraction of time spent waiting for data; resets the meter."""
+        """Means since the last reset, images/s and the fraction of time spent waiting for data."""
         means = {name: float(total) / self._steps for name, total in self._sums.items()}  # waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)
         speed = {"images_per_s": batch_size * self._steps / seconds, "data_wait": self.waited / seconds}
-        self._reset()
+        self._read_at = time.monotonic()
         return means | speed

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -24,11 +24,13 @@ class StopSignal:
 
     Args:
         patience: seconds until a request interrupts what may take long: the wait for data, an evaluation.
+        heard: called at once with the number of the first signal, in a thread of its own: what the signal interrupted
+            may be in the middle of printing.
     """
 
-    def __init__(self, patience: float = 2.0) -> None:
+    def __init__(self, patience: float = 2.0, heard: Callable[[int], None] | None = None) -> None:
         self.requested = 0  # number of the signal
-        self._patience = patience
+        self._patience, self._heard = patience, heard
         self._previous: dict[int, Any] = {}
         self._interruptible = self._overdue = False
         self._since = 0.0
@@ -64,6 +66,8 @@ class StopSignal:
             self._timer = threading.Timer(self._patience, self._end_of_patience)
             self._timer.daemon = True
             self._timer.start()
+            if self._heard is not None:
+                threading.Thread(target=self._heard, args=(number,), daemon=True).start()
         elif self._overdue and self._timer is not None:  # sent by the timer
             self._timer = None
             if self._interruptible:

@@ -16,6 +16,7 @@ from dmjd.data.cache import first_of_parts
 from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.engine.console import tracked
 from dmjd.figures.grid import panel_grid
 from dmjd.figures.panels import Panel
 from dmjd.figures.render import to_rgb
@@ -124,7 +125,8 @@ def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Te
     preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
     features, index = [torch.empty(0, encoder.embed_dim)], [torch.empty(0, dtype=torch.int64)]
     with evaluating(encoder):
-        for batch in EvalLoader(source, preprocess, batch_size=64, indices=indices):
+        loader = EvalLoader(source, preprocess, batch_size=64, indices=indices)
+        for batch in tracked(loader, "features", len(loader), lambda batch: batch.size):
             images = preprocess.normalize(batch.raw.to(device))
             features.append(encoder.encode(images).cpu())
             index.append(batch.index)

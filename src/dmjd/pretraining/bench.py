@@ -25,7 +25,8 @@ from dmjd.engine.stop_signal import StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
-from dmjd.pretraining.run import make_engine, resolve_batch_size, training_batches
+from dmjd.pretraining.batch_size import resolve_batch_size
+from dmjd.pretraining.run import make_engine, training_batches
 from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
 from dmjd.runs.start import begin_from
@@ -63,7 +64,7 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     source = open_data(config, config.data, "train") if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
     if source is not None:
-        batch_size = resolve_batch_size(config.replace(batch_size=batch_size), len(source), 1)
+        _, batch_size = resolve_batch_size(config.replace(batch_size=batch_size), len(source), 1, fabric.device)
     config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=MAX_COUNT)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)

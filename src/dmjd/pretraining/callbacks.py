@@ -17,8 +17,9 @@ from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash_o
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
-from dmjd.engine.loop import Report
+from dmjd.engine.loop import Report, TrainState
 from dmjd.engine.processes import first_process_works, gather, num_processes, wait_for_first
+from dmjd.evaluation.frozen.drift import NUM_IMAGES as DRIFT_IMAGES
 from dmjd.evaluation.frozen.drift import Drift
 from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
@@ -29,6 +30,8 @@ from dmjd.figures.curves import save_curves_figure
 from dmjd.figures.show import save_reconstruction_figure
 from dmjd.files import digest_of, write_bytes, write_text
 from dmjd.model import MaskedImageModel
+from dmjd.pretraining.budget import SHARE, EvaluationBudget
+from dmjd.pretraining.pace import Pace, hardly_trained
 from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
 from dmjd.runs.driver import Callback
@@ -40,6 +43,10 @@ NUM_EVALS = 10  # evaluations per run if no interval is given
 NUM_IMAGES = 3  # in a reconstruction figure of a run
 
 FINAL_TASKS = ("knn", "linear")
+
+FIGURE_SECONDS = 2.0  # expected of the first figure
+
+TOLD_SECONDS = 1.0  # evaluations that take less are not worth a message
 
 START_FEATURES = "start_features.safetensors"  # in the folder of a run that began from trained weights
 
@@ -66,6 +73,9 @@ class Monitor(Callback):
         self._drift: Drift | None = None
         self._baselines: dict[str, float] = {}
         self._encoder_file = b""  # that belongs to the checkpoint which is being written
+        self._budget = EvaluationBudget(limited=config.eval_every is None)
+        self._pace: Pace | None = None
+        self._told_of_cost = False
         self._warned: set[str] = set()  # names of targets whose warning was shown
         self._warnings: dict[str, str] = {}  # by target, as of the last logged step
 
@@ -101,11 +111,15 @@ class Monitor(Callback):
         }
 
     def start(self, step: int, progress: float) -> Sequence[Logger]:
-        """Read the images for online kNN if there are labels and a test set, and open the loggers.
+        """Prepare online kNN if there are labels and a test set, and open the loggers.
 
         Raises:
             ValueError: if labels cannot be used, or a logger is not installed.
         """
+        if step == 0 and self.config.minutes is not None and self.config.batch_size is not None:
+            parts = num_processes() * self.config.accumulate
+            batch_size = min(self.config.batch_size, len(self.source))
+            self._pace = Pace(self.config.minutes, batch_size, parts, self.config.compile)
         wandb_config = json.loads(self.config.to_json()) if self.config.wandb else None
         loggers = open_loggers(self.folder.path, step, wandb_config, self.console.warn)
         if self.config.eval_every != 0 and self._test_source is not None:
@@ -125,7 +139,9 @@ class Monitor(Callback):
             self.console.warn(f"drift from the starting weights is not measured: {error}")
 
     def after_step(self, report: Report) -> None:
-        """Show the warning of each target once, e.g. of a collapse."""
+        """Show the warning of each target once, e.g. of a collapse, and advice if the run has too few steps."""
+        if self._pace is not None and (advice := self._pace.advice(report, self._budget.spent)) is not None:
+            self.console.warn(advice)
         if report.scalars is None:
             return
         targets = cast(Iterable[Target], self.model.branch_targets.values())
@@ -135,7 +151,10 @@ class Monitor(Callback):
         self._warned |= self._warnings.keys()
 
     def is_due(self, report: Report) -> bool:
-        """Every ``eval_every`` steps, or ten times per run; :meth:`finish` is the evaluation at the end."""
+        """Every ``eval_every`` steps, or ten times per run; :meth:`finish` is the evaluation at the end.
+
+        Whether there is time for one of the ten is decided by :meth:`evaluate`, in the first process.
+        """
         every = self.config.eval_every
         if report.progress >= 1.0:
             return False
@@ -144,9 +163,38 @@ class Monitor(Callback):
         return every > 0 and report.state.step % every == 0
 
     def evaluate(self, report: Report) -> dict[str, float]:
-        """Save a reconstruction figure; measure the drift of a run from trained weights, and with labels online kNN."""
-        attempt_figure(lambda: self._save_figure(f"step-{report.state.step:09d}.png"), self.console)
-        return self._measure_drift(f"step {report.state.step}") | self._measure_knn(report)
+        """Save a reconstruction figure; measure the drift of a run from trained weights, and with labels online kNN.
+
+        Without ``eval_every`` an evaluation is left out if all of them would take more than a tenth of the training
+        time so far.
+        """
+        state = report.state
+        estimate = FIGURE_SECONDS + self._images_evaluated * state.seconds / max(1, state.images)
+        if not self._budget.allows(state.seconds, estimate):
+            if self._images_evaluated:  # a figure that is left out is not missed
+                self._tell_cost(f"step {state.step}: no evaluation, which would take", estimate)
+            return {}
+        with self._budget.measured():
+            attempt_figure(lambda: self._save_figure(f"step-{state.step:09d}.png"), self.console)
+            scores = self._measure_drift(f"step {state.step}") | self._measure_knn(report)
+        self._tell_cost("an evaluation takes", estimate)
+        return scores
+
+    @property
+    def _images_evaluated(self) -> int:
+        """How many images the first evaluation encodes."""
+        return (self._knn.num_images if self._knn is not None else 0) + (DRIFT_IMAGES if self._drift is not None else 0)
+
+    def _tell_cost(self, begin: str, estimate: float) -> None:
+        """Say once how long an evaluation takes, and when there is one."""
+        seconds, every = self._budget.last or estimate, self.config.eval_every
+        if self._told_of_cost or (self._budget.last is not None and seconds < TOLD_SECONDS):
+            return
+        self._told_of_cost = True
+        when = f"there is one every {every} steps (--eval-every)"
+        if every is None:
+            when = f"at most {100 * SHARE:.0f} % of the time goes to evaluations (--eval-every N: one every N steps)"
+        self.console.say(f"{begin} about {max(1, round(seconds))} s; {when}")
 
     def _measure_drift(self, when: str) -> dict[str, float]:
         if self._drift is None:
@@ -164,7 +212,13 @@ class Monitor(Callback):
             return {}
         if not self._baselines:
             fresh = fresh_like(self.model.encoder, seed=self.config.seed).to(self._device)
-            self._baselines = self._knn.baselines(fresh)
+            try:
+                with self._budget.once():
+                    self._baselines = self._knn.baselines(fresh)
+            except ValueError as error:
+                self.console.warn(f"online kNN is off: {error}")
+                self._knn = None
+                return {}
         scores = {"knn_top1": self._knn(self.model.encoder)} | self._baselines
         shown = ", ".join(f"{name.removeprefix('knn_')} {100 * value:.1f}" for name, value in scores.items())
         self.console.say(f"step {report.state.step}: online kNN, %: {shown}")
@@ -175,14 +229,19 @@ class Monitor(Callback):
         write_bytes(self.folder.path / ENCODER_FILE, self._encoder_file)
         self._encoder_file = b""
 
-    def finish(self) -> dict[str, dict[str, Any]]:
+    def finish(self, state: TrainState) -> dict[str, dict[str, Any]]:
         """If there are labels, run kNN and linear probe with their baselines; then save the last figures.
 
         Only the first process does so; the others wait for it.
 
+        Args:
+            state: of the finished loop.
+
         Returns:
             Task -> content of ``evaluation/<task>.json``. Existing results of the same encoder are reused.
         """
+        if (little := hardly_trained(state.step, state.images / len(self.source))) is not None:
+            self.console.warn(little)
         if not self.folder.owner:
             wait_for_first()
             return {}
@@ -215,7 +274,8 @@ class Monitor(Callback):
         if len(results) < len(FINAL_TASKS):
             tasks: dict[str, dict[str, Any]] = {task: {} for task in FINAL_TASKS}
             seed, test = self.config.seed, self._test_source
-            self.console.say(f"final evaluation: {' and '.join(FINAL_TASKS)}, with their baselines")
+            names = " and ".join(FINAL_TASKS)
+            self.console.say(f"final evaluation: {names}, with their baselines (--no-final-eval leaves it out)")
             results = evaluate_frozen(tasks, encoder, self.source, test, folder=path, seed=seed)
         return results
 

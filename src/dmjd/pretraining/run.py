@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmjd.checked_json import check_json
 from dmjd.config.checks import check_out
-from dmjd.config.pretrain import DEFAULT_BATCH_SIZE, PretrainConfig
+from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import absolute
@@ -33,7 +33,9 @@ from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
+from dmjd.pretraining.batch_size import keep_batch_size, resolve_batch_size
 from dmjd.pretraining.callbacks import Monitor, began_with
+from dmjd.pretraining.pace import few_steps_of_epochs
 from dmjd.runs.build import LISTING, build_model, open_data
 from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, check_continues, read_config_of
 from dmjd.runs.driver import Driver, newest_checkpoint
@@ -90,7 +92,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         import_wandb()
     out = check_out("out", config.out)
     # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
-    config, start = read_start(config, out, own_model=model is not None)
+    config, start = read_start(keep_batch_size(config, out), out, own_model=model is not None)
     model = build_model(config, start) if model is None else model
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
@@ -98,7 +100,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     check_settings(config, out, fabric)
     # 3. The images.
     source = training_images(config, out)
-    batch_size = resolve_batch_size(config, len(source), fabric.world_size)
+    config, batch_size = resolve_batch_size(config, len(source), fabric.world_size, fabric.device)
     # 4. The run folder, locked by the first process.
     with closing(RunFolder(out, owner=fabric.is_global_zero)) as folder, closing(console):
         if folder.owner:
@@ -122,7 +124,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 9. Train, evaluating and saving at intervals.
         finished = driver.run()
         # 10. Final figures and evaluation.
-        evaluation = monitor.finish() if finished else {}
+        evaluation = monitor.finish(engine.state) if finished else {}
         monitor.report_unreadable()
     unreadable = tuple(monitor.unreadable.reports)
     return RunResult(folder.path, engine.state.step, finished, driver.metrics, evaluation, unreadable)
@@ -182,27 +184,6 @@ def training_images(config: PretrainConfig, out: Path) -> Source:
     began, reports = began_with(check_json(headers[0].metadata, PretrainState, str(headers[0].path)), config)
     check_moved(source, began, reports, old.data)
     return source
-
-
-def resolve_batch_size(config: PretrainConfig, num_images: int, world_size: int) -> int:
-    """B: the configured batch size or 256, at most the size of the set, a multiple of processes times accumulation.
-
-    Raises:
-        ValueError: if there are more processes than images, or the configured size cannot be divided evenly.
-    """
-    parts = world_size * config.accumulate
-    shares = f"{world_size} process(es) x --accumulate {config.accumulate}"
-    if num_images < parts:
-        raise ValueError(f"{num_images} image(s) cannot be divided among {shares}; use fewer")
-    batch_size = config.batch_size or DEFAULT_BATCH_SIZE
-    if config.batch_size is None or batch_size > num_images:
-        batch_size = min(batch_size, num_images) // parts * parts
-    if batch_size == 0 or batch_size % parts:
-        raise ValueError(
-            f"batch size {batch_size} (the recipe's unless you gave one) cannot be divided among {shares}: "
-            f"pass a --batch-size that is a multiple of {parts}"
-        )
-    return batch_size
 
 
 def resolve_preprocess(
@@ -352,6 +333,8 @@ def log_summary(
             f"batch size {config.batch_size} (the recipe's unless you gave one) exceeds the number of images: "
             f"{batch_size} per step"
         )
+    if (few := few_steps_of_epochs(config.epochs, engine.duration.steps)) is not None:
+        console.warn(few)
     if not resumed and fabric.is_global_zero:
         warn_enlarged(config, source, console)
     if engine.progress >= 1.0:

@@ -4,6 +4,7 @@ Whatever ends a training, its state is saved, unless an error left the weights i
 """
 
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dmjd.engine.console import Console
+from dmjd.engine.console import LIVE_SECONDS, Console
 from dmjd.engine.loggers import Logger
 from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report
 from dmjd.engine.processes import LostProcessError, explain_loss, first_process_works, wait_for_first
@@ -25,6 +26,8 @@ from dmjd.runs.checkpoint import (
     one_line,
     optimizer_tensors,
 )
+
+LINES = 20  # of metrics.jsonl, in a run too slow or short for one every few steps: written as they are shown
 
 UNEVALUATED = "unevaluated"  # in the state of a checkpoint: its step is to be evaluated first
 
@@ -110,6 +113,7 @@ class Driver:
         self._complete: int | None = self.engine.state.step  # last step with its callback; None: in it
         self._unevaluated: dict[str, Any] | None = None  # the callback's state before a due evaluation
         self._warned_of_metrics = False
+        self._recorded = self.engine.progress  # at the last line of metrics of a logged or shown step
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Continue from a checkpoint, if there is one; a final one may hold no optimizer state, only the result.
@@ -136,7 +140,7 @@ class Driver:
                 self.callback.after_restore()
         if checkpoint is not None:
             self._restored_final = checkpoint.path.name == FINAL
-            self._complete = self.engine.state.step
+            self._complete, self._recorded = self.engine.state.step, self.engine.progress
             if checkpoint.state.get(UNEVALUATED):
                 self._unevaluated = self.callback.state()
 
@@ -161,7 +165,7 @@ class Driver:
             if self.folder.owner:  # one process logs, evaluates and saves
                 self._loggers = self.callback.start(self.engine.state.step, self.engine.progress)
                 hooks = [self._after_step, self._log]
-            with StopSignal(patience) as stop, closing(batches):
+            with StopSignal(patience, self._heard) as stop, closing(batches):
                 hooks += [self._share, lambda report: self._evaluate(report, stop)]
                 hooks += [self._save, *self.hooks] if self.folder.owner else []
                 finished = self._train(batches, hooks, stop)
@@ -180,7 +184,8 @@ class Driver:
         try:
             if self._unevaluated is not None:
                 self._evaluate(Report(self.engine.state, self.engine.progress, None), stop)
-            finished = self.engine.run(batches, hooks, stop)
+            show_every = LIVE_SECONDS if self.folder.owner else None
+            finished = self.engine.run(self._announced(batches), hooks, stop, show_every)
         except StopNow:
             finished = False
         except NonFiniteLoss:
@@ -198,6 +203,13 @@ class Driver:
             self._complete_step()
             self.save(final=finished)
         return finished
+
+    def _announced(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; the first one is shown as the begin of a step that may be long."""
+        first = [next(batches)]  # starts the loader's processes, which is done without the thread of a live line
+        self.console.wait("first step ...")
+        yield first.pop()
+        yield from batches
 
     def _save_after_error(self) -> None:
         """Save the last step if its weights are complete. What prevents it must not hide the error itself."""
@@ -238,12 +250,22 @@ class Driver:
         self.folder.save(self.engine.state.step, self.callback.tensors(tensors, final), state, final=final)
         self.callback.after_save(final)
 
+    def _heard(self, number: int) -> None:
+        """Say that a signal was received, while the step goes on."""
+        if number == signal.SIGINT:
+            self.console.say("stopping after this step, which is saved; Ctrl-C again ends at once, without saving")
+        else:
+            self.console.say(f"{signal.Signals(number).name}: stopping after this step, which is saved")
+
     def _log(self, report: Report) -> None:
-        if report.scalars is None:
+        scalars = report.live if report.scalars is None else report.scalars
+        if scalars is None:
             return
         state, epoch = report.state, report.state.images / self.num_images
-        self._record(state.step, {"epoch": epoch, "seconds": state.seconds} | report.scalars)
-        self.console.progress(report.progress, state.step, epoch, state.seconds, report.scalars)
+        if report.scalars is not None or state.step == 1 or report.progress - self._recorded >= 1 / LINES:
+            self._record(state.step, {"epoch": epoch, "seconds": state.seconds} | scalars)
+            self._recorded = report.progress
+        self.console.progress(report.progress, state.step, epoch, state.seconds, scalars)
 
     def _share(self, report: Report) -> None:
         if report.scalars is not None or self._saves_at(report):
@@ -256,6 +278,7 @@ class Driver:
         scores: dict[str, float] = {}
         if self.folder.owner:
             self.engine.check_finite()
+            self.console.close()  # an evaluation has lines of its own, and may start processes
             with first_process_works(), stop.interruptible():
                 scores = self.callback.evaluate(report)
         elif not wait_for_first():

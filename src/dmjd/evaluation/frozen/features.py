@@ -16,6 +16,7 @@ from dmjd.config.fields import FEATURE_PRECISIONS
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
+from dmjd.engine.console import tracked
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
 
@@ -106,7 +107,7 @@ def extract_all(
     parts: dict[str, list[Tensor]] = {name: [] for name in extractors}
     labels, rows = [], []
     with torch.inference_mode():
-        for batch in loader:
+        for batch in tracked(loader, f"features of {source.name}", len(loader), lambda batch: batch.size):
             images = preprocess.normalize(batch.raw.to(device))  # b, C, H, W
             for name, extractor in extractors.items():
                 parts[name].append(extractor(images).float().cpu())  # b, D

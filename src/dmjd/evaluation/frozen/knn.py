@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmjd.config.evaluation import NEIGHBORS, KnnConfig
+from dmjd.engine.console import tracked
 from dmjd.evaluation.frozen.features import Features, check_features
 from dmjd.evaluation.low_shot import typical_count
 from dmjd.evaluation.metrics import accuracies, label_ranks
@@ -48,7 +49,8 @@ def knn(
     chunk = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))
     counts = sorted({*NEIGHBORS, k})
     ranks: dict[int, list[Tensor]] = {count: [] for count in counts}
-    for x, target in zip(test.x.split(chunk), test.labels.split(chunk), strict=True):
+    parts = zip(test.x.split(chunk), test.labels.split(chunk), strict=True)
+    for x, target in tracked(parts, "nearest neighbors", len(test.x), lambda part: len(part[0])):
         similarity = F.normalize(x.to(device), dim=1) @ bank.T  # b, n
         nearest, index = similarity.topk(min(counts[-1], len(bank)), dim=1)  # b, k; in descending order
         for count in counts:

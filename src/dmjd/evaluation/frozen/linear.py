@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmjd.config.checks import MAX_FACTOR, Bounds, check_float, check_int
 from dmjd.config.evaluation import PROBE_EPOCHS, LinearConfig
+from dmjd.engine.console import tracked
 from dmjd.engine.optim import warmup_cosine
 from dmjd.evaluation.frozen.features import Features, check_features
 from dmjd.evaluation.metrics import accuracies, label_ranks
@@ -152,7 +153,7 @@ def _fit(
         {"params": [linear.bias], "weight_decay": 0.0, "always_adapt": False},
     ]
     optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
-    for factor, rows in batches:
+    for factor, rows in tracked(batches, "linear probe", batches.steps, unit="steps"):
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         rows = rows.to(x.device)

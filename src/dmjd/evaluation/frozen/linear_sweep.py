@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dmjd.config.evaluation import LinearSweepConfig
 from dmjd.encoders.base import Encoder
+from dmjd.engine.console import tracked
 from dmjd.evaluation.frozen.features import Features, check_features
 from dmjd.evaluation.frozen.linear import MAX_BATCH, ProbeBatches, new_linear, probe_schedule
 from dmjd.evaluation.low_shot import hold_out
@@ -173,7 +174,8 @@ class _Probes:
                     {"params": [parameter], "weight_decay": decay, "always_adapt": matrix, "lr_scale": choice.rate}
                 )
         optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
-        for factor, rows in batches:
+        probes = f"{len(self.choices)} linear probes"
+        for factor, rows in tracked(batches, probes, batches.steps, unit="steps"):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor * group["lr_scale"]
             rows = rows.to(x.device)

@@ -13,16 +13,16 @@ from dmjd.evaluation.frozen.knn import knn
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
 
-NUM_TRAIN, NUM_TEST = 5_000, 2_000
+NUM_TRAIN, NUM_TEST = 2_000, 500
 
 _MAX_BYTES = 1 << 30
 
 
 class OnlineKnn:
-    """Accuracy of a weighted kNN on up to 5,000 training and 2,000 test images, evenly spaced over their sets.
+    """Accuracy of a weighted kNN on up to 2,000 training and 500 test images, evenly spaced over their sets.
 
-    The images are read by the constructor and kept, preprocessed, in main memory. Fewer images are used if they are
-    large, to stay below 1 GiB.
+    The images are read by :meth:`read`, or when they are first needed, and kept, preprocessed, in main memory. Fewer
+    images are used if they are large, to stay below 1 GiB.
 
     Args:
         train, test: labeled sources.
@@ -30,6 +30,9 @@ class OnlineKnn:
         device: device that the encoder runs on.
         batch_size: images per batch.
         num_workers: data loading processes; None: by the number of cores.
+
+    Attributes:
+        num_images: images used, of both sets.
 
     Raises:
         ValueError: if a source is unlabeled, has a single class, or their classes differ.
@@ -46,18 +49,38 @@ class OnlineKnn:
         num_workers: int | None = None,
     ) -> None:
         self._preprocess, self._device, self._batch_size = preprocess, device, batch_size
-        labels = align_labels(train, test)
+        self._sources, self._num_workers = (train, test), num_workers
+        self._all_labels = align_labels(train, test)
         height, width = preprocess.img_size
         fraction = min(1.0, _MAX_BYTES / ((NUM_TRAIN + NUM_TEST) * height * width * preprocess.in_chans))
-        rows = [first_of_parts(len(s), max(1, int(n * fraction))) for s, n in ((train, NUM_TRAIN), (test, NUM_TEST))]
-        kept = [read_all(s, preprocess, r, num_workers) for s, r in zip((train, test), rows, strict=True)]
+        counts = ((train, NUM_TRAIN), (test, NUM_TEST))
+        self._rows = [first_of_parts(len(source), max(1, int(n * fraction))) for source, n in counts]
+        self.num_images = sum(map(len, self._rows))
+        assert train.labels is not None
+        check_labels(
+            *(torch.from_numpy(x[r]) for x, r in zip((train.labels, self._all_labels), self._rows, strict=True))
+        )
+        self._raw: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def read(self) -> None:
+        """Read the images, unless that was done.
+
+        Raises:
+            ValueError: if none of a set, or of all classes but one, can be read.
+        """
+        if self._raw:
+            return
+        pairs = zip(self._sources, self._rows, strict=True)
+        kept = [read_all(source, self._preprocess, rows, self._num_workers) for source, rows in pairs]
         assert kept[0].labels is not None
-        self._raw = [images.raw for images in kept]
-        self._labels = [kept[0].labels, torch.from_numpy(labels[kept[1].index.numpy()])]
-        check_labels(*self._labels)
+        labels = [kept[0].labels, torch.from_numpy(self._all_labels[kept[1].index.numpy()])]
+        check_labels(*labels)
+        self._raw, self._labels = [images.raw for images in kept], labels
 
     def baselines(self, fresh: Encoder) -> dict[str, float]:
         """Top-1 accuracies of a randomly initialized encoder and of raw pixels."""
+        self.read()
         pixels = (
             Features(raw_pixels(self._preprocess.normalize(raw)), labels, torch.arange(len(labels)))
             for raw, labels in zip(self._raw, self._labels, strict=True)
@@ -66,6 +89,7 @@ class OnlineKnn:
 
     def __call__(self, encoder: Encoder) -> float:
         """Top-1 accuracy of an encoder, 0 to 1; its mode is restored afterwards."""
+        self.read()
         with evaluating(encoder):
             xs = [self._features(encoder, raw) for raw in self._raw]
         train, test = (Features(x, y, torch.arange(len(y))) for x, y in zip(xs, self._labels, strict=True))

@@ -21,6 +21,7 @@ from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.classifier import CLASSIFIER_FILE, CLASSIFIER_KEY, ImageClassifier, classifier_bytes, load_classifier
 from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.weights import is_shared, load_encoder
+from dmjd.engine.console import tracked
 from dmjd.engine.loop import Task
 from dmjd.evaluation.low_shot import LowShot, describe_labels, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
@@ -257,7 +258,8 @@ class Finetuning(SupervisedEvaluation):
         model = task.classifier
         device, preprocess = model.head.weight.device, model.test_preprocess
         ranks, predictions, labels = [], [], []
-        for batch in EvalLoader(self.test, preprocess, num_workers=self.num_workers, indices=rows):
+        loader = EvalLoader(self.test, preprocess, num_workers=self.num_workers, indices=rows)
+        for batch in tracked(loader, "test images", len(loader), lambda batch: batch.size):
             images = model.crop(preprocess.normalize(batch.raw.to(device)))
             label = self.test_labels[batch.index]
             scores = model(images).float().cpu()  # b, classes

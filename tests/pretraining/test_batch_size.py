@@ -1,0 +1,69 @@
+"""The default batch size, and how a resumed run keeps the one it began with."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import TINY_FIELDS
+
+import dmjd
+import dmjd.pretraining.batch_size
+from dmjd.config import recipes
+from dmjd.pretraining.batch_size import default_batch_size, keep_batch_size, resolve_batch_size
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("images", "cpu", "minutes", "expected"),
+    [
+        (10**6, False, None, 256),
+        (10**6, False, 2.0, 256),
+        (10**6, True, None, 64),
+        (10**6, True, 60.0, 64),
+        (10**6, True, 10.0, 32),
+        (300, False, None, 30),
+        (100, True, None, 16),
+        (5, True, 1.0, 5),
+    ],
+)
+def test_the_default_depends_on_set_time_and_machine(images, cpu, minutes, expected):
+    assert default_batch_size(images, cpu=cpu, minutes=minutes) == expected
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(16, 3000), st.booleans())
+def test_the_default_is_divided_among_processes_and_is_recorded(processes, accumulate, images, cpu):
+    config, device = recipes.folder(img_size=128, accumulate=accumulate), CPU if cpu else torch.device("cuda")
+    resolved, batch_size = resolve_batch_size(config, images, processes, device)
+    assert resolved.batch_size == batch_size <= min(256, images)
+    assert batch_size % (processes * accumulate) == 0
+    assert resolve_batch_size(resolved, images, processes, device) == (resolved, batch_size)
+
+
+def test_recipes_that_set_a_batch_size_keep_it():
+    for config in (recipes.digits(), recipes.folder(img_size=32), recipes.distill()):
+        assert resolve_batch_size(config, 10**4, 1, CPU) == (config, 64)
+
+
+def test_a_resumed_run_keeps_the_batch_size_it_began_with(image_folder, tmp_path, monkeypatch):
+    """Also where the default is another one, such as on a GPU."""
+    fields = TINY_FIELDS | {"num_workers": 0}
+    config = recipes.dmjd(image_folder, str(tmp_path / "run"), **fields, steps=2)
+    dmjd.pretrain(config)
+    file = tmp_path / "run" / "config.json"
+    assert json.loads(file.read_text())["batch_size"] == 16
+    monkeypatch.setattr(dmjd.pretraining.batch_size, "LEAST_DEFAULT", 8)
+    assert keep_batch_size(config, tmp_path / "other").batch_size is None
+    with pytest.raises(ValueError, match="batch_size: 16 -> 8"):
+        dmjd.pretrain(config.replace(batch_size=8))
+    again = dmjd.pretrain(config.replace(steps=4))
+    assert json.loads(file.read_text())["batch_size"] == 16
+    assert again.step == 4
+    # A run of a former version recorded no default; it was 256, or the whole set.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"batch_size": None}))
+    assert keep_batch_size(config, tmp_path / "run").batch_size == 256
+    dmjd.pretrain(config.replace(steps=4, batch_size=256))  # the same
+    with pytest.raises(ValueError, match="batch_size: 256 -> 16"):
+        dmjd.pretrain(config.replace(steps=4, batch_size=16))
