@@ -119,9 +119,9 @@ def test_an_evaluation_that_takes_too_long_is_left_out(monitor, capsys):
     with closing(monitor.start(0, 0.0)[0]):
         assert monitor.evaluate(trained(10, 40.0)) == {}
         assert monitor.evaluate(trained(20, 80.0)) == {}
-        # Two seconds for a figure, and one for each of the 30 images.
+        # Two seconds for a figure, and half a second for each of the 30 images.
         assert capsys.readouterr().err == (
-            "step 10: no evaluation, which would take about 32 s; at most 10 % of the time goes to evaluations "
+            "step 10: no evaluation, which would take about 17 s; at most 10 % of the time goes to evaluations "
             "(--eval-every N: one every N steps)\n"
         )
         assert not list((monitor.folder.path / "figures").glob("*"))

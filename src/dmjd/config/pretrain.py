@@ -384,6 +384,7 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
         before, after = getattr(old, field.name), getattr(new, field.name)
         if field.name == "batch_size":
             before = before or FORMER_BATCH_SIZE
+            after = after or before  # a run keeps the one it began with
         if before == after or field.name in DURATIONS:
             continue
         if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:

@@ -46,6 +46,8 @@ FINAL_TASKS = ("knn", "linear")
 
 FIGURE_SECONDS = 2.0  # expected of the first figure
 
+ENCODED = 0.5  # expected time to read and encode an image, twice because of the baseline, relative to training on it
+
 TOLD_SECONDS = 1.0  # evaluations that take less are not worth a message
 
 START_FEATURES = "start_features.safetensors"  # in the folder of a run that began from trained weights
@@ -169,7 +171,7 @@ class Monitor(Callback):
         time so far.
         """
         state = report.state
-        estimate = FIGURE_SECONDS + self._images_evaluated * state.seconds / max(1, state.images)
+        estimate = FIGURE_SECONDS + ENCODED * self._images_evaluated * state.seconds / max(1, state.images)
         if not self._budget.allows(state.seconds, estimate):
             if self._images_evaluated:  # a figure that is left out is not missed
                 self._tell_cost(f"step {state.step}: no evaluation, which would take", estimate)
