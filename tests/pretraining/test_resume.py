@@ -144,7 +144,9 @@ def test_settings_that_may_change_take_effect(begun, tmp_path):
     shutil.copytree(begun.out, out := tmp_path / "run")
     result = dmjd.pretrain(begun.replace(out=str(out), **ALLOWED))
     assert result.step == 6
-    assert [line["step"] for line in metrics(out)] == [1, 2, 4, 6]
+    steps = [line["step"] for line in metrics(out)]
+    assert {1, 2, 4, 6} <= set(steps)  # besides those that were shown meanwhile
+    assert steps == sorted(set(steps))
     assert sorted(file.name for file in (out / "checkpoints").iterdir()) == [
         "final.safetensors",
         "step-000000002.safetensors",

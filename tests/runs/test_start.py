@@ -60,7 +60,8 @@ def test_a_run_takes_encoder_and_size_from_the_weights_and_resumes_without_them(
 def test_adapt_keeps_the_start_as_a_target(source, tmp_path, image_folder):
     """The copy has the weights of the start to the end, and the encoder does not."""
     given = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 1, "batch_size": 8, "num_workers": 0}
-    config = recipes.adapt(str(image_folder), str(tmp_path), init=str(source), steps=4, init_freeze=0.25, **given)
+    given |= {"init_freeze": 0.25, "eval_every": 1}
+    config = recipes.adapt(str(image_folder), str(tmp_path), init=str(source), steps=4, **given)
     dmjd.pretrain(config)
     model, stored = load_model(tmp_path)
     start = load_encoder(source).state_dict()
