@@ -68,6 +68,7 @@ def resolve_batch_size(
     if batch_size == 0 or batch_size % parts:
         raise ValueError(
             f"batch size {batch_size} (the recipe's unless you gave one) cannot be divided among {shares}: "
-            f"pass a --batch-size that is a multiple of {parts}"
+            f"pass a --batch-size that is a multiple of {parts}, or go on with a run on a number of processes that "
+            "divides its batch"
         )
     return config, batch_size
