@@ -85,14 +85,19 @@ def environment(site: Path) -> dict[str, str]:
     return os.environ | own
 
 
-def run_part(part: str, seconds: int, options: argparse.Namespace, variables: dict[str, str]) -> int:
-    """Run a part in a process group of its own, and stop it when its time is up."""
-    command = [sys.executable, str(Path(__file__).parent / f"part_{part}.py"), "--seconds", str(seconds)]
+def start(script: str, seconds: int, options: argparse.Namespace, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a script of this folder in a process group of its own."""
+    command = [sys.executable, str(Path(__file__).parent / script), "--seconds", str(seconds)]
     command += ["--out", str(options.out), "--device", options.device, "--pack", str(options.pack)]
     command += ["--toy"] if options.toy else []
+    return subprocess.Popen(command, env=variables, cwd=ROOT, start_new_session=True)
+
+
+def run_part(part: str, seconds: int, options: argparse.Namespace, variables: dict[str, str]) -> int:
+    """Run a part in a process group of its own, and stop it when its time is up."""
     print(f"\n=== {part}: at most {seconds} s", flush=True)
     started = time.monotonic()
-    process = subprocess.Popen(command, env=variables, cwd=ROOT, start_new_session=True)
+    process = start(f"part_{part}.py", seconds, options, variables)
     try:
         code = process.wait(timeout=seconds + GRACE)
     except subprocess.TimeoutExpired:
@@ -106,21 +111,13 @@ def run_part(part: str, seconds: int, options: argparse.Namespace, variables: di
     return code
 
 
-def start_warming(seconds: int, options: argparse.Namespace, variables: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Compile what the speed part needs while other parts run."""
-    command = [sys.executable, str(Path(__file__).parent / "warm.py"), "--seconds", str(seconds)]
-    command += ["--out", str(options.out), "--device", options.device, "--pack", str(options.pack)]
-    command += ["--toy"] if options.toy else []
-    return subprocess.Popen(command, env=variables, cwd=ROOT, start_new_session=True)
-
-
 def run_parts(wanted: dict[str, int], options: argparse.Namespace, variables: dict[str, str]) -> list[int]:
     """Run the parts in their order; returns their exit codes."""
     before = list(wanted).index("speed") if "speed" in wanted else 0
     warming, codes = None, []
     if before:
         seconds = sum(list(wanted.values())[:before]) + WARM_LONGER
-        warming = start_warming(seconds, options, variables)
+        warming = start("warm.py", seconds, options, variables)  # compiles what the speed part needs
     for part, seconds in wanted.items():
         if part == "speed" and warming is not None:
             warming.wait()  # it ends by itself

@@ -235,7 +235,7 @@ def test_settings_that_go_together(source, tmp_path, config_of):
 
 
 def test_recipes_that_need_a_model_say_so(tmp_path, capsys):
-    for recipe, flag in (("adapt", "give --init"), ("distill", "needs --teacher")):
+    for recipe, flag in (("adapt", "give --init"), ("distill", "needs a teacher: --teacher")):
         assert flag in mistake(capsys, "pretrain", recipe, "--data", "digits", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

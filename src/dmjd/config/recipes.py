@@ -145,8 +145,8 @@ def folder(data: str | None = None, out: str | None = None, **overrides: Any) ->
         )
         if "target" not in overrides:  # a target given by the user is meant for both branches
             config = config.replace(mim_target="pixel", vis_target="hog")
-        encoder = overrides.get("encoder", config.encoder if "init" not in overrides else "that of the weights")
-        if encoder.endswith("patch4"):
+        from_weights = "init" in overrides and "encoder" not in overrides  # whose patch is not known yet
+        if not from_weights and overrides.get("encoder", config.encoder).endswith("patch4"):
             config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
     return config.replace(**overrides)
 

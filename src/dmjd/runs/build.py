@@ -130,10 +130,6 @@ def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
     that the configuration does not have keep their defaults.
     """
     settings_class = target_class(name).settings_class
-    if name == "teacher" and config.teacher is None:
-        raise ValueError(
-            "the target 'teacher' needs --teacher: a timm model, local-dir:FOLDER, a run folder or an encoder file"
-        )
     if settings_class is None:
         return name
     names = {f.name: name if f.name == "source" else f"{name}_{f.name}" for f in dataclasses.fields(settings_class)}
