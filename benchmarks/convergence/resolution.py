@@ -1,11 +1,12 @@
 """Small images first: 128 pixels and then 224 for the last tenth of the time, against 224 throughout, in equal time.
 
-    python benchmarks/convergence/resolution.py --data grocery --minutes 6 --seeds 3
+    python benchmarks/convergence/resolution.py --data grocery --minutes 6 --seeds 3 --teacher local-dir:FOLDER
 
-A small ViT with 16-pixel tokens, pixels for masked and HOG for visible tokens, Muon. The seconds of a step are measured
-first, the fastest of alternating rounds; runs then have as many steps as fit into the minutes, so other load on the
-machine changes no result. The second part starts from the first by ``--init RUN --img-size 224 --init-decoder``. kNN
-and linear probe on the test images, at the size that a run ended with. Finished runs are not repeated.
+A small ViT with 16-pixel tokens and the recipe ``distill``, whose teacher sees images of the encoder's size; without a
+teacher pixels for masked and HOG for visible tokens, Muon. The seconds of a step are measured first, the fastest of
+alternating rounds; runs then have as many steps as fit into the minutes, so other load on the machine changes no
+result. The second part starts from the first by ``--init RUN --img-size 224 --init-decoder``. kNN and linear probe on
+the test images, at the size that a run ended with. Finished runs are not repeated.
 """
 
 import argparse
@@ -37,6 +38,9 @@ WAYS = {
 }
 
 
+SETTINGS = ("encoder", "minutes", "seeds", "blr", "batch_size", "precision")
+
+
 class Resolution:
     """The study; every finished way and seed is one JSON file.
 
@@ -51,17 +55,14 @@ class Resolution:
 
     def config(self, size: int, seed: int) -> PretrainConfig:
         """Settings that all parts share."""
-        return dmjd.recipes.dmjd(
+        mixed = {"mim_target": "pixel", "vis_target": "hog", "teacher_size": None}
+        distilled = {"teacher": self.given.teacher, "teacher_size": (size,)}
+        return dmjd.recipes.distill(
             data=str(Path(self.given.data).resolve()),
             img_size=size,
-            **ENCODERS["vit16_lite"],
-            mim_target="pixel",
-            vis_target="hog",
-            mask_ratio=0.75,
-            block_size=1,
-            optimizer="muon",
+            **ENCODERS[self.given.encoder],
+            **distilled if self.given.teacher else mixed,
             blr=self.given.blr,
-            clip_grad=3.0,
             batch_size=self.given.batch_size,
             precision=self.given.precision,
             seed=seed,
@@ -115,7 +116,7 @@ class Resolution:
         order = shuffled([(way, seed) for way in WAYS for seed in range(given.seeds)])
         runs = sorted((self.train(*one) for one in order), key=lambda run: (list(WAYS).index(run["way"]), run["seed"]))
         content = {
-            "settings": {name: getattr(given, name) for name in ("minutes", "seeds", "blr", "batch_size", "precision")},
+            "settings": {name: getattr(given, name) for name in SETTINGS},
             "data": Path(given.data).name,
             "seconds_per_step": self.seconds,
             "runs": runs,
@@ -151,6 +152,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", required=True, help="folder with train and test images in folders of classes")
     parser.add_argument("--out", type=Path, default=Path("runs/resolution"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/resolution.json"))
+    parser.add_argument("--encoder", default="vit16_lite", choices=("vit16", "vit16_lite"))
+    parser.add_argument("--teacher", help="a trained model, timm's name or local-dir:FOLDER")
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--blr", type=float, default=3e-3)
