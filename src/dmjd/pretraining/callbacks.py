@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.schedules import WSD
 from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
@@ -32,6 +33,7 @@ from dmjd.files import digest_of, write_bytes, write_text
 from dmjd.model import MaskedImageModel
 from dmjd.pretraining.budget import SHARE, EvaluationBudget
 from dmjd.pretraining.pace import Pace, hardly_trained
+from dmjd.pretraining.schedule import is_evaluation_step
 from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
 from dmjd.runs.driver import Callback
@@ -153,7 +155,7 @@ class Monitor(Callback):
         self._warned |= self._warnings.keys()
 
     def is_due(self, report: Report) -> bool:
-        """Every ``eval_every`` steps, or ten times per run; :meth:`finish` is the evaluation at the end.
+        """Every ``eval_every`` steps, or ten times per run (with wsd, by its growth); :meth:`finish` evaluates the end.
 
         Whether there is time for one of the ten is decided by :meth:`evaluate`, in the first process.
         """
@@ -161,6 +163,8 @@ class Monitor(Callback):
         if report.progress >= 1.0:
             return False
         if every is None:
+            if self.config.schedule == WSD:
+                return is_evaluation_step(report.state.step)
             return report.progress >= _next_evaluation(report.before)
         return every > 0 and report.state.step % every == 0
 
