@@ -56,7 +56,11 @@ ENCODERS: dict[str, dict[str, Any]] = {
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
-SETS += ("targets", "beyond", "distill", "adapt")
+SETS += ("targets", "beyond", "distill", "adapt", "schedule")
+
+# What was found best for CIFAR-10.
+SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
+SMALL_IMAGES |= {"hog_cell": 4, "optimizer": "muon"}
 
 GIVEN = "given"  # stands for the weights that are given
 
@@ -154,6 +158,14 @@ def _adapt() -> dict[str, Variant]:
     }
 
 
+def _schedule() -> dict[str, Variant]:
+    """A cosine, and a constant learning rate with a cooldown of several lengths."""
+    wsd = SMALL_IMAGES | {"schedule": "wsd"}
+    return {"cosine": Variant("dmjd", SMALL_IMAGES), "wsd": Variant("dmjd", wsd)} | {
+        f"wsd_{100 * part:.0f}": Variant("dmjd", wsd | {"cooldown": part}) for part in (0.1, 0.4)
+    }
+
+
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
     """The variants of a set, the baseline first."""
     pixels = "convmae" if convolutional else "mae"
@@ -184,6 +196,8 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return _distill()
     if name == "adapt":
         return _adapt()
+    if name == "schedule":
+        return _schedule()
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}

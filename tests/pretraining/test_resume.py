@@ -84,15 +84,7 @@ ALLOWED = {
     "eval_every": 3,
     "final_eval": True,
 }
-ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown_now"}  # may change too, tested elsewhere
-    "data",
-    "out",
-    "resume",
-    "wandb",
-    "test_data",
-    "teacher",
-    "cooldown_now",
-}  # may change too, and have tests of their own
+ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown_now"}  # may change, tested elsewhere
 WSD = {"warmup_steps", "cooldown"}  # must stay, need the schedule wsd, and are tested with it
 STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them
 

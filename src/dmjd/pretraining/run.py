@@ -34,7 +34,7 @@ from dmjd.pretraining.batch_size import keep_batch_size, resolve_batch_size
 from dmjd.pretraining.callbacks import Monitor, began_with
 from dmjd.pretraining.cooldown_now import branch_to_train
 from dmjd.pretraining.pace import few_steps_of_epochs
-from dmjd.pretraining.schedule import num_steps, schedule_of
+from dmjd.pretraining.schedule import check_schedule_fits, num_steps, schedule_of
 from dmjd.pretraining.settings import check_settings, record_settings, resolve_paths
 from dmjd.runs.branches import start_branch, tidy_branch
 from dmjd.runs.build import LISTING, build_model, open_data
@@ -103,7 +103,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     # 3. The images.
     source = training_images(config, out)
     config, batch_size = resolve_batch_size(config, len(source), fabric.world_size, fabric.device)
-    schedule_of(config, num_steps(config, len(source), batch_size))  # an error comes before anything is written
+    check_schedule_fits(config, num_steps(config, len(source), batch_size))
     # 4. The run folder, locked by the first process.
     with CooldownSignal() as asked, closing(RunFolder(out, fabric.is_global_zero)) as folder, closing(console):
         record_settings(folder, config, source, start, console)

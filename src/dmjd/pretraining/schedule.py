@@ -24,19 +24,19 @@ def num_steps(config: PretrainConfig, num_images: int, batch_size: int) -> int |
 
 
 def schedule_of(config: PretrainConfig, steps: int | None) -> tuple[Callable[[float], float], int]:
-    """The schedule, a function of progress, and the number of warm-up steps besides it, of a run of ``steps`` steps.
-
-    Raises:
-        ValueError: if the warm-up would reach into the cooldown.
-    """
+    """The schedule, a function of progress, and the number of warm-up steps besides it, of a run of ``steps`` steps."""
     if config.schedule == COSINE:
         return partial(warmup_cosine, warmup=config.warmup), 0
     cooldown = DEFAULT_COOLDOWN if config.cooldown is None else config.cooldown
     warmup_steps = DEFAULT_WARMUP_STEPS if config.warmup_steps is None else config.warmup_steps
-    if steps is not None:
-        cooldown = max(cooldown, 1 / steps)  # one step at least
-        check_warmup_ends(warmup_steps, cooldown, steps)
-    return Cooldown(cooldown), warmup_steps
+    return Cooldown(cooldown if steps is None else max(cooldown, 1 / steps)), warmup_steps  # one step at least
+
+
+def check_schedule_fits(config: PretrainConfig, steps: int | None) -> None:
+    """Check that the warm-up of a run of ``steps`` steps ends before its cooldown; ValueError if not."""
+    schedule, warmup_steps = schedule_of(config, steps)
+    if isinstance(schedule, Cooldown) and steps is not None:
+        check_warmup_ends(warmup_steps, schedule.fraction, steps)
 
 
 def is_evaluation_step(step: int) -> bool:
