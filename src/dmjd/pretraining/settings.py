@@ -57,10 +57,9 @@ def record_settings(
     """Write in the first process what the run begins with; a run that is prolonged leaves its cooldown."""
     if not folder.owner:
         return
-    stable = abandoned_cooldown(folder.path, config)
-    folder.validate_config(config)
-    if stable is not None:
+    if (stable := abandoned_cooldown(folder.path, config)) is not None:
         leave_cooldown(folder.path, stable, console.say)
+    folder.validate_config(config)
     source.save_listing(folder.path / LISTING)
     if start is not None:
         start.save(folder.path)
