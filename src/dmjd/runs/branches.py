@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dmjd.checked_json import check_json
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.resuming import length_of
 from dmjd.config.schedules import DEFAULT_COOLDOWN, DEFAULT_WARMUP_STEPS, WSD
@@ -29,7 +30,7 @@ from dmjd.encoders.headers import (
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.files import make_folder, move, remove, write_text
 from dmjd.result_files import BASELINES, EVALUATION, read_evaluation
-from dmjd.runs.checkpoint import CONFIG_FILE, Checkpoint, load_checkpoint, read_config_of
+from dmjd.runs.checkpoint import CONFIG_FILE, Checkpoint, PretrainState, load_checkpoint, read_config_of
 from dmjd.runs.owner import LOCK
 
 BRANCHES = "branches"
@@ -54,13 +55,15 @@ def abandoned_cooldown(run: Path, config: PretrainConfig) -> Checkpoint | None:
     if before == after:
         return None
     try:
-        return load_checkpoint(run / CHECKPOINTS / STABLE)
+        stable = load_checkpoint(run / CHECKPOINTS / STABLE)
+        check_json(stable.state, PretrainState, str(stable.path))
     except ValueError as error:
         reason = str(error) if (run / CHECKPOINTS / STABLE).exists() else "it is missing, as in a branch"
         raise ValueError(
             f"{run} cannot be prolonged: that needs its state before the cooldown ({reason}). Give --{before[0]} "
             f"{before[1]:g} as before, or another --out"
         ) from None
+    return stable
 
 
 def leave_cooldown(run: Path, stable: Checkpoint, say: Callable[[str], None]) -> None:
@@ -82,7 +85,7 @@ def leave_cooldown(run: Path, stable: Checkpoint, say: Callable[[str], None]) ->
     if not branch.exists():
         with _Making(branch) as made:
             _copy_tree(run, made, lambda path: path.parts[0] not in (BRANCHES, CHECKPOINTS))
-            for file in cooled:
+            for file in [newest.path] if newest.path.name == FINAL else cooled:
                 _link(file, made / CHECKPOINTS / file.name)
             write_text(made / CONFIG_FILE, _config_of(newest).replace(out=str(branch)).to_json())
     for file in (run / EVALUATION).glob("*.json"):
@@ -125,7 +128,7 @@ def start_branch(run: Path, config: PretrainConfig) -> PretrainConfig:
         raise ValueError(f"{run}: its newest checkpoint, of step {newest.step}, belongs to the {warmup} warm-up steps")
     branch = next(_folders(run, newest.step))
     if (begun := read_config_of(branch)) is not None:
-        return begun
+        return begun.replace(out=str(branch), data=config.data)
     steps = max(FEWEST_STEPS, round((config.cooldown or DEFAULT_COOLDOWN) * newest.step))
     branched = config.replace(
         out=str(branch),
@@ -173,7 +176,7 @@ def _folders(run: Path, step: int) -> Iterator[Path]:
 
 
 def _config_of(header: Header) -> PretrainConfig:
-    return PretrainConfig.from_json(json.dumps(header.metadata["config"]), str(header.path))
+    return PretrainConfig.from_json(json.dumps(header.metadata.get("config")), str(header.path))
 
 
 def _newest_weights(run: Path) -> Any:

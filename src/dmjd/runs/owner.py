@@ -34,7 +34,7 @@ class Owner:
         """The process that a lock names; None if it names none."""
         first, *others = lock.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         pid, _, machine = first.partition(" ")
-        if not pid.isdecimal():
+        if not pid.isdecimal() or int(pid) == 0:  # a signal to process 0 would go to a whole group
             return None
         return cls(int(pid), machine, int(others[0]) if others and others[0].isdecimal() else None)
 
