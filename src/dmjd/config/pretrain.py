@@ -104,6 +104,13 @@ class PretrainConfig(Config):
         ge=0,
         most=MAX_COUNT,
     )
+    held_out: int | None = option(
+        None,
+        "images that are not trained on, for the held-out loss; default 2 % of the set, at most 2000",
+        "data",
+        ge=0,
+        most=MAX_COUNT,
+    )
     num_workers: int | None = option(
         None, "data loading processes; default by the number of cores", "data", resume=True, ge=0, most=MAX_WORKERS
     )
@@ -385,6 +392,9 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
         if field.name == "batch_size":
             before = before or FORMER_BATCH_SIZE
             after = after or before  # a run keeps the one it began with
+        if field.name == "held_out":
+            before = before or 0
+            after = before if after is None else after
         if before == after or field.name in DURATIONS:
             continue
         if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
