@@ -55,7 +55,7 @@ class RunResult:
         path: the run folder.
         step: optimizer steps done.
         finished: False after a stop by a signal.
-        metrics: the last line of ``metrics.jsonl``.
+        metrics: the scalars of the last logged step.
         evaluation: task -> the content of ``evaluation/<task>.json``.
         unreadable: (name, reason) of the images that could not be read.
     """
