@@ -5,8 +5,8 @@
 
 Reads results of ``convergence.py``, whose probes hold the measures. For each set of images:
 
-- within a run: Spearman's rank correlation over its probes, without that of the weights it began with, and what is lost in linear probe if the checkpoint with the
-  best value of the measure is taken instead of the one with the best linear probe;
+- within a run: Spearman's rank correlation over its probes, without that of the weights it began with, and what is lost
+  in linear probe if the checkpoint with the best value of the measure is taken instead of the one with the best probe;
 - across runs: the same correlation over the last probes of all runs, which differ in recipe, rate, length and seed. A
   loss is compared among runs of one recipe only, which is why it has no such value.
 """
