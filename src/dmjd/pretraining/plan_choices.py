@@ -83,10 +83,9 @@ def choose_model(choices: Choices, asked: PlanConfig, seen: Overview, reach: Rea
         tried = encoder or ENCODERS[-1]
         epochs = reach(tried, HIGH) / seen.num_images
         side = HIGH if epochs >= HIGH_EPOCHS else LOW
-        why = (
-            f"{epochs:.0f} epochs of {HIGH} x {HIGH} fit" if side == HIGH else f"{HIGH} x {HIGH} takes 3 times as long"
-        )
-        choices.reasons["img_size"] = f"{side} x {side}: {why}; {HIGH_EPOCHS} epochs make the larger size worth it"
+        fits = f"{epochs:.0f} epochs of {HIGH} x {HIGH} fit"
+        why = f"{fits}, enough for it" if side == HIGH else f"only {fits}, and {HIGH_EPOCHS} make it worth it"
+        choices.reasons["img_size"] = f"{side} x {side}: {why}"
     elif asked.img_size is None:
         h, w = seen.typical
         choices.reasons["img_size"] = f"{side} x {side}: images of about {h} x {w} hold no more detail"
