@@ -158,7 +158,7 @@ def measure(config: PretrainConfig, source: Source, seconds: float) -> Measured:
 
 
 def _forget_peak_memory(device: torch.device) -> None:
-    """Begin to measure the peak memory anew, where the system can: what came before does not belong to a run."""
+    """Measure the peak memory from now on, where the system can: what came before does not belong to a run."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
