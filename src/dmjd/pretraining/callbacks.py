@@ -166,7 +166,7 @@ class Monitor(Callback):
         estimate = FIGURE_SECONDS + ENCODED * self._images_evaluated * state.seconds / max(1, state.images)
         if not self._budget.allows(state.seconds, estimate):
             if final:
-                return self._measure("at the end", (DRIFT,))
+                return self._measure(state.step, "at the end", (DRIFT,))
             if self._images_evaluated:  # a figure that is left out is not missed
                 self._tell_cost(f"step {state.step}: no evaluation, which would take", estimate)
             return {}

@@ -12,8 +12,10 @@ from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.quality import LEAST_IMAGES, FeatureQuality
 from dmjd.model import MaskedImageModel
 from dmjd.pretraining.budget import EvaluationBudget
+from dmjd.pretraining.health import collapse, memorizing
 from dmjd.pretraining.held_out import HeldOutLoss
 from dmjd.runs.checkpoint import RunFolder
+from dmjd.runs.metrics import read_metrics
 
 KNN, DRIFT, FEATURES, HELD_OUT = "online kNN", "drift from the start", "features without labels", "held-out loss"
 
@@ -49,6 +51,8 @@ class Measures:
         self._device = next(model.parameters()).device.type
         self._measures: dict[str, Callable[[], dict[str, float]]] = {}  # by name in messages
         self._baselines: dict[str, float] = {}
+        lines = read_metrics(folder.metrics) if folder.metrics.exists() else []
+        self._losses = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
         self.num_images = 0
 
     def start(self, source: Source, held_out: Source | None, test: Source | None, fresh: bool) -> None:
@@ -85,7 +89,7 @@ class Measures:
         self._measures[name] = measure
         self.num_images += num_images
 
-    def __call__(self, when: str, names: Collection[str] = NAMES) -> dict[str, float]:
+    def __call__(self, step: int, when: str, names: Collection[str] = NAMES) -> dict[str, float]:
         """Measure, show and return what ``names`` says; ``when`` begins the lines, e.g. "step 100"."""
         scores: dict[str, float] = {}
         for name in [name for name in self._measures if name in names]:
@@ -96,6 +100,11 @@ class Measures:
                 del self._measures[name]
         for line in lines_of(scores):
             self._console.say(f"{when}: {line}")
+        if "held_out_loss" in scores:
+            self._losses.append((step, scores["held_out_loss"]))
+        for warning in (collapse(scores), memorizing(self._config, self._losses)):
+            if warning is not None:
+                self._console.warn(f"{when}: {warning}")
         return scores
 
     def _measure_knn(self, knn: OnlineKnn) -> dict[str, float]:
