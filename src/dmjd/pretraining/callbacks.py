@@ -173,10 +173,10 @@ class Monitor(Callback):
         with self._budget.measured():
             if final:
                 return self._measure(
-                    "at the end", [name for name in NAMES if name != KNN or not self.config.final_eval]
+                    state.step, "at the end", [name for name in NAMES if name != KNN or not self.config.final_eval]
                 )
             attempt_figure(lambda: self._save_figure(f"step-{state.step:09d}.png"), self.console)
-            scores = self._measure(f"step {state.step}")
+            scores = self._measure(state.step, f"step {state.step}")
         self._tell_cost("an evaluation takes", estimate)
         return scores
 
@@ -185,8 +185,8 @@ class Monitor(Callback):
         """How many images the first evaluation encodes."""
         return self._measures.num_images if self._measures is not None else 0
 
-    def _measure(self, when: str, names: Collection[str] = NAMES) -> dict[str, float]:
-        return self._measures(when, names) if self._measures is not None else {}
+    def _measure(self, step: int, when: str, names: Collection[str] = NAMES) -> dict[str, float]:
+        return self._measures(step, when, names) if self._measures is not None else {}
 
     def _tell_cost(self, begin: str, estimate: float) -> None:
         """Say once how long an evaluation takes, and when there is one."""

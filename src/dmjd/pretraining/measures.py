@@ -53,6 +53,7 @@ class Measures:
         self._baselines: dict[str, float] = {}
         lines = read_metrics(folder.metrics) if folder.metrics.exists() else []
         self._losses = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+        self._warned: set[str] = set()
         self.num_images = 0
 
     def start(self, source: Source, held_out: Source | None, test: Source | None, fresh: bool) -> None:
@@ -102,9 +103,10 @@ class Measures:
             self._console.say(f"{when}: {line}")
         if "held_out_loss" in scores:
             self._losses.append((step, scores["held_out_loss"]))
-        for warning in (collapse(scores), memorizing(self._config, self._losses)):
-            if warning is not None:
+        for kind, warning in (("rank", collapse(scores)), ("loss", memorizing(self._config, self._losses))):
+            if warning is not None and kind not in self._warned:
                 self._console.warn(f"{when}: {warning}")
+                self._warned.add(kind)
         return scores
 
     def _measure_knn(self, knn: OnlineKnn) -> dict[str, float]:
