@@ -48,7 +48,8 @@ from convergence_sets import (
 )
 
 import dmjd
-from dmjd.config.pretrain import PretrainConfig, resume_differences
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.resuming import resume_differences
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.stored import encoder_bytes

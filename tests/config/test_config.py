@@ -11,7 +11,8 @@ import pytest
 
 from dmjd.config import DetectionConfig, FinetuneConfig, KnnConfig, LinearConfig, SegmentationConfig, recipes
 from dmjd.config.fields import Config, option
-from dmjd.config.pretrain import PretrainConfig, resume_differences
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.resuming import resume_differences
 from dmjd.encoders.registry import ENCODERS
 from dmjd.evaluation.registry import TASKS, FrozenTask
 from dmjd.masking import SAMPLERS

@@ -9,7 +9,8 @@ import torch
 from support import mistake
 
 from dmjd.config import recipes
-from dmjd.config.pretrain import PretrainConfig, resume_differences
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.resuming import resume_differences
 from dmjd.runs.build import build_masks, build_model
 
 TINY = {"img_size": 32, "encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False}

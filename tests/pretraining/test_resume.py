@@ -60,6 +60,7 @@ OTHER = {
     "blr": 1e-3,
     "optimizer": "adamw",
     "weight_decay": 0.1,
+    "schedule": "wsd",
     "warmup": 0.5,
     "layer_decay": 0.9,
     "init_freeze": 0.1,
@@ -84,7 +85,16 @@ ALLOWED = {
     "eval_every": 3,
     "final_eval": True,
 }
-ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher"}  # may change too, and have tests of their own
+ELSEWHERE = {
+    "data",
+    "out",
+    "resume",
+    "wandb",
+    "test_data",
+    "teacher",
+    "cooldown_now",
+}  # may change too, and have tests of their own
+WSD = {"warmup_steps", "cooldown"}  # must stay, need the schedule wsd, and are tested with it
 STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them
 
 
@@ -104,7 +114,7 @@ def begun(image_folder, tmp_path_factory):
 
 
 def test_every_setting_is_tried():
-    tables = {*OTHER, *LENGTHS, *TOGETHER, *ALLOWED, *ELSEWHERE, *STARTING}
+    tables = {*OTHER, *LENGTHS, *TOGETHER, *ALLOWED, *ELSEWHERE, *WSD, *STARTING}
     assert tables == {field.name for field in dataclasses.fields(PretrainConfig)}
     may_change = {field.name for field in dataclasses.fields(PretrainConfig) if field.metadata["resume"]}
     assert may_change == {*ALLOWED, *ELSEWHERE, *DURATIONS}

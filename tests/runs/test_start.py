@@ -16,7 +16,7 @@ from dmjd.config.pretrain import ENCODER_SETTINGS, INPUT_SETTINGS, PretrainConfi
 from dmjd.encoders.stored import weights_hash
 from dmjd.encoders.weights import load_encoder
 from dmjd.interop.export import formats_of
-from dmjd.pretraining.run import resolve_paths
+from dmjd.pretraining.settings import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config
 from dmjd.runs.start import read_start
 

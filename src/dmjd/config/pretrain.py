@@ -1,6 +1,5 @@
 """The configuration of a pre-training run. Imports no torch."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -22,6 +21,14 @@ from dmjd.config.checks import (
     MAX_WORKERS,
 )
 from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
+from dmjd.config.schedules import (
+    COSINE,
+    DEFAULT_COOLDOWN,
+    DEFAULT_WARMUP,
+    DEFAULT_WARMUP_STEPS,
+    SCHEDULES,
+    check_schedule,
+)
 
 FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
@@ -181,7 +188,9 @@ class PretrainConfig(Config):
     ema_layers: int | None = option(
         None, "target ema: number of last blocks to average; default half", "method", ge=1, most=MAX_DEPTH
     )
-    ema_momentum: float = option(0.996, "target ema: initial momentum; rises to 1 over the run", "method", ge=0, le=1)
+    ema_momentum: float = option(
+        0.996, "target ema: initial momentum; rises to 1 over the run (wsd: the cooldown)", "method", ge=0, le=1
+    )
     num_views: int = option(
         2, "times that an image is masked in a step: its views (K)", "method", common=True, ge=1, most=MAX_VIEWS
     )
@@ -268,7 +277,27 @@ class PretrainConfig(Config):
         "adamw", "adamw, or muon: far fewer steps for short runs", "training", choices=("adamw", "muon")
     )
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0, most=MAX_FACTOR)
-    warmup: float = option(0.05, "fraction of the run with linear warm-up", "training", ge=0, le=1)
+    schedule: str = option(
+        COSINE,
+        "learning rate after the warm-up: cosine; or wsd, constant with a cooldown at the end: it can be prolonged",
+        "training",
+        choices=SCHEDULES,
+    )
+    warmup: float = option(DEFAULT_WARMUP, "fraction of the run with linear warm-up", "training", ge=0, le=1)
+    warmup_steps: int | None = option(
+        None,
+        f"schedule wsd: steps with linear warm-up, instead of a fraction; default {DEFAULT_WARMUP_STEPS}",
+        "training",
+        ge=0,
+        most=MAX_COUNT,
+    )
+    cooldown: float | None = option(
+        None,
+        f"schedule wsd: fraction of the run in which the learning rate falls to 0; default {DEFAULT_COOLDOWN}",
+        "training",
+        gt=0,
+        lt=1,
+    )
     layer_decay: float = option(
         1.0, "factor on the learning rate per encoder layer, from the last to the first", "training", gt=0, le=1
     )
@@ -289,11 +318,17 @@ class PretrainConfig(Config):
     resume: bool = option(
         True, "resume the run in --out; --no-resume refuses a folder that holds one", "run", resume=True
     )
+    cooldown_now: bool = option(
+        False,
+        "schedule wsd: make a finished encoder of the run in --out as it is now, in its folder branches",
+        "run",
+        resume=True,
+    )
     checkpoint_every: int = option(500, "steps between checkpoints", "run", resume=True, ge=1, most=MAX_COUNT)
     log_every: int = option(20, "steps between lines of metrics.jsonl", "run", resume=True, ge=1, most=MAX_COUNT)
     eval_every: int | None = option(
         None,
-        "steps between figures and online kNN; default ten times a run; 0: never",
+        "steps between figures and online kNN; default ten times a run (wsd: after a quarter more steps); 0: never",
         "run",
         resume=True,
         ge=0,
@@ -325,6 +360,7 @@ class PretrainConfig(Config):
             raise ValueError("both branches are off: leave --mim or --vis on")
         if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
             raise ValueError("init_hash, init_fresh, init_decoder (--init-decoder, ...) and from_init need --init")
+        check_schedule(self.schedule, self.warmup, self.warmup_steps, self.cooldown, self.init_freeze)
         if self.teacher is not None and "teacher" not in self.branch_targets.values():
             raise ValueError("--teacher has no use without target 'teacher' (--target, --mim-target or --vis-target)")
 
@@ -359,46 +395,3 @@ class PretrainConfig(Config):
 
 def _not_rising(name: str, value: tuple[float, ...]) -> str:
     return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"
-
-
-def _length(config: PretrainConfig) -> tuple[str, float]:
-    """The unit of the length of a run, and the length."""
-    return next((name, value) for name in DURATIONS if (value := getattr(config, name)) is not None)
-
-
-def _length_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
-    """A line that says how to go on, if a run would become shorter or change the unit that its schedule counts in."""
-    (unit, before), (now, after) = _length(old), _length(new)
-    if unit == now and after >= before:
-        return []
-    flag = f"--{unit} {_number(before)}"
-    return [f"length: {flag} -> --{now} {_number(after)} (go on with {flag}, or more {unit} for a longer run)"]
-
-
-def _number(value: float) -> str:
-    return str(int(value) if value == int(value) else value)
-
-
-def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
-    """Settings that differ although a resumed run must keep them, as "name: old -> new".
-
-    Fields marked ``resume`` may change: workers, device, logging, intervals, unreadable images, labels, test data, and
-    the path of the images, if they are the same. A duration may become longer, in the same unit. Complementary masks
-    are disjoint masks of a certain ratio, and are drawn the same, so that each may replace the other.
-    """
-    lines = _length_differences(old, new)
-    for field in dataclasses.fields(old):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if field.name == "batch_size":
-            before = before or FORMER_BATCH_SIZE
-            after = after or before  # a run keeps the one it began with
-        if field.name == "held_out":
-            before = before or 0
-            after = before if after is None else after
-        if before == after or field.name in DURATIONS:
-            continue
-        if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
-            continue
-        if not field.metadata["resume"]:
-            lines.append(f"{field.name}: {before} -> {after}")
-    return lines

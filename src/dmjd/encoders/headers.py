@@ -14,6 +14,10 @@ CHECKPOINTS = "checkpoints"  # folder of the checkpoints in a run folder
 
 FINAL = "final.safetensors"
 
+STABLE = "before-cooldown.safetensors"  # the state before the learning rate falls, from which a run can be prolonged
+
+COOLING_KEY = "cooling"  # in the metadata of a checkpoint: its learning rate has begun to fall
+
 # In the metadata of a checkpoint: the weights_hash of its encoder, and the digest of the encoder file of the same step.
 WEIGHTS_KEY, ENCODER_DIGEST_KEY = "weights", "encoder_file"
 
@@ -92,9 +96,9 @@ def read_headers(folder: Path) -> tuple[list[Header], list[Unreadable]]:
 
     The final checkpoint is the oldest of all after the duration of a run was extended.
     """
-    final = folder / FINAL
+    final, stable = ([folder / name] if os.path.lexists(folder / name) else [] for name in (FINAL, STABLE))
     headers, unreadable = [], []
-    for file in ([final] if os.path.lexists(final) else []) + step_files(folder)[::-1]:
+    for file in final + step_files(folder)[::-1] + stable:
         try:
             headers.append(read_header(file))
         except ValueError as error:

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from dmjd.engine.cooldown import Cooldown
 from dmjd.engine.device import loss_scaler, precision_name, seed_device, unscale_gradients
 from dmjd.engine.optim import group_factor, reserve_state
 from dmjd.engine.stop_signal import StopSignal
@@ -55,7 +56,10 @@ class Task(nn.Module):
     """A module to train: ``forward(batch) -> {"loss": scalar, other scalars to log}``."""
 
     def after_step(self, step: int, progress: float) -> None:
-        """Called after optimizer step ``step`` (from 1), at ``progress`` of the run (0 to 1)."""
+        """Called after optimizer step ``step`` (from 1).
+
+        ``progress`` is that of the run (0 to 1); of a run with a cooldown, that of the cooldown, which is 0 before.
+        """
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,10 @@ class Engine:
             step.
         duration: length of the run.
         peak_lr: peak learning rate.
-        schedule: progress -> factor on the peak learning rate.
+        schedule: progress -> factor on the peak learning rate. With a :class:`Cooldown` nothing before it depends on
+            the duration.
         warmup: fraction of the run over which the rate of a group rises that was frozen.
+        warmup_steps: steps over which the learning rate rises, besides what the schedule does.
         batch_size: images per step over all processes.
         accumulate: micro-batches per step.
         clip_grad: largest gradient norm, or None.
@@ -118,6 +124,7 @@ class Engine:
     schedule: Callable[[float], float]
     batch_size: int
     warmup: float = 0.0
+    warmup_steps: int = 0
     accumulate: int = 1
     clip_grad: float | None = None
     seed: int = 0
@@ -140,6 +147,11 @@ class Engine:
     def progress(self) -> float:
         """Progress of the run, 0 to 1."""
         return self.duration.progress(self.state)
+
+    @property
+    def cooldown(self) -> Cooldown | None:
+        """The schedule, if it is constant with a cooldown at the end."""
+        return self.schedule if isinstance(self.schedule, Cooldown) else None
 
     def run(
         self, batches: Iterator[Any], hooks: Sequence[Hook], stop: StopSignal, show_every: float | None = None
@@ -165,12 +177,14 @@ class Engine:
         while progress < 1.0:
             started = time.perf_counter()
             lr = self.peak_lr * self.schedule(progress)
+            if self.state.step < self.warmup_steps:
+                lr *= self.state.step / self.warmup_steps
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group_factor(group, progress, self.warmup)
             self._step(batches, meter, stop)
             step = self.state.step = self.state.step + 1
             self.state.images += self.batch_size
-            self.task.after_step(step, self.progress)
+            self.task.after_step(step, self.cooldown.share(progress) if self.cooldown is not None else self.progress)
             self.updating = False
             self.state.seconds += time.perf_counter() - started
             self.before, progress = progress, self._shared_progress()

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.schedules import WSD
 from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
@@ -29,6 +30,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.pretraining.budget import SHARE, EvaluationBudget
 from dmjd.pretraining.measures import DRIFT, KNN, NAMES, Measures
 from dmjd.pretraining.pace import Pace, hardly_trained
+from dmjd.pretraining.schedule import is_evaluation_step
 from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
 from dmjd.runs.driver import Callback
@@ -145,7 +147,7 @@ class Monitor(Callback):
         self._warned |= self._warnings.keys()
 
     def is_due(self, report: Report) -> bool:
-        """Every ``eval_every`` steps, or ten times per run, and at the end.
+        """Every ``eval_every`` steps, or ten times per run (with wsd, by its growth), and at the end.
 
         Whether there is time is decided by :meth:`evaluate`, in the first process.
         """
@@ -153,6 +155,8 @@ class Monitor(Callback):
         if report.progress >= 1.0:
             return every != 0
         if every is None:
+            if self.config.schedule == WSD:
+                return is_evaluation_step(report.state.step)
             return report.progress >= _next_evaluation(report.before)
         return every > 0 and report.state.step % every == 0
 
@@ -172,9 +176,8 @@ class Monitor(Callback):
             return {}
         with self._budget.measured():
             if final:
-                return self._measure(
-                    state.step, "at the end", [name for name in NAMES if name != KNN or not self.config.final_eval]
-                )
+                left_out = (KNN,) if self.config.final_eval else ()  # to be measured on all images
+                return self._measure(state.step, "at the end", [name for name in NAMES if name not in left_out])
             attempt_figure(lambda: self._save_figure(f"step-{state.step:09d}.png"), self.console)
             scores = self._measure(state.step, f"step {state.step}")
         self._tell_cost("an evaluation takes", estimate)

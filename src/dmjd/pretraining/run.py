@@ -1,7 +1,6 @@
 """``pretrain(config)``: the ten steps of a pre-training run, in order."""
 
-import math
-import warnings
+import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,28 +16,30 @@ from dmjd.config.checks import check_out
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
-from dmjd.data.sources.registry import absolute
 from dmjd.data.statistics import measure_stats, range_warning, typical_size
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.encoders.headers import CHECKPOINTS, has_checkpoint, read_headers
-from dmjd.encoders.timm_weights import LOCAL
 from dmjd.engine.console import Console
+from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
 from dmjd.engine.layer_decay import encoder_groups
-from dmjd.engine.loggers import import_wandb
 from dmjd.engine.loop import Duration, Engine, Hook, Task
-from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate, warmup_cosine
+from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.batch_size import keep_batch_size, resolve_batch_size
 from dmjd.pretraining.callbacks import Monitor, began_with
+from dmjd.pretraining.cooldown_now import branch_to_train
 from dmjd.pretraining.held_out import hold_out, keep_held_out
 from dmjd.pretraining.pace import few_steps_of_epochs
+from dmjd.pretraining.schedule import num_steps, schedule_of
+from dmjd.pretraining.settings import check_settings, record_settings, resolve_paths
+from dmjd.runs.branches import start_branch, tidy_branch
 from dmjd.runs.build import LISTING, build_model, open_data
-from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, check_continues, read_config_of
+from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, read_config_of
 from dmjd.runs.driver import Driver, newest_checkpoint
 from dmjd.runs.start import Start, read_start
 
@@ -72,7 +73,8 @@ class RunResult:
 def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, hooks: Sequence[Hook] = ()) -> RunResult:
     """Pre-train an encoder. Called again with the same ``out``, the run resumes where it stopped.
 
-    On CPU an interrupted and resumed run ends with the same bits as an uninterrupted one.
+    On CPU an interrupted and resumed run ends with the same bits as an uninterrupted one. With ``cooldown_now`` the
+    result is that of the branch; if a run under way was asked for it, that of the run so far, without metrics.
 
     Args:
         config: a configuration, e.g. ``dmjd.recipes.folder(data="images", out="runs/mine")``.
@@ -88,9 +90,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         ValueError: if settings or data are invalid; raised before training.
         NonFiniteLoss: if training diverges; the last checkpoint is good.
     """
-    config = resolve_paths(config)
-    if config.wandb:
-        import_wandb()
+    if config.cooldown_now:
+        return cool_down_now(config, model)
+    config, own_model = resolve_paths(config), model
     out = check_out("out", config.out)
     # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
     config, start = read_start(keep_held_out(keep_batch_size(config, out), out), out, own_model=model is not None)
@@ -103,13 +105,10 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     source = training_images(config, out)
     config, trained, held_out = hold_out(config, source)
     config, batch_size = resolve_batch_size(config, len(trained), fabric.world_size, fabric.device)
+    schedule_of(config, num_steps(config, len(trained), batch_size))  # an error comes before anything is written
     # 4. The run folder, locked by the first process.
-    with closing(RunFolder(out, owner=fabric.is_global_zero)) as folder, closing(console):
-        if folder.owner:
-            folder.validate_config(config)
-            source.save_listing(out / LISTING)
-            if start is not None:
-                start.save(out)
+    with CooldownSignal() as asked, closing(RunFolder(out, fabric.is_global_zero)) as folder, closing(console):
+        record_settings(folder, config, source, start, console)
         fabric.barrier()
         # 5. The newest checkpoint, if the run was started before.
         checkpoint = newest_checkpoint(folder, console, PretrainState)
@@ -120,6 +119,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         monitor = Monitor(config, model, source, held_out, folder, console)
         batches = partial(training_batches, config, trained, fabric, batch_size, report=monitor.count_unreadable)
         driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
+        driver.asked, driver.branch = asked, lambda: train_branch(start_branch(out, config), own_model).finished
         # 8. Restore everything from the checkpoint.
         driver.restore(checkpoint)
         log_summary(config, engine, source, model, console, start, resumed=checkpoint is not None)
@@ -132,36 +132,22 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     return RunResult(folder.path, engine.state.step, finished, driver.metrics, evaluation, unreadable)
 
 
-def resolve_paths(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with absolute paths, so that the run can be resumed from any directory.
-
-    Raises:
-        ValueError: if ``data`` or ``out`` is missing.
-    """
-    if config.data is None:
-        raise ValueError("say what to train on: --data FOLDER (or a .parquet file, a set name, digits)")
-    if config.out is None:
-        raise ValueError("say where the run goes: --out DIR")
-    paths = {name: getattr(config, name) for name in ("data", "test_data", "teacher", "init")}
-    if empty := [name for name, path in paths.items() if path is not None and not path.strip()]:
-        raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")
-    return config.replace(**{name: _absolute(path) for name, path in paths.items() if path is not None})
+def cool_down_now(config: PretrainConfig, model: MaskedImageModel | None) -> RunResult:
+    """:func:`pretrain` with ``cooldown_now``."""
+    branch = branch_to_train(config, has_model=model is not None)
+    if branch is not None:
+        return train_branch(branch, model)
+    out = check_out("out", config.out)
+    headers, _ = read_headers(out / CHECKPOINTS)
+    return RunResult(out, headers[0].step if headers else 0, finished=False, metrics={})
 
 
-def _absolute(path: str) -> str:
-    """A path made absolute, also behind timm's ``local-dir:``; names stay as they are."""
-    prefix = LOCAL if path.startswith(LOCAL) else ""
-    return prefix + absolute(path.removeprefix(prefix))
-
-
-def check_settings(config: PretrainConfig, out: Path, fabric: Fabric) -> None:
-    """Check in the first process that the settings continue the run in a folder, before a large set is listed.
-
-    They are checked again under the lock of the folder, with the warnings.
-    """
-    if fabric.is_global_zero:
-        with warnings.catch_warnings(action="ignore"):
-            check_continues(out, config)
+def train_branch(branch: PretrainConfig, model: MaskedImageModel | None) -> RunResult:
+    """Train a branch to its end, in this process; ``model`` is the caller's own, if there is one, and is copied."""
+    result = pretrain(branch, model=copy.deepcopy(model))
+    if result.finished:
+        tidy_branch(result.path)
+    return result
 
 
 def training_images(config: PretrainConfig, out: Path) -> Source:
@@ -237,9 +223,8 @@ def make_engine(
     config: PretrainConfig, model: MaskedImageModel, fabric: Fabric, batch_size: int, num_images: int
 ) -> Engine:
     """The training loop of a configuration, for a model whose encoder has its preprocessing."""
-    steps = config.steps
-    if config.epochs is not None:
-        steps = math.ceil(config.epochs * num_images / batch_size)
+    steps = num_steps(config, num_images, batch_size)
+    schedule, warmup_steps = schedule_of(config, steps)
     assert model.encoder.preprocess is not None
     model.set_grad_checkpointing(config.grad_checkpointing)
     if config.grad_checkpointing:
@@ -251,8 +236,9 @@ def make_engine(
         optimizer=OPTIMIZERS[config.optimizer](_parameter_groups(config, task)),
         duration=Duration(steps, config.minutes),
         peak_lr=scaled_learning_rate(config.blr, batch_size, model.masks),
-        schedule=partial(warmup_cosine, warmup=config.warmup),
+        schedule=schedule,
         warmup=config.warmup,
+        warmup_steps=warmup_steps,
         batch_size=batch_size,
         accumulate=config.accumulate,
         clip_grad=config.clip_grad,

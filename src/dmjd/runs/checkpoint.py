@@ -5,8 +5,6 @@ it runs no code. Random states are not saved: randomness is a function of seed a
 """
 
 import json
-import os
-import platform
 import time
 import warnings
 from dataclasses import dataclass
@@ -18,8 +16,17 @@ from torch import Tensor, nn
 
 from dmjd.checked_json import check_json
 from dmjd.config.checks import check_path
-from dmjd.config.pretrain import PretrainConfig, resume_differences
-from dmjd.encoders.headers import CHECKPOINT_FORMAT, CHECKPOINTS, FINAL, check_checkpoint, read_headers, step_files
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.resuming import resume_differences
+from dmjd.encoders.headers import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINTS,
+    FINAL,
+    STABLE,
+    check_checkpoint,
+    read_headers,
+    step_files,
+)
 from dmjd.encoders.weights import ENCODER_FILE, EncoderMetadata
 from dmjd.files import (
     append_lines,
@@ -34,6 +41,7 @@ from dmjd.files import (
 from dmjd.images.preprocess import Preprocess
 from dmjd.regular import check_regular
 from dmjd.runs.metrics import cut_metrics
+from dmjd.runs.owner import LOCK, Owner
 from dmjd.warning import DMJDWarning
 
 KEEP = 2  # step checkpoints, besides the final one
@@ -43,7 +51,7 @@ CONFIG_FILE = "config.json"
 _SHOWN = 6  # settings in an error
 
 # Files of a run that are written late.
-_WRITTEN = ("metrics.jsonl", f"{CHECKPOINTS}/{FINAL}", ENCODER_FILE, "unreadable.txt")
+_WRITTEN = ("metrics.jsonl", f"{CHECKPOINTS}/{FINAL}", f"{CHECKPOINTS}/{STABLE}", ENCODER_FILE, "unreadable.txt")
 
 ORPHANS_SECONDS = 30.0  # worker processes check every five seconds whether their parent is alive
 
@@ -65,6 +73,7 @@ class PretrainState(ModelState):
     content: NotRequired[list[tuple[int, str]]]  # index and hash of sampled images
     bad: list[tuple[str, str]]  # unreadable images
     scaler: NotRequired[dict[str, Any] | None]
+    cooling: NotRequired[bool]  # the learning rate has begun to fall, with the schedule wsd
 
 
 @dataclass(frozen=True)
@@ -137,20 +146,6 @@ def named_tensors(part: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{part}.{key}": value for key, value in module.state_dict().items()}
 
 
-def _is_dead(owner: str) -> bool:
-    """Whether a lock names a process of this machine that no longer exists."""
-    process, _, machine = owner.partition(" ")
-    if machine != platform.node() or not process.isdigit():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it exists and belongs to another user
-        return False
-    return False
-
-
 class RunFolder:
     """The folder of a training: configuration, lock, metrics, checkpoints.
 
@@ -172,11 +167,11 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = self._take_lock(self.path / ".lock")
+            lock = self._take_lock(self.path / LOCK)
             if lock is None:
                 raise ValueError(f"another process is training in {self.path}; wait for it or give another --out")
             lock.truncate(0)
-            lock.write(f"{os.getpid()} {platform.node()}")
+            lock.write(Owner.this_process().to_text())
             lock.flush()
         except OSError as error:
             named = f" ({error.filename})" if error.filename else ""
@@ -191,8 +186,8 @@ class RunFolder:
         """Take the lock; if its owner was killed, wait for the worker processes it left behind, which still hold it."""
         until = time.monotonic() + ORPHANS_SECONDS
         while (lock := try_lock(file)) is None:
-            owner = file.read_text(encoding="utf-8", errors="replace")
-            if time.monotonic() > until or not _is_dead(owner):
+            owner = Owner.read(file)
+            if time.monotonic() > until or owner is None or not owner.is_dead():
                 return None
             time.sleep(0.1)
         return lock
@@ -242,9 +237,18 @@ class RunFolder:
             )
         return None, []
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], final: bool = False) -> Path:
-        """Write a checkpoint, then delete all but the last two step files."""
-        file = self.checkpoints / (FINAL if final else f"step-{step:09d}.safetensors")
+    def save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], final: bool = False, stable: bool = False
+    ) -> Path:
+        """Write a checkpoint, then delete all but the last two step files.
+
+        Args:
+            step: its step.
+            tensors, state: its content.
+            final: whether the run is over.
+            stable: whether it is the state before the cooldown, which is kept until there is a later one.
+        """
+        file = self.checkpoints / (FINAL if final else STABLE if stable else f"step-{step:09d}.safetensors")
         save_checkpoint(file, tensors, state)
         for old in self.files()[:-KEEP]:
             remove(old)

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dmjd.encoders.headers import COOLING_KEY
 from dmjd.engine.console import LIVE_SECONDS, Console
+from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.loggers import Logger
 from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report
 from dmjd.engine.processes import LostProcessError, explain_loss, first_process_works, wait_for_first
@@ -90,6 +92,9 @@ class Driver:
         callback: the part that is specific to this training.
         hooks: more hooks of the engine.
         name: prefix of messages.
+        branch: makes a finished encoder of the newest checkpoint, in a folder of its own; returns whether it did, or
+            was stopped by a signal.
+        asked: what asks for a branch.
 
     Attributes:
         metrics: the scalars of the last logged step.
@@ -105,6 +110,8 @@ class Driver:
     callback: Callback
     hooks: Sequence[Hook] = ()
     name: str = ""
+    branch: Callable[[], bool] | None = None
+    asked: CooldownSignal = field(default_factory=CooldownSignal)
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,6 +120,7 @@ class Driver:
         self._complete: int | None = self.engine.state.step  # last step with its callback; None: in it
         self._unevaluated: dict[str, Any] | None = None  # the callback's state before a due evaluation
         self._warned_of_metrics = False
+        self._cooling = False  # whether a step of the cooldown was done
         self._recorded = self.engine.progress  # at the last line of metrics of a logged or shown step
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
@@ -140,6 +148,7 @@ class Driver:
                 self.callback.after_restore()
         if checkpoint is not None:
             self._restored_final = checkpoint.path.name == FINAL
+            self._cooling = bool(checkpoint.state.get(COOLING_KEY))
             self._complete, self._recorded = self.engine.state.step, self.engine.progress
             if checkpoint.state.get(UNEVALUATED):
                 self._unevaluated = self.callback.state()
@@ -167,7 +176,8 @@ class Driver:
                 hooks = [self._after_step, self._log]
             with StopSignal(patience, self._heard) as stop, closing(batches):
                 hooks += [self._share, lambda report: self._evaluate(report, stop)]
-                hooks += [self._save, *self.hooks] if self.folder.owner else []
+                if self.folder.owner:
+                    hooks += [self._save, *self.hooks, lambda report: self._branch(report, stop)]
                 finished = self._train(batches, hooks, stop)
         finally:
             for logger in self._loggers:
@@ -231,6 +241,7 @@ class Driver:
 
     def _after_step(self, report: Report) -> None:
         self._complete = None
+        self._cooling |= self._has_cooldown_begun(report.before)
         self.callback.after_step(report)
         self._complete = report.state.step
         self._note_due(report)
@@ -247,7 +258,10 @@ class Driver:
         state = self.engine.state_dict() | self.callback.state()
         if self._unevaluated is not None:  # a stop or error came before the end of the step's evaluation
             state |= self._unevaluated | {UNEVALUATED: True}
-        self.folder.save(self.engine.state.step, self.callback.tensors(tensors, final), state, final=final)
+        if self._cooling:
+            state[COOLING_KEY] = True
+        stable = self._has_cooldown_begun(self.engine.progress) and not self._cooling
+        self.folder.save(self.engine.state.step, self.callback.tensors(tensors, final), state, final, stable)
         self.callback.after_save(final)
 
     def _heard(self, number: int) -> None:
@@ -287,12 +301,47 @@ class Driver:
         if scores:
             self._record(report.state.step, scores)
 
+    def _has_cooldown_begun(self, progress: float) -> bool:
+        """Whether a step that begins at ``progress`` belongs to a cooldown."""
+        return self.engine.cooldown is not None and self.engine.cooldown.has_begun(progress)
+
     def _saves_at(self, report: Report) -> bool:
-        return report.state.step % self.checkpoint_every == 0 and report.progress < 1.0
+        """At intervals, and before the first step of a cooldown."""
+        begins = self._has_cooldown_begun(report.progress) and not self._has_cooldown_begun(report.before)
+        return (report.state.step % self.checkpoint_every == 0 or begins) and report.progress < 1.0
 
     def _save(self, report: Report) -> None:
         if self._saves_at(report):
             self.save()
+
+    def _branch(self, report: Report, stop: StopSignal) -> None:
+        """Make a finished encoder of the state so far if that was asked for. The run goes on, whatever comes of it."""
+        if self.branch is None or not self.asked.take():
+            return
+        try:
+            self._check_branch(report)
+            self.save()
+            self.console.close()
+            with stop.interruptible():
+                finished = self.branch()
+        except Exception as error:
+            self.console.warn(f"no branch, the run goes on: {error}")
+            return
+        if finished:
+            self._say("the run goes on from step {}")
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)  # what stopped the branch was meant for the run
+
+    def _check_branch(self, report: Report) -> None:
+        """Raise ValueError if no branch can be made now."""
+        if self.engine.cooldown is None:
+            raise ValueError("a cosine schedule has no cooldown of its own (--schedule wsd)")
+        if self.engine.fabric.world_size > 1:
+            raise ValueError("branches of a run of several processes are made while it does not run, by one process")
+        if self.engine.state.step <= self.engine.warmup_steps:
+            raise ValueError(f"step {report.state.step} belongs to the warm-up of {self.engine.warmup_steps} steps")
+        if self._has_cooldown_begun(report.progress):
+            raise ValueError("the run is in its own cooldown")
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         """Log scalars of a step to all destinations."""

@@ -1,0 +1,48 @@
+"""What may change when a run is resumed. Imports no torch."""
+
+import dataclasses
+
+from dmjd.config.pretrain import DURATIONS, FORMER_BATCH_SIZE, PretrainConfig
+
+
+def length_of(config: PretrainConfig) -> tuple[str, float]:
+    """The unit of the length of a run, and the length."""
+    return next((name, value) for name in DURATIONS if (value := getattr(config, name)) is not None)
+
+
+def _length_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
+    """A line that says how to go on, if a run would become shorter or change the unit that its schedule counts in."""
+    (unit, before), (now, after) = length_of(old), length_of(new)
+    if unit == now and after >= before:
+        return []
+    flag = f"--{unit} {_number(before)}"
+    return [f"length: {flag} -> --{now} {_number(after)} (go on with {flag}, or more {unit} for a longer run)"]
+
+
+def _number(value: float) -> str:
+    return str(int(value) if value == int(value) else value)
+
+
+def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
+    """Settings that differ although a resumed run must keep them, as "name: old -> new".
+
+    Fields marked ``resume`` may change: workers, device, logging, intervals, unreadable images, labels, test data, and
+    the path of the images, if they are the same. A duration may become longer, in the same unit. Complementary masks
+    are disjoint masks of a certain ratio, and are drawn the same, so that each may replace the other.
+    """
+    lines = _length_differences(old, new)
+    for field in dataclasses.fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name == "batch_size":
+            before = before or FORMER_BATCH_SIZE
+            after = after or before  # a run keeps the one it began with
+        if field.name == "held_out":
+            before = before or 0
+            after = before if after is None else after
+        if before == after or field.name in DURATIONS:
+            continue
+        if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
+            continue
+        if not field.metadata["resume"]:
+            lines.append(f"{field.name}: {before} -> {after}")
+    return lines

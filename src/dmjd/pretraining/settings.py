@@ -1,0 +1,66 @@
+"""The settings of a run: completed, compared with those of the run that is resumed, and recorded."""
+
+import warnings
+from pathlib import Path
+
+from lightning.fabric import Fabric
+
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.registry import absolute
+from dmjd.encoders.timm_weights import LOCAL
+from dmjd.engine.console import Console
+from dmjd.engine.loggers import import_wandb
+from dmjd.runs.branches import abandoned_cooldown, leave_cooldown
+from dmjd.runs.build import LISTING
+from dmjd.runs.checkpoint import RunFolder, check_continues
+from dmjd.runs.start import Start
+
+
+def resolve_paths(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with absolute paths, so that the run can be resumed from any directory.
+
+    Raises:
+        ValueError: if ``data`` or ``out`` is missing.
+    """
+    if config.data is None:
+        raise ValueError("say what to train on: --data FOLDER (or a .parquet file, a set name, digits)")
+    if config.out is None:
+        raise ValueError("say where the run goes: --out DIR")
+    paths = {name: getattr(config, name) for name in ("data", "test_data", "teacher", "init")}
+    if empty := [name for name, path in paths.items() if path is not None and not path.strip()]:
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")
+    return config.replace(**{name: _absolute(path) for name, path in paths.items() if path is not None})
+
+
+def _absolute(path: str) -> str:
+    """A path made absolute, also behind timm's ``local-dir:``; names stay as they are."""
+    prefix = LOCAL if path.startswith(LOCAL) else ""
+    return prefix + absolute(path.removeprefix(prefix))
+
+
+def check_settings(config: PretrainConfig, out: Path, fabric: Fabric) -> None:
+    """Check in the first process that the settings continue the run in a folder, before a large set is listed.
+
+    They are checked again under the lock of the folder, with the warnings.
+    """
+    if config.wandb:
+        import_wandb()
+    if fabric.is_global_zero:
+        with warnings.catch_warnings(action="ignore"):
+            check_continues(out, config)
+
+
+def record_settings(
+    folder: RunFolder, config: PretrainConfig, source: Source, start: Start | None, console: Console
+) -> None:
+    """Write in the first process what the run begins with; a run that is prolonged leaves its cooldown."""
+    if not folder.owner:
+        return
+    stable = abandoned_cooldown(folder.path, config)
+    folder.validate_config(config)
+    if stable is not None:
+        leave_cooldown(folder.path, stable, console.say)
+    source.save_listing(folder.path / LISTING)
+    if start is not None:
+        start.save(folder.path)
