@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from convergence_options import PHASES, parse
-from convergence_probe import Probe, ProbeHook, split, teacher_scores
+from convergence_probe import Measures, Probe, ProbeHook, split, teacher_scores
 from convergence_report import curves_figure, final_score, result_table, summarize
 from convergence_sets import (
     ENCODERS,
@@ -86,6 +86,7 @@ COMMON: dict[str, Any] = {
     "eval_every": 0,
     "final_eval": False,
     "checkpoint_every": 200,
+    "held_out": 0,  # the study has its own held-out images
 }
 
 
@@ -268,7 +269,8 @@ class Study:
         self._stop_if_due()
         self.console.say(f"--- {key}")
         model = make_model(variant, config)
-        hook = ProbeHook(model.encoder, self.probe, shares, self.jobs / f"{key}.jsonl")
+        measures = Measures(self.out / "data", model, config, self.probe.preprocess, self.device)
+        hook = ProbeHook(model.encoder, self.probe, shares, self.jobs / f"{key}.jsonl", measures)
         if kind == "train" and not hook.lines:
             model.to(self.device)
             hook.write(0.0, TrainState())
@@ -291,7 +293,7 @@ class Study:
     def _line(self, name: str, line: dict[str, float]) -> dict[str, float]:
         """A probe with its coordinates on the axes of the figures."""
         seconds = line["step"] * self.seconds[base_name(name)] if self.seconds else line["seconds"]
-        values = {key: line[key] for key in ("share", "step", "images", "knn", "linear")}
+        values = {key: value for key, value in line.items() if key != "seconds"}
         return values | {"minutes": seconds / 60, "epochs": line["images"] / self.num_images}
 
     def _tidy(self, kind: str, folder: Path) -> None:

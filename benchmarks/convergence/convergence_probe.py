@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.eval_loader import read_all
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels, open_source
@@ -26,10 +27,13 @@ from dmjd.engine.loop import Report, TrainState
 from dmjd.evaluation.frozen.features import Features, pooled
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.frozen.linear import linear_probe
+from dmjd.evaluation.frozen.quality import FeatureQuality
 from dmjd.evaluation.low_shot import hold_out
 from dmjd.files import atomic, write_text
 from dmjd.images.preprocess import Preprocess
+from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import evaluating
+from dmjd.pretraining.held_out import HeldOutLoss
 from dmjd.targets.teacher import load_teacher, teacher_preprocess
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -131,16 +135,36 @@ def teacher_scores(teacher: str, probe: Probe) -> dict[str, dict[str, float]]:
     return {f"{size[0]} x {size[1]}": probe.scores(partial(extract, size=size)) for size in sizes}
 
 
+class Measures:
+    """What a run can measure without labels, on the training images and the loss on the held-out ones.
+
+    Args:
+        data: folder of :func:`split`. model, config: of the run. preprocess: of its encoder. device: of the model.
+    """
+
+    def __init__(
+        self, data: Path, model: MaskedImageModel, config: PretrainConfig, preprocess: Preprocess, device: torch.device
+    ) -> None:
+        train, test = (open_source(str(data), split=name, labels="column") for name in ("train", "test"))
+        self.model = model
+        self.quality = FeatureQuality(train, preprocess, device)
+        self.held_out = HeldOutLoss(test, config, preprocess, device)
+
+    def __call__(self) -> dict[str, float]:
+        """Name -> value."""
+        return self.quality(self.model.encoder) | self.held_out(self.model)
+
+
 class ProbeHook:
     """Probes at given points of a run, written to a file that survives interruptions.
 
     Args:
         encoder: of the run. probe: evaluates it. points: progress of the run (0 to 1) at each probe, ascending.
-        file: JSON lines, progress under "share".
+        file: JSON lines, progress under "share". measures: what else a line holds.
     """
 
-    def __init__(self, encoder: Encoder, probe: Probe, points: list[float], file: Path) -> None:
-        self.encoder, self.probe, self.points, self.file = encoder, probe, points, file
+    def __init__(self, encoder: Encoder, probe: Probe, points: list[float], file: Path, measures: Measures) -> None:
+        self.encoder, self.probe, self.points, self.file, self.measures = encoder, probe, points, file, measures
         self.lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         self._began = False
 
@@ -156,5 +180,5 @@ class ProbeHook:
 
     def write(self, progress: float, state: TrainState) -> None:
         """Probe now."""
-        self.lines.append({"share": progress} | asdict(state) | self.probe(self.encoder))
+        self.lines.append({"share": progress} | asdict(state) | self.probe(self.encoder) | self.measures())
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))

@@ -28,6 +28,7 @@ _NAMES = {
     "hog": "dmjd.targets",
     "load_classifier": "dmjd.encoders",
     "load_encoder": "dmjd.encoders",
+    "plan": "dmjd.pretraining.plan",
     "pretrain": "dmjd.pretraining.run",
     "show": "dmjd.figures.show",
 }

@@ -41,6 +41,8 @@ def labeled(tmp_path_factory):
     return root
 
 
+KNN = {"knn_top1", "knn_random_init", "knn_raw_pixels"}
+FEATURES = {"effective_rank", "feature_std", "alpha_req"}
 FIELDS = TINY_FIELDS | {"labels": "folder", "num_workers": 0, "batch_size": 10}
 
 
@@ -48,16 +50,18 @@ FIELDS = TINY_FIELDS | {"labels": "folder", "num_workers": 0, "batch_size": 10}
 def finished(labeled, tmp_path_factory):
     """A run of five steps with evaluations at steps two and four, its model and its result."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    config = recipes.folder(labeled, str(out), steps=5, **FIELDS | {"eval_every": 2, "final_eval": True})
+    config = recipes.folder(labeled, str(out), steps=5, **FIELDS | {"eval_every": 2, "final_eval": True, "held_out": 2})
     model = build_model(config)
     return config, model, dmjd.pretrain(config, model=model)
 
 
 def test_evaluations_at_intervals(finished):
     _, _, result = finished
-    lines = [m for m in metrics(result.path) if "knn_top1" in m]
-    assert [m["step"] for m in lines] == [2, 4]
-    assert set(lines[0]) == {"step", "knn_top1", "knn_random_init", "knn_raw_pixels"}
+    lines = [m for m in metrics(result.path) if "effective_rank" in m]
+    assert [m["step"] for m in lines] == [2, 4, 5]
+    assert set(lines[0]) == {"step", *KNN, *FEATURES, "held_out_loss", "held_out_mim", "held_out_vis"}
+    assert set(lines[1]) == {*lines[0], "neighbors_kept"}
+    assert set(lines[2]) == {*lines[1]} - KNN  # measured on all images by the final evaluation
     assert lines[0]["knn_raw_pixels"] == lines[1]["knn_raw_pixels"] == 1.0
     figures = {file.name for file in (result.path / "figures").iterdir()}
     assert figures == {"step-000000002.png", "step-000000004.png", "final.png", "curves.png"}
@@ -89,7 +93,7 @@ def monitor(labeled, tmp_path):
     source = open_source(str(labeled), split="train", labels="folder")
     folder, model = RunFolder(tmp_path / "run"), build_model(config)
     model.encoder.preprocess = Preprocess(config.size)
-    yield Monitor(config.replace(eval_every=None), model, source, folder, Console())
+    yield Monitor(config.replace(eval_every=None), model, source, None, folder, Console())
     folder.close()
 
 
@@ -107,7 +111,7 @@ def test_ten_evaluations_per_run_if_no_interval_is_given(monitor):
         if step == 30:
             break
     assert due == [10, 20, 30]
-    assert not monitor.is_due(report(100, 1.0))  # left to finish()
+    assert monitor.is_due(report(100, 1.0))
 
 
 def trained(step: int, seconds: float) -> Report:
@@ -119,20 +123,20 @@ def test_an_evaluation_that_takes_too_long_is_left_out(monitor, capsys):
     with closing(monitor.start(0, 0.0)[0]):
         assert monitor.evaluate(trained(10, 40.0)) == {}
         assert monitor.evaluate(trained(20, 80.0)) == {}
-        # Two seconds for a figure, and half a second for each of the 30 images.
+        # Two seconds for a figure, and half a second for 30 images of kNN and 20 of features.
         assert capsys.readouterr().err == (
-            "step 10: no evaluation, which would take about 17 s; at most 10 % of the time goes to evaluations "
+            "step 10: no evaluation, which would take about 27 s; at most 10 % of the time goes to evaluations "
             "(--eval-every N: one every N steps)\n"
         )
         assert not list((monitor.folder.path / "figures").glob("*"))
-        assert set(monitor.evaluate(trained(90, 360.0))) == {"knn_top1", "knn_random_init", "knn_raw_pixels"}
+        assert set(monitor.evaluate(trained(90, 360.0))) == KNN | FEATURES
         assert [file.name for file in (monitor.folder.path / "figures").iterdir()] == ["step-000000090.png"]
 
 
 def test_an_interval_that_was_given_is_kept_and_its_cost_is_told_once(monitor, capsys, monkeypatch):
     monkeypatch.setattr(callbacks, "TOLD_SECONDS", 0.0)
     monitor = Monitor(
-        monitor.config.replace(eval_every=5), monitor.model, monitor.source, monitor.folder, monitor.console
+        monitor.config.replace(eval_every=5), monitor.model, monitor.source, None, monitor.folder, monitor.console
     )
     with closing(monitor.start(0, 0.0)[0]):
         for step in (5, 10):
@@ -148,7 +152,7 @@ def test_online_knn_whose_images_cannot_be_read_is_a_warning(labeled, tmp_path, 
         file.write_bytes(b"no image")
     result = dmjd.pretrain(config)
     assert result.finished
-    assert capsys.readouterr().err.count("warning: online kNN is off: no image of") == 1
+    assert capsys.readouterr().err.count("warning: online kNN: not measured: no image of") == 1
 
 
 def test_a_warning_of_a_target_is_shown_once(monitor, capsys):
@@ -189,7 +193,7 @@ def test_a_checkpoint_of_other_images_is_refused(monitor):
     assert monitor.unreadable.count == 1
     # More than tolerated ended the run and are part of its checkpoint; they may be readable again.
     Other.state = monitor.state() | {"bad": [[f"{i}.png", "gone"] for i in range(11)]}
-    fresh = Monitor(monitor.config, monitor.model, monitor.source, monitor.folder, monitor.console)
+    fresh = Monitor(monitor.config, monitor.model, monitor.source, None, monitor.folder, monitor.console)
     fresh.restore(Other)
     fresh.count_unreadable([("a.png", "empty")])
     assert fresh.unreadable.count == 1

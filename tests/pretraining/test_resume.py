@@ -54,6 +54,7 @@ OTHER = {
     "decoder_mlp_ratio": 2,
     "decode_ratio": 0.5,
     "projector_depth": 2,
+    "held_out": 2,
     "batch_size": 4,
     "accumulate": 2,
     "blr": 1e-3,
@@ -93,7 +94,7 @@ STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # n
 def begun(image_folder, tmp_path_factory):
     """The configuration of a run that was stopped after step 2 of 4."""
     out = tmp_path_factory.mktemp("begun") / "run"
-    fields = TINY_FIELDS | {"num_workers": 0, "batch_size": 8, "steps": 4, "flip": False}
+    fields = TINY_FIELDS | {"num_workers": 0, "batch_size": 8, "steps": 4, "flip": False, "held_out": 0}
     config = recipes.folder(image_folder, str(out), **fields)
 
     def stop(report):
@@ -146,9 +147,10 @@ def test_settings_that_may_change_take_effect(begun, tmp_path):
     shutil.copytree(begun.out, out := tmp_path / "run")
     result = dmjd.pretrain(begun.replace(out=str(out), **ALLOWED))
     assert result.step == 6
-    steps = [line["step"] for line in metrics(out)]
+    steps = [line["step"] for line in metrics(out) if "loss" in line]
     assert {1, 2, 4, 6} <= set(steps)  # besides those that were shown meanwhile
     assert steps == sorted(set(steps))
+    assert [line["step"] for line in metrics(out) if "effective_rank" in line] == [3, 6]
     assert sorted(file.name for file in (out / "checkpoints").iterdir()) == [
         "final.safetensors",
         "step-000000002.safetensors",

@@ -12,7 +12,7 @@ from dmjd.cli.encoder import run_compare, run_embed, run_export, run_show
 from dmjd.cli.evaluate import run_evaluate
 from dmjd.cli.failures import report_failure
 from dmjd.cli.interruption import Interruption
-from dmjd.cli.pretrain import run_bench, run_pretrain
+from dmjd.cli.pretrain import run_bench, run_plan, run_pretrain
 from dmjd.config.checks import shown
 from dmjd.streams import unfailing_standard_streams
 from dmjd.suggest import did_you_mean
@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "embed": (run_embed, "features of every image as a table"),
     "export": (run_export, "the encoder for timm, transformers, PyTorch, ONNX or the hub"),
     "compare": (run_compare, "evaluations of several runs side by side"),
+    "plan": (run_plan, "what to run on your images in a given time, and what to expect"),
     "bench": (run_bench, "training speed, memory and MFU on this machine"),
 }
 

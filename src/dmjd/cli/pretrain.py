@@ -1,4 +1,4 @@
-"""``dmjd pretrain`` and ``dmjd bench``."""
+"""``dmjd pretrain``, ``dmjd bench`` and ``dmjd plan``."""
 
 import dataclasses
 import inspect
@@ -8,6 +8,7 @@ from typing import Any
 
 from dmjd.cli.parser import Parser, add_field
 from dmjd.config.checks import check_path
+from dmjd.config.plan import DATA, DECIDED, MACHINE, PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import RECIPES, get_recipe
 
@@ -58,6 +59,41 @@ def run_bench(arguments: Sequence[str]) -> None:
         make_folder(file.parent)
         write_text(file, json.dumps(result, indent=2) + "\n")
     Console().table(bench_table(result))
+
+
+def run_plan(arguments: Sequence[str]) -> None:
+    """``dmjd plan``: see :func:`dmjd.plan`."""
+    parser = Parser(
+        prog="dmjd plan",
+        usage="dmjd plan --data SOURCE --hours H [flags]",
+        description="What to run on your images in a given time on this machine: looks at the images, measures real\n"
+        "steps for about a minute, and prints settings with their reasons, what to expect, and the command.",
+        epilog="examples:\n  dmjd plan --data ~/images --hours 2\n"
+        "  dmjd plan --data ~/images --hours 2 --teacher tf_efficientnet_lite0 --json plan.json",
+    )
+    groups = {title: parser.add_argument_group(title) for title in (DATA, DECIDED, MACHINE)}
+    fields = dataclasses.fields(PlanConfig)
+    for field in fields:
+        add_field(groups[field.metadata["group"]], field, PlanConfig())
+    parser.add_argument("--json", metavar="FILE", help="also write the plan to a file")
+    given = parser.parse(arguments)
+    file = given.pop("json")
+    PlanConfig(**given).check_complete()
+    file = None if file is None else check_path("--json", file)
+    from dmjd.engine.console import Console  # these import torch
+    from dmjd.files import check_writable, make_folder, write_text
+    from dmjd.pretraining.plan import plan, plan_table
+
+    if file is not None:
+        check_writable(file, flag="--json")
+    found, console = plan(**given), Console()
+    if file is not None:
+        make_folder(file.parent)
+        write_text(file, json.dumps(found, indent=2) + "\n")
+    console.table(plan_table(found))
+    for text in found["warnings"]:
+        console.warn(text)
+    print(found["command"])
 
 
 def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -111,6 +111,13 @@ class PretrainConfig(Config):
         ge=0,
         most=MAX_COUNT,
     )
+    held_out: int | None = option(
+        None,
+        "images that are not trained on, for the held-out loss; default 2 % of the set, at most 2000",
+        "data",
+        ge=0,
+        most=MAX_COUNT,
+    )
     num_workers: int | None = option(
         None, "data loading processes; default by the number of cores", "data", resume=True, ge=0, most=MAX_WORKERS
     )

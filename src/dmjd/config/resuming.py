@@ -36,6 +36,9 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
         if field.name == "batch_size":
             before = before or FORMER_BATCH_SIZE
             after = after or before  # a run keeps the one it began with
+        if field.name == "held_out":
+            before = before or 0
+            after = before if after is None else after
         if before == after or field.name in DURATIONS:
             continue
         if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:

@@ -14,8 +14,10 @@ _LARGEST = 1e300  # of a number that is drawn
 
 # panel -> scalars of metrics.jsonl
 _CURVES = {
-    "loss": ("loss", "mim", "vis"),
+    "loss": ("loss", "mim", "vis", "held_out_loss"),
     "learning rate": ("lr",),
+    "effective rank of features": ("effective_rank",),
+    "neighbors kept since the last evaluation": ("neighbors_kept",),
     "drift from the start": ("drift_cosine", "drift_neighbors"),
     "online kNN, top-1": ("knn_top1", "knn_random_init", "knn_raw_pixels"),
 }

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -13,16 +13,12 @@ from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
 from dmjd.encoders.headers import ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
-from dmjd.encoders.registry import fresh_like
 from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash_of
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report, TrainState
 from dmjd.engine.processes import first_process_works, gather, num_processes, wait_for_first
-from dmjd.evaluation.frozen.drift import NUM_IMAGES as DRIFT_IMAGES
-from dmjd.evaluation.frozen.drift import Drift
-from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.protocol import evaluate_frozen
 from dmjd.evaluation.results import read_result
 from dmjd.evaluation.tables import context_lines, results_table
@@ -32,6 +28,7 @@ from dmjd.figures.show import save_reconstruction_figure
 from dmjd.files import digest_of, write_bytes, write_text
 from dmjd.model import MaskedImageModel
 from dmjd.pretraining.budget import SHARE, EvaluationBudget
+from dmjd.pretraining.measures import DRIFT, KNN, NAMES, Measures
 from dmjd.pretraining.pace import Pace, hardly_trained
 from dmjd.pretraining.schedule import is_evaluation_step
 from dmjd.runs.build import open_test_data
@@ -52,14 +49,14 @@ ENCODED = 0.5  # expected time to read and encode an image, twice because of the
 
 TOLD_SECONDS = 1.0  # evaluations that take less are not worth a message
 
-START_FEATURES = "start_features.safetensors"  # in the folder of a run that began from trained weights
-
 
 class Monitor(Callback):
     """Evaluates a pre-training run at intervals and at its end, and keeps the record of unreadable images.
 
     Args:
-        config, model, source, folder: those of the run.
+        config, model, folder: those of the run.
+        source: all images of the set, as the record of the run names them.
+        held_out: those of them that the run does not train on; None: it trains on all.
         console: for messages.
 
     Attributes:
@@ -67,17 +64,23 @@ class Monitor(Callback):
     """
 
     def __init__(
-        self, config: PretrainConfig, model: MaskedImageModel, source: Source, folder: RunFolder, console: Console
+        self,
+        config: PretrainConfig,
+        model: MaskedImageModel,
+        source: Source,
+        held_out: Source | None,
+        folder: RunFolder,
+        console: Console,
     ) -> None:
         self.config, self.model, self.source, self.folder, self.console = config, model, source, folder, console
+        self._held_out = held_out
+        self._num_trained = len(source) - (len(held_out) if held_out is not None else 0)
         self.unreadable = UnreadableImages()
         self._unshared: list[UnreadableReport] = []  # found by this process, and not yet known to the others
         self._began = Began.of(source)
-        self._knn: OnlineKnn | None = None
-        self._drift: Drift | None = None
-        self._baselines: dict[str, float] = {}
         self._encoder_file = b""  # that belongs to the checkpoint which is being written
         self._budget = EvaluationBudget(limited=config.eval_every is None)
+        self._measures: Measures | None = None
         self._pace: Pace | None = None
         self._told_of_cost = False
         self._warned: set[str] = set()  # names of targets whose warning was shown
@@ -122,25 +125,14 @@ class Monitor(Callback):
         """
         if step == 0 and self.config.minutes is not None and self.config.batch_size is not None:
             parts = num_processes() * self.config.accumulate
-            batch_size = min(self.config.batch_size, len(self.source))
+            batch_size = min(self.config.batch_size, self._num_trained)
             self._pace = Pace(self.config.minutes, batch_size, parts, self.config.compile)
         wandb_config = json.loads(self.config.to_json()) if self.config.wandb else None
         loggers = open_loggers(self.folder.path, step, wandb_config, self.console.warn)
-        if self.config.eval_every != 0 and self._test_source is not None:
-            assert self.model.encoder.preprocess is not None
-            self._knn = OnlineKnn(self.source, self._test_source, self.model.encoder.preprocess, self._device)
-        if self.config.eval_every != 0 and self.config.init is not None:
-            self._start_drift(fresh=step == 0)
+        if self.config.eval_every != 0:
+            self._measures = Measures(self.config, self.model, self.folder, self.console, self._budget)
+            self._measures.start(self.source, self._held_out, self._test_source, fresh=step == 0)
         return loggers
-
-    def _start_drift(self, fresh: bool) -> None:
-        """Prepare to measure drift from the starting weights, which the encoder has if the run is ``fresh``."""
-        encoder, file = self.model.encoder, self.folder.path / START_FEATURES
-        assert encoder.preprocess is not None
-        try:
-            self._drift = Drift(self.source, encoder.preprocess, file, encoder if fresh else None, self._device)
-        except ValueError as error:
-            self.console.warn(f"drift from the starting weights is not measured: {error}")
 
     def after_step(self, report: Report) -> None:
         """Show the warning of each target once, e.g. of a collapse, and advice if the run has too few steps."""
@@ -155,13 +147,13 @@ class Monitor(Callback):
         self._warned |= self._warnings.keys()
 
     def is_due(self, report: Report) -> bool:
-        """Every ``eval_every`` steps, or ten times per run (with wsd, by its growth); :meth:`finish` evaluates the end.
+        """Every ``eval_every`` steps, or ten times per run (with wsd, by its growth), and at the end.
 
-        Whether there is time for one of the ten is decided by :meth:`evaluate`, in the first process.
+        Whether there is time is decided by :meth:`evaluate`, in the first process.
         """
         every = self.config.eval_every
         if report.progress >= 1.0:
-            return False
+            return every != 0
         if every is None:
             if self.config.schedule == WSD:
                 return is_evaluation_step(report.state.step)
@@ -169,27 +161,35 @@ class Monitor(Callback):
         return every > 0 and report.state.step % every == 0
 
     def evaluate(self, report: Report) -> dict[str, float]:
-        """Save a reconstruction figure; measure the drift of a run from trained weights, and with labels online kNN.
+        """Save a reconstruction figure, and measure what :class:`Measures` has.
 
         Without ``eval_every`` an evaluation is left out if all of them would take more than a tenth of the training
-        time so far.
+        time so far. At the end :meth:`finish` follows, with the last figure and, if there are labels, kNN.
         """
-        state = report.state
+        state, final = report.state, report.progress >= 1.0
         estimate = FIGURE_SECONDS + ENCODED * self._images_evaluated * state.seconds / max(1, state.images)
         if not self._budget.allows(state.seconds, estimate):
+            if final:
+                return self._measure(state.step, "at the end", (DRIFT,))
             if self._images_evaluated:  # a figure that is left out is not missed
                 self._tell_cost(f"step {state.step}: no evaluation, which would take", estimate)
             return {}
         with self._budget.measured():
+            if final:
+                left_out = (KNN,) if self.config.final_eval else ()  # to be measured on all images
+                return self._measure(state.step, "at the end", [name for name in NAMES if name not in left_out])
             attempt_figure(lambda: self._save_figure(f"step-{state.step:09d}.png"), self.console)
-            scores = self._measure_drift(f"step {state.step}") | self._measure_knn(report)
+            scores = self._measure(state.step, f"step {state.step}")
         self._tell_cost("an evaluation takes", estimate)
         return scores
 
     @property
     def _images_evaluated(self) -> int:
         """How many images the first evaluation encodes."""
-        return (self._knn.num_images if self._knn is not None else 0) + (DRIFT_IMAGES if self._drift is not None else 0)
+        return self._measures.num_images if self._measures is not None else 0
+
+    def _measure(self, step: int, when: str, names: Collection[str] = NAMES) -> dict[str, float]:
+        return self._measures(step, when, names) if self._measures is not None else {}
 
     def _tell_cost(self, begin: str, estimate: float) -> None:
         """Say once how long an evaluation takes, and when there is one."""
@@ -201,34 +201,6 @@ class Monitor(Callback):
         if every is None:
             when = f"at most {100 * SHARE:.0f} % of the time goes to evaluations (--eval-every N: one every N steps)"
         self.console.say(f"{begin} about {max(1, round(seconds))} s; {when}")
-
-    def _measure_drift(self, when: str) -> dict[str, float]:
-        if self._drift is None:
-            return {}
-        drift = self._drift(self.model.encoder)
-        self.console.say(
-            f"{when}: features against those at the start: cosine {drift['drift_cosine']:.3f}, "
-            f"shared neighbors {100 * drift['drift_neighbors']:.0f} %"
-        )
-        return drift
-
-    def _measure_knn(self, report: Report) -> dict[str, float]:
-        """Accuracy of online kNN and its baselines, if there are labels."""
-        if self._knn is None:
-            return {}
-        if not self._baselines:
-            fresh = fresh_like(self.model.encoder, seed=self.config.seed).to(self._device)
-            try:
-                with self._budget.once():
-                    self._baselines = self._knn.baselines(fresh)
-            except ValueError as error:
-                self.console.warn(f"online kNN is off: {error}")
-                self._knn = None
-                return {}
-        scores = {"knn_top1": self._knn(self.model.encoder)} | self._baselines
-        shown = ", ".join(f"{name.removeprefix('knn_')} {100 * value:.1f}" for name, value in scores.items())
-        self.console.say(f"step {report.state.step}: online kNN, %: {shown}")
-        return scores
 
     def after_save(self, final: bool) -> None:
         """Write the encoder to the run folder."""
@@ -246,7 +218,7 @@ class Monitor(Callback):
         Returns:
             Task -> content of ``evaluation/<task>.json``. Existing results of the same encoder are reused.
         """
-        if (little := hardly_trained(state.step, state.images / len(self.source))) is not None:
+        if (little := hardly_trained(state.step, state.images / self._num_trained)) is not None:
             self.console.warn(little)
         if not self.folder.owner:
             wait_for_first()
@@ -258,7 +230,6 @@ class Monitor(Callback):
         path = self.folder.path
         for text in self._warnings.values():
             self.console.warn(f"at the end of the run: {text}")
-        self._measure_drift("at the end")
         try:
             results = self._final_results()
         finally:

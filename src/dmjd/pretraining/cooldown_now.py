@@ -11,6 +11,7 @@ from dmjd.engine.cooldown_signal import SIGNAL
 from dmjd.engine.processes import find_launch
 from dmjd.files import try_lock
 from dmjd.pretraining.batch_size import keep_batch_size
+from dmjd.pretraining.held_out import keep_held_out
 from dmjd.pretraining.settings import resolve_paths
 from dmjd.runs.branches import BRANCHES, check_branches, start_branch
 from dmjd.runs.checkpoint import RunFolder, check_continues
@@ -35,7 +36,8 @@ def branch_to_train(config: PretrainConfig, has_model: bool) -> PretrainConfig |
         raise ValueError("--cooldown-now takes one process: leave torchrun or srun out")
     own = check_branches(out)
     if config.data is not None:
-        own, _ = read_start(keep_batch_size(resolve_paths(config), out), out, own_model=has_model)
+        kept = keep_held_out(keep_batch_size(resolve_paths(config), out), out)
+        own, _ = read_start(kept, out, own_model=has_model)
         check_continues(out, own)
     if (owner := _ask_owner(out)) is not None:
         Console().say(

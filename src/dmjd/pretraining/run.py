@@ -33,6 +33,7 @@ from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.batch_size import keep_batch_size, resolve_batch_size
 from dmjd.pretraining.callbacks import Monitor, began_with
 from dmjd.pretraining.cooldown_now import branch_to_train
+from dmjd.pretraining.held_out import hold_out, keep_held_out
 from dmjd.pretraining.pace import few_steps_of_epochs
 from dmjd.pretraining.schedule import check_schedule_fits, num_steps, schedule_of
 from dmjd.pretraining.settings import check_settings, record_settings, resolve_paths
@@ -55,7 +56,7 @@ class RunResult:
         path: the run folder.
         step: optimizer steps done.
         finished: False after a stop by a signal.
-        metrics: the last line of ``metrics.jsonl``.
+        metrics: the scalars of the last logged step.
         evaluation: task -> the content of ``evaluation/<task>.json``.
         unreadable: (name, reason) of the images that could not be read.
     """
@@ -94,7 +95,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     config, own_model = resolve_paths(config), model
     out = check_out("out", config.out)
     # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
-    config, start = read_start(keep_batch_size(config, out), out, own_model=model is not None)
+    config, start = read_start(keep_held_out(keep_batch_size(config, out), out), out, own_model=model is not None)
     model = build_model(config, start) if model is None else model
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
@@ -102,8 +103,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     check_settings(config, out, fabric)
     # 3. The images.
     source = training_images(config, out)
-    config, batch_size = resolve_batch_size(config, len(source), fabric.world_size, fabric.device)
-    check_schedule_fits(config, num_steps(config, len(source), batch_size))
+    config, trained, held_out = hold_out(config, source)
+    config, batch_size = resolve_batch_size(config, len(trained), fabric.world_size, fabric.device)
+    check_schedule_fits(config, num_steps(config, len(trained), batch_size))
     # 4. The run folder, locked by the first process.
     with CooldownSignal() as asked, closing(RunFolder(out, fabric.is_global_zero)) as folder, closing(console):
         record_settings(folder, config, source, start, console)
@@ -113,10 +115,10 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 6. Preprocessing, which is saved with the weights.
         model.encoder.preprocess = resolve_preprocess(config, source, checkpoint, console, start)
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
-        engine = make_engine(config, model, fabric, batch_size, len(source))
-        monitor = Monitor(config, model, source, folder, console)
-        batches = partial(training_batches, config, source, fabric, batch_size, report=monitor.count_unreadable)
-        driver = Driver(engine, model, folder, console, batches, len(source), config.checkpoint_every, monitor, hooks)
+        engine = make_engine(config, model, fabric, batch_size, len(trained))
+        monitor = Monitor(config, model, source, held_out, folder, console)
+        batches = partial(training_batches, config, trained, fabric, batch_size, report=monitor.count_unreadable)
+        driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
         driver.asked, driver.branch = asked, lambda: train_branch(start_branch(out, config), own_model).finished
         # 8. Restore everything from the checkpoint.
         driver.restore(checkpoint)
@@ -303,9 +305,10 @@ def log_summary(
     encoder, fabric, batch_size = model.encoder, engine.fabric, engine.batch_size
     begin = f"  init     {start}\n           {mean_source(config, start)}\n" if start is not None else ""
     parameters = sum(p.numel() for p in encoder.parameters())
+    held = f", {config.held_out} of them held out," if config.held_out else ""
     console.say(
         f"{f'resumed at step {engine.state.step}' if resumed else 'started'}: {config.out}\n"
-        f"  data     {source.name}: {len(source)} images -> {config.size[0]} x {config.size[1]} x "
+        f"  data     {source.name}: {len(source)} images{held} -> {config.size[0]} x {config.size[1]} x "
         f"{config.in_chans}, {batch_size} a step\n"
         f"  encoder  {encoder.name}, {parameters / 1e6:.1f} M parameters, {encoder.num_patches} tokens, "
         f"{model.counts[0]} visible in each of {model.masks.num_views} view(s)\n{begin}"

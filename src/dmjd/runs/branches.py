@@ -134,7 +134,6 @@ def start_branch(run: Path, config: PretrainConfig) -> PretrainConfig:
         out=str(branch),
         steps=newest.step + steps,
         cooldown=steps / (newest.step + steps),
-        eval_every=0,
         wandb=False,  # which follows one run of a process
         resume=True,
         cooldown_now=False,

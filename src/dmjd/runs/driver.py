@@ -97,7 +97,7 @@ class Driver:
         asked: what asks for a branch.
 
     Attributes:
-        metrics: the last line of ``metrics.jsonl``.
+        metrics: the scalars of the last logged step.
     """
 
     engine: Engine
@@ -345,9 +345,10 @@ class Driver:
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         """Log scalars of a step to all destinations."""
-        self.metrics = {"step": step} | values
+        line = {"step": step} | values
+        self.metrics = (self.metrics if self.metrics.get("step") == step else {}) | line
         try:
-            self.folder.log(self.metrics)
+            self.folder.log(line)
             self._warned_of_metrics = False
         except ValueError as error:  # whether the training can go on is decided when a checkpoint is written
             if not self._warned_of_metrics:

@@ -1,4 +1,4 @@
-"""A subset of a source, as used by low-shot evaluations."""
+"""A subset of a source."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from dmjd.data.sources.base import Source
 from dmjd.images.decoding import ImageLike
+from dmjd.images.reading import OpenImage
 
 
 class SubsetSource(Source):
@@ -28,6 +29,10 @@ class SubsetSource(Source):
     def stored(self, index: int) -> ImageLike:
         """Image ``rows[index]`` as the source stores it."""
         return self.source.stored(int(self.rows[index]))
+
+    def open(self, index: int) -> OpenImage:
+        """Image ``rows[index]``, opened by the source."""
+        return self.source.open(int(self.rows[index]))
 
     def read(self, index: int) -> np.ndarray:
         """Image ``rows[index]``, decoded by the source."""

@@ -1,0 +1,47 @@
+"""The settings of a plan: what is to be trained on, how long, and what is already decided. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dmjd.config.checks import MAX_CHANNELS, MAX_COUNT, MAX_MINUTES, MAX_SIDE, MAX_WORKERS
+from dmjd.config.fields import DEVICES, Config, option
+
+DATA, DECIDED, MACHINE = "data and time", "what is already decided; the plan chooses the rest", "machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Config):
+    """What ``dmjd plan`` is asked. Settings of a run that are given are kept; the others are chosen."""
+
+    task: ClassVar[str] = "plan"
+
+    data: str | None = option(None, "what to train on, as for dmjd pretrain", DATA)
+    hours: float | None = option(None, "how long the run may take", DATA, gt=0, most=MAX_MINUTES / 60)
+    out: str = option("runs/mine", "run folder in the command of the plan", DATA)
+    teacher: str | None = option(None, "a trained model to learn from: the recipe distill", DECIDED)
+    init: str | None = option(None, "trained weights to start from: the recipe adapt", DECIDED)
+    encoder: str | None = option(None, "encoder, as for dmjd pretrain", DECIDED)
+    img_size: tuple[int, ...] | None = option(
+        None, "image side in pixels, or height and width", DECIDED, ge=1, most=MAX_SIDE, length=(1, 2)
+    )
+    in_chans: int = option(3, "input channels of the encoder", DECIDED, ge=1, most=MAX_CHANNELS)
+    value_range: tuple[float, ...] | None = option(
+        None, "LOW HIGH mapped to 0..255, as for dmjd pretrain", DECIDED, length=(2,), ge=-1e30, le=1e30
+    )
+    batch_size: int | None = option(None, "images per step", DECIDED, ge=1, most=MAX_COUNT)
+    device: str = option("auto", "device to train on", MACHINE, choices=DEVICES)
+    num_workers: int | None = option(
+        None, "data loading processes; default by the number of cores", MACHINE, ge=0, most=MAX_WORKERS
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is not None and self.init is not None:
+            raise ValueError("give --teacher for a new encoder, or --init to go on from weights, not both")
+
+    def check_complete(self) -> None:
+        """Raise ValueError if the images or the time are missing."""
+        if self.data is None:
+            raise ValueError("say what to train on: --data FOLDER (or a .parquet file, a set name, digits)")
+        if self.hours is None:
+            raise ValueError("say how long the run may take: --hours 2")

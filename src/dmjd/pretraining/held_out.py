@@ -1,0 +1,112 @@
+"""Images that a run does not train on, and its loss on them."""
+
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.sources.base import Source
+from dmjd.data.sources.subset import SubsetSource
+from dmjd.data.train_loader import Batch, TrainLoader
+from dmjd.images.preprocess import Preprocess
+from dmjd.model import MaskedImageModel
+from dmjd.nn.modes import evaluating
+from dmjd.rng import STREAM_HELD_OUT, hash64
+from dmjd.runs.checkpoint import read_config_of
+
+SHARE, MOST = 0.02, 2000  # of the set, and images, that are held out by default
+
+_BATCH_SIZE = 64
+
+_MAX_BYTES = 1 << 28  # of the images kept in main memory
+
+
+def keep_held_out(config: PretrainConfig, out: Path) -> PretrainConfig:
+    """The configuration with the number of held-out images that the run in a folder, if there is one, began with."""
+    if config.held_out is not None:
+        return config
+    with warnings.catch_warnings(action="ignore"):  # they are shown later, under the lock of the folder
+        old = read_config_of(out)
+    return config if old is None else config.replace(held_out=old.held_out or 0)
+
+
+def hold_out(config: PretrainConfig, source: Source) -> tuple[PretrainConfig, Source, Source | None]:
+    """Divide a set into images to train on and images that are held out, the same ones for every run on this set.
+
+    Returns:
+        The configuration, with the default number of held-out images filled in; the images to train on; the others, or
+        None if there are none.
+
+    Raises:
+        ValueError: if no image is left to train on.
+    """
+    count = config.held_out
+    if count is None:
+        count = min(int(SHARE * len(source)), MOST)
+    if count >= len(source):
+        raise ValueError(f"--held-out {count} leaves nothing to train on: {source.name} has {len(source)} image(s)")
+    config = config.replace(held_out=count)
+    if count == 0:
+        return config, source, None
+    order = hash64(STREAM_HELD_OUT, torch.arange(len(source))).argsort().numpy()
+    held, trained = np.sort(order[:count]), np.sort(order[count:])
+    return config, SubsetSource(source, trained), SubsetSource(source, held)
+
+
+class HeldOutLoss:
+    """The loss of a run on images that it does not train on, with the same crops and masks at every measurement.
+
+    The images are cropped and flipped like training images, so that both losses can be compared. They are read when
+    they are first needed, and kept in main memory; fewer if they are large, to stay below 256 MiB.
+
+    Args:
+        source: the held-out images.
+        config: of the run.
+        preprocess: preprocessing of the encoder.
+        device: device of the model.
+
+    Attributes:
+        num_images: images used.
+    """
+
+    def __init__(
+        self, source: Source, config: PretrainConfig, preprocess: Preprocess, device: torch.device | str = "cpu"
+    ) -> None:
+        self._source, self._config, self._preprocess, self._device = source, config, preprocess, device
+        height, width = config.size
+        fitting = max(1, _MAX_BYTES // (height * width * config.in_chans))
+        self.num_images = min(len(source), fitting)
+        self._batches: list[Batch] = []
+
+    def read(self) -> None:
+        """Read the images, unless that was done.
+
+        Raises:
+            UnreadableImage: if hardly any can be read.
+        """
+        if self._batches:
+            return
+        config, batch_size = self._config, min(_BATCH_SIZE, self.num_images)
+        loader = TrainLoader(
+            self._source,
+            img_size=config.size,
+            batch_size=batch_size,
+            num_workers=0,
+            crop_scale=(config.crop_scale[0], config.crop_scale[1]),
+            flip=config.flip,
+        )
+        self._batches = list(islice(loader.batches(), self.num_images // batch_size))
+
+    def __call__(self, model: MaskedImageModel) -> dict[str, float]:
+        """{"held_out_loss", "held_out_mim", "held_out_vis"}, means over the images; a branch that is off has none."""
+        self.read()
+        sums: dict[str, float] = {}
+        with evaluating(model):
+            for batch in (batch.to(torch.device(self._device)) for batch in self._batches):
+                out = model(self._preprocess.normalize(batch.images), batch.images, keys=batch.keys)
+                for name in ("loss", *model.branches):
+                    sums[name] = sums.get(name, 0.0) + float(out[name])
+        return {f"held_out_{name}": total / len(self._batches) for name, total in sums.items()}

@@ -1,0 +1,253 @@
+"""``plan(data=..., hours=...)``: what to run on a set of images in a given time on this machine, and what to expect."""
+
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Column, Table
+
+from dmjd.config.checks import MAX_COUNT
+from dmjd.config.plan import PlanConfig
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.recipes import get_recipe
+from dmjd.data.overview import Overview, overview
+from dmjd.data.sources.base import Source
+from dmjd.encoders.stored import encoder_bytes
+from dmjd.engine.console import Console, literal
+from dmjd.engine.device import make_fabric
+from dmjd.engine.loop import Report
+from dmjd.engine.stop_signal import StopSignal
+from dmjd.evaluation.frozen.quality import NUM_IMAGES
+from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.nn.modes import own_defaults
+from dmjd.pretraining.batch_size import resolve_batch_size
+from dmjd.pretraining.bench import machine, peak_memory, wait
+from dmjd.pretraining.callbacks import ENCODED, FIGURE_SECONDS, NUM_EVALS
+from dmjd.pretraining.held_out import hold_out
+from dmjd.pretraining.plan_choices import (
+    ENCODERS,
+    LOW,
+    SHARE,
+    Choices,
+    Reach,
+    choose_batch,
+    choose_model,
+    choose_start,
+    data_warnings,
+)
+from dmjd.pretraining.run import make_engine, training_batches
+from dmjd.runs.build import build_model, open_data
+from dmjd.runs.checkpoint import KEEP, named_tensors, optimizer_tensors
+from dmjd.runs.start import begin_from
+
+LOOK_SECONDS, PROBE_SECONDS, MEASURE_SECONDS = 10.0, 6.0, 20.0  # of the parts of a plan, at most, besides a step
+
+_WARMUP_STEPS = 2
+
+_FIGURES = 20 << 20  # bytes of the figures and logs of a run, about
+
+
+@own_defaults()
+def plan(**settings: Any) -> dict[str, Any]:
+    """Plan a run: look at the images, measure this machine with real steps, and choose what to run.
+
+    Takes about a minute. Nothing is written.
+
+    Args:
+        settings: see :class:`~dmjd.config.plan.PlanConfig`: ``data`` and ``hours``, and what is already decided.
+
+    Returns:
+        "data", the set; "choices", setting -> why; "command"; "expected": "images_per_s", "seconds_per_step", "steps",
+        "epochs", "training_minutes", "minutes" with evaluations, "memory_gb" (of the process; on a GPU of its tensors),
+        "disk_gb"; "warnings"; "machine".
+
+    Raises:
+        ValueError: if the images or the settings cannot be used.
+    """
+    asked, console = PlanConfig(**settings), Console()
+    asked.check_complete()
+    choices = choose_start(asked)
+    base = choices.config(asked)
+    fabric = make_fabric(base.device, "auto")
+    assert asked.data is not None
+    source = open_data(base, asked.data, "train")
+    with closing(console):
+        console.wait("looking at the images ...")
+        seen = overview(source, LOOK_SECONDS)
+        console.wait("measuring this machine ...")
+        budget = 3600 * SHARE * (asked.hours or 0)
+        reach = _choose_precision(choices, asked, source, fabric.device, budget)
+        choose_model(choices, asked, seen, reach)
+        first = _expected_images(choices, asked, reach)
+        choose_batch(choices, asked, seen, first, fabric.device.type == "cpu")
+        console.wait("measuring the run of the plan ...")
+        measured = measure(choices.config(asked), source, MEASURE_SECONDS)
+    images = measured.images_per_s * budget
+    if images < 0.8 * first and asked.batch_size is None:  # slower than the first measurement said
+        choose_batch(choices, asked, seen, images, fabric.device.type == "cpu")
+    config = choices.config(asked, out=asked.out, minutes=round(60 * SHARE * (asked.hours or 0), 2))
+    return {
+        "data": {"name": asked.data, **asdict(seen)},
+        "choices": choices.reasons,
+        "command": command_of(choices, asked, config),
+        "expected": _expected(config, measured, len(source), asked.hours or 0),
+        "warnings": data_warnings(seen) + choices.warnings,
+        "machine": machine(fabric.device),
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What some steps of a run took.
+
+    Attributes:
+        batch_size: images per step. seconds: of a step, with the loader. memory: peak in bytes, of the process, or on a
+            GPU of tensors. checkpoint, encoder: bytes of these files.
+    """
+
+    batch_size: int
+    seconds: float
+    memory: int
+    checkpoint: int
+    encoder: int
+
+    @property
+    def images_per_s(self) -> float:
+        """Throughput with the loader."""
+        return self.batch_size / self.seconds
+
+
+def measure(config: PretrainConfig, source: Source, seconds: float) -> Measured:
+    """Train for some seconds, at least one step, with the loader; the weights are thrown away."""
+    config, start = begin_from(config)
+    model = build_model(config, start)
+    fabric = make_fabric(config.device, config.precision)
+    _, trained, _ = hold_out(config, source)
+    _, batch_size = resolve_batch_size(config, len(trained), 1, fabric.device)
+    config = config.replace(batch_size=batch_size, minutes=seconds / 60, log_every=MAX_COUNT)
+    statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
+    model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
+    _forget_peak_memory(fabric.device)
+    engine = make_engine(config, model, fabric, batch_size, len(trained))
+    stamps: list[float] = []
+
+    def stamp(report: Report) -> None:
+        if report.state.step <= _WARMUP_STEPS:
+            wait(fabric.device)
+        stamps.append(time.perf_counter())
+
+    batches = training_batches(config, trained, fabric, batch_size)
+    with closing(batches), StopSignal() as stop:
+        if not engine.run(batches, [stamp], stop):
+            raise KeyboardInterrupt
+    wait(fabric.device)
+    stamps[-1] = time.perf_counter()
+    skipped = min(_WARMUP_STEPS, len(stamps) - 1)
+    step = (stamps[-1] - stamps[skipped - 1]) / (len(stamps) - skipped) if skipped else engine.state.seconds
+    encoder = len(encoder_bytes(model.encoder))
+    tensors = [*named_tensors("model", model).values(), *optimizer_tensors(engine.optimizer).values()]
+    checkpoint = sum(tensor.nbytes for tensor in tensors)
+    return Measured(batch_size, step, peak_memory(fabric.device), checkpoint, encoder)
+
+
+def _forget_peak_memory(device: torch.device) -> None:
+    """Measure the peak memory from now on, where the system can: what came before does not belong to a run."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _choose_precision(
+    choices: Choices, asked: PlanConfig, source: Source, device: torch.device, budget: float
+) -> Reach:
+    """Measure a small encoder, on a CPU in both precisions; how far others get follows from their arithmetic."""
+    reference = choices.config(asked, batch_size=16)
+    if asked.init is None:
+        name, side = asked.encoder or ENCODERS[-1], asked.img_size or (LOW,)
+        reference = reference.replace(encoder=name, img_size=side)
+    rates = {"auto": measure(reference, source, PROBE_SECONDS).images_per_s}
+    if device.type == "cpu":
+        rates["bf16"] = measure(reference.replace(precision="bf16"), source, PROBE_SECONDS).images_per_s
+        times = rates["bf16"] / rates["auto"]
+        if times > 1.1:
+            choices.settings["precision"] = "bf16"
+            choices.reasons["precision"] = f"bf16: {times:.1f} times as fast as fp32 on this CPU"
+    rate = max(rates.values())
+    if asked.init is not None:
+        return lambda encoder, side: rate * budget
+
+    @cache
+    def flops(encoder: str, size: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            return build_model(get_recipe("folder")(encoder=encoder, img_size=size, in_chans=asked.in_chans)).flops()
+
+    whole = rate * budget * flops(reference.encoder, reference.img_size)
+    return lambda encoder, side: whole / flops(encoder, (side,))
+
+
+def _expected_images(choices: Choices, asked: PlanConfig, reach: Reach) -> float:
+    config = choices.config(asked)
+    return reach(config.encoder, config.size[0])
+
+
+def command_of(choices: Choices, asked: PlanConfig, config: PretrainConfig) -> str:
+    """The command that runs the plan."""
+    flags = {"data": asked.data, **choices.settings, "out": asked.out, "minutes": f"{config.minutes:g}"}
+    defaults = PlanConfig()
+    for name in ("device", "in_chans", "value_range", "num_workers", "batch_size"):
+        if getattr(asked, name) != getattr(defaults, name):
+            flags.setdefault(name, getattr(asked, name))
+    words = ["dmjd", "pretrain", choices.recipe]
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(one)) for one in values)]
+    return " ".join(words)
+
+
+def _expected(config: PretrainConfig, measured: Measured, num_images: int, hours: float) -> dict[str, float]:
+    """What the run of a plan will take and reach."""
+    rate = measured.images_per_s
+    batch_size = min(config.batch_size or measured.batch_size, num_images)
+    training = 60 * (config.minutes or 0)
+    evaluation = FIGURE_SECONDS + ENCODED * min(NUM_IMAGES, num_images) / rate
+    images = rate * training
+    return {
+        "images_per_s": rate,
+        "seconds_per_step": batch_size / rate,
+        "steps": images / batch_size,
+        "epochs": images / num_images,
+        "training_minutes": training / 60,
+        "minutes": min(60 * hours, (training + NUM_EVALS * evaluation) / 60),
+        "memory_gb": measured.memory / 1e9,
+        "disk_gb": ((KEEP + 1) * measured.checkpoint + measured.encoder + _FIGURES) / 1e9,
+    }
+
+
+def plan_table(found: dict[str, Any], now: Callable[[], datetime] = datetime.now) -> Table:
+    """The result of :func:`plan` as a table."""
+    data, expected = found["data"], found["expected"]
+    seen = Overview(**{name: value for name, value in data.items() if name != "name"})
+    table = Table(Column("plan"), Column(literal(data["name"])))
+    sizes = " to ".join(f"{h} x {w}" for h, w in (seen.smallest, seen.largest))
+    table.add_row("images", f"{seen.num_images:,}; {sizes} pixels, typically {seen.typical[0]} x {seen.typical[1]}")
+    for name, reason in found["choices"].items():
+        table.add_row(name.replace("_", " "), literal(reason))
+    table.add_row("speed", f"{expected['images_per_s']:.0f} images/s, {expected['seconds_per_step']:.2g} s a step")
+    table.add_row("length", f"{expected['steps']:,.0f} steps, {expected['epochs']:.1f} epochs")
+    end = now() + timedelta(minutes=expected["minutes"])
+    table.add_row(
+        "time",
+        f"{expected['training_minutes']:.0f} minutes of training, about {expected['minutes']:.0f} in all; "
+        f"if it starts now, until {end:%Y-%m-%d %H:%M}",
+    )
+    table.add_row("memory", f"{expected['memory_gb']:.1f} GB")
+    table.add_row("disk", f"{expected['disk_gb']:.2f} GB")
+    return table

@@ -1,0 +1,36 @@
+"""Warnings of collapsed features and of memorized images: when they come, and when not."""
+
+import pytest
+
+from dmjd.config import recipes
+from dmjd.pretraining.health import collapse, memorizing
+
+
+@pytest.mark.parametrize(
+    ("scores", "warns"), [({}, False), ({"effective_rank": 1.2}, True), ({"effective_rank": 9}, False)]
+)
+def test_collapse(scores, warns):
+    text = collapse(scores)
+    assert (text is not None) == warns
+    assert text is None or "1.2 direction(s)" in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "warns"),
+    [
+        ([], False),
+        ([1.0, 0.9, 0.8], False),
+        ([1.0, 0.8, 0.9], False),  # once may be an accident
+        ([1.0, 0.8, 0.9, 0.81], False),
+        ([1.0, 0.8, 0.9, 0.92], True),
+        ([1.0, 0.8, 0.9, 0.92, 0.79], False),
+    ],
+)
+def test_memorizing(losses, warns):
+    points = [(10 * i, loss) for i, loss in enumerate(losses)]
+    text = memorizing(recipes.dmjd(), points)
+    assert (text is not None) == warns
+    if warns:
+        assert "lowest at step 10 (0.8000) and is 15% above it" in text
+    assert memorizing(recipes.dmjd(vis_target="ema"), points) is None  # its target moves
+    assert (memorizing(recipes.dmjd(vis_target="ema", ema_momentum=1.0), points) is not None) == warns

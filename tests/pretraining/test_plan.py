@@ -1,0 +1,152 @@
+"""Plans: what is chosen and why, what is expected, and that the command runs."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import metrics
+
+import dmjd
+from dmjd.cli.main import main
+from dmjd.config.plan import PlanConfig
+from dmjd.data.overview import Overview, overview
+from dmjd.data.sources.registry import open_source
+from dmjd.pretraining import plan as plan_module
+from dmjd.pretraining.plan_choices import (
+    GOOD_STEPS,
+    HIGH_EPOCHS,
+    SMALLEST_BATCH,
+    choose_batch,
+    choose_model,
+    choose_start,
+    data_warnings,
+)
+
+
+def seen(num_images=2640, side=300, **changes):
+    size = (side, side)
+    fields = {"gray": 0.0, "unreadable": 0.0, "neighbors_alike": 0.0, "sampled": 256} | changes
+    return Overview(num_images=num_images, smallest=size, typical=size, largest=size, **fields)
+
+
+def chosen(images, view, asked=None):
+    """The choices if ``images`` of 128 x 128 can be trained on with a tiny encoder, others by their arithmetic."""
+    asked = asked or PlanConfig(data="x", hours=1)
+    cost = {"vit_base_patch16": 16.0, "vit_small_patch16": 4.0}
+
+    def reach(encoder, side):
+        return images / cost.get(encoder, 1.0) / (side / 128) ** 2
+
+    choices = choose_start(asked)
+    choose_model(choices, asked, view, reach)
+    choose_batch(choices, asked, view, images, cpu=True)
+    return choices
+
+
+@pytest.mark.parametrize(
+    ("images", "view", "expected"),
+    [
+        (30_000, seen(), ("vit_tiny_patch16", 128, 32)),
+        (2640 * HIGH_EPOCHS * 4, seen(), ("vit_tiny_patch16", 224, 64)),
+        (5_000_000, seen(50_000, 32), ("vit_tiny_patch4", 32, 64)),
+        (5_000_000, seen(50_000, 70), ("vit_tiny_patch4", 64, 64)),
+        (200_000_000, seen(40_000), ("vit_small_patch16", 224, 64)),
+        (1e10, seen(1_300_000), ("vit_base_patch16", 224, 64)),
+        (1_000, seen(), ("vit_tiny_patch16", 128, SMALLEST_BATCH)),
+    ],
+)
+def test_choices(images, view, expected):
+    choices = chosen(images, view)
+    size, settings = expected[2], choices.settings
+    assert (settings["encoder"], settings["img_size"], settings["batch_size"]) == (expected[0], (expected[1],), size)
+    assert set(choices.reasons) >= {"recipe", "encoder", "img_size", "batch_size"}
+
+
+def test_the_batch_is_halved_until_there_are_enough_steps():
+    for images in (1_000, 10_000, 30_000, 1_000_000):
+        size = chosen(images, seen()).settings["batch_size"]
+        assert images / size >= GOOD_STEPS or size == SMALLEST_BATCH
+        assert size == 64 or images / (2 * size) < GOOD_STEPS
+
+
+def test_what_is_given_stays_and_decides_the_recipe():
+    asked = PlanConfig(data="x", hours=1, encoder="conv_vit_tiny_patch16", img_size=96, batch_size=10)
+    choices = chosen(30_000, seen(), asked)
+    assert choices.settings == {"encoder": "conv_vit_tiny_patch16", "img_size": (96,)}
+    assert choose_start(PlanConfig(data="x", teacher="resnet18")).recipe == "distill"
+    assert choose_start(PlanConfig(data="x", init="weights")).recipe == "adapt"
+    with pytest.raises(ValueError, match="not both"):
+        PlanConfig(data="x", init="a", teacher="b")
+
+
+def test_warnings():
+    assert "only about 12 steps fit" in chosen(100, seen()).warnings[0]
+    assert "100 images teach a new encoder little" in chosen(30_000, seen(100)).warnings[0]
+    assert not data_warnings(seen())
+    text = " ".join(data_warnings(seen(gray=1.0, unreadable=0.1, neighbors_alike=0.5)))
+    for part in ("50% of the images nearly equal the next one", "10% of 256 sampled", "--in-chans 1"):
+        assert part in text
+
+
+def test_the_overview_of_frames_of_a_video(tmp_path):
+    """Pairs of nearly equal gray images of two sizes, and one that cannot be read."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        if i % 2 == 0:
+            image = rng.integers(0, 250, (40 + i, 60, 1)).repeat(3, axis=2).astype(np.uint8)
+        Image.fromarray(image + np.uint8(i % 2)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "20.png").write_bytes(b"no image")
+    found = overview(open_source(str(tmp_path)))
+    assert (found.num_images, found.smallest, found.largest) == (21, (40, 60), (58, 60))
+    assert found.typical[1] == 60
+    assert found.gray == 1.0
+    assert 0.3 < found.neighbors_alike < 0.7
+    assert found.unreadable > 0
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Measure for a moment."""
+    monkeypatch.setattr(plan_module, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(plan_module, "MEASURE_SECONDS", 0.2)
+
+
+def test_the_command_of_a_plan_runs(image_folder, tmp_path, quick, capsys):
+    given = ["--data", image_folder, "--hours", 0.0005, "--out", tmp_path / "my run", "--device", "cpu"]
+    assert main(["plan", *map(str, given), "--num-workers", "0", "--json", str(tmp_path / "plan.json")]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["choices"].keys() >= {"recipe", "img_size", "encoder", "batch_size"}
+    expected = found["expected"]
+    assert expected["steps"] * expected["seconds_per_step"] == pytest.approx(60 * expected["training_minutes"])
+    assert expected["memory_gb"] > 0.1
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command == found["command"]
+    assert "--minutes 0.03" in command
+    assert main(shlex.split(command)[1:]) == 0
+    lines = metrics(tmp_path / "my run")
+    assert lines[-1]["seconds"] >= 60 * 0.03
+
+
+def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
+    first = {"encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32, "device": "cpu"}
+    start = dmjd.pretrain(dmjd.recipes.dmjd(str(image_folder), str(tmp_path / "start"), steps=1, batch_size=4, **first))
+    found = dmjd.plan(data=str(image_folder), hours=0.001, init=str(start.path), device="cpu")
+    assert found["command"].startswith(f"dmjd pretrain adapt --data {shlex.quote(str(image_folder))} --init ")
+    gray = dmjd.plan(data=str(image_folder), hours=0.001, in_chans=1, encoder="vit_tiny_patch8", img_size=32)
+    assert "--in-chans 1" in gray["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hours", "1"], "say what to train on"),
+        (["--data", "digits"], "say how long the run may take"),
+        (["--data", "digits", "--hours", "0"], "hours must be greater than 0"),
+        (["--data", "nowhere", "--hours", "1"], "nowhere"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
