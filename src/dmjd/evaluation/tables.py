@@ -52,7 +52,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 def training_text(training: Mapping[str, Any]) -> str:
     """What a training took: "12 min, CPU, 2 threads; 96,000 images seen"; "-" if it is unknown."""
     minutes, device, images = (training.get(name) for name in ("minutes", "device", "images"))
-    if not is_number(minutes):
+    if minutes is None or not is_number(minutes):
         return "-"
     text = f"{minutes:.1f} min" if minutes < MANY_MINUTES else f"{minutes / 60:.1f} h"
     text += f", {device}" if device is not None else ""

@@ -173,8 +173,8 @@ def _trainable(source: str, read: Preprocess) -> Encoder:
             raise ValueError(f"{FLAG} {source} cannot be fine-tuned here: {error}") from None
     try:
         weights = read_weights(source)
-        if weights.settings is None:
-            raise ValueError("the sizes of its architecture are not known")
+        if weights.settings is None or weights.img_size is None:
+            raise ValueError("the sizes of its architecture or of its images are not known")
         config = PretrainConfig(**weights.settings, img_size=weights.img_size, in_chans=read.in_chans)
         encoder = build_encoder(config)
         initialize(encoder, weights)
