@@ -17,25 +17,40 @@ def run_show(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="dmjd show",
         usage=f"dmjd show {{{','.join(KINDS)}}} RUN --out FIGURE.png [flags]",
-        description="Draw a figure of a run: masks, targets and reconstructions of its model; attention maps or\n"
-        "nearest neighbors of its encoder.",
+        description="Draw a figure of a run: masks, targets and reconstructions of its model; attention maps of its\n"
+        "encoder; or images of a set that its encoder finds similar: nearest neighbors, near duplicates,\n"
+        "outliers and clusters. The similarity is the cosine of pooled features, less the mean feature.",
         epilog="examples:\n"
         "  dmjd show neighbors runs/first --query photo.jpg --out neighbors.png\n"
+        "  dmjd show duplicates runs/mine --data ~/images --out duplicates.png\n"
         "  dmjd show reconstructions runs/first --out figure.png",
     )
     parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
     add_run_argument(parser, "run folder")
     _add_data(parser)
     parser.add_argument("--out", metavar="FILE", default="figure.png", help="figure to write (figure.png)")
-    parser.add_argument("--num-images", type=int, default=4, metavar="N", help="images, or queries (4)")
-    _add_labels(parser, "neighbors: source of the class labels; default that of the run")
     parser.add_argument(
-        "--num-candidates", type=int, default=2000, metavar="N", help="neighbors: images to search (2000)"
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="images, queries, groups of duplicates, rows of outliers (4); images of each cluster (8)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images and masks (0)")
+    _add_labels(parser, "figures of a set: source of the class labels; default that of the run")
+    parser.add_argument(
+        "--num-candidates",
+        type=int,
+        metavar="N",
+        help="images of the set to search, evenly spaced; default 2000 for neighbors, else 20000",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images, masks and clusters (0)")
     parser.add_argument(
         "--query", nargs="+", default=(), metavar="FILE", help="neighbors: of these images, not of some of the set"
     )
+    parser.add_argument("--threshold", type=float, metavar="X", help="duplicates: smallest cosine (0.95)")
+    parser.add_argument(
+        "--num-neighbors", type=int, metavar="N", help="outliers: neighbors whose mean distance counts (5)"
+    )
+    parser.add_argument("--num-clusters", type=int, metavar="N", help="clusters: default 2 to 12, by the set's size")
     given = parser.parse(arguments)
     kind = given.pop("kind")
     check_kind(kind)
