@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmjd.config.checks import Bounds, check_float, check_int
+from dmjd.config.fields import NEAR_DUPLICATE
 from dmjd.engine.console import tracked
-
-THRESHOLD = 0.95  # centered cosine from which on two images count as near duplicates
 
 _ROWS = {"cpu": 1024}  # of a block; more on a GPU
 
@@ -65,7 +64,7 @@ def centered(features: Tensor, device: torch.device | str = "cpu") -> Tensor:
     return torch.cat([unit, at_mean.float().unsqueeze(1)], dim=1)
 
 
-def near_duplicates(features: Tensor, threshold: float = THRESHOLD, device: torch.device | str = "cpu") -> Tensor:
+def near_duplicates(features: Tensor, threshold: float = NEAR_DUPLICATE, device: torch.device | str = "cpu") -> Tensor:
     """For each image the first earlier image that it is a near duplicate of.
 
     Images are kept or left out in order: one is left out if its centered cosine with an earlier, kept one is at least

@@ -1,9 +1,10 @@
 """Commands that use a trained encoder: ``dmjd show``, ``embed``, ``export`` and ``compare``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from dmjd.cli.parser import Parser, add_run_argument
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, NEAR_DUPLICATE
 from dmjd.figures.kinds import KINDS, check_kind
 from dmjd.text import printable
 
@@ -61,13 +62,15 @@ def run_show(arguments: Sequence[str]) -> None:
 
 def run_embed(arguments: Sequence[str]) -> None:
     """``dmjd embed``: see :func:`dmjd.embed`."""
+    cosine: dict[str, Any] = {"nargs": "?", "const": NEAR_DUPLICATE, "type": float, "metavar": "COSINE"}
     parser = Parser(
         prog="dmjd embed",
         usage="dmjd embed RUN --data SOURCE --out FILE.parquet|FILE.npy [flags]",
         description="Write the features of every image to a table. Repeat an interrupted command to resume it.",
         epilog="examples:\n"
         "  dmjd embed runs/first --out features.parquet\n"
-        "  dmjd embed runs/mine --data ~/images --out tokens.npy --tokens --half",
+        "  dmjd embed runs/mine --data ~/images --out tokens.npy --tokens --half\n"
+        "  dmjd embed runs/mine --out features.parquet --deduplicate 0.95",
     )
     add_run_argument(parser, _ENCODER_SOURCE)
     _add_data(parser)
@@ -78,6 +81,20 @@ def run_embed(arguments: Sequence[str]) -> None:
     _add_labels(parser, "source of the labels; default that of the run")
     parser.add_argument("--tokens", action="store_true", help="all patch tokens, not one pooled feature per image")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
+    parser.add_argument(
+        "--duplicates",
+        **cosine,
+        help="column duplicate_of: path of the first image that an image is a near duplicate of, by the cosine of "
+        "their features, less the mean feature (0.95)",
+    )
+    parser.add_argument(
+        "--distances", action="store_true", help="column distance: 1 less this cosine with the nearest neighbor"
+    )
+    parser.add_argument(
+        "--deduplicate",
+        **cosine,
+        help="write the images without near duplicates to FILE.keep.txt (.keep.parquet for tables), for --data (0.95)",
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (256)")
     parser.add_argument(
         "--precision", default="fp32", metavar=_one_of(FEATURE_PRECISIONS), help="precision of the encoder (fp32)"

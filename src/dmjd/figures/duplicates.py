@@ -4,12 +4,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dmjd.config.fields import NEAR_DUPLICATE
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder
 from dmjd.figures.grid import panel_grid
 from dmjd.figures.panels import BLANK, Panel
 from dmjd.figures.set_features import amount, image_name, set_features, set_images
-from dmjd.similarity import THRESHOLD, centered, near_duplicates, nearest_neighbors
+from dmjd.similarity import centered, near_duplicates, nearest_neighbors
 
 MOST = 7  # near duplicates drawn of a group
 
@@ -22,7 +23,7 @@ def duplicates_figure(
     *,
     num_images: int = 4,
     num_candidates: int = 20_000,
-    threshold: float = THRESHOLD,
+    threshold: float = NEAR_DUPLICATE,
 ) -> Figure:
     """Draw the largest groups of near duplicates: the first image of a group, then those that are similar to it.
 
