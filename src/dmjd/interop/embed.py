@@ -92,12 +92,17 @@ def embed(
     source = _open(run, encoder, data, split, labels)
     extract = _extractor(encoder, tokens, precision)
     wanted.check(source, split, tokens)
-    settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
-    settings |= {"content": source.content_hash(), "tokens": bool(tokens), "half": bool(half), "precision": precision}
+    settings = _settings(encoder, source) | {"tokens": bool(tokens), "half": bool(half), "precision": precision}
     console = Console()
     _embed(encoder, source, extract, out, settings, console, batch_size, num_workers)
     wanted.run(out, source, chosen, console)
     return out
+
+
+def _settings(encoder: Encoder, source: Source) -> dict[str, Any]:
+    """What the features depend on, besides how they are stored."""
+    data = {"data": source.fingerprint(), "labels": source.labels is not None, "content": source.content_hash()}
+    return {"encoder": weights_hash(encoder)} | data
 
 
 def _embed(
