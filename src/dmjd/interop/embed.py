@@ -73,8 +73,7 @@ def embed(
         deduplicate: also write the images without near duplicates, by such a cosine, in a form that ``data`` takes:
             ``NAME.keep.txt``, or ``NAME.keep.parquet`` for tables. Unreadable images are left out.
         batch_size: images per batch.
-        precision: "fp32" or "bf16" (autocast).
-        device: "auto", "cpu" or "cuda".
+        precision, device: "fp32" or "bf16" (autocast); "auto", "cpu" or "cuda".
         num_workers: data loading processes; None: by the number of cores.
 
     Returns:
