@@ -166,12 +166,9 @@ def _trainable(source: str, read: Preprocess) -> Encoder:
     """The encoder of a located baseline, to be trained; ValueError for what is no plain vision transformer."""
     if not source.startswith((TIMM, LOCAL)) and (not source.startswith(HUB) or _is_ours(source)):
         return _load_ours(source, "cpu")
-    if source.startswith(TIMM):
-        try:
-            class_of(source.removeprefix(TIMM))
-        except ValueError as error:
-            raise ValueError(f"{FLAG} {source} cannot be fine-tuned here: {error}") from None
     try:
+        if source.startswith(TIMM):
+            class_of(source.removeprefix(TIMM))  # before weights are downloaded
         weights = read_weights(source)
         if weights.settings is None or weights.img_size is None:
             raise ValueError("the sizes of its architecture or of its images are not known")
@@ -179,8 +176,9 @@ def _trainable(source: str, read: Preprocess) -> Encoder:
         encoder = build_encoder(config)
         initialize(encoder, weights)
     except ValueError as error:
-        text = str(error).removeprefix("--init ").removeprefix(source).strip(": ")
-        raise ValueError(f"{FLAG} {source} cannot be fine-tuned here, only evaluated frozen: {text}") from None
+        reason = str(error).removeprefix("--init ").removeprefix(source).strip(": ")
+        reason = f"it {reason}" if reason.startswith("is ") else reason
+        raise ValueError(f"{FLAG} {source} cannot be fine-tuned here, only evaluated frozen: {reason}") from None
     if encoder.preprocess is None:  # of other channels
         encoder.preprocess = dataclasses.replace(read, img_size=encoder.img_size)
     return encoder.eval()
@@ -247,7 +245,10 @@ def _of_encoder(name: str, given: str, encoder: Encoder) -> TrainedBaseline:
 
 def _is_ours(source: str) -> bool:
     """Whether a model of the hub was written by dmjd; its configuration is downloaded."""
-    return is_encoder_folder(download(source.removeprefix(HUB), (CONFIG,)))
+    try:
+        return is_encoder_folder(download(source.removeprefix(HUB), (CONFIG,)))
+    except ValueError as error:
+        raise ValueError(f"{FLAG} {error}") from None
 
 
 def _check_feature(baseline: TrainedBaseline, device: torch.device | str) -> None:
