@@ -44,6 +44,7 @@ def test_without_any_the_most_similar_pair_is_shown(tmp_path):
     assert [len(row) for row in rows] == [2, 2]
     cosines = [float(row[1].caption.split("  ")[0]) for row in rows]
     assert 0.9999 > cosines[0] >= cosines[1]
+    assert titles(figure) == ["first", "most similar"]
     assert figure.get_supxlabel().startswith("No near duplicates in 12 images")
 
 

@@ -289,10 +289,11 @@ def comparison_figure(comparison: Comparison) -> Figure:
     size = (7.5, height * len(tasks) + 0.4)
     figure = Figure(figsize=size, dpi=dpi_of(size), layout="constrained")
     panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+    names = list(dict.fromkeys(name for found in comparison.baselines.values() for name in found))
     for axes, (task, metric) in zip(panels, tasks, strict=True):
         _bars(axes, comparison.runs, comparison.scores[task, metric], comparison.notes.get((task, metric), {}))
-        for i, (name, one) in enumerate(comparison.baselines.get((task, metric), {}).items()):
-            style = _LINES[i % len(_LINES)]
+        for name, one in comparison.baselines.get((task, metric), {}).items():
+            style = _LINES[names.index(name) % len(_LINES)]
             axes.axvline(100 * one.score.value, linestyle=style, color="#555555", linewidth=1.2, label=drawable(name))
         axes.set_title(drawable(f"{task}: {metric}, %"), fontsize=9, loc="left")
     handles = {

@@ -45,9 +45,11 @@ def duplicates_figure(
     groups = _groups(features, first)
     found = f"{int((first >= 0).sum()):,} of {amount(source, len(index))} are near duplicates of an earlier one"
     note = f"{found}, in {len(groups)} groups: cosine (the numbers) of at least {threshold:g}, less the mean feature."
+    titles = [f"duplicate {i + 1}" for i in range(MOST)]
     if not groups:
+        titles = ["most similar"]
         groups = _closest(*nearest_neighbors(features, 1, device))
-        note = f"No near duplicates in {amount(source, len(index))} (cosine {threshold:g}). The most similar ones:"
+        note = f"No near duplicates in {amount(source, len(index))} (cosine {threshold:g}). These pairs are the most similar ones."
     groups = sorted(groups, key=lambda group: -len(group[1]))[:num_images]
     width = max(min(MOST, len(others)) for _, others in groups)
     rows = []
@@ -58,7 +60,7 @@ def duplicates_figure(
         captions = [more, *(f"{cosine:.3f}  " for _, cosine in shown)]
         panels = [Panel(x, text + image_name(source, i)) for (x, i), text in zip(images, captions, strict=True)]
         rows.append(panels + [BLANK] * (width + 1 - len(panels)))
-    return panel_grid(["first", *(f"duplicate {i + 1}" for i in range(width))], rows, note=note)
+    return panel_grid(["first", *titles[:width]], rows, note=note)
 
 
 def _groups(features: Tensor, first: Tensor) -> list[Group]:
