@@ -49,7 +49,9 @@ def duplicates_figure(
     if not groups:
         titles = ["most similar"]
         groups = _closest(*nearest_neighbors(features, 1, device))
-        note = f"No near duplicates in {amount(source, len(index))} (cosine {threshold:g}). These pairs are the most similar ones."
+        note = (
+            f"No near duplicates in {amount(source, len(index))} (cosine {threshold:g}). These pairs are most similar."
+        )
     groups = sorted(groups, key=lambda group: -len(group[1]))[:num_images]
     width = max(min(MOST, len(others)) for _, others in groups)
     rows = []
