@@ -33,6 +33,7 @@ ORDER = [
     "model",
     "data",
     "engine",
+    "similarity",
     "runs",
     "figures",
     "evaluation",

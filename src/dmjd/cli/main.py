@@ -22,7 +22,7 @@ from dmjd.warning import DMJDWarning
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pretrain": (run_pretrain, "train an encoder on unlabeled images"),
     "evaluate": (run_evaluate, "kNN, linear probe, fine-tuning, segmentation, detection"),
-    "show": (run_show, "figures of masks, targets, reconstructions, attention, neighbors"),
+    "show": (run_show, "figures of a run: masks, attention, neighbors, duplicates, clusters, ..."),
     "embed": (run_embed, "features of every image as a table"),
     "export": (run_export, "the encoder for timm, transformers, PyTorch, ONNX or the hub"),
     "compare": (run_compare, "evaluations of several runs side by side"),

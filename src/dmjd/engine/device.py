@@ -115,6 +115,17 @@ def seed_device(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
+def device_text(device: torch.device | str) -> str:
+    """The devices that a training runs on, in words: "NVIDIA H100 80GB HBM3", "8 x NVIDIA H100 80GB HBM3", "CPU, 4
+    threads".
+    """
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if torch.device(device).type != "cuda":
+        threads = processes * torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' * (threads > 1)}"
+    return (f"{processes} x " if processes > 1 else "") + torch.cuda.get_device_name(device)
+
+
 def pick_device(name: str) -> torch.device:
     """The device for "cpu", "cuda", or "auto": CUDA if available, else the CPU.
 

@@ -89,6 +89,8 @@ def redo_command(task: str, run: Path, result: Result) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    for baseline in result.get("baselines", {}).values():
+        words += ["--baseline", baseline["source"]]
     if result.get("seed"):
         words += ["--seed", str(result["seed"])]
     return shlex.join(words)

@@ -12,10 +12,11 @@ from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
-from dmjd.encoders.headers import ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
+from dmjd.encoders.headers import DEVICE_KEY, ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
 from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash_of
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.console import Console
+from dmjd.engine.device import device_text
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report, TrainState
 from dmjd.engine.processes import first_process_works, gather, num_processes, wait_for_first
@@ -112,6 +113,7 @@ class Monitor(Callback):
             ENCODER_DIGEST_KEY: digest_of(self._encoder_file),
             "data": self._began.fingerprint,
             NUM_IMAGES_KEY: len(self.source),
+            DEVICE_KEY: device_text(self._device),
             "content": list((self._began.content or {}).items()),
             "bad": self.unreadable.reports,
             "config": json.loads(self.config.to_json()),
