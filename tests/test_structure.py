@@ -37,6 +37,7 @@ ORDER = [
     "figures",
     "evaluation",
     "interop",
+    "reports",
     "pretraining",
     "cli",
 ]

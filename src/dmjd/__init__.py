@@ -29,6 +29,7 @@ _NAMES = {
     "load_classifier": "dmjd.encoders",
     "load_encoder": "dmjd.encoders",
     "pretrain": "dmjd.pretraining.run",
+    "report": "dmjd.reports.report",
     "show": "dmjd.figures.show",
 }
 _MODULES = {

@@ -37,7 +37,7 @@ def save_reconstruction_figure(
     model: MaskedImageModel, source: Source, path: str | Path, *, num_images: int = 6, seed: int = 0
 ) -> Path:
     """Write :func:`reconstruction_figure` for some images of a set; images and masks depend on the seed."""
-    return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
+    return save_figure(method_figure("reconstructions", model, source, num_images, seed), path)
 
 
 @own_defaults()
@@ -85,13 +85,13 @@ def show(
         model, config = load_model(run)
         listing = run / LISTING if data is None else None
         source = open_data(config, str(config.data if data is None else data), "train", listing=listing)
-        return save_figure(_figure(kind, model, source, num_images, seed), out)
+        return save_figure(method_figure(kind, model, source, num_images, seed), out)
     encoder = load_encoder(run, pick_device("auto"))
     source = open_images(run, known_preprocess(encoder), data, labels=labels)
     if kind == "neighbors":
         settings = {"num_images": num_images, "num_candidates": num_candidates, "seed": seed}
         return save_figure(neighbors_figure(encoder, source, **settings, query=queries), out)
-    raw, _ = _some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
+    raw, _ = some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
     return save_figure(attention_figure(encoder, raw.to(next(encoder.parameters()).device), num_images), out)
 
 
@@ -106,10 +106,10 @@ def _checked_queries(kind: str, query: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
+def method_figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
     """One of ``MODEL_KINDS`` on some images of a set."""
     count = max(num_images, _FOR_COMPONENTS) if kind == "targets" else num_images
-    raw, index = _some_images(source, known_preprocess(model.encoder), count, seed)
+    raw, index = some_images(source, known_preprocess(model.encoder), count, seed)
     device = next(model.parameters()).device
     raw = raw.to(device)
     keys = image_keys(seed, torch.zeros_like(index), index).to(device)
@@ -120,7 +120,7 @@ def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int,
     return reconstruction_figure(model, raw, keys=keys)
 
 
-def _some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw up to ``count`` readable images: [n, C, H, W] on the 0..255 scale and indices [n] int64.
 
     Raises:
