@@ -43,6 +43,8 @@ PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 LABEL_FREE = ("held_out_loss", "effective_rank", "feature_std", "alpha_req", "neighbors_kept")
 
+_BASELINES = ("knn_random_init", "knn_raw_pixels")
+
 _NOT_SCALARS = {"step", "epoch", "seconds"}
 
 _MOST_POINTS, _FEWEST, _MOST = 24_000, 60, 500  # of all curves together, and of one
@@ -56,11 +58,12 @@ def curve_panels(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     known = {name for _, names in PANELS.values() for name in names}
     others = sorted({name for run in runs for line in run.metrics for name in line} - known - _NOT_SCALARS)
     panels = PANELS | {name.replace("_", " "): ("", (name,)) for name in others}
-    if len(runs) > 1:  # one scalar in each panel, so that colors tell the runs apart
+    if len(runs) > 1:  # one scalar in each panel, so that colors tell the runs apart; baselines are constant
         panels = {
-            (title if len(names) == 1 else f"{title}: {name}" if name != title else title): (text, (name,))
+            (f"{title}: {name}" if name in ("mim", "vis", "drift_neighbors") else title): (text, (name,))
             for title, (text, names) in panels.items()
             for name in names
+            if name not in _BASELINES
         }
     named = [(title, text, _points(runs, names)) for title, (text, names) in panels.items()]
     named = [(title, text, curves) for title, text, curves in named if curves]

@@ -1,5 +1,6 @@
 """The machine and versions that a run was trained with, kept in its folder: ``environment.json``."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ ENVIRONMENT_FILE = "environment.json"
 
 
 def write_environment(run: Path, device: torch.device, num_processes: int) -> None:
-    """Record machine and versions in a run folder; those of an earlier part of the run are replaced."""
+    """Record machine and versions in a run folder; those of an earlier part of the run are replaced.
+
+    A failure is ignored: a training does not depend on it.
+    """
     facts = {"device": device.type, "processes": num_processes, **machine(device), **versions()}
-    write_text(run / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
+    with contextlib.suppress(ValueError):
+        write_text(run / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
 
 
 def read_environment(run: Path) -> dict[str, Any]:

@@ -45,13 +45,17 @@ def _file(name: str) -> str:
 
 def _printable(value: Any) -> Any:
     """Show control characters of a text as escapes; markup (which is escaped already) stays as it is."""
-    return printable(value, keep="\n") if type(value) is str or isinstance(value, Path) else value
+    if isinstance(value, Path):
+        value = str(value)
+    if type(value) is not str or (value.isascii() and value.isprintable()):  # the latter is fast, for large data
+        return value
+    return printable(value, keep="\n")
 
 
 def _clean(value: Any) -> Any:
     """Show control characters in all texts of JSON types as escapes."""
     if isinstance(value, str):
-        return printable(value) if not value.isascii() or not value.isprintable() else value
+        return _printable(value)
     if isinstance(value, dict):
         return {_clean(key): _clean(one) for key, one in value.items()}
     return [_clean(one) for one in value] if isinstance(value, list | tuple) else value

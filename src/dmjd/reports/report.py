@@ -1,7 +1,7 @@
 """``dmjd report``: a run, or several side by side, as one HTML file that needs nothing else."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,39 +134,63 @@ def report_training(run: Path, model: MaskedImageModel, source: Source, seconds:
 
 def _page(runs: Sequence[RunFacts], trained: Trained, num_images: int, clock: Clock, seed: int) -> str:
     """The HTML of a report."""
-    first, problems = runs[0], dict(runs[0].problems)
-    shown = _figures(first, trained, clock, seed, problems)
+    problems = dict(runs[0].problems)
+    shown = _figures(runs[0], trained, clock, seed, problems)
     sample = _sample(trained, num_images, clock, seed, problems)
+    return page_of(runs, shown, sample, problems, clock, seed)
+
+
+def page_of(
+    runs: Sequence[RunFacts],
+    shown: Mapping[str, Shown],
+    sample: Sample | None,
+    problems: Mapping[str, str],
+    clock: Clock,
+    seed: int = 0,
+) -> str:
+    """The HTML of a report on runs, with figures and a sample of the images of the first one.
+
+    Args:
+        runs: the runs.
+        shown: name -> figure.
+        sample: the images; None: without map and neighbors.
+        problems: part -> why it is missing.
+        clock: the time that the map may take.
+        seed: seed of the map.
+    """
+    first, problems = runs[0], dict(problems)
     embedding, rows, confusion = _inside(sample, clock, seed, problems)
     comparison = compared(runs)
     tables = score_tables(runs, comparison)
     bars = [(table.task, bar) for table in tables for bar in table.bars]
     summaries = [summary_of(run, [(task, bar) for task, bar in bars if bar.run == run.name]) for run in runs]
-    context = {
-        "version": __version__,
-        "runs": runs,
-        "summaries": summaries,
-        "shown": shown,
-        "confusions": _confusion_files(first),
-        "problems": problems,
-        "tables": tables,
-        "differences": {} if comparison is None else comparison.differences,
-        "compared_runs": [] if comparison is None else comparison.runs,
-        "gallery": rows,
-        "settings": settings_of(first.config),
-        "commands": commands_of(first),
-        "environment": first.environment,
-        "unreadable": first.unreadable[:_UNREADABLE_SHOWN],
-        "num_unreadable": len(first.unreadable),
-        "unfinished": [run for run in runs if run.status != FINISHED],
-        "data": {
-            "runs": [run.name for run in runs],
-            "panels": curve_panels(runs),
-            "map": embedding,
-            "confusion": _confusion_data(confusion, sample),
-        },
-    }
-    return render(context)
+    return render(
+        {
+            "version": __version__,
+            "runs": runs,
+            "unfinished": [run for run in runs if run.status != FINISHED],
+            "summaries": summaries,
+            "measures": list(dict.fromkeys(one.name for summary in summaries for one in summary.measures)),
+            "shown": shown,
+            "confusions": _confusion_files(first),
+            "problems": problems,
+            "tables": tables,
+            "differences": {} if comparison is None else comparison.differences,
+            "compared_runs": [] if comparison is None else comparison.runs,
+            "gallery": rows,
+            "settings": settings_of(first.config),
+            "commands": commands_of(first),
+            "environment": first.environment,
+            "unreadable": first.unreadable[:_UNREADABLE_SHOWN],
+            "num_unreadable": len(first.unreadable),
+            "data": {
+                "runs": [run.name for run in runs],
+                "panels": curve_panels(runs),
+                "map": embedding,
+                "confusion": _confusion_data(confusion, sample),
+            },
+        }
+    )
 
 
 def _figures(run: RunFacts, trained: Trained, clock: Clock, seed: int, problems: dict[str, str]) -> dict[str, Shown]:

@@ -37,6 +37,14 @@ class Summary:
     conclusions: list[str]
     bars: list[tuple[str, Bar]]
 
+    def score(self, task: str) -> str:
+        """The score of an evaluation as text."""
+        return next((bar.text for name, bar in self.bars if name == task and bar.kind == "result"), "-")
+
+    def measure(self, name: str) -> str:
+        """The value of a measure as text."""
+        return next((one.value for one in self.measures if one.name == name), "-")
+
 
 def summary_of(run: RunFacts, bars: list[tuple[str, Bar]]) -> Summary:
     """The summary of a run; ``bars`` are (task, score), also of its baselines."""
@@ -44,7 +52,7 @@ def summary_of(run: RunFacts, bars: list[tuple[str, Bar]]) -> Summary:
     images = f"{training['num_images']:,}" if "num_images" in training else NOT_RECORDED
     size = " x ".join(map(str, run.config.size))
     facts = [
-        ("images", f"{images} of {training.get('data', NOT_RECORDED)}"),
+        ("images", f"{images} of {training['data']}" if "data" in training else images),
         ("encoder", f"{run.config.encoder}, {size} x {run.config.in_chans}"),
         ("recipe", _recipe(run)),
         ("trained", _duration(run)),

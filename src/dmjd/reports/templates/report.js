@@ -170,6 +170,11 @@
       tip.style.left = `${Math.max(4, Math.min(clientX + 16, innerWidth - box.width - 8))}px`;
       tip.style.top = `${Math.max(4, Math.min(clientY + 16, innerHeight - box.height - 8))}px`;
     }
+    let narrow = plot.clientWidth < 600;
+    addEventListener("resize", () => {
+      if (narrow !== plot.clientWidth < 600) redraw();
+      narrow = plot.clientWidth < 600;
+    });
     plot.on("plotly_hover", show);
     plot.on("plotly_click", show);
     plot.on("plotly_unhover", () => { tip.hidden = true; });
