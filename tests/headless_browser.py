@@ -29,7 +29,7 @@ class Browser:
 
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
-        for flag in [*FLAGS, f"--user-data-dir={profile}"]:
+        for flag in [*FLAGS, f"--user-data-dir={profile}", "about:blank"]:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
@@ -66,10 +66,10 @@ class Browser:
         return [message for message in messages if not any(part in message for part in HARMLESS)]
 
     def requests(self) -> list[str]:
-        """Addresses requested since the last call, without data in the page itself."""
+        """Addresses requested since the last call, without data in the page itself and the browser's own pages."""
         entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
-        return [address for address in sent if not address.startswith(("data:", "blob:"))]
+        return [address for address in sent if not address.startswith(("data:", "blob:", "chrome"))]
 
     def hover(self, x: float, y: float) -> None:
         """Move the mouse."""

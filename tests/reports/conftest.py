@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from support import TINY
 
+import dmjd
 from dmjd.cli.main import main
 
-CLASSES = ["<img src=x onerror=alert(1)>", '[b]it\'s "q"[/b]', "plain & simple"]
+CLASSES = ["<img src=x onerror=alert(1)>", '[b]it\'s "q"[b]', "plain & simple"]
 FILES = ["a'b\".png", "<b>bold<b>.png", "two\nlines.png", "\x1b[31mred.png", "猫 été.png"]
 
 
@@ -53,3 +54,17 @@ def second(finished, tmp_path_factory) -> Path:
     with warnings.catch_warnings(action="ignore"):
         assert main(["pretrain", "folder", "--data", str(finished.parent / "data"), "--out", str(run), *flags]) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def single(finished, tmp_path_factory) -> Path:
+    """A report on one run, in a new folder."""
+    return dmjd.report(finished, out=tmp_path_factory.mktemp("page") / "new" / "single.html", num_images=60)
+
+
+@pytest.fixture(scope="session")
+def both(finished, second, tmp_path_factory) -> Path:
+    """A report on two runs, one of them given twice; the file existed."""
+    out = tmp_path_factory.mktemp("page") / "both.html"
+    out.write_text("old")
+    return dmjd.report(finished, second, finished, out=out, num_images=60)

@@ -4,15 +4,15 @@ import base64
 import importlib.util
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from headless_browser import CHROMIUM, DRIVER, Browser
 
-import dmjd
 from dmjd.config.recipes import folder
-from dmjd.data.sources.digits import DigitsSource
+from dmjd.data.sources.base import Source
 from dmjd.images.preprocess import Preprocess
 from dmjd.reports.clock import Clock
 from dmjd.reports.facts import FINISHED, RunFacts
@@ -34,9 +34,9 @@ def browser(tmp_path_factory):
     browser.quit()
 
 
-@pytest.fixture(scope="module")
-def page(finished, second, tmp_path_factory) -> Path:
-    return dmjd.report(finished, second, out=tmp_path_factory.mktemp("page") / "r.html", num_images=60)
+@pytest.fixture
+def page(both) -> Path:
+    return both
 
 
 def fits(browser) -> bool:
@@ -133,14 +133,19 @@ def test_a_narrow_window_and_paper(browser, page):
     assert browser.complaints() == []
 
 
-class ManyDigits(DigitsSource):
-    """The digits, repeated."""
+class ManyImages(Source):
+    """Black images with labels, in three folders."""
+
+    in_chans = 3
+    name = "many"
+    classes: ClassVar[list[str]] = ["<script>alert(1)</script>", "[/b]", *(f"class {i}" for i in range(28))]
+    labels = np.arange(NUM_EMBEDDINGS) % 30
 
     def __len__(self) -> int:
         return NUM_EMBEDDINGS
 
     def stored(self, index: int) -> np.ndarray:
-        return super().stored(index % super().__len__())
+        return np.zeros((32, 32, 3), np.uint8)
 
     def describe(self, index: int) -> str:
         return f"/data/images/{'abc'[index % 3]}/photograph_{index:06d}.jpg"
@@ -148,11 +153,9 @@ class ManyDigits(DigitsSource):
 
 def large_page() -> str:
     rng = np.random.default_rng(0)
-    source = ManyDigits("train", 3)
-    source.labels = np.resize(source.labels, NUM_EMBEDDINGS)
     features = torch.from_numpy(rng.normal(size=(NUM_EMBEDDINGS, 32)).astype(np.float32))
     tiles = rng.integers(0, 256, (1500, 64, 64, 3), dtype=np.uint8)  # noise, which JPEG compresses worst
-    sample = Sample(source, Preprocess((32, 32)), features, torch.arange(NUM_EMBEDDINGS), tiles, [])
+    sample = Sample(ManyImages(), Preprocess((32, 32)), features, torch.arange(NUM_EMBEDDINGS), tiles, [])
     names = ("loss", "mim", "vis", "lr", "images_per_s", "data_wait", "grad_norm", "effective_rank", "held_out_loss")
     runs = []
     for number in range(NUM_RUNS):
@@ -176,4 +179,7 @@ def test_many_embeddings_and_runs_open_quickly(browser, tmp_path):
     assert browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd") < 3000
     assert browser.run("scatter.data.reduce((n, t) => n + t.x.length, 0)") == NUM_EMBEDDINGS
     assert browser.run("document.querySelector('.plot').data.length") == NUM_RUNS
+    legend = browser.run("document.querySelector('#scatter .legend').textContent")
+    assert "<script>alert(1)</scrip…" in legend
+    assert "[/b]" in legend
     assert browser.complaints() == []

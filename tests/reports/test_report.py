@@ -31,8 +31,8 @@ def made(*runs, **settings) -> str:
     return out.read_text(encoding="utf-8")
 
 
-def test_the_page_says_what_was_trained(finished, tmp_path):
-    html = made(finished, out=tmp_path / "new" / "r.html")
+def test_the_page_says_what_was_trained(single):
+    html = single.read_text(encoding="utf-8")
     text = text_of(html)
     said = [
         "61 of data",
@@ -50,8 +50,8 @@ def test_the_page_says_what_was_trained(finished, tmp_path):
     assert "dmjd evaluate knn" in text
 
 
-def test_names_are_escaped(finished, tmp_path):
-    html = made(finished, out=tmp_path / "r.html")
+def test_names_are_escaped(single):
+    html = single.read_text(encoding="utf-8")
     for name in ("<img src=x", "<script>alert(1)", "<b>bold", "<i>"):
         assert name not in html
     assert "&lt;script&gt;alert(1)" in html
@@ -60,20 +60,14 @@ def test_names_are_escaped(finished, tmp_path):
     assert "\\x1b[31mred.png" in html
 
 
-def test_several_runs_share_the_curves(finished, second, tmp_path):
-    html = made(finished, second, finished, out=tmp_path / "r.html", num_images=0)
+def test_several_runs_share_the_curves(both):
+    html = both.read_text(encoding="utf-8")
     assert "<h1>2 runs</h1>" in html
-    assert "no images were requested" in html
-    assert html.count('"run": 1, "step"') + html.count('"run": 1') >= 3
-
-
-def test_an_existing_file_is_replaced(finished, tmp_path):
-    out = tmp_path / "r.html"
-    out.write_text("old")
-    assert made(finished, out=out, num_images=0).startswith("<!DOCTYPE html>")
+    assert html.count('"run": 1') >= 6
 
 
 def test_a_run_that_is_still_training(copy, tmp_path):
+    shutil.rmtree(copy / "checkpoints")  # so that no figures are made
     lock = try_lock(copy / ".lock")
     assert lock is not None
     with lock:

@@ -22,6 +22,8 @@ _FEWEST_TSNE = 200  # a map of fewer images tells nothing that principal compone
 
 _TSNE_STEPS = 500
 
+_LONGEST_NAME = 80  # characters
+
 MOST_GROUPS = 20  # colors
 
 
@@ -65,12 +67,17 @@ def map_data(sample: Sample, clock: Clock, seed: int = 0) -> dict[str, Any]:
         "count": len(sample.features),
         "views": views,
         "colorings": _colorings(sample, seed),
-        "names": sample.names(),
+        "names": [_shortened(name) for name in sample.names],
         "sprite": sheet,
         "across": across,
         "tiles": len(sample.tiles),
         "tile": sample.tiles.shape[1],
     }
+
+
+def _shortened(name: str) -> str:
+    """The end of a long name, which tells more than its beginning; control characters are shown as escapes later."""
+    return name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]
 
 
 def _packed(points: np.ndarray) -> dict[str, Any]:
@@ -92,7 +99,8 @@ def _colorings(sample: Sample, seed: int) -> list[dict[str, Any]]:
         groups = grouped([classes[label] for label in sample.labels.tolist()], MOST_GROUPS)
         if groups is not None:
             found.append(("label", *groups))
-    if (folders := sample.folders()) is not None:
+    folders = sample.folders()
+    if folders is not None and not set(folders[0]) <= set(sample.source.classes):  # folders that are the labels
         found.append(("folder", *folders))
     if (cluster := clusters(sample.features, seed)) is not None:
         found.append(("cluster", [f"cluster {i + 1}" for i in range(int(cluster.max()) + 1)], cluster))

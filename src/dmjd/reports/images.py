@@ -174,11 +174,11 @@ def gallery(sample: Sample) -> tuple[Gallery, Neighbors]:
     if len(sample.features) < 2:
         raise ValueError("a single image has no neighbors")
     found = find_neighbors(sample.features)
-    pairs, odd = near_duplicates(found, len(found.rows)), outliers(found, _OUTLIERS)
+    pairs, odd = near_duplicates(found), outliers(found, _OUTLIERS)
     queries = range(min(_QUERIES, len(found.rows)))
     rows = {row for query in queries for row in (query, *found.rows[query, :_SHOWN].tolist())}
     rows |= {row for pair in pairs[:_PAIRS] for row in pair[:2]} | {row for row, _ in odd}
-    uris, names, labels = thumbnails(sample, rows), sample.names(), sample.labels
+    uris, names, labels = thumbnails(sample, rows), sample.names, sample.labels
 
     def thumb(row: int, number: float | None = None, query: int | None = None) -> list[Thumb]:
         if row not in uris:

@@ -45,7 +45,7 @@ def find_neighbors(features: Tensor) -> Neighbors:
     return Neighbors(*nearest(compared, compared, min(NUM_NEIGHBORS, n - 1), torch.arange(n)))
 
 
-def near_duplicates(found: Neighbors, most: int) -> list[tuple[int, int, float]]:
+def near_duplicates(found: Neighbors) -> list[tuple[int, int, float]]:
     """Pairs (row, other row, cosine) above :data:`DUPLICATE_COSINE`, most similar first."""
     pairs: dict[tuple[int, int], float] = {}
     above = (found.cosines > DUPLICATE_COSINE).nonzero().tolist()
@@ -53,7 +53,7 @@ def near_duplicates(found: Neighbors, most: int) -> list[tuple[int, int, float]]
         other = int(found.rows[row, column])
         pairs[min(row, other), max(row, other)] = float(found.cosines[row, column])
     ordered = sorted(pairs, key=lambda pair: (-pairs[pair], pair))
-    return [(*pair, pairs[pair]) for pair in ordered[:most]]
+    return [(*pair, pairs[pair]) for pair in ordered]
 
 
 def outliers(found: Neighbors, most: int) -> list[tuple[int, float]]:

@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from dmjd.figures.render import to_rgb
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
 from dmjd.reports.clock import Clock
-from dmjd.text import shortened
 
 TILE = 64  # pixels, side of a thumbnail in the sprite
 
@@ -33,8 +32,6 @@ _ACROSS = 32  # thumbnails in a row of the sprite
 MOST_TILES = 1500  # of a sprite: about 3 MB
 
 _BATCH = 64
-
-_LONGEST_NAME = 80
 
 MOST_FOLDERS = 12
 
@@ -66,20 +63,16 @@ class Sample:
         """[n] int64 indices into the classes; None without labels."""
         return None if self.source.labels is None else self.source.labels[self.index.numpy()]
 
+    @cached_property
     def names(self) -> list[str]:
         """[n] names of the images, without the folders that all have in common."""
         names = [self.source.describe(i) for i in self.index.tolist()]
         root = _common_folder(names)
-        return [shortened(name.removeprefix(root), _LONGEST_NAME) for name in names]
+        return [name.removeprefix(root) for name in names]
 
     def folders(self) -> tuple[list[str], np.ndarray] | None:
         """Names of the folders that the images come from, and each image's [n]; None if there is one or no folder."""
-        names = [self.source.describe(i) for i in self.index.tolist()]
-        root = _common_folder(names)
-        if not root:
-            return None
-        firsts = [Path(name.removeprefix(root)).parts[0] if "/" in name.removeprefix(root) else "." for name in names]
-        return grouped(firsts, MOST_FOLDERS)
+        return grouped([name.rpartition("/")[0].partition("/")[0] or "." for name in self.names], MOST_FOLDERS)
 
 
 def grouped(values: Sequence[str], most: int) -> tuple[list[str], np.ndarray] | None:

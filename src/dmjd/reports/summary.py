@@ -1,6 +1,7 @@
 """The first screen of a report: the facts of each run in a few words."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -68,7 +69,8 @@ def _recipe(run: RunFacts) -> str:
     start = run.training.get("init")
     targets = run.config.branch_targets
     learned = ", ".join(f"{branch}: {target}" for branch, target in targets.items())
-    return f"{run.config.recipe} ({learned}), from {start or 'random weights'}"
+    teacher = f", teacher {Path(run.config.teacher).name}" if run.config.teacher else ""
+    return f"{run.config.recipe} ({learned}{teacher}), from {start or 'random weights'}"
 
 
 def _duration(run: RunFacts) -> str:

@@ -134,7 +134,7 @@
     const size = view.count > 20000 ? 3 : view.count > 3000 ? 4 : 6;
     return parts.map((part, i) => ({
       ...part, type, mode: "markers", name: escaped(cut(groups[i], 24)), hoverinfo: "none",
-      marker: {size, color: color(i), opacity: 0.8},
+      marker: {size, color: groups[i] === "other" ? "#9aa3af" : color(i), opacity: 0.8},
     }));
   }
   function drawMap(map) {
