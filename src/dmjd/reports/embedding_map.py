@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmjd.reports.clock import Clock
 from dmjd.reports.relations import clusters
-from dmjd.reports.sample import Sample, grouped, sprite
+from dmjd.reports.sample import OTHER, Sample, grouped, sprite
 
 MOST_TSNE = 2000
 
@@ -100,7 +100,7 @@ def _colorings(sample: Sample, seed: int) -> list[dict[str, Any]]:
         if groups is not None:
             found.append(("label", *groups))
     folders = sample.folders()
-    if folders is not None and not set(folders[0]) <= set(sample.source.classes):  # folders that are the labels
+    if folders is not None and not {*folders[0]} - {OTHER} <= {*sample.source.classes}:  # folders that are the labels
         found.append(("folder", *folders))
     if (cluster := clusters(sample.features, seed)) is not None:
         found.append(("cluster", [f"cluster {i + 1}" for i in range(int(cluster.max()) + 1)], cluster))

@@ -35,6 +35,8 @@ _BATCH = 64
 
 MOST_FOLDERS = 12
 
+OTHER = "other"  # the group of all that have no color of their own
+
 JPEG_QUALITY = 80
 
 
@@ -76,7 +78,7 @@ class Sample:
 
 
 def grouped(values: Sequence[str], most: int) -> tuple[list[str], np.ndarray] | None:
-    """The most frequent values, the rest as "other", and each entry's group [n]; None if all are the same."""
+    """The most frequent values, the rest as :data:`OTHER`, and each entry's group [n]; None if all are the same."""
     counts = Counter(values)
     if len(counts) < 2:
         return None
@@ -84,7 +86,7 @@ def grouped(values: Sequence[str], most: int) -> tuple[list[str], np.ndarray] | 
     kept = sorted(kept)
     numbers = {value: number for number, value in enumerate(kept)}
     groups = np.array([numbers.get(value, len(kept)) for value in values], dtype=np.int64)
-    return ([*kept, "other"] if len(counts) > len(kept) else kept), groups
+    return ([*kept, OTHER] if len(counts) > len(kept) else kept), groups
 
 
 def _common_folder(names: Sequence[str]) -> str:
