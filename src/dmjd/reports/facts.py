@@ -53,14 +53,13 @@ class RunFacts:
         return next((line[name] for line in reversed(self.metrics) if name in line), None)
 
 
-def read_run(run: Path, name: str, *, finished: bool = False, conclusion: str | None = None) -> RunFacts:
+def read_run(run: Path, name: str, *, finished: bool = False) -> RunFacts:
     """Read a run folder.
 
     Args:
         run: the folder.
         name: its name in the report.
         finished: whether the training is over, though this process still holds its lock.
-        conclusion: a sentence on its quality, made of its metrics.
 
     Raises:
         ValueError: if it is not a run folder, or its configuration is damaged.
@@ -73,7 +72,7 @@ def read_run(run: Path, name: str, *, finished: bool = False, conclusion: str | 
     _add_metrics(facts)
     _add_results(facts)
     _add_unreadable(facts)
-    facts.conclusions = [*([conclusion] if conclusion else []), *_against_baselines(facts)]
+    facts.conclusions = _against_baselines(facts)
     return facts
 
 
