@@ -38,6 +38,7 @@ ORDER = [
     "figures",
     "evaluation",
     "interop",
+    "reports",
     "pretraining",
     "cli",
 ]

@@ -1,4 +1,4 @@
-"""Commands that use a trained encoder: ``dmjd show``, ``embed``, ``export`` and ``compare``."""
+"""Commands that use a trained encoder: ``dmjd show``, ``embed``, ``export``, ``compare`` and ``report``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -155,6 +155,32 @@ def run_compare(arguments: Sequence[str]) -> None:
 
     for table in comparison_tables(compare(*given["runs"], out=given["out"])):
         Console().table(table)
+
+
+def run_report(arguments: Sequence[str]) -> None:
+    """``dmjd report``: see :func:`dmjd.report`."""
+    parser = Parser(
+        prog="dmjd report",
+        usage="dmjd report RUN [RUN ...] --out report.html [flags]",
+        description="Write a report on one or several runs, to read in a browser or to hand on: one HTML file, which\n"
+        "loads nothing from elsewhere. A run may still be training. Needs pip install 'dmjd[report]'.",
+        epilog="examples:\n"
+        "  dmjd report runs/first --out report.html\n"
+        "  dmjd report runs/first runs/second --out both.html --num-images 5000",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder; figures and map are those of the first")
+    parser.add_argument("--out", metavar="FILE", default="report.html", help="file to write (report.html)")
+    _add_data(parser)
+    _add_labels(parser, "source of the class labels; default that of the run")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="images in map and neighbors; 0: none (1000)"
+    )
+    parser.add_argument("--device", default="auto", metavar=_one_of(DEVICES), help="device to run on (auto)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images (0)")
+    given = parser.parse(arguments)
+    from dmjd.reports.report import report  # imports torch
+
+    print(printable(report(*given.pop("runs"), **given)))
 
 
 def _add_data(parser: Parser) -> None:

@@ -335,6 +335,7 @@ class PretrainConfig(Config):
         most=MAX_COUNT,
     )
     final_eval: bool = option(True, "kNN and linear probe at the end if there are labels", "run", resume=True)
+    report: bool = option(True, "write report.html at the end (extra dmjd[report])", "run", resume=True)
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)
 
     def __post_init__(self) -> None:

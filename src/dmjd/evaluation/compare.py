@@ -107,7 +107,7 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     if out is not None:
         out = figure_path(out)
     folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
-    names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
+    names, evaluations = short_names(folders), [_evaluations(folder) for folder in folders]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
     contents: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, tasks in zip(names, evaluations, strict=True):
@@ -136,7 +136,7 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     return comparison
 
 
-def _short_names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[Path]) -> list[str]:
     """As many last parts of different paths as are needed to distinguish them."""
     count = 1
     while len({folder.parts[-count:] for folder in folders}) < len(folders):

@@ -60,7 +60,7 @@ def save_reconstruction_figure(
     model: MaskedImageModel, source: Source, path: str | Path, *, num_images: int = 6, seed: int = 0
 ) -> Path:
     """Write :func:`reconstruction_figure` for some images of a set; images and masks depend on the seed."""
-    return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
+    return save_figure(method_figure("reconstructions", model, source, num_images, seed), path)
 
 
 @own_defaults()
@@ -122,7 +122,7 @@ def show(
         settings |= {"seed": seed} if kind in SEEDED else {}
         return save_figure(SET_FIGURES[kind](encoder, source, **settings), out)
     num_images = settings.get("num_images", NUM_IMAGES)
-    raw, _ = _some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
+    raw, _ = some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
     return save_figure(attention_figure(encoder, raw.to(next(encoder.parameters()).device), num_images), out)
 
 
@@ -150,13 +150,13 @@ def _model_figure(kind: str, run: Path, data: str | None, num_images: int, seed:
     model, config = load_model(run)
     listing = run / LISTING if data is None else None
     source = open_data(config, str(config.data if data is None else data), "train", listing=listing)
-    return _figure(kind, model, source, num_images, seed)
+    return method_figure(kind, model, source, num_images, seed)
 
 
-def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
+def method_figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
     """One of ``MODEL_KINDS`` on some images of a set."""
     count = max(num_images, _FOR_COMPONENTS) if kind == "targets" else num_images
-    raw, index = _some_images(source, known_preprocess(model.encoder), count, seed)
+    raw, index = some_images(source, known_preprocess(model.encoder), count, seed)
     device = next(model.parameters()).device
     raw = raw.to(device)
     keys = image_keys(seed, torch.zeros_like(index), index).to(device)
@@ -167,7 +167,7 @@ def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int,
     return reconstruction_figure(model, raw, keys=keys)
 
 
-def _some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw up to ``count`` readable images: [n, C, H, W] on the 0..255 scale and indices [n] int64.
 
     Raises:

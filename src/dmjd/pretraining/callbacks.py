@@ -32,6 +32,8 @@ from dmjd.pretraining.budget import SHARE, EvaluationBudget
 from dmjd.pretraining.measures import DRIFT, KNN, NAMES, Measures
 from dmjd.pretraining.pace import Pace, hardly_trained
 from dmjd.pretraining.schedule import is_evaluation_step
+from dmjd.reports.environment import write_environment
+from dmjd.reports.report import report_training
 from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
 from dmjd.runs.driver import Callback
@@ -120,11 +122,12 @@ class Monitor(Callback):
         }
 
     def start(self, step: int, progress: float) -> Sequence[Logger]:
-        """Prepare online kNN if there are labels and a test set, and open the loggers.
+        """Record the machine, prepare online kNN if there are labels and a test set, and open the loggers.
 
         Raises:
             ValueError: if labels cannot be used, or a logger is not installed.
         """
+        write_environment(self.folder.path, next(self.model.parameters()).device, num_processes())
         if step == 0 and self.config.minutes is not None and self.config.batch_size is not None:
             parts = num_processes() * self.config.accumulate
             batch_size = min(self.config.batch_size, self._num_trained)
@@ -226,7 +229,10 @@ class Monitor(Callback):
             wait_for_first()
             return {}
         with first_process_works():
-            return self._finish()
+            results = self._finish()
+            if self.config.report:
+                report_training(self.folder.path, self.model, self.source, state.seconds, self.console)
+        return results
 
     def _finish(self) -> dict[str, dict[str, Any]]:
         path = self.folder.path
