@@ -50,10 +50,11 @@ class Summary:
 def summary_of(run: RunFacts, bars: list[tuple[str, Bar]]) -> Summary:
     """The summary of a run; ``bars`` are (task, score), also of its baselines."""
     training = run.training
-    images = f"{training['num_images']:,}" if "num_images" in training else NOT_RECORDED
+    count = f"{training['num_images']:,} " if "num_images" in training else ""
+    data = training.get("data")
     size = " x ".join(map(str, run.config.size))
     facts = [
-        ("images", f"{images} of {training['data']}" if "data" in training else images),
+        ("images", (f"{count}of {data}" if count else data) if data else count or NOT_RECORDED),
         ("encoder", f"{run.config.encoder}, {size} x {run.config.in_chans}"),
         ("recipe", _recipe(run)),
         ("trained", _duration(run)),
