@@ -12,9 +12,9 @@ from dmjd.evaluation.frozen.online_knn import OnlineKnn
 from dmjd.evaluation.frozen.quality import LEAST_IMAGES, FeatureQuality
 from dmjd.model import MaskedImageModel
 from dmjd.pretraining.budget import EvaluationBudget
-from dmjd.pretraining.health import collapse, memorizing
 from dmjd.pretraining.held_out import HeldOutLoss
 from dmjd.runs.checkpoint import RunFolder
+from dmjd.runs.health import warnings_of
 from dmjd.runs.metrics import read_metrics
 
 KNN, DRIFT, FEATURES, HELD_OUT = "online kNN", "drift from the start", "features without labels", "held-out loss"
@@ -51,8 +51,7 @@ class Measures:
         self._device = next(model.parameters()).device.type
         self._measures: dict[str, Callable[[], dict[str, float]]] = {}  # by name in messages
         self._baselines: dict[str, float] = {}
-        lines = read_metrics(folder.metrics) if folder.metrics.exists() else []
-        self._losses = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+        self._lines = read_metrics(folder.metrics) if folder.metrics.exists() else []
         self._warned: set[str] = set()
         self.num_images = 0
 
@@ -101,10 +100,9 @@ class Measures:
                 del self._measures[name]
         for line in lines_of(scores):
             self._console.say(f"{when}: {line}")
-        if "held_out_loss" in scores:
-            self._losses.append((step, scores["held_out_loss"]))
-        for kind, warning in (("rank", collapse(scores)), ("loss", memorizing(self._config, self._losses))):
-            if warning is not None and kind not in self._warned:
+        self._lines.append({"step": step} | scores)
+        for kind, warning in warnings_of(self._config, self._lines).items():
+            if kind not in self._warned:
                 self._console.warn(f"{when}: {warning}")
                 self._warned.add(kind)
         return scores

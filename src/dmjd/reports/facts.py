@@ -13,6 +13,7 @@ from dmjd.files import try_lock
 from dmjd.reports.environment import read_environment
 from dmjd.result_files import BASELINES, EVALUATION, read_evaluation
 from dmjd.runs.build import read_config
+from dmjd.runs.health import warnings_of
 from dmjd.runs.metrics import read_metrics
 
 FINISHED, TRAINING, STOPPED, NOT_SAVED = "finished", "still training", "stopped before its end", "nothing saved yet"
@@ -72,8 +73,12 @@ def read_run(run: Path, name: str, *, finished: bool = False) -> RunFacts:
     _add_metrics(facts)
     _add_results(facts)
     _add_unreadable(facts)
-    facts.conclusions = _against_baselines(facts)
+    facts.conclusions = [*_against_baselines(facts), *map(_sentence, warnings_of(config, facts.metrics).values())]
     return facts
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _status(run: Path) -> str:

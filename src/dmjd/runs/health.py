@@ -11,15 +11,29 @@ RISE = 1.05  # of the held-out loss above its minimum
 _LATER = 2  # evaluations in a row above it, since one may be an accident
 
 
-def collapse(scores: Mapping[str, float]) -> str | None:
-    """The warning of features that are nearly equal for all images, or None."""
-    rank = scores.get("effective_rank")
-    if rank is None or rank >= COLLAPSED_RANK:
+def collapse(rank: float) -> str | None:
+    """The warning of features that are nearly equal for all images, by their effective rank, or None."""
+    if rank >= COLLAPSED_RANK:
         return None
     return (
         f"the features use {rank:.1f} direction(s) (effective rank): they tell hardly any images apart. Try a lower "
         "--blr, or --target hog in place of ema, in a new --out"
     )
+
+
+def warnings_of(config: PretrainConfig, metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """The warnings after the last evaluation of a run: "collapse" and "memorizing" -> text.
+
+    Args:
+        config: of the run.
+        metrics: lines of ``metrics.jsonl``, each with its step; values that are no numbers are left out.
+    """
+    ranks, losses = (
+        [(line["step"], value) for line in metrics if isinstance(value := line.get(name), int | float)]
+        for name in ("effective_rank", "held_out_loss")
+    )
+    found = {"collapse": collapse(ranks[-1][1]) if ranks else None, "memorizing": memorizing(config, losses)}
+    return {kind: text for kind, text in found.items() if text is not None}
 
 
 def memorizing(config: PretrainConfig, held_out: Sequence[tuple[int, float]]) -> str | None:

@@ -3,7 +3,27 @@
 import pytest
 
 from dmjd.config import recipes
-from dmjd.pretraining.health import collapse, memorizing
+from dmjd.runs.health import collapse, memorizing, warnings_of
+
+
+@pytest.mark.parametrize(
+    ("scores", "warns"), [({}, False), ({"effective_rank": 1.2}, True), ({"effective_rank": 9}, False)]
+)
+def test_collapse():
+    assert collapse(9.0) is None
+    assert "1.2 direction(s)" in collapse(1.2)
+
+
+def test_warnings_are_those_after_the_last_evaluation():
+    losses = [1.0, 0.8, 0.9, 0.92]
+    lines = [
+        {"step": i, "held_out_loss": loss, "effective_rank": rank}
+        for i, (loss, rank) in enumerate(zip(losses, (9, 9, 9, 1.1)))
+    ]
+    lines += [{"step": 4, "loss": 1.0}, {"step": 4, "effective_rank": "?"}]
+    assert set(warnings_of(recipes.dmjd(), lines)) == {"collapse", "memorizing"}
+    assert warnings_of(recipes.dmjd(), lines[:3]) == {}
+    assert warnings_of(recipes.dmjd(), []) == {}
 
 
 @pytest.mark.parametrize(
