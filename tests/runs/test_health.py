@@ -6,9 +6,6 @@ from dmjd.config import recipes
 from dmjd.runs.health import collapse, memorizing, warnings_of
 
 
-@pytest.mark.parametrize(
-    ("scores", "warns"), [({}, False), ({"effective_rank": 1.2}, True), ({"effective_rank": 9}, False)]
-)
 def test_collapse():
     assert collapse(9.0) is None
     assert "1.2 direction(s)" in collapse(1.2)
@@ -24,15 +21,6 @@ def test_warnings_are_those_after_the_last_evaluation():
     assert set(warnings_of(recipes.dmjd(), lines)) == {"collapse", "memorizing"}
     assert warnings_of(recipes.dmjd(), lines[:3]) == {}
     assert warnings_of(recipes.dmjd(), []) == {}
-
-
-@pytest.mark.parametrize(
-    ("scores", "warns"), [({}, False), ({"effective_rank": 1.2}, True), ({"effective_rank": 9}, False)]
-)
-def test_collapse(scores, warns):
-    text = collapse(scores)
-    assert (text is not None) == warns
-    assert text is None or "1.2 direction(s)" in text
 
 
 @pytest.mark.parametrize(

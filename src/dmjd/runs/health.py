@@ -29,7 +29,7 @@ def warnings_of(config: PretrainConfig, metrics: Sequence[Mapping[str, float]]) 
         metrics: lines of ``metrics.jsonl``, each with its step; values that are no numbers are left out.
     """
     ranks, losses = (
-        [(line["step"], value) for line in metrics if isinstance(value := line.get(name), int | float)]
+        [(int(line["step"]), value) for line in metrics if isinstance(value := line.get(name), int | float)]
         for name in ("effective_rank", "held_out_loss")
     )
     found = {"collapse": collapse(ranks[-1][1]) if ranks else None, "memorizing": memorizing(config, losses)}
