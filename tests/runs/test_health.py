@@ -15,7 +15,7 @@ def test_warnings_are_those_after_the_last_evaluation():
     losses = [1.0, 0.8, 0.9, 0.92]
     lines = [
         {"step": i, "held_out_loss": loss, "effective_rank": rank}
-        for i, (loss, rank) in enumerate(zip(losses, (9, 9, 9, 1.1)))
+        for i, (loss, rank) in enumerate(zip(losses, (9, 9, 9, 1.1), strict=True))
     ]
     lines += [{"step": 4, "loss": 1.0}, {"step": 4, "effective_rank": "?"}]
     assert set(warnings_of(recipes.dmjd(), lines)) == {"collapse", "memorizing"}
