@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "log.md": "LOG.md"}
-COMMANDS = ("pretrain", "plan", "bench", "show", "embed", "export", "compare")
+COMMANDS = ("pretrain", "plan", "bench", "show", "embed", "export", "compare", "report")
 MODULES_TO_EXTEND = (
     "dmjd.masking",
     "dmjd.branches",

@@ -55,3 +55,29 @@ class Arrays(Source):
 
     def describe(self, index):
         return f"image {index}"
+
+
+def smooth_images(folder, count: int, seed: int = 0, size=(80, 60)) -> list:
+    """Files of images with a few large spots of color, as PNG; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, paths = np.random.default_rng(seed), []
+    for i in range(count):
+        spots = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+        paths.append(folder / f"{i:03d}.png")
+        spots.resize(size, Image.Resampling.BICUBIC).save(paths[-1])
+    return paths
+
+
+def altered_copies(path) -> list:
+    """A re-encoded, a resized and a slightly cropped copy of an image, beside it; their paths."""
+    image = Image.open(path)
+    width, height = image.size
+    copies = {
+        "reencoded.jpg": image,
+        "resized.png": image.resize((width * 3 // 2, height * 3 // 2)),
+        "cropped.png": image.crop((2, 1, width - 1, height - 2)),
+    }
+    paths = [path.with_name(f"{path.stem}_{name}") for name in copies]
+    for copy, target in zip(copies.values(), paths, strict=True):
+        copy.save(target, quality=60)
+    return paths

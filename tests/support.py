@@ -48,6 +48,7 @@ TINY = [
     "--eval-every",
     "0",
     "--no-final-eval",
+    "--no-report",
     "--device",
     "cpu",
 ]
@@ -65,6 +66,7 @@ TINY_FIELDS = {
     "log_every": 1,
     "eval_every": 0,
     "final_eval": False,
+    "report": False,
     "device": "cpu",
 }
 

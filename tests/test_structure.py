@@ -33,10 +33,12 @@ ORDER = [
     "model",
     "data",
     "engine",
+    "similarity",
     "runs",
     "figures",
     "evaluation",
     "interop",
+    "reports",
     "pretraining",
     "cli",
 ]

@@ -30,6 +30,7 @@ _NAMES = {
     "load_encoder": "dmjd.encoders",
     "plan": "dmjd.pretraining.plan",
     "pretrain": "dmjd.pretraining.run",
+    "report": "dmjd.reports.report",
     "show": "dmjd.figures.show",
 }
 _MODULES = {

@@ -13,12 +13,26 @@ BASELINES = "baselines.json"
 MAX_SCORE = 1e300
 
 
+class BaselineFile(TypedDict):
+    """What ``evaluation/<task>.json`` holds for a trained model that was evaluated beside the encoder.
+
+    ``training`` has "minutes", "device" and "images", None if unknown.
+    """
+
+    result: dict[str, Any]
+    source: str
+    weights: str
+    training: dict[str, Any]
+
+
 class ResultFile(TypedDict):
     """What ``evaluation/<task>.json`` holds; see :func:`dmjd.evaluate`."""
 
     result: dict[str, Any]
     random_init: NotRequired[dict[str, Any] | None]
     raw_pixels: NotRequired[dict[str, Any] | None]
+    baselines: NotRequired[dict[str, BaselineFile]]
+    training: NotRequired[dict[str, Any]]
     configuration: NotRequired[dict[str, Any]]
     overrides: NotRequired[dict[str, Any]]
     data: NotRequired[dict[str, Any]]

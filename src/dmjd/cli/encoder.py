@@ -1,9 +1,10 @@
-"""Commands that use a trained encoder: ``dmjd show``, ``embed``, ``export`` and ``compare``."""
+"""Commands that use a trained encoder: ``dmjd show``, ``embed``, ``export``, ``compare`` and ``report``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from dmjd.cli.parser import Parser, add_run_argument
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, NEAR_DUPLICATE
 from dmjd.figures.kinds import KINDS, check_kind
 from dmjd.text import printable
 
@@ -17,25 +18,40 @@ def run_show(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="dmjd show",
         usage=f"dmjd show {{{','.join(KINDS)}}} RUN --out FIGURE.png [flags]",
-        description="Draw a figure of a run: masks, targets and reconstructions of its model; attention maps or\n"
-        "nearest neighbors of its encoder.",
+        description="Draw a figure of a run: masks, targets and reconstructions of its model; attention maps of its\n"
+        "encoder; or images of a set that its encoder finds similar: nearest neighbors, near duplicates,\n"
+        "outliers and clusters. The similarity is the cosine of pooled features, less the mean feature.",
         epilog="examples:\n"
         "  dmjd show neighbors runs/first --query photo.jpg --out neighbors.png\n"
+        "  dmjd show duplicates runs/mine --data ~/images --out duplicates.png\n"
         "  dmjd show reconstructions runs/first --out figure.png",
     )
     parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
     add_run_argument(parser, "run folder")
     _add_data(parser)
     parser.add_argument("--out", metavar="FILE", default="figure.png", help="figure to write (figure.png)")
-    parser.add_argument("--num-images", type=int, default=4, metavar="N", help="images, or queries (4)")
-    _add_labels(parser, "neighbors: source of the class labels; default that of the run")
     parser.add_argument(
-        "--num-candidates", type=int, default=2000, metavar="N", help="neighbors: images to search (2000)"
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="images, queries, groups of duplicates, rows of outliers (4); images of each cluster (8)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images and masks (0)")
+    _add_labels(parser, "figures of a set: source of the class labels; default that of the run")
+    parser.add_argument(
+        "--num-candidates",
+        type=int,
+        metavar="N",
+        help="images of the set to search, evenly spaced; default 2000 for neighbors, else 20000",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images, masks and clusters (0)")
     parser.add_argument(
         "--query", nargs="+", default=(), metavar="FILE", help="neighbors: of these images, not of some of the set"
     )
+    parser.add_argument("--threshold", type=float, metavar="X", help="duplicates: smallest cosine (0.95)")
+    parser.add_argument(
+        "--num-neighbors", type=int, metavar="N", help="outliers: neighbors whose mean distance counts (5)"
+    )
+    parser.add_argument("--num-clusters", type=int, metavar="N", help="clusters: default 2 to 12, by the set's size")
     given = parser.parse(arguments)
     kind = given.pop("kind")
     check_kind(kind)
@@ -46,13 +62,15 @@ def run_show(arguments: Sequence[str]) -> None:
 
 def run_embed(arguments: Sequence[str]) -> None:
     """``dmjd embed``: see :func:`dmjd.embed`."""
+    cosine: dict[str, Any] = {"nargs": "?", "const": NEAR_DUPLICATE, "type": float, "metavar": "COSINE"}
     parser = Parser(
         prog="dmjd embed",
         usage="dmjd embed RUN --data SOURCE --out FILE.parquet|FILE.npy [flags]",
         description="Write the features of every image to a table. Repeat an interrupted command to resume it.",
         epilog="examples:\n"
         "  dmjd embed runs/first --out features.parquet\n"
-        "  dmjd embed runs/mine --data ~/images --out tokens.npy --tokens --half",
+        "  dmjd embed runs/mine --data ~/images --out tokens.npy --tokens --half\n"
+        "  dmjd embed runs/mine --out features.parquet --deduplicate 0.95",
     )
     add_run_argument(parser, _ENCODER_SOURCE)
     _add_data(parser)
@@ -63,6 +81,20 @@ def run_embed(arguments: Sequence[str]) -> None:
     _add_labels(parser, "source of the labels; default that of the run")
     parser.add_argument("--tokens", action="store_true", help="all patch tokens, not one pooled feature per image")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
+    parser.add_argument(
+        "--duplicates",
+        **cosine,
+        help="column duplicate_of: path of the first image that an image is a near duplicate of, by the cosine of "
+        "their features, less the mean feature (0.95)",
+    )
+    parser.add_argument(
+        "--distances", action="store_true", help="column distance: 1 less this cosine with the nearest neighbor"
+    )
+    parser.add_argument(
+        "--deduplicate",
+        **cosine,
+        help="write the images without near duplicates to FILE.keep.txt (.keep.parquet for tables), for --data (0.95)",
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (256)")
     parser.add_argument(
         "--precision", default="fp32", metavar=_one_of(FEATURE_PRECISIONS), help="precision of the encoder (fp32)"
@@ -123,6 +155,32 @@ def run_compare(arguments: Sequence[str]) -> None:
 
     for table in comparison_tables(compare(*given["runs"], out=given["out"])):
         Console().table(table)
+
+
+def run_report(arguments: Sequence[str]) -> None:
+    """``dmjd report``: see :func:`dmjd.report`."""
+    parser = Parser(
+        prog="dmjd report",
+        usage="dmjd report RUN [RUN ...] --out report.html [flags]",
+        description="Write a report on one or several runs, to read in a browser or to hand on: one HTML file, which\n"
+        "loads nothing from elsewhere. A run may still be training. Needs pip install 'dmjd[report]'.",
+        epilog="examples:\n"
+        "  dmjd report runs/first --out report.html\n"
+        "  dmjd report runs/first runs/second --out both.html --num-images 5000",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder; figures and map are those of the first")
+    parser.add_argument("--out", metavar="FILE", default="report.html", help="file to write (report.html)")
+    _add_data(parser)
+    _add_labels(parser, "source of the class labels; default that of the run")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="images in map and neighbors; 0: none (1000)"
+    )
+    parser.add_argument("--device", default="auto", metavar=_one_of(DEVICES), help="device to run on (auto)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images (0)")
+    given = parser.parse(arguments)
+    from dmjd.reports.report import report  # imports torch
+
+    print(printable(report(*given.pop("runs"), **given)))
 
 
 def _add_data(parser: Parser) -> None:

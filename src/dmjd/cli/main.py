@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from dmjd import __version__
-from dmjd.cli.encoder import run_compare, run_embed, run_export, run_show
+from dmjd.cli.encoder import run_compare, run_embed, run_export, run_report, run_show
 from dmjd.cli.evaluate import run_evaluate
 from dmjd.cli.failures import report_failure
 from dmjd.cli.interruption import Interruption
@@ -22,10 +22,11 @@ from dmjd.warning import DMJDWarning
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pretrain": (run_pretrain, "train an encoder on unlabeled images"),
     "evaluate": (run_evaluate, "kNN, linear probe, fine-tuning, segmentation, detection"),
-    "show": (run_show, "figures of masks, targets, reconstructions, attention, neighbors"),
+    "show": (run_show, "figures of a run: masks, attention, neighbors, duplicates, clusters, ..."),
     "embed": (run_embed, "features of every image as a table"),
     "export": (run_export, "the encoder for timm, transformers, PyTorch, ONNX or the hub"),
     "compare": (run_compare, "evaluations of several runs side by side"),
+    "report": (run_report, "runs as one HTML file: curves, scores, figures, a map of the images"),
     "plan": (run_plan, "what to run on your images in a given time, and what to expect"),
     "bench": (run_bench, "training speed, memory and MFU on this machine"),
 }

@@ -97,4 +97,5 @@ def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], def
     common["metavar"] = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
     if many:
         common["nargs"] = "+"
+        common["action"] = "extend" if kind is str else "store"  # names may come one by one: --baseline A --baseline B
     group.add_argument(flag_of(field.name), type=kind, **common)

@@ -54,6 +54,11 @@ class LabeledConfig(EvaluationConfig):
     seeds: int | None = option(
         None, "number of seeds; default 3 on a subset of the labels, else 1", COMMON, ge=1, most=1000
     )
+    baseline: tuple[str, ...] | None = option(
+        None,
+        "trained models to compare with, by the same protocol: timm/NAME, local-dir:FOLDER, runs or encoder files",
+        COMMON,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

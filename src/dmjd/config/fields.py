@@ -20,6 +20,8 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FEATURE_PRECISIONS = ("fp32", "bf16")
 
+NEAR_DUPLICATE = 0.95  # centered cosine from which on two images count as near duplicates
+
 FORMAT_VERSION = 1
 
 # Former name -> name of a setting. Files with former names are read; callers get an error with the new name.

@@ -60,7 +60,7 @@ class PretrainConfig(Config):
     recipe: str = option("dmjd", "recipe the run started from", "run")
     data: str | None = option(
         None,
-        "folder of images, .parquet file or folder of them, set name, hub name, or digits",
+        "folder of images, .txt list of images, .parquet file or folder of them, set name, hub name, or digits",
         "data",
         resume=True,
         common=True,
@@ -335,6 +335,7 @@ class PretrainConfig(Config):
         most=MAX_COUNT,
     )
     final_eval: bool = option(True, "kNN and linear probe at the end if there are labels", "run", resume=True)
+    report: bool = option(True, "write report.html at the end (extra dmjd[report])", "run", resume=True)
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)
 
     def __post_init__(self) -> None:

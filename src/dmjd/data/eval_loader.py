@@ -1,7 +1,8 @@
 """The images of a set in order, resized and cropped for an encoder: for evaluation and embedding."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,12 +27,14 @@ class EvalBatch:
         labels: [b] int64, or None for an unlabeled set.
         index: [b] int64, indices into the set.
         unreadable: (name, reason) of the images left out.
+        resized: (h, w) -> the same images in other sizes, as ``raw``.
     """
 
     raw: Tensor
     labels: Tensor | None
     index: Tensor
     unreadable: list[Report]
+    resized: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -48,6 +51,7 @@ class EvalLoader:
         batch_size: the most images in a batch.
         num_workers: data loading processes; None: none for few images, else one per core, at most 8.
         indices: indices of the images to read, in this order; None: all.
+        sizes: (h, w) of other sizes to give each image in, resized and cropped from the same decoded image.
 
     Attributes:
         unreadable: (name, reason) of the images left out so far; emptied at the start of each iteration.
@@ -60,8 +64,9 @@ class EvalLoader:
         batch_size: int = 256,
         num_workers: int | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self._images = _FittedImages(source, preprocess)
+        self._images = _FittedImages(source, preprocess, tuple(sizes))
         self._indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
         self._batch_size = batch_size
         self.num_workers = auto_workers_once(len(self._indices), _FEW) if num_workers is None else num_workers
@@ -75,28 +80,30 @@ class EvalLoader:
         self.unreadable = []
         requests = [self._indices[i : i + self._batch_size] for i in range(0, len(self), self._batch_size)]
         labels = self._images.source.labels
-        for raw, index, unreadable in read_batches(self._images, requests, self.num_workers):
+        for (raw, *others), index, unreadable in read_batches(self._images, requests, self.num_workers):
             self.unreadable += unreadable
             if len(index):
-                yield EvalBatch(
-                    raw, None if labels is None else torch.from_numpy(labels[index.numpy()]), index, unreadable
-                )
+                own = None if labels is None else torch.from_numpy(labels[index.numpy()])
+                yield EvalBatch(raw, own, index, unreadable, dict(zip(self._images.sizes, others, strict=True)))
 
 
 @dataclass(frozen=True)
 class _FittedImages:
-    """Reads the images of a batch, given their indices, and fits them to the encoder's size."""
+    """Reads the images of a batch, given their indices, and fits them to the encoder's size and to others."""
 
     source: Source
     preprocess: Preprocess
+    sizes: tuple[tuple[int, int], ...] = ()
 
-    def __call__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, list[Report]]:
-        """Readable images, their indices, and reports of the others."""
+    def __call__(self, indices: np.ndarray) -> tuple[list[Tensor], Tensor, list[Report]]:
+        """Readable images in each size, the encoder's first; their indices, and reports of the others."""
+        fits = [self.preprocess, *(dataclasses.replace(self.preprocess, img_size=size) for size in self.sizes)]
         read = [(int(i), try_read(self.source, int(i))) for i in indices]
-        readable = [(i, self.preprocess.fit(image)) for i, image in read if isinstance(image, np.ndarray)]
+        readable = [(i, [one.fit(image) for one in fits]) for i, image in read if isinstance(image, np.ndarray)]
         unreadable = [report for _, report in read if not isinstance(report, np.ndarray)]
-        raw = stack([image for _, image in readable]) if readable else torch.empty(0)
-        return raw, torch.tensor([i for i, _ in readable], dtype=torch.int64), unreadable
+        columns = zip(*(images for _, images in readable), strict=True)
+        raws = [stack(list(images)) for images in columns] if readable else [torch.empty(0) for _ in fits]
+        return raws, torch.tensor([i for i, _ in readable], dtype=torch.int64), unreadable
 
 
 def read_all(

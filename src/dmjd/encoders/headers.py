@@ -21,7 +21,8 @@ COOLING_KEY = "cooling"  # in the metadata of a checkpoint: its learning rate ha
 # In the metadata of a checkpoint: the weights_hash of its encoder, and the digest of the encoder file of the same step.
 WEIGHTS_KEY, ENCODER_DIGEST_KEY = "weights", "encoder_file"
 
-NUM_IMAGES_KEY = "num_images"  # in the metadata of a checkpoint: of the set that is trained on
+# In the metadata of a checkpoint: size of the set that is trained on, and the device, in words.
+NUM_IMAGES_KEY, DEVICE_KEY = "num_images", "device"
 
 
 class Progress(TypedDict):

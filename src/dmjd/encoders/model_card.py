@@ -114,7 +114,7 @@ def _training_rows(facts: TrainingFacts) -> list[tuple[str, str]]:
     size, seconds, epochs = facts.get("img_size"), facts.get("seconds"), facts.get("epochs")
     duration = [f"{facts['steps']:,} steps"] if "steps" in facts else []
     duration += [f"{epochs:.3g} epochs"] if epochs is not None else []
-    duration += [_time(seconds)] if seconds is not None else []
+    duration += [time_text(seconds)] if seconds is not None else []
     start = "random" if "recipe" in facts else NOT_RECORDED
     return [
         ("data", code(facts["data"]) if "data" in facts else NOT_RECORDED),
@@ -127,7 +127,8 @@ def _training_rows(facts: TrainingFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A duration in words, e.g. "2.5 hours"."""
     for size, word in ((3600, "hours"), (60, "minutes")):
         if seconds >= size:
             return f"{seconds / size:.1f} {word}"

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import timm
 
@@ -35,6 +36,23 @@ def timm_names() -> list[str]:
     return [name for name in timm.list_models() if _class_of(name) in CLASSES]
 
 
+def check_timm_name(name: str, names: Callable[[], list[str]] = timm.list_models) -> None:
+    """Check that timm has a model of this name and, with a tag, such weights.
+
+    Args:
+        name: as for ``timm.create_model``, with or without a tag of weights.
+        names: what to suggest from.
+
+    Raises:
+        ValueError: if it has not; the nearest name is suggested.
+    """
+    architecture, _, tag = name.partition(".")
+    if not is_timm_name(architecture):
+        raise ValueError(f"timm has no model {shown(architecture)}{did_you_mean(architecture, names())}")
+    if tag and name not in (tagged := timm.list_pretrained(f"{architecture}.*")):
+        raise ValueError(f"timm has no weights {shown(name)}{did_you_mean(name, tagged)} The tag may be left out")
+
+
 @functools.cache
 def class_of(name: str) -> str:
     """Name of the class of a model of timm: one of :data:`CLASSES`.
@@ -45,11 +63,8 @@ def class_of(name: str) -> str:
     Raises:
         ValueError: for an unknown name or tag (the nearest is suggested), or a model of another class.
     """
-    architecture, _, tag = name.partition(".")
-    if not is_timm_name(architecture):
-        raise ValueError(f"timm has no model {shown(architecture)}{did_you_mean(architecture, timm_names())}")
-    if tag and name not in (tagged := timm.list_pretrained(f"{architecture}.*")):
-        raise ValueError(f"timm has no weights {shown(name)}{did_you_mean(name, tagged)} The tag may be left out")
+    check_timm_name(name, timm_names)
+    architecture = name.partition(".")[0]
     kind = _class_of(architecture)
     if kind not in CLASSES:
         reason = _REASONS.get(kind, _MIXING)

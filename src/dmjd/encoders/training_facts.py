@@ -7,7 +7,15 @@ from typing import Any, TypedDict
 
 from dmjd.checked_json import check_json, read_json
 from dmjd.encoders.folders import CONFIG, OURS, is_encoder_folder
-from dmjd.encoders.headers import CHECKPOINTS, NUM_IMAGES_KEY, WEIGHTS_KEY, Header, read_header, read_headers
+from dmjd.encoders.headers import (
+    CHECKPOINTS,
+    DEVICE_KEY,
+    NUM_IMAGES_KEY,
+    WEIGHTS_KEY,
+    Header,
+    read_header,
+    read_headers,
+)
 from dmjd.result_files import BASELINES, EVALUATION, headline, is_number, read_evaluation
 
 PARTS = ("result", "random_init", "raw_pixels")  # of a result
@@ -28,6 +36,8 @@ class TrainingFacts(TypedDict, total=False):
         weights: hash of the weights that the facts are about.
         changed: whether the encoder's weights are others.
         data, num_images, img_size, recipe, init, steps, epochs, seconds, version: of the run. Paths are names only.
+        images_seen: in all epochs.
+        device: that the run was trained on, in words.
         evaluations: task -> scores.
     """
 
@@ -41,6 +51,8 @@ class TrainingFacts(TypedDict, total=False):
     steps: int
     epochs: float
     seconds: float
+    images_seen: int
+    device: str
     evaluations: dict[str, Scores]
 
 
@@ -62,6 +74,24 @@ def read_facts(origin: Path | None, weights: str) -> TrainingFacts:
     facts["weights"] = weights
     facts["evaluations"] = _evaluations(run, weights)
     return facts
+
+
+class TrainingCost(TypedDict):
+    """What a training took: minutes on a device (in words), and images seen, repeated ones too; None if unknown."""
+
+    minutes: float | None
+    device: str | None
+    images: int | None
+
+
+def training_cost(origin: Path | None, weights: str) -> TrainingCost:
+    """What the training of weights took, by the folder they were loaded from; see :func:`read_facts`."""
+    facts = read_facts(origin, weights)
+    if facts.get("changed"):  # those of the newest checkpoint, not of these weights
+        facts = {"weights": weights}
+    seconds = facts.get("seconds")
+    minutes = None if seconds is None else round(seconds / 60, 2)
+    return {"minutes": minutes, "device": facts.get("device"), "images": facts.get("images_seen")}
 
 
 def _of_folder(folder: Path, weights: str) -> TrainingFacts:
@@ -112,6 +142,10 @@ def _progress(origin: Path, run: Path, weights: str) -> TrainingFacts:
     seconds = metadata["progress"].get("seconds")
     if is_number(seconds):
         facts["seconds"] = float(seconds)
+    if isinstance(seen := metadata["progress"].get("images"), int):
+        facts["images_seen"] = seen
+    if isinstance(device := metadata.get(DEVICE_KEY), str):
+        facts["device"] = device
     with contextlib.suppress(KeyError, TypeError, ValueError):
         facts["img_size"] = [int(side) for side in metadata["encoder"]["options"]["img_size"]]
     epochs = _epochs(run / "metrics.jsonl", headers[0].step)

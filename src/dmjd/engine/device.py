@@ -1,7 +1,10 @@
 """Devices and processes: Lightning Fabric, precision, seeds, and memory freed on the CPU."""
 
 import ctypes
+import os
 import platform
+import resource
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +14,7 @@ from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy
 
 from dmjd.config.fields import DEVICES, PRECISIONS
-from dmjd.data.workers import wait_limit
+from dmjd.data.workers import available_cores, wait_limit
 from dmjd.engine.processes import LostProcessError, explain_loss, find_launch, introduce, warn_alone
 
 SMALL_BLOCK = 1 << 21  # bytes, the size of a huge page: the largest blocks kept if memory use must stay low
@@ -115,6 +118,17 @@ def seed_device(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
+def device_text(device: torch.device | str) -> str:
+    """The devices that a training runs on, in words: "NVIDIA H100 80GB HBM3", "8 x NVIDIA H100 80GB HBM3", "CPU, 4
+    threads".
+    """
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if torch.device(device).type != "cuda":
+        threads = processes * torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' * (threads > 1)}"
+    return (f"{processes} x " if processes > 1 else "") + torch.cuda.get_device_name(device)
+
+
 def pick_device(name: str) -> torch.device:
     """The device for "cpu", "cuda", or "auto": CUDA if available, else the CPU.
 
@@ -150,3 +164,21 @@ def keep_freed_memory(device: torch.device | str, up_to: int | None = None) -> b
     if up_to is None:
         return bool(kept and libc.mallopt(_M_MMAP_MAX, 0))
     return bool(kept and libc.mallopt(_M_MMAP_THRESHOLD, up_to + 1) and libc.mallopt(_M_MMAP_MAX, 1 << 16))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """CPU, cores, threads and GPU of this machine."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": model, "cores": available_cores(), "threads": torch.get_num_threads(), "gpu": gpu}

@@ -16,7 +16,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from dmjd.engine.cooldown import Cooldown
-from dmjd.engine.device import loss_scaler, precision_name, seed_device, unscale_gradients
+from dmjd.engine.device import loss_scaler, peak_memory, precision_name, seed_device, unscale_gradients
 from dmjd.engine.optim import group_factor, reserve_state
 from dmjd.engine.stop_signal import StopSignal
 from dmjd.rng import STREAM_STEP, hash64
@@ -193,10 +193,10 @@ class Engine:
             scalars = live = None
             if step % self.log_every == 0 or progress >= 1.0 or stopping:
                 self.check_finite()
-                scalars = meter.read(self.batch_size) | {"lr": lr}
+                scalars = meter.read(self.batch_size, self.fabric.device) | {"lr": lr}
                 meter.reset()
             elif meter.is_due() and self._is_finite():
-                live = meter.read(self.batch_size) | {"lr": lr}
+                live = meter.read(self.batch_size, self.fabric.device) | {"lr": lr}
             report = Report(self.state, progress, scalars, self.before, live)
             for hook in hooks:
                 hook(report)
@@ -332,10 +332,10 @@ class _Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += "grad_norm" in values
 
-    def read(self, batch_size: int) -> dict[str, float]:
-        """Means since the last reset, images/s and the fraction of time spent waiting for data."""
+    def read(self, batch_size: int, device: torch.device) -> dict[str, float]:
+        """Means since the last reset, images/s, the fraction of time spent waiting for data, and peak memory."""
         means = {name: float(total) / self._steps for name, total in self._sums.items()}  # waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)
         speed = {"images_per_s": batch_size * self._steps / seconds, "data_wait": self.waited / seconds}
         self._read_at = time.monotonic()
-        return means | speed
+        return means | speed | {"memory_gb": peak_memory(device) / 1e9}

@@ -83,12 +83,21 @@ def newest_weights(run: Path) -> str | None:
 def redo_command(task: str, run: Path, result: Result) -> str:
     """The command that measures a result again, with the settings that were given for it."""
     words = ["dmjd", "evaluate", task, str(run)]
-    for name, value in EvaluationConfig.from_former(result.get("overrides", {})).items():
+    words += flag_words(EvaluationConfig.from_former(result.get("overrides", {})))
+    for baseline in result.get("baselines", {}).values():
+        words += ["--baseline", baseline["source"]]
+    if result.get("seed"):
+        words += ["--seed", str(result["seed"])]
+    return shlex.join(words)
+
+
+def flag_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line: ``--name value``; ``--name`` or ``--no-name`` for booleans."""
+    words = []
+    for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    if result.get("seed"):
-        words += ["--seed", str(result["seed"])]
-    return shlex.join(words)
+            words += [f"--{flag}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words

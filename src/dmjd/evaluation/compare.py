@@ -17,8 +17,10 @@ from dmjd.checked_json import read_json
 from dmjd.config.checks import check_path
 from dmjd.config.evaluation import EvaluationConfig
 from dmjd.config.pretrain import DURATIONS, PretrainConfig
+from dmjd.encoders.training_facts import training_cost
 from dmjd.engine.console import literal
 from dmjd.evaluation.comparability import EARLIER, data_texts, newest_weights, other_data, redo_command
+from dmjd.evaluation.tables import training_text
 from dmjd.figures.grid import figure_path, save_figure
 from dmjd.figures.panels import dpi_of
 from dmjd.result_files import BASELINES, headline, is_number, read_evaluation
@@ -33,6 +35,8 @@ _MARKERS = {"random_init": ("|", "#222222"), "raw_pixels": ("x", "#888888")}
 
 # They may change on resume because files move. Other images, or another teacher, are then refused.
 _MAY_MOVE = {"data", "teacher"}
+
+_LINES = ("--", ":", "-.")  # of trained baselines
 
 # Settings that do not change the weights.
 _IRRELEVANT = {"out"} | {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["resume"]}.difference(
@@ -53,6 +57,15 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaselineScore:
+    """The score of a trained baseline, the runs beside which it was measured, and what its training took, in words."""
+
+    score: Score
+    runs: tuple[str, ...]
+    training: str = "-"
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """Evaluations of several runs.
 
@@ -64,6 +77,9 @@ class Comparison:
         tested: (task, metric) -> run -> test set and labels of the result, in words.
         notes: (task, metric) -> run -> why its result does not count in a ranking: it was measured before the run went
             on, or on other data or labels than the first run's. Runs without such a reason are absent.
+        baselines: (task, metric) -> name -> score of a trained baseline. Where runs have other scores for the same
+            name, it is followed by that of the run.
+        training: run -> what its training took, in words.
     """
 
     runs: list[str]
@@ -71,6 +87,8 @@ class Comparison:
     differences: dict[str, list[str]]
     tested: dict[tuple[str, str], dict[str, tuple[str, str]]] = dataclasses.field(default_factory=dict)
     notes: dict[tuple[str, str], dict[str, str]] = dataclasses.field(default_factory=dict)
+    baselines: dict[tuple[str, str], dict[str, BaselineScore]] = dataclasses.field(default_factory=dict)
+    training: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
@@ -89,7 +107,7 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     if out is not None:
         out = figure_path(out)
     folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
-    names, evaluations = _short_names(folders), [_evaluations(folder) for folder in folders]
+    names, evaluations = short_names(folders), [_evaluations(folder) for folder in folders]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
     contents: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, tasks in zip(names, evaluations, strict=True):
@@ -104,13 +122,21 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     tested = {key: {name: data_texts(one) for name, one in found.items()} for key, found in contents.items()}
     notes = {key: _notes(key[0], found, earlier) for key, found in contents.items()}
     settings = [_settings(folder, tasks) for folder, tasks in zip(folders, evaluations, strict=True)]
-    comparison = Comparison(names, dict(sorted(scores.items())), _differences(settings, evaluations), tested, notes)
+    comparison = Comparison(
+        names,
+        dict(sorted(scores.items())),
+        _differences(settings, evaluations),
+        tested,
+        notes,
+        {key: found for key, some in contents.items() if (found := _baselines(key[1], some))},
+        {name: _training_text(folder) for name, folder in zip(names, folders, strict=True)},
+    )
     if out is not None:
         save_figure(comparison_figure(comparison), out)
     return comparison
 
 
-def _short_names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[Path]) -> list[str]:
     """As many last parts of different paths as are needed to distinguish them."""
     count = 1
     while len({folder.parts[-count:] for folder in folders}) < len(folders):
@@ -150,6 +176,30 @@ def _notes(task: str, contents: Mapping[str, Mapping[str, Any]], earlier: Mappin
         if text := "; ".join(reason for reason in reasons if reason is not None):
             notes[run] = text
     return notes
+
+
+def _baselines(metric: str, contents: Mapping[str, Mapping[str, Any]]) -> dict[str, BaselineScore]:
+    """Name -> score of the trained baselines in results of a task."""
+    groups: dict[str, dict[str, BaselineScore]] = {}  # name -> key of what was measured -> score
+    for run, content in contents.items():
+        for name, one in content.get("baselines", {}).items():
+            if (score := _score(one["result"], metric)) is None:
+                continue
+            measured = [one["weights"], score.value, content.get("data", {}).get("fingerprint")]
+            group, key = groups.setdefault(name, {}), json.dumps(measured)
+            runs = (*group[key].runs, run) if key in group else (run,)
+            group[key] = BaselineScore(score, runs, training_text(one["training"]))
+    return {
+        name if len(group) == 1 else f"{name} ({', '.join(one.runs)})": one
+        for name, group in groups.items()
+        for one in group.values()
+    }
+
+
+def _training_text(run: Path) -> str:
+    """What the training of the newest weights of a run took."""
+    weights = newest_weights(run)
+    return "-" if weights is None else training_text(training_cost(run, weights))
 
 
 def _score(part: Mapping[str, Any] | None, metric: str) -> Score | None:
@@ -203,17 +253,24 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = []
     for (task, metric), runs in comparison.scores.items():
         notes, tested = comparison.notes.get((task, metric), {}), comparison.tested.get((task, metric), {})
+        baselines = comparison.baselines.get((task, metric), {})
         table = Table(title=literal(f"{task}: {metric}, %"), title_justify="left")
         table.add_column("run", overflow="fold")
         for label in PARTS.values():
             table.add_column(label, justify="right")
+        if baselines:
+            table.add_column("training", overflow="fold")
         table.add_column("test set, labels", overflow="fold")
         for run in sorted(runs, key=lambda run: run in notes):
             cells = [literal(str(runs[run].get(part, "-"))) for part in PARTS]
+            cells += [literal(comparison.training.get(run, "-"))] if baselines else []
             names = [run, f"({notes[run]})"] if run in notes else [run]
             table.add_row(
                 Text("\n").join(map(literal, names)), *cells, Text("\n").join(map(literal, tested.get(run, ("-",))))
             )
+        for name, one in baselines.items():
+            where = Text("\n").join(map(literal, tested.get(one.runs[0], ("-",))))
+            table.add_row(literal(f"baseline {name}"), literal(str(one.score)), "-", "-", literal(one.training), where)
         tables.append(table)
     if not comparison.differences:
         return tables
@@ -226,14 +283,18 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Draw a panel per task, with a bar for each run and markers for its baselines."""
+    """Draw a panel per task: a bar for each run, markers for its baselines, and lines for trained baselines."""
     tasks = list(comparison.scores)
     height = 0.36 * len(comparison.runs) + 0.9
     size = (7.5, height * len(tasks) + 0.4)
     figure = Figure(figsize=size, dpi=dpi_of(size), layout="constrained")
     panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+    names = list(dict.fromkeys(name for found in comparison.baselines.values() for name in found))
     for axes, (task, metric) in zip(panels, tasks, strict=True):
         _bars(axes, comparison.runs, comparison.scores[task, metric], comparison.notes.get((task, metric), {}))
+        for name, one in comparison.baselines.get((task, metric), {}).items():
+            style = _LINES[names.index(name) % len(_LINES)]
+            axes.axvline(100 * one.score.value, linestyle=style, color="#555555", linewidth=1.2, label=drawable(name))
         axes.set_title(drawable(f"{task}: {metric}, %"), fontsize=9, loc="left")
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)

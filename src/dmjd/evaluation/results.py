@@ -36,9 +36,12 @@ def versions() -> dict[str, str]:
 
 def key_of(encoder: Encoder, *parts: Any) -> str:
     """12-digit hash of the version, the encoder's architecture and preprocessing (not its weights), and ``parts``."""
-    return short_hash(
-        json.dumps(part, sort_keys=True, default=str) for part in (encoder_metadata(encoder), __version__, *parts)
-    )
+    return key_of_parts(encoder_metadata(encoder), __version__, *parts)
+
+
+def key_of_parts(*parts: Any) -> str:
+    """12-digit hash of JSON types."""
+    return short_hash(json.dumps(part, sort_keys=True, default=str) for part in parts)
 
 
 def results_folder(run: str | Path, out: str | Path | None = None) -> Path | None:

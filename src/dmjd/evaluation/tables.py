@@ -12,11 +12,15 @@ from dmjd.result_files import EVALUATION, is_number
 
 TOO_SHORT_KEY = "too_short"  # in a result: why its training is too short to judge the encoder by
 
+MANY_MINUTES = 120  # more are shown as hours
+
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Top-1 accuracies in percent: a row for the encoder and each baseline, a column for each task.
+
+    With trained baselines, a last column says what the trainings took.
 
     A task without a top-1 accuracy gets a row for each score, and columns for the encoder and its baseline.
 
@@ -30,10 +34,29 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     for task, result in results.items():
         seeds = len(result["result"].get("per_seed", ()))
         table.add_column(f"{task}, {seeds} seeds" if seeds else task, justify="right")
+    trained = {name: one for result in results.values() for name, one in result.get("baselines", {}).items()}
+    if trained:
+        table.add_column("training", overflow="fold")
     for name, label in ROWS.items():
         if any(name in result for result in results.values()):
-            table.add_row(label, *(_cell(result.get(name)) for result in results.values()))
+            cells = [_cell(result.get(name)) for result in results.values()]
+            cost = training_text(next(iter(results.values())).get("training", {})) if name == "result" else "-"
+            table.add_row(label, *cells, *([cost] if trained else []))
+        for other in trained if name == "result" else ():
+            found = (result.get("baselines", {}).get(other, {}) for result in results.values())
+            cells = [_cell(one.get("result")) for one in found]
+            table.add_row(literal(other), *cells, training_text(trained[other]["training"]))
     return table
+
+
+def training_text(training: Mapping[str, Any]) -> str:
+    """What a training took: "12 min, CPU, 2 threads; 96,000 images seen"; "-" if it is unknown."""
+    minutes, device, images = (training.get(name) for name in ("minutes", "device", "images"))
+    if minutes is None or not is_number(minutes):
+        return "-"
+    text = f"{minutes:.1f} min" if minutes < MANY_MINUTES else f"{minutes / 60:.1f} h"
+    text += f", {device}" if device is not None else ""
+    return text + (f"; {images:,} images seen" if isinstance(images, int) else "")
 
 
 def context_lines(results: Mapping[str, Mapping[str, Any]], folder: Path | None) -> list[str]:

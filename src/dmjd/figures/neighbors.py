@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dmjd.data.cache import first_of_parts
-from dmjd.data.eval_loader import EvalLoader, read_all
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
-from dmjd.engine.console import tracked
 from dmjd.figures.grid import panel_grid
 from dmjd.figures.panels import Panel
 from dmjd.figures.render import to_rgb
+from dmjd.figures.set_features import MAX_LETTERS, class_name, set_features, set_images
 from dmjd.images.decoding import ImageLike
 from dmjd.nn.modes import evaluating
 from dmjd.text import drawable
@@ -27,8 +25,6 @@ from dmjd.text import drawable
 NUM_NEIGHBORS = 7
 
 SAME, OTHER = "#2a9d3a", "#d1495b"  # borders of neighbors of the query's class and of other classes
-
-_MAX_LETTERS = 12  # of a class name below an image
 
 
 def nearest(features: Tensor, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,9 +75,7 @@ def neighbors_figure(
     """
     preprocess = known_preprocess(encoder)
     given = preprocess.raw(query)  # q, C, H, W
-    features, index = _features(encoder, source, first_of_parts(len(source), num_candidates))
-    if len(index) < 2:
-        raise ValueError(f"{source.name} has fewer than two readable images: there are no neighbors to show")
+    features, index = set_features(encoder, source, num_candidates)
     labels: list[int | None] = [None] * len(given)
     if len(given):
         with evaluating(encoder):
@@ -91,20 +85,14 @@ def neighbors_figure(
     else:
         own = torch.from_numpy(np.random.default_rng(seed).permutation(len(index))[:num_images].copy())
         cosines, rows = nearest(features, features[own], min(NUM_NEIGHBORS, len(index) - 1), own)
-        first = [Panel(image, _class_name(source, i)) for image, i in _images(encoder, source, index[own])]
+        first = [Panel(image, class_name(source, i)) for image, i in set_images(encoder, source, index[own])]
         labels = [None if source.labels is None else int(source.labels[i]) for i in index[own].tolist()]
     panels = [
-        [one, *_panels(source, _images(encoder, source, index[found]), values, label)]
+        [one, *_panels(source, set_images(encoder, source, index[found]), values, label)]
         for one, found, values, label in zip(first, rows, cosines.tolist(), labels, strict=True)
     ]
     titles = ["query", *(f"neighbor {i + 1}" for i in range(rows.shape[1]))]
     return panel_grid(titles, panels, note=_note(source, len(index), bool(len(given))))
-
-
-def _images(encoder: Encoder, source: Source, index: Tensor) -> list[tuple[np.ndarray, int]]:
-    """RGB images [H, W, 3] of a set, as the encoder sees them, with their indices [n]."""
-    raw = read_all(source, known_preprocess(encoder), index.numpy(), num_workers=0).raw
-    return list(zip(to_rgb(raw).numpy(), index.tolist(), strict=True))
 
 
 def _panels(
@@ -116,29 +104,12 @@ def _panels(
         border = None
         if source.labels is not None and label is not None:
             border = SAME if source.labels[index] == label else OTHER
-        panels.append(Panel(image, f"{cosine:.3f}  {_class_name(source, index)}".rstrip(), border))
+        panels.append(Panel(image, f"{cosine:.3f}  {class_name(source, index)}".rstrip(), border))
     return panels
 
 
-def _features(encoder: Encoder, source: Source, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Pooled features [n, D] of the readable images among ``indices`` and their indices [n] in the set."""
-    preprocess, device = known_preprocess(encoder), next(encoder.parameters()).device
-    features, index = [torch.empty(0, encoder.embed_dim)], [torch.empty(0, dtype=torch.int64)]
-    with evaluating(encoder):
-        loader = EvalLoader(source, preprocess, batch_size=64, indices=indices)
-        for batch in tracked(loader, "features", len(loader), lambda batch: batch.size):
-            images = preprocess.normalize(batch.raw.to(device))
-            features.append(encoder.encode(images).cpu())
-            index.append(batch.index)
-    return torch.cat(features), torch.cat(index)
-
-
-def _class_name(source: Source, index: int) -> str:
-    return drawable(source.classes[source.labels[index]], _MAX_LETTERS) if source.labels is not None else ""
-
-
 def _file_name(image: ImageLike) -> str:
-    return drawable(Path(image).name, _MAX_LETTERS) if isinstance(image, str | Path) else ""
+    return drawable(Path(image).name, MAX_LETTERS) if isinstance(image, str | Path) else ""
 
 
 def _note(source: Source, num_candidates: int, given: bool) -> str:

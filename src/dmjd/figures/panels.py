@@ -34,6 +34,9 @@ class Panel:
     border: str | None = None
 
 
+BLANK = Panel(np.ones((1, 1, 3), np.float32))  # fills up a row that has fewer images than the others
+
+
 def dpi_of(size: tuple[float, float]) -> float:
     """Resolution of a figure of (width, height) inches: lower for one with very many rows."""
     return min(DPI, _MOST_PIXELS / max(size))

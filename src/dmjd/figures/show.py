@@ -1,7 +1,8 @@
 """``dmjd show``: figures of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +17,39 @@ from dmjd.encoders.base import known_preprocess
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.device import pick_device
 from dmjd.figures.attention import attention_figure
+from dmjd.figures.clusters import clusters_figure
+from dmjd.figures.duplicates import duplicates_figure
 from dmjd.figures.grid import figure_path, save_figure
-from dmjd.figures.kinds import MODEL_KINDS, check_kind
+from dmjd.figures.kinds import MODEL_KINDS, SET_KINDS, check_kind, check_settings
 from dmjd.figures.neighbors import neighbors_figure
+from dmjd.figures.outliers import outliers_figure
 from dmjd.figures.reconstruction import mask_figure, reconstruction_figure, target_figure
 from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
 from dmjd.rng import image_keys
 from dmjd.runs.build import LISTING, load_model, open_data, open_images
+from dmjd.similarity import check_threshold
 
 MAX_IMAGES = 200  # rows of a figure
+
+NUM_IMAGES = 4
+
+SET_FIGURES: dict[str, Callable[..., Figure]] = {
+    "neighbors": neighbors_figure,
+    "duplicates": duplicates_figure,
+    "outliers": outliers_figure,
+    "clusters": clusters_figure,
+}
+
+SEEDED = ("neighbors", "clusters")  # sets of images whose figure depends on a seed
+
+_BOUNDS = {
+    "num_images": Bounds(ge=1, most=MAX_IMAGES),
+    "num_candidates": Bounds(ge=2, most=10**7),
+    "num_neighbors": Bounds(ge=1, most=10**4),
+    "num_clusters": Bounds(ge=1, most=MAX_IMAGES),
+}
 
 _FOR_COMPONENTS = 64  # images used to compute principal components
 
@@ -37,7 +60,7 @@ def save_reconstruction_figure(
     model: MaskedImageModel, source: Source, path: str | Path, *, num_images: int = 6, seed: int = 0
 ) -> Path:
     """Write :func:`reconstruction_figure` for some images of a set; images and masks depend on the seed."""
-    return save_figure(_figure("reconstructions", model, source, num_images, seed), path)
+    return save_figure(method_figure("reconstructions", model, source, num_images, seed), path)
 
 
 @own_defaults()
@@ -48,25 +71,33 @@ def show(
     data: str | Path | None = None,
     labels: str | None = None,
     out: str | Path = "figure.png",
-    num_images: int = 4,
-    num_candidates: int = 2000,
+    num_images: int | None = None,
+    num_candidates: int | None = None,
     seed: int = 0,
     query: str | Path | Sequence[str | Path] = (),
+    threshold: float | None = None,
+    num_neighbors: int | None = None,
+    num_clusters: int | None = None,
 ) -> Path:
-    """Draw masks, targets or predictions of a run's model, or attention or nearest neighbors of its encoder.
+    """Draw masks, targets or predictions of a run's model, attention of its encoder, or a set of images as it sees it.
 
     Args:
         kind: "masks", "targets" or "reconstructions" of the pre-training model, on the CPU; "attention" (with principal
-            components of tokens) or "neighbors" of the encoder, on a GPU if there is one.
-        run: a run folder; for attention and neighbors also an encoder file or checkpoint, together with ``data``.
+            components of tokens), "neighbors", "duplicates", "outliers" or "clusters" by the encoder, on a GPU if there
+            is one.
+        run: a run folder; for figures of the encoder also an encoder file or checkpoint, together with ``data``.
         data: the images; None: the run's own data.
-        labels: for neighbors, the source of class labels: "none", "folder" or "column"; None: that of the run.
+        labels: for figures of a set, the source of class labels: "none", "folder" or "column"; None: that of the run.
         out: the file; its ending gives the format.
-        num_images: number of images, or of queries.
-        num_candidates: for neighbors, number of images to search.
-        seed: seed of the images and masks.
+        num_images: number of images, queries, groups of duplicates or rows of outliers (default 4), or of images of
+            each cluster (default 8).
+        num_candidates: for figures of a set, number of its images to search; default 2,000 for neighbors, else 20,000.
+        seed: seed of the images, masks and clusters.
         query: for neighbors, one or several image files to find neighbors of, which need not be in the set; none:
             ``num_images`` of the set.
+        threshold: for duplicates, smallest centered cosine; default 0.95.
+        num_neighbors: for outliers, number of neighbors whose mean distance counts; default 5.
+        num_clusters: for clusters, their number; default 2 to 12, by the number of images.
 
     Returns:
         The file.
@@ -76,29 +107,37 @@ def show(
     """
     check_kind(kind)
     run, out, seed = check_path("run", run), figure_path(out), check_seed(seed, ge=0)
-    num_images = check_int("num_images", num_images, Bounds(ge=1, most=MAX_IMAGES))
-    num_candidates = check_int("num_candidates", num_candidates, Bounds(ge=2, most=10**6))
+    queries = [query] if isinstance(query, str | Path) else list(query)
+    settings: dict[str, Any] = {"num_images": num_images, "num_candidates": num_candidates, "threshold": threshold}
+    settings |= {"num_neighbors": num_neighbors, "num_clusters": num_clusters}
+    check_settings(kind, settings | {"labels": labels, "query": tuple(queries)})
+    settings = _checked(settings) | ({"query": _checked_queries(queries)} if queries else {})
     data = None if data is None else check_text("data", data)
     labels = None if labels is None else check_text("labels", labels, LABELS)
-    queries = _checked_queries(kind, [query] if isinstance(query, str | Path) else list(query))
     if kind in MODEL_KINDS:
-        model, config = load_model(run)
-        listing = run / LISTING if data is None else None
-        source = open_data(config, str(config.data if data is None else data), "train", listing=listing)
-        return save_figure(_figure(kind, model, source, num_images, seed), out)
+        return save_figure(_model_figure(kind, run, data, settings.get("num_images", NUM_IMAGES), seed), out)
     encoder = load_encoder(run, pick_device("auto"))
     source = open_images(run, known_preprocess(encoder), data, labels=labels)
-    if kind == "neighbors":
-        settings = {"num_images": num_images, "num_candidates": num_candidates, "seed": seed}
-        return save_figure(neighbors_figure(encoder, source, **settings, query=queries), out)
-    raw, _ = _some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
+    if kind in SET_KINDS:
+        settings |= {"seed": seed} if kind in SEEDED else {}
+        return save_figure(SET_FIGURES[kind](encoder, source, **settings), out)
+    num_images = settings.get("num_images", NUM_IMAGES)
+    raw, _ = some_images(source, known_preprocess(encoder), max(num_images, _FOR_COMPONENTS), seed)
     return save_figure(attention_figure(encoder, raw.to(next(encoder.parameters()).device), num_images), out)
 
 
-def _checked_queries(kind: str, query: Sequence[str | Path]) -> list[Path]:
-    """The files to find neighbors of; ValueError if there is no such file, too many, or another kind of figure."""
-    if query and kind != "neighbors":
-        raise ValueError(f"query (--query) is for neighbors, not for {kind}")
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings, checked; the others are left to the defaults of the figure."""
+    checked = {}
+    for name, value in settings.items():
+        if value is not None:
+            check = check_threshold if name == "threshold" else lambda n, v: check_int(n, v, _BOUNDS[n])
+            checked[name] = check(name, value)
+    return checked
+
+
+def _checked_queries(query: Sequence[str | Path]) -> list[Path]:
+    """The files to find neighbors of; ValueError if there is no such file, or there are too many."""
     check_int("query", len(query), Bounds(le=MAX_IMAGES))
     files = [check_path("query", one) for one in query]
     if missing := next((file for file in files if not file.is_file()), None):
@@ -106,10 +145,18 @@ def _checked_queries(kind: str, query: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
+def _model_figure(kind: str, run: Path, data: str | None, num_images: int, seed: int) -> Figure:
+    """One of ``MODEL_KINDS`` of a run, on its data or on others."""
+    model, config = load_model(run)
+    listing = run / LISTING if data is None else None
+    source = open_data(config, str(config.data if data is None else data), "train", listing=listing)
+    return method_figure(kind, model, source, num_images, seed)
+
+
+def method_figure(kind: str, model: MaskedImageModel, source: Source, num_images: int, seed: int) -> Figure:
     """One of ``MODEL_KINDS`` on some images of a set."""
     count = max(num_images, _FOR_COMPONENTS) if kind == "targets" else num_images
-    raw, index = _some_images(source, known_preprocess(model.encoder), count, seed)
+    raw, index = some_images(source, known_preprocess(model.encoder), count, seed)
     device = next(model.parameters()).device
     raw = raw.to(device)
     keys = image_keys(seed, torch.zeros_like(index), index).to(device)
@@ -120,7 +167,7 @@ def _figure(kind: str, model: MaskedImageModel, source: Source, num_images: int,
     return reconstruction_figure(model, raw, keys=keys)
 
 
-def _some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def some_images(source: Source, preprocess: Preprocess, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw up to ``count`` readable images: [n, C, H, W] on the 0..255 scale and indices [n] int64.
 
     Raises:

@@ -26,6 +26,7 @@ from dmjd.engine.console import Console, duration_text
 from dmjd.engine.device import keep_freed_memory, pick_device
 from dmjd.evaluation.frozen.features import Extractor, pooled
 from dmjd.files import check_writable, make_folder, try_lock
+from dmjd.interop.embed_columns import SecondPass
 from dmjd.interop.embed_parts import Parts, parts_folder
 from dmjd.interop.feature_files import check_finished, feature_rows, feature_schema
 from dmjd.nn.modes import evaluating, own_defaults
@@ -44,6 +45,9 @@ def embed(
     labels: str | None = None,
     tokens: bool = False,
     half: bool = False,
+    duplicates: float | None = None,
+    distances: bool = False,
+    deduplicate: float | None = None,
     batch_size: int = 256,
     precision: str = "fp32",
     device: str = "auto",
@@ -63,9 +67,13 @@ def embed(
         labels: "none", "folder" or "column"; None: as the run.
         tokens: write all patch tokens [N, D] in raster order, not the pooled feature [D].
         half: store float16, not float32.
+        duplicates: add a column ``duplicate_of``, the path of the first image that an image is a near duplicate of, or
+            "": their centered cosine is at least this; see :func:`~dmjd.similarity.near_duplicates`.
+        distances: add a column ``distance``, 1 less the centered cosine with the nearest neighbor.
+        deduplicate: also write the images without near duplicates, by such a cosine, in a form that ``data`` takes:
+            ``NAME.keep.txt``, or ``NAME.keep.parquet`` for tables. Unreadable images are left out.
         batch_size: images per batch.
-        precision: "fp32" or "bf16" (autocast).
-        device: "auto", "cpu" or "cuda".
+        precision, device: "fp32" or "bf16" (autocast); "auto", "cpu" or "cuda".
         num_workers: data loading processes; None: by the number of cores.
 
     Returns:
@@ -77,24 +85,46 @@ def embed(
     out, run = _checked_out(out), check_path("run", run)
     machine = {"precision": precision, "device": device, "num_workers": num_workers}
     _check(tokens, half, split, data=data, labels=labels, batch_size=batch_size, **machine)
+    wanted = SecondPass(duplicates, distances, deduplicate)
     keep_freed_memory(chosen := pick_device(device))
     encoder = load_encoder(run, chosen)
     source = _open(run, encoder, data, split, labels)
     extract = _extractor(encoder, tokens, precision)
-    settings = {"encoder": weights_hash(encoder), "data": source.fingerprint(), "labels": source.labels is not None}
-    settings |= {"content": source.content_hash(), "tokens": bool(tokens), "half": bool(half), "precision": precision}
+    wanted.check(source, split, tokens)
+    settings = _settings(encoder, source) | {"tokens": bool(tokens), "half": bool(half), "precision": precision}
     console = Console()
+    _embed(encoder, source, extract, out, settings, console, batch_size, num_workers)
+    wanted.run(out, source, chosen, console)
+    return out
+
+
+def _settings(encoder: Encoder, source: Source) -> dict[str, Any]:
+    """What the features depend on, besides how they are stored."""
+    data = {"data": source.fingerprint(), "labels": source.labels is not None, "content": source.content_hash()}
+    return {"encoder": weights_hash(encoder)} | data
+
+
+def _embed(
+    encoder: Encoder,
+    source: Source,
+    extract: Extractor,
+    out: Path,
+    settings: dict[str, Any],
+    console: Console,
+    batch_size: int,
+    num_workers: int | None,
+) -> None:
+    """Write the features, unless they are there."""
     if _is_finished(settings, out, console):
-        return out
-    shape = (encoder.num_patches, encoder.embed_dim) if tokens else (encoder.embed_dim,)
-    with Parts(out, settings, feature_schema(source, shape, half)) as parts:
+        return
+    shape = (encoder.num_patches, encoder.embed_dim) if settings["tokens"] else (encoder.embed_dim,)
+    with Parts(out, settings, feature_schema(source, shape, settings["half"])) as parts:
         if out.exists():  # by another process, just now
             check_finished(settings, out)
             parts.drop()
         while not parts.dropped:
             _fill(parts, encoder, source, extract, console, batch_size, num_workers)
             parts.finish(source.name, {"settings": settings, "grid": encoder.grid}, console)
-    return out
 
 
 def _check(tokens: bool, half: bool, split: str, *, data: str | Path | None, **settings: Any) -> None:

@@ -1,10 +1,7 @@
 """``bench(config)``: training speed of a recipe on this machine, its MFU, and the time of each part of a step."""
 
 import itertools
-import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -17,9 +14,8 @@ from dmjd import __version__
 from dmjd.config.checks import MAX_COUNT, Bounds, check_int
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.train_loader import Batch
-from dmjd.data.workers import available_cores
 from dmjd.engine.console import literal
-from dmjd.engine.device import make_fabric, precision_name
+from dmjd.engine.device import machine, make_fabric, peak_memory, precision_name
 from dmjd.engine.loop import Engine, Report
 from dmjd.engine.stop_signal import StopSignal
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -187,24 +183,6 @@ def wait(device: torch.device) -> None:
     """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """CPU, cores, threads and GPU of this machine."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": model, "cores": available_cores(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def bench_table(result: dict[str, Any]) -> Table:

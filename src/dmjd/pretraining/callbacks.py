@@ -12,10 +12,11 @@ from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
-from dmjd.encoders.headers import ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
+from dmjd.encoders.headers import DEVICE_KEY, ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
 from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash_of
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.console import Console
+from dmjd.engine.device import device_text
 from dmjd.engine.loggers import Logger, open_loggers
 from dmjd.engine.loop import Report, TrainState
 from dmjd.engine.processes import first_process_works, gather, num_processes, wait_for_first
@@ -31,6 +32,8 @@ from dmjd.pretraining.budget import SHARE, EvaluationBudget
 from dmjd.pretraining.measures import DRIFT, KNN, NAMES, Measures
 from dmjd.pretraining.pace import Pace, hardly_trained
 from dmjd.pretraining.schedule import is_evaluation_step
+from dmjd.reports.environment import write_environment
+from dmjd.reports.report import report_training
 from dmjd.runs.build import open_test_data
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
 from dmjd.runs.driver import Callback
@@ -112,17 +115,19 @@ class Monitor(Callback):
             ENCODER_DIGEST_KEY: digest_of(self._encoder_file),
             "data": self._began.fingerprint,
             NUM_IMAGES_KEY: len(self.source),
+            DEVICE_KEY: device_text(self._device),
             "content": list((self._began.content or {}).items()),
             "bad": self.unreadable.reports,
             "config": json.loads(self.config.to_json()),
         }
 
     def start(self, step: int, progress: float) -> Sequence[Logger]:
-        """Prepare online kNN if there are labels and a test set, and open the loggers.
+        """Record the machine, prepare online kNN if there are labels and a test set, and open the loggers.
 
         Raises:
             ValueError: if labels cannot be used, or a logger is not installed.
         """
+        write_environment(self.folder.path, next(self.model.parameters()).device, num_processes())
         if step == 0 and self.config.minutes is not None and self.config.batch_size is not None:
             parts = num_processes() * self.config.accumulate
             batch_size = min(self.config.batch_size, self._num_trained)
@@ -224,7 +229,10 @@ class Monitor(Callback):
             wait_for_first()
             return {}
         with first_process_works():
-            return self._finish()
+            results = self._finish()
+            if self.config.report:
+                report_training(self.folder.path, self.model, self.source, state.seconds, self.console)
+        return results
 
     def _finish(self) -> dict[str, dict[str, Any]]:
         path = self.folder.path

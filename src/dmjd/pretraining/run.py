@@ -126,8 +126,8 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 9. Train, evaluating and saving at intervals.
         finished = driver.run()
         # 10. Final figures and evaluation.
-        evaluation = monitor.finish(engine.state) if finished else {}
         monitor.report_unreadable()
+        evaluation = monitor.finish(engine.state) if finished else {}
     unreadable = tuple(monitor.unreadable.reports)
     return RunResult(folder.path, engine.state.step, finished, driver.metrics, evaluation, unreadable)
 

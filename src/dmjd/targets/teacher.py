@@ -88,7 +88,7 @@ class TeacherTarget(Target):
             self.preprocess = dataclasses.replace(self.preprocess, img_size=size)
             if model is not teacher and hasattr(model, "set_input_size"):  # a timm ViT; one that is given is left alone
                 cast(Callable[..., None], model.set_input_size)(img_size=size)
-        self.fingerprint = _fingerprint(model, self.preprocess)
+        self.fingerprint = fingerprint_of(model, self.preprocess)
         maps = self._try(encoder.in_chans)
         if len({feature_map.shape[1] for feature_map in maps}) > 1:
             raise ValueError(f"the last {layers} maps of teacher {self.source} differ in width: use --teacher-layers 1")
@@ -193,8 +193,8 @@ def _patch_size(model: nn.Module) -> int | None:
     return None
 
 
-def _fingerprint(model: nn.Module, preprocess: Preprocess) -> str:
-    """Hash of the weights, their names and the preprocessing."""
+def fingerprint_of(model: nn.Module, preprocess: Preprocess) -> str:
+    """16 hexadecimal digits of a hash of a model's weights, their names and the preprocessing."""
     digest = hashlib.sha256(json.dumps(preprocess.to_dict(), sort_keys=True).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())

@@ -58,14 +58,19 @@ class FolderSource(Source):
         listing: Path | None = None,
         extensions: tuple[str, ...] = EXTENSIONS,
     ) -> None:
-        self.name, self.root = str(root), root
+        self.name = str(root)
         self.in_chans, self.value_range = in_chans, value_range
         listed = read_listing(listing) if listing is not None else None
         paths = without_masks(root, walk(root, extensions)) if listed is None else listed.paths
         if not paths:
             raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
-        self._paths = _Strings(paths)
+        self._take(root, paths, with_labels, listed)
         self.listing = listing if listed is not None else None
+
+    def _take(self, root: Path, paths: list[str], with_labels: bool, listed: "Listing | None") -> None:
+        """Take the images of these paths below a folder; ``listed`` holds them if they come from a run's list."""
+        self.root, self._folder = root, str(root)
+        self._paths = _Strings(paths)
         self._listed_sizes = listed.sizes if listed is not None else None
         self.classes: list[str] = []
         if with_labels:
@@ -102,7 +107,11 @@ class FolderSource(Source):
         if self._listed_sizes is None:
             self._listed_sizes = list(self._sizes())
             paths = [self._paths[i] for i in range(len(self))]
-            write_text(file, json.dumps({"paths": paths, "sizes": self._listed_sizes}, indent=0))
+            write_text(file, json.dumps({"paths": paths, "sizes": self._listed_sizes} | self._place(), indent=0))
+
+    def _place(self) -> dict[str, str]:
+        """What a list of a run says about the folder, besides the configuration; see :class:`Listing`."""
+        return {}
 
     def describe(self, index: int) -> str:
         """The image's path; bytes that are not UTF-8, and control characters, are escaped."""
@@ -113,7 +122,7 @@ class FolderSource(Source):
         return open_image(self._path(index), self.in_chans, self.value_range, self.describe(index))
 
     def _path(self, index: int) -> str:
-        return os.path.join(self.name, self._paths[index])
+        return os.path.join(self._folder, self._paths[index])
 
     def changes(self, fingerprint: str) -> Changes | None:
         """See :meth:`Source.changes`. Only the images whose sizes are in the fingerprint are compared."""
@@ -200,10 +209,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class Listing(msgspec.Struct, forbid_unknown_fields=False):
-    """The images that a run began with: relative paths, and the sizes in the fingerprint (since version 0.2)."""
+    """The images that a run began with: relative paths, and the sizes in the fingerprint (since version 0.2).
+
+    ``root`` is the folder that holds them, relative to the list of images that the run was given, if it was given one.
+    """
 
     paths: list[str]
     sizes: list[int] | None = None
+    root: str | None = None
 
 
 def read_listing(file: Path) -> Listing | None:

@@ -21,7 +21,7 @@ SPLIT_NAMES = _TRAIN_NAMES + _TEST_NAMES  # of folders, in small or capital lett
 
 _MASK_FOLDERS = ("masks", "labels", "annotations")  # next to images/, in sets for segmentation
 
-_LISTS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx")  # may list images, but are not read
+_LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")  # may list images, but are not read
 
 _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
@@ -128,12 +128,12 @@ def split_folder(path: Path, split: str) -> Path | None:
         ValueError: if the path is a file, or permission to read a folder is missing.
     """
     if path.is_file():
-        if path.suffix.lower() == ".parquet":
+        if path.suffix.lower() in (".parquet", ".txt"):
             return None
         if path.suffix.lower() in _LISTS:
             raise ValueError(
                 f"{printable(path)} is a list or table of a kind that is not supported yet: give the folder of the "
-                "images, or a .parquet file with a column of images"
+                "images, a .txt file with one path a line, or a .parquet file with a column of images"
             )
         raise ValueError(
             f"{printable(path)} is a single file: give the folder of images it lies in, or a .parquet file"

@@ -12,6 +12,7 @@ from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
+from dmjd.data.sources.lists import ENDING, ListSource
 from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
@@ -19,7 +20,7 @@ from dmjd.text import printable
 from dmjd.warning import DMJDWarning
 
 # The kinds of sources, in order of precedence: the first that matches is opened. Names win over paths.
-SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, FolderSource, HubSource)
+SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, ListSource, FolderSource, HubSource)
 
 SPLITS = ("train", "test")
 
@@ -38,9 +39,9 @@ def open_source(
 
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
-            them; or the name of a Hugging Face dataset. Names win over folders: write "./digits" for a folder, or give
-            a Path. A folder with train/ and test/ (or val/; capital letters do not matter), or train.parquet and
-            test.parquet (or shards of such names), gives both splits.
+            them; a .txt file with one path of an image a line; or the name of a Hugging Face dataset. Names win over
+            folders: write "./digits" for a folder, or give a Path. A folder with train/ and test/ (or val/; capital
+            letters do not matter), or train.parquet and test.parquet (or shards of such names), gives both splits.
         split: "train" or "test".
         labels: "none"; "folder", the first folder below the root; or "column" of a table. Digits and torchvision sets
             are always labeled.
@@ -142,11 +143,11 @@ def _check_spelling(data: str, is_name: bool) -> None:
     if path.parent == Path():
         nearby += _names()
     close = difflib.get_close_matches(path.name, nearby, n=1, cutoff=0.75)
-    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet")
+    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet", ENDING)
     beside_files = path.parent != Path() and path.parent.is_dir()
     if close or known_ending or beside_files or not is_name:
         other = printable(path.parent / close[0]) if close else ""
-        hint = f"did you mean {other}?" if close else "give a folder of images or a .parquet file"
+        hint = f"did you mean {other}?" if close else "give a folder of images, a .txt list or a .parquet file"
         raise ValueError(f"there is no {printable(data)}: {hint}")
 
 

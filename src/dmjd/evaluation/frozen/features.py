@@ -6,6 +6,7 @@ Shapes: n images, D width of a feature, C image channels, H, W image sides.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.console import tracked
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
+from dmjd.targets.teacher import to_channels
 
 RAW_PIXEL_VALUES = 32 * 32 * 3  # largest size of a raw-pixel feature
 
@@ -84,6 +86,7 @@ def extract_all(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     num_workers: int | None = None,
+    own: Mapping[str, Preprocess] = MappingProxyType({}),
 ) -> dict[str, Features]:
     """Extract several kinds of features in one pass, so that each image is read and decoded once.
 
@@ -94,6 +97,8 @@ def extract_all(
         batch_size: images per batch.
         device: device that the functions run on.
         num_workers: data loading processes; None: by the number of cores.
+        own: name of an extractor -> its preprocessing, if that is another; its images are made from the same decoded
+            ones. Their range of values is that of ``preprocess``; 1, 3 and 4 channels become 1 or 3.
 
     Returns:
         Name of the extractor -> features.
@@ -103,14 +108,20 @@ def extract_all(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    loader = EvalLoader(source, preprocess, batch_size=batch_size, num_workers=num_workers)
+    sizes = {own[name].img_size for name in extractors if name in own} - {preprocess.img_size}
+    loader = EvalLoader(source, preprocess, batch_size=batch_size, num_workers=num_workers, sizes=sorted(sizes))
+    groups: dict[Preprocess, list[str]] = {}
+    for name in extractors:
+        groups.setdefault(own.get(name, preprocess), []).append(name)
     parts: dict[str, list[Tensor]] = {name: [] for name in extractors}
     labels, rows = [], []
     with torch.inference_mode():
         for batch in tracked(loader, f"features of {source.name}", len(loader), lambda batch: batch.size):
-            images = preprocess.normalize(batch.raw.to(device))  # b, C, H, W
-            for name, extractor in extractors.items():
-                parts[name].append(extractor(images).float().cpu())  # b, D
+            for one, names in groups.items():
+                raw = batch.resized.get(one.img_size, batch.raw).to(device)
+                images = one.normalize(raw if one == preprocess else to_channels(raw, one.in_chans))  # b, C, H, W
+                for name in names:
+                    parts[name].append(extractors[name](images).float().cpu())  # b, D
             labels.append(batch.labels if batch.labels is not None else torch.full_like(batch.index, -1))
             rows.append(batch.index)
     if not rows:

@@ -1,7 +1,7 @@
 """Fine-tuning as a classifier with the recipe of MAE and the paper, from a pre-trained encoder and from scratch."""
 
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.classifier import CLASSIFIER_FILE, CLASSIFIER_KEY, ImageClassifier, classifier_bytes, load_classifier
 from dmjd.encoders.registry import fresh_like
+from dmjd.encoders.stored import weights_hash
 from dmjd.encoders.weights import is_shared, load_encoder
 from dmjd.engine.console import tracked
 from dmjd.engine.loop import Task
@@ -30,6 +31,7 @@ from dmjd.evaluation.setup import config_of, given_data, open_sets
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
 from dmjd.evaluation.tables import TOO_SHORT_KEY
+from dmjd.evaluation.trained_baselines import TrainedBaseline, describe_baselines, load_baselines
 from dmjd.figures.attempt import attempt_figure
 from dmjd.figures.confusion import save_confusion_figure
 from dmjd.files import digest_of, write_bytes
@@ -87,20 +89,24 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
     check_results_folder(Path(config.out).expanduser() if config.out is not None else run)
     config = config.replace(flip=options.get("flip", run_config.flip))
     encoder = load_encoder(run)
+    others = load_baselines(config.baseline or (), known_preprocess(encoder), trainable=True)
     given = given_data(config.data, config.test_data, config.labels)
     train, test, test_labels = open_sets(run_config, run, encoder, given)
     low_shot = LowShot(config.labels_per_class, config.label_fraction, config.seeds)
     machine = {"device": config.device, "precision": config.precision, "num_workers": config.num_workers}
-    evaluations = [
-        Finetuning(config, encoder, _subset(train, low_shot, seed), test, test_labels, **machine, seed=seed)
-        for seed in low_shot.seeds_from(config.seed)
-    ]
+    evaluations, *of_others = (
+        [
+            Finetuning(config, one, _subset(train, low_shot, seed), test, test_labels, **machine, seed=seed)
+            for seed in low_shot.seeds_from(config.seed)
+        ]
+        for one in (encoder, *(other.encoder for other in others))
+        if one is not None
+    )
     overrides = given | low_shot.describe() | config.given(options)
     if config.precision != "auto":
         overrides["precision"] = config.precision
-    return _compare(
-        evaluations, check_out("out", config.out) if config.out is not None else run, config.seed, overrides
-    )
+    folder = check_out("out", config.out) if config.out is not None else run
+    return _compare(evaluations, folder, config.seed, overrides, dict(zip(others, of_others, strict=True)))
 
 
 def _subset(train: Source, low_shot: LowShot, seed: int) -> Source:
@@ -108,8 +114,14 @@ def _subset(train: Source, low_shot: LowShot, seed: int) -> Source:
     return SubsetSource(train, low_shot.rows(train.labels, seed))
 
 
-def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Run all seeds from both starts, and write the result and the classifier of the first seed."""
+def _compare(
+    evaluations: list["Finetuning"],
+    folder: Path,
+    seed: int,
+    overrides: dict[str, Any],
+    others: Mapping[TrainedBaseline, list["Finetuning"]],
+) -> dict[str, Any]:
+    """Run all seeds from both starts and of each baseline; write the result and the classifier of the first seed."""
     results: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
     if short := evaluations[0].config.too_short(len(evaluations[0].train)):
         evaluations[0].console.warn(f"finetune: {short}")
@@ -122,13 +134,19 @@ def _compare(evaluations: list["Finetuning"], folder: Path, seed: int, overrides
     described[CLASSIFIER_KEY] = digest_of(classifier)
     described |= {TOO_SHORT_KEY: short} if short else {}
     seeds = [evaluation.seed for evaluation in evaluations]
-    summaries = {
-        start: summarize([{k: v for k, v in one.items() if k not in Finetuning.described} for one in found], seeds)
-        for start, found in results.items()
-    }
-    encoder = evaluations[0].encoder
+    summaries = {start: _summary(found, seeds) for start, found in results.items()}
+    encoder, scores = evaluations[0].encoder, []
+    for other, found in others.items():
+        evaluations[0].console.say(f"finetune, baseline {other.name}:")
+        scores.append(_summary([evaluation.run("result", folder) for evaluation in found], seeds))
+    described |= describe_baselines(encoder, weights_hash(encoder), list(others), scores)
     files = {folder / "evaluation" / "finetune" / CLASSIFIER_FILE: classifier}
     return save_comparison(folder, "finetune", summaries, encoder, seed, files, overrides=overrides, **described)
+
+
+def _summary(results: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
+    """Means over seeds, without what describes the training."""
+    return summarize([{k: v for k, v in one.items() if k not in Finetuning.described} for one in results], seeds)
 
 
 def _read_classifier(folder: Path) -> bytes:
