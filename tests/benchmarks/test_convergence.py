@@ -134,7 +134,8 @@ def test_probes_after_an_interruption_are_repeated(tmp_path):
         return {"knn": 0.5, "linear": 0.5}
 
     def hook() -> ProbeHook:
-        return ProbeHook(None, probe, [0.25, 0.5, 1.0], tmp_path / "lines.jsonl")
+        measures = lambda: {"effective_rank": 9.0}  # noqa: E731
+        return ProbeHook(None, probe, [0.25, 0.5, 1.0], tmp_path / "lines.jsonl", measures)
 
     first = hook()
     first.write(0.0, TrainState())
