@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -99,6 +100,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a binary file atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(content)
+
+
+def copy_file(file: Path, target: Path) -> None:
+    """Copy a file, atomically."""
+    with atomic(target) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:

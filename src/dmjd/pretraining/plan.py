@@ -3,11 +3,10 @@
 import shlex
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from dmjd.data.overview import Overview, overview
 from dmjd.data.sources.base import Source
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.console import Console, literal
-from dmjd.engine.device import make_fabric
+from dmjd.engine.device import forget_peak_memory, machine, make_fabric, peak_memory
 from dmjd.engine.loop import Report
 from dmjd.engine.stop_signal import StopSignal
 from dmjd.evaluation.frozen.quality import NUM_IMAGES
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.batch_size import resolve_batch_size
-from dmjd.pretraining.bench import machine, peak_memory, wait
+from dmjd.pretraining.bench import wait
 from dmjd.pretraining.callbacks import ENCODED, FIGURE_SECONDS, NUM_EVALS
 from dmjd.pretraining.held_out import hold_out
 from dmjd.pretraining.plan_choices import (
@@ -134,7 +133,7 @@ def measure(config: PretrainConfig, source: Source, seconds: float) -> Measured:
     config = config.replace(batch_size=batch_size, minutes=seconds / 60, log_every=MAX_COUNT)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
-    _forget_peak_memory(fabric.device)
+    forget_peak_memory(fabric.device)
     engine = make_engine(config, model, fabric, batch_size, len(trained))
     stamps: list[float] = []
 
@@ -155,14 +154,6 @@ def measure(config: PretrainConfig, source: Source, seconds: float) -> Measured:
     tensors = [*named_tensors("model", model).values(), *optimizer_tensors(engine.optimizer).values()]
     checkpoint = sum(tensor.nbytes for tensor in tensors)
     return Measured(batch_size, step, peak_memory(fabric.device), checkpoint, encoder)
-
-
-def _forget_peak_memory(device: torch.device) -> None:
-    """Measure the peak memory from now on, where the system can: what came before does not belong to a run."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _choose_precision(

@@ -28,7 +28,7 @@ from dmjd.encoders.headers import (
     step_files,
 )
 from dmjd.encoders.weights import ENCODER_FILE
-from dmjd.files import make_folder, move, remove, write_text
+from dmjd.files import copy_file, make_folder, move, remove, write_text
 from dmjd.result_files import BASELINES, EVALUATION, read_evaluation
 from dmjd.runs.checkpoint import CONFIG_FILE, Checkpoint, PretrainState, load_checkpoint, read_config_of
 from dmjd.runs.owner import LOCK
@@ -215,11 +215,8 @@ def _copy_tree(run: Path, target: Path, wanted: Callable[[Path], bool]) -> None:
 def _link(file: Path, target: Path) -> None:
     """Make a second name for a file, which costs no space; a copy where that is impossible, or the file may grow."""
     make_folder(target.parent)
-    try:
-        if file.suffix != _APPENDED:
-            with suppress(OSError):
-                os.link(file, target)
-                return
-        shutil.copy2(file, target)
-    except OSError as error:
-        raise ValueError(f"could not write {target}: {error.strerror}") from None
+    if file.suffix != _APPENDED:
+        with suppress(OSError):
+            os.link(file, target)
+            return
+    copy_file(file, target)
