@@ -36,7 +36,10 @@ def test_a_signal_that_a_destructor_swallows_comes_again():
         delete()
 
 
-def test_any_error_after_a_signal_is_its_consequence(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "resumes"), [("pretrain", "; the same command resumes from the last checkpoint"), ("compare", "")]
+)
+def test_any_error_after_a_signal_is_its_consequence(name, resumes, monkeypatch, capsys):
     """An import of a compiled module that is interrupted may raise nearly everything."""
 
     def command(arguments):
@@ -46,9 +49,9 @@ def test_any_error_after_a_signal_is_its_consequence(monkeypatch, capsys):
         except KeyboardInterrupt:
             raise ImportError("half a module") from None
 
-    monkeypatch.setitem(main.__globals__["COMMANDS"], "compare", (command, ""))
-    assert main(["compare"]) == 143
-    assert capsys.readouterr().err == "interrupted; the same command resumes from the last checkpoint\n"
+    monkeypatch.setitem(main.__globals__["COMMANDS"], name, (command, ""))
+    assert main([name]) == 143
+    assert capsys.readouterr().err == f"interrupted{resumes}\n"
 
 
 def test_a_signal_while_an_error_is_reported_changes_nothing(monkeypatch, capsys):

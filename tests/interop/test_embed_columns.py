@@ -128,6 +128,9 @@ def test_mistakes_are_one_line_before_the_work(file, images, tmp_path, capsys):
     table = table.cast(pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}))
     pq.write_table(table, images / "paths.parquet")
     assert "holds paths of images" in mistake(capsys, *command, images / "paths.parquet", "--deduplicate")
+    (images / "paths.parquet").unlink()
+    shutil.copy(images / "000.png", images / "two\nlines.png")
+    assert r"two\nlines.png holds a line break" in mistake(capsys, *command, images, "--deduplicate")
     assert not out.exists()
     assert not (tmp_path / "f.parquet.parts").exists()
 

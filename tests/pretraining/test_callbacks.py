@@ -184,6 +184,7 @@ def test_the_encoder_is_written_to_memory_once_for_a_checkpoint(monitor, monkeyp
 
 def test_a_checkpoint_of_other_images_is_refused(monitor):
     class Other:
+        path = monitor.folder.path / "step-000000001.safetensors"
         state = monitor.state() | {"data": "other"}
 
     with pytest.raises(ValueError, match="are not those this run began with"):

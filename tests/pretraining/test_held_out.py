@@ -11,6 +11,7 @@ from support import TINY_FIELDS, metrics
 import dmjd
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.subset import SubsetSource
 from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.held_out import HeldOutLoss, hold_out
 from dmjd.runs.build import build_model
@@ -67,6 +68,16 @@ def test_the_loss_is_that_of_the_model_and_repeats(image_folder):
     assert model.training
     torch.manual_seed(7)  # neither masks nor crops depend on the global generator
     assert HeldOutLoss(held, config, preprocess)(model) == loss
+
+
+@pytest.mark.parametrize(("count", "used"), [(1, 1), (64, 64), (100, 100), (127, 126), (129, 129)])
+def test_nearly_all_held_out_images_are_used(count, used, image_folder):
+    config = recipes.folder(str(image_folder), steps=1, **FIELDS)
+    images = open_source(str(image_folder))
+    held = SubsetSource(images, np.arange(count) % len(images))
+    measure = HeldOutLoss(held, config, Preprocess(config.size))
+    measure.read()
+    assert measure.num_images == used == sum(len(batch.images) for batch in measure._batches)
 
 
 def test_measuring_changes_no_bit_of_the_training(image_folder, tmp_path):

@@ -22,6 +22,7 @@ from dmjd.pretraining.plan_choices import (
     choose_model,
     choose_start,
     data_warnings,
+    length_warnings,
 )
 
 
@@ -36,8 +37,8 @@ def chosen(images, view, asked=None):
     asked = asked or PlanConfig(data="x", hours=1)
     cost = {"vit_base_patch16": 16.0, "vit_small_patch16": 4.0}
 
-    def reach(encoder, side):
-        return images / cost.get(encoder, 1.0) / (side / 128) ** 2
+    def reach(encoder, size):
+        return images / cost.get(encoder, 1.0) / (size[0] * size[-1] / 128**2)
 
     choices = choose_start(asked)
     choose_model(choices, asked, view, reach)
@@ -75,15 +76,27 @@ def test_what_is_given_stays_and_decides_the_recipe():
     asked = PlanConfig(data="x", hours=1, encoder="conv_vit_tiny_patch16", img_size=96, batch_size=10)
     choices = chosen(30_000, seen(), asked)
     assert choices.settings == {"encoder": "conv_vit_tiny_patch16", "img_size": (96,)}
+    config = choices.config(asked)
+    assert (config.encoder, config.img_size, config.batch_size) == ("conv_vit_tiny_patch16", (96,), 10)
+    wide = PlanConfig(data="x", hours=1, img_size=(64, 256))
+    assert chosen(30_000, seen(), wide).settings["encoder"] == "vit_tiny_patch16"
+    weights = PlanConfig(data="x", init="weights", img_size=96)
+    assert choose_start(weights).config(weights).img_size == (96,)
     assert choose_start(PlanConfig(data="x", teacher="resnet18")).recipe == "distill"
     assert choose_start(PlanConfig(data="x", init="weights")).recipe == "adapt"
     with pytest.raises(ValueError, match="not both"):
         PlanConfig(data="x", init="a", teacher="b")
 
 
+def warned(images, view, **given):
+    asked = PlanConfig(data="x", hours=1, **given)
+    return length_warnings(chosen(images, view, asked), asked, view, images)
+
+
 def test_warnings():
-    assert "only about 12 steps fit" in chosen(100, seen()).warnings[0]
-    assert "100 images teach a new encoder little" in chosen(30_000, seen(100)).warnings[0]
+    assert "only about 12 steps fit" in warned(100, seen())[0]
+    assert "100 images teach a new encoder little" in warned(30_000, seen(100))[0]
+    assert "a step takes 2640 images" in warned(1e9, seen(), batch_size=5000)[0]
     assert not data_warnings(seen())
     text = " ".join(data_warnings(seen(gray=1.0, unreadable=0.1, neighbors_alike=0.5)))
     for part in ("50% of the images nearly equal the next one", "10% of 256 sampled", "--in-chans 1"):
@@ -106,6 +119,16 @@ def test_the_overview_of_frames_of_a_video(tmp_path):
     assert found.unreadable > 0
 
 
+def test_each_image_of_a_small_set_counts_once(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of 5 images"):
+        overview(open_source(str(tmp_path)))
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "0.png")
+    found = overview(open_source(str(tmp_path)))
+    assert (found.sampled, found.unreadable) == (5, pytest.approx(0.8))
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Measure for a moment."""
@@ -123,10 +146,10 @@ def test_the_command_of_a_plan_runs(image_folder, tmp_path, quick, capsys):
     assert expected["memory_gb"] > 0.1
     command = capsys.readouterr().out.splitlines()[-1]
     assert command == found["command"]
-    assert "--minutes 0.03" in command
+    assert "--minutes 0.027" in command
     assert main(shlex.split(command)[1:]) == 0
     lines = metrics(tmp_path / "my run")
-    assert lines[-1]["seconds"] >= 60 * 0.03
+    assert lines[-1]["seconds"] >= 60 * 0.027
 
 
 def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
@@ -136,6 +159,16 @@ def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
     assert found["command"].startswith(f"dmjd pretrain adapt --data {shlex.quote(str(image_folder))} --init ")
     gray = dmjd.plan(data=str(image_folder), hours=0.001, in_chans=1, encoder="vit_tiny_patch8", img_size=32)
     assert "--in-chans 1" in gray["command"]
+
+
+def test_a_plan_of_almost_no_time(image_folder, quick):
+    """Its numbers are those of the given batch, and each warning comes once."""
+    size = {"encoder": "vit_tiny_patch8", "img_size": 32, "batch_size": 24}
+    found = dmjd.plan(data=str(image_folder), hours=1e-7, device="cpu", num_workers=0, **size)
+    assert "--minutes 5.4e-06" in found["command"]
+    expected = found["expected"]
+    assert expected["seconds_per_step"] == pytest.approx(24 / expected["images_per_s"])
+    assert len(found["warnings"]) == len(set(found["warnings"])) == 2
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,16 @@ def test_the_learning_rate_rises_stays_and_falls_as_one_minus_a_root(straight):
     assert [lr / peak for lr in lrs[16:]] == pytest.approx([1 - (share / 4) ** 0.5 for share in range(4)])
 
 
-def test_a_prolonged_run_equals_the_longer_one_and_keeps_its_first_end(image_folder, short, straight, tmp_path):
+def test_a_prolonged_run_equals_the_longer_one_and_keeps_its_first_end(image_folder, short, straight, tmp_path, capsys):
     shutil.copytree(short, out := tmp_path / "run")
     had = {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()}
     (out / "evaluation").mkdir()
     (out / "evaluation" / "mine.txt").write_text("kept")
     assert checkpoints(out) == [STABLE, "final.safetensors"]
     assert dmjd.pretrain(config_of(image_folder, out, steps=20)).step == 20
+    said = capsys.readouterr().err
+    assert "the run is prolonged from step 8" in said
+    assert "was missing" not in said
     assert_same_bits(out, straight)
     branch = out / "branches" / "step-8"
     for name in ("encoder.safetensors", "metrics.jsonl", "checkpoints/final.safetensors", "figures/final.png"):

@@ -84,6 +84,7 @@ ALLOWED = {
     "log_every": 2,
     "eval_every": 3,
     "final_eval": True,
+    "report": True,
 }
 ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown_now"}  # may change, tested elsewhere
 WSD = {"warmup_steps", "cooldown"}  # must stay, need the schedule wsd, and are tested with it

@@ -40,6 +40,17 @@ def test_what_is_no_number_is_left_out():
     assert surprise["step"] == [3]
 
 
+def test_evaluations_have_a_place_on_the_axes_of_epochs_and_time():
+    """Their lines hold neither; a step of one may lie between the steps of logged lines, or after them."""
+    logged = [{"step": step, "loss": 1.0, "epoch": step / 8, "seconds": 60.0 * step} for step in (1, 10, 20)]
+    lines = [logged[0], logged[1], {"step": 10, "knn_top1": 0.1}, {"step": 15, "knn_top1": 0.2}, logged[2]]
+    lines += [{"step": 20, "knn_top1": 0.3}, {"step": 25, "knn_top1": 0.4}]
+    (curve,) = next(panel["curves"] for panel in curve_panels([run("a", lines)]) if "kNN" in panel["title"])
+    assert curve["step"] == [10, 15, 20, 25]
+    assert curve["epoch"] == [1.25, 1.875, 2.5, None]
+    assert curve["minutes"] == [10.0, 15.0, 20.0, None]
+
+
 def test_one_panel_per_scalar_for_several_runs():
     lines = [{"step": 1, "loss": 1.0, "mim": 0.5, "knn_top1": 0.5, "knn_raw_pixels": 0.4, "effective_rank": 9.0}]
     one = [panel["title"] for panel in curve_panels([run("a", lines)])]

@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "bench": (run_bench, "training speed, memory and MFU on this machine"),
 }
 
+_RESUMED = (["pretrain"], ["evaluate"], ["embed"])  # commands that keep what they have done
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BaseException as error:
             # After a signal any error may be its consequence: an import that was interrupted, for example.
             if interruption.number or isinstance(error, KeyboardInterrupt):
-                print("interrupted; the same command resumes from the last checkpoint", file=stderr)
+                resumes = "; the same command resumes from the last checkpoint" if given[:1] in _RESUMED else ""
+                print(f"interrupted{resumes}", file=stderr)
                 code = interruption.exit_code
             else:
                 message, code = report_failure(error, given)

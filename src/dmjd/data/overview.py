@@ -57,28 +57,29 @@ def overview(source: Source, seconds: float = 10.0) -> Overview:
     first = first_of_parts(len(source), _PAIRS)
     pairs = [[i, i + 1] if i + 1 < len(source) else [i] for i in first.tolist()]
     pairs = [pair for k in range(_ROUNDS) for pair in pairs[k::_ROUNDS]]  # the first ones cover the whole set
-    looks: list[list[_Look | tuple[str, str]]] = []
+    looks: dict[int, _Look | tuple[str, str]] = {}  # by index: in a small set, pairs share images
     started = time.monotonic()
     with ThreadPoolExecutor(available_cores()) as pool:
-        while len(looks) < len(pairs) and (not looks or time.monotonic() - started < seconds):
-            block = pairs[len(looks) : len(looks) + _BLOCK]
-            looks += pool.map(lambda pair: [_look(source, i) for i in pair], block)
-    seen = [look for pair in looks for look in pair]
-    good = [look for look in seen if isinstance(look, _Look)]
+        for start in range(0, len(pairs), _BLOCK):
+            if looks and time.monotonic() - started >= seconds:
+                break
+            new = sorted({i for pair in pairs[start : start + _BLOCK] for i in pair} - looks.keys())
+            looks |= zip(new, pool.map(lambda i: _look(source, i), new), strict=True)
+    good = {i: look for i, look in looks.items() if isinstance(look, _Look)}
     if not good:
-        name, reason = next(look for look in seen if not isinstance(look, _Look))
-        raise ValueError(f"none of {len(seen)} images of {source.name} can be read; {name}: {reason}")
-    sizes = sorted((look.size for look in good), key=lambda size: size[0] * size[1])
-    compared = [(a, b) for a, b in (p for p in looks if len(p) == 2) if isinstance(a, _Look) and isinstance(b, _Look)]
+        name, reason = next(look for look in looks.values() if not isinstance(look, _Look))
+        raise ValueError(f"none of {len(looks)} images of {source.name} can be read; {name}: {reason}")
+    sizes = sorted((look.size for look in good.values()), key=lambda size: size[0] * size[1])
+    compared = [(good[a], good[b]) for a, b in (p for p in pairs if len(p) == 2) if a in good and b in good]
     alike = [np.abs(a.thumbnail - b.thumbnail).mean() < 255 * _NEARLY_EQUAL for a, b in compared]
     return Overview(
         num_images=len(source),
-        sampled=len(seen),
+        sampled=len(looks),
         smallest=sizes[0],
         typical=(int(median(h for h, _ in sizes)), int(median(w for _, w in sizes))),
         largest=sizes[-1],
-        gray=sum(look.gray for look in good) / len(good),
-        unreadable=1 - len(good) / len(seen),
+        gray=sum(look.gray for look in good.values()) / len(good),
+        unreadable=1 - len(good) / len(looks),
         neighbors_alike=sum(alike) / len(alike) if alike else 0.0,
     )
 

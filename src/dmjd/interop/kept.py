@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ LIST_ENDING, TABLE_ENDING = ".keep.txt", ".keep.parquet"
 
 
 def check_kept(source: Source, split: str) -> None:
-    """Check that images of a part of a source can be listed; ValueError if they are no files."""
+    """Check that images of a part of a source can be listed; ValueError if they are no files, or for a line break."""
     if isinstance(source, FolderSource):
+        above = len(str(source.root))  # whose name may not be part of the list
+        _check_lines(str(source.stored(i))[above:] for i in range(len(source)))
         return
     if not isinstance(source, ParquetSource):
         raise ValueError(
@@ -60,13 +63,18 @@ def write_kept(out: Path, source: Source, index: np.ndarray, settings: dict[str,
 def _write_list(file: Path, source: FolderSource, index: np.ndarray) -> Path:
     folder = os.path.realpath(file.parent)
     lines = [os.path.relpath(os.path.abspath(source.stored(int(i))), folder) for i in index]
-    if unfit := next((line for line in lines if "\n" in line or line.endswith("\r")), None):
-        raise ValueError(f"the name {printable(unfit)} holds a line break, which no list can: rename it")
+    _check_lines(lines)
     content = os.fsencode("".join(f"{line}\n" for line in lines))
     if file.exists() and file.read_bytes() != content:
         raise _exists(file)
     write_bytes(file, content)
     return file
+
+
+def _check_lines(names: Iterable[str]) -> None:
+    """Check that each name fits in a line of a list."""
+    if unfit := next((name for name in names if "\n" in name or name.endswith("\r")), None):
+        raise ValueError(f"the name {printable(unfit)} holds a line break, which no list can: rename it")
 
 
 def _write_table(file: Path, source: Source, index: np.ndarray, settings: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
-from dmjd.encoders.headers import DEVICE_KEY, ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, WEIGHTS_KEY
+from dmjd.encoders.headers import DEVICE_KEY, ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, STABLE, WEIGHTS_KEY
 from dmjd.encoders.stored import encoder_bytes, encoder_metadata, weights_hash_of
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.engine.console import Console
@@ -86,11 +86,13 @@ class Monitor(Callback):
         self._measures: Measures | None = None
         self._pace: Pace | None = None
         self._told_of_cost = False
+        self._before_cooldown = False  # whether the run goes on from there
         self._warned: set[str] = set()  # names of targets whose warning was shown
         self._warnings: dict[str, str] = {}  # by target, as of the last logged step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
+        self._before_cooldown = checkpoint.path.name == STABLE
         began, unreadable = began_with(checkpoint.state, self.config)
         known = recheck(self.source, began, unreadable, self.console.warn)
         # Runs of former versions recorded no content: it is recorded from now on.
@@ -103,7 +105,8 @@ class Monitor(Callback):
         file, content = self.folder.path / ENCODER_FILE, encoder_bytes(self.model.encoder)
         if not file.is_file() or file.read_bytes() != content:
             write_bytes(file, content)
-            self.console.say(f"{file} was missing or not that of the newest checkpoint: it is written again")
+            if not self._before_cooldown:  # else it is as it should be: the run is prolonged
+                self.console.say(f"{file} was missing or not that of the newest checkpoint: it is written again")
 
     def state(self) -> dict[str, Any]:
         """Encoder metadata, hash and the digest of its file, identity of the data, unreadable images, configuration."""

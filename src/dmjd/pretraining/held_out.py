@@ -77,8 +77,10 @@ class HeldOutLoss:
     ) -> None:
         self._source, self._config, self._preprocess, self._device = source, config, preprocess, device
         height, width = config.size
-        fitting = max(1, _MAX_BYTES // (height * width * config.in_chans))
-        self.num_images = min(len(source), fitting)
+        count = min(len(source), max(1, _MAX_BYTES // (height * width * config.in_chans)))
+        self._num_batches = -(-count // _BATCH_SIZE)
+        self._batch_size = count // self._num_batches  # equal ones, which leave out as few images as possible
+        self.num_images = self._num_batches * self._batch_size
         self._batches: list[Batch] = []
 
     def read(self) -> None:
@@ -89,16 +91,16 @@ class HeldOutLoss:
         """
         if self._batches:
             return
-        config, batch_size = self._config, min(_BATCH_SIZE, self.num_images)
+        config = self._config
         loader = TrainLoader(
             self._source,
             img_size=config.size,
-            batch_size=batch_size,
+            batch_size=self._batch_size,
             num_workers=0,
             crop_scale=(config.crop_scale[0], config.crop_scale[1]),
             flip=config.flip,
         )
-        self._batches = list(islice(loader.batches(), self.num_images // batch_size))
+        self._batches = list(islice(loader.batches(), self._num_batches))
 
     def __call__(self, model: MaskedImageModel) -> dict[str, float]:
         """{"held_out_loss", "held_out_mim", "held_out_vis"}, means over the images; a branch that is off has none."""

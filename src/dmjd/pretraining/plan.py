@@ -32,6 +32,7 @@ from dmjd.pretraining.callbacks import ENCODED, FIGURE_SECONDS, NUM_EVALS
 from dmjd.pretraining.held_out import hold_out
 from dmjd.pretraining.plan_choices import (
     ENCODERS,
+    GIVEN,
     LOW,
     SHARE,
     Choices,
@@ -40,6 +41,7 @@ from dmjd.pretraining.plan_choices import (
     choose_model,
     choose_start,
     data_warnings,
+    length_warnings,
 )
 from dmjd.pretraining.run import make_engine, training_batches
 from dmjd.runs.build import build_model, open_data
@@ -89,15 +91,15 @@ def plan(**settings: Any) -> dict[str, Any]:
         console.wait("measuring the run of the plan ...")
         measured = measure(choices.config(asked), source, MEASURE_SECONDS)
     images = measured.images_per_s * budget
-    if images < 0.8 * first and asked.batch_size is None:  # slower than the first measurement said
+    if images < 0.8 * first:  # slower than the first measurement said
         choose_batch(choices, asked, seen, images, fabric.device.type == "cpu")
-    config = choices.config(asked, out=asked.out, minutes=round(60 * SHARE * (asked.hours or 0), 2))
+    config = choices.config(asked, out=asked.out, minutes=float(f"{budget / 60:.4g}"))
     return {
         "data": {"name": asked.data, **asdict(seen)},
         "choices": choices.reasons,
         "command": command_of(choices, asked, config),
         "expected": _expected(config, measured, len(source), asked.hours or 0),
-        "warnings": data_warnings(seen) + choices.warnings,
+        "warnings": data_warnings(seen) + length_warnings(choices, asked, seen, images),
         "machine": machine(fabric.device),
     }
 
@@ -173,7 +175,7 @@ def _choose_precision(
             choices.reasons["precision"] = f"bf16: {times:.1f} times as fast as fp32 on this CPU"
     rate = max(rates.values())
     if asked.init is not None:
-        return lambda encoder, side: rate * budget
+        return lambda encoder, size: rate * budget
 
     @cache
     def flops(encoder: str, size: tuple[int, ...]) -> int:
@@ -181,19 +183,19 @@ def _choose_precision(
             return build_model(get_recipe("folder")(encoder=encoder, img_size=size, in_chans=asked.in_chans)).flops()
 
     whole = rate * budget * flops(reference.encoder, reference.img_size)
-    return lambda encoder, side: whole / flops(encoder, (side,))
+    return lambda encoder, size: whole / flops(encoder, size)
 
 
 def _expected_images(choices: Choices, asked: PlanConfig, reach: Reach) -> float:
     config = choices.config(asked)
-    return reach(config.encoder, config.size[0])
+    return reach(config.encoder, config.img_size)
 
 
 def command_of(choices: Choices, asked: PlanConfig, config: PretrainConfig) -> str:
     """The command that runs the plan."""
     flags = {"data": asked.data, **choices.settings, "out": asked.out, "minutes": f"{config.minutes:g}"}
     defaults = PlanConfig()
-    for name in ("device", "in_chans", "value_range", "num_workers", "batch_size"):
+    for name in GIVEN:
         if getattr(asked, name) != getattr(defaults, name):
             flags.setdefault(name, getattr(asked, name))
     words = ["dmjd", "pretrain", choices.recipe]

@@ -4,7 +4,7 @@ docs/plan.md lists them with what each is based on. Numbers that no measurement 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dmjd.config.plan import PlanConfig
@@ -32,6 +32,10 @@ GOOD_STEPS, FEW_STEPS = 500, 300  # that a smaller batch is to reach; below the 
 SMALLEST_BATCH = 8
 
 
+# settings of a run that a plan keeps if they are given
+GIVEN = ("encoder", "img_size", "device", "in_chans", "value_range", "num_workers", "batch_size")
+
+
 @dataclass
 class Choices:
     """Settings of a run with their reasons.
@@ -40,25 +44,23 @@ class Choices:
         recipe: name of the recipe.
         settings: settings that differ from it, without data, folder and length.
         reasons: setting -> why it has its value, in words.
-        warnings: what the user should know.
     """
 
     recipe: str
     settings: dict[str, Any]
     reasons: dict[str, str]
-    warnings: list[str] = field(default_factory=list)
 
     def config(self, asked: PlanConfig, **more: Any) -> PretrainConfig:
         """The configuration of the run; its length is that of the recipe unless ``more`` has one."""
-        shared = {name: getattr(asked, name) for name in ("data", "device", "in_chans", "value_range", "num_workers")}
+        shared = {name: getattr(asked, name) for name in ("data", *GIVEN)}
         given = {name: value for name, value in shared.items() if value is not None}
         if asked.init is not None:
             given.pop("in_chans")  # comes from the weights
         return get_recipe(self.recipe)(**given | self.settings | more)
 
 
-# (encoder, image side) -> images that it can be trained on in the time, counting each as often as it is seen
-Reach = Callable[[str, int], float]
+# (encoder, size of its input) -> images that it can be trained on in the time, counting each as often as it is seen
+Reach = Callable[[str, tuple[int, ...]], float]
 
 
 def choose_start(asked: PlanConfig) -> Choices:
@@ -75,13 +77,13 @@ def choose_start(asked: PlanConfig) -> Choices:
 def choose_model(choices: Choices, asked: PlanConfig, seen: Overview, reach: Reach) -> None:
     """Image size and encoder, unless they are given or come from the weights."""
     if asked.init is not None:
-        choices.reasons["encoder"] = "encoder: that of the weights"
+        choices.reasons["encoder"] = "that of the weights (--init)"
         return
-    side = asked.img_size[0] if asked.img_size is not None else _side_of(min(seen.typical))
+    side = max(asked.img_size) if asked.img_size is not None else _side_of(min(seen.typical))
     encoder = asked.encoder or ("vit_tiny_patch4" if (side or HIGH) <= 64 else None)
     if side is None:
         tried = encoder or ENCODERS[-1]
-        epochs = reach(tried, HIGH) / seen.num_images
+        epochs = reach(tried, (HIGH,)) / seen.num_images
         side = HIGH if epochs >= HIGH_EPOCHS else LOW
         fits = f"{epochs:.0f} epochs of {HIGH} x {HIGH} fit"
         why = f"{fits}, enough for it" if side == HIGH else f"only {fits}, and {HIGH_EPOCHS} make it worth it"
@@ -89,14 +91,15 @@ def choose_model(choices: Choices, asked: PlanConfig, seen: Overview, reach: Rea
     elif asked.img_size is None:
         h, w = seen.typical
         choices.reasons["img_size"] = f"{side} x {side}: images of about {h} x {w} hold no more detail"
+    size = asked.img_size or (side,)
     if encoder is None:
-        encoder = next(e for e in ENCODERS if _suits(e, side, seen.num_images, reach))
+        encoder = next(e for e in ENCODERS if _suits(e, size, seen.num_images, reach))
         larger = "the largest that suits the number of images and the time"
         smallest = "larger ones need more images or more time"
         choices.reasons["encoder"] = f"{encoder}: {smallest if encoder == ENCODERS[-1] else larger}"
     elif asked.encoder is None:
         choices.reasons["encoder"] = f"{encoder}: tokens of 4 pixels for small images"
-    choices.settings |= {"encoder": encoder, "img_size": asked.img_size or (side,)}
+    choices.settings |= {"encoder": encoder, "img_size": size}
 
 
 def _side_of(shorter: int) -> int | None:
@@ -106,35 +109,41 @@ def _side_of(shorter: int) -> int | None:
     return 64 if shorter <= SMALL_IMAGES else None
 
 
-def _suits(encoder: str, side: int, num_images: int, reach: Reach) -> bool:
+def _suits(encoder: str, size: tuple[int, ...], num_images: int, reach: Reach) -> bool:
     if encoder not in LARGER_IMAGES:
         return True
-    return num_images >= LARGER_IMAGES[encoder] and reach(encoder, side) / num_images >= LARGER_EPOCHS
+    return num_images >= LARGER_IMAGES[encoder] and reach(encoder, size) / num_images >= LARGER_EPOCHS
 
 
 def choose_batch(choices: Choices, asked: PlanConfig, seen: Overview, images: float, cpu: bool) -> None:
-    """The batch size, for a run of about ``images`` images in all; warnings if that is little."""
-    minutes = 60 * SHARE * (asked.hours or 0)
-    size = asked.batch_size or default_batch_size(seen.num_images, cpu=cpu, minutes=minutes)
-    if asked.batch_size is None:
-        whole = size
-        while size // 2 >= SMALLEST_BATCH and images / size < GOOD_STEPS:
-            size //= 2
-        why = f"smaller than {whole}, for more steps" if size < whole else "the default for this set and device"
-        choices.reasons["batch_size"] = f"{size}: {why}"
-        choices.settings["batch_size"] = size
-    elif size > seen.num_images:
-        choices.warnings.append(f"--batch-size {size} is larger than the set: a step takes {seen.num_images} images")
+    """The batch size, unless it is given, for a run of about ``images`` images in all."""
+    if asked.batch_size is not None:
+        return
+    whole = size = default_batch_size(seen.num_images, cpu=cpu, minutes=60 * SHARE * (asked.hours or 0))
+    while size // 2 >= SMALLEST_BATCH and images / size < GOOD_STEPS:
+        size //= 2
+    why = f"smaller than {whole}, for more steps" if size < whole else "the default for this set and device"
+    choices.reasons["batch_size"] = f"{size}: {why}"
+    choices.settings["batch_size"] = size
+
+
+def length_warnings(choices: Choices, asked: PlanConfig, seen: Overview, images: float) -> list[str]:
+    """What to know about a run of about ``images`` images in all."""
+    warnings, size = [], asked.batch_size or choices.settings["batch_size"]
+    if size > seen.num_images:
+        warnings.append(f"--batch-size {size} is larger than the set: a step takes {seen.num_images} images")
+        size = seen.num_images
     if images / size < FEW_STEPS:
         longer = (asked.hours or 0) * FEW_STEPS * size / images
-        choices.warnings.append(
+        warnings.append(
             f"only about {images / size:.0f} steps fit, which hardly trains an encoder: give it --hours {longer:.2g}, "
             "or a smaller --img-size or --encoder"
         )
     if seen.num_images < LEAST_DEFAULT * 10 and choices.recipe == "folder":
-        choices.warnings.append(
+        warnings.append(
             f"{seen.num_images} images teach a new encoder little: start from trained weights (--init) or a teacher"
         )
+    return warnings
 
 
 def data_warnings(seen: Overview) -> list[str]:

@@ -1,7 +1,10 @@
 """Training curves of several runs, as data for interactive figures."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from dmjd.reports.facts import RunFacts
 from dmjd.result_files import is_number
@@ -16,7 +19,7 @@ PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
         "The same loss on images that are not trained on. If it rises while the loss falls, the model overfits.",
         ("held_out_loss",),
     ),
-    "learning rate": ("Rises in the warm-up, then falls to zero.", ("lr",)),
+    "learning rate": ("Rises in the warm-up, and has fallen to zero at the end.", ("lr",)),
     "online kNN, top-1": (
         "Accuracy of a nearest-neighbor classifier on frozen features, beside random weights and raw pixels.",
         ("knn_top1", "knn_random_init", "knn_raw_pixels"),
@@ -81,13 +84,17 @@ def curve_panels(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
 _Point = tuple[int, float | None, float | None, float]  # step, epoch, minutes, value
 
 
-def _points(runs: Sequence[RunFacts], names: Iterable[str]) -> list[tuple[int, str, list[_Point]]]:
+def _points(runs: Sequence[RunFacts], names: Sequence[str]) -> list[tuple[int, str, list[_Point]]]:
     found = []
     for number, run in enumerate(runs):
+        lines = [line for line in run.metrics if any(is_number(line.get(name)) for name in names)]
+        steps = [line["step"] for line in lines]
+        epochs, seconds = (_at_steps(run.metrics, name, steps) for name in ("epoch", "seconds"))
+        minutes = [None if value is None else value / 60 for value in seconds]
         for name in names:
             points = [
-                (line["step"], _number(line.get("epoch")), _minutes(line.get("seconds")), float(line[name]))
-                for line in run.metrics
+                (step, epoch, minute, float(line[name]))
+                for line, step, epoch, minute in zip(lines, steps, epochs, minutes, strict=True)
                 if is_number(line.get(name))
             ]
             if points:
@@ -95,12 +102,13 @@ def _points(runs: Sequence[RunFacts], names: Iterable[str]) -> list[tuple[int, s
     return found
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if is_number(value) else None
-
-
-def _minutes(seconds: Any) -> float | None:
-    return seconds / 60 if is_number(seconds) else None
+def _at_steps(metrics: Sequence[dict[str, Any]], name: str, steps: Sequence[int]) -> list[float | None]:
+    """A quantity that grows with the steps, between the steps at which it was logged: evaluations do not log it."""
+    known = {line["step"]: float(line[name]) for line in metrics if is_number(line.get(name))}
+    if not known:
+        return [None] * len(steps)
+    values = np.interp(steps, sorted(known), [known[step] for step in sorted(known)], math.nan, math.nan)
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def thinned(points: Sequence[_Point], most: int) -> list[_Point]:

@@ -30,7 +30,7 @@ def test_labels_are_first_folders(tmp_path):
     assert source.classes == ["cat", "dog"]
     assert source.labels.tolist() == [0, 0, 1]
     save(tmp_path / "loose.png")
-    with pytest.raises(ValueError, match=r"1 of 4 images lie in no class folder, .*loose\.png"):
+    with pytest.raises(ValueError, match=r"1 of 4 images lie in no class folder, .*loose\.png.* labels 'none'"):
         open_source(tmp_path, labels="folder")
 
 

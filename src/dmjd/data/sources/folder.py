@@ -243,7 +243,8 @@ def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]
     if loose:
         raise ValueError(
             f"{len(loose)} of {len(paths)} images lie in no class folder, {printable(root / loose[0])} for one: "
-            f"with labels 'folder', put each class in a folder below {printable(root)}"
+            f"with labels 'folder', put each class in a folder below {printable(root)}; without classes, give labels "
+            "'none'"
         )
     names = [path.split("/", 1)[0] for path in paths]
     classes, labels = np.unique(names, return_inverse=True)
