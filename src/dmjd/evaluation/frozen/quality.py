@@ -15,7 +15,7 @@ from dmjd.evaluation.frozen.drift import shared_neighbors
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import evaluating
 
-NUM_IMAGES = 512  # of the training set whose features are measured
+NUM_IMAGES = 512  # of the set whose features are measured
 
 LEAST_IMAGES = 3  # fewer have neither neighbors nor a spectrum
 
@@ -76,7 +76,7 @@ def _eigenvalues(x: Tensor) -> Tensor:
 
 
 class FeatureQuality:
-    """Measures of the pooled features of up to 512 training images, without labels.
+    """Measures of the pooled features of up to 512 images of a set, without labels.
 
     The images are read by :meth:`read`, or when they are first needed, and kept in main memory; fewer if they are
     large, to stay below 256 MiB.
