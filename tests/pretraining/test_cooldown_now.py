@@ -84,6 +84,7 @@ class Own(MaskedImageModel):
     """A user's own class."""
 
 
+@pytest.mark.slow
 def test_the_branch_of_a_users_own_model_is_a_copy(image_folder, straight, tmp_path):
     config = config_of(image_folder, tmp_path / "run", num_workers=1)
     model = build_model(config)
@@ -112,6 +113,7 @@ def test_a_stopped_run_is_branched_from_its_newest_checkpoint(image_folder, stop
     assert_same_bits(out, straight)
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_branch_stops_branch_and_run(image_folder, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(branches, "FEWEST_STEPS", 90)
     config, branch = config_of(image_folder, tmp_path / "run"), tmp_path / "run" / "branches" / "step-9"

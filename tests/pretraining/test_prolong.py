@@ -107,6 +107,7 @@ def test_a_stop_at_the_last_step_before_the_cooldown_keeps_that_state(image_fold
     assert_same_bits(other, straight)
 
 
+@pytest.mark.slow
 def test_epochs_muon_a_moving_target_parts_and_workers_prolonged_twice(image_folder, tmp_path):
     fields = {"optimizer": "muon", "vis_target": "ema", "accumulate": 2, "num_workers": 1, "checkpoint_every": 2}
     for epochs in (2, 4, 7):
@@ -116,6 +117,7 @@ def test_epochs_muon_a_moving_target_parts_and_workers_prolonged_twice(image_fol
     assert sorted(path.name for path in (tmp_path / "run" / "branches").iterdir()) == ["step-10", "step-5"]
 
 
+@pytest.mark.slow
 def test_minutes_go_on_before_the_cooldown(image_folder, tmp_path):
     out = tmp_path / "run"
     first = dmjd.pretrain(config_of(image_folder, out, minutes=0.02))

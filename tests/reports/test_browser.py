@@ -171,6 +171,7 @@ def large_page() -> str:
     return page_of(runs, {}, sample, {}, Clock(0.0))
 
 
+@pytest.mark.slow
 def test_many_embeddings_and_runs_open_quickly(browser, tmp_path):
     file = tmp_path / "large.html"
     file.write_text(large_page(), encoding="utf-8")

@@ -90,7 +90,7 @@ def image_file(file: Path, alt: str, caption: str = "") -> Shown:
 
 
 def _as_webp(file: io.BytesIO, alt: str, caption: str) -> Shown:
-    with Image.open(file) as opened:
+    with Image.open(file, formats=["PNG"]) as opened:
         image = opened.convert("RGB")
     if image.width > _WIDEST:
         image = image.resize((_WIDEST, max(1, round(image.height * _WIDEST / image.width))))
