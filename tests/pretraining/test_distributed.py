@@ -43,7 +43,9 @@ def torchrun(processes: int, *arguments: object, check: bool = True) -> subproce
     return result
 
 
-@pytest.mark.parametrize(("accumulate", "target", "workers"), [(1, "hog", 1), (2, "ema", 0)])
+@pytest.mark.parametrize(
+    ("accumulate", "target", "workers"), [(1, "hog", 1), pytest.param(2, "ema", 0, marks=pytest.mark.slow)]
+)
 def test_two_processes_equal_one(tmp_path, image_folder, accumulate, target, workers):
     common = ["pretrain", "folder", "--data", image_folder, *TINY, "--steps", 5, "--batch-size", 8, "--num-views", 2]
     # Muon orthogonalizes in bf16, which amplifies the last bits of a sum, so only gradients are compared.
