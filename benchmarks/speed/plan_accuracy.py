@@ -41,11 +41,20 @@ def compare(data: str, hours: float, teacher: str | None) -> dict[str, Any]:
     return {
         "data": Path(data).name,
         "teacher": teacher is not None,
-        "command": plan["command"].replace(data, Path(data).name),
+        "command": _without_paths(plan["command"], {data: Path(data).name, str(out): "runs/mine"}, teacher),
         "plan": plan["expected"],
         "real": real,
         "relative": {name: plan["expected"][name] / value - 1 for name, value in real.items()},
     }
+
+
+def _without_paths(command: str, names: dict[str, str], teacher: str | None) -> str:
+    """The command as it is recorded: paths of this machine become names."""
+    if teacher is not None:
+        names = names | {teacher: teacher.split("/")[-1]}
+    for path, name in names.items():
+        command = command.replace(path, name)
+    return command
 
 
 def peak_memory(command: list[str]) -> float:
