@@ -82,6 +82,7 @@ ALLOWED = {
     "log_every": 2,
     "eval_every": 3,
     "final_eval": True,
+    "report": True,
 }
 ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher"}  # may change too, and have tests of their own
 STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them
@@ -143,6 +144,7 @@ def test_many_differing_settings_are_counted(begun):
 def test_settings_that_may_change_take_effect(begun, tmp_path):
     shutil.copytree(begun.out, out := tmp_path / "run")
     result = dmjd.pretrain(begun.replace(out=str(out), **ALLOWED))
+    assert (out / "report.html").exists()
     assert result.step == 6
     steps = [line["step"] for line in metrics(out)]
     assert {1, 2, 4, 6} <= set(steps)  # besides those that were shown meanwhile
