@@ -84,6 +84,7 @@ COMMON: dict[str, Any] = {
     "labels": "column",
     "eval_every": 0,
     "final_eval": False,
+    "report": False,
     "checkpoint_every": 200,
 }
 
