@@ -85,6 +85,7 @@ COMMON: dict[str, Any] = {
     "labels": "column",
     "eval_every": 0,
     "final_eval": False,
+    "report": False,
     "checkpoint_every": 200,
     "held_out": 0,  # the study has its own held-out images
 }

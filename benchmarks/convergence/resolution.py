@@ -68,6 +68,7 @@ class Resolution:
             seed=seed,
             eval_every=0,
             final_eval=False,
+            report=False,
         )
 
     def calibrate(self) -> dict[str, float]:

@@ -147,6 +147,7 @@ def test_many_differing_settings_are_counted(begun):
 def test_settings_that_may_change_take_effect(begun, tmp_path):
     shutil.copytree(begun.out, out := tmp_path / "run")
     result = dmjd.pretrain(begun.replace(out=str(out), **ALLOWED))
+    assert (out / "report.html").exists()
     assert result.step == 6
     steps = [line["step"] for line in metrics(out) if "loss" in line]
     assert {1, 2, 4, 6} <= set(steps)  # besides those that were shown meanwhile
