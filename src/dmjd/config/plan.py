@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dmjd.config.checks import MAX_CHANNELS, MAX_COUNT, MAX_MINUTES, MAX_SIDE, MAX_WORKERS
+from dmjd.config.checks import MAX_BATCH_SIZE, MAX_CHANNELS, MAX_MINUTES, MAX_SIDE, MAX_WORKERS
 from dmjd.config.fields import DEVICES, Config, option
 
 DATA, DECIDED, MACHINE = "data and time", "what is already decided; the plan chooses the rest", "machine"
@@ -28,7 +28,7 @@ class PlanConfig(Config):
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255, as for dmjd pretrain", DECIDED, length=(2,), ge=-1e30, le=1e30
     )
-    batch_size: int | None = option(None, "images per step", DECIDED, ge=1, most=MAX_COUNT)
+    batch_size: int | None = option(None, "images per step", DECIDED, ge=1, most=MAX_BATCH_SIZE)
     device: str = option("auto", "device to train on", MACHINE, choices=DEVICES)
     num_workers: int | None = option(
         None, "data loading processes; default by the number of cores", MACHINE, ge=0, most=MAX_WORKERS
