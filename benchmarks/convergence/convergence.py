@@ -19,7 +19,8 @@ The set ``distill`` learns from a trained model: give it with ``--teacher``, and
 them with ``--init``; the first probe of such a run is that of the weights as they were.
 
 ``name@share`` in ``--variants`` is a variant whose whole schedule takes that fraction of the time: ``dmjd@10/37``.
-``--slice-minutes 8`` saves and stops after eight minutes; repeat the command to continue.
+``--slice-minutes 8`` saves and stops after eight minutes; repeat the command to continue. ``--parallel 6`` trains six
+runs at a time, for a GPU that one small model does not fill.
 """
 
 import argparse
@@ -28,14 +29,14 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from convergence_jobs import Job, TimedSteps, do_in_processes
 from convergence_options import PHASES, parse
-from convergence_probe import Measures, Probe, ProbeHook, split, teacher_scores
+from convergence_probe import Measures, Probe, ProbeHook, split, teacher_scores, test_scores
 from convergence_report import curves_figure, final_score, result_table, summarize
 from convergence_sets import (
     ENCODERS,
@@ -55,17 +56,12 @@ from dmjd.data.sources.subset import SubsetSource
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.console import Console
-from dmjd.engine.device import make_fabric, pick_device
+from dmjd.engine.device import pick_device
 from dmjd.engine.loop import NonFiniteLoss, Report, TrainState
-from dmjd.engine.stop_signal import StopSignal
 from dmjd.figures.grid import save_figure
 from dmjd.files import write_bytes, write_text
 from dmjd.pretraining.bench import machine
-from dmjd.pretraining.run import make_engine, training_batches
 from dmjd.runs.build import build_encoder, build_masks
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from labels import labels_of
 
 SEARCH_SEED = 1000  # differs from the seeds of the runs
 PATHS = (
@@ -77,7 +73,7 @@ PATHS = (
     "teacher",
     "init",
 )  # paths of one machine, left out of the record
-ROUNDS, WARMUP_STEPS, TIMED_STEPS, TIMED_IMAGES = 3, 3, 10, 2048  # of the calibration
+ROUNDS, TIMED_IMAGES = 3, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "class_token": False,
     "crop_scale": (0.5, 1.0),
@@ -99,6 +95,7 @@ class Study:
         self.console, self.device, self.started = Console(), pick_device(arguments.device), time.monotonic()
         self.available = variants_of(arguments.set, arguments.encoder.startswith("conv"))
         self.trained = {name: with_share(name, self.available) for name in arguments.variants or self.available}
+        self._check_parallel()
         for teacher in [v.teacher for v in self.trained.values() if v.teacher is not None]:
             self.trained.setdefault(teacher, self.available[teacher])
         self.baseline = arguments.baseline or next(iter(self.trained))
@@ -121,6 +118,9 @@ class Study:
         until = PHASES.index(self.arguments.until)
         if self.arguments.clock == "calibrated":
             self.calibrate()
+        if self.arguments.job is not None:
+            self.do(self.arguments.job)
+            return
         runs = []
         for has_teacher in (False, True):
             wave = {name: v for name, v in self.trained.items() if (v.teacher is not None) == has_teacher}
@@ -132,6 +132,11 @@ class Study:
             self.test(runs)
         if until >= PHASES.index("report"):
             self.report(runs)
+
+    def _check_parallel(self) -> None:
+        dependent = [name for name, variant in self.trained.items() if variant.teacher is not None]
+        if self.arguments.parallel > 1 and dependent:
+            raise ValueError(f"--parallel does not fit variants that learn from another one: {', '.join(dependent)}")
 
     # ---- settings
 
@@ -192,33 +197,23 @@ class Study:
         kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         needed = {base_name(n): v for n, v in (self.trained | self._searched(self.trained)).items()}
         missing = {name: variant for name, variant in needed.items() if name not in kept}
-        for _ in range(ROUNDS):
-            for name in shuffled(list(missing)):
-                kept[name] = min(kept.get(name, float("inf")), self._step_seconds(name, missing[name]))
         if missing:
+            steps = {name: self._timed_steps(name, variant) for name, variant in missing.items()}
+            for _ in range(ROUNDS):
+                for name in shuffled(list(missing)):
+                    kept[name] = min(kept.get(name, float("inf")), steps[name]())
             write_text(file, json.dumps(kept, indent=2) + "\n")
             for name in missing:
                 self.console.say(f"{name}: {1000 * kept[name]:.1f} ms per step")
         self.seconds = kept
 
-    def _step_seconds(self, name: str, variant: Variant) -> float:
-        config = self.config(name, variant, 1e-4, 0, self.out, 1.0).replace(steps=WARMUP_STEPS + TIMED_STEPS)
+    def _timed_steps(self, name: str, variant: Variant) -> TimedSteps:
+        config = self.config(name, variant, 1e-4, 0, self.out, 1.0).replace(steps=1)
         source = open_source(str(self.out / "data"), split="train", labels="column")
         source = SubsetSource(source, range(min(TIMED_IMAGES, len(source))))
         model = make_model(variant, config)
         model.encoder.preprocess = self.probe.preprocess
-        fabric = make_fabric(config.device, config.precision)
-        engine = make_engine(config, model, fabric, self.arguments.batch_size, len(source))
-        stamps: list[float] = []
-
-        def stamp(report: Report) -> None:
-            if report.state.step in (WARMUP_STEPS, WARMUP_STEPS + TIMED_STEPS):
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                stamps.append(time.perf_counter())
-
-        engine.run(training_batches(config, source, fabric, self.arguments.batch_size), [stamp], StopSignal())
-        return (stamps[1] - stamps[0]) / TIMED_STEPS
+        return TimedSteps(config, model, source)
 
     def _searched(self, wave: dict[str, Variant]) -> dict[str, Variant]:
         """The variants whose base learning rate is needed."""
@@ -227,12 +222,13 @@ class Study:
 
     def search(self, wave: dict[str, Variant]) -> None:
         """Best base learning rate of each variant: equal candidates and time, best linear probe on held-out images."""
-        blrs, share = self.arguments.blrs, self.arguments.search_share
+        blrs = self.arguments.blrs
         wanted = {name: variant for name, variant in self._searched(wave).items() if name not in self.best_blrs}
         scores: dict[str, dict[float, float]] = {name: {} for name in wanted}
         if len(blrs) > 1:
-            for name, blr in shuffled([(name, blr) for name in wanted for blr in blrs]):
-                scores[name][blr] = final_score(self._job("search", name, wanted[name], blr, SEARCH_SEED, [1.0], share))
+            jobs = shuffled([Job("search", name, blr, SEARCH_SEED) for name in wanted for blr in blrs])
+            for job, record in zip(jobs, self.do_all(jobs), strict=True):
+                scores[job.name][job.blr] = final_score(record)
         for name, tried in scores.items():
             self.best_blrs[name] = max(blrs, key=lambda blr: tried.get(blr, 0.0))
             if tried:
@@ -243,23 +239,40 @@ class Study:
 
     def train(self, wave: dict[str, Variant]) -> list[dict[str, Any]]:
         """All runs of a wave, in shuffled order."""
-        shares = [(i + 1) / self.arguments.probes for i in range(self.arguments.probes)]
-        jobs = shuffled([(name, seed) for name in wave for seed in range(self._seeds(name))])
-        records = {
-            (name, seed): self._job("train", name, wave[name], self.best_blrs[wave[name].blr_of or name], seed, shares)
-            for name, seed in jobs
-        }
-        return [records[name, seed] for name in wave for seed in range(self._seeds(name))]
+        blrs = {name: self.best_blrs[variant.blr_of or name] for name, variant in wave.items()}
+        jobs = [Job("train", name, blrs[name], seed) for name in wave for seed in range(self._seeds(name))]
+        records = dict(zip(shuffled(jobs), self.do_all(shuffled(jobs)), strict=True))
+        return [records[job] for job in jobs]
 
     def _seeds(self, name: str) -> int:
         given = self.arguments
         return given.seeds if given.repeat is None or name in given.repeat else 1
 
-    def _job(
-        self, kind: str, name: str, variant: Variant, blr: float, seed: int, shares: list[float], share: float = 1.0
-    ) -> dict[str, Any]:
+    def do_all(self, jobs: list[Job]) -> list[dict[str, Any]]:
+        """The records of jobs, in order; with ``--parallel`` several are done at a time, each by a process of its own.
+
+        A job whose process failed is done again here, where its error ends the study.
+        """
+        if self.arguments.parallel > 1:
+            do_in_processes([job for job in jobs if not self._file(job).exists()], self.arguments.parallel)
+        return [self.do(job) for job in jobs]
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """The record of a job."""
+        return self._tested(job) if job.kind == "test" else self._trained(job)
+
+    def _file(self, job: Job) -> Path:
+        return self.jobs / f"{self._key(*job, self._share(job))}.json"
+
+    def _share(self, job: Job) -> float:
+        return self.arguments.search_share if job.kind == "search" else 1.0
+
+    def _trained(self, job: Job) -> dict[str, Any]:
         """One run with its probes; a finished one is read from its file."""
-        key = self._key(kind, name, blr, seed, share)
+        kind, name, blr, seed = job
+        variant = self._searched({name: Variant(name)})[name] if kind == "search" else self.trained[name]
+        share, probes = self._share(job), 1 if kind == "search" else self.arguments.probes
+        key, shares = self._key(*job, share), [(i + 1) / probes for i in range(probes)]
         file, folder = self.jobs / f"{key}.json", self.out / "runs" / key
         config = self.config(name, variant, blr, seed, folder, share)
         if file.exists():
@@ -322,27 +335,20 @@ class Study:
 
     def test(self, runs: list[dict[str, Any]]) -> None:
         """Evaluate each run once on the test set, after everything is chosen and trained."""
-        for run in runs:
-            file = self.jobs / f"{run['key'].replace('train', 'test', 1)}.json"
-            if not file.exists() and not run["diverged"]:
-                self._stop_if_due()
-                results = dmjd.evaluation.evaluate_all(
-                    {"knn": {}, "linear": {}},
-                    self.out / "runs" / run["key"],
-                    data=self.arguments.data,
-                    labels=labels_of(self.arguments.data),
-                    out=self.out / "test",
-                    device=self.arguments.device,
-                    precision=self.features,
-                    label_fraction=self.arguments.label_fraction,
-                    seeds=1,
-                )
-                kept = {
-                    task: {who: r[who] for who in ("result", "random_init", "raw_pixels")}
-                    for task, r in results.items()
-                }
-                write_text(file, json.dumps(kept, indent=2) + "\n")
-            run["test"] = json.loads(file.read_text()) if file.exists() else None
+        finished = [run for run in runs if not run["diverged"]]
+        jobs = [Job("test", run["variant"], run["blr"], run["seed"]) for run in finished]
+        for run, record in zip(finished, self.do_all(jobs), strict=True):
+            run["test"] = record
+
+    def _tested(self, job: Job) -> dict[str, Any]:
+        """kNN and linear probe of a run on the test set."""
+        file = self._file(job)
+        if not file.exists():
+            self._stop_if_due()
+            folder = self.out / "runs" / self._key("train", *job[1:], 1.0)
+            kept = test_scores(folder, self.arguments, self.out / "test", self.features)
+            write_text(file, json.dumps(kept, indent=2) + "\n")
+        return json.loads(file.read_text())
 
     def _teacher_scores(self) -> dict[str, Any] | None:
         """Scores of the frozen teacher's own features on the held-out images, measured once and saved."""

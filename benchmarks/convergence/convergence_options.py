@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from convergence_jobs import Job
 from convergence_sets import ENCODERS, SETS, override
 
 PHASES = ("calibrate", "search", "train", "test", "report")
@@ -44,6 +45,8 @@ def parse(description: str | None) -> argparse.Namespace:
         "--override", type=override, nargs="+", default=[], help="settings of all runs; a variant's own win"
     )
     parser.add_argument("--slice-minutes", type=float, help="save and stop after this time")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each in a process of its own")
+    parser.add_argument("--job", type=Job.parse, help=argparse.SUPPRESS)  # what such a process does
     parser.add_argument("--skip-test", action="store_true", help="do not evaluate on the test set")
     parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")
     arguments = parser.parse_args()

@@ -1,5 +1,6 @@
 """Held-out training images, and probes of an encoder on them during training, for ``convergence.py``."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+import dmjd
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.eval_loader import read_all
 from dmjd.data.sources.base import Source
@@ -133,6 +135,24 @@ def teacher_scores(teacher: str, probe: Probe) -> dict[str, dict[str, float]]:
 
     sizes = dict.fromkeys((probe.preprocess.img_size, preprocess.img_size))
     return {f"{size[0]} x {size[1]}": probe.scores(partial(extract, size=size)) for size in sizes}
+
+
+def test_scores(run: Path, given: argparse.Namespace, out: Path, precision: str) -> dict[str, Any]:
+    """kNN and linear probe of a run on the test set, with random weights and raw pixels, by the library's protocol."""
+    results = dmjd.evaluation.evaluate_all(
+        {"knn": {}, "linear": {}},
+        run,
+        data=given.data,
+        labels=labels_of(given.data),
+        out=out,
+        device=given.device,
+        precision=precision,
+        label_fraction=given.label_fraction,
+        seeds=1,
+    )
+    return {
+        task: {who: result[who] for who in ("result", "random_init", "raw_pixels")} for task, result in results.items()
+    }
 
 
 class Measures:

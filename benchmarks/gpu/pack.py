@@ -2,10 +2,9 @@
 
     python benchmarks/gpu/pack.py --data shared/cifar10
 
-The folder ``.gpu/`` gets the training images of CIFAR-10 (parquet with zstd, a third of its size, because the tables in
-the headers of all JPEGs are the same), and wheels for Python 3.12 of what a machine with torch, timm and lightning
-lacks. The test images stay here: trained encoders come back and are tested by ``finish.py``. The tree and the folder
-together may take at most 64 MiB.
+The folder ``.gpu/`` gets the images of CIFAR-10 (parquet with zstd, a third of its size, because the tables in the
+headers of all JPEGs are the same), and wheels for Python 3.12 of what a machine with torch, timm and lightning lacks.
+The tree and the folder together may take at most 64 MiB.
 """
 
 import argparse
@@ -30,10 +29,10 @@ WHEELS = ("datasets==4.4.2", "dill==0.4.0", "multiprocess==0.70.18", "simplejpeg
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
-def pack_images(data: Path, file: Path) -> None:
+def pack_images(source: Path, file: Path) -> None:
     """Rewrite a parquet file with better compression. Equal input gives equal bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    table = pq.read_table(data / "train.parquet")
+    table = pq.read_table(source)
     pq.write_table(
         table,
         file,
@@ -92,17 +91,18 @@ def call(given: dict[str, int], folder: Path) -> str:
 def main() -> None:
     """Pack, check, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet")
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as train.parquet and test.parquet")
     parser.add_argument("--minutes", type=float, default=14, help="GPU time that is left")
     options = parser.parse_args()
     folder = ROOT / ".gpu"
-    pack_images(options.data, folder / "cifar10" / "train.parquet")
+    for split in ("train", "test"):
+        pack_images(options.data / f"{split}.parquet", folder / "cifar10" / f"{split}.parquet")
     pack_wheels(folder / "wheels")
     (folder / "manifest.json").write_text(json.dumps(describe(folder), indent=1) + "\n", encoding="utf-8")
     check_size(folder)
     for number, given in enumerate(calls(options.minutes, RESULTS), 1):
         print(f"\ncall {number}, on the machine of the first\n{call(given, folder)}")
-    print("\nafter each call: copy what is under $OUT to benchmarks/results/gpu/, then benchmarks/gpu/finish.py")
+    print("\nafter each call: copy what is under $OUT to benchmarks/results/gpu/, then benchmarks/gpu/report.py")
 
 
 if __name__ == "__main__":

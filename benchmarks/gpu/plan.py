@@ -12,7 +12,7 @@ LEAST_MINUTES = 4  # with less, no machine is started
 
 CLOSE_SECONDS = 30  # to fetch the results
 
-PARTS = ("check", "speed", "loader", "study")
+PARTS = ("check", "speed", "loader", "similarity", "study")
 
 
 class Need(NamedTuple):
@@ -22,8 +22,14 @@ class Need(NamedTuple):
     useful: int
 
 
-# In the order of importance: speed of wrong code is worth nothing, and the study needs to know what is fastest.
-NEEDS = {"check": Need(60, 100), "speed": Need(60, 330), "loader": Need(30, 45), "study": Need(100, COMMAND_SECONDS)}
+# In the order of importance: speed of wrong code is worth nothing. The study takes what is left.
+NEEDS = {
+    "check": Need(60, 100),
+    "speed": Need(60, 200),
+    "loader": Need(30, 40),
+    "similarity": Need(15, 25),
+    "study": Need(250, COMMAND_SECONDS),
+}
 
 
 def is_complete(part: str, results: Path) -> bool:
@@ -33,14 +39,12 @@ def is_complete(part: str, results: Path) -> bool:
 
 
 def allot(seconds: int, parts: list[str]) -> dict[str, int]:
-    """Seconds for each part that is worth a start; what is left over goes to the longest."""
+    """Seconds for each part that is worth a start; the study takes what is left over."""
     given: dict[str, int] = {}
     for part in parts:
         if seconds >= NEEDS[part].least:
             given[part] = min(seconds, NEEDS[part].useful)
             seconds -= given[part]
-    if given:
-        given[max(given, key=lambda part: NEEDS[part].useful)] += seconds
     return given
 
 
@@ -55,7 +59,7 @@ def calls(minutes: float, results: Path) -> list[dict[str, int]]:
             break
         commands.append(given)
         left -= sum(given.values()) + CLOSE_SECONDS
-        missing = [part for part in missing if part not in given or part == "study"]
+        missing = [part for part in missing if part not in given]
     return commands
 
 

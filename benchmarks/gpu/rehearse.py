@@ -1,12 +1,12 @@
-"""Rehearse both visits to a GPU machine on this one: all parts, to the end, with ``--device cpu --toy``.
+"""Rehearse two visits to a GPU machine on this one: all parts, to the end, with ``--device cpu --toy``.
 
     python benchmarks/gpu/pack.py --data shared/cifar10
     python benchmarks/gpu/rehearse.py --data shared/cifar10 --python python3.12
 
 Builds an environment with what such a machine has (``machine.txt``; several gigabytes), exports the last commit without
-anything beside it, adds the packed folder, and runs every part twice without network. The second visit must continue
-what the first left. Then ``finish.py`` tests what came back. About a quarter of an hour on two cores, once the
-environment is there; with ``--env`` it is kept for the next time.
+anything beside it, adds the packed folder, and runs every part without network, and all but the study once more. The
+second visit must continue what the first left. About a quarter of an hour on two cores, once the environment is there;
+with ``--env`` it is kept for the next time.
 """
 
 import argparse
@@ -19,12 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from part_study import SEEDS, VARIANTS
 from record import ROOT
 from run import MAX_BYTES, MAX_FILES
 
-SECONDS = {"check": 1500, "speed": 600, "loader": 120, "study": 400}
-
-TOY_IMAGES = {"train": 256, "test": 128}
+SECONDS = {"check": 1500, "speed": 600, "loader": 120, "similarity": 60, "study": 900}
 
 # No index, and a proxy that does not exist; one thread, because steps of toys are too small for several.
 APART = {"PIP_NO_INDEX": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"} | {
@@ -56,9 +55,9 @@ def variables() -> dict[str, str]:
     return kept | APART
 
 
-def visit(interpreter: Path, tree: Path, out: Path) -> dict[str, Any]:
-    """Run all parts; check what comes back and put it where the next visit finds it; returns the JSON files."""
-    wanted = [f"{part}={seconds}" for part, seconds in SECONDS.items()]
+def visit(interpreter: Path, tree: Path, out: Path, parts: list[str]) -> dict[str, Any]:
+    """Run parts; check what comes back and put it where the next visit finds it; returns the JSON files."""
+    wanted = [f"{part}={SECONDS[part]}" for part in parts]
     command = [interpreter, "benchmarks/gpu/run.py", *wanted, "--out", out, "--device", "cpu", "--toy"]
     code = subprocess.run(list(map(str, command)), cwd=tree, env=variables()).returncode
     files = sorted(file for file in out.rglob("*") if file.is_file())
@@ -70,7 +69,7 @@ def visit(interpreter: Path, tree: Path, out: Path) -> dict[str, Any]:
     for file in files:
         shutil.copy(file, results)
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files if file.suffix == ".json"}
-    expect(set(found) >= set(SECONDS), f"results of {sorted(found)} only")
+    expect(set(found) >= set(parts), f"results of {sorted(found)} only")
     return found
 
 
@@ -81,37 +80,22 @@ def expect(condition: bool, message: str) -> None:
 
 
 def check_results(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """The first visit measured everything but the study, and the second continued it."""
+    """The first visit measured everything, and the second nothing again."""
     for name, entry in first["check"]["entries"].items():
         expect(entry["outcome"] in ("passed", "skipped"), f"{name}: {entry.get('text', '')[-600:]}")
     passed = {name for name, entry in first["check"]["entries"].items() if entry["outcome"] == "passed"}
     expect(len(passed) > 50, f"only {len(passed)} tests passed")
-    for part in ("speed", "loader"):
+    for part in ("speed", "loader", "similarity"):
         for name, entry in first[part]["entries"].items():
             expect("error" not in entry and "running" not in entry, f"{part}: {name}: {entry}")
         expect(first[part]["complete"], f"{part} is not complete")
-    for part in ("check", "speed", "loader"):
+    for part in ("check", "speed", "loader", "similarity"):
         kept = {k: v for k, v in first[part]["entries"].items() if part != "check" or k in passed}
         again = {k: second[part]["entries"][k] for k in kept}
         expect(again == kept, f"{part} was measured again")
-    errors = [entry["error"] for entry in second["study"]["entries"].values() if "error" in entry]
-    expect(not errors, f"study: {errors}")
-    before, after = (found["study"]["entries"]["dmjd"] for found in (first, second))
-    expect(not before["pretrained"] and after["pretrained"], "the second visit did not finish the first variant")
-    expect(after["slices"][1]["steps"][0] == before["step"], f"not continued: {after['slices']}")
-    expect(after["finetuned"], "the first variant was not fine-tuned")
-    expect(len(second["study"]["entries"]) > 1, "the second visit did not begin the next variant")
-
-
-def write_toy_images(data: Path, folder: Path) -> Path:
-    """A few training and test images in the form of the whole sets."""
-    import pyarrow.parquet as pq
-
-    folder.mkdir()
-    for split, count in TOY_IMAGES.items():
-        table = pq.read_table(data / f"{split}.parquet").slice(0, count)
-        pq.write_table(table, folder / f"{split}.parquet")
-    return folder
+    runs, expected = first["study"]["runs"], len(VARIANTS) * SEEDS
+    expect(len(runs) == expected, f"{len(runs)} runs of the study, not {expected}")
+    expect(all("test" in run for run in runs), "the runs of the study were not tested")
 
 
 def main() -> None:
@@ -126,18 +110,11 @@ def main() -> None:
         work = Path(folder)
         interpreter = build_environment((given.env or work / "env").absolute(), given.python)
         export_tree(work / "tree")
-        first, second = (visit(interpreter, work / "tree", work / f"out{number}") for number in (1, 2))
+        first = visit(interpreter, work / "tree", work / "out1", list(SECONDS))
+        second = visit(interpreter, work / "tree", work / "out2", [part for part in SECONDS if part != "study"])
         check_results(first, second)
-        command = [interpreter, "benchmarks/gpu/finish.py", "--data", write_toy_images(given.data, work / "images")]
-        paths = os.pathsep.join(str(work / "tree" / name) for name in ("src", "benchmarks/gpu", "benchmarks/speed"))
-        site = work / "site"
-        wheels = sorted((ROOT / ".gpu" / "wheels").glob("*.whl"))
-        flags = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site, *wheels]
-        subprocess.run([interpreter, "-m", "pip", "install", *flags], check=True, env=variables())
-        own = {"PYTHONPATH": f"{site}{os.pathsep}{paths}", "HF_HOME": str(work / "hf")}
-        subprocess.run(list(map(str, command)), cwd=work / "tree", env=variables() | own, check=True)
-        tested = json.loads((work / "tree/benchmarks/results/gpu/study_test.json").read_text(encoding="utf-8"))
-        expect("finetune" in tested["entries"]["dmjd"], "the classifier was not tested")
+        command = [interpreter, "benchmarks/gpu/report.py"]
+        subprocess.run(list(map(str, command)), cwd=work / "tree", env=variables(), check=True)
     print("\nthe rehearsal passed")
 
 

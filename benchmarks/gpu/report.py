@@ -12,8 +12,6 @@ from typing import Any
 
 from record import RESULTS
 
-PUBLIC = "public: linear 63.7 (tiny MAE, 200 epochs, c = 0.9), fine-tuning 86.8 to 91.2, SimCLR kNN 84.8"
-
 
 def read(folder: Path, part: str) -> dict[str, Any] | None:
     """The file of a part."""
@@ -87,19 +85,6 @@ def ratio_lines(content: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def study_table(content: dict[str, Any], tested: dict[str, Any] | None) -> str:
-    """Each variant with its length, speed and accuracies, in percent."""
-    entries, found, rows = content["entries"], (tested or {"entries": {}})["entries"], []
-    for variant in dict.fromkeys([*entries, *found]):
-        entry, test = entries.get(variant, {}), found.get(variant, {})
-        rates = ", ".join(f"{piece['images_per_s']:.0f}" for piece in entry.get("slices", []))
-        scores = [test.get("knn", {}).get("result"), test.get("linear", {}).get("result")]
-        scores.append(test.get("finetune", {}).get("top1"))
-        shown = ["" if score is None else f"{100 * score:.1f}" for score in scores]
-        rows.append([variant, f"{entry.get('epochs', 0):.0f}", rates, *shown])
-    return table(["variant", "epochs", "images/s of each slice", "kNN", "linear", "fine-tuned"], rows) + f"\n{PUBLIC}\n"
-
-
 def loader_table(content: dict[str, Any]) -> str:
     """Images/s by number of workers."""
     return table(
@@ -117,8 +102,11 @@ def print_tables(folder: Path) -> None:
         print(f"## speed\n\n{speed_table(speed)}\n{ratio_lines(speed)}")
     if loader := read(folder, "loader"):
         print(f"## loader\n\n{loader_table(loader)}")
-    if study := read(folder, "study"):
-        print(f"## study: CIFAR-10, JPEG-coded\n\n{study_table(study, read(folder, 'study_test'))}")
+    if similarity := read(folder, "similarity"):
+        rows = ([name.replace(" | ", ", "), f"{entry['seconds']:.1f}"] for name, entry in similarity["entries"].items())
+        print(f"## similarity\n\n{table(['card, task, features', 's'], rows)}")
+    if (study := folder / "study.md").exists():
+        print(f"## study: CIFAR-10, JPEG-coded\n\n{study.read_text(encoding='utf-8')}")
 
 
 if __name__ == "__main__":

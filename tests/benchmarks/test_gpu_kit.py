@@ -1,32 +1,36 @@
-"""The GPU kit: what is run first, what travels, records that continue, plain layers, slices of the study."""
+"""The GPU kit: what is run first, what travels, records that continue, plain layers, the length of the study."""
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from device_runs import write_images
-from support import metrics
 from tiny_models import KEYS, smooth_images, tiny_model
 
-import dmjd
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS / "gpu"), str(BENCHMARKS / "speed")]
+sys.path[:0] = [str(BENCHMARKS / "gpu"), str(BENCHMARKS / "speed"), str(BENCHMARKS / "convergence")]
 
+from convergence_sets import variants_of  # noqa: E402
 from floors import step_floors  # noqa: E402
 from pack import MAX_COMMAND, call  # noqa: E402
+from part_study import (  # noqa: E402
+    BLRS,
+    FIRST_SECONDS,
+    GAIN,
+    SEARCH_SHARE,
+    SEEDS,
+    SPARE,
+    VARIANTS,
+    WAVE_SECONDS,
+    minutes_of,
+)
 from plan import COMMAND_SECONDS, NEEDS, PARTS, calls, first_call  # noqa: E402
 from record import ROOT, Record  # noqa: E402
 from report import print_tables  # noqa: E402
 from run import is_older, needed_wheels  # noqa: E402
 from sides import COMPARISONS, config_of, layers_of  # noqa: E402
 from speed_cases import EAGER, cases  # noqa: E402
-from study_plan import VARIANTS, restore_state, save_state, state_file  # noqa: E402
-from study_plan import config_of as study_config  # noqa: E402
 
 from dmjd.runs.build import build_model  # noqa: E402
 
@@ -37,9 +41,10 @@ def complete(folder: Path, *parts: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("minutes", "parts"), [(14, ["check", "speed", "loader"]), (9, ["check", "speed"]), (4.5, ["check", "speed"])]
-)
+QUICK = ["check", "speed", "loader", "similarity"]
+
+
+@pytest.mark.parametrize(("minutes", "parts"), [(14, QUICK), (9, QUICK), (4.5, ["check", "speed"])])
 def test_what_is_run_first(tmp_path, minutes, parts):
     first = calls(minutes, tmp_path)[0]
     assert list(first) == parts
@@ -50,7 +55,8 @@ def test_what_is_run_first(tmp_path, minutes, parts):
 
 def test_later_visits_run_what_is_missing(tmp_path):
     assert list(calls(5, complete(tmp_path, "check"))[0]) == ["speed"]
-    assert calls(14, complete(tmp_path, "speed", "loader"))[0] == {"study": COMMAND_SECONDS}
+    assert list(calls(14, tmp_path / "nothing")[1]) == ["study"]
+    assert calls(14, complete(tmp_path, "speed", "loader", "similarity"))[0] == {"study": COMMAND_SECONDS}
     assert first_call(14, complete(tmp_path, "study")) == "everything is measured"
     assert "too few" in first_call(3.9, tmp_path / "nothing")
 
@@ -97,12 +103,12 @@ def test_tables_of_every_case(tmp_path, capsys):
         record.put(f"a card | {case.name}", result if case.kind == "profile" else result | {"compile_s": 30.0})
     for case, entry in zip(cases(toy=True), ({"error": "RuntimeError: no"}, {"running": 1}), strict=False):
         record.put(f"a card, toy | {case.name}", entry)
-    study = Record("study", tmp_path, tmp_path)
-    study.put("dmjd", {"epochs": 200.0, "slices": [{"images_per_s": 17000.0}]})
-    Record("study_test", tmp_path, tmp_path).put("dmjd", {"knn": {"result": 0.5}, "finetune": {"top1": 0.9}})
+    Record("similarity", tmp_path, tmp_path).put("a card | near duplicates | 100 x 3", {"seconds": 2.0})
+    (tmp_path / "study.md").write_text("| the study |\n")
     print_tables(tmp_path)
     printed = capsys.readouterr().out
-    assert "| dmjd | 200 | 17000 | 50.0 |  | 90.0 |" in printed
+    assert "| a card, near duplicates, 100 x 3 | 2.0 |" in printed
+    assert "| the study |" in printed
     assert "128 images a step: ConvViT-B, DMJD over the dense reference (goal 1.6): 1.00 times" in printed
     assert "RuntimeError: no" in printed
     assert "not measured" in printed
@@ -132,31 +138,11 @@ def test_floors(comparison):
     assert floors["memory_ms"] < more["memory_ms"] < 2 * floors["memory_ms"]  # parameters are moved once a step
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_state_fits_into_one_file(variant, tmp_path):
-    model = build_model(study_config(variant, tmp_path, tmp_path, toy=False))
-    assert 2 * sum(value.numel() for value in model.state_dict().values()) < 15 << 20
+def test_the_runs_of_the_study_fit_into_its_time():
+    def seconds(given: float) -> float:
+        steps = 60 * minutes_of(given) * len(VARIANTS) * (SEEDS + len(BLRS) * SEARCH_SHARE) / GAIN
+        return FIRST_SECONDS + 2 * WAVE_SECONDS + SPARE + steps
 
-
-@pytest.mark.parametrize("variant", ["folder"])  # Muon and, for biases, AdamW
-def test_a_slice_continues_from_a_state_that_traveled(variant, tmp_path):
-    """The same images and masks; the loss differs by the rounding and the moments that were left behind."""
-    data, stopped = write_images(tmp_path / "images"), tmp_path / "stopped"
-
-    def stop(report):
-        if report.state.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)  # ends after the next step
-
-    def config_in(run: Path):
-        return study_config(variant, data, run, toy=True, device="cpu", log_every=1).replace(steps=10)
-
-    dmjd.pretrain(config_in(tmp_path / "whole"))
-    assert not dmjd.pretrain(config_in(stopped), hooks=[stop]).finished
-    save_state(stopped / "checkpoints" / "step-000000008.safetensors", state_file(tmp_path, variant))
-    config = config_in(tmp_path / "second")
-    assert restore_state(state_file(tmp_path, variant), config, tmp_path / "second") == 8
-    assert dmjd.pretrain(config).finished
-    lines, expected = metrics(tmp_path / "second"), metrics(tmp_path / "whole")
-    assert [line["step"] for line in lines] == [9, 10]
-    assert lines[0]["loss"] == pytest.approx(expected[8]["loss"], rel=3e-3)  # of the rounded weights
-    assert lines[1]["loss"] == pytest.approx(expected[9]["loss"], rel=0.05)  # after a step without moments
+    for given in (NEEDS["study"].least, 400, COMMAND_SECONDS):
+        assert seconds(given) == pytest.approx(given, rel=0.02)
+    assert set(VARIANTS) <= set(variants_of("beyond", False))
