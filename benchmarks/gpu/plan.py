@@ -24,7 +24,7 @@ class Need(NamedTuple):
 
 # In the order of importance: speed of wrong code is worth nothing. The study takes what is left.
 NEEDS = {
-    "check": Need(60, 100),
+    "check": Need(60, 120),
     "speed": Need(60, 200),
     "loader": Need(30, 40),
     "similarity": Need(15, 25),
