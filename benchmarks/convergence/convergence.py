@@ -72,7 +72,8 @@ PATHS = (
     "encoders",
     "teacher",
     "init",
-)  # paths of one machine, left out of the record
+    "job",
+)  # paths of one machine, and what a process of --parallel does: left out of the record
 ROUNDS, TIMED_IMAGES = 3, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "class_token": False,

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from plan import calls, command_line
+from plan import OVERTIME, calls, command_line
 from record import RESULTS, ROOT
 
 MAX_BYTES = 64 << 20
@@ -84,7 +84,7 @@ def call(given: dict[str, int], folder: Path) -> str:
     """The command for the other machine, and what to carry."""
     command = f'set -o pipefail; {command_line(given)} --out "$OUT" 2>&1 | tee "$OUT/log.txt"'
     assert len(command) <= MAX_COMMAND
-    seconds = sum(given.values()) + 30
+    seconds = sum(given.values()) + OVERTIME * len(given) + 30
     return f"command:  {command}\ncarry:    {folder.relative_to(ROOT)}\nseconds:  {seconds}"
 
 

@@ -4,6 +4,7 @@ python benchmarks/gpu/report.py
 """
 
 import argparse
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -60,28 +61,25 @@ RATIOS = {
 }
 
 
-def best(entries: dict[str, Any], start: str, batch: str) -> float | None:
-    """The fastest case of a side at one batch size."""
+def rate(entries: dict[str, Any], start: str, mode: str, batch: str) -> float | None:
+    """The fastest case of a side in one mode and at one batch size."""
     rates = [
-        e["images_per_s"]
-        for name, e in entries.items()
-        if name.startswith(start) and name.endswith(f"| {batch}")
-        if "images_per_s" in e
+        entry["images_per_s"]
+        for name, entry in entries.items()
+        if name.startswith(start) and name.endswith(f"| {mode} | {batch}") and "images_per_s" in entry
     ]
     return max(rates, default=None)
 
 
 def ratio_lines(content: dict[str, Any]) -> str:
-    """Ours over theirs, each at its fastest, at the same batch size on the same card."""
-    lines = []
-    cards = dict.fromkeys(name.split(" | ")[0] for name in content["entries"])
-    for card in cards:
-        for title, (ours, theirs) in RATIOS.items():
-            batches = dict.fromkeys(n.rsplit("| ", 1)[1] for n in content["entries"] if f"{card} | {theirs}" in n)
-            for batch in batches:
-                pair = [best(content["entries"], f"{card} | {start}", batch) for start in (ours, theirs)]
-                if pair[0] and pair[1]:
-                    lines.append(f"- {card}, {batch} images a step: {title}: {pair[0] / pair[1]:.2f} times\n")
+    """Ours over theirs, in the same mode, at the same batch size, on the same card."""
+    entries, lines = content["entries"], []
+    cards = dict.fromkeys(name.split(" | ")[0] for name in entries)
+    for card, (title, (ours, theirs)) in itertools.product(cards, RATIOS.items()):
+        for mode, batch in dict.fromkeys(tuple(n.split(" | ")[-2:]) for n in entries if f"{card} | {theirs}" in n):
+            pair = [rate(entries, f"{card} | {start}", mode, batch) for start in (ours, theirs)]
+            if pair[0] and pair[1]:
+                lines.append(f"- {card}, {mode}, {batch} images a step: {title}: {pair[0] / pair[1]:.2f} times\n")
     return "".join(lines)
 
 

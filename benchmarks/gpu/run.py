@@ -22,12 +22,10 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from plan import PARTS, first_call
+from plan import OVERTIME, PARTS, first_call
 from record import RESULTS, ROOT
 
 WARM_LONGER = 15  # seconds that compilation may take longer than the parts beside it
-
-GRACE = 15  # seconds between the request to stop and the kill
 
 MAX_FILES, MAX_BYTES = 8, 16 << 20
 
@@ -99,11 +97,11 @@ def run_part(part: str, seconds: int, options: argparse.Namespace, variables: di
     started = time.monotonic()
     process = start(f"part_{part}.py", seconds, options, variables)
     try:
-        code = process.wait(timeout=seconds + GRACE)
+        code = process.wait(timeout=seconds + OVERTIME)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            code = process.wait(timeout=GRACE)
+            code = process.wait(timeout=OVERTIME)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()

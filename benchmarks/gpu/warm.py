@@ -1,4 +1,4 @@
-"""Compile the cases of the speed part and the study beforehand, several at once, into the cache that all parts share.
+"""Compile the cases of the speed part beforehand, several at once, into the cache that all parts share.
 
     python3 benchmarks/gpu/warm.py --seconds 200 --out OUT --pack PACK
 
@@ -8,21 +8,18 @@ it the speed part measures the same, later. ``--case NAME`` takes one step of on
 
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from options import Options, part_options
 from part_speed import Speed
-from part_study import command as study_command
 from sides import Side, layers_of
 from small import run_steps, small_engine, small_loader, with_batch
 from speed_cases import EAGER, Case, cases, compiling
 
 # How many at a time: activations of the large models stay in memory while their backward pass is compiled.
-LARGE, SMALL = 3, 4
+LARGE, SMALL = 3, 3
 
 
 def take_step(case: Case, options: Options) -> None:
@@ -37,22 +34,18 @@ def take_step(case: Case, options: Options) -> None:
         run_steps(engine, with_batch(loader, case.batch).batches(), 1)
 
 
-def case_command(case: Case) -> list[str]:
-    """The command that compiles a case."""
-    return [sys.executable, *sys.argv, "--case", case.name]
-
-
-def start(name: str, command: list[str], until: float) -> None:
-    """Run a command that compiles something in a process of its own, which ends when time is up."""
+def start(case: Case, until: float) -> None:
+    """Compile a case in a process of its own, which ends when time is up."""
     started = time.monotonic()
     if started >= until:
         return
+    command = [sys.executable, *sys.argv, "--case", case.name]
     try:
         done = subprocess.run(command, timeout=until - started, capture_output=True, text=True)
         ended = "compiled" if done.returncode == 0 else f"failed: {done.stderr[-400:]}"
     except subprocess.TimeoutExpired:
         ended = "out of time"
-    print(f"[warm] {name}: {ended} after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"[warm] {case.name}: {ended} after {time.monotonic() - started:.0f} s", flush=True)
 
 
 def main(options: Options) -> None:
@@ -61,16 +54,12 @@ def main(options: Options) -> None:
         take_step(next(case for case in cases(options.toy) if case.name == options.case), options)
         return
     until, seen = time.monotonic() + options.seconds, set()
-    folder = tempfile.TemporaryDirectory()
     with ThreadPoolExecutor(LARGE) as large, ThreadPoolExecutor(SMALL) as small:
-        words = [*study_command(options, Path(folder.name)), "--until", "calibrate"]
-        small.submit(start, "the study", words, until)
         for case in Speed(options).waiting():
             same = (case.comparison, case.is_small, case.kind if not case.is_small else "", case.layers, case.mode)
             if case.mode != EAGER and same not in seen:
                 seen.add(same)
-                (small if case.is_small else large).submit(start, case.name, case_command(case), until)
-    folder.cleanup()
+                (small if case.is_small else large).submit(start, case, until)
 
 
 if __name__ == "__main__":
