@@ -184,6 +184,17 @@ def forget_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator had too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give unused memory of a GPU, which may be in pieces, back to it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """CPU, cores, threads and GPU of this machine."""
     model = platform.processor() or platform.machine()

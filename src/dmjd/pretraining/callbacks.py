@@ -66,6 +66,8 @@ class Monitor(Callback):
         unreadable: the unreadable images so far.
     """
 
+    divisible = True
+
     def __init__(
         self,
         config: PretrainConfig,

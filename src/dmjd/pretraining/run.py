@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
         engine = make_engine(config, model, fabric, batch_size, len(trained))
         monitor = Monitor(config, model, source, held_out, folder, console)
-        batches = partial(training_batches, config, trained, fabric, batch_size, report=monitor.count_unreadable)
+        batches = batches_of(config, trained, engine, monitor.count_unreadable)
         driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
         driver.asked, driver.branch = asked, lambda: train_branch(start_branch(out, config), own_model).finished
         # 8. Restore everything from the checkpoint.
@@ -255,6 +254,15 @@ def _parameter_groups(config: PretrainConfig, task: PretrainTask) -> list[Parame
     return encoder_groups(task, task.model.encoder, config.weight_decay, config.layer_decay, config.init_freeze)
 
 
+def batches_of(
+    config: PretrainConfig, source: Source, engine: Engine, report: Callable[[list[UnreadableReport]], None]
+) -> Callable[[int], Generator[Batch, None, None]]:
+    """Start step -> :func:`training_batches` of an engine, as many as it divides a step into now."""
+    return lambda step: training_batches(
+        config, source, engine.fabric, engine.batch_size, step, report, engine.accumulate
+    )
+
+
 def training_batches(
     config: PretrainConfig,
     source: Source,
@@ -262,16 +270,18 @@ def training_batches(
     batch_size: int,
     start_step: int = 0,
     report: Callable[[list[UnreadableReport]], None] | None = None,
+    accumulate: int | None = None,
 ) -> Generator[Batch, None, None]:
     """This process's endless micro-batches from a step on; closing the generator ends its worker processes.
 
-    A set that fits into memory is read before this returns. ``report`` gets (name, reason) of unreadable images.
+    A set that fits into memory is read before this returns. ``report`` gets (name, reason) of unreadable images;
+    ``accumulate`` takes the place of the configured one.
     """
     loader = TrainLoader(
         source,
         img_size=config.size,
         batch_size=batch_size,
-        accumulate=config.accumulate,
+        accumulate=accumulate or config.accumulate,
         seed=config.seed,
         rank=fabric.global_rank,
         world_size=fabric.world_size,

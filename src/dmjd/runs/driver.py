@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from dmjd.runs.checkpoint import (
     one_line,
     optimizer_tensors,
 )
+from dmjd.runs.little_memory import run_within_memory
 
 LINES = 20  # of metrics.jsonl, in a run too slow or short for one every few steps: written as they are shown
 
@@ -38,7 +39,13 @@ class Callback:
     """The part that differs between trainings. All methods are optional.
 
     ``restore``, ``is_due`` and ``share`` run in every process, the others in the first one.
+
+    Attributes:
+        divisible: whether a step has ``engine.accumulate`` micro-batches, so that it can be divided further if the
+            first steps do not fit into the device's memory.
     """
+
+    divisible: ClassVar[bool] = False
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore what :meth:`state` and :meth:`tensors` saved; ValueError if the checkpoint belongs to other data."""
@@ -189,13 +196,19 @@ class Driver:
             self._say("stopped at step {}, checkpoint saved; the same command resumes from there")
         return finished
 
-    def _train(self, batches: Iterator[Any], hooks: Sequence[Hook], stop: StopSignal) -> bool:
+    def _train(self, batches: Generator[Any, None, None], hooks: Sequence[Hook], stop: StopSignal) -> bool:
         """Train and save; returns whether the training is finished."""
         try:
             if self._unevaluated is not None:
                 self._evaluate(Report(self.engine.state, self.engine.progress, None), stop)
             show_every = LIVE_SECONDS if self.folder.owner else None
-            finished = self.engine.run(self._announced(batches), hooks, stop, show_every)
+            finished = run_within_memory(
+                self.engine,
+                batches,
+                lambda parts: self.engine.run(self._announced(parts), hooks, stop, show_every),
+                self.console,
+                again=self.batches if self.callback.divisible else None,
+            )
         except StopNow:
             finished = False
         except NonFiniteLoss:
