@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -119,6 +120,21 @@ class Reads(TorchFunctionMode):
         named = getattr(func, "__name__", "")
         self.count += named in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
         return func(*args, **(kwargs or {}))
+
+
+def test_hooks_do_not_count_in_the_throughput():
+    """As if an evaluation came after the third of six steps, a hundred times as long as these."""
+    rates = []
+
+    def evaluate(report: Report) -> None:
+        if report.state.step == 3:
+            time.sleep(0.5)
+        if report.scalars is not None:
+            rates.append(report.scalars["images_per_s"])
+
+    with StopSignal() as stop:
+        engine_of(Toy(), steps=6, log_every=6).run(ones(), [evaluate], stop)
+    assert rates[0] > 6 / 0.25
 
 
 def test_an_accelerator_is_waited_for_only_in_steps_that_are_shown():

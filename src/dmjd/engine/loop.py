@@ -198,8 +198,10 @@ class Engine:
             elif meter.is_due() and self._is_finite():
                 live = meter.read(self.batch_size, self.fabric.device) | {"lr": lr}
             report = Report(self.state, progress, scalars, self.before, live)
+            hooked = time.perf_counter()
             for hook in hooks:
                 hook(report)
+            meter.elsewhere += time.perf_counter() - hooked
             if stopping and progress < 1.0:
                 return False
         return True
@@ -323,7 +325,7 @@ class _Meter:
         """Forget all steps so far."""
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
-        self.waited = 0.0
+        self.waited = self.elsewhere = 0.0
         self._since = time.perf_counter()
 
     def add(self, values: dict[str, Tensor], accumulate: int) -> None:
@@ -333,9 +335,12 @@ class _Meter:
         self._steps += "grad_norm" in values
 
     def read(self, batch_size: int, device: torch.device) -> dict[str, float]:
-        """Means since the last reset, images/s, the fraction of time spent waiting for data, and peak memory."""
+        """Means since the last reset, images/s, the fraction of time spent waiting for data, and peak memory.
+
+        The time of hooks, such as evaluations, does not count.
+        """
         means = {name: float(total) / self._steps for name, total in self._sums.items()}  # waits for the device
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        seconds = max(time.perf_counter() - self._since - self.elsewhere, 1e-9)
         speed = {"images_per_s": batch_size * self._steps / seconds, "data_wait": self.waited / seconds}
         self._read_at = time.monotonic()
         return means | speed | {"memory_gb": peak_memory(device) / 1e9}
