@@ -23,6 +23,7 @@ COMPLETE = {
     "bench digits": ["--device", "cpu", "--steps", "1"],
     **{f"evaluate {task} no-run": [] for task in (*TASKS, "frozen")},
     **{f"show {kind} no-run": [] for kind in KINDS},
+    "inspect digits": [],
     "embed no-run": ["--out", "features.npy"],
     "export no-run": ["--format", "timm", "--out", "encoder.safetensors"],
     "compare no-run other-run": [],

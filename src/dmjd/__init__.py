@@ -26,6 +26,7 @@ _NAMES = {
     "evaluate": "dmjd.evaluation.run",
     "export": "dmjd.interop.export",
     "hog": "dmjd.targets",
+    "inspect": "dmjd.figures.inspection",
     "load_classifier": "dmjd.encoders",
     "load_encoder": "dmjd.encoders",
     "plan": "dmjd.pretraining.plan",

@@ -15,6 +15,7 @@ COMMANDS = {
     "finetune": ["evaluate", "finetune", "RUN", "--out", "PLACE"],
     "segmentation": ["evaluate", "segmentation", "RUN", "--data", "nowhere", "--out", "PLACE"],
     "detection": ["evaluate", "detection", "RUN", "--data", "nowhere", "--out", "PLACE"],
+    "inspect": ["inspect", "nowhere", "--out", "PLACE.png"],
     "bench": ["bench", "--data", "nowhere", "--json", "PLACE.json"],
 }
 

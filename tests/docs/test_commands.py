@@ -145,7 +145,7 @@ def help_of(*command: str) -> str:
 def unknown_flags(words: list[str]) -> list[str]:
     """Flags of a ``dmjd`` command that its help does not list."""
     words = words[words.index("dmjd") + 1 :]
-    if words[0] not in ("pretrain", "bench", "show", "embed", "export", "compare", "evaluate"):
+    if words[0] not in ("pretrain", "bench", "show", "embed", "export", "compare", "evaluate", "inspect"):
         return []
     text = help_of(*words[: 2 if words[0] == "evaluate" else 1])
     flags = [word.split("=")[0] for word in words if word.startswith("--")]

@@ -163,13 +163,13 @@ HANG = """
 import os, sys
 import dmjd.data.train_loader as loader
 from dmjd.cli.main import main
-read, calls = loader._CroppedImages.__call__, []
+read, calls = loader.CroppedImages.__call__, []
 def hang(self, drawn):
     calls.append(1)
     if len(calls) > 3:
         os.read(os.pipe()[0], 1)
     return read(self, drawn)
-loader._CroppedImages.__call__ = hang
+loader.CroppedImages.__call__ = hang
 sys.exit(main())
 """
 

@@ -11,6 +11,7 @@ from dmjd import __version__
 from dmjd.cli.encoder import run_compare, run_embed, run_export, run_report, run_show
 from dmjd.cli.evaluate import run_evaluate
 from dmjd.cli.failures import report_failure
+from dmjd.cli.inspection import run_inspect
 from dmjd.cli.interruption import Interruption
 from dmjd.cli.pretrain import run_bench, run_plan, run_pretrain
 from dmjd.config.checks import shown
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (run_export, "the encoder for timm, transformers, PyTorch, ONNX or the hub"),
     "compare": (run_compare, "evaluations of several runs side by side"),
     "report": (run_report, "runs as one HTML file: curves, scores, figures, a map of the images"),
+    "inspect": (run_inspect, "what your images are: formats, sizes, unreadable ones, classes, reading speed"),
     "plan": (run_plan, "what to run on your images in a given time, and what to expect"),
     "bench": (run_bench, "training speed, memory and MFU on this machine"),
 }

@@ -7,7 +7,7 @@ state, and the number of workers and processes does not matter.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -162,7 +162,7 @@ class TrainLoader:
         """Whether the whole set is held in memory."""
         return self._memory is not None
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Endless micro-batches from a step on; closing the iterator ends its workers.
 
         Raises:
@@ -174,7 +174,7 @@ class TrainLoader:
             return
         # Drawn in this process, because each worker would need the permutations, of 8 bytes per image.
         drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
-        crops = _CroppedImages(self._source, self._augment)
+        crops = CroppedImages(self._source, self._augment)
         for result in read_batches(crops, drawn, self.num_workers, self._pinned):
             yield Batch(*result).to(self.device)
 
@@ -230,7 +230,7 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class _CroppedImages:
+class CroppedImages:
     """Reads the images of a micro-batch and crops, flips and stacks them, given their indices and keys.
 
     Images stay encoded until they are cropped, if possible: 64 decoded photographs would take gigabytes.
