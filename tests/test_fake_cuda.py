@@ -62,10 +62,20 @@ class NoLists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoDouble(TorchFunctionMode):
+    """An error where a float64 tensor is made on the device: Apple's MPS has none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
+        assert not any(x.dtype == torch.float64 and x.device.type == "cuda" for x in tensors), "float64 on the device"
+        return result
+
+
 def run(model: nn.Module, channels: int = 3, teacher: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """One training pass as the engine runs it: normalization on the device, masks from keys, losses."""
     normalize = Preprocess((32, 32), channels, (0.5,) * channels, (0.25,) * channels).normalize
-    with FAKE, NoLists():
+    with FAKE, NoLists(), NoDouble():
         to_fake_cuda(model)
         if teacher is not None:
             to_fake_cuda(teacher)
@@ -144,6 +154,12 @@ def test_reading_a_value_or_leaving_a_tensor_on_the_cpu_is_noticed():
         def forward(self, images, raw, keys):
             return {"loss": images[[0, 2]]}
 
+    class Doubles(nn.Module):
+        def forward(self, images, raw, keys):
+            return {"loss": images.double()}
+
+    with pytest.raises(AssertionError, match="float64"):
+        run(Doubles())
     with pytest.raises(DataDependentOutputException):
         run(Reads())
     with pytest.raises(RuntimeError, match="cpu"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from dmjd import rng
-from dmjd.rng import hash64, image_keys, uniform
+from dmjd.rng import at_least, hash64, image_keys, uniform
 
 STREAMS = [getattr(rng, name) for name in dir(rng) if name.startswith("STREAM_")]
 
@@ -86,6 +86,12 @@ def test_image_keys_differ_by_seed_epoch_and_index():
     index = torch.arange(50)
     keys = torch.cat([image_keys(s, torch.tensor(e), index) for s in range(5) for e in range(5)])
     assert keys.unique().numel() == 5 * 5 * 50
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.floats(0, 1, exclude_max=True))
+def test_integers_compare_like_uniform_numbers(bits, limit):
+    x = torch.tensor([bits, int(limit * 2**53) << 11 if limit < 0.5 else bits])
+    assert torch.equal(at_least(x, limit), uniform(x) >= limit)
 
 
 def test_uniform_covers_the_half_open_unit_interval():

@@ -20,6 +20,7 @@ ORDER = [
     "warning",
     "checked_json",
     "config",
+    "system",
     "files",
     "hub",
     "result_files",

@@ -1,7 +1,6 @@
 """Files: atomic writes, locks, and safetensors with JSON metadata and a digest. All writing goes through this file."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,10 +17,13 @@ from torch import Tensor
 
 from dmjd.checked_json import parse_json
 from dmjd.regular import check_regular, irregular
+from dmjd.system import OPEN_FILES_STAY, is_left_behind, lock
 
 METADATA_KEY = "dmjd"  # the key in a file's metadata that holds our JSON
 
 DIGEST_KEY = "sha256"  # the key in our JSON that holds the digest of the file
+
+_OPEN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 _NO_DIGEST = "0" * 64
 
@@ -49,27 +51,36 @@ def atomic(path: Path) -> Iterator[Path]:
         check_replaceable(path)
         remove_leftovers(path.parent, path.name)
         handle, temporary = _open_temporary(path.parent, path.name)
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with os.fdopen(handle, "rb") as file:
+            mode = os.fstat(handle).st_mode
+            if OPEN_FILES_STAY:
+                file.close()
+            else:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    lock(file)
             yield temporary
-            with temporary.open("rb") as written:
+            with temporary.open("r+b" if OPEN_FILES_STAY else "rb") as written:
                 os.fsync(written.fileno())
             # Set again, because safetensors replaces the temporary file by one that is the owner's alone.
-            temporary.chmod((path.stat() if path.exists() else os.fstat(handle)).st_mode & 0o777)
+            temporary.chmod((path.stat().st_mode if path.exists() else mode) & 0o777)
             os.replace(temporary, path)
-        finally:
-            os.close(handle)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"could not write {path}: {error}. What was saved before is untouched") from error
     finally:
         if temporary is not None:
             remove(temporary)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk; Windows does so by itself and opens no folders."""
+    if OPEN_FILES_STAY:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _open_temporary(folder: Path, name: str) -> tuple[int, Path]:
@@ -81,7 +92,7 @@ def _open_temporary(folder: Path, name: str) -> tuple[int, Path]:
     while True:
         path = folder / f".{name}.{secrets.token_hex(4)}.tmp"
         with contextlib.suppress(FileExistsError):
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), path
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, 0o666), path
 
 
 def check_replaceable(path: Path) -> None:
@@ -195,9 +206,9 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         for entry in entries:
             ours = _TEMPORARY.fullmatch(entry.name) and (name is None or entry.name.startswith(f".{name}."))
             if ours and entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(OSError), open(entry.path, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(entry.path)
+                with contextlib.suppress(OSError):
+                    if is_left_behind(entry.path):
+                        os.unlink(entry.path)
 
 
 def try_lock(path: Path) -> IO[str] | None:
@@ -211,7 +222,7 @@ def try_lock(path: Path) -> IO[str] | None:
     check_regular(path)
     file = path.open("a+", encoding="utf-8")  # "w" would erase what the owner wrote
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except BlockingIOError:
         file.close()
         return None
@@ -237,7 +248,7 @@ def locked(path: Path) -> Iterator[None]:
         raise ValueError(f"could not write {path}: {error.strerror}") from None
     with file:
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield
 
 

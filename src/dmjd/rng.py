@@ -1,5 +1,6 @@
 """The counter-based hash behind every random choice in data, masks and augmentation."""
 
+import math
 from numbers import Integral
 
 import torch
@@ -85,6 +86,11 @@ def hash64(*parts: int | Tensor) -> Tensor:
 def uniform(bits: Tensor) -> Tensor:
     """float64 in [0, 1) from the top 53 bits of a hash; same shape."""
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def at_least(bits: Tensor, limit: float) -> Tensor:
+    """``uniform(bits) >= limit`` by integers, for devices without float64; bool, same shape."""
+    return _shift_right(bits, 11) >= math.ceil(limit * 2.0**53)
 
 
 def image_keys(seed: int, epoch: Tensor, index: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def centered(features: Tensor, device: torch.device | str = "cpu") -> Tensor:
         raise ValueError(
             f"features must be finite; those of row {row} are not: the encoder's weights may have diverged"
         )
-    mean = x.mean(dim=0, dtype=torch.float64).float()
+    mean = x.mean(dim=0, dtype=torch.float64 if x.device.type != "mps" else torch.float32).float()
     difference = x - mean
     at_mean = difference.norm(dim=1) <= _AT_MEAN * x.norm(dim=1)  # rounding errors are no direction
     unit = F.normalize(difference, dim=1)

@@ -71,7 +71,7 @@ def test_inputs_are_not_rounded():
 @pytest.mark.parametrize(
     ("device", "precision", "message"),
     [
-        ("gpu", "fp32", "device must be auto, cpu or cuda, got 'gpu'"),
+        ("gpu", "fp32", "device must be auto, cpu, cuda or mps, got 'gpu'"),
         ("cpu", "fp17", "precision must be one of auto, fp32, bf16, fp16, got 'fp17'"),
         ("cpu", "fp16", "fp16 needs a CUDA device"),
     ],

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from dmjd.engine.stop_signal import SAME_REQUEST
+from dmjd.system import STOP_SIGNALS, interrupt_main_thread
 
 
 class Interruption:
@@ -38,7 +39,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
             sys.unraisablehook = self._raise_again
@@ -72,7 +73,6 @@ class Interruption:
             self._hook(unraisable)
             return
         number, self.number, self._since = self.number, 0, 0.0
-        main = threading.main_thread().ident or 0
-        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, number))
+        timer = threading.Timer(0.05, lambda: interrupt_main_thread(number))
         timer.daemon = True
         timer.start()

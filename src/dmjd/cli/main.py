@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         of training (130 for Ctrl-C). Training saves its state and returns 0.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU, with a warning
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors; PyTorch reads it when it starts
     with (
         Interruption(ends_process=arguments is None) as interruption,

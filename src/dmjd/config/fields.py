@@ -16,7 +16,7 @@ from dmjd.suggest import did_you_mean
 from dmjd.text import printable
 
 LABELS = ("none", "folder", "column")
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FEATURE_PRECISIONS = ("fp32", "bf16")
 

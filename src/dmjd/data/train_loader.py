@@ -149,10 +149,12 @@ class TrainLoader:
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source
-        on_cpu = self.device.type == "cpu"
+        # Crops are computed in float64, which MPS lacks.
+        self._crops_on = self.device if self.device.type == "cuda" else torch.device("cpu")
+        on_cpu = self._crops_on.type == "cpu"
         self._memory = load_to_memory(source, _MOST_PIXELS_IN_CPU_BATCHES if on_cpu else None)
         if self._memory is not None:
-            self._memory.images = self._memory.images.to(self.device)
+            self._memory.images = self._memory.images.to(self._crops_on)
             num_workers = 0
         self.num_workers = auto_workers(world_size) if num_workers is None else num_workers
         self.unreadable = list(self._memory.unreadable.values()) if self._memory is not None else []
@@ -196,7 +198,7 @@ class TrainLoader:
             for number, (indices, part_keys, part_boxes, part_flipped) in enumerate(parts):
                 images = resample(memory.images.index_select(0, indices), part_boxes, self._augment.size, part_flipped)
                 missing = self._missing(memory, drawn[number * share : (number + 1) * share])
-                yield Batch(images, part_keys, missing)
+                yield Batch(images, part_keys, missing).to(self.device)
 
     @property
     def _batches_at_once(self) -> int:
@@ -213,7 +215,7 @@ class TrainLoader:
 
     def _send(self, x: Tensor) -> Tensor:
         """Move a tensor to the device; asynchronous on a GPU, from page-locked memory."""
-        return x.pin_memory().to(self.device, non_blocking=True) if self._pinned else x
+        return x.pin_memory().to(self._crops_on, non_blocking=True) if self._pinned else x
 
 
 @dataclass(frozen=True)

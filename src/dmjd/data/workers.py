@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from dmjd.config.checks import MAX_WORKERS
 from dmjd.images.stored import UnreadableImage
+from dmjd.system import STOP_SIGNALS
 from dmjd.warning import DMJDWarning
 
 _MOST_WORKERS = 8
@@ -232,8 +233,9 @@ class _Workers(Generic[Request, Result]):
         """End the workers, those that hang in a read too."""
         atexit.unregister(self.close)
         with contextlib.suppress(OSError):
-            # One byte for each: processes started later may have inherited this end, so closing it is not enough.
-            os.write(self._lifeline.fileno(), b"." * self._num_workers)
+            # Nobody takes it out again: it ends all workers. Processes started later may have inherited this end, so
+            # closing it is not enough.
+            self._lifeline.send_bytes(b".")
             self._lifeline.close()
         self._running.clear()
 
@@ -241,7 +243,7 @@ class _Workers(Generic[Request, Result]):
 @contextlib.contextmanager
 def _without_child_signal() -> Iterator[None]:
     """Undo torch's handler of SIGCHLD, which raises an error anywhere, such as in the middle of an optimizer step."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
     previous = signal.getsignal(signal.SIGCHLD)
@@ -266,14 +268,14 @@ def _cause_of_death(process: BaseProcess) -> str:
     code, name = process.exitcode or 0, f"a data loading process (pid {process.pid})"
     if code >= 0:
         return f"{name} ended with exit code {code}; --num-workers 0 reads without such processes"
-    number = signal.Signals(-code)
+    signal_name = signal.Signals(-code).name
     cures = {
-        signal.SIGKILL: "was killed, probably because memory ran out; lower --num-workers or --batch-size",
-        signal.SIGBUS: "crashed, probably because shared memory is full; enlarge it (docker run --shm-size 8g), or "
+        "SIGKILL": "was killed, probably because memory ran out; lower --num-workers or --batch-size",
+        "SIGBUS": "crashed, probably because shared memory is full; enlarge it (docker run --shm-size 8g), or "
         "lower --num-workers or --batch-size",
     }
-    cure = cures.get(number, "ended; if it happens again, --num-workers 0 shows whether an image causes it")
-    return f"{name} {cure} (signal {number.name})"
+    cure = cures.get(signal_name, "ended; if it happens again, --num-workers 0 shows whether an image causes it")
+    return f"{name} {cure} (signal {signal_name})"
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,7 @@ class _Start:
     lifeline: Connection
 
     def __call__(self, _: int) -> None:
-        for number in (signal.SIGINT, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         torch.set_num_threads(1)
@@ -348,6 +350,6 @@ class _Start:
 
     def _watch(self) -> None:
         with contextlib.suppress(OSError):
-            os.read(self.watched.fileno(), 1)
+            self.watched.poll(None)
         time.sleep(_GRACE)
         os._exit(0)

@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-SIGNAL = signal.SIGUSR1
+SIGNAL: int | None = getattr(signal, "SIGUSR1", None)  # None: the system has none, as Windows
 
 
 class CooldownSignal:
@@ -19,12 +19,12 @@ class CooldownSignal:
         self._previous: Any = None
 
     def __enter__(self) -> "CooldownSignal":
-        if threading.current_thread() is threading.main_thread():
+        if SIGNAL is not None and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(SIGNAL, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
+        if SIGNAL is not None and self._previous is not None:
             signal.signal(SIGNAL, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -3,8 +3,8 @@
 import ctypes
 import os
 import platform
-import resource
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ def make_fabric(device: str, precision: str, distributed: bool = True) -> Fabric
     Processes wait for each other for at most :func:`~dmjd.data.workers.wait_limit` seconds.
 
     Args:
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
         precision: "auto" (bf16 on a GPU that supports it, else fp32), "fp32", "bf16" or "fp16".
         distributed: whether several processes may share the work.
 
@@ -118,6 +118,8 @@ def seed_device(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def device_text(device: torch.device | str) -> str:
@@ -125,6 +127,8 @@ def device_text(device: torch.device | str) -> str:
     threads".
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if torch.device(device).type == "mps":
+        return "Apple GPU (MPS)"
     if torch.device(device).type != "cuda":
         threads = processes * torch.get_num_threads()
         return f"CPU, {threads} thread{'s' * (threads > 1)}"
@@ -132,16 +136,23 @@ def device_text(device: torch.device | str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for "cpu", "cuda", or "auto": CUDA if available, else the CPU.
+    """The device for "cpu", "cuda", "mps" (an Apple GPU), or "auto": CUDA, else MPS, else the CPU.
 
     Raises:
-        ValueError: for an unknown name, or if CUDA is not available.
+        ValueError: for an unknown name, or if the device is not available.
     """
     if name not in DEVICES:
         raise ValueError(f"device must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, got '{name}'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available on this machine; use --device auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    available: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if name == "auto":
+        return torch.device(next(each for each, is_there in available.items() if is_there()))
+    if not available[name]():
+        raise ValueError(f"no {name.upper()} device is available on this machine; use --device auto or cpu")
+    return torch.device(name)
 
 
 def keep_freed_memory(device: torch.device | str, up_to: int | None = None) -> bool:
@@ -169,9 +180,15 @@ def keep_freed_memory(device: torch.device | str, up_to: int | None = None) -> b
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on a GPU, of the process on a CPU."""
+    """Peak memory in bytes: of tensors on a GPU, of the process on a CPU; on MPS the present memory, 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from dmjd.system import STOP_SIGNALS, interrupt_main_thread
+
 SAME_REQUEST = 1.0  # seconds after a signal in which another one is taken for the same request
 
 
@@ -38,8 +40,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            for number in STOP_SIGNALS:
+                if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -77,6 +79,6 @@ class StopSignal:
             os.kill(os.getpid(), number)
 
     def _end_of_patience(self) -> None:
-        """Wake the main thread, in the timer's thread: only a signal interrupts a system call such as a read."""
+        """Wake the main thread, in the timer's thread."""
         self._overdue = True
-        signal.pthread_kill(threading.main_thread().ident or 0, self.requested)
+        interrupt_main_thread(self.requested)

@@ -7,7 +7,7 @@ processes and on accumulation. Here it is a function of the image's key and of t
 import torch
 from torch import Tensor, nn
 
-from dmjd.rng import STREAM_DROPOUT, hash64, uniform
+from dmjd.rng import STREAM_DROPOUT, at_least, hash64
 
 
 class KeyedDropout(nn.Module):
@@ -36,7 +36,7 @@ class KeyedDropout(nn.Module):
 
     def _scale(self, x: Tensor, bits: Tensor) -> Tensor:
         """``x`` with dropped entries zero and others divided by the probability of keeping them."""
-        kept = (uniform(bits) >= self.rate).to(x.dtype) / (1 - self.rate)
+        kept = at_least(bits, self.rate).to(x.dtype) / (1 - self.rate)
         return x * kept.view(kept.shape + (1,) * (x.dim() - kept.dim()))
 
     def extra_repr(self) -> str:

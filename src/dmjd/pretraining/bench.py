@@ -183,6 +183,8 @@ def wait(device: torch.device) -> None:
     """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def bench_table(result: dict[str, Any]) -> Table:

@@ -71,6 +71,8 @@ def _ask_owner(run: Path) -> Owner | None:
         )
     if not owner.is_here():
         raise ValueError(f"{named} can only be asked there: give the command on that machine")
+    if SIGNAL is None:
+        raise ValueError(f"{named} cannot be asked on this system, which has no SIGUSR1: stop it first")
     try:
         os.kill(owner.pid, SIGNAL)
     except ProcessLookupError:

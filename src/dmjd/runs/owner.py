@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmjd.engine.processes import num_processes
+from dmjd.system import exists
 
 LOCK = ".lock"
 
@@ -48,12 +49,4 @@ class Owner:
 
     def is_dead(self) -> bool:
         """Whether it is a process of this machine that no longer exists."""
-        if not self.is_here():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return True
-        except PermissionError:  # it exists and belongs to another user
-            return False
-        return False
+        return self.is_here() and not exists(self.pid)
