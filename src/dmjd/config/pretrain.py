@@ -58,9 +58,10 @@ class PretrainConfig(Config):
     task: ClassVar[str] = "pretrain"
 
     recipe: str = option("dmjd", "recipe the run started from", "run")
-    data: str | None = option(
+    data: str | tuple[str, ...] | None = option(
         None,
-        "folder of images, .txt list of images, .parquet file or folder of them, set name, hub name, or digits",
+        "folder of images, .txt list of images, .parquet file or folder of them, set name, hub name, or digits; "
+        "several, each with a weight if you like: A B:0.3 draws 30 % of the samples from B",
         "data",
         resume=True,
         common=True,
