@@ -32,7 +32,6 @@ from dmjd.config.schedules import (
 
 FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
-
 DURATIONS = ("epochs", "steps", "minutes")
 
 # Settings that name an encoder, and those of its input: with ``init`` they come from there unless they are given.
