@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,9 +16,12 @@ from support import TINY, TINY_FIELDS, assert_same_bits, metrics, mistake
 import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
+from dmjd.config.plan import PlanConfig
 from dmjd.data.order import Part
 from dmjd.data.sources.registry import open_source
 from dmjd.pretraining.held_out import hold_out, proportional
+from dmjd.pretraining.plan import command_of
+from dmjd.pretraining.plan_choices import choose_start
 
 FIELDS = TINY_FIELDS | {"batch_size": 8, "num_workers": 0, "steps": 8, "checkpoint_every": 4}
 
@@ -68,6 +72,17 @@ def test_a_stopped_run_ends_with_the_same_bits(run, sets, tmp_path, capsys):
             dmjd.pretrain(config.replace(data=data))
     assert dmjd.pretrain(run.replace(out=config.out, num_workers=1)).finished  # at the path of the other run
     assert_same_bits(Path(config.out), Path(run.out))
+
+
+def test_a_killed_run_ends_with_the_same_bits(run, sets, tmp_path):
+    """Resumed from a checkpoint in the middle."""
+    flags = {"--steps": 8, "--checkpoint-every": 4, "--batch-size": 8, "--num-workers": 0, "--held-out": 4}
+    words = [str(word) for pair in flags.items() for word in pair]
+    command = ["pretrain", "folder", *TINY, *words, "--out", str(tmp_path / "run"), "--data", *run.data]
+    killed = forked.run(forked.killed_before, "final.safetensors", command, log=tmp_path / "log", seconds=120)
+    assert killed == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert main(command) == 0
+    assert_same_bits(tmp_path / "run", Path(run.out))
 
 
 def test_another_order_of_other_images_is_noticed(run, sets, tmp_path):
@@ -142,6 +157,13 @@ def test_speed_is_measured_on_all(sets, tmp_path, capsys):
     flags = [*TINY, "--steps", 1, "--batch-size", 4, "--num-workers", 0, "--json", file, "--data", sets / "A"]
     assert main([str(word) for word in ["bench", *flags, f"{sets / 'B'}:0.5"]]) == 0
     assert json.loads(file.read_text())["settings"]["data"] == [str(sets / "A"), f"{sets / 'B'}:0.5"]
+
+
+def test_a_plan_names_all(sets):
+    asked = PlanConfig(data=[str(sets / "A"), "B:0.5"], hours=1)
+    choices = choose_start(asked)
+    command = command_of(choices, asked, choices.config(asked, minutes=50))
+    assert command == f"dmjd pretrain folder --data {sets / 'A'} B:0.5 --out runs/mine --minutes 50"
 
 
 def test_each_source_gives_its_part_of_the_held_out_images(sets, run):

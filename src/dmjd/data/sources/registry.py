@@ -46,11 +46,14 @@ def open_source(
             them; a .txt file with one path of an image a line; or the name of a Hugging Face dataset. Names win over
             folders: write "./digits" for a folder, or give a Path. A folder with train/ and test/ (or val/; capital
             letters do not matter), or train.parquet and test.parquet (or shards of such names), gives both splits.
+            Several of these are one set, a :class:`~dmjd.data.sources.mixture.MixtureSource`: ["A", "B:0.3"], of which
+            a run draws 30 % of the samples from B.
         split: "train" or "test".
         labels: "none"; "folder", the first folder below the root; or "column" of a table. Digits and torchvision sets
             are always labeled.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``).
+        listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``); for several
+            sets one each, of which this gives the folder and the name.
         masks: open the segmentation masks of a table instead of its images.
 
     Raises:
