@@ -55,16 +55,16 @@ def test_of_two_sources_each_has_its_share_of_any_stretch_to_within_one(parts, s
 
 @settings(max_examples=60, deadline=None)
 @given(parts=mixtures(most=8), start=st.integers(0, 10**12), length=st.integers(1, 2000))
-def test_of_more_sources_to_within_a_few(parts, start, length):
+def test_of_more_sources_to_within_four(parts, start, length):
     interleaving = Interleaving(parts)
     sources, ordinals = interleaving.place(torch.arange(start, start + length))
     wanted = length * torch.tensor(shares(parts))
-    assert ((torch.bincount(sources, minlength=len(parts)) - wanted).abs() < 3).all()
+    assert ((torch.bincount(sources, minlength=len(parts)) - wanted).abs() < 3.36).all()
     for source in sources.unique():  # no sample of a source is left out or drawn twice
         mine = ordinals[sources == source]
         assert torch.equal(mine, torch.arange(int(mine[0]), int(mine[0]) + len(mine)))
     first, _ = interleaving.place(torch.arange(length))
-    assert ((torch.bincount(first, minlength=len(parts)) - wanted).abs() < 1.5).all()
+    assert ((torch.bincount(first, minlength=len(parts)) - wanted).abs() < 1.68).all()  # without a start, half
 
 
 @settings(max_examples=40, deadline=None)

@@ -77,8 +77,10 @@ class Interleaving:
     """Which source each sample is drawn from, evenly spread over any stretch of samples.
 
     Two sources: of any number of samples in a row, each source has its share to within one. More: sources are joined in
-    pairs, the rarest first, and the rule holds for the two parts of each pair. If no source has a weight, as many
-    samples as there are images hold each image once.
+    pairs, the rarest first as in Huffman's code, and the rule holds for the two parts of each pair. A source's error is
+    then less than the sum of its size relative to itself and to the pairs around it but the whole, whose sizes grow
+    like Fibonacci's numbers: 1 + 1 + 1/2 + 1/3 + 1/5 + ... < 3.36. If no source has a weight, as many samples as there
+    are images hold each image once.
 
     Args:
         parts: the sources, at least two.

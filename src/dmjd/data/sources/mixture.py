@@ -27,6 +27,9 @@ class MixtureSource(Source):
     Args:
         sources: at least two.
         weights: the share of the samples of each source, or None; see :func:`~dmjd.data.order.shares`.
+
+    Attributes:
+        sources: the sources. starts: the index of the first image of each.
     """
 
     kind = "several sets"
@@ -38,16 +41,11 @@ class MixtureSource(Source):
         self.removable = all(source.removable for source in sources)
         lengths = [len(source) for source in sources]
         self.parts = tuple(Part(length, weight) for length, weight in zip(lengths, weights, strict=True))
-        self._ends = list(accumulate(lengths))
+        *self.starts, self._length = accumulate(lengths, initial=0)
         self.labels, self.classes = _joined_labels(self.sources)
 
     def __len__(self) -> int:
-        return self._ends[-1]
-
-    @property
-    def starts(self) -> list[int]:
-        """The index of the first image of each source."""
-        return [0, *self._ends[:-1]]
+        return self._length
 
     def stored(self, index: int) -> ImageLike:
         """The image as its source stores it."""
@@ -73,7 +71,7 @@ class MixtureSource(Source):
         """A source, and the index of the image in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = bisect_right(self._ends, index)
+        number = bisect_right(self.starts, index) - 1
         return self.sources[number], index - self.starts[number]
 
     def save_listing(self, file: Path) -> None:
