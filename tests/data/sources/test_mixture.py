@@ -81,8 +81,10 @@ def test_classes_are_joined_by_name(sets, tmp_path):
     assert [source.classes[i] for i in source.labels] == ["cats"] * 4 + ["dogs"] * 5 + ["birds", "cats"]
     assert open_source([A, str(tmp_path / "D")]).labels is None
     assert open_source([A, "digits"]).labels is None  # of which one has some
-    with pytest.raises(ValueError, match=r"labels 'folder' does not fit .*B"):
-        open_source(sets[:2], labels="folder")
+    for labels in ("folder", "column"):  # of each what it has
+        both = open_source(sets[:2], labels=labels)
+        assert both.classes == ["0", "1", "cats", "dogs"]
+        assert both.labels.tolist() == [2] * 4 + [3] * 5 + [0, 1, 0, 1]
 
 
 def test_a_test_split_is_that_of_the_sources_that_have_one(sets, tmp_path):

@@ -98,9 +98,10 @@ def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
         raise ValueError(f"images with masks come from one set, got several: {data_text([s.text for s in sources])}")
     opened = []
     for number, source in enumerate(sources):
-        listing = listing_of(options.listing, number) if options.listing is not None else None
         if options.split == "train" or has_split(source.data, options.split):
-            opened.append((open_source(source.data, **vars(replace(options, listing=listing))), source.weight))
+            listing = listing_of(options.listing, number) if options.listing is not None else None
+            own = replace(options, listing=listing, labels=_labels_of(source.data, options))
+            opened.append((open_source(source.data, **vars(own)), source.weight))
     if unlabeled := [source.name for source, _ in opened if options.with_labels and source.labels is None]:
         raise ValueError(f"labels '{options.labels}': {unlabeled[0]} has none, so the classes of the others are no use")
     if len(opened) < 2:
@@ -110,6 +111,12 @@ def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
     mixture = MixtureSource(*zip(*opened, strict=True))
     mixture.check_readable()
     return mixture
+
+
+def _labels_of(data: str, options: SourceOptions) -> str:
+    """Where a source of several has its labels, if they are wanted: folders and tables may stand side by side."""
+    kind = _find(data, options.split) if options.with_labels else None
+    return options.labels if kind is None or kind.label_option is None else kind.label_option
 
 
 def has_split(data: str | Path | Sequence[str | Path], split: str) -> bool:
