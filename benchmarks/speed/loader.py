@@ -32,9 +32,10 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from dmjd.data.order import permutation
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
-from dmjd.data.train_loader import TrainLoader, permutation
+from dmjd.data.train_loader import TrainLoader
 from dmjd.data.transforms import crop_boxes, flips
 from dmjd.engine.device import keep_freed_memory
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -282,7 +283,6 @@ def orders() -> dict[str, float]:
     for n in (10**6, 10**7):
         with took(seconds, f"order of {n:,} images"):
             permutation(0, 0, n)
-    permutation.cache_clear()
     return seconds
 
 

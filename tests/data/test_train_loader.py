@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from image_sets import MIXED, Arrays
 
 from dmjd.data.cache import load_to_memory
-from dmjd.data.train_loader import Stream, TrainLoader, permutation
+from dmjd.data.order import permutation
+from dmjd.data.train_loader import Stream, TrainLoader
 from dmjd.data.unreadable import replacement
 from dmjd.images.stored import UnreadableImage
 from dmjd.rng import image_keys

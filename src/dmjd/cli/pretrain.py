@@ -114,6 +114,7 @@ def _pretrain_parser(recipe: str) -> Parser:
         epilog="examples:\n"
         "  dmjd pretrain digits --out runs/first\n"
         "  dmjd pretrain folder --data ~/images --out runs/mine\n"
+        "  dmjd pretrain folder --data ~/photos ~/scans:0.3 --out runs/mine\n"
         "  torchrun --nproc-per-node 8 -m dmjd pretrain --data imagenet/train --out runs/in1k --batch-size 512",
     )
     fields = [f for f in dataclasses.fields(PretrainConfig) if f.name != "recipe"]

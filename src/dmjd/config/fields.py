@@ -76,12 +76,19 @@ def option(
 
 
 def value_types(field_type: Any) -> tuple[type, bool, bool]:
-    """Parse an annotation: (plain type, whether it is a tuple of that type, whether None is allowed)."""
+    """Parse an annotation: (plain type, whether it may be a tuple of that type, whether None is allowed)."""
     parts = typing.get_args(field_type) if isinstance(field_type, types.UnionType) else (field_type,)
     optional = type(None) in parts
-    kind = next(part for part in parts if part is not type(None))
+    kinds = [part for part in parts if part is not type(None)]
+    kind = next((part for part in kinds if typing.get_origin(part) is tuple), kinds[0])
     many = typing.get_origin(kind) is tuple
     return (typing.get_args(kind)[0] if many else kind), many, optional
+
+
+def _may_be_plain(field_type: Any) -> bool:
+    """Whether an annotation allows both a tuple and a single value, which is then not stored as a tuple of one."""
+    kinds = [part for part in typing.get_args(field_type) if part is not type(None)]
+    return isinstance(field_type, types.UnionType) and len(kinds) > 1
 
 
 class Config:
@@ -181,7 +188,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     if not values:
         raise ValueError(f"{field.name} must be one or more of type {kind.__name__}, got {shown(value)}")
     checked = [_one(field, kind, v) for v in values]
-    return tuple(checked) if many else checked[0]
+    return tuple(checked) if many and not (len(checked) == 1 and _may_be_plain(field.type)) else checked[0]
 
 
 def _one(field: dataclasses.Field[Any], kind: type, value: Any) -> Any:

@@ -15,7 +15,7 @@ class PlanConfig(Config):
 
     task: ClassVar[str] = "plan"
 
-    data: str | None = option(None, "what to train on, as for dmjd pretrain", DATA)
+    data: str | tuple[str, ...] | None = option(None, "what to train on, as for dmjd pretrain", DATA)
     hours: float | None = option(None, "how long the run may take", DATA, gt=0, most=MAX_MINUTES / 60)
     out: str = option("runs/mine", "run folder in the command of the plan", DATA)
     teacher: str | None = option(None, "a trained model to learn from: the recipe distill", DECIDED)

@@ -32,7 +32,6 @@ from dmjd.config.schedules import (
 
 FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
-
 DURATIONS = ("epochs", "steps", "minutes")
 
 # Settings that name an encoder, and those of its input: with ``init`` they come from there unless they are given.
@@ -58,9 +57,10 @@ class PretrainConfig(Config):
     task: ClassVar[str] = "pretrain"
 
     recipe: str = option("dmjd", "recipe the run started from", "run")
-    data: str | None = option(
+    data: str | tuple[str, ...] | None = option(
         None,
-        "folder of images, .txt list of images, .parquet file or folder of them, set name, hub name, or digits",
+        "folder of images, .txt list of images, .parquet file or folder of them, set name, hub name, or digits; "
+        "several, each with a weight if you like: A B:0.3 draws 30 % of the samples from B",
         "data",
         resume=True,
         common=True,

@@ -12,7 +12,7 @@ Recipe = Callable[..., PretrainConfig]
 SMALL_SIDE = 64  # pixels; up to this size `folder` uses the settings found best on CIFAR-10
 
 
-def dmjd(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def dmjd(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """The paper's recipe: two disjoint views, both branches, HOG.
 
     ``dmjd pretrain --data imagenet/train --out runs/dmjd --batch-size 512``. Published for ConvViT-B on ImageNet-1K,
@@ -22,7 +22,7 @@ def dmjd(data: str | None = None, out: str | None = None, **overrides: Any) -> P
     return PretrainConfig(recipe="dmjd", data=data, out=out).replace(**overrides)
 
 
-def mae(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def mae(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Masked autoencoder: one view, three quarters masked, pixel targets, class token.
 
     ``dmjd pretrain mae --data imagenet/train --out runs/mae --batch-size 4096``. Published for ViT-B on ImageNet-1K,
@@ -46,7 +46,7 @@ def mae(data: str | None = None, out: str | None = None, **overrides: Any) -> Pr
     return config.replace(**overrides)
 
 
-def convmae(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def convmae(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """ConvMAE: ``mae`` on the hybrid encoder with ConvMAE's MLP ratios.
 
     ``dmjd pretrain convmae --data imagenet/train --out runs/convmae --batch-size 1024``. Published for ConvViT-B on
@@ -73,7 +73,7 @@ def convmae(data: str | None = None, out: str | None = None, **overrides: Any) -
     return config.replace(**overrides)
 
 
-def maskfeat(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def maskfeat(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """``dmjd`` with one view and without the branch on visible tokens: HOG of masked tokens (MaskFeat).
 
     ``dmjd pretrain maskfeat --encoder vit_base_patch16 --data imagenet/train --out runs/maskfeat --epochs 1600``.
@@ -83,7 +83,7 @@ def maskfeat(data: str | None = None, out: str | None = None, **overrides: Any) 
     return dmjd(data, out, **{"recipe": "maskfeat", "num_views": 1, "vis": False} | overrides)
 
 
-def dm(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def dm(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Disjoint masking alone: ``maskfeat`` with two disjoint views.
 
     ``dmjd pretrain dm --data imagenet/train --out runs/dm``. Published: competitive with one view in up to 3.7 times
@@ -92,7 +92,7 @@ def dm(data: str | None = None, out: str | None = None, **overrides: Any) -> Pre
     return dmjd(data, out, **{"recipe": "dm", "vis": False} | overrides)
 
 
-def jd(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def jd(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Joint distillation alone: ``maskfeat`` with the branch on visible tokens, one view.
 
     ``dmjd pretrain jd --data imagenet/train --out runs/jd``. Published: up to 3.4 points more in linear probing (Ma et
@@ -101,7 +101,9 @@ def jd(data: str | None = None, out: str | None = None, **overrides: Any) -> Pre
     return dmjd(data, out, **{"recipe": "jd", "num_views": 1} | overrides)
 
 
-def complementary(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def complementary(
+    data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any
+) -> PretrainConfig:
     """``dmjd`` with four views whose visible quarters partition the image.
 
     ``dmjd pretrain complementary --data imagenet/train --out runs/complementary``. Single-token masks, because the
@@ -113,7 +115,7 @@ def complementary(data: str | None = None, out: str | None = None, **overrides: 
     return dmjd(data, out, **{"recipe": "complementary"} | masks | overrides)
 
 
-def independent(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def independent(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """``dmjd`` with two views that are masked independently of each other.
 
     ``dmjd pretrain independent --data imagenet/train --out runs/independent``. Two such views mask 84 % of the tokens
@@ -122,7 +124,7 @@ def independent(data: str | None = None, out: str | None = None, **overrides: An
     return dmjd(data, out, **{"recipe": "independent", "masks": "independent"} | overrides)
 
 
-def folder(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Your own images on one machine: the settings our study found best for their size.
 
     ``dmjd pretrain folder --data ~/images --out runs/mine``. With ``--img-size`` up to 64: two disjoint views with
@@ -151,7 +153,7 @@ def folder(data: str | None = None, out: str | None = None, **overrides: Any) ->
     return config.replace(**overrides)
 
 
-def distill(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def distill(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """A new encoder for your images that learns the features of a trained model, on masked and visible tokens.
 
     ``dmjd pretrain distill --data ~/images --teacher tf_efficientnet_lite0 --img-size 128 --out runs/student``. For a
@@ -176,7 +178,7 @@ def distill(data: str | None = None, out: str | None = None, **overrides: Any) -
     return config if "teacher_size" in overrides else config.replace(teacher_size=config.img_size)
 
 
-def adapt(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def adapt(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Trained weights, adapted to your images; a frozen copy of them is one of the targets.
 
     ``dmjd pretrain adapt --data ~/images --init vit_small_patch16_224 --out runs/adapted``.
@@ -201,7 +203,7 @@ def adapt(data: str | None = None, out: str | None = None, **overrides: Any) -> 
     return config.replace(**overrides)
 
 
-def digits(data: str | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
+def digits(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Handwritten digits on colored gradients, 32 x 32, rendered on the fly: nothing to download.
 
     ``dmjd pretrain digits --out runs/first``: under three minutes on 2 cores. README has the measured table.

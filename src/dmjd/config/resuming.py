@@ -3,6 +3,7 @@
 import dataclasses
 
 from dmjd.config.pretrain import DURATIONS, FORMER_BATCH_SIZE, PretrainConfig
+from dmjd.config.sources import moved_sources
 
 
 def length_of(config: PretrainConfig) -> tuple[str, float]:
@@ -27,8 +28,9 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
     """Settings that differ although a resumed run must keep them, as "name: old -> new".
 
     Fields marked ``resume`` may change: workers, device, logging, intervals, unreadable images, labels, test data, and
-    the path of the images, if they are the same. A duration may become longer, in the same unit. Complementary masks
-    are disjoint masks of a certain ratio, and are drawn the same, so that each may replace the other.
+    the path of the images, if they are the same; of a mixture not the number, order and weights of its sources. A
+    duration may become longer, in the same unit. Complementary masks are disjoint masks of a certain ratio, and are
+    drawn the same, so that each may replace the other.
     """
     lines = _length_differences(old, new)
     for field in dataclasses.fields(old):
@@ -43,6 +45,8 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
             continue
         if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
             continue
-        if not field.metadata["resume"]:
+        if field.name == "data" and None not in (before, after):
+            lines += [f"data: {words}"] if (words := moved_sources(before, after)) is not None else []
+        elif not field.metadata["resume"]:
             lines.append(f"{field.name}: {before} -> {after}")
     return lines

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dmjd.config.sources import Data, given_sources
 from dmjd.data.cache import try_read
 from dmjd.data.sources.base import Changes, Source
+from dmjd.data.sources.mixture import MixtureSource
 from dmjd.data.sources.paths import one_line
 from dmjd.data.unreadable import MISSING, Report, UnreadableImages
 
@@ -47,10 +49,10 @@ def recheck(source: Source, began: Began, reports: Iterable[Report], warn: Calla
     reports = list(reports)
     known = {name for name, _ in reports}
     changed: dict[str, None] = {}
-    for one in _new_changes(source, began, known):
+    for name, one in _new_changes(source, began, known):
         if len(one.names) > one.compared / 2:
             raise ValueError(
-                f"the images in {source.name} are not those this run began with: of {one.compared} compared, "
+                f"the images in {name} are not those this run began with: of {one.compared} compared, "
                 f"{len(one.names)} have changed, {one.names[0]} for one; put them back, or give another --out"
             )
         changed |= dict.fromkeys(one.names)
@@ -83,32 +85,56 @@ def check_moved(source: Source, began: Began, reports: Iterable[Report], former:
             f"the run began in version 0.1, which did not record enough to compare {source.name} with {former}: "
             f"resume it once with --data {former}, or give another --out"
         )
-    for one in _new_changes(source, began, {name for name, _ in reports}, cure):
+    for changed, one in _new_changes(source, began, {name for name, _ in reports}, cure):
         if one.names:
             raise ValueError(
-                f"{source.name}: of {one.compared} images compared, {len(one.names)} differ from those this run began "
+                f"{changed}: of {one.compared} images compared, {len(one.names)} differ from those this run began "
                 f"with, {one.names[0]} for one; {cure}"
             )
 
 
-def moved_reports(reports: Iterable[Report], former: str, data: str) -> list[Report]:
+def moved_reports(reports: Iterable[Report], former: Data, data: Data) -> list[Report]:
     """The reports of unreadable images of a set that was at another path, with the names they have now."""
-    before, now = (one_line(path).rstrip("/") + "/" for path in (former, data))
-    return [(now + name.removeprefix(before) if name.startswith(before) else name, reason) for name, reason in reports]
+    paths = [[one_line(one.data).rstrip("/") + "/" for one in given_sources(each)] for each in (former, data)]
+    pairs = list(zip(*paths, strict=False))
+
+    def moved(name: str) -> str:
+        before, now = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
+        return now + name.removeprefix(before)
+
+    return [(moved(name), reason) for name, reason in reports]
 
 
-def _new_changes(source: Source, began: Began, known: set[str], cure: str = "give another --out") -> Iterator[Changes]:
+def _new_changes(
+    source: Source, began: Began, known: set[str], cure: str = "give another --out"
+) -> Iterator[tuple[str, Changes]]:
     """What has changed in the list of images and their sizes, and in their content, besides known images.
+
+    Yields:
+        The name of the set, or of a source of a mixture, and its changes.
 
     Raises:
         ValueError: if the list is another one.
     """
-    changes = source.changes(began.fingerprint)
-    if changes is None:
-        damaged = f" If they are, {source.listing} is damaged: delete it." if source.listing is not None else ""
-        raise ValueError(f"the images in {source.name} are not those this run began with; {cure}.{damaged}")
-    for one in (changes, _changed_content(source, began.content or {})):
-        yield Changes([name for name in one.names if name not in known], one.compared)
+    for one, before in _each(source, began):
+        changes = one.changes(before.fingerprint)
+        if changes is None:
+            damaged = f" If they are, {one.listing} is damaged: delete it." if one.listing is not None else ""
+            raise ValueError(f"the images in {one.name} are not those this run began with; {cure}.{damaged}")
+        for each in (changes, _changed_content(one, before.content or {})):
+            yield one.name, Changes([name for name in each.names if name not in known], each.compared)
+
+
+def _each(source: Source, began: Began) -> list[tuple[Source, Began]]:
+    """A set, or each source of a mixture, and what it began with."""
+    if not isinstance(source, MixtureSource) or not (prints := source.divided(began.fingerprint)):
+        return [(source, began)]
+    content = began.content
+    contents = [
+        None if content is None else {i - start: content[i] for i in content if start <= i < start + len(one)}
+        for start, one in zip(source.starts, source.sources, strict=True)
+    ]
+    return [(one, Began(*each)) for one, each in zip(source.sources, zip(prints, contents, strict=True), strict=True)]
 
 
 def _changed_content(source: Source, before: Mapping[int, str]) -> Changes:

@@ -2,7 +2,8 @@
 
 Permutations, one per epoch, form an endless stream that is cut into batches. Sample ``s`` is position ``s % n`` of
 epoch ``s // n``, so the batch of a step is a function of the step's number: a run resumes from any step without saved
-state, and the number of workers and processes does not matter.
+state, and the number of workers and processes does not matter. In a mixture each source has a stream of its own, and
+the streams are interleaved by their weights.
 """
 
 import functools
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dmjd.data.cache import ImagesInMemory, load_to_memory
+from dmjd.data.order import Interleaving, Part, Permutations
 from dmjd.data.sources.base import Source
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
@@ -22,18 +24,12 @@ from dmjd.data.workers import auto_workers, read_batches
 from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
 from dmjd.images.stored import UnreadableImage
-from dmjd.rng import STREAM_EPOCH, hash64, image_keys
+from dmjd.rng import image_keys
 
 # On the CPU, larger images are cropped faster one by one in workers than in batches.
 _MOST_PIXELS_IN_CPU_BATCHES = 96 * 96
 
 _DRAWN_AT_ONCE = 8192  # samples
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of an epoch: [n] int64. The last two are cached; do not modify the result."""
-    return hash64(STREAM_EPOCH, seed, epoch, torch.arange(n)).argsort()
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,7 @@ class Stream:
         seed: seed of all random choices.
         rank: index of this process.
         world_size: number of processes.
+        parts: the sources of a mixture, in the order of their images, each with epochs of its own; none: a single one.
 
     Raises:
         ValueError: if the batch cannot be divided evenly.
@@ -58,6 +55,7 @@ class Stream:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         parts = self.accumulate * self.world_size
@@ -78,12 +76,26 @@ class Stream:
     def draw(self, *samples: range) -> tuple[Tensor, Tensor]:
         """Sample numbers, in order -> [b] int64 indices into the set and [b] int64 keys of the images."""
         numbers = torch.cat([torch.arange(part.start, part.stop) for part in samples])
-        epochs, positions = numbers // self.length, numbers % self.length
-        indices = torch.empty_like(numbers)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            indices[here] = permutation(self.seed, epoch, self.length)[positions[here]]
+        if len(self.parts) < 2:
+            epochs, indices = self._orders[0].draw(numbers)
+        else:
+            epochs, indices = torch.empty_like(numbers), torch.empty_like(numbers)
+            sources, ordinals = self._interleaving.place(numbers)
+            for source in sources.unique().tolist():
+                here = sources == source
+                epochs[here], indices[here] = self._orders[source].draw(ordinals[here])
         return indices, image_keys(self.seed, epochs, indices)
+
+    @functools.cached_property
+    def _interleaving(self) -> Interleaving:
+        return Interleaving(self.parts)
+
+    @functools.cached_property
+    def _orders(self) -> list[Permutations]:
+        """The permutations of each source."""
+        lengths = [part.length for part in self.parts] or [self.length]
+        firsts = itertools.accumulate(lengths, initial=0)
+        return [Permutations(self.seed, length, first) for length, first in zip(lengths, firsts, strict=False)]
 
 
 @dataclass
@@ -145,7 +157,7 @@ class TrainLoader:
         flip: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size)
+        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size, source.parts)
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source

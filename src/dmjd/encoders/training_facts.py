@@ -113,8 +113,10 @@ def _settings(run: Path) -> TrainingFacts:
     except (OSError, ValueError):
         return facts
     for name in ("recipe", "data", "init"):
-        if isinstance(value := config.get(name), str):
-            facts[name] = _name(value)
+        value = config.get(name)
+        texts = value if isinstance(value, list) else [value]
+        if all(isinstance(text, str) for text in texts):
+            facts[name] = ", ".join(map(_name, texts))
     return facts
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.sources import data_text
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels
 from dmjd.data.statistics import warn_of_range
@@ -48,7 +49,7 @@ def open_sets(
     train = open_data(config, data, "train", listing=run / LISTING if own else None)
     test = open_test_data(config, data, test_data)
     if test is None:
-        raise ValueError(f"{data} has no test part: pass --test-data")
+        raise ValueError(f"{data_text(data)} has no test part: pass --test-data")
     if not own or "test_data" in given:
         warn_of_range(test if own else train)
     return train, test, aligned_labels(train, test)

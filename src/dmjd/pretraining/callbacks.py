@@ -10,6 +10,7 @@ from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.schedules import WSD
 from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
+from dmjd.data.sources.mixture import MixtureSource
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.data.unreadable import UnreadableImages
 from dmjd.encoders.headers import DEVICE_KEY, ENCODER_DIGEST_KEY, NUM_IMAGES_KEY, STABLE, WEIGHTS_KEY
@@ -301,6 +302,8 @@ class Monitor(Callback):
     def _check_unreadable(self) -> None:
         cure = self.unreadable.cure(self.source.removable)
         self.unreadable.check(self.config.max_unreadable, len(self.source), cure)
+        if isinstance(self.source, MixtureSource):
+            self.source.check_remains(self.unreadable.reports)
 
     def report_unreadable(self) -> None:
         """Write ``unreadable.txt``, if there were any."""
@@ -335,7 +338,7 @@ def began_with(state: Mapping[str, Any], config: PretrainConfig) -> tuple[Began,
     """The images of a checkpoint, and its unreadable ones, by the names they have at the configured path."""
     content, former = state.get("content"), state["config"].get("data")
     reports = [(name, reason) for name, reason in state["bad"]]
-    if isinstance(former, str) and config.data is not None:
+    if former is not None and config.data is not None:
         reports = moved_reports(reports, former, config.data)
     return Began(state["data"], dict(content) if content is not None else None), reports
 

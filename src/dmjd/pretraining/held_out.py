@@ -1,13 +1,15 @@
 """Images that a run does not train on, and its loss on them."""
 
 import warnings
-from itertools import islice
+from collections.abc import Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.order import Part
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.data.train_loader import Batch, TrainLoader
@@ -36,6 +38,8 @@ def keep_held_out(config: PretrainConfig, out: Path) -> PretrainConfig:
 def hold_out(config: PretrainConfig, source: Source) -> tuple[PretrainConfig, Source, Source | None]:
     """Divide a set into images to train on and images that are held out, the same ones for every run on this set.
 
+    Of a mixture, each source gives its part.
+
     Returns:
         The configuration, with the default number of held-out images filled in; the images to train on; the others, or
         None if there are none.
@@ -43,17 +47,43 @@ def hold_out(config: PretrainConfig, source: Source) -> tuple[PretrainConfig, So
     Raises:
         ValueError: if no image is left to train on.
     """
-    count = config.held_out
+    parts, count = source.parts or (Part(len(source)),), config.held_out
     if count is None:
-        count = min(int(SHARE * len(source)), MOST)
-    if count >= len(source):
-        raise ValueError(f"--held-out {count} leaves nothing to train on: {source.name} has {len(source)} image(s)")
+        count = min(int(SHARE * len(source)), MOST, len(source) - len(parts))
+    if count > len(source) - len(parts):
+        of_each = " of each set" if source.parts else ""
+        raise ValueError(
+            f"--held-out {count} leaves nothing{of_each} to train on: {source.name} has {len(source)} image(s)"
+        )
     config = config.replace(held_out=count)
     if count == 0:
         return config, source, None
-    order = hash64(STREAM_HELD_OUT, torch.arange(len(source))).argsort().numpy()
-    held, trained = np.sort(order[:count]), np.sort(order[count:])
-    return config, SubsetSource(source, trained), SubsetSource(source, held)
+    counts = proportional([part.length for part in parts], count)
+    rows = [_divided(start, part.length, n) for start, part, n in zip(_starts(parts), parts, counts, strict=True)]
+    held, trained = (np.concatenate(each) for each in zip(*rows, strict=True))
+    rest = tuple(Part(part.length - n, part.weight) for part, n in zip(parts, counts, strict=True))
+    trained_parts = rest if source.parts else ()
+    return config, SubsetSource(source, trained, trained_parts), SubsetSource(source, held)
+
+
+def proportional(lengths: Sequence[int], count: int) -> list[int]:
+    """Divide a number of images among sources in proportion to their lengths; each keeps at least one."""
+    exact = [count * length / sum(lengths) for length in lengths]
+    counts = [min(int(number), length - 1) for number, length in zip(exact, lengths, strict=True)]
+    while sum(counts) < count:  # the largest remainders first
+        free = [i for i, length in enumerate(lengths) if counts[i] < length - 1]
+        counts[max(free, key=lambda i: exact[i] - counts[i])] += 1
+    return counts
+
+
+def _starts(parts: Sequence[Part]) -> list[int]:
+    return list(accumulate((part.length for part in parts[:-1]), initial=0))
+
+
+def _divided(start: int, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of one source from ``start`` on, held-out ones and others, each ascending."""
+    order = start + hash64(STREAM_HELD_OUT, torch.arange(start, start + length)).argsort().numpy()
+    return np.sort(order[:count]), np.sort(order[count:])
 
 
 class HeldOutLoss:

@@ -16,6 +16,7 @@ from dmjd.config.checks import MAX_COUNT
 from dmjd.config.plan import PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import get_recipe
+from dmjd.config.sources import data_text
 from dmjd.data.overview import Overview, overview
 from dmjd.data.sources.base import Source
 from dmjd.encoders.stored import encoder_bytes
@@ -95,7 +96,7 @@ def plan(**settings: Any) -> dict[str, Any]:
         choose_batch(choices, asked, seen, images, fabric.device.type == "cpu")
     config = choices.config(asked, out=asked.out, minutes=float(f"{budget / 60:.4g}"))
     return {
-        "data": {"name": asked.data, **asdict(seen)},
+        "data": {"name": data_text(asked.data), **asdict(seen)},
         "choices": choices.reasons,
         "command": command_of(choices, asked, config),
         "expected": _expected(config, measured, len(source), asked.hours or 0),

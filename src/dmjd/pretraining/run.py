@@ -13,8 +13,10 @@ from torch import Tensor
 from dmjd.checked_json import check_json
 from dmjd.config.checks import check_out
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.sources import data_text
 from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
+from dmjd.data.sources.mixture import MixtureSource
 from dmjd.data.statistics import measure_stats, range_warning, typical_size
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
@@ -157,19 +159,20 @@ def training_images(config: PretrainConfig, out: Path) -> Source:
     Raises:
         ValueError: if they cannot be opened, are others, or there is no checkpoint that says which they were.
     """
-    data = str(config.data)
-    source = open_data(config, data, "train", listing=out / LISTING if has_checkpoint(out) else None)
+    assert config.data is not None
+    source = open_data(config, config.data, "train", listing=out / LISTING if has_checkpoint(out) else None)
     old = read_config_of(out)
-    if old is None or old.data is None or old.data == data:
+    if old is None or old.data is None or old.data == config.data:
         return source
     headers, _ = read_headers(out / CHECKPOINTS)
+    former = data_text(old.data)
     if not headers:
         raise ValueError(
-            f"{out} began with --data {old.data} and has no checkpoint yet that its images could be compared with; "
+            f"{out} began with --data {former} and has no checkpoint yet that its images could be compared with; "
             "give the same path, or another --out"
         )
     began, reports = began_with(check_json(headers[0].metadata, PretrainState, str(headers[0].path)), config)
-    check_moved(source, began, reports, old.data)
+    check_moved(source, began, reports, former)
     return source
 
 
@@ -315,11 +318,13 @@ def log_summary(
     encoder, fabric, batch_size = model.encoder, engine.fabric, engine.batch_size
     begin = f"  init     {start}\n           {mean_source(config, start)}\n" if start is not None else ""
     parameters = sum(p.numel() for p in encoder.parameters())
+    lines = source.lines() if isinstance(source, MixtureSource) else []
+    data_line, each = f"{len(lines)} sets" if lines else source.name, "".join(f"           {line}\n" for line in lines)
     held = f", {config.held_out} of them held out," if config.held_out else ""
     console.say(
         f"{f'resumed at step {engine.state.step}' if resumed else 'started'}: {config.out}\n"
-        f"  data     {source.name}: {len(source)} images{held} -> {config.size[0]} x {config.size[1]} x "
-        f"{config.in_chans}, {batch_size} a step\n"
+        f"  data     {data_line}: {len(source)} images{held} -> {config.size[0]} x {config.size[1]} x "
+        f"{config.in_chans}, {batch_size} a step\n{each}"
         f"  encoder  {encoder.name}, {parameters / 1e6:.1f} M parameters, {encoder.num_patches} tokens, "
         f"{model.counts[0]} visible in each of {model.masks.num_views} view(s)\n{begin}"
         f"  exports  {', '.join(formats_of(encoder))} (dmjd export); features (dmjd embed)\n"

@@ -7,7 +7,7 @@ from lightning.fabric import Fabric
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
-from dmjd.data.sources.registry import absolute
+from dmjd.data.sources.registry import absolute, absolute_sources
 from dmjd.encoders.timm_weights import LOCAL
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import import_wandb
@@ -27,10 +27,12 @@ def resolve_paths(config: PretrainConfig) -> PretrainConfig:
         raise ValueError("say what to train on: --data FOLDER (or a .parquet file, a set name, digits)")
     if config.out is None:
         raise ValueError("say where the run goes: --out DIR")
-    paths = {name: getattr(config, name) for name in ("data", "test_data", "teacher", "init")}
-    if empty := [name for name, path in paths.items() if path is not None and not path.strip()]:
+    paths = {name: getattr(config, name) for name in ("test_data", "teacher", "init")}
+    texts = paths | {"data": config.data if isinstance(config.data, str) else None}
+    if empty := [name for name, path in texts.items() if path is not None and not path.strip()]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")
-    return config.replace(**{name: _absolute(path) for name, path in paths.items() if path is not None})
+    paths = {name: _absolute(path) for name, path in paths.items() if path is not None}
+    return config.replace(data=absolute_sources(config.data), **paths)
 
 
 def _absolute(path: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from dmjd.branches import Distillation, Reconstruction
 from dmjd.config.checks import check_path
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.sources import Data
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
@@ -136,7 +137,7 @@ def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
     return settings_class(**{f: getattr(config, field) for f, field in names.items() if hasattr(config, field)})
 
 
-def open_data(config: PretrainConfig, data: str, split: str, listing: Path | None = None) -> Source:
+def open_data(config: PretrainConfig, data: Data, split: str, listing: Path | None = None) -> Source:
     """Open a data source with the labels, channels and value range of a configuration."""
     return open_source(
         data,
@@ -148,7 +149,7 @@ def open_data(config: PretrainConfig, data: str, split: str, listing: Path | Non
     )
 
 
-def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> Source | None:
+def open_test_data(config: PretrainConfig, data: Data, test_data: str | None) -> Source | None:
     """Open the test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none."""
     if test_data is not None:
         return open_data(config, test_data, "test" if has_split(test_data, "test") else "train")
@@ -180,7 +181,9 @@ def open_images(
     if data is None and config.data is None:
         raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
     listing = run / LISTING if data is None and split == "train" else None
-    return open_data(config, str(config.data if data is None else data), split, listing=listing)
+    chosen = config.data if data is None else str(data)
+    assert chosen is not None
+    return open_data(config, chosen, split, listing=listing)
 
 
 def read_config(run: str | Path) -> PretrainConfig:

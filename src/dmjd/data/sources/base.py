@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from dmjd.data.order import Part
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.images.stored import UnreadableImage
@@ -61,6 +62,8 @@ class Source(ABC):
         remote: whether such sets are on the network.
         listing: file that the list of images was read from; None: it is not from a file.
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
+        full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
+        parts: the sources of a mixture, with their weights; empty for other sets.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -68,7 +71,6 @@ class Source(ABC):
     label_option: ClassVar[str | None] = None
     can_hold_masks: ClassVar[bool] = False
     remote: ClassVar[bool] = False
-    removable: ClassVar[bool] = False
 
     name: str
     in_chans: int = 3
@@ -76,6 +78,9 @@ class Source(ABC):
     labels: np.ndarray | None = None
     listing: Path | None = None
     classes: list[str]
+    removable: bool = False
+    full_names: bool = False
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:

@@ -3,16 +3,20 @@
 import difflib
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from dmjd.config.fields import LABELS
+from dmjd.config.sources import Data, check_sources, data_text, given_sources
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
 from dmjd.data.sources.lists import ENDING, ListSource
+from dmjd.data.sources.mixture import MixtureSource, listing_of
 from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
@@ -26,7 +30,7 @@ SPLITS = ("train", "test")
 
 
 def open_source(
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     labels: str = "none",
@@ -42,17 +46,22 @@ def open_source(
             them; a .txt file with one path of an image a line; or the name of a Hugging Face dataset. Names win over
             folders: write "./digits" for a folder, or give a Path. A folder with train/ and test/ (or val/; capital
             letters do not matter), or train.parquet and test.parquet (or shards of such names), gives both splits.
+            Several of these are one set, a :class:`~dmjd.data.sources.mixture.MixtureSource`: ["A", "B:0.3"], of which
+            a run draws 30 % of the samples from B.
         split: "train" or "test".
         labels: "none"; "folder", the first folder below the root; or "column" of a table. Digits and torchvision sets
             are always labeled.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``).
+        listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``); for several
+            sets one each, of which this gives the folder and the name.
         masks: open the segmentation masks of a table instead of its images.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
     """
     _check_options(split, labels, in_chans)
+    if not isinstance(data, str | Path):
+        return _open_several(data, SourceOptions(split, labels, in_chans, value_range, listing, masks))
     name = _named(data)
     kind = _find(name, split)
     if kind is None:
@@ -78,12 +87,46 @@ def open_source(
     return kind.from_data(name, SourceOptions(split, labels, in_chans, value_range, listing, masks))
 
 
-def has_split(data: str | Path, split: str) -> bool:
-    """Whether :func:`open_source` finds this split; for a hub name the hub is queried.
+def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
+    """Open each source; of splits other than train those that have one."""
+    sources = given_sources([_named(one) for one in data])
+    if (message := check_sources(sources)) is not None:
+        warnings.warn(message, DMJDWarning, stacklevel=3)
+    if len(sources) == 1:
+        return open_source(sources[0].data, **vars(options))
+    if options.masks:
+        raise ValueError(f"images with masks come from one set, got several: {data_text([s.text for s in sources])}")
+    opened = []
+    for number, source in enumerate(sources):
+        if options.split == "train" or has_split(source.data, options.split):
+            listing = listing_of(options.listing, number) if options.listing is not None else None
+            own = replace(options, listing=listing, labels=_labels_of(source.data, options))
+            opened.append((open_source(source.data, **vars(own)), source.weight))
+    if unlabeled := [source.name for source, _ in opened if options.with_labels and source.labels is None]:
+        raise ValueError(f"labels '{options.labels}': {unlabeled[0]} has none, so the classes of the others are no use")
+    if len(opened) < 2:
+        return opened[0][0] if opened else open_source(sources[0].data, **vars(options))  # whose message says why
+    for each, _ in opened:
+        each.full_names = True
+    mixture = MixtureSource(*zip(*opened, strict=True))
+    mixture.check_readable()
+    return mixture
+
+
+def _labels_of(data: str, options: SourceOptions) -> str:
+    """Where a source of several has its labels, if they are wanted: folders and tables may stand side by side."""
+    kind = _find(data, options.split) if options.with_labels else None
+    return options.labels if kind is None or kind.label_option is None else kind.label_option
+
+
+def has_split(data: str | Path | Sequence[str | Path], split: str) -> bool:
+    """Whether :func:`open_source` finds this split; for a hub name the hub is queried. Of several, one must have it.
 
     Raises:
         ValueError: if a path does not exist.
     """
+    if not isinstance(data, str | Path):
+        return any(has_split(source.data, split) for source in given_sources([_named(one) for one in data]))
     name = _named(data)
     kind = _find(name, split)
     return kind is not None and kind.has_split(name, split)
@@ -93,6 +136,19 @@ def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
     path = os.path.expanduser(data)
     return os.path.abspath(path) if data.strip() and data not in _names() and os.path.exists(path) else data
+
+
+def absolute_sources(data: Data) -> Data:
+    """:func:`absolute` of each source; checks their weights.
+
+    Raises:
+        ValueError: see :func:`~dmjd.config.sources.check_sources`.
+    """
+    if isinstance(data, str):
+        return absolute(data)
+    sources = given_sources(data)
+    check_sources(sources)
+    return tuple(source._replace(data=absolute(source.data)).text for source in sources)
 
 
 def _named(data: str | Path) -> str:
@@ -138,6 +194,8 @@ def _find(data: str, split: str) -> type[Source] | None:
 def _check_spelling(data: str, is_name: bool) -> None:
     """Raise an error for a misspelled path or name, which could be mistaken for the name of a remote set."""
     path = expanded(data)
+    if os.path.exists(expanded((given := given_sources([data]))[0].data)):
+        check_sources(given)  # a weight, which means nothing for a single set
     with permission_checked(path):
         nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if path.parent == Path():

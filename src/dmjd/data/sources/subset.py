@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dmjd.data.order import Part
 from dmjd.data.sources.base import Source
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage
@@ -15,10 +16,11 @@ class SubsetSource(Source):
     Args:
         source: the whole set.
         rows: [m] indices into it, in the order of the subset.
+        parts: what the rows are of each source of a mixture, if they are to be drawn by its weights.
     """
 
-    def __init__(self, source: Source, rows: Sequence[int] | np.ndarray) -> None:
-        self.source, self.rows = source, np.asarray(rows, dtype=np.int64)
+    def __init__(self, source: Source, rows: Sequence[int] | np.ndarray, parts: tuple[Part, ...] = ()) -> None:
+        self.source, self.rows, self.parts = source, np.asarray(rows, dtype=np.int64), parts
         self.name, self.in_chans, self.value_range = source.name, source.in_chans, source.value_range
         self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[self.rows]

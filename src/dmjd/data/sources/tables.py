@@ -5,6 +5,7 @@ The library keeps the encoded images in a memory-mapped Arrow file, which all wo
 
 import contextlib
 import glob
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -88,8 +89,9 @@ class TableSource(Source):
 
     def describe(self, index: int) -> str:
         """Row, counted from 0, and file."""
+        folder = os.path.join(self._folder, "") if self.full_names and self._folder.parts else ""
         file = int(np.searchsorted(self._ends, index, side="right"))
-        return f"row {index - (self._ends[file - 1] if file else 0)} of {printable(self._files[file][0])}"
+        return f"row {index - (self._ends[file - 1] if file else 0)} of {printable(folder + self._files[file][0])}"
 
     def _identity(self) -> Iterable[str]:
         return (f"{name} {rows}" for name, rows in self._files)
