@@ -9,6 +9,9 @@ Reads results of ``convergence.py``, whose probes hold the measures. For each se
   in linear probe if the checkpoint with the best value of the measure is taken instead of the one with the best probe;
 - across runs: the same correlation over the last probes of all runs, which differ in recipe, rate, length and seed. A
   loss is compared among runs of one recipe only, which is why it has no such value.
+
+A measure is worth something within a run only if it does better than the time, which rises with the probe in every run
+that learns: the first row takes the last checkpoint.
 """
 
 import argparse
@@ -25,13 +28,14 @@ from dmjd.figures.grid import save_figure
 from dmjd.figures.panels import DPI
 
 # measure -> sign: 1 if more should be better
-MEASURES = {"held_out_loss": -1, "effective_rank": 1, "feature_std": 1, "alpha_req": -1, "neighbors_kept": 1}
+MEASURES = {"step": 1, "held_out_loss": -1, "effective_rank": 1, "feature_std": 1, "alpha_req": -1, "neighbors_kept": 1}
 
-PER_RECIPE = ("held_out_loss",)
+PER_RECIPE = ("step", "held_out_loss")
 
 LEAST_PROBES = 4  # of a correlation within a run
 
 WORDS = {
+    "step": "the time",
     "held_out_loss": "held-out loss",
     "effective_rank": "effective rank",
     "feature_std": "feature deviation",
@@ -108,11 +112,12 @@ def table(rows: dict[str, dict[str, float | None]]) -> str:
 
 def draw(sets: dict[str, list[dict[str, Any]]]) -> Figure:
     """A row for each set of images, a column for each measure; a line for each run, a dot at its end."""
-    figure = Figure(figsize=(3.2 * len(MEASURES), 3.0 * len(sets)), dpi=DPI, layout="constrained")
-    grid = figure.subplots(len(sets), len(MEASURES), squeeze=False, sharey="row")
+    shown = [name for name in MEASURES if name != "step"]
+    figure = Figure(figsize=(3.2 * len(shown), 3.0 * len(sets)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(sets), len(shown), squeeze=False, sharey="row")
     for row, (data, runs) in zip(grid, sets.items(), strict=True):
         recipes = {name: f"C{i % 10}" for i, name in enumerate(sorted({run["variant"] for run in runs}))}
-        for axes, name in zip(row, MEASURES, strict=True):
+        for axes, name in zip(row, shown, strict=True):
             for run in runs:
                 points = [(p[name], 100 * p["linear"]) for p in run["probes"] if name in p]
                 axes.plot(*zip(*points, strict=True), color=recipes[run["variant"]], linewidth=0.8, alpha=0.6)
