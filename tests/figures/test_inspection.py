@@ -79,6 +79,14 @@ def test_other_channels(tmp_path, channels):
     assert (tmp_path / "out" / "figure.png").exists()
 
 
+def test_several_sets_are_one(folder, tmp_path, capsys):
+    Image.new("RGB", (7, 5)).save(tmp_path / "one.png")
+    parts = [str(folder / "train" / "cat"), str(tmp_path)]
+    assert main(["inspect", *parts, "--img-size", "8", "--num-workers", "0"]) == 0
+    assert "7 train" in capsys.readouterr().out
+    assert dmjd.inspect([parts[0], f"{parts[1]}:0.5"], img_size=8, num_workers=0)["formats"] == {"JPEG": 6, "PNG": 1}
+
+
 def test_one_image(tmp_path):
     Image.new("RGB", (7, 5)).save(tmp_path / "one.png")
     assert dmjd.inspect(str(tmp_path), img_size=8)["sizes"]["largest"] == [5, 7]

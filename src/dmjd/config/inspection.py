@@ -15,7 +15,7 @@ class InspectConfig(Config):
 
     task: ClassVar[str] = "inspect"
 
-    data: str | None = option(None, "images, as for dmjd pretrain", DATA)
+    data: str | tuple[str, ...] | None = option(None, "images, as for dmjd pretrain", DATA)
     labels: str = option("none", "source of the class labels, whose counts are shown", DATA, choices=LABELS)
     sample: int = option(2000, "images to read, evenly spaced; 0: all", DATA, ge=0, most=MAX_COUNT)
     img_size: tuple[int, ...] = option(

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from dmjd.config.inspection import InspectConfig
 from dmjd.config.recipes import folder
+from dmjd.config.sources import Data
 from dmjd.data.inspection import ImageFacts, Inspection, class_counts, reading_speed
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import SPLITS, has_split, open_source
@@ -27,11 +28,11 @@ _COLUMNS, _ROWS = 8, 2  # of the crops
 _MOST_BARS = 12  # classes in the figure
 
 
-def inspect(data: str | None = None, *, out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+def inspect(data: Data | None = None, *, out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Look at a set of images as a run would read it. Nothing but ``out`` is written.
 
     Args:
-        data: images, as for :func:`dmjd.pretrain`.
+        data: images, as for :func:`dmjd.pretrain`; several sets are looked at as one.
         out: figure to write: sample crops as the encoder would see them, sizes, formats, classes.
         settings: see :class:`~dmjd.config.inspection.InspectConfig`.
 
@@ -43,7 +44,7 @@ def inspect(data: str | None = None, *, out: str | Path | None = None, **setting
     Raises:
         ValueError: if the images cannot be opened, none can be read, or ``out`` cannot be written.
     """
-    asked = InspectConfig(data=data, **settings)
+    asked = InspectConfig(data=data if data is None or isinstance(data, str) else tuple(data), **settings)
     asked.check_complete()
     file = None if out is None else figure_path(out)
     parts = _parts(asked)
