@@ -60,7 +60,8 @@ class PretrainConfig(Config):
     recipe: str = option("dmjd", "recipe the run started from", "run")
     data: str | None = option(
         None,
-        "folder of images, .txt list of images, .parquet file or folder of them, set name, hub name, or digits",
+        "folder of images, .txt list of images, .parquet, .tar or .zip file, folder or pattern of them, set name, hub "
+        "name, or digits",
         "data",
         resume=True,
         common=True,

@@ -23,6 +23,12 @@ _MASK_FOLDERS = ("masks", "labels", "annotations")  # next to images/, in sets f
 
 _LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")  # may list images, but are not read
 
+TABLES = (".parquet",)
+
+SHARDS = (".tar", ".zip")
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+
 _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
@@ -99,26 +105,29 @@ def path_inside(root: Path, folder: Path, name: str) -> str | None:
     return path if path.startswith(os.path.join(top, "")) and "\0" not in name else None
 
 
-def split_tables(path: Path, split: str) -> list[Path]:
-    """The parquet files of a split of an existing path; empty for a folder of images.
+def split_tables(path: Path, split: str, endings: tuple[str, ...] = TABLES) -> list[Path]:
+    """The parquet files (or those with other endings) of a split of an existing path; empty for a folder of images.
 
     Raises:
         ValueError: if permission to read a folder is missing.
     """
     if path.is_file():
-        return [path] if path.suffix.lower() == ".parquet" and split == "train" else []
+        return [path] if path.name.lower().endswith(endings) and split == "train" else []
     with permission_checked(path):
         folders = _split_folders(path)
-        tables = _tables(folders[split] if folders else path)
+        tables = _tables(folders[split] if folders else path, endings)
         for table in tables:
             if kind := irregular(table):
                 raise ValueError(f"{printable(table)} is {kind}, not a file: move it away")
-    if folders:
-        return tables
-    splits = {name: [t for t in tables if _shard_of(t, names)] for name, names in _SHARD_NAMES.items()}
+    return tables if folders else files_of_split(tables, split)
+
+
+def files_of_split(files: list[Path], split: str) -> list[Path]:
+    """Those named after a split, if there are files of both: train-0.tar, test-0.tar. Else all are training files."""
+    splits = {name: [file for file in files if _shard_of(file, names)] for name, names in _SHARD_NAMES.items()}
     if splits["train"] and splits["test"]:
         return splits[split]
-    return tables if split == "train" else []
+    return files if split == "train" else []
 
 
 def split_folder(path: Path, split: str) -> Path | None:
@@ -128,7 +137,7 @@ def split_folder(path: Path, split: str) -> Path | None:
         ValueError: if the path is a file, or permission to read a folder is missing.
     """
     if path.is_file():
-        if path.suffix.lower() in (".parquet", ".txt"):
+        if path.name.lower().endswith((*TABLES, ".txt", *SHARDS, *COMPRESSED)):
             return None
         if path.suffix.lower() in _LISTS:
             raise ValueError(
@@ -181,13 +190,17 @@ def _shard_of(table: Path, names: tuple[str, ...]) -> bool:
     return re.split(r"[-_.]", table.stem.lower())[0] in names
 
 
-def _tables(folder: Path) -> list[Path]:
-    """The parquet files of a folder, or of its data/ folder, as in hub repositories."""
-    return _visible_tables(folder) or _visible_tables(folder / "data")
+def _tables(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """The files with these endings of a folder, or of its data/ folder, as in hub repositories."""
+    return _visible(folder, endings) or _visible(folder / "data", endings)
 
 
-def _visible_tables(folder: Path) -> list[Path]:
-    return sorted(t for t in folder.glob("*.parquet") if not t.name.startswith(".") and not t.is_dir())
+def _visible(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        found = [folder / e.name for e in entries if e.name.endswith(endings) and not e.name.startswith(".")]
+    return sorted(file for file in found if not file.is_dir())
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

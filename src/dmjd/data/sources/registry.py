@@ -13,14 +13,23 @@ from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
 from dmjd.data.sources.lists import ENDING, ListSource
-from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
+from dmjd.data.sources.paths import EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
+from dmjd.data.sources.shards import ShardSource
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
 
 # The kinds of sources, in order of precedence: the first that matches is opened. Names win over paths.
-SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, ListSource, FolderSource, HubSource)
+SOURCES: tuple[type[Source], ...] = (
+    DigitsSource,
+    NamedSource,
+    ParquetSource,
+    ListSource,
+    ShardSource,
+    FolderSource,
+    HubSource,
+)
 
 SPLITS = ("train", "test")
 
@@ -39,12 +48,13 @@ def open_source(
 
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
-            them; a .txt file with one path of an image a line; or the name of a Hugging Face dataset. Names win over
-            folders: write "./digits" for a folder, or give a Path. A folder with train/ and test/ (or val/; capital
-            letters do not matter), or train.parquet and test.parquet (or shards of such names), gives both splits.
+            them; a .txt file with one path of an image a line; a .tar or .zip file, a folder of them, or a pattern
+            such as "a/*.tar"; or the name of a Hugging Face dataset. Names win over folders: write "./digits" for a
+            folder, or give a Path. A folder with train/ and test/ (or val/; capital letters do not matter), or
+            train.parquet and test.parquet (or shards of such names), gives both splits.
         split: "train" or "test".
-        labels: "none"; "folder", the first folder below the root; or "column" of a table. Digits and torchvision sets
-            are always labeled.
+        labels: "none"; "folder", the first folder below the root; or "column" of a table, for shards the members .cls,
+            .json or .txt. Digits and torchvision sets are always labeled.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``).
         masks: open the segmentation masks of a table instead of its images.
@@ -92,7 +102,9 @@ def has_split(data: str | Path, split: str) -> bool:
 def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
     path = os.path.expanduser(data)
-    return os.path.abspath(path) if data.strip() and data not in _names() and os.path.exists(path) else data
+    if data.strip() and data not in _names() and (os.path.exists(path) or path.lower().endswith(SHARDS)):
+        return os.path.abspath(path)
+    return data
 
 
 def _named(data: str | Path) -> str:
@@ -143,7 +155,7 @@ def _check_spelling(data: str, is_name: bool) -> None:
     if path.parent == Path():
         nearby += _names()
     close = difflib.get_close_matches(path.name, nearby, n=1, cutoff=0.75)
-    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet", ENDING)
+    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet", ENDING, *SHARDS)
     beside_files = path.parent != Path() and path.parent.is_dir()
     if close or known_ending or beside_files or not is_name:
         other = printable(path.parent / close[0]) if close else ""
