@@ -4,6 +4,9 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,43 @@ def test_several_processes_scan_with_progress(shards, monkeypatch, capsys):
     monkeypatch.setattr(shard_cache, "auto_workers", lambda: 2)
     assert first_values(open_source(shards)) == list(range(12))
     assert "indexing shards, once: 1 of 3" in capsys.readouterr().err
+
+
+def test_processes_that_start_together_scan_once(shards, monkeypatch, tmp_path):
+    def slow(path, name, scan=shard_cache.scan_shard):
+        with open(tmp_path / "scanned.txt", "a") as file:
+            file.write(f"{name}\n")
+        time.sleep(0.1)
+        return scan(path, name)
+
+    monkeypatch.setattr(shard_cache, "scan_shard", slow)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        sources = pool.map(open_source, [shards] * 3, chunksize=1)
+    assert len({source.fingerprint() for source in sources}) == 1
+    assert (tmp_path / "scanned.txt").read_text().split() == ["a.tar", "b.zip", "c.zip"]
+
+
+def test_a_command_that_was_killed_while_it_scans_goes_on(shards, tmp_path):
+    """By a signal that cannot be caught: what was scanned stays, and no lock remains."""
+    code = """
+import sys, time
+from dmjd.data.sources import shard_cache
+from dmjd.data.sources.registry import open_source
+scan = shard_cache.scan_shard
+def slow(path, name):
+    if name == "b.zip":
+        print("here", flush=True)
+        time.sleep(60)
+    return scan(path, name)
+shard_cache.scan_shard = slow
+open_source(sys.argv[1])
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(shards)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.kill()
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "dmjd" / "shards"
+    assert len(list(cache.glob("*.parts/*.arrow"))) == 1
+    assert first_values(open_source(shards)) == list(range(12))
 
 
 def test_a_cache_that_cannot_be_written_is_named(shards, monkeypatch, tmp_path):

@@ -57,6 +57,17 @@ def test_what_python_packs_is_found(tmp_path, contents):
         assert [source.stored(i) for i in range(len(source))] == list(members.values())
 
 
+def test_joined_and_prefixed_archives_and_large_headers(tmp_path):
+    """As from cat a.tar b.tar, as a self-extracting zip, and as written to a pipe with the headers of zip64."""
+    parts = [tar(tmp_path / f"{i}.tar", {f"{i}.png": png(i)}).read_bytes() for i in range(3)]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    assert first_values(open_source(tmp_path / "all.tar")) == [0, 1, 2]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file, file.open("a.png", "w", force_zip64=True) as member:
+        member.write(png(5))
+    (tmp_path / "b.zip").write_bytes(b"#!/bin/sh\n" + (tmp_path / "a.zip").read_bytes())
+    assert first_values(open_source(str(tmp_path / "*.zip"))) == [5, 5]
+
+
 def test_links_folders_devices_and_sparse_files(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for name, kind in (("d.png", tarfile.DIRTYPE), ("l.png", tarfile.SYMTYPE), ("h.png", tarfile.LNKTYPE),

@@ -85,7 +85,7 @@ def _scanned(
 
 def _scan(tasks: Sequence[_Task], num_bytes: int) -> None:
     """Scan shards, in several processes if they are large, with lines of progress on stderr."""
-    workers = 0 if num_bytes < _FEW_BYTES else min(auto_workers(), len(tasks) - 1)
+    workers = 0 if num_bytes < _FEW_BYTES or len(tasks) == 1 else min(auto_workers(), len(tasks))
     started = time.monotonic()
     shown = started + _FIRST_SECONDS - _NEXT_SECONDS
     for done, _ in enumerate(read_batches(_scan_to_file, tasks, workers), 1):

@@ -156,11 +156,14 @@ def _scan_tar(file: BinaryIO, size: int, members: _Members) -> str | None:
     if _read(file, 0, 6).startswith(_COMPRESSED):
         raise RefusedShard("it is compressed, so single images can't be found in it: decompress it")
     file.seek(0)
-    position, tar = 0, tarfile.TarFile(fileobj=file, mode="w")  # for its parser: in this mode, it reads nothing itself
+    position, ended = 0, False
+    tar = tarfile.TarFile(fileobj=file, mode="w")  # for its parser: in this mode, it reads nothing itself
     while position + tarfile.BLOCKSIZE <= size:
         header = _read(file, position, tarfile.BLOCKSIZE)
-        if not any(header):
-            return None  # the mark of the end
+        ended = not any(header)
+        if ended:  # the mark of the end, or what fills the file; another archive may follow, as after cat a.tar b.tar
+            position += tarfile.BLOCKSIZE
+            continue
         member = None if tar.pax_headers else _plain_member(header)
         try:
             name, start, length, regular = member or _any_member(file, position, tar)
@@ -178,7 +181,7 @@ def _scan_tar(file: BinaryIO, size: int, members: _Members) -> str | None:
             return f"it is cut short, in {printable(name)[:100]}"
         elif start >= 0:
             members.add(name, start, length)
-    return "its end is missing"
+    return None if ended else "its end is missing"
 
 
 def _plain_member(header: bytes) -> tuple[str, int, int, bool] | None:
