@@ -23,8 +23,6 @@ _MASK_FOLDERS = ("masks", "labels", "annotations")  # next to images/, in sets f
 
 _LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")  # may list images, but are not read
 
-TABLES = (".parquet",)
-
 SHARDS = (".tar", ".zip")
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
@@ -105,21 +103,23 @@ def path_inside(root: Path, folder: Path, name: str) -> str | None:
     return path if path.startswith(os.path.join(top, "")) and "\0" not in name else None
 
 
-def split_tables(path: Path, split: str, endings: tuple[str, ...] = TABLES) -> list[Path]:
-    """The parquet files (or those with other endings) of a split of an existing path; empty for a folder of images.
+def split_tables(path: Path, split: str) -> list[Path]:
+    """The parquet files of a split of an existing path; empty for a folder of images.
 
     Raises:
         ValueError: if permission to read a folder is missing.
     """
     if path.is_file():
-        return [path] if path.name.lower().endswith(endings) and split == "train" else []
+        return [path] if path.suffix.lower() == ".parquet" and split == "train" else []
     with permission_checked(path):
         folders = _split_folders(path)
-        tables = _tables(folders[split] if folders else path, endings)
+        tables = _tables(folders[split] if folders else path)
         for table in tables:
             if kind := irregular(table):
                 raise ValueError(f"{printable(table)} is {kind}, not a file: move it away")
-    return tables if folders else files_of_split(tables, split)
+    if folders:
+        return tables
+    return files_of_split(tables, split)
 
 
 def files_of_split(files: list[Path], split: str) -> list[Path]:
@@ -137,7 +137,7 @@ def split_folder(path: Path, split: str) -> Path | None:
         ValueError: if the path is a file, or permission to read a folder is missing.
     """
     if path.is_file():
-        if path.name.lower().endswith((*TABLES, ".txt", *SHARDS, *COMPRESSED)):
+        if path.suffix.lower() in (".parquet", ".txt") or path.name.lower().endswith((*SHARDS, *COMPRESSED)):
             return None
         if path.suffix.lower() in _LISTS:
             raise ValueError(
@@ -190,17 +190,13 @@ def _shard_of(table: Path, names: tuple[str, ...]) -> bool:
     return re.split(r"[-_.]", table.stem.lower())[0] in names
 
 
-def _tables(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """The files with these endings of a folder, or of its data/ folder, as in hub repositories."""
-    return _visible(folder, endings) or _visible(folder / "data", endings)
+def _tables(folder: Path) -> list[Path]:
+    """The parquet files of a folder, or of its data/ folder, as in hub repositories."""
+    return _visible_tables(folder) or _visible_tables(folder / "data")
 
 
-def _visible(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        found = [folder / e.name for e in entries if e.name.endswith(endings) and not e.name.startswith(".")]
-    return sorted(file for file in found if not file.is_dir())
+def _visible_tables(folder: Path) -> list[Path]:
+    return sorted(t for t in folder.glob("*.parquet") if not t.name.startswith(".") and not t.is_dir())
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

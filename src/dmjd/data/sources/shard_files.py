@@ -16,7 +16,8 @@ from dmjd.data.sources.paths import (
     existing_path,
     expanded,
     files_of_split,
-    split_tables,
+    permission_checked,
+    split_folder,
 )
 from dmjd.data.sources.shard_index import Extent, Shard
 from dmjd.images.stored import MAX_BYTES
@@ -38,9 +39,16 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> tup
         ValueError: if permission to read a folder is missing.
     """
     path = existing_path(data)
+    if path is not None and path.is_file():
+        return path.parent, [path] if path.name.lower().endswith(endings) and split == "train" else []
     if path is not None:
-        files = split_tables(path, split, endings)
-        return (files[0].parent if files else path), files
+        whole = split_folder(path, "train") == path  # else it has folders train/ and test/
+        folder = path if whole else split_folder(path, split)
+        if folder is None:
+            return path, []
+        with permission_checked(folder):
+            files = _shards_in(folder, endings) or _shards_in(folder / "data", endings)  # as in hub repositories
+        return (files[0].parent if files else folder), files_of_split(files, split) if whole else files
     if "\0" in data or not any(character in data for character in _MAGIC):
         return Path(), []
     pattern = expanded(data)
@@ -49,6 +57,14 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> tup
     while any(character in str(folder) for character in _MAGIC):
         folder = folder.parent
     return folder, files_of_split(found, split)
+
+
+def _shards_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if e.name.lower().endswith(endings) and not e.name.startswith(".")]
+    return sorted(file for name in names if not (file := folder / name).is_dir())
 
 
 def is_shards(data: str, split: str) -> bool:
