@@ -13,7 +13,7 @@ import pytest
 from archives import cut, zipped
 from image_sets import first_values, png
 
-from dmjd.data.sources import shard_cache
+from dmjd.data.sources import progress, shard_cache
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.shard_index import ShardIndex
 
@@ -58,7 +58,7 @@ def test_a_scan_that_was_killed_goes_on(shards, monkeypatch):
 
 def test_several_processes_scan_with_progress(shards, monkeypatch, capsys):
     monkeypatch.setattr(shard_cache, "_FEW_BYTES", 0)
-    monkeypatch.setattr(shard_cache, "_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.0)
     monkeypatch.setattr(shard_cache, "auto_workers", lambda: 2)
     assert first_values(open_source(shards)) == list(range(12))
     assert "indexing shards, once: 1 of 3" in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_a_command_that_was_killed_while_it_scans_goes_on(shards, tmp_path):
     """By a signal that cannot be caught: what was scanned stays, and no lock remains."""
     code = """
 import sys, time
-from dmjd.data.sources import shard_cache
+from dmjd.data.sources import progress, shard_cache
 from dmjd.data.sources.registry import open_source
 scan = shard_cache.scan_shard
 def slow(path, name):

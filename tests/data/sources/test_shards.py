@@ -41,6 +41,7 @@ def test_parts_by_folder_or_name(shards, tmp_path):
     assert (train.describe(0), len(train)) == (f"{shards}/train-0.tar/0.png", 4)
     assert align_labels(train, test).tolist() == [0, 1, 0, 1]
     assert has_split(str(shards / "*.tar"), "test")
+    assert not has_split(str(shards / "train-*.tar"), "test")
     assert not has_split(shards / "train-0.tar", "test")
 
 

@@ -14,6 +14,8 @@ from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
 from dmjd.data.sources.lists import ENDING, ListSource
 from dmjd.data.sources.paths import EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
+from dmjd.data.sources.remote import is_url
+from dmjd.data.sources.shard_files import is_shards
 from dmjd.data.sources.shards import ShardSource
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
@@ -102,7 +104,12 @@ def has_split(data: str | Path, split: str) -> bool:
 def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
     path = os.path.expanduser(data)
-    if data.strip() and data not in _names() and (os.path.exists(path) or path.lower().endswith(SHARDS)):
+    if (
+        data.strip()
+        and not is_url(data)
+        and data not in _names()
+        and (os.path.exists(path) or path.lower().endswith(SHARDS))
+    ):
         return os.path.abspath(path)
     return data
 
@@ -142,7 +149,7 @@ def _find(data: str, split: str) -> type[Source] | None:
         ValueError: if a path does not exist.
     """
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
-    if (kind is None or kind.remote) and existing_path(data) is None:
+    if (kind is None or kind.remote) and existing_path(data) is None and not is_shards(data, "train"):
         _check_spelling(data, is_name=kind is not None)
     return kind
 

@@ -2,24 +2,20 @@
 
 import os
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from dmjd.data.sources.base import short_hash
+from dmjd.data.sources.progress import counted
 from dmjd.data.sources.shard_index import Shard, ShardIndex, read_if_there
 from dmjd.data.sources.shard_scan import scan_shard
 from dmjd.data.workers import auto_workers, read_batches
 from dmjd.files import locked, make_folder
-from dmjd.streams import UnfailingStream
 from dmjd.text import printable
 
 _FEW_BYTES = 1 << 28  # shards that are scanned faster than processes start
-
-_FIRST_SECONDS, _NEXT_SECONDS = 2.0, 10.0  # until a line of progress, and between two of them
 
 _Scanned = tuple[Shard, pa.RecordBatch]
 
@@ -86,14 +82,8 @@ def _scanned(
 def _scan(tasks: Sequence[_Task], num_bytes: int) -> None:
     """Scan shards, in several processes if they are large, with lines of progress on stderr."""
     workers = 0 if num_bytes < _FEW_BYTES or len(tasks) == 1 else min(auto_workers(), len(tasks))
-    started = time.monotonic()
-    shown = started + _FIRST_SECONDS - _NEXT_SECONDS
-    for done, _ in enumerate(read_batches(_scan_to_file, tasks, workers), 1):
-        now = time.monotonic()
-        if now - shown >= _NEXT_SECONDS:
-            shown, left = now, (now - started) / done * (len(tasks) - done)
-            text = f"indexing shards, once: {done} of {len(tasks)}, {left:.0f} s left\n"
-            UnfailingStream(lambda: sys.stderr).write(text)
+    for _ in counted(read_batches(_scan_to_file, tasks, workers), "indexing shards, once", len(tasks)):
+        pass
 
 
 def _scan_to_file(task: _Task) -> None:

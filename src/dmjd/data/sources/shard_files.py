@@ -6,6 +6,7 @@ import glob
 import os
 import stat
 import threading
+import urllib.parse
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dmjd.data.sources.paths import (
     permission_checked,
     split_folder,
 )
+from dmjd.data.sources.remote import fetch, is_url
 from dmjd.data.sources.shard_index import Extent, Shard
 from dmjd.images.stored import MAX_BYTES
 
@@ -31,13 +33,17 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> tup
     """The shards of a split, sorted, and the folder that their names are relative to.
 
     Args:
-        data: a shard, a folder of shards (or with such folders train/ and test/), or a pattern such as ``a/*.tar``.
+        data: a shard, a folder of shards (or with such folders train/ and test/), a pattern such as ``a/*.tar``, or the
+            address of remote shards, which are fetched (see :func:`~dmjd.data.sources.remote.fetch`).
         split: "train" or "test". Shards may be named after it: ``train-000.tar`` next to ``test-000.tar``.
         endings: of their names, in small letters.
 
     Raises:
         ValueError: if permission to read a folder is missing.
     """
+    if is_url(data):
+        files = fetch(data) if _is_remote(data, split, endings) else []
+        return Path(os.path.commonpath([file.parent for file in files])) if files else Path(), files
     path = existing_path(data)
     if path is not None and path.is_file():
         return path.parent, [path] if path.name.lower().endswith(endings) and split == "train" else []
@@ -59,6 +65,10 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> tup
     return folder, files_of_split(found, split)
 
 
+def _is_remote(url: str, split: str, endings: tuple[str, ...]) -> bool:
+    return split == "train" and urllib.parse.urlsplit(url).path.lower().endswith(endings)
+
+
 def _shards_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     if not folder.is_dir():
         return []
@@ -69,6 +79,8 @@ def _shards_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 
 def is_shards(data: str, split: str) -> bool:
     """Whether there are shards of this split. A folder that holds images too is a folder of images."""
+    if is_url(data):
+        return _is_remote(data, split, SHARDS + COMPRESSED)
     folder, files = find_shards(data, split, SHARDS + COMPRESSED)
     path = existing_path(data) if files else None
     if path is None or path.is_file():

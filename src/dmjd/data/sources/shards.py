@@ -9,6 +9,7 @@ import numpy as np
 
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
 from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, one_line
+from dmjd.data.sources.remote import is_url
 from dmjd.data.sources.shard_cache import index_shards
 from dmjd.data.sources.shard_files import find_shards, is_shards, read_member
 from dmjd.data.sources.shard_index import Extent, ShardIndex, aligned, read_if_there
@@ -69,12 +70,10 @@ class ShardSource(Source):
     def from_data(cls, data: str, options: SourceOptions) -> "ShardSource":
         """Open a split of the shards ``data``."""
         folder, files = find_shards(data, options.split)
-        _, compressed = find_shards(data, options.split, COMPRESSED)
+        compressed = [] if is_url(data) else find_shards(data, options.split, COMPRESSED)[1]
         if not files:
-            raise ValueError(
-                f"{printable(compressed[0])} is compressed as a whole, so single images can't be found in it: "
-                "decompress it"
-            )
+            name = printable(compressed[0] if compressed else data)
+            raise ValueError(f"{name} is compressed as a whole, so single images can't be found in it: decompress it")
         if compressed:
             text = f"{len(compressed)} compressed tar files, {printable(compressed[0])} for one, are left out"
             warnings.warn(f"{text}: decompress them", DMJDWarning, stacklevel=3)
