@@ -21,7 +21,7 @@ LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green, blue (ITU-R Rec. 601
 _LUMINANCE_16_BITS = (19595, 38470, 7471)
 
 # Errors that say nothing about the image: too many open files, no memory.
-_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def read_image(
@@ -118,7 +118,7 @@ def _naming(name: str) -> Iterator[None]:
         raise UnreadableImage(name, error.reason) from None
     # Decoders raise nearly every built-in exception on damaged bytes; none may affect other images.
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
             raise
         raise UnreadableImage(name, reason(error)) from None
 

@@ -23,6 +23,10 @@ _MASK_FOLDERS = ("masks", "labels", "annotations")  # next to images/, in sets f
 
 _LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")  # may list images, but are not read
 
+SHARDS = (".tar", ".zip")
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+
 _SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
 
 
@@ -115,10 +119,15 @@ def split_tables(path: Path, split: str) -> list[Path]:
                 raise ValueError(f"{printable(table)} is {kind}, not a file: move it away")
     if folders:
         return tables
-    splits = {name: [t for t in tables if _shard_of(t, names)] for name, names in _SHARD_NAMES.items()}
+    return files_of_split(tables, split)
+
+
+def files_of_split(files: list[Path], split: str) -> list[Path]:
+    """Those named after a split, if there are files of both: train-0.tar, test-0.tar. Else all are training files."""
+    splits = {name: [file for file in files if _shard_of(file, names)] for name, names in _SHARD_NAMES.items()}
     if splits["train"] and splits["test"]:
         return splits[split]
-    return tables if split == "train" else []
+    return files if split == "train" else []
 
 
 def split_folder(path: Path, split: str) -> Path | None:
@@ -128,7 +137,7 @@ def split_folder(path: Path, split: str) -> Path | None:
         ValueError: if the path is a file, or permission to read a folder is missing.
     """
     if path.is_file():
-        if path.suffix.lower() in (".parquet", ".txt"):
+        if path.suffix.lower() in (".parquet", ".txt") or path.name.lower().endswith((*SHARDS, *COMPRESSED)):
             return None
         if path.suffix.lower() in _LISTS:
             raise ValueError(

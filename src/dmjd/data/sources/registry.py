@@ -17,14 +17,25 @@ from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
 from dmjd.data.sources.lists import ENDING, ListSource
 from dmjd.data.sources.mixture import MixtureSource, listing_of
-from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
+from dmjd.data.sources.paths import EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
+from dmjd.data.sources.remote import is_url
+from dmjd.data.sources.shard_files import is_shards
+from dmjd.data.sources.shards import ShardSource
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
 
 # The kinds of sources, in order of precedence: the first that matches is opened. Names win over paths.
-SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, ListSource, FolderSource, HubSource)
+SOURCES: tuple[type[Source], ...] = (
+    DigitsSource,
+    NamedSource,
+    ParquetSource,
+    ListSource,
+    ShardSource,
+    FolderSource,
+    HubSource,
+)
 
 SPLITS = ("train", "test")
 
@@ -43,14 +54,15 @@ def open_source(
 
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
-            them; a .txt file with one path of an image a line; or the name of a Hugging Face dataset. Names win over
-            folders: write "./digits" for a folder, or give a Path. A folder with train/ and test/ (or val/; capital
-            letters do not matter), or train.parquet and test.parquet (or shards of such names), gives both splits.
-            Several of these are one set, a :class:`~dmjd.data.sources.mixture.MixtureSource`: ["A", "B:0.3"], of which
-            a run draws 30 % of the samples from B.
+            them; a .txt file with one path of an image a line; a .tar or .zip file, a folder of them, or a pattern
+            such as "a/*.tar"; or the name of a Hugging Face dataset. Names win over folders: write "./digits" for a
+            folder, or give a Path. A folder with train/ and test/ (or val/; capital letters do not matter), or
+            train.parquet and test.parquet (or shards of such names), gives both splits. Several of these are one set, a
+            :class:`~dmjd.data.sources.mixture.MixtureSource`: ["A", "B:0.3"], of which a run draws 30 % of the samples
+            from B.
         split: "train" or "test".
-        labels: "none"; "folder", the first folder below the root; or "column" of a table. Digits and torchvision sets
-            are always labeled.
+        labels: "none"; "folder", the first folder below the root; or "column" of a table, for shards the members .cls,
+            .json or .txt. Digits and torchvision sets are always labeled.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``); for several
             sets one each, of which this gives the folder and the name.
@@ -135,7 +147,14 @@ def has_split(data: str | Path | Sequence[str | Path], split: str) -> bool:
 def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
     path = os.path.expanduser(data)
-    return os.path.abspath(path) if data.strip() and data not in _names() and os.path.exists(path) else data
+    if (
+        data.strip()
+        and not is_url(data)
+        and data not in _names()
+        and (os.path.exists(path) or path.lower().endswith(SHARDS))
+    ):
+        return os.path.abspath(path)
+    return data
 
 
 def absolute_sources(data: Data) -> Data:
@@ -186,7 +205,7 @@ def _find(data: str, split: str) -> type[Source] | None:
         ValueError: if a path does not exist.
     """
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
-    if (kind is None or kind.remote) and existing_path(data) is None:
+    if (kind is None or kind.remote) and existing_path(data) is None and not is_shards(data, "train"):
         _check_spelling(data, is_name=kind is not None)
     return kind
 
@@ -201,7 +220,7 @@ def _check_spelling(data: str, is_name: bool) -> None:
     if path.parent == Path():
         nearby += _names()
     close = difflib.get_close_matches(path.name, nearby, n=1, cutoff=0.75)
-    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet", ENDING)
+    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet", ENDING, *SHARDS)
     beside_files = path.parent != Path() and path.parent.is_dir()
     if close or known_ending or beside_files or not is_name:
         other = printable(path.parent / close[0]) if close else ""

@@ -1,0 +1,159 @@
+"""Find shards, and read single members of them. Few files are open at a time, however many shards there are."""
+
+import errno
+import functools
+import glob
+import os
+import stat
+import threading
+import urllib.parse
+import zlib
+from pathlib import Path
+
+from dmjd.data.sources.paths import (
+    COMPRESSED,
+    EXTENSIONS,
+    SHARDS,
+    existing_path,
+    expanded,
+    files_of_split,
+    permission_checked,
+    split_folder,
+)
+from dmjd.data.sources.remote import fetch, is_url
+from dmjd.data.sources.shard_index import Extent, Shard
+from dmjd.images.stored import MAX_BYTES
+
+_MOST_OPEN = 64  # files of a process
+
+_MAGIC = "*?["  # characters of patterns
+
+
+def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> tuple[Path, list[Path]]:
+    """The shards of a split, sorted, and the folder that their names are relative to.
+
+    Args:
+        data: a shard, a folder of shards (or with such folders train/ and test/), a pattern such as ``a/*.tar``, or the
+            address of remote shards, which are fetched (see :func:`~dmjd.data.sources.remote.fetch`).
+        split: "train" or "test". Shards may be named after it: ``train-000.tar`` next to ``test-000.tar``.
+        endings: of their names, in small letters.
+
+    Raises:
+        ValueError: if permission to read a folder is missing.
+    """
+    if is_url(data):
+        files = fetch(data) if _is_remote(data, split, endings) else []
+        return Path(os.path.commonpath([file.parent for file in files])) if files else Path(), files
+    path = existing_path(data)
+    if path is not None and path.is_file():
+        return path.parent, [path] if path.name.lower().endswith(endings) and split == "train" else []
+    if path is not None:
+        whole = split_folder(path, "train") == path  # else it has folders train/ and test/
+        folder = path if whole else split_folder(path, split)
+        if folder is None:
+            return path, []
+        with permission_checked(folder):
+            files = _shards_in(folder, endings) or _shards_in(folder / "data", endings)  # as in hub repositories
+        return (files[0].parent if files else folder), files_of_split(files, split) if whole else files
+    if "\0" in data or not any(character in data for character in _MAGIC):
+        return Path(), []
+    pattern = expanded(data)
+    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if name.lower().endswith(endings))
+    folder = pattern.parent
+    while any(character in str(folder) for character in _MAGIC):
+        folder = folder.parent
+    return folder, files_of_split(found, split)
+
+
+def _is_remote(url: str, split: str, endings: tuple[str, ...]) -> bool:
+    return split == "train" and urllib.parse.urlsplit(url).path.lower().endswith(endings)
+
+
+def _shards_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if e.name.lower().endswith(endings) and not e.name.startswith(".")]
+    return sorted(file for name in names if not (file := folder / name).is_dir())
+
+
+def is_shards(data: str, split: str) -> bool:
+    """Whether there are shards of this split. A folder that holds images too is a folder of images."""
+    if is_url(data):
+        return _is_remote(data, split, SHARDS + COMPRESSED)
+    folder, files = find_shards(data, split, SHARDS + COMPRESSED)
+    path = existing_path(data) if files else None
+    if path is None or path.is_file():
+        return bool(files)
+    return not _holds_images(folder.parent if folder.name == "data" and folder != path else folder)
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether an image lies anywhere below a folder, links included; stops at the first."""
+    seen, pending = set(), [str(folder)]
+    while pending:
+        try:
+            status = os.stat(current := pending.pop())
+            entries = [entry for entry in os.scandir(current) if not entry.name.startswith(".")]
+        except OSError:  # told by whoever reads the folder
+            continue
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            if any(entry.name.lower().endswith(EXTENSIONS) for entry in entries):
+                return True
+            pending += [entry.path for entry in entries if os.path.isdir(entry.path)]
+    return False
+
+
+def read_member(path: str, shard: Shard, extent: Extent) -> bytes:
+    """The content of a member, by one read.
+
+    Raises:
+        OSError: if the shard is gone or cannot be read, or has changed since it was scanned.
+        ValueError: if the member is damaged.
+    """
+    if max(extent.packed, extent.size) > MAX_BYTES:
+        raise ValueError("it takes more than 4 GiB")
+    content = _opened(path, shard.size, shard.mtime).read(extent.packed, extent.offset)
+    if len(content) < extent.packed:
+        raise ValueError("the shard ends before the image does")
+    if extent.size < 0:
+        return content
+    try:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, extent.size + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(content) != extent.size:
+        raise ValueError("it unpacks to another size than the shard says")
+    return content
+
+
+class _OpenShard:
+    """An open file. It is closed when the last thread that reads it is done, and not before."""
+
+    def __init__(self, path: str, size: int, mtime: int) -> None:
+        self._descriptor = -1
+        # Without O_NONBLOCK, opening a FIFO would wait for ever.
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != (size, mtime):
+            raise OSError(errno.ESTALE, "the shard has changed since it was indexed: start again")
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Bytes at an offset; fewer at the end of the file."""
+        if hasattr(os, "pread"):
+            return os.pread(self._descriptor, length, offset)
+        with self._lock:  # Windows
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.read(self._descriptor, length)
+
+
+@functools.lru_cache(maxsize=_MOST_OPEN)
+def _opened(path: str, size: int, mtime: int) -> _OpenShard:
+    """An open shard; the least recently used ones are closed."""
+    return _OpenShard(path, size, mtime)

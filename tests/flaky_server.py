@@ -1,0 +1,75 @@
+"""A server on this machine that gives files, and fails as servers on the way do: slow, cut short, busy."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class FlakyServer(ThreadingHTTPServer):
+    """The server.
+
+    Attributes:
+        files: path -> content.
+        faults: path -> what the next requests of the file's content meet: "503", "drop", "truncate", "slow", "404".
+        requests: how often each file's content was requested.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list[str]] = {}
+        self.requests: Counter[str] = Counter()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: object) -> None:
+        """Quiet: dropped connections are the point."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FlakyServer
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def do_HEAD(self) -> None:
+        self._reply(200 if self.path in self.server.files else 404)
+
+    def do_GET(self) -> None:
+        self.server.requests[self.path] += 1
+        faults = self.server.faults.get(self.path, [])
+        fault = faults.pop(0) if faults else ""
+        content = self.server.files.get(self.path, b"")
+        if fault == "drop":
+            self.connection.close()
+        elif fault.isdigit() or self.path not in self.server.files:
+            self._reply(int(fault or 404))
+        elif fault == "truncate":
+            self._reply(200)
+            self.wfile.write(content[: len(content) // 2])
+        else:
+            self._reply(200)
+            for start in range(0, len(content), 1024):
+                time.sleep(0.01 if fault == "slow" else 0)
+                self.wfile.write(content[start : start + 1024])
+
+    def _reply(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(self.server.files.get(self.path, b"")) if status == 200 else 0))
+        self.end_headers()
+
+
+@contextmanager
+def flaky_server() -> Iterator[FlakyServer]:
+    """A running server."""
+    with FlakyServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
