@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import glob
 import math
 import os
 import re
@@ -38,11 +39,28 @@ class GivenSource(NamedTuple):
 def given_sources(data: Data) -> list[GivenSource]:
     """The sources of ``data``, in order. A single text is a path or name without a weight.
 
-    An existing path wins: with a folder ``a:0.3``, that is the folder.
+    An existing path wins: with a folder ``a:0.3``, that is the folder. All shards ``a/*.tar``, as a shell expands that
+    pattern, are the one source that the pattern is.
     """
     if isinstance(data, str):
         return [GivenSource(data)]
-    return [_parse(text) for text in data]
+    given = [_parse(text) for text in data]
+    pattern = _pattern_of(given)
+    return given if pattern is None else [GivenSource(pattern)]
+
+
+def _pattern_of(sources: Sequence[GivenSource]) -> str | None:
+    """The pattern of which a shell made these shards."""
+    folders, names = zip(*(os.path.split(source.data) for source in sources), strict=True) if sources else ((), ())
+    ending = os.path.splitext(names[0])[1] if names else ""
+    if len(set(names)) < 2 or len(set(folders)) > 1 or ending.lower() not in (".tar", ".zip"):
+        return None
+    if any(source.weight is not None for source in sources) or glob.escape(folders[0]) != folders[0]:
+        return None
+    start = os.path.commonprefix([name[: -len(ending)] for name in names])  # noqa: RUF071 (letters, not folders)
+    pattern = os.path.join(folders[0], f"{start}*{ending}")
+    matching = {os.path.basename(path) for path in glob.glob(os.path.expanduser(pattern))}
+    return pattern if matching == set(names) else None
 
 
 def _parse(text: str) -> GivenSource:
