@@ -117,6 +117,22 @@ def test_compiled_is_eager_to_rounding_in_one_graph(device, encoder, monkeypatch
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("target", ["hog", "pixel", "ema", "teacher"])
+def test_steps_replayed_as_cuda_graphs_are_eager_ones_to_rounding(device, target, encoder, teacher, monkeypatch):
+    """Whether ``--compile`` may replay its steps as graphs, with accumulation, dropped paths and clipping too."""
+    graphs = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "aot_eager"}
+    own = {"target": target, "accumulate": 2, "clip_grad": 3.0, "drop_path": 0.1} | ENCODERS[encoder]
+    own |= {"teacher": teacher} if target == "teacher" else {}
+    eager = train(tiny_engine(device, 6, **own))
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, **graphs))
+    replayed = train(tiny_engine(device, 6, compile=True, **own))
+    for name in ("loss", "mim", "vis", "grad_norm"):
+        assert [s[name] for s in replayed] == pytest.approx([s[name] for s in eager], rel=5e-3)
+    torch.compiler.reset()
+
+
 def train_without_recompilation(engine, after: int) -> list[dict[str, float]]:
     logged = []
 
