@@ -308,7 +308,7 @@ def log_summary(
     held = f", {config.held_out} of them held out," if config.held_out else ""
     console.say(
         f"{f'resumed at step {engine.state.step}' if resumed else 'started'}: {config.out}\n"
-        f"  data     {source.name}: {len(source)} images{held} -> {config.size[0]} x {config.size[1]} x "
+        f"  data     {source.title}: {len(source)} images{held} -> {config.size[0]} x {config.size[1]} x "
         f"{config.in_chans}, {batch_size} a step\n"
         f"  encoder  {encoder.name}, {parameters / 1e6:.1f} M parameters, {encoder.num_patches} tokens, "
         f"{model.counts[0]} visible in each of {model.masks.num_views} view(s)\n{begin}"

@@ -9,7 +9,7 @@ from image_sets import save
 from support import TINY, final, mistake
 
 from dmjd.cli.main import main
-from dmjd.data.sources.lists import ListSource, read_list
+from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.registry import open_source
 
 
@@ -74,7 +74,7 @@ def test_names_may_hold_anything_but_line_breaks(images):
 def test_a_list_that_cannot_be_used_is_one_line(images, content, message, capsys):
     (images / "list.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_list(images / "list.txt")
+        open_source(images / "list.txt")
     mistake(capsys, "pretrain", "--data", images / "list.txt", "--out", images / "run", *TINY)
 
 

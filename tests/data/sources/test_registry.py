@@ -84,15 +84,15 @@ def test_single_file(tmp_path):
     save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="is a single file: give the folder"):
         open_source(tmp_path / "one.png")
-    (tmp_path / "list.csv").write_text("one.png,cat")
-    with pytest.raises(ValueError, match=r"list\.csv is a list or table .* not supported yet: give the folder of the"):
-        open_source(tmp_path / "list.csv")
+    (tmp_path / "list.xlsx").write_text("one.png,cat")
+    with pytest.raises(ValueError, match=r"list\.xlsx is a list or table of a kind that is not supported: save it as"):
+        open_source(tmp_path / "list.xlsx")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "val"}, "split must be one of train, test"),
+        ({"split": "vall"}, "split must be one of train, val, test"),
         ({"labels": "colum"}, "labels must be one of none, folder, column"),
         ({"in_chans": 0}, "in_chans must be at least 1"),
         ({"labels": "column"}, "which is a folder of images: pass --labels folder"),

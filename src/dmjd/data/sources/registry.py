@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dmjd.config.fields import LABELS
+from dmjd.config.fields import LABELS, SPLITS
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
-from dmjd.data.sources.lists import ENDING, ListSource
+from dmjd.data.sources.list_formats import ENDINGS
+from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.paths import EXTENSIONS, existing_path, expanded, permission_checked
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
@@ -21,8 +22,6 @@ from dmjd.warning import DMJDWarning
 
 # The kinds of sources, in order of precedence: the first that matches is opened. Names win over paths.
 SOURCES: tuple[type[Source], ...] = (DigitsSource, NamedSource, ParquetSource, ListSource, FolderSource, HubSource)
-
-SPLITS = ("train", "test")
 
 
 def open_source(
@@ -34,32 +33,39 @@ def open_source(
     value_range: tuple[float, float] | None = None,
     listing: Path | None = None,
     masks: bool = False,
+    root: str | Path | None = None,
+    path_column: str | None = None,
+    label_column: str | None = None,
+    max_unreadable: float | None = None,
 ) -> Source:
     """Open a set of images.
 
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
-            them; a .txt file with one path of an image a line; or the name of a Hugging Face dataset. Names win over
-            folders: write "./digits" for a folder, or give a Path. A folder with train/ and test/ (or val/; capital
-            letters do not matter), or train.parquet and test.parquet (or shards of such names), gives both splits.
-        split: "train" or "test".
-        labels: "none"; "folder", the first folder below the root; or "column" of a table. Digits and torchvision sets
-            are always labeled.
+            them; a list of images (.txt with a path a line; .csv, .tsv, .jsonl or .parquet with a column of paths); or
+            the name of a Hugging Face dataset. Names win over folders: write "./digits" for a folder, or give a Path. A
+            folder with train/ and val/ or test/ (capital letters do not matter), train.parquet and test.parquet (or
+            shards of such names), or a list with a column "split", gives the splits.
+        split: "train", "val" or "test". Without a test part, the validation part is the test part too.
+        labels: "none"; "folder", the first folder below the root; or "column" of a table or list. Digits and
+            torchvision sets are always labeled.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``).
         masks: open the segmentation masks of a table instead of its images.
+        root: for lists, the folder that paths are relative to; None: the folder of the list.
+        path_column, label_column: the columns of paths and labels; None: the first with a usual name. With
+            ``label_column``, ``labels`` is "column".
+        max_unreadable: for lists, how many of the files may be missing, or a share below 1; None: none.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
     """
+    labels = "column" if label_column is not None and labels == "none" else labels
     _check_options(split, labels, in_chans)
     name = _named(data)
     kind = _find(name, split)
     if kind is None:
-        raise ValueError(
-            f"{name} has no {split} part (a folder test/ or val/ next to train/, or test.parquet next to "
-            "train.parquet): pass --test-data"
-        )
+        raise ValueError(missing_split(name, split))
     if masks and not kind.can_hold_masks:
         raise ValueError(
             f"{name} holds no images with masks: give a folder with train/images and train/masks (or images/training "
@@ -75,7 +81,17 @@ def open_source(
             DMJDWarning,
             stacklevel=2,
         )
-    return kind.from_data(name, SourceOptions(split, labels, in_chans, value_range, listing, masks))
+    root = None if root is None else str(root)
+    lists = (root, path_column, label_column, max_unreadable)
+    return kind.from_data(name, SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists))
+
+
+def missing_split(data: str, split: str) -> str:
+    """What to do about data without a split, in an error."""
+    folder = "test/ or val/" if split == "test" else f"{split}/"
+    table = f"{split}.parquet next to train.parquet, or rows of split {split} in a list"
+    cure = "pass --test-data" if split == "test" else f"give data that has one, or another --split than {split}"
+    return f"{data} has no {split} part (a folder {folder} next to train/, {table}): {cure}"
 
 
 def has_split(data: str | Path, split: str) -> bool:
@@ -129,6 +145,8 @@ def _find(data: str, split: str) -> type[Source] | None:
     Raises:
         ValueError: if a path does not exist.
     """
+    if data in _names():
+        return next((kind for kind in SOURCES if data in kind.names and kind.matches(data, split)), None)
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
     if (kind is None or kind.remote) and existing_path(data) is None:
         _check_spelling(data, is_name=kind is not None)
@@ -143,11 +161,15 @@ def _check_spelling(data: str, is_name: bool) -> None:
     if path.parent == Path():
         nearby += _names()
     close = difflib.get_close_matches(path.name, nearby, n=1, cutoff=0.75)
-    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet", ENDING)
+    known_ending = path.suffix.lower() in (*EXTENSIONS, *ENDINGS)
     beside_files = path.parent != Path() and path.parent.is_dir()
     if close or known_ending or beside_files or not is_name:
         other = printable(path.parent / close[0]) if close else ""
-        hint = f"did you mean {other}?" if close else "give a folder of images, a .txt list or a .parquet file"
+        hint = (
+            f"did you mean {other}?"
+            if close
+            else "give a folder of images, a list of images (.txt, .csv) or a .parquet file"
+        )
         raise ValueError(f"there is no {printable(data)}: {hint}")
 
 
