@@ -35,7 +35,9 @@ def file(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     make_run(tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text(PretrainConfig(img_size=32, encoder="vit_tiny_patch8").to_json())
+    (tmp_path / "run" / "config.json").write_text(
+        PretrainConfig(img_size=32, labels="folder", encoder="vit_tiny_patch8").to_json()
+    )
     return tmp_path / "run"
 
 
@@ -65,6 +67,8 @@ def test_features_of_them_have_no_class(file, run, tmp_path):
 def test_settings_of_lists_are_checked(file, run, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"there is no setting label_colum; did you mean 'label_column'\?"):
         dmjd.embed(run, data=file, label_colum="label", out=tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="give --labels folder or --label-column, not both"):
+        evaluate("knn", run, data=file, labels="folder", label_column="label")
     said = mistake(capsys, "show", "neighbors", run, "--data", file, "--label-column", "kind")
     assert "has no label column ('kind')" in said
     said = mistake(capsys, "embed", run, "--data", file, "--split", "val", "--out", tmp_path / "x.parquet")

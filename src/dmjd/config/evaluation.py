@@ -83,6 +83,8 @@ class LabeledConfig(EvaluationConfig):
             raise ValueError(f"there is no setting {printable(unknown[0])}{did_you_mean(unknown[0], LIST_SETTINGS)}")
         config = cls(data=None if data is None else check_text("data", data), labels=labels, **lists)
         given = {name: getattr(config, name) for name in ("data", "labels", *LIST_SETTINGS)}
+        if config.label_column is not None and labels is None:
+            given["labels"] = "column"
         return {name: value for name, value in given.items() if value is not None} | {
             "split": check_text("split", split, SPLITS)
         }

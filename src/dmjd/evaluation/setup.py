@@ -87,6 +87,8 @@ def _reading(config: PretrainConfig, encoder: Encoder, given: Mapping[str, Any])
     preprocess = known_preprocess(encoder)
     own = config if "data" not in given else config.replace(**dict.fromkeys(LIST_SETTINGS))
     changes = {name: given[name] for name in ("labels", *LIST_SETTINGS) if name in given}
+    if "label_column" in given:
+        changes.setdefault("labels", "column")
     return own.replace(in_chans=preprocess.in_chans, value_range=preprocess.value_range, **changes)
 
 

@@ -7,11 +7,15 @@ import warnings
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from image_sets import save
 
+from dmjd.data.sources.list_formats import open_list
 from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.registry import align_labels, has_split, open_source
 from dmjd.data.sources.subset import labeled_images
+from dmjd.data.sources.table_labels import optional_labels
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.warning import DMJDWarning
 
@@ -247,3 +251,53 @@ def test_a_list_that_moved_is_the_same_set_with_its_root(images, tmp_path):
     assert moved.changes(began.fingerprint()) is not None
     with warnings.catch_warnings(action="error"):
         assert values(moved) == [0, 10]
+
+
+WHOLE = {
+    "csv": b'path,label,split\r\n"a b.png",1,train\n"x\ny.png",,val\nc.png,3,test\n',
+    "jsonl": b'{"path":"a","label":1,"split":"train"}\n\n{"path":"b","label":null,"z":[1,{"q":2}],"split":"val"}\n',
+}
+PIECES = [
+    b'"',
+    b"\n",
+    b",",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"{",
+    b"}",
+    b"9" * 30,
+    b"\\ud800",
+    b"[1]",
+    b";",
+    b"\r",
+    b"",
+    b"1e400",
+]
+
+
+@given(
+    st.sampled_from(["csv", "jsonl"]),
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 9), st.sampled_from(PIECES)), max_size=3),
+)
+def test_a_damaged_list_is_read_or_one_line(tmp_path_factory, ending, changes):
+    content = bytearray(WHOLE[ending])
+    for start, length, piece in changes:
+        content[start : start + length] = piece
+    file = tmp_path_factory.getbasetemp() / f"damaged.{ending}"
+    file.write_bytes(content)
+    error = None
+    try:
+        rows = open_list(file)
+        count, splits = len(rows.paths()), {rows.split_rows(split)[0] for split in ("train", "val", "test")}
+        labels, _ = optional_labels(rows.labels(rows.label_column(None)), "labels")
+        last = rows.where(count - 1)
+    except ValueError as caught:
+        error = caught
+    if error is not None:
+        assert type(error) is ValueError  # none of pyarrow's
+        assert "\n" not in str(error)
+        return
+    assert len(labels) == count > 0
+    assert splits <= {"", "train", "val", "test"}
+    assert last.startswith("line ")

@@ -1,6 +1,7 @@
 """The formats of lists of images: text with a path a line, CSV, TSV, JSON lines, and parquet with a column of paths."""
 
 import codecs
+import contextlib
 import csv
 import json
 from abc import abstractmethod
@@ -251,16 +252,14 @@ class ParquetList(ListFile):
     @cached_property
     def columns(self) -> list[str]:
         """The names in its schema."""
-        with permission_checked(self.file):
+        with self._readable():
             return list(pq.read_schema(self.file).names)
 
     def table(self, columns: Sequence[str]) -> pa.Table:
         """See :meth:`ListFile.table`."""
-        try:
-            with pq.ParquetFile(self.file, memory_map=True) as opened:
-                table = opened.read(list(columns))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{printable(self.file)} can't be read as parquet ({shortened(error, 200)})") from None
+        with self._readable(), pq.ParquetFile(self.file, memory_map=True) as opened:
+            table = opened.read(list(columns))
+            table.validate(full=True)  # that texts are UTF-8
         for number, name in enumerate(table.column_names):
             if name in (self.path_column, self.split_column):
                 column = _decoded(table[name])
@@ -270,6 +269,14 @@ class ParquetList(ListFile):
                     )
                 table = table.set_column(number, name, column.cast(pa.large_string()))
         return table
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            reason = shortened(str(error).split("\n")[0], 200)
+            raise ValueError(f"{printable(self.file)} can't be read as parquet ({reason})") from None
 
     def where(self, row: int) -> str:
         """Rows are counted from 0, as those of other tables."""

@@ -62,6 +62,8 @@ def open_source(
     """
     labels = "column" if label_column is not None and labels == "none" else labels
     _check_options(split, labels, in_chans)
+    if label_column is not None and labels == "folder":
+        raise ValueError("labels come from folders or from a column: give --labels folder or --label-column, not both")
     name = _named(data)
     kind = _find(name, split)
     if kind is None:
