@@ -276,6 +276,7 @@ PIECES = [
 ]
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["csv", "jsonl"]),
     st.lists(st.tuples(st.integers(0, 99), st.integers(0, 9), st.sampled_from(PIECES)), max_size=3),

@@ -3,7 +3,7 @@
 import os
 
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmjd.data.sources.list_paths import (
@@ -22,6 +22,7 @@ def array(paths):
     return pa.array(paths, pa.large_binary())
 
 
+@settings(deadline=None)
 @given(st.lists(PATHS, min_size=1, max_size=20))
 def test_absolute_and_relative_paths(paths):
     root = "/root/of it"
@@ -37,6 +38,7 @@ def test_absolute_and_relative_paths(paths):
     assert joined == found.to_pylist()
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([b"/a", b"/b", b"/a/b", b"/c"]), max_size=5))
 def test_the_first_repeated_path(paths):
     repeated = next((i for i in range(len(paths)) if paths[i] in paths[:i]), None)

@@ -215,7 +215,7 @@ class JsonLines(_TextFile):
     def _parsed(self, line: int, text: bytes) -> dict[str, Any]:
         """A row as an object."""
         try:
-            row = json.loads(text)
+            row = json.loads(text.decode())
         except UnicodeDecodeError:
             self._check_encoding()
             raise

@@ -130,7 +130,6 @@ def _compare(
 ) -> dict[str, Any]:
     """Run all seeds from both starts and of each baseline; write the result and the classifier of the first seed."""
     results: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
-    evaluations[0].console.say(f"finetune: {evaluations[0].parts_text()}")
     if short := evaluations[0].config.too_short(len(evaluations[0].train)):
         evaluations[0].console.warn(f"finetune: {short}")
     for evaluation in evaluations:
@@ -225,6 +224,8 @@ class Finetuning(SupervisedEvaluation):
         model.init_head(self.seed)
         num_classes = len(self.train.classes)
         self._labeled = LabeledBatches(self.train, config, preprocess, num_classes, self.seed, self.num_workers)
+        if start == "result":
+            self.console.say(f"finetune, seed {self.seed}: {self.parts_text()}")
         return FinetuneTask(model)
 
     def settings(self) -> FitSettings:
