@@ -106,7 +106,7 @@ class PretrainConfig(Config):
     flip: bool = option(True, "random left-right flips", "data")
     max_unreadable: float | None = option(
         None,
-        "stop if more images, or a share below 1, cannot be read; default 10 or 1 %; 0 missing ones of a list",
+        "unreadable images to tolerate, or a share below 1; default 10 or 1 %; missing files of a list: 0",
         "data",
         resume=True,
         ge=0,

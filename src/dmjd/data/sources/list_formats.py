@@ -274,7 +274,7 @@ class ParquetList(ListFile):
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = shortened(str(error).split("\n")[0], 200)
             raise ValueError(f"{printable(self.file)} can't be read as parquet ({reason})") from None
 

@@ -30,7 +30,7 @@ def is_list_table(file: Path) -> bool:
     """Whether a parquet file lists paths: it holds no encoded images, but texts under a usual name of paths."""
     try:
         schema = pq.read_schema(file)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         return False
     texts = {f.name.strip().lower() for f in schema if is_text(f.type) or _is_text_dictionary(f.type)}
     return not any(is_encoded_image(f.type) for f in schema) and bool(texts & set(PATH_NAMES))
