@@ -169,7 +169,7 @@ BAD = {
         ),
         (
             b"path,split\na/0.png,trian\nb/1.png,\n",
-            "line 2 of .* has the split 'trian', and so have 1 more rows: .* train, val and test",
+            "line 2 of .* has the split 'trian' .the first of 2.: .* train, val and test",
         ),
         (b"path,split\na/0.png,train\nb/1.png,\n", "line 3 of .* has no split"),
         (b"path,split\na/0.png,test\n", "has no train part"),

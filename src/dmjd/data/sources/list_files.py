@@ -113,7 +113,7 @@ class ListFile(ABC):
         column = self.table([str(self.split_column)])[str(self.split_column)]
         value = _text(column[rows[0]].as_py())
         shown = f"the split '{shortened(value, 40)}'" if value.strip() else "no split"
-        others = f", and so have {len(rows) - 1} more rows" if len(rows) > 1 else ""
+        others = f" (the first of {len(rows)})" if len(rows) > 1 else ""
         raise ValueError(
             f"{self.where(rows[0])} of {printable(self.file)} has {shown}{others}: column '{self.split_column}' takes "
             f"{', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
@@ -131,7 +131,7 @@ class ListFile(ABC):
         paths = paths.cast(pa.large_binary())
         without = _true_rows(pc.fill_null(pc.match_substring_regex(paths, r"^\s*$"), True))
         if len(without):
-            more = f", and {len(without) - 1} more rows" if len(without) > 1 else ""
+            more = f" (the first of {len(without)})" if len(without) > 1 else ""
             raise ValueError(f"{self.where(without[0])} of {printable(self.file)} has no path{more}: remove it")
         addresses = _true_rows(pc.match_substring_regex(paths, r"^[A-Za-z][A-Za-z0-9+.-]+://"))
         if len(addresses):
