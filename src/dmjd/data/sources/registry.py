@@ -61,9 +61,7 @@ def open_source(
         ValueError: saying what is wrong with ``data`` and how to fix it.
     """
     labels = "column" if label_column is not None and labels == "none" else labels
-    _check_options(split, labels, in_chans)
-    if label_column is not None and labels == "folder":
-        raise ValueError("labels come from folders or from a column: give --labels folder or --label-column, not both")
+    _check_options(split, labels, in_chans, label_column)
     name = _named(data)
     kind = _find(name, split)
     if kind is None:
@@ -175,10 +173,12 @@ def _check_spelling(data: str, is_name: bool) -> None:
         raise ValueError(f"there is no {printable(data)}: {hint}")
 
 
-def _check_options(split: str, labels: str, in_chans: int) -> None:
+def _check_options(split: str, labels: str, in_chans: int, label_column: str | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got '{split}'")
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, got '{labels}'")
+    if label_column is not None and labels == "folder":
+        raise ValueError("labels come from folders or from a column: give --labels folder or --label-column, not both")
     if in_chans < 1:
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")
