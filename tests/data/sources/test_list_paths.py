@@ -25,7 +25,7 @@ def array(paths):
 @settings(deadline=None)
 @given(st.lists(PATHS, min_size=1, max_size=20))
 def test_absolute_and_relative_paths(paths):
-    root = "/root/of it"
+    root = "/folder/of it"
     found = absolute_paths(array(paths), root)
     expected = [
         os.path.normpath(os.path.join(os.fsencode(root), os.path.expanduser(path))).replace(b"//", b"/")
