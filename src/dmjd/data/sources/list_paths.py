@@ -38,6 +38,8 @@ def absolute_paths(paths: pa.LargeBinaryArray, root: str) -> pa.LargeBinaryArray
 
 def _absolute(path: bytes, root: str) -> bytes:
     text = os.path.normpath(os.path.join(root, os.path.expanduser(os.fsdecode(path))))
+    if os.sep == "/" and text.startswith("//"):  # POSIX leaves the meaning of two slashes open; no system uses it
+        text = text[1:]
     return os.fsencode(text.replace(os.sep, "/"))
 
 
