@@ -59,7 +59,7 @@ def open_resolved(
 ) -> tuple[SegmentationSource, SegmentationSource, ClassMap]:
     """Training and test set of a segmentation set, with their classes resolved."""
     train, test = (open_segmentation(root, split) for split in ("train", "test"))
-    return train, test, resolve_classes(train, test, num_classes, ignored)
+    return train, test, resolve_classes(train, [test], num_classes, ignored)
 
 
 def make_detection_set(root: Path, counts: dict[str, int], instance_masks: bool = False, seed: int = 0) -> Path:

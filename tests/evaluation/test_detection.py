@@ -151,7 +151,7 @@ def measured(source, found) -> dict:
     task = task_of(tiny())
     evaluation.config, evaluation.num_workers = task.config, 0
     task.detect = lambda images: [found.pop(0) for _ in images]
-    return evaluation.measure(task)
+    return evaluation.measure(task, evaluation.test)
 
 
 def perfect_predictions(source, scale: float) -> list[dict[str, torch.Tensor]]:

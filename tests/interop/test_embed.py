@@ -297,7 +297,7 @@ def test_errors_are_explained(file, image_folder, tmp_path, capsys):
         ({"num_workers": 10**5}, "num_workers must be at most 512"),
         ({"tokens": "yes"}, "tokens must be bool, got 'yes'"),
         ({"half": 1}, "half must be bool, got 1"),
-        ({"split": "val"}, "split must be one of train, test"),
+        ({"split": "all"}, "split must be one of train, val, test"),
         ({"labels": ""}, "labels must not be empty"),
         ({"labels": "file"}, "labels must be one of none, folder, column"),
         ({"precision": "fp64"}, "precision must be one of fp32, bf16"),

@@ -36,6 +36,10 @@ def test_classes_that_are_apart_are_not_confused():
     assert matrix.accuracy == 1.0
     assert np.array_equal(matrix.percent, 100 * np.eye(3))
     assert neighbor_confusion(find_neighbors(x), labels * 0) is None
+    some = np.where(np.arange(90) % 7, labels, -1)  # every seventh image has no label
+    matrix = neighbor_confusion(find_neighbors(x), some)
+    assert matrix is not None
+    assert (matrix.accuracy, matrix.classes) == (1.0, [0, 1, 2])
     cluster = clusters(x)
     assert cluster is not None
     assert len(cluster) == 90

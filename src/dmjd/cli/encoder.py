@@ -1,10 +1,12 @@
 """Commands that use a trained encoder: ``dmjd show``, ``embed``, ``export``, ``compare`` and ``report``."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dmjd.cli.parser import Parser, add_run_argument
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, NEAR_DUPLICATE
+from dmjd.cli.parser import Parser, add_field, add_run_argument
+from dmjd.config.evaluation import LabeledConfig
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, LIST_SETTINGS, NEAR_DUPLICATE, SPLITS
 from dmjd.figures.kinds import KINDS, check_kind
 from dmjd.text import printable
 
@@ -75,9 +77,6 @@ def run_embed(arguments: Sequence[str]) -> None:
     add_run_argument(parser, _ENCODER_SOURCE)
     _add_data(parser)
     parser.add_argument("--out", metavar="FILE", required=True, help="FILE.parquet, or FILE.npy and FILE.rows.parquet")
-    parser.add_argument(
-        "--split", default="train", choices=("train", "test"), help="part of data that has both (train)"
-    )
     _add_labels(parser, "source of the labels; default that of the run")
     parser.add_argument("--tokens", action="store_true", help="all patch tokens, not one pooled feature per image")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
@@ -185,6 +184,11 @@ def run_report(arguments: Sequence[str]) -> None:
 
 def _add_data(parser: Parser) -> None:
     parser.add_argument("--data", metavar="SOURCE", help="images; default those of the run")
+    parser.add_argument(
+        "--split", default="train", choices=SPLITS, help="part of data that has several: train, val or test (train)"
+    )
+    for field in (field for field in dataclasses.fields(LabeledConfig) if field.name in LIST_SETTINGS):
+        add_field(parser, field, LabeledConfig())
 
 
 def _add_labels(parser: Parser, text: str) -> None:

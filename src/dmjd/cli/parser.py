@@ -81,7 +81,7 @@ def add_run_argument(parser: Parser, help_text: str) -> None:
     parser.add_argument("run", metavar="RUN", help=help_text)
 
 
-def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], defaults: Config) -> None:
+def add_field(group: argparse._ActionsContainer, field: dataclasses.Field[Any], defaults: Config) -> None:
     """Add a flag for a configuration field. If it is not given, it is absent from the result and the default holds."""
     kind, many, _ = value_types(field.type)
     value = getattr(defaults, field.name)

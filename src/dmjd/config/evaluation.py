@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR, MAX_SEED, MAX_WORKERS
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, Config, option
+from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR, MAX_SEED, MAX_WORKERS, check_text
+from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, LIST_SETTINGS, SPLITS, Config, option
+from dmjd.suggest import did_you_mean
+from dmjd.text import printable
 
 PROBE_EPOCHS = 90  # published length of a linear probe
 
@@ -21,6 +24,7 @@ class EvaluationConfig(Config):
 
     data: str | None = option(None, "training set; default the data of the run", COMMON)
     test_data: str | None = option(None, "test set of the same form; default the test part of --data", COMMON)
+    split: str = option("test", "part to evaluate on: test, or val", COMMON, choices=("test", "val"))
     out: str | None = option(None, "folder for evaluation/TASK.json; default the run folder", COMMON)
     num_workers: int | None = option(
         None, "data loading processes; default by the number of cores", COMMON, ge=0, most=MAX_WORKERS
@@ -49,6 +53,12 @@ class LabeledConfig(EvaluationConfig):
     """An evaluation on image labels, all of them or a stratified subset."""
 
     labels: str | None = option(None, "source of the labels; default that of the run", COMMON, choices=LABELS)
+    label_column: str | None = option(None, "column of the labels in a table or list, instead of label", COMMON)
+    path_column: str | None = option(None, "column of the paths in a list, instead of path", COMMON)
+    root: str | None = option(None, "folder that the paths in a list are relative to; default its own", COMMON)
+    max_unreadable: float | None = option(
+        None, "how many files of a list may be missing, or a share below 1; default none", COMMON, ge=0, most=MAX_COUNT
+    )
     labels_per_class: int | None = option(None, "use this many labels of each class", COMMON, ge=1, most=MAX_COUNT)
     label_fraction: float | None = option(None, "use this fraction of the labels of each class", COMMON, gt=0, le=1)
     seeds: int | None = option(
@@ -59,6 +69,25 @@ class LabeledConfig(EvaluationConfig):
         "trained models to compare with, by the same protocol: timm/NAME, local-dir:FOLDER, runs or encoder files",
         COMMON,
     )
+
+    @classmethod
+    def of_images(
+        cls, data: str | Path | None, split: str, labels: str | None, lists: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Which images to read and how, checked: those of the settings that are given, and the split.
+
+        Raises:
+            ValueError: if a setting is invalid, or one of ``lists`` is unknown.
+        """
+        if unknown := [name for name in lists if name not in LIST_SETTINGS]:
+            raise ValueError(f"there is no setting {printable(unknown[0])}{did_you_mean(unknown[0], LIST_SETTINGS)}")
+        config = cls(data=None if data is None else check_text("data", data), labels=labels, **lists)
+        given = {name: getattr(config, name) for name in ("data", "labels", *LIST_SETTINGS)}
+        if config.label_column is not None and labels is None:
+            given["labels"] = "column"
+        return {name: value for name, value in given.items() if value is not None} | {
+            "split": check_text("split", split, SPLITS)
+        }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,9 @@ from dmjd.config.checks import Bounds, check_bool, check_float, check_int, check
 from dmjd.suggest import did_you_mean
 from dmjd.text import printable
 
+SPLITS = ("train", "val", "test")
+# Settings of a list of images, which do not hold for other data than they were given for.
+LIST_SETTINGS = ("root", "path_column", "label_column", "max_unreadable")
 LABELS = ("none", "folder", "column")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dmjd.config.checks import MAX_BATCH_SIZE, MAX_CHANNELS, MAX_MINUTES, MAX_SIDE, MAX_WORKERS
+from dmjd.config.checks import MAX_BATCH_SIZE, MAX_CHANNELS, MAX_COUNT, MAX_MINUTES, MAX_SIDE, MAX_WORKERS
 from dmjd.config.fields import DEVICES, Config, option
 
 DATA, DECIDED, MACHINE = "data and time", "what is already decided; the plan chooses the rest", "machine"
@@ -16,6 +16,11 @@ class PlanConfig(Config):
     task: ClassVar[str] = "plan"
 
     data: str | tuple[str, ...] | None = option(None, "what to train on, as for dmjd pretrain", DATA)
+    root: str | None = option(None, "folder that the paths in a list are relative to; default its own", DATA)
+    path_column: str | None = option(None, "column of the paths in a list, instead of path", DATA)
+    max_unreadable: float | None = option(
+        None, "how many files of a list may be missing, or a share below 1; default none", DATA, ge=0, most=MAX_COUNT
+    )
     hours: float | None = option(None, "how long the run may take", DATA, gt=0, most=MAX_MINUTES / 60)
     out: str = option("runs/mine", "run folder in the command of the plan", DATA)
     teacher: str | None = option(None, "a trained model to learn from: the recipe distill", DECIDED)

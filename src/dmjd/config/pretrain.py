@@ -39,7 +39,6 @@ ENCODER_SETTINGS = ("encoder", "class_token", "embed_dim", "depth", "num_heads",
 
 INPUT_SETTINGS = ("img_size", "in_chans")
 
-
 RESOLVED = "resolved"  # group of settings that are no flags, because a run fills them in
 
 
@@ -59,8 +58,8 @@ class PretrainConfig(Config):
     recipe: str = option("dmjd", "recipe the run started from", "run")
     data: str | tuple[str, ...] | None = option(
         None,
-        "folder of images, .txt list of images, .parquet, .tar or .zip file, folder or pattern of them, set name, hub "
-        "name, or digits; several, each with a weight if you like: A B:0.3 draws 30 % of the samples from B",
+        "folder of images, list (.txt .csv .tsv .jsonl .parquet), parquet, .tar or .zip file(s), set or hub name, or "
+        "digits; several, each with a weight if you like: A B:0.3 draws 30 % of the samples from B",
         "data",
         resume=True,
         common=True,
@@ -74,6 +73,9 @@ class PretrainConfig(Config):
         choices=LABELS,
         resume=True,
     )
+    label_column: str | None = option(None, "column of the labels, instead of label", "data", resume=True)
+    path_column: str | None = option(None, "column of the paths in a list, instead of path", "data", resume=True)
+    root: str | None = option(None, "folder that paths in a list are relative to; default its own", "data", resume=True)
     img_size: tuple[int, ...] = option(
         (224,),
         "image side in pixels, or height and width; with --init that of the weights",
@@ -103,9 +105,9 @@ class PretrainConfig(Config):
         (0.5, 1.0), "range of the area of random crops, relative to the image", "data", ge=0, le=1, length=(2,)
     )
     flip: bool = option(True, "random left-right flips", "data")
-    max_unreadable: int | None = option(
+    max_unreadable: float | None = option(
         None,
-        "stop if more images than this cannot be read; default the larger of 10 and 1 % of the images",
+        "unreadable images to tolerate, or a share below 1; default 10 or 1 %; missing files of a list: 0",
         "data",
         resume=True,
         ge=0,

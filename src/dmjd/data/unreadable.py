@@ -69,8 +69,13 @@ def _nothing_readable(unreadable: list[Report]) -> UnreadableImage:
     return UnreadableImage(name, f"{reason}; and every image tried in its place is unreadable".lstrip("; "))
 
 
-def _allowed(max_unreadable: int | None, num_images: int) -> int:
-    return max(10, math.ceil(num_images / 100)) if max_unreadable is None else max_unreadable
+def _allowed(max_unreadable: float | None, num_images: int) -> int:
+    return max(10, math.ceil(num_images / 100)) if max_unreadable is None else tolerated(max_unreadable, num_images)
+
+
+def tolerated(max_unreadable: float, num_images: int) -> int:
+    """A number of images, given as such or as a share below 1."""
+    return math.floor(max_unreadable * num_images) if max_unreadable < 1 else int(max_unreadable)
 
 
 class UnreadableImages:
@@ -109,15 +114,15 @@ class UnreadableImages:
         for name, reason in self.add(reports):
             warn(f"unreadable, replaced by another image: {name}: {reason}")
 
-    def exceed(self, max_unreadable: int | None, num_images: int) -> bool:
+    def exceed(self, max_unreadable: float | None, num_images: int) -> bool:
         """Whether there are more than tolerated; arguments as for :meth:`check`."""
         return len(self._counted()) > _allowed(max_unreadable, num_images)
 
-    def check(self, max_unreadable: int | None, num_images: int, cure: str = "Repair or remove them.") -> None:
+    def check(self, max_unreadable: float | None, num_images: int, cure: str = "Repair or remove them.") -> None:
         """Raise an error if too many images are unreadable.
 
         Args:
-            max_unreadable: largest number allowed; None: the larger of 10 and 1 % of the set.
+            max_unreadable: largest number allowed, or a share below 1; None: the larger of 10 and 1 % of the set.
             num_images: size of the set.
             cure: what to do about unreadable images, the last line of the error.
 

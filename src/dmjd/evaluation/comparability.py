@@ -55,7 +55,8 @@ def data_texts(result: Result) -> tuple[str, str]:
     """Test set and labels of a result: ("digits: 2,000 images", "10 labels a class"); "-" for what is unknown."""
     data = result.get("data", {})
     name, count = data.get("test"), data.get("num_test")
-    test = "-" if name is None else _short(name) + (f": {count:,} images" if isinstance(count, int) else "")
+    part = " (val)" if data.get("split") == "val" else ""
+    test = "-" if name is None else _short(name) + part + (f": {count:,} images" if isinstance(count, int) else "")
     labels, (per_class, fraction) = labels_text(data), _low_shot(result)
     if labels is None and per_class is not None:
         labels = str(per_class)

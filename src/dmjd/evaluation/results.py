@@ -26,7 +26,17 @@ PARTS = ("result", "random_init", "raw_pixels")  # what is measured: the encoder
 
 def data_fingerprint(train: Source, test: Source) -> str:
     """Identifier of the images and labels of both sets."""
-    return "/".join(f"{source.fingerprint()}-{source.content_hash()}" for source in (train, test))
+    return "/".join(map(part_fingerprint, (train, test)))
+
+
+def part_fingerprint(source: Source) -> str:
+    """Identifier of the images and labels of a set."""
+    return f"{source.fingerprint()}-{source.content_hash()}"
+
+
+def tested_split(test: Source) -> str:
+    """The part of the data that was tested on, for a result: "test", or "val" where that served as one."""
+    return "val" if test.split == "val" else "test"
 
 
 def versions() -> dict[str, str]:

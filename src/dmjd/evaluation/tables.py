@@ -84,6 +84,8 @@ def _data_line(data: Mapping[str, Any]) -> str:
     """What a result says about its data; files of former versions say less."""
     sets = (("trained on", "train", "num_train"), ("tested on", "test", "num_test"))
     parts = [f"{verb} {data[count]:,} images of {data[name]}" for verb, name, count in sets if count in data]
+    if "split" in data and (data["test"] == data["train"] or data["split"] == "val"):
+        parts[-1] += f" ({data['split']})"
     classes = data.get("classes")
     if classes is not None:
         parts.append(f"{classes if isinstance(classes, int) else len(classes)} classes")

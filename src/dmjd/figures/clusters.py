@@ -94,4 +94,4 @@ def _caption(source: Source, indices: Sequence[int], total: int) -> str:
     classes, counts = np.unique(source.labels[list(indices)], return_counts=True)
     most = int(counts.argmax())
     example = next(i for i in indices if source.labels[i] == classes[most])
-    return f"{text}\n{100 * counts[most] / len(indices):.0f} % {class_name(source, example)}"
+    return f"{text}\n{100 * counts[most] / len(indices):.0f} % {class_name(source, example) or 'without a label'}"

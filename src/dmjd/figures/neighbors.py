@@ -102,7 +102,7 @@ def _panels(
     panels = []
     for (image, index), cosine in zip(images, cosines, strict=True):
         border = None
-        if source.labels is not None and label is not None:
+        if source.labels is not None and label is not None and min(label, source.labels[index]) >= 0:
             border = SAME if source.labels[index] == label else OTHER
         panels.append(Panel(image, f"{cosine:.3f}  {class_name(source, index)}".rstrip(), border))
     return panels

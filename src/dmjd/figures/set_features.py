@@ -58,7 +58,7 @@ def set_images(encoder: Encoder, source: Source, index: Tensor) -> list[tuple[np
 
 def class_name(source: Source, index: int) -> str:
     """The class of an image of a set, to be drawn; empty without labels."""
-    return drawable(source.classes[source.labels[index]], MAX_LETTERS) if source.labels is not None else ""
+    return drawable(source.class_of(index), MAX_LETTERS)
 
 
 def image_name(source: Source, index: int) -> str:

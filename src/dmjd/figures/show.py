@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dmjd.config.checks import Bounds, check_int, check_path, check_seed, check_text
-from dmjd.config.fields import LABELS
+from dmjd.config.checks import Bounds, check_int, check_path, check_seed
+from dmjd.config.evaluation import LabeledConfig
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import known_preprocess
@@ -28,7 +28,7 @@ from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
 from dmjd.rng import image_keys
-from dmjd.runs.build import LISTING, load_model, open_data, open_images
+from dmjd.runs.build import load_model, open_images
 from dmjd.similarity import check_threshold
 
 MAX_IMAGES = 200  # rows of a figure
@@ -69,6 +69,7 @@ def show(
     run: str | Path,
     *,
     data: str | Path | None = None,
+    split: str = "train",
     labels: str | None = None,
     out: str | Path = "figure.png",
     num_images: int | None = None,
@@ -78,6 +79,7 @@ def show(
     threshold: float | None = None,
     num_neighbors: int | None = None,
     num_clusters: int | None = None,
+    **lists: Any,
 ) -> Path:
     """Draw masks, targets or predictions of a run's model, attention of its encoder, or a set of images as it sees it.
 
@@ -86,18 +88,16 @@ def show(
             components of tokens), "neighbors", "duplicates", "outliers" or "clusters" by the encoder, on a GPU if there
             is one.
         run: a run folder; for figures of the encoder also an encoder file or checkpoint, together with ``data``.
-        data: the images; None: the run's own data.
+        data, split: the images (None: the run's own data), and their part "train", "val" or "test".
         labels: for figures of a set, the source of class labels: "none", "folder" or "column"; None: that of the run.
         out: the file; its ending gives the format.
-        num_images: number of images, queries, groups of duplicates or rows of outliers (default 4), or of images of
-            each cluster (default 8).
+        num_images: number of images, queries, groups of duplicates, rows of outliers (4), or images of a cluster (8).
         num_candidates: for figures of a set, number of its images to search; default 2,000 for neighbors, else 20,000.
         seed: seed of the images, masks and clusters.
-        query: for neighbors, one or several image files to find neighbors of, which need not be in the set; none:
-            ``num_images`` of the set.
+        query: for neighbors, image files to find neighbors of, which may be new; none: ``num_images`` of the set.
         threshold: for duplicates, smallest centered cosine; default 0.95.
-        num_neighbors: for outliers, number of neighbors whose mean distance counts; default 5.
-        num_clusters: for clusters, their number; default 2 to 12, by the number of images.
+        num_neighbors, num_clusters: for outliers, neighbors whose mean distance counts (5); for clusters, their number.
+        lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``.
 
     Returns:
         The file.
@@ -112,12 +112,11 @@ def show(
     settings |= {"num_neighbors": num_neighbors, "num_clusters": num_clusters}
     check_settings(kind, settings | {"labels": labels, "query": tuple(queries)})
     settings = _checked(settings) | ({"query": _checked_queries(queries)} if queries else {})
-    data = None if data is None else check_text("data", data)
-    labels = None if labels is None else check_text("labels", labels, LABELS)
+    given = LabeledConfig.of_images(data, split, labels, lists)
     if kind in MODEL_KINDS:
-        return save_figure(_model_figure(kind, run, data, settings.get("num_images", NUM_IMAGES), seed), out)
+        return save_figure(_model_figure(kind, run, given, settings.get("num_images", NUM_IMAGES), seed), out)
     encoder = load_encoder(run, pick_device("auto"))
-    source = open_images(run, known_preprocess(encoder), data, labels=labels)
+    source = open_images(run, known_preprocess(encoder), **given)
     if kind in SET_KINDS:
         settings |= {"seed": seed} if kind in SEEDED else {}
         return save_figure(SET_FIGURES[kind](encoder, source, **settings), out)
@@ -145,13 +144,10 @@ def _checked_queries(query: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _model_figure(kind: str, run: Path, data: str | None, num_images: int, seed: int) -> Figure:
-    """One of ``MODEL_KINDS`` of a run, on its data or on others."""
-    model, config = load_model(run)
-    listing = run / LISTING if data is None else None
-    chosen = config.data if data is None else data
-    assert chosen is not None
-    source = open_data(config, chosen, "train", listing=listing)
+def _model_figure(kind: str, run: Path, given: Mapping[str, Any], num_images: int, seed: int) -> Figure:
+    """One of ``MODEL_KINDS`` of a run, on its data or on those that are given."""
+    model, _ = load_model(run)
+    source = open_images(run, known_preprocess(model.encoder), **given)
     return method_figure(kind, model, source, num_images, seed)
 
 

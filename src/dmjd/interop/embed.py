@@ -6,6 +6,7 @@ Shapes: b image of a batch, N patch token, D width.
 import contextlib
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.config.checks import check_bool, check_out, check_path, check_text
-from dmjd.config.evaluation import FrozenConfig
+from dmjd.config.checks import check_bool, check_out, check_path
+from dmjd.config.evaluation import FrozenConfig, LabeledConfig
 from dmjd.data.eval_loader import EvalLoader
 from dmjd.data.sources.base import Source
-from dmjd.data.sources.registry import SPLITS
 from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.stored import weights_hash
@@ -52,6 +52,7 @@ def embed(
     precision: str = "fp32",
     device: str = "auto",
     num_workers: int | None = None,
+    **lists: Any,
 ) -> Path:
     """Write the features of every image of a set to a file.
 
@@ -62,9 +63,7 @@ def embed(
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
         out: ``.parquet`` for columns ``index``, ``path``, ``label`` (int64) and ``class`` of labeled sets, and
             ``features``; ``.npy`` for the features alone, with the other columns in ``<name>.rows.parquet``.
-        data: the images; None: the run's own.
-        split: "train" or "test", of data that has both.
-        labels: "none", "folder" or "column"; None: as the run.
+        data, split, labels: the images, a part ("train", "val", "test"), "none", "folder" or "column"; None: the run's.
         tokens: write all patch tokens [N, D] in raster order, not the pooled feature [D].
         half: store float16, not float32.
         duplicates: add a column ``duplicate_of``, the path of the first image that an image is a near duplicate of, or
@@ -72,9 +71,9 @@ def embed(
         distances: add a column ``distance``, 1 less the centered cosine with the nearest neighbor.
         deduplicate: also write the images without near duplicates, by such a cosine, in a form that ``data`` takes:
             ``NAME.keep.txt``, or ``NAME.keep.parquet`` for tables. Unreadable images are left out.
-        batch_size: images per batch.
+        batch_size, num_workers: images per batch; data loading processes (None: by the number of cores).
         precision, device: "fp32" or "bf16" (autocast); "auto", "cpu" or "cuda".
-        num_workers: data loading processes; None: by the number of cores.
+        lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``.
 
     Returns:
         The file. The schema of the parquet file holds settings and unreadable images as JSON, under ``dmjd``.
@@ -84,16 +83,16 @@ def embed(
     """
     out, run = _checked_out(out), check_path("run", run)
     machine = {"precision": precision, "device": device, "num_workers": num_workers}
-    _check(tokens, half, split, data=data, labels=labels, batch_size=batch_size, **machine)
+    _check(tokens, half, batch_size=batch_size, **machine)
+    given = LabeledConfig.of_images(data, split, labels, lists)
     wanted = SecondPass(duplicates, distances, deduplicate)
     keep_freed_memory(chosen := pick_device(device))
     encoder = load_encoder(run, chosen)
-    source = _open(run, encoder, data, split, labels)
-    extract = _extractor(encoder, tokens, precision)
+    source = _open(run, encoder, given)
     wanted.check(source, split, tokens)
     settings = _settings(encoder, source) | {"tokens": bool(tokens), "half": bool(half), "precision": precision}
     console = Console()
-    _embed(encoder, source, extract, out, settings, console, batch_size, num_workers)
+    _embed(encoder, source, _extractor(encoder, tokens, precision), out, settings, console, batch_size, num_workers)
     wanted.run(out, source, chosen, console)
     return out
 
@@ -127,12 +126,11 @@ def _embed(
             parts.finish(source.name, {"settings": settings, "grid": encoder.grid}, console)
 
 
-def _check(tokens: bool, half: bool, split: str, *, data: str | Path | None, **settings: Any) -> None:
+def _check(tokens: bool, half: bool, **settings: Any) -> None:
     """Check the types and values of arguments of :func:`embed`."""
     check_bool("tokens", tokens)
     check_bool("half", half)
-    check_text("split", split, SPLITS)
-    FrozenConfig(data=None if data is None else str(data), **settings)
+    FrozenConfig(**settings)
 
 
 def _checked_out(out: str | Path) -> Path:
@@ -146,10 +144,12 @@ def _checked_out(out: str | Path) -> Path:
     return out
 
 
-def _open(run: Path, encoder: Encoder, data: str | Path | None, split: str, labels: str | None) -> Source:
+def _open(run: Path, encoder: Encoder, given: Mapping[str, Any]) -> Source:
     """The images; with a warning if they are not the run's own, and use little of the range of values."""
-    source = open_images(run, known_preprocess(encoder), data, split, labels=labels)
-    if data is not None:
+    source = open_images(run, known_preprocess(encoder), **given)
+    if source.split != given["split"]:
+        Console().warn(f"{source.title} serves as the {given['split']} part, as there is no other one")
+    if "data" in given:
         warn_of_range(source)
     return source
 

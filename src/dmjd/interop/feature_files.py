@@ -64,7 +64,7 @@ def feature_rows(source: Source, index: Tensor, features: Tensor, schema: pa.Sch
     columns: list[Any] = [rows, [_text(source.describe(i)) for i in rows]]
     if source.labels is not None:
         labels = source.labels[rows]
-        columns += [labels, [_text(source.classes[label]) for label in labels]]
+        columns += [labels, [_text(source.class_of(i)) for i in rows]]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)] + [values], schema=schema)
 
 

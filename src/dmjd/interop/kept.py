@@ -78,7 +78,7 @@ def _check_lines(names: Iterable[str]) -> None:
 
 
 def _write_table(file: Path, source: Source, index: np.ndarray, settings: dict[str, Any]) -> Path:
-    tables = split_tables(expanded(source.name), "train")
+    tables = split_tables(expanded(source.name), "train")[1]
     if sum(pq.read_metadata(table).num_rows for table in tables) != len(source):
         raise ValueError(f"{source.name} changed while it was read: repeat the command")
     described = json.dumps({"settings": settings})

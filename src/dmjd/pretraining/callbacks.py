@@ -327,6 +327,8 @@ class Monitor(Callback):
         if self.source.labels is None:
             return None
         test = open_test_data(self.config, self.config.data, self.config.test_data)
+        if test is not None and test.labels is not None and test.split == "val":
+            self.console.say(f"kNN is measured on {test.title}, the validation part: there is no test part")
         return test if test is not None and test.labels is not None else None
 
     def _save_figure(self, name: str) -> None:

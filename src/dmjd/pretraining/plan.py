@@ -34,6 +34,7 @@ from dmjd.pretraining.held_out import hold_out
 from dmjd.pretraining.plan_choices import (
     ENCODERS,
     GIVEN,
+    LISTED,
     LOW,
     SHARE,
     Choices,
@@ -196,7 +197,7 @@ def command_of(choices: Choices, asked: PlanConfig, config: PretrainConfig) -> s
     """The command that runs the plan."""
     flags = {"data": asked.data, **choices.settings, "out": asked.out, "minutes": f"{config.minutes:g}"}
     defaults = PlanConfig()
-    for name in GIVEN:
+    for name in (*LISTED, *GIVEN):
         if getattr(asked, name) != getattr(defaults, name):
             flags.setdefault(name, getattr(asked, name))
     words = ["dmjd", "pretrain", choices.recipe]

@@ -35,6 +35,8 @@ SMALLEST_BATCH = 8
 # settings of a run that a plan keeps if they are given
 GIVEN = ("encoder", "img_size", "device", "in_chans", "value_range", "num_workers", "batch_size")
 
+LISTED = ("root", "path_column", "max_unreadable")  # settings of a list of images
+
 
 @dataclass
 class Choices:
@@ -52,7 +54,7 @@ class Choices:
 
     def config(self, asked: PlanConfig, **more: Any) -> PretrainConfig:
         """The configuration of the run; its length is that of the recipe unless ``more`` has one."""
-        shared = {name: getattr(asked, name) for name in ("data", *GIVEN)}
+        shared = {name: getattr(asked, name) for name in ("data", *LISTED, *GIVEN)}
         given = {name: value for name, value in shared.items() if value is not None}
         if asked.init is not None:
             given.pop("in_chans")  # comes from the weights

@@ -319,7 +319,7 @@ def log_summary(
     begin = f"  init     {start}\n           {mean_source(config, start)}\n" if start is not None else ""
     parameters = sum(p.numel() for p in encoder.parameters())
     lines = source.lines() if isinstance(source, MixtureSource) else []
-    data_line, each = f"{len(lines)} sets" if lines else source.name, "".join(f"           {line}\n" for line in lines)
+    data_line, each = f"{len(lines)} sets" if lines else source.title, "".join(f"           {line}\n" for line in lines)
     held = f", {config.held_out} of them held out," if config.held_out else ""
     console.say(
         f"{f'resumed at step {engine.state.step}' if resumed else 'started'}: {config.out}\n"

@@ -95,8 +95,8 @@ def _colorings(sample: Sample, seed: int) -> list[dict[str, Any]]:
     """Ways to color the points: by label, by folder, by cluster."""
     found: list[tuple[str, list[str], np.ndarray]] = []
     if sample.labels is not None:
-        classes = sample.source.classes
-        groups = grouped([classes[label] for label in sample.labels.tolist()], MOST_GROUPS)
+        names = [sample.source.class_of(i) or "no label" for i in sample.index.tolist()]
+        groups = grouped(names, MOST_GROUPS)
         if groups is not None:
             found.append(("label", *groups))
     folders = sample.folders()

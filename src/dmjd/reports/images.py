@@ -183,7 +183,7 @@ def gallery(sample: Sample) -> tuple[Gallery, Neighbors]:
     def thumb(row: int, number: float | None = None, query: int | None = None) -> list[Thumb]:
         if row not in uris:
             return []
-        kind = "" if labels is None else sample.source.classes[labels[row]]
+        kind = sample.source.class_of(int(sample.index[row]))
         text = " · ".join(part for part in ("" if number is None else f"{number:.2f}", kind) if part)
         same = None if labels is None or query is None else bool(labels[row] == labels[query])
         return [Thumb(uris[row], shortened(f"{names[row]} {kind}".strip(), 200), shortened(text, _LONGEST), same)]

@@ -98,22 +98,25 @@ def neighbor_confusion(found: Neighbors, labels: np.ndarray) -> Confusion | None
 
     Args:
         found: the neighbors of n images.
-        labels: [n or more] int64.
+        labels: [n or more] int64; images with -1 have none, and do not count.
 
     Returns:
         The matrix of the most frequent classes; None if there is a single class.
     """
     own = labels[: len(found.rows)]
-    if len(set(own.tolist())) < 2:
+    known = own >= 0
+    if len(set(own[known].tolist())) < 2:
         return None
     votes = own[found.rows.numpy()]  # n, k
-    predicted = np.array([Counter(row).most_common(1)[0][0] for row in votes.tolist()])
-    classes = sorted(label for label, _ in Counter(own.tolist()).most_common(MOST_CLASSES))
+    predicted = np.array(
+        [Counter(v for v in row if v >= 0).most_common(1)[0][0] if max(row) >= 0 else -1 for row in votes.tolist()]
+    )
+    classes = sorted(label for label, _ in Counter(own[known].tolist()).most_common(MOST_CLASSES))
     place = {label: number for number, label in enumerate(classes)}
     counts = np.zeros((len(classes), len(classes)))
     for truth, prediction in zip(own.tolist(), predicted.tolist(), strict=True):
         if truth in place and prediction in place:
             counts[place[truth], place[prediction]] += 1
     totals = np.array([max(1, int((own == label).sum())) for label in classes])
-    accuracy = float((predicted == own).mean())
-    return Confusion(100 * counts / totals[:, None], classes, accuracy, found.rows.shape[1], len(own))
+    accuracy = float((predicted == own)[known].mean())
+    return Confusion(100 * counts / totals[:, None], classes, accuracy, found.rows.shape[1], int(known.sum()))

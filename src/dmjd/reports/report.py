@@ -7,7 +7,8 @@ from typing import Any
 
 from dmjd import __version__
 from dmjd.config.checks import Bounds, check_int, check_out, check_path, check_seed, check_text
-from dmjd.config.fields import DEVICES, LABELS
+from dmjd.config.evaluation import LabeledConfig
+from dmjd.config.fields import DEVICES
 from dmjd.data.sources.base import Source
 from dmjd.engine.console import Console
 from dmjd.evaluation.compare import short_names
@@ -57,10 +58,12 @@ def report(
     *runs: str | Path,
     out: str | Path = REPORT_FILE,
     data: str | Path | None = None,
+    split: str = "train",
     labels: str | None = None,
     num_images: int = 1000,
     device: str = "auto",
     seed: int = 0,
+    **lists: Any,
 ) -> Path:
     """Write a report on one or several runs: one HTML file, which loads nothing from elsewhere.
 
@@ -71,10 +74,12 @@ def report(
         runs: run folders. A run may still be training.
         out: the file, ending in .html; an existing one is replaced.
         data: the images; None: those of the first run.
+        split: "train", "val" or "test", of data that has several parts.
         labels: source of class labels: "none", "folder" or "column"; None: that of the run.
         num_images: images in the map of embeddings and among which neighbors are searched; 0: none.
         device: "auto", "cpu" or "cuda".
         seed: seed of the images.
+        lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``.
 
     Returns:
         The file.
@@ -86,13 +91,12 @@ def report(
         raise ValueError("give at least one run folder to report on")
     check_int("runs", len(runs), Bounds(most=MAX_RUNS))
     seed, num_images = check_seed(seed, ge=0), check_int("num_images", num_images, Bounds(ge=0, most=MAX_IMAGES))
-    labels = None if labels is None else check_text("labels", labels, LABELS)
-    data = None if data is None else check_text("data", data)
+    given = LabeledConfig.of_images(data, split, labels, lists)
     out, device = _checked_out(out), check_text("device", device, DEVICES)
     check_extra()
     folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
     facts = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    trained = Trained(folders[0], data, labels, device)
+    trained = Trained(folders[0], device, **given)
     make_folder(out.parent)
     write_text(out, _page(facts, trained, num_images, Clock(), seed))
     return out

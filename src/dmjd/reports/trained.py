@@ -3,6 +3,7 @@
 import warnings
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder, known_preprocess
@@ -19,13 +20,13 @@ class Trained:
 
     Args:
         run: the run folder.
-        data: other images than the run's own.
-        labels: source of the class labels; None: that of the run.
         device: "auto", "cpu" or "cuda", for the encoder.
+        given: which images, if not the run's own, and how to read them: arguments of
+            :func:`~dmjd.runs.build.open_images`.
     """
 
-    def __init__(self, run: Path, data: str | None = None, labels: str | None = None, device: str = "auto") -> None:
-        self._run, self._data, self._labels, self._device = run, data, labels, device
+    def __init__(self, run: Path, device: str = "auto", **given: Any) -> None:
+        self._run, self._device, self._given = run, device, given
 
     @cached_property
     def model(self) -> MaskedImageModel:
@@ -42,7 +43,7 @@ class Trained:
     @cached_property
     def source(self) -> Source:
         """The images."""
-        return open_images(self._run, known_preprocess(self.encoder), self._data, labels=self._labels)
+        return open_images(self._run, known_preprocess(self.encoder), **self._given)
 
 
 class InTraining(Trained):

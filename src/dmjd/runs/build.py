@@ -11,6 +11,7 @@ import torch
 
 from dmjd.branches import Distillation, Reconstruction
 from dmjd.config.checks import check_path
+from dmjd.config.fields import LIST_SETTINGS
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.sources import Data
 from dmjd.data.sources.base import Source
@@ -146,14 +147,21 @@ def open_data(config: PretrainConfig, data: Data, split: str, listing: Path | No
         in_chans=config.in_chans,
         value_range=(config.value_range[0], config.value_range[1]) if config.value_range is not None else None,
         listing=listing,
+        root=config.root,
+        path_column=config.path_column,
+        label_column=config.label_column,
+        max_unreadable=config.max_unreadable,
     )
 
 
-def open_test_data(config: PretrainConfig, data: Data, test_data: str | None) -> Source | None:
-    """Open the test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none."""
+def open_test_data(config: PretrainConfig, data: Data, test_data: str | None, split: str = "test") -> Source | None:
+    """Open the test part of ``test_data`` (all of it if it has no parts), else of ``data``; None if there is none.
+
+    With the split "val" it is the validation part of either.
+    """
     if test_data is not None:
-        return open_data(config, test_data, "test" if has_split(test_data, "test") else "train")
-    return open_data(config, data, "test") if has_split(data, "test") else None
+        return open_data(config, test_data, split if split == "val" or has_split(test_data, split) else "train")
+    return open_data(config, data, split) if has_split(data, split) else None
 
 
 def open_images(
@@ -165,14 +173,17 @@ def open_images(
         run: a run folder, or an encoder file together with ``data``.
         preprocess: preprocessing of the encoder.
         data: path or name of the images; None: those of the run.
-        split: "train" or "test".
-        changes: settings that differ from the run's, such as ``labels``; None values are ignored.
+        split: "train", "val" or "test".
+        changes: settings that differ from the run's, such as ``labels``; None values are ignored. The settings of the
+            run's own list do not hold for other ``data``.
 
     Raises:
         ValueError: if the folder is not a run, or the data cannot be opened.
     """
     run = check_path("run", run)
     config = read_config(run) if run.is_dir() and not is_shared(run) else PretrainConfig()
+    if data is not None:
+        config = config.replace(**dict.fromkeys(LIST_SETTINGS))
     config = config.replace(
         in_chans=preprocess.in_chans,
         value_range=preprocess.value_range,

@@ -3,14 +3,15 @@
 import os
 import shutil
 import sys
+from functools import partial
 
 import pytest
 from image_sets import save
-from support import TINY, final, mistake
+from support import REAL_DATA, TINY, final, mistake
 
 from dmjd.cli.main import main
-from dmjd.data.sources.lists import ListSource, read_list
-from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.lists import ListSource
+from dmjd.data.sources.registry import align_labels, open_source
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_names_may_hold_anything_but_line_breaks(images):
 def test_a_list_that_cannot_be_used_is_one_line(images, content, message, capsys):
     (images / "list.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_list(images / "list.txt")
+        open_source(images / "list.txt")
     mistake(capsys, "pretrain", "--data", images / "list.txt", "--out", images / "run", *TINY)
 
 
@@ -97,3 +98,38 @@ def test_a_resumed_run_sees_the_images_it_began_with(images, tmp_path):
     assert main([*command, str(tmp_path / "run"), "--steps", "4", "--checkpoint-every", "2"]) == 0
     straight, resumed = final(tmp_path / "straight"), final(tmp_path / "run")
     assert all(resumed[name].equal(value) for name, value in straight.items())
+
+
+def test_a_run_on_a_list_with_columns_replaces_tolerated_missing_images_and_resumes(images, tmp_path, capsys):
+    """The list loses rows and its split names change while the run stops: the order of the images stays."""
+    rows = ["a/0.png,train,x", "b/1.png,train,", "a/gone.png,train,y", "a/2.png,train,x", "b/3.png,test,x"]
+    file = write(images / "list.csv", "path,split,kind", *rows)
+    command = ["pretrain", "--data", str(file), *TINY, "--batch-size", "3", "--held-out", "0", "--label-column", "kind"]
+    said = mistake(capsys, *command, "--out", tmp_path / "run")
+    assert "1 of 4 files" in said
+    assert "do not exist: a/gone.png" in said
+    command += ["--steps", "4", "--checkpoint-every", "2", "--max-unreadable", "0.25", "--out"]
+    assert main([*command, str(tmp_path / "straight")]) == 0
+    said = capsys.readouterr().err
+    assert "do not exist: a/gone.png; other images replace them" in said
+    assert "list.csv (train): 4 images" in said
+    assert (tmp_path / "straight" / "unreadable.txt").read_text().startswith(str(images / "a" / "gone.png"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "final.safetensors").unlink()
+    write(file, "path,split,kind", rows[3], *rows[4:])
+    assert main([*command, str(tmp_path / "run")]) == 0
+    straight, resumed = final(tmp_path / "straight"), final(tmp_path / "run")
+    assert all(resumed[name].equal(value) for name, value in straight.items())
+
+
+@pytest.mark.skipif(not (REAL_DATA / "grocery").exists(), reason="needs ../shared/data/grocery")
+def test_a_real_list_with_splits_and_two_columns_of_labels():
+    list_of = partial(open_source, REAL_DATA / "grocery" / "list.csv")
+    for column, most in (("label", 81), ("coarse_label", 43)):
+        train, val, test = (list_of(split=split, label_column=column) for split in ("train", "val", "test"))
+        assert [len(part) for part in (train, val, test)] == [2640, 296, 2485]
+        assert (len(train.classes), len(test.classes)) == (most, most)
+        for part in (val, test):
+            aligned = align_labels(train, part)
+            assert all(train.classes[aligned[i]] == part.class_of(i) for i in range(0, len(part), 7))
+    assert train.read(0).shape[2] == 3

@@ -1,5 +1,8 @@
 """Opening a source by path or name: precedence, splits, errors, and a new kind of source."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from image_sets import Arrays, save, write_table
@@ -84,15 +87,15 @@ def test_single_file(tmp_path):
     save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="is a single file: give the folder"):
         open_source(tmp_path / "one.png")
-    (tmp_path / "list.csv").write_text("one.png,cat")
-    with pytest.raises(ValueError, match=r"list\.csv is a list or table .* not supported yet: give the folder of the"):
-        open_source(tmp_path / "list.csv")
+    (tmp_path / "list.xlsx").write_text("one.png,cat")
+    with pytest.raises(ValueError, match=r"list\.xlsx is a list or table of a kind that is not supported: save it as"):
+        open_source(tmp_path / "list.xlsx")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "val"}, "split must be one of train, test"),
+        ({"split": "vall"}, "split must be one of train, val, test"),
         ({"labels": "colum"}, "labels must be one of none, folder, column"),
         ({"in_chans": 0}, "in_chans must be at least 1"),
         ({"labels": "column"}, "which is a folder of images: pass --labels folder"),
@@ -134,3 +137,34 @@ def test_unknown_test_class(tmp_path):
         align_labels(train, test)
     with pytest.raises(ValueError, match="has no labels"):
         align_labels(train, open_source(tmp_path, split="test"))
+
+
+def test_val_is_a_split_of_its_own_beside_test(tmp_path):
+    for number, name in enumerate(["Train/a/1.png", "VAL/b/2.png", "TEST/b/3.png"]):
+        save(tmp_path / name, number)
+    found = {split: open_source(tmp_path, split=split) for split in ("train", "val", "test")}
+    assert {split: Path(one.name).name for split, one in found.items()} == {
+        "train": "Train",
+        "val": "VAL",
+        "test": "TEST",
+    }
+    assert {split: one.split for split, one in found.items()} == {split: split for split in found}
+    shutil.rmtree(tmp_path / "TEST")
+    assert [open_source(tmp_path, split=split).split for split in ("val", "test")] == ["val", "val"]
+    shutil.move(tmp_path / "VAL", tmp_path / "test")
+    with pytest.raises(ValueError, match=r"has no val part .*another --split than val"):
+        open_source(tmp_path, split="val")
+    for name in ("digits", "cifar10"):
+        assert not has_split(name, "val")
+        with pytest.raises(ValueError, match=f"{name} has no val part"):
+            open_source(name, split="val")
+
+
+def test_val_of_tables(tmp_path):
+    for number, name in enumerate(["train", "validation-0-of-1", "test"]):
+        write_table(tmp_path / f"{name}.parquet", [number] * (number + 1))
+    found = [open_source(tmp_path, split=split) for split in ("train", "val", "test")]
+    assert [len(one) for one in found] == [1, 2, 3]
+    assert [one.split for one in found] == ["train", "val", "test"]
+    (tmp_path / "test.parquet").unlink()
+    assert (open_source(tmp_path, split="test").split, len(open_source(tmp_path, split="test"))) == ("val", 2)

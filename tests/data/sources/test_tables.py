@@ -114,7 +114,6 @@ def test_other_forms_of_image_columns(tmp_path):
         "texts": pa.array([{"bytes": "words", "path": "a.png"}]),
         "nested": pa.array([{"image": {"bytes": png(6), "path": None}}]),
         "list": pa.array([[{"bytes": png(6), "path": None}]]),
-        "url": pa.array(["https://a.b/c.png"]),
     }.items():
         table_of(tmp_path / f"{name}.parquet", column)
         with pytest.raises(ValueError, match="has no column of encoded images"):

@@ -29,6 +29,10 @@ class SourceOptions:
     value_range: tuple[float, float] | None = None
     listing: Path | None = None
     masks: bool = False
+    root: str | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    max_unreadable: float | None = None
 
     @property
     def with_labels(self) -> bool:
@@ -53,7 +57,7 @@ class Source(ABC):
     Attributes:
         name: the name or path given by the user.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        labels: [n] int64 indices into ``classes``, or None.
+        labels: [n] int64 indices into ``classes``, or None; -1 for an image of a list that has no label.
         classes: class names; empty without labels.
         names: reserved names of sets of this kind, if any.
         kind: description of such data in messages.
@@ -64,6 +68,8 @@ class Source(ABC):
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
         full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
         parts: the sources of a mixture, with their weights; empty for other sets.
+        split: the part of the data that the images are: "train", "val" or "test". Where there is no test part, the
+            validation part serves as one.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -81,11 +87,12 @@ class Source(ABC):
     removable: bool = False
     full_names: bool = False
     parts: tuple[Part, ...] = ()
+    split: str = "train"
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
         """Whether ``data`` is a set of this kind and has this split; without network access."""
-        return data in cls.names
+        return data in cls.names and split != "val"
 
     @classmethod
     def has_split(cls, data: str, split: str) -> bool:
@@ -101,6 +108,11 @@ class Source(ABC):
         """
         raise TypeError(f"{cls.__name__} cannot be opened by name: it defines no from_data")
 
+    @property
+    def title(self) -> str:
+        """The name in messages that tell the parts of the data apart."""
+        return self.name
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of images."""
@@ -112,6 +124,12 @@ class Source(ABC):
     @abstractmethod
     def describe(self, index: int) -> str:
         """Name of image ``index`` in messages: its path, or "row 17 of x.parquet"."""
+
+    def class_of(self, index: int) -> str:
+        """The class of image ``index``; empty if it has no label."""
+        if self.labels is None or (label := int(self.labels[index])) < 0:
+            return ""
+        return self.classes[label]
 
     def read(self, index: int) -> np.ndarray:
         """Image ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale.

@@ -34,7 +34,10 @@ from dmjd.text import printable
 
 _LEAST_AREA = 1e-6  # square pixels; an area of 0 stands for an unknown one in torchmetrics
 
-_PARTS = {"train": ("train", "train2017"), "test": ("test", "val", "valid", "val2017")}
+_VALIDATION = ("val", "valid", "val2017")
+
+# The first that exists.
+_PARTS = {"train": ("train", "train2017"), "val": _VALIDATION, "test": ("test", *_VALIDATION)}
 
 # JSON file and image folder of a part, below the root.
 _LAYOUTS = (
@@ -262,7 +265,7 @@ def open_coco(
     Args:
         data: a folder with ``train/`` and ``train.json``, COCO's own ``train2017/`` and
             ``annotations/instances_train2017.json``, or ``train/_annotations.coco.json``; the same for test or val.
-        split: "train" or "test".
+        split: "train", "val" or "test".
         classes, in_chans, value_range: see :class:`CocoSource`.
 
     Raises:
@@ -273,13 +276,17 @@ def open_coco(
         root = expanded(data)
         if not root.is_dir():
             raise ValueError(f"there is no folder {data}: give one with train/ and train.json in COCO form")
-        if split == "test" and find_coco(data, "train") is not None:
-            raise ValueError(f"{data} has no test part (test/ and test.json, or val/ and val.json): pass --test-data")
+        if split != "train" and find_coco(data, "train") is not None:
+            files = "test/ and test.json, or val/ and val.json" if split == "test" else "val/ and val.json"
+            cure = "pass --test-data" if split == "test" else "give data that has one"
+            raise ValueError(f"{data} has no {split} part ({files}): {cure}")
         raise ValueError(
             f"{data} holds no images with boxes: give a folder with train/ and train.json in COCO form "
             "(or train2017/ and annotations/instances_train2017.json)"
         )
-    return CocoSource(*location, classes, in_chans, value_range, expanded(data))
+    source = CocoSource(*location, classes, in_chans, value_range, expanded(data))
+    source.split = "val" if split != "train" and location == find_coco(data, "val") else split
+    return source
 
 
 def find_coco(data: str | Path, split: str) -> tuple[Path, Path] | None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -46,7 +47,7 @@ class FolderSource(Source):
     """
 
     kind = "a folder of images"
-    label_option = "folder"
+    label_option: ClassVar[str | None] = "folder"
     removable = True
 
     def __init__(
@@ -67,14 +68,14 @@ class FolderSource(Source):
         self._take(root, paths, with_labels, listed)
         self.listing = listing if listed is not None else None
 
-    def _take(self, root: Path, paths: list[str], with_labels: bool, listed: "Listing | None") -> None:
+    def _take(self, root: Path, paths: "list[str] | Strings", with_labels: bool, listed: "Listing | None") -> None:
         """Take the images of these paths below a folder; ``listed`` holds them if they come from a run's list."""
         self.root, self._folder = root, str(root)
-        self._paths = _Strings(paths)
+        self._paths = paths if isinstance(paths, Strings) else Strings(map(os.fsencode, paths))
         self._listed_sizes = listed.sizes if listed is not None else None
         self.classes: list[str] = []
         if with_labels:
-            self.labels, self.classes = _folder_labels(root, paths)
+            self.labels, self.classes = _folder_labels(root, self._listed())
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
@@ -86,14 +87,17 @@ class FolderSource(Source):
     def from_data(cls, data: str, options: SourceOptions) -> "FolderSource":
         """Open a split of the folder ``data``."""
         root = expanded(data)
-        folder = split_folder(root, options.split)
-        assert folder is not None, "see matches"
+        found = split_folder(root, options.split)
+        assert found is not None, "see matches"
+        taken, folder = found
         if folder != root and options.listing is not None and (listed := read_listing(options.listing)):
             # Folders such as Train/ and Test/ were no splits in version 0.1: runs began with all of their images.
             in_root, in_folder = ((base / listed.paths[0]).exists() for base in (root, folder))
             folder = root if in_root and not in_folder else folder
         warn_of_loose_images(root)
-        return cls(folder, options.with_labels, options.in_chans, options.value_range, options.listing)
+        source = cls(folder, options.with_labels, options.in_chans, options.value_range, options.listing)
+        source.split = taken
+        return source
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -106,8 +110,12 @@ class FolderSource(Source):
         """Write the sorted list of paths, and the sizes in the fingerprint, unless they were read from there."""
         if self._listed_sizes is None:
             self._listed_sizes = list(self._sizes())
-            paths = [self._paths[i] for i in range(len(self))]
-            write_text(file, json.dumps({"paths": paths, "sizes": self._listed_sizes} | self._place(), indent=0))
+            write_text(
+                file, json.dumps({"paths": self._listed(), "sizes": self._listed_sizes} | self._place(), indent=0)
+            )
+
+    def _listed(self) -> list[str]:
+        return [self._paths[i] for i in range(len(self))]
 
     def _place(self) -> dict[str, str]:
         """What a list of a run says about the folder, besides the configuration; see :class:`Listing`."""
@@ -157,13 +165,27 @@ class FolderSource(Source):
                 yield -1
 
 
-class _Strings:
-    """A list of strings in two buffers, which worker processes share instead of copying a million objects."""
+class Strings:
+    """Strings in two buffers, which worker processes share instead of copying a million objects.
 
-    def __init__(self, strings: list[str]) -> None:
-        encoded = [os.fsencode(s) for s in strings]
-        self._ends = np.cumsum([0, *map(len, encoded)])
-        self._bytes = b"".join(encoded)
+    Args:
+        encoded: the strings, by ``os.fsencode``.
+    """
+
+    def __init__(self, encoded: Iterable[bytes]) -> None:
+        parts = list(encoded)
+        self._ends = np.cumsum([0, *map(len, parts)])
+        self._bytes = b"".join(parts)
+
+    @classmethod
+    def of_arrow(cls, array: Any) -> "Strings":
+        """The values of a ``pyarrow.LargeBinaryArray``."""
+        strings = cls(())
+        _, offsets, data = array.buffers()
+        ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+        strings._ends = ends - ends[0]
+        strings._bytes = data[int(ends[0]) : int(ends[-1])].to_pybytes() if data is not None else b""
+        return strings
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -11,7 +11,9 @@ from dmjd.data.sources.paths import existing_path
 from dmjd.data.sources.tables import TableSource, check_cache, first_line
 from dmjd.hub import offline_if_unreachable
 
-_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # the first that exists
+_VALIDATION = ("validation", "valid", "val", "dev")
+
+_SPLITS = {"train": ("train",), "val": _VALIDATION, "test": ("test", *_VALIDATION)}  # the first that exists
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -55,7 +57,9 @@ class HubSource(TableSource):
         with _hub_errors(data):
             table = datasets.load_dataset(data, split=split)
         caches = [Path(folder) for folder in (datasets.config.HF_DATASETS_CACHE, hub.HF_HUB_CACHE)]
-        return cls(table, data, [(f"{data} ({split})", len(table))], Path(), options, caches)
+        source = cls(table, data, [(f"{data} ({split})", len(table))], Path(), options, caches)
+        source.split = "val" if split in _VALIDATION else split
+        return source
 
 
 def _split_names(data: str) -> list[str]:

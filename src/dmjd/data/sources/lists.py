@@ -1,101 +1,144 @@
-"""A list of images: a text file with one path a line. It is read once; a run keeps the list it began with."""
+"""A list of images: a file with a path in each row. It is read once; a run keeps the list it began with."""
 
-import codecs
 import os
+import warnings
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from dmjd.data.sources.base import SourceOptions
-from dmjd.data.sources.folder import FolderSource, read_listing
-from dmjd.data.sources.paths import existing_path, expanded, permission_checked
+from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing
+from dmjd.data.sources.list_files import ListFile
+from dmjd.data.sources.list_formats import ENDINGS, PlainList, open_list
+from dmjd.data.sources.list_paths import absolute_paths, common_folder, first_repeated, missing_rows, relative_paths
+from dmjd.data.sources.paths import existing_path, expanded
+from dmjd.data.sources.table_columns import is_list_table
+from dmjd.data.sources.table_labels import optional_labels
+from dmjd.data.unreadable import tolerated
 from dmjd.text import printable
+from dmjd.warning import DMJDWarning
 
-ENDING = ".txt"
-
-_NAMED = 3  # missing files in a message
+_NAMED = 5  # missing files in a message
 
 
 class ListSource(FolderSource):
     """The images of a list, in its order.
 
     Args:
-        file: the list; see :func:`read_list`.
-        with_labels: use the first folder below the folder that holds all images as the class.
-        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
-        listing: file that may hold the images a run began with (see :meth:`save_listing`). If it exists, the list is
-            read only to find the folder, if at all, so that a resumed run sees the images it started with.
+        file: the list; see :func:`~dmjd.data.sources.list_formats.open_list`.
+        options: how to open it. Paths are relative to ``root``, by default the folder of the list. Labels are a column,
+            or the first folder below the folder that holds all images of the split. If ``listing`` exists, it holds the
+            images, and the list is read only to find the folder and the labels, if at all, so that a resumed run sees
+            the images it started with.
 
     Raises:
-        ValueError: if the list is empty or cannot be read, names files that do not exist, or names a file twice.
+        ValueError: if the list is empty or cannot be read, names a file twice, or names more files that do not exist
+            than ``max_unreadable`` (by default none; a number below 1 is a share).
     """
 
     kind = "a list of images"
+    label_option = None
 
-    def __init__(
-        self,
-        file: Path,
-        with_labels: bool = False,
-        in_chans: int = 3,
-        value_range: tuple[float, float] | None = None,
-        listing: Path | None = None,
-    ) -> None:
-        self.name, self._list_folder = str(file), os.path.realpath(file.parent)
-        self.in_chans, self.value_range = in_chans, value_range
-        listed = read_listing(listing) if listing is not None else None
-        if listed is not None and listed.root is not None:
-            root, relative = os.path.normpath(os.path.join(self._list_folder, listed.root)), listed.paths
+    def __init__(self, file: Path, options: SourceOptions | None = None) -> None:
+        options = SourceOptions() if options is None else options
+        self.name = str(file)
+        self.in_chans, self.value_range = options.in_chans, options.value_range
+        rows = open_list(file, options.path_column)
+        self._base = os.path.realpath(file.parent if options.root is None else expanded(options.root))
+        if options.root is not None and not os.path.isdir(self._base):
+            raise ValueError(f"there is no folder {printable(options.root)} (--root), which the paths are relative to")
+        if options.labels == "column" and isinstance(rows, PlainList):
+            raise ValueError(
+                f"labels 'column' does not fit {printable(file)}, which is a list without columns: pass --labels "
+                "folder, or give a .csv"
+            )
+        listed = read_listing(options.listing) if options.listing is not None else None
+        self._open(rows, options, listed)
+        self.listing = options.listing if listed is not None else None
+
+    def _open(self, rows: ListFile, options: SourceOptions, listed: Listing | None) -> None:
+        """Take the images of a split, or those that a run began with."""
+        by_folder, by_column = options.labels == "folder", options.labels == "column"
+        self._titled = rows.split_column is not None
+        if listed is not None and listed.root is not None and not by_column:
+            self.split, folder = options.split, os.path.normpath(os.path.join(self._base, listed.root))
+            self._take(Path(folder), listed.paths, by_folder, listed)
+            return
+        written = rows.paths()
+        paths = absolute_paths(written, self._base)
+        self.split, chosen = rows.split_rows(options.split)
+        if not self.split:
+            raise ValueError(f"no row of {printable(self.name)} belongs to the {options.split} part")
+        own = paths if chosen is None else paths.filter(chosen)
+        root = common_folder(own)
+        if listed is None:
+            _check_repeated(rows, written, paths)
+            _check_missing(rows, own, written if chosen is None else written.filter(chosen), options)
+            self._take(Path(root), Strings.of_arrow(relative_paths(own, root)), by_folder, None)
         else:  # without a root, the run began with the folder itself
-            paths = read_list(file)
-            root = os.path.commonpath([os.path.dirname(path) for path in paths])
-            relative = [os.path.relpath(path, root) for path in paths] if listed is None else listed.paths
-        self._take(Path(root), relative, with_labels, listed)
-        self.listing = listing if listed is not None else None
+            root = root if listed.root is None else os.path.normpath(os.path.join(self._base, listed.root))
+            self._take(Path(root), listed.paths, by_folder, listed)
+        if by_column:
+            column = rows.label_column(options.label_column)
+            values = rows.labels(column)
+            if listed is not None:
+                kept = pa.array([os.fsencode(os.path.join(root, path)) for path in listed.paths], pa.large_binary())
+                values = values.take(pc.index_in(kept, value_set=paths))  # null: it is no longer in the list
+            elif chosen is not None:
+                values = values.filter(chosen)
+            where = f"{printable(self.name)}: column '{printable(column)}'"
+            self.labels, self.classes = optional_labels(values, where)
+
+    @property
+    def title(self) -> str:
+        """The list, and the split if it has several."""
+        return f"{self.name} ({self.split})" if self._titled else self.name
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
-        """Whether ``data`` is a list; its images are training images."""
+        """Whether ``data`` is a list with rows of this split. Without a column of splits, all rows are for training."""
         path = existing_path(data)
-        return path is not None and path.is_file() and path.suffix.lower() == ENDING and split == "train"
+        if path is None or not path.is_file() or path.suffix.lower() not in ENDINGS:
+            return False
+        if path.suffix.lower() == ".parquet" and not is_list_table(path):
+            return False
+        return bool(open_list(path).split_rows(split)[0])
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "ListSource":
         """Open the list ``data``."""
-        return cls(expanded(data), options.with_labels, options.in_chans, options.value_range, options.listing)
+        return cls(expanded(data), options)
 
     def _place(self) -> dict[str, str]:
         """See :class:`FolderSource`."""
-        return {"root": os.path.relpath(self.root, self._list_folder)}
+        return {"root": os.path.relpath(self.root, self._base)}
 
 
-def read_list(file: Path) -> list[str]:
-    """Absolute paths of the images in a list: one path a line, relative to the folder of the list, or absolute.
-
-    Empty lines are skipped. Names may hold anything but line breaks, in any encoding.
-
-    Raises:
-        ValueError: if the list is empty, cannot be read, names files that do not exist, or names a file twice.
-    """
-    with permission_checked(file):
-        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if b"\0" in content:
-        raise ValueError(f"{printable(file)} is no list of images: it holds null characters")
-    lines = [line.removesuffix("\r") for line in os.fsdecode(content).split("\n")]
-    folder, first = os.path.realpath(file.parent), dict[str, int]()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        path = os.path.normpath(os.path.join(folder, line))
-        if path in first:
-            raise ValueError(
-                f"line {number} of {printable(file)} names the image of line {first[path]} again: {printable(line)}"
-            )
-        first[path] = number
-    if not first:
-        raise ValueError(f"{printable(file)} lists no images: put the path of an image on each line")
-    if missing := [path for path in first if not os.path.isfile(path)]:
-        named = ", ".join(printable(lines[first[path] - 1]) for path in missing[:_NAMED])
-        more = ", ..." if len(missing) > _NAMED else ""
+def _check_repeated(rows: ListFile, written: pa.LargeBinaryArray, paths: pa.LargeBinaryArray) -> None:
+    """Raise an error for a path, made absolute, that repeats another one; it is shown as it is written."""
+    if (found := first_repeated(paths)) is not None:
+        row, first = found
+        shown = printable(os.fsdecode(written[row].as_py()))
         raise ValueError(
-            f"{len(missing)} of {len(first)} files in {printable(file)} do not exist: {named}{more}; paths are "
-            "relative to the folder of the list"
+            f"{rows.where(row)} of {printable(rows.file)} names the image of {rows.where(first)} again: {shown}"
         )
-    return list(first)
+
+
+def _check_missing(
+    rows: ListFile, paths: pa.LargeBinaryArray, written: pa.LargeBinaryArray, options: SourceOptions
+) -> None:
+    """Raise an error if more files are missing than tolerated; warn if fewer are."""
+    missing = missing_rows(paths)
+    if not len(missing):
+        return
+    named = ", ".join(printable(os.fsdecode(path)) for path in written.take(missing[:_NAMED]).to_pylist())
+    more = ", ..." if len(missing) > _NAMED else ""
+    text = f"{len(missing)} of {len(paths)} files in {printable(rows.file)} do not exist: {named}{more}"
+    if len(missing) == len(paths) or len(missing) > tolerated(options.max_unreadable or 0, len(paths)):
+        folder = "the folder of the list" if options.root is None else f"--root {printable(options.root)}"
+        raise ValueError(
+            f"{text}; paths are relative to {folder}: give --root FOLDER, correct the list, or tolerate them with "
+            f"--max-unreadable {len(missing)}"
+        )
+    warnings.warn(f"{text}; other images replace them", DMJDWarning, stacklevel=6)

@@ -38,6 +38,7 @@ class MixtureSource(Source):
         self.sources = list(sources)
         self.name = ", ".join(source.name for source in sources)
         self.in_chans, self.value_range = sources[0].in_chans, sources[0].value_range
+        self.split = sources[0].split
         self.removable = all(source.removable for source in sources)
         lengths = [len(source) for source in sources]
         self.parts = tuple(Part(length, weight) for length, weight in zip(lengths, weights, strict=True))
@@ -106,7 +107,7 @@ class MixtureSource(Source):
         """A line about each source: its images, and how often they are drawn."""
         total = len(self)
         return [
-            f"{source.name}: {part.length} images, {100 * share:.3g} % of the samples, each image "
+            f"{source.title}: {part.length} images, {100 * share:.3g} % of the samples, each image "
             f"{share * total / part.length:.3g} times an epoch"
             for source, part, share in zip(self.sources, self.parts, shares(self.parts), strict=True)
         ]
@@ -158,5 +159,9 @@ def _joined_labels(sources: Sequence[Source]) -> tuple[np.ndarray | None, list[s
         return None, []
     classes = sorted({name for source in sources for name in source.classes})
     index_of = {name: index for index, name in enumerate(classes)}
-    joined = [np.array([index_of[name] for name in s.classes], dtype=np.int64)[s.labels] for s in sources]
+    joined = []
+    for source in sources:
+        assert source.labels is not None
+        number_of = np.array([*(index_of[name] for name in source.classes), -1], dtype=np.int64)  # -1: no label
+        joined.append(number_of[source.labels])
     return np.concatenate(joined), classes

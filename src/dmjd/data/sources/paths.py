@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from dmjd.regular import irregular
@@ -15,22 +15,38 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff",
 
 _TRAIN_NAMES = ("train", "training")
 
-_TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first that exists is the test split
+_VAL_NAMES = ("val", "valid", "validation")
 
-SPLIT_NAMES = _TRAIN_NAMES + _TEST_NAMES  # of folders, in small or capital letters
+_TEST_NAMES = ("test", "testing")
+
+_NAMES = {"train": _TRAIN_NAMES, "val": _VAL_NAMES, "test": _TEST_NAMES}
+
+SPLIT_NAMES = _TRAIN_NAMES + _VAL_NAMES + _TEST_NAMES  # of folders, in small or capital letters
 
 _MASK_FOLDERS = ("masks", "labels", "annotations")  # next to images/, in sets for segmentation
 
-_LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")  # may list images, but are not read
+_LISTS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 
 SHARDS = (".tar", ".zip")
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
-_SHARD_NAMES = {"train": _TRAIN_NAMES, "test": _TEST_NAMES}
+_UNREAD = (".json", ".xlsx", ".xls", ".ods", ".ndjson")  # may list images, but are not read
 
 
 _BREAKING = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+
+
+def split_of_name(name: str) -> str | None:
+    """The split that a folder, a shard or a value is named after: "Validation" is "val"; None if it is none."""
+    return next((split for split, names in _NAMES.items() if name.strip().lower() in names), None)
+
+
+def taken_split(found: Collection[str], split: str) -> str | None:
+    """Which of the splits that a set has serves as ``split``: "val" as "test" if there is no "test"."""
+    if split == "test" and "test" not in found:
+        split = "val"
+    return split if split in found else None
 
 
 @contextlib.contextmanager
@@ -103,46 +119,54 @@ def path_inside(root: Path, folder: Path, name: str) -> str | None:
     return path if path.startswith(os.path.join(top, "")) and "\0" not in name else None
 
 
-def split_tables(path: Path, split: str) -> list[Path]:
-    """The parquet files of a split of an existing path; empty for a folder of images.
+def split_tables(path: Path, split: str) -> tuple[str, list[Path]]:
+    """Which split of an existing path serves as ``split``, and its parquet files; none for a folder of images.
 
     Raises:
         ValueError: if permission to read a folder is missing.
     """
     if path.is_file():
-        return [path] if path.suffix.lower() == ".parquet" and split == "train" else []
+        return split, [path] if path.suffix.lower() == ".parquet" and split == "train" else []
     with permission_checked(path):
         folders = _split_folders(path)
-        tables = _tables(folders[split] if folders else path)
-        for table in tables:
-            if kind := irregular(table):
-                raise ValueError(f"{printable(table)} is {kind}, not a file: move it away")
-    if folders:
-        return tables
+        if folders:
+            taken = taken_split(folders, split)
+            return (taken, _regular_tables(folders[taken])) if taken else (split, [])
+        tables = _regular_tables(path)
     return files_of_split(tables, split)
 
 
-def files_of_split(files: list[Path], split: str) -> list[Path]:
-    """Those named after a split, if there are files of both: train-0.tar, test-0.tar. Else all are training files."""
-    splits = {name: [file for file in files if _shard_of(file, names)] for name, names in _SHARD_NAMES.items()}
-    if splits["train"] and splits["test"]:
-        return splits[split]
-    return files if split == "train" else []
+def files_of_split(files: list[Path], split: str) -> tuple[str, list[Path]]:
+    """Which split of files named after splits serves as ``split``, and its files: train-0.tar, val-0.tar, ...
+
+    All are training files, unless some are named after the training part and some after another one.
+    """
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        # Shards are named after their split: train.parquet, train-00000-of-00002.parquet.
+        if name := split_of_name(re.split(r"[-_.]", file.name)[0]):
+            splits.setdefault(name, []).append(file)
+    if "train" in splits and len(splits) > 1:
+        taken = taken_split(splits, split)
+        return (taken, splits[taken]) if taken else (split, [])
+    return split, files if split == "train" else []
 
 
-def split_folder(path: Path, split: str) -> Path | None:
-    """The folder of images of a split of an existing path, or None if there is no such split.
+def split_folder(path: Path, split: str) -> tuple[str, Path] | None:
+    """Which split of an existing path serves as ``split``, and its folder of images; None if there is none.
 
     Raises:
         ValueError: if the path is a file, or permission to read a folder is missing.
     """
     if path.is_file():
-        if path.suffix.lower() in (".parquet", ".txt") or path.name.lower().endswith((*SHARDS, *COMPRESSED)):
+        if path.name.lower().endswith((*SHARDS, *COMPRESSED)):
             return None
         if path.suffix.lower() in _LISTS:
+            return None
+        if path.suffix.lower() in _UNREAD:
             raise ValueError(
-                f"{printable(path)} is a list or table of a kind that is not supported yet: give the folder of the "
-                "images, a .txt file with one path a line, or a .parquet file with a column of images"
+                f"{printable(path)} is a list or table of a kind that is not supported: save it as .csv, .tsv, .jsonl "
+                "or .parquet with a column of paths or images, or as .txt with one path a line"
             )
         raise ValueError(
             f"{printable(path)} is a single file: give the folder of images it lies in, or a .parquet file"
@@ -150,8 +174,9 @@ def split_folder(path: Path, split: str) -> Path | None:
     with permission_checked(path):
         folders = _split_folders(path)
     if folders:
-        return folders[split]
-    return path if split == "train" else None
+        taken = taken_split(folders, split)
+        return (taken, folders[taken]) if taken else None
+    return ("train", path) if split == "train" else None
 
 
 def warn_of_loose_images(root: Path) -> None:
@@ -185,9 +210,12 @@ def without_masks(root: Path, paths: list[str]) -> list[str]:
     return [path for path, mask in zip(paths, is_mask, strict=True) if not mask]
 
 
-def _shard_of(table: Path, names: tuple[str, ...]) -> bool:
-    """Whether a file is named after a split: train.parquet, train-00000-of-00002.parquet."""
-    return re.split(r"[-_.]", table.stem.lower())[0] in names
+def _regular_tables(folder: Path) -> list[Path]:
+    tables = _tables(folder)
+    for table in tables:
+        if kind := irregular(table):
+            raise ValueError(f"{printable(table)} is {kind}, not a file: move it away")
+    return tables
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -200,12 +228,13 @@ def _visible_tables(folder: Path) -> list[Path]:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """train/ and test/ (or val/, ...) below root, also as Train/ or TRAIN/, if both exist."""
-    train, test = (
-        next((folder for name in names if (folder := _folder_named(root, name))), None)
-        for names in (_TRAIN_NAMES, _TEST_NAMES)
-    )
-    return {"train": train, "test": test} if train is not None and test is not None else {}
+    """train/ and test/ or val/ below root, also as Train/ or TRAIN/; empty without train/ or without another one."""
+    found = {
+        split: next((folder for name in names if (folder := _folder_named(root, name))), None)
+        for split, names in _NAMES.items()
+    }
+    folders = {split: folder for split, folder in found.items() if folder is not None}
+    return folders if "train" in folders and len(folders) > 1 else {}
 
 
 def _folder_named(root: Path, name: str) -> Path | None:

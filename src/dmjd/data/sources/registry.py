@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dmjd.config.fields import LABELS
+from dmjd.config.fields import LABELS, SPLITS
 from dmjd.config.sources import Data, check_sources, data_text, given_sources
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
-from dmjd.data.sources.lists import ENDING, ListSource
+from dmjd.data.sources.list_formats import ENDINGS
+from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.mixture import MixtureSource, listing_of
 from dmjd.data.sources.paths import EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
 from dmjd.data.sources.remote import is_url
@@ -37,8 +38,6 @@ SOURCES: tuple[type[Source], ...] = (
     HubSource,
 )
 
-SPLITS = ("train", "test")
-
 
 def open_source(
     data: str | Path | Sequence[str | Path],
@@ -49,54 +48,76 @@ def open_source(
     value_range: tuple[float, float] | None = None,
     listing: Path | None = None,
     masks: bool = False,
+    root: str | Path | None = None,
+    path_column: str | None = None,
+    label_column: str | None = None,
+    max_unreadable: float | None = None,
 ) -> Source:
     """Open a set of images.
 
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
-            them; a .txt file with one path of an image a line; a .tar or .zip file, a folder of them, or a pattern
-            such as "a/*.tar"; or the name of a Hugging Face dataset. Names win over folders: write "./digits" for a
-            folder, or give a Path. A folder with train/ and test/ (or val/; capital letters do not matter), or
-            train.parquet and test.parquet (or shards of such names), gives both splits. Several of these are one set, a
+            them; a list of images (.txt with a path a line; .csv, .tsv, .jsonl or .parquet with a column of paths); a
+            .tar or .zip file, a folder of them, or a pattern such as "a/*.tar"; or the name of a Hugging Face dataset.
+            Names win over folders: write "./digits" for a folder, or give a Path. A folder with train/ and val/ or
+            test/ (capital letters do not matter), train.parquet and test.parquet (or shards of such names), or a list
+            with a column "split", gives the splits. Several of these are one set, a
             :class:`~dmjd.data.sources.mixture.MixtureSource`: ["A", "B:0.3"], of which a run draws 30 % of the samples
             from B.
-        split: "train" or "test".
-        labels: "none"; "folder", the first folder below the root; or "column" of a table, for shards the members .cls,
-            .json or .txt. Digits and torchvision sets are always labeled.
+        split: "train", "val" or "test". Without a test part, the validation part is the test part too.
+        labels: "none"; "folder", the first folder below the root; or "column" of a table or list, for shards the
+            members .cls, .json or .txt. Digits and torchvision sets are always labeled.
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
         listing: for folders, a file that may hold the sorted list of images (``Source.save_listing``); for several
             sets one each, of which this gives the folder and the name.
         masks: open the segmentation masks of a table instead of its images.
+        root: for lists, the folder that paths are relative to; None: the folder of the list.
+        path_column, label_column: the columns of paths and labels; None: the first with a usual name. With
+            ``label_column``, ``labels`` is "column".
+        max_unreadable: for lists, how many of the files may be missing, or a share below 1; None: none.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
     """
-    _check_options(split, labels, in_chans)
+    labels = "column" if label_column is not None and labels == "none" else labels
+    _check_options(split, labels, in_chans, label_column)
+    lists = (None if root is None else str(root), path_column, label_column, max_unreadable)
+    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists)
     if not isinstance(data, str | Path):
-        return _open_several(data, SourceOptions(split, labels, in_chans, value_range, listing, masks))
+        return _open_several(data, options)
     name = _named(data)
     kind = _find(name, split)
     if kind is None:
-        raise ValueError(
-            f"{name} has no {split} part (a folder test/ or val/ next to train/, or test.parquet next to "
-            "train.parquet): pass --test-data"
-        )
-    if masks and not kind.can_hold_masks:
+        raise ValueError(missing_split(name, split))
+    _check_kind(kind, name, options)
+    return kind.from_data(name, options)
+
+
+def _check_kind(kind: type[Source], name: str, options: SourceOptions) -> None:
+    """Check that a kind of sources has the masks and labels that are wanted; warn of a folder with a set's name."""
+    if options.masks and not kind.can_hold_masks:
         raise ValueError(
             f"{name} holds no images with masks: give a folder with train/images and train/masks (or images/training "
             "and annotations/training), or a .parquet file or hub set with a column of images and one of masks"
         )
-    if kind.label_option is not None and labels not in ("none", kind.label_option):
+    if kind.label_option is not None and options.labels not in ("none", kind.label_option):
         raise ValueError(
-            f"labels '{labels}' does not fit {name}, which is {kind.kind}: pass --labels {kind.label_option}"
+            f"labels '{options.labels}' does not fit {name}, which is {kind.kind}: pass --labels {kind.label_option}"
         )
     if name in kind.names and os.path.isdir(name):
         warnings.warn(
             f"'{name}' is {kind.kind} here, not the folder {name}/ that lies in this folder: write ./{name} for that",
             DMJDWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return kind.from_data(name, SourceOptions(split, labels, in_chans, value_range, listing, masks))
+
+
+def missing_split(data: str, split: str) -> str:
+    """What to do about data without a split, in an error."""
+    folder = "test/ or val/" if split == "test" else f"{split}/"
+    table = f"{split}.parquet next to train.parquet, or rows of split {split} in a list"
+    cure = "pass --test-data" if split == "test" else f"give data that has one, or another --split than {split}"
+    return f"{data} has no {split} part (a folder {folder} next to train/, {table}): {cure}"
 
 
 def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
@@ -113,6 +134,8 @@ def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
         if options.split == "train" or has_split(source.data, options.split):
             listing = listing_of(options.listing, number) if options.listing is not None else None
             own = replace(options, listing=listing, labels=_labels_of(source.data, options))
+            if own.labels == "folder":
+                own = replace(own, label_column=None)
             opened.append((open_source(source.data, **vars(own)), source.weight))
     if unlabeled := [source.name for source, _ in opened if options.with_labels and source.labels is None]:
         raise ValueError(f"labels '{options.labels}': {unlabeled[0]} has none, so the classes of the others are no use")
@@ -204,6 +227,8 @@ def _find(data: str, split: str) -> type[Source] | None:
     Raises:
         ValueError: if a path does not exist.
     """
+    if data in _names():
+        return next((kind for kind in SOURCES if data in kind.names and kind.matches(data, split)), None)
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
     if (kind is None or kind.remote) and existing_path(data) is None and not is_shards(data, "train"):
         _check_spelling(data, is_name=kind is not None)
@@ -220,18 +245,24 @@ def _check_spelling(data: str, is_name: bool) -> None:
     if path.parent == Path():
         nearby += _names()
     close = difflib.get_close_matches(path.name, nearby, n=1, cutoff=0.75)
-    known_ending = path.suffix.lower() in (*EXTENSIONS, ".parquet", ENDING, *SHARDS)
+    known_ending = path.suffix.lower() in (*EXTENSIONS, *ENDINGS, *SHARDS)
     beside_files = path.parent != Path() and path.parent.is_dir()
     if close or known_ending or beside_files or not is_name:
         other = printable(path.parent / close[0]) if close else ""
-        hint = f"did you mean {other}?" if close else "give a folder of images, a .txt list or a .parquet file"
+        hint = (
+            f"did you mean {other}?"
+            if close
+            else "give a folder of images, a list of images (.txt, .csv) or a .parquet file"
+        )
         raise ValueError(f"there is no {printable(data)}: {hint}")
 
 
-def _check_options(split: str, labels: str, in_chans: int) -> None:
+def _check_options(split: str, labels: str, in_chans: int, label_column: str | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got '{split}'")
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, got '{labels}'")
+    if label_column is not None and labels == "folder":
+        raise ValueError("labels come from folders or from a column: give --labels folder or --label-column, not both")
     if in_chans < 1:
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")

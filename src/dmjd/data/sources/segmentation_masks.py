@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dmjd.config.fields import SPLITS
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.paths import expanded, permission_checked
-from dmjd.data.sources.registry import has_split, open_source
+from dmjd.data.sources.registry import has_split, missing_split, open_source
 from dmjd.data.workers import available_cores
 from dmjd.images.class_numbers import read_mask
 from dmjd.images.decoding import ImageLike
@@ -35,7 +36,10 @@ _MOST_NUMBERS = 1 << 16
 
 _MOST_UNREADABLE_SHARE = 0.01
 
-_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+_VALIDATION = ("val", "valid", "validation")
+
+# The first that exists.
+_FOLDERS = {"train": ("train", "training"), "val": _VALIDATION, "test": ("test", "testing", *_VALIDATION)}
 
 # Folders of the images and masks of a part, relative to the root.
 _LAYOUTS: tuple[Callable[[str], tuple[str, str]], ...] = (
@@ -93,7 +97,7 @@ class SegmentationSource(Source):
 
     def __init__(self, images: Source, masks: Source, mask_index: np.ndarray | None = None) -> None:
         self.name, self.in_chans, self.value_range = images.name, images.in_chans, images.value_range
-        self.images, self.masks = images, masks
+        self.images, self.masks, self.split = images, masks, images.split
         self._mask_index = np.arange(len(masks)) if mask_index is None else mask_index
         self.class_map: ClassMap | None = None
         self._table: np.ndarray | None = None
@@ -154,7 +158,7 @@ def open_segmentation(
         data: a folder with ``train/images`` and ``train/masks`` (CamVid layout), ``images/training`` and
             ``annotations/training`` (ADE20K layout), ``train`` and ``trainannot``, or ``images`` and ``masks``, where
             an image and its mask differ only in the ending; or a parquet or hub table with two columns of images.
-        split: "train" or "test".
+        split: "train", "val" or "test".
         in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
 
     Raises:
@@ -164,11 +168,13 @@ def open_segmentation(
     root = expanded(data)
     folders = _find_folders(root, split)
     if folders is not None:
+        validation = split != "train" and folders == _find_folders(root, "val")
         images = FolderSource(folders[0], **options)  # type: ignore[arg-type]
         masks = FolderSource(folders[1], extensions=MASK_EXTENSIONS)
+        images.split = "val" if validation else split
         return SegmentationSource(images, masks, _pair(images, masks))
-    if root.is_dir() and split == "test" and _find_folders(root, "train") is not None:
-        raise ValueError(f"{data} has no test part (test/ or val/ next to train/): pass --test-data")
+    if root.is_dir() and split != "train" and _find_folders(root, "train") is not None:
+        raise ValueError(missing_split(str(data), split))
     mask_table = open_source(data, split=split, masks=True)  # its message says what is missing
     return SegmentationSource(open_source(data, split=split, **options), mask_table)  # type: ignore[arg-type]
 
@@ -176,7 +182,7 @@ def open_segmentation(
 def has_segmentation_split(data: str | Path, split: str) -> bool:
     """Whether :func:`open_segmentation` finds this split."""
     root = expanded(data)
-    folders = {name: _find_folders(root, name) for name in ("train", "test")}
+    folders = {name: _find_folders(root, name) for name in SPLITS}
     return folders[split] is not None if any(folders.values()) else has_split(data, split)
 
 
@@ -243,12 +249,13 @@ def _count(source: SegmentationSource, index: int) -> np.ndarray | UnreadableIma
 
 
 def resolve_classes(
-    train: SegmentationSource, test: SegmentationSource, num_classes: int | None, ignored: Sequence[int]
+    train: SegmentationSource, others: Sequence[SegmentationSource], num_classes: int | None, ignored: Sequence[int]
 ) -> ClassMap:
-    """Find the classes of a training set, check every mask of both sets, and set the classes of both.
+    """Find the classes of a training set, check every mask of all sets, and set the classes of all.
 
     Args:
-        train, test: the sets.
+        train: the training set.
+        others: test and validation sets.
         num_classes: K; None: the lines of ``classes.txt`` next to the folders, else from the largest
             number in the training masks.
         ignored: numbers that mean "no label".
@@ -256,7 +263,7 @@ def resolve_classes(
     Raises:
         ValueError: if a mask holds a number beyond the classes (it is named), or there are fewer than two classes.
     """
-    counted = [(source, *count_numbers(source)) for source in (train, test)]
+    counted = [(source, *count_numbers(source)) for source in (train, *others)]
     present = [number for number in sorted(counted[0][2]) if number not in ignored]
     if len(present) < 2:
         raise ValueError(_too_few(train, present, sorted(set(counted[0][2]) - set(present))))

@@ -9,6 +9,7 @@ import threading
 import urllib.parse
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from dmjd.data.sources.paths import (
     COMPRESSED,
@@ -29,13 +30,21 @@ _MOST_OPEN = 64  # files of a process
 _MAGIC = "*?["  # characters of patterns
 
 
-def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> tuple[Path, list[Path]]:
-    """The shards of a split, sorted, and the folder that their names are relative to.
+class FoundShards(NamedTuple):
+    """Shards, sorted; the folder that their names are relative to; and the split that they are."""
+
+    folder: Path
+    files: list[Path]
+    split: str
+
+
+def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> FoundShards:
+    """The shards of a split; without a test part, the validation part is the test part.
 
     Args:
         data: a shard, a folder of shards (or with such folders train/ and test/), a pattern such as ``a/*.tar``, or the
             address of remote shards, which are fetched (see :func:`~dmjd.data.sources.remote.fetch`).
-        split: "train" or "test". Shards may be named after it: ``train-000.tar`` next to ``test-000.tar``.
+        split: "train", "val" or "test". Shards may be named after it: ``train-000.tar`` next to ``test-000.tar``.
         endings: of their names, in small letters.
 
     Raises:
@@ -43,26 +52,33 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> tup
     """
     if is_url(data):
         files = fetch(data) if _is_remote(data, split, endings) else []
-        return Path(os.path.commonpath([file.parent for file in files])) if files else Path(), files
+        folder = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+        return FoundShards(folder, files, split)
     path = existing_path(data)
     if path is not None and path.is_file():
-        return path.parent, [path] if path.name.lower().endswith(endings) and split == "train" else []
+        files = [path] if path.name.lower().endswith(endings) and split == "train" else []
+        return FoundShards(path.parent, files, split)
     if path is not None:
-        whole = split_folder(path, "train") == path  # else it has folders train/ and test/
-        folder = path if whole else split_folder(path, split)
-        if folder is None:
-            return path, []
+        whole = split_folder(path, "train") == ("train", path)  # else it has folders train/ and test/
+        found = ("train", path) if whole else split_folder(path, split)
+        if found is None:
+            return FoundShards(path, [], split)
+        taken, folder = found
         with permission_checked(folder):
             files = _shards_in(folder, endings) or _shards_in(folder / "data", endings)  # as in hub repositories
-        return (files[0].parent if files else folder), files_of_split(files, split) if whole else files
+        folder = files[0].parent if files else folder
+        if whole:
+            taken, files = files_of_split(files, split)
+        return FoundShards(folder, files, taken)
     if "\0" in data or not any(character in data for character in _MAGIC):
-        return Path(), []
+        return FoundShards(Path(), [], split)
     pattern = expanded(data)
-    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if name.lower().endswith(endings))
+    matching = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if name.lower().endswith(endings))
     folder = pattern.parent
     while any(character in str(folder) for character in _MAGIC):
         folder = folder.parent
-    return folder, files_of_split(found, split)
+    taken, files = files_of_split(matching, split)
+    return FoundShards(folder, files, taken)
 
 
 def _is_remote(url: str, split: str, endings: tuple[str, ...]) -> bool:
@@ -81,7 +97,7 @@ def is_shards(data: str, split: str) -> bool:
     """Whether there are shards of this split. A folder that holds images too is a folder of images."""
     if is_url(data):
         return _is_remote(data, split, SHARDS + COMPRESSED)
-    folder, files = find_shards(data, split, SHARDS + COMPRESSED)
+    folder, files, _ = find_shards(data, split, SHARDS + COMPRESSED)
     path = existing_path(data) if files else None
     if path is None or path.is_file():
         return bool(files)

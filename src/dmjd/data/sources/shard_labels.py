@@ -38,7 +38,11 @@ def folder_labels(index: ShardIndex, name: str) -> tuple[np.ndarray, list[str]]:
 
 
 def member_labels(
-    index: ShardIndex, name: str, read: Callable[[int, Extent], bytes], describe: Callable[[int], str]
+    index: ShardIndex,
+    name: str,
+    read: Callable[[int, Extent], bytes],
+    describe: Callable[[int], str],
+    field: str | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """[n] int64 and the sorted class names, from the members that hold labels.
 
@@ -47,6 +51,7 @@ def member_labels(
         name: name of the set, for error messages.
         read: number of a shard and extent -> content of a member.
         describe: index of an image -> its name, for error messages.
+        field: the field of .json members that holds the label; None: "label" or "cls".
 
     Raises:
         ValueError: if an image has no label, or it cannot be read or is no class.
@@ -59,12 +64,13 @@ def member_labels(
             "labels 'column' need a member with the name of the image and the ending .cls, .json or .txt"
         )
     values: list[int | str] = []
+    fields = _FIELDS if field is None else (field,)
     for shard, batch in enumerate(index.batches):
         extents = zip(*(batch.column(f"label_{part}").to_pylist() for part in Extent._fields), strict=True)
         for kind, extent in zip(batch.column("label_kind").to_pylist(), extents, strict=True):
             ending = LABELS[kind - 1]
             try:
-                values.append(_value(read(shard, Extent(*extent)), ending))
+                values.append(_value(read(shard, Extent(*extent)), ending, fields))
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise ValueError(f"the {ending} label of {describe(len(values))}: {reason}") from None
@@ -78,11 +84,11 @@ def _classes(values: Sequence[int | str]) -> tuple[np.ndarray, list[str]]:
     return labels.astype(np.int64), [str(value) for value in classes]
 
 
-def _value(content: bytes, ending: str) -> int | str:
+def _value(content: bytes, ending: str, fields: Sequence[str]) -> int | str:
     """The label in a member; ValueError if it holds none."""
     try:
         text = content.decode("utf-8-sig").strip()
-        value = _field(json.loads(text)) if ending == ".json" else text
+        value = _field(json.loads(text), fields) if ending == ".json" else text
     except (UnicodeDecodeError, RecursionError, json.JSONDecodeError):
         raise ValueError(f"it is no {'JSON' if ending == '.json' else 'UTF-8 text'}") from None
     if isinstance(value, bool):
@@ -98,12 +104,12 @@ def _value(content: bytes, ending: str) -> int | str:
     raise ValueError(f"{shortened(repr(value), 60)} is no class: a label is a whole number or a short text")
 
 
-def _field(value: object) -> object:
+def _field(value: object, fields: Sequence[str]) -> object:
     """The label in the content of a .json member."""
     if isinstance(value, dict):
-        named = [field for field in _FIELDS if field in value]
+        named = [field for field in fields if field in value]
         if not named:
-            raise ValueError(f"it has no field {' or '.join(_FIELDS)}")
+            raise ValueError(f"it has no field {' or '.join(fields)}")
         return value[named[0]]
     return value
 

@@ -59,7 +59,9 @@ class ShardSource(Source):
         if options.labels == "folder":
             self.labels, self.classes = folder_labels(self._index, printable(name))
         elif options.labels == "column":
-            self.labels, self.classes = member_labels(self._index, printable(name), self._member, self.describe)
+            self.labels, self.classes = member_labels(
+                self._index, printable(name), self._member, self.describe, options.label_column
+            )
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
@@ -69,15 +71,17 @@ class ShardSource(Source):
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "ShardSource":
         """Open a split of the shards ``data``."""
-        folder, files = find_shards(data, options.split)
-        compressed = [] if is_url(data) else find_shards(data, options.split, COMPRESSED)[1]
+        folder, files, split = find_shards(data, options.split)
+        compressed = [] if is_url(data) else find_shards(data, options.split, COMPRESSED).files
         if not files:
             name = printable(compressed[0] if compressed else data)
             raise ValueError(f"{name} is compressed as a whole, so single images can't be found in it: decompress it")
         if compressed:
             text = f"{len(compressed)} compressed tar files, {printable(compressed[0])} for one, are left out"
             warnings.warn(f"{text}: decompress them", DMJDWarning, stacklevel=3)
-        return cls(data, folder, files, options)
+        source = cls(data, folder, files, options)
+        source.split = split
+        return source
 
     def __len__(self) -> int:
         return len(self._index)

@@ -22,8 +22,13 @@ class SubsetSource(Source):
     def __init__(self, source: Source, rows: Sequence[int] | np.ndarray, parts: tuple[Part, ...] = ()) -> None:
         self.source, self.rows, self.parts = source, np.asarray(rows, dtype=np.int64), parts
         self.name, self.in_chans, self.value_range = source.name, source.in_chans, source.value_range
-        self.classes = source.classes
+        self.classes, self.split = source.classes, source.split
         self.labels = None if source.labels is None else source.labels[self.rows]
+
+    @property
+    def title(self) -> str:
+        """That of the whole set."""
+        return self.source.title
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,3 +51,10 @@ class SubsetSource(Source):
 
     def _identity(self) -> Iterable[str]:
         return [self.source.fingerprint(), self.rows.tobytes().hex()]
+
+
+def labeled_images(source: Source) -> Source:
+    """The images that have a label, of a set where some may have none; sets without any labels are left as they are."""
+    if source.labels is None or not (source.labels < 0).any():
+        return source
+    return SubsetSource(source, np.flatnonzero(source.labels >= 0))

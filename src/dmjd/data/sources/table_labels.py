@@ -1,21 +1,26 @@
-"""Labels from a column of a table: whole numbers, texts and truth values; anything else is an error."""
+"""Labels from a column of a table or list: whole numbers, texts and truth values; anything else is an error."""
 
+import re
 from typing import Any
 
 import numpy as np
 
-from dmjd.text import printable
+from dmjd.data.sources.table_columns import LABEL_NAMES
+from dmjd.text import printable, shortened
 
-_LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?|nan", re.IGNORECASE)
 
 
-def column_labels(table: Any, name: str, image_column: str) -> tuple[np.ndarray, list[str]]:
+def column_labels(
+    table: Any, name: str, image_column: str, label_column: str | None = None
+) -> tuple[np.ndarray, list[str]]:
     """[n] int64 labels and class names, from the declared label column or the first with a usual name.
 
     Args:
         table: a ``datasets.Dataset``.
         name: its name in messages.
         image_column: the column of the images, which holds no labels.
+        label_column: the column to take instead.
 
     Raises:
         ValueError: if there is no such column, a row has no label, or the values are not classes.
@@ -23,11 +28,16 @@ def column_labels(table: Any, name: str, image_column: str) -> tuple[np.ndarray,
     import datasets  # slow to import
 
     declared = [c for c, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
-    usual = [c for c in _LABEL_NAMES if c in table.column_names and c != image_column]
+    usual = [c for c in LABEL_NAMES if c in table.column_names and c != image_column]
     candidates = [c for c in usual if c in declared] + usual + declared
+    if label_column is not None:
+        candidates = [label_column] if label_column in table.column_names else []
     if not candidates:
         columns = ", ".join(map(printable, table.column_names))
-        raise ValueError(f"{name} has no label column ({', '.join(_LABEL_NAMES)}); it has {columns}")
+        wanted = ", ".join(LABEL_NAMES) if label_column is None else repr(label_column)
+        raise ValueError(
+            f"{name} has no label column ({printable(wanted)}); it has {columns}: pass --label-column NAME"
+        )
     holding_classes = [c for c in candidates if _are_classes(table.data.schema.field(c).type)]
     chosen = (holding_classes + candidates)[0]
     where = f"{name}: column '{printable(chosen)}'"
@@ -40,6 +50,59 @@ def column_labels(table: Any, name: str, image_column: str) -> tuple[np.ndarray,
             return values.astype(np.int64), names
     classes, labels = np.unique(values, return_inverse=True)
     return labels.astype(np.int64), [str(value) for value in classes]
+
+
+def optional_labels(column: Any, where: str) -> tuple[np.ndarray, list[str]]:
+    """[n] int64 labels, -1 where there is none, and class names, of a column of a list.
+
+    Null, an empty text and a negative number are no label. Texts are numbers if all of them are, so that the classes 2
+    and 10 are in this order.
+
+    Args:
+        column: a ``pyarrow.Array``.
+        where: its name in messages.
+
+    Raises:
+        ValueError: if no row has a label, or the values are not classes.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not _are_classes(column.type) and not pa.types.is_null(column.type):
+        raise ValueError(_not_classes(where, column.type))
+    encoded = pc.dictionary_encode(column)
+    codes = pc.fill_null(encoded.indices, -1).to_numpy()
+    values = [_plain(value, where) for value in encoded.dictionary.to_pylist()]
+    texts = [value for value in values if isinstance(value, str) and value]
+    if texts and all(_NUMBER.fullmatch(text) for text in texts):
+        values = [float(value) if isinstance(value, str) and value else value for value in values]
+    kept = [_class_of(value, where) for value in values]
+    classes = sorted({value for value in kept if value is not None})
+    if not classes:
+        raise ValueError(f"{where}: no row has a label")
+    index = {value: number for number, value in enumerate(classes)}
+    numbers = np.array([-1 if value is None else index[value] for value in kept] + [-1], dtype=np.int64)
+    return numbers[codes], [str(value) for value in classes]
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value without the spaces around a text."""
+    return (
+        (_text(value, where) if isinstance(value, bytes) else value).strip()
+        if isinstance(value, str | bytes)
+        else value
+    )
+
+
+def _class_of(value: Any, where: str) -> Any:
+    """A value as a class, or None if it is no label."""
+    if value is None or value == "" or value != value:  # the last one is not a number
+        return None
+    if isinstance(value, float):
+        value = int(_whole(np.array([value]), where)[0])
+    return None if isinstance(value, int) and not isinstance(value, bool) and value < 0 else value
 
 
 def _are_classes(kind: Any) -> bool:
@@ -63,9 +126,7 @@ def _values(column: Any, where: str) -> np.ndarray:
     if pa.types.is_null(column.type) or column.null_count:
         raise ValueError(_without_label(where, column.null_count, column.is_null().to_numpy()))
     if not _are_classes(column.type):
-        kind = str(column.type)
-        kind = kind if len(kind) <= 60 else f"{kind[:57]}..."
-        raise ValueError(f"{where} holds values of type {kind}: a label is a whole number, a text or a truth value")
+        raise ValueError(_not_classes(where, column.type))
     values = column.to_numpy()
     if values.dtype.kind == "f":
         values = _whole(values, where)
@@ -96,6 +157,10 @@ def _text(value: bytes, where: str) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{where} holds bytes that are not UTF-8 text, and no classes") from None
+
+
+def _not_classes(where: str, kind: Any) -> str:
+    return f"{where} holds values of type {shortened(kind, 60)}: a label is a whole number, a text or a truth value"
 
 
 def _without_label(where: str, count: int, missing: np.ndarray) -> str:

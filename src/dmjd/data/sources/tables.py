@@ -15,6 +15,7 @@ import numpy as np
 
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.paths import existing_path, expanded, path_inside, split_tables, warn_of_loose_images
+from dmjd.data.sources.table_columns import is_encoded_image, is_list_table
 from dmjd.data.sources.table_labels import column_labels
 from dmjd.images.stored import UnreadableImage
 from dmjd.text import printable
@@ -59,7 +60,7 @@ class TableSource(Source):
             raise ValueError(f"{name} has no rows")
         self._column = _mask_column(table, name) if options.masks else _image_column(table, name)
         if options.with_labels:
-            self.labels, self.classes = column_labels(table, name, self._column)
+            self.labels, self.classes = column_labels(table, name, self._column, options.label_column)
         self._table = table.select_columns([self._column]).with_format("arrow")
 
     def __len__(self) -> int:
@@ -107,7 +108,9 @@ class ParquetSource(TableSource):
     def matches(cls, data: str, split: str) -> bool:
         """Whether ``data`` is a parquet file, or a folder of some, and has the split."""
         path = existing_path(data)
-        return path is not None and bool(split_tables(path, split))
+        if path is None or (path.is_file() and path.suffix.lower() == ".parquet" and is_list_table(path)):
+            return False
+        return bool(split_tables(path, split)[1])
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "ParquetSource":
@@ -121,7 +124,7 @@ class ParquetSource(TableSource):
         import pyarrow.parquet as pq
 
         root = expanded(data)
-        files = split_tables(root, options.split)
+        taken, files = split_tables(root, options.split)
         if root.is_dir():
             warn_of_loose_images(root)
         rows = []
@@ -138,7 +141,9 @@ class ParquetSource(TableSource):
                 table = datasets.load_dataset("parquet", data_files=[_escaped(f) for f in files], split="train")
         except Exception as error:  # the library wraps errors in many types of its own
             raise ValueError(f"{data} can't be read: {first_line(error.__cause__ or error)}") from None
-        return cls(table, data, rows, files[0].parent, options, [root if root.is_dir() else root.parent])
+        source = cls(table, data, rows, files[0].parent, options, [root if root.is_dir() else root.parent])
+        source.split = taken
+        return source
 
 
 @contextlib.contextmanager
@@ -187,19 +192,7 @@ def first_line(error: BaseException) -> str:
 
 def _encoded_columns(table: Any) -> list[str]:
     """The columns of encoded images, by their Arrow type."""
-    import pyarrow as pa
-
-    def is_bytes(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-    def holds_images(column: str) -> bool:
-        kind = table.data.schema.field(column).type
-        if not pa.types.is_struct(kind):
-            return is_bytes(kind)
-        # Without any bytes, the images are files, whose paths are in another field.
-        return any(f.name == "bytes" and (is_bytes(f.type) or pa.types.is_null(f.type)) for f in kind)
-
-    return [column for column in table.column_names if holds_images(column)]
+    return [column for column in table.column_names if is_encoded_image(table.data.schema.field(column).type)]
 
 
 def _image_column(table: Any, name: str) -> str:

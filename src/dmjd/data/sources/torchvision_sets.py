@@ -22,6 +22,8 @@ NAMED_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
 }
 
+_VAL: dict[str, dict[str, Any]] = {"dtd": {"split": "val"}, "flowers102": {"split": "val"}}  # published ones
+
 
 class NamedSource(Source):
     """A torchvision set, downloaded to ``$XDG_CACHE_HOME/dmjd`` (default ``~/.cache/dmjd``) at first use; labeled.
@@ -41,6 +43,11 @@ class NamedSource(Source):
         self.labels = np.array(_targets(self._data), dtype=np.int64)
         named = getattr(self._data, "classes", None)
         self.classes = [str(c) for c in named] if named else [str(c) for c in range(self.labels.max() + 1)]
+
+    @classmethod
+    def matches(cls, data: str, split: str) -> bool:
+        """Whether ``data`` is the name of a set that has this split."""
+        return data in (_VAL if split == "val" else cls.names)
 
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "NamedSource":
@@ -77,7 +84,8 @@ def _download(name: str, split: str) -> Any:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmjd" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return getattr(torchvision.datasets, kind)(folder, download=True, **(train if split == "train" else test))
+        arguments = {"train": train, "test": test}[split] if split != "val" else _VAL[name]
+        return getattr(torchvision.datasets, kind)(folder, download=True, **arguments)
     except Exception as error:  # network, disk or a damaged archive, each with types of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         own = f"write ./{name} for the folder {name}/ that lies here" if os.path.isdir(name) else ""

@@ -116,7 +116,7 @@ def extract_all(
     parts: dict[str, list[Tensor]] = {name: [] for name in extractors}
     labels, rows = [], []
     with torch.inference_mode():
-        for batch in tracked(loader, f"features of {source.name}", len(loader), lambda batch: batch.size):
+        for batch in tracked(loader, f"features of {source.title}", len(loader), lambda batch: batch.size):
             for one, names in groups.items():
                 raw = batch.resized.get(one.img_size, batch.raw).to(device)
                 images = one.normalize(raw if one == preprocess else to_channels(raw, one.in_chans))  # b, C, H, W

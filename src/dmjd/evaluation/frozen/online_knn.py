@@ -7,6 +7,7 @@ from dmjd.data.cache import first_of_parts
 from dmjd.data.eval_loader import read_all
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels
+from dmjd.data.sources.subset import labeled_images
 from dmjd.encoders.base import Encoder
 from dmjd.evaluation.frozen.features import Features, check_labels, raw_pixels
 from dmjd.evaluation.frozen.knn import knn
@@ -48,6 +49,7 @@ class OnlineKnn:
         batch_size: int = 256,
         num_workers: int | None = None,
     ) -> None:
+        train, test = labeled_images(train), labeled_images(test)
         self._preprocess, self._device, self._batch_size = preprocess, device, batch_size
         self._sources, self._num_workers = (train, test), num_workers
         self._all_labels = align_labels(train, test)

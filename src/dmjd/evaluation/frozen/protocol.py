@@ -32,6 +32,7 @@ from dmjd.evaluation.results import (
     key_of,
     key_of_parts,
     results_folder,
+    tested_split,
     versions,
     write_result,
 )
@@ -63,7 +64,7 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
         task_config(task, own)  # mistakes are reported before anything is opened
     run, device = check_path("run", run), pick_device(config.device)
     keep_freed_memory(device)
-    given = given_data(config.data, config.test_data, config.labels)
+    given = given_data(config)
     run_config = config_of(run)
     out = results_folder(run, config.out)
     if out is not None:
@@ -334,6 +335,7 @@ class _Protocol:
         return {
             "train": self.train.name,
             "test": self.test.name,
+            "split": tested_split(self.test),
             "fingerprint": self.fingerprint,
             "num_train": int(drawn.sum()),
             "num_test": len(test.x),

@@ -1,9 +1,9 @@
 """Base of segmentation and detection: encoder, batches, validation and test."""
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from dmjd.config.checks import check_out, check_path
 from dmjd.config.dense import DenseConfig
 from dmjd.data.cache import evenly_spaced
 from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, ExampleLoader, read_examples
+from dmjd.data.sources.base import Source
 from dmjd.data.unreadable import Report
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.registry import fresh_like, resized
@@ -23,7 +24,7 @@ from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, 
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings
 from dmjd.figures.attempt import attempt_figure
 
-EVAL_IMAGES = 32  # test images for validation during training
+EVAL_IMAGES = 32  # images for validation during training
 
 NOT_IN_RESULT = ("num_images", "checkpoint_every", "log_every")  # settings that do not change a result
 
@@ -47,6 +48,27 @@ def open_encoder(run: str | Path, out: str | Path | None) -> tuple[Encoder, Path
     if out is None and not path.is_dir():
         raise ValueError(f"{run} is not a run folder: say where results go with --out DIR")
     return encoder, folder
+
+
+S = TypeVar("S", bound=Source)
+
+
+def open_parts(
+    config: DenseConfig, opened: Callable[[str, str], S], has_part: Callable[[str, str], bool]
+) -> tuple[S, S | None]:
+    """Open the test set and, if the data has one besides, the set for validation during training.
+
+    Args:
+        config: the configuration, with data.
+        opened: opens a part of data.
+        has_part: whether data has a part.
+    """
+    data = str(config.data)
+    test_data = data if config.test_data is None else config.test_data
+    # A test set without parts is used as a whole.
+    whole = config.test_data is not None and config.split == "test" and not has_part(test_data, "test")
+    test = opened(test_data, "train" if whole else config.split)
+    return test, opened(data, "val") if test.split != "val" and has_part(data, "val") else None
 
 
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -80,8 +102,8 @@ class DenseEvaluation(SupervisedEvaluation):
         """The augmentation of training images."""
 
     @abstractmethod
-    def measure(self, task: Any, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Scores of a task in evaluation mode on test images ``rows`` (None: all)."""
+    def measure(self, task: Any, source: Any, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """Scores of a task in evaluation mode on images ``rows`` (None: all) of a set."""
 
     @abstractmethod
     def draw(self, task: Any, rows: np.ndarray, file: Path) -> None:
@@ -135,8 +157,8 @@ class DenseEvaluation(SupervisedEvaluation):
         yield from loader.batches(start_step)
 
     def validate(self, task: Task) -> dict[str, float]:
-        """The score on at most 32 test images."""
-        score = self.measure(task, evenly_spaced(len(self.test), EVAL_IMAGES))[self.score]
+        """The score on at most 32 images of the validation set, or of the test set if there is none."""
+        score = self.measure(task, self.validated, evenly_spaced(len(self.validated), EVAL_IMAGES))[self.score]
         return {self.score: 0.0 if score is None else score}  # None: no object in these few images
 
     def evaluate(self, fitted: FitResult, start: str) -> dict[str, Any]:
@@ -146,17 +168,19 @@ class DenseEvaluation(SupervisedEvaluation):
                 shown = evenly_spaced(len(self.test), self.config.num_images)
                 file = fitted.folder / "predictions.png"
                 attempt_figure(lambda: self.draw(task, shown, file), self.console)
-            scores = self.measure(task)
+            scores = self.measure(task, self.test)
         return scores | {"num_unreadable": len(self.unreadable)}
 
-    def read(self, rows: np.ndarray | None) -> Iterator[list[Example]]:
-        """Read test images in batches. After a whole pass, ``unreadable`` holds those that could not be read."""
+    def read(self, source: Any, rows: np.ndarray | None) -> Iterator[list[Example]]:
+        """Read images of a set in batches. After a whole pass, ``unreadable`` holds those that could not be read."""
         self.unreadable: list[Report] = []
         yield from read_examples(
-            self.test, batch_size=_TEST_BATCH, num_workers=self.num_workers, indices=rows, unreadable=self.unreadable
+            source, batch_size=_TEST_BATCH, num_workers=self.num_workers, indices=rows, unreadable=self.unreadable
         )
-        if len(self.unreadable) == (len(self.test) if rows is None else len(rows)) > 0:
-            raise ValueError(f"none of the test images can be read; {self.unreadable[0][0]}: {self.unreadable[0][1]}")
+        if len(self.unreadable) == (len(source) if rows is None else len(rows)) > 0:
+            raise ValueError(
+                f"none of the images of {source.name} can be read; {self.unreadable[0][0]}: {self.unreadable[0][1]}"
+            )
 
     def compare(self, folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Train and test from both starts, and write ``evaluation/<task>.json``.
@@ -171,6 +195,7 @@ class DenseEvaluation(SupervisedEvaluation):
         data = {
             "train": self.train.name,
             "test": self.test.name,
+            **self.described_parts(),
             "num_train": len(self.train),
             "num_test": len(self.test),
             "fingerprint": data_fingerprint(self.train, self.test),
@@ -190,7 +215,7 @@ class DenseEvaluation(SupervisedEvaluation):
         """Describe what will be trained, so that a wrong number of classes or a wrong size is noticed early."""
         train, encoder, (height, width) = self.train, self.encoder, self.canvas
         return (
-            f"{self.name}: {train.name}: {len(train)} images, {self.test.name}: {len(self.test)}\n"
+            f"{self.name}: {self.parts_text()}\n"
             f"  {len(train.classes)} classes: {', '.join(train.classes[:12])}{', ...' * (len(train.classes) > 12)}\n"
             f"  {encoder.name}, pre-trained at {encoder.img_size[0]} x {encoder.img_size[1]}, "
             f"now at {height} x {width}; {steps} steps of {self.config.batch_size}, "

@@ -27,7 +27,7 @@ from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.device import seed_device
 from dmjd.engine.loop import Task
 from dmjd.evaluation.metrics import average_precisions
-from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder, rounded_up
+from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder, open_parts, rounded_up
 from dmjd.evaluation.supervised.pyramid import LEVELS, Pyramid, group_norm, strides_of
 from dmjd.evaluation.supervised.segmentation import fill_of
 from dmjd.figures.overlays import detection_panels, save_overlays
@@ -223,7 +223,7 @@ class Detection(DenseEvaluation):
     @property
     def masks(self) -> bool:
         """Whether instance masks are trained and measured."""
-        return self.config.instance_masks and self.train.has_masks and self.test.has_masks
+        return self.config.instance_masks and all(part.has_masks for part in (self.train, self.test, self.validated))
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -240,11 +240,11 @@ class Detection(DenseEvaluation):
         fill = fill_of(known_preprocess(self.encoder))
         return BoxAugment(self.canvas, config.size, fill, (config.scale[0], config.scale[1]), config.flip)
 
-    def measure(self, task: DetectionTask, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """COCO's average precision on test images ``rows`` (None: all), in their own pixels."""
+    def measure(self, task: DetectionTask, source: CocoSource, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """COCO's average precision on images ``rows`` (None: all) of a set, in their own pixels."""
         types: Any = ("bbox", "segm") if task.masks else ("bbox",)
         metric = MeanAveragePrecision(iou_type=types, class_metrics=True, backend="pycocotools")
-        for examples in self.read(rows):
+        for examples in self.read(source, rows):
             predictions = predict(task, [example.image for example in examples])
             metric.update(predictions, [ground_truth(example.target) for example in examples])
         values = metric.compute()
@@ -254,7 +254,7 @@ class Detection(DenseEvaluation):
     def draw(self, task: DetectionTask, rows: np.ndarray, file: Path) -> None:
         """Save images, their boxes and confident predictions."""
         panels = []
-        for examples in self.read(rows):
+        for examples in self.read(self.test, rows):
             predictions = predict(task, [example.image for example in examples])
             shown = [{k: v[p["scores"] >= MIN_SHOWN_SCORE] for k, v in p.items()} for p in predictions]
             panels += [(e.image, e.target, prediction) for e, prediction in zip(examples, shown, strict=True)]
@@ -316,9 +316,11 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
     train = open_coco(config.data, "train", **reading)
     if train.num_objects == 0:
         raise ValueError(f"{train.name} has no boxes: there is nothing to learn")
-    test_data = config.data if config.test_data is None else config.test_data
-    whole = config.test_data is not None and find_coco(test_data, "test") is None  # a test set without parts
-    test = open_coco(test_data, "train" if whole else "test", classes=train.classes, **reading)
+    test, val = open_parts(
+        config,
+        lambda data, split: open_coco(data, split, classes=train.classes, **reading),
+        lambda data, split: find_coco(data, split) is not None,
+    )
     warn_of_range(train)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Detection(
@@ -330,7 +332,8 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
         precision=config.precision,
         num_workers=config.num_workers,
         seed=config.seed,
+        val=val,
     )
-    for note in [f"{part.name}: {note}" for part in (train, test) for note in part.notes]:
+    for note in [f"{part.name}: {note}" for part in (train, test, val) if part is not None for note in part.notes]:
         evaluation.console.warn(note)
     return evaluation.compare(folder, overrides)

@@ -17,7 +17,7 @@ from dmjd.encoders.stored import weights_hash
 from dmjd.engine.console import Console
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.engine.loop import Task
-from dmjd.evaluation.results import data_fingerprint, key_of, versions, write_result
+from dmjd.evaluation.results import data_fingerprint, key_of, part_fingerprint, tested_split, versions, write_result
 from dmjd.evaluation.supervised.similar import find_similar
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, fit
 from dmjd.files import write_text
@@ -33,6 +33,7 @@ class SupervisedEvaluation(ABC):
         config: resolved configuration.
         encoder: the pre-trained encoder; it is not changed.
         train, test: the sets.
+        val: the set for validation during training, which selects the best model; None: a part of the test set.
         device, precision, num_workers: of
             the caller.
         seed: seed of new weights, order and augmentation.
@@ -57,10 +58,29 @@ class SupervisedEvaluation(ABC):
         precision: str,
         num_workers: int | None,
         seed: int,
+        val: Source | None = None,
     ) -> None:
-        self.config, self.encoder, self.train, self.test = config, encoder, train, test
+        self.config, self.encoder, self.train, self.test, self.val = config, encoder, train, test, val
         self.device, self.precision, self.num_workers, self.seed = device, precision, num_workers, seed
         self.console = Console()
+
+    @property
+    def validated(self) -> Any:
+        """The set for validation during training."""
+        return self.test if self.val is None else self.val
+
+    def described_parts(self) -> dict[str, Any]:
+        """Which part of the data was tested on, and which one validated on during training, for the result."""
+        val = self.validated
+        return {"split": tested_split(self.test), "validation": {"name": val.name, "split": val.split, "num": len(val)}}
+
+    def parts_text(self) -> str:
+        """The parts of the data, and what each is for, in a message."""
+        train, test = ((part.title, len(part)) for part in (self.train, self.test))
+        text = f"train: {train[0]}, {train[1]:,} images; test: {test[0]}, {test[1]:,}"
+        if self.val is not None:
+            return f"{text}; evaluated on {self.val.title}, {len(self.val):,}, while it trains"
+        return f"{text}, also while it trains: there is no validation part of its own"
 
     @abstractmethod
     def task(self, start: str) -> Task:
@@ -76,7 +96,7 @@ class SupervisedEvaluation(ABC):
 
     @abstractmethod
     def validate(self, task: Any) -> dict[str, float]:
-        """Scores on a part of the test set during training; the first one selects the best model."""
+        """Scores on :attr:`validated`, or a part of it, during training; the first one selects the best model."""
 
     @abstractmethod
     def evaluate(self, fitted: FitResult, start: str) -> dict[str, Any]:
@@ -117,6 +137,8 @@ class SupervisedEvaluation(ABC):
             "data": data_fingerprint(self.train, self.test),
             **self.identity(),
         }
+        if self.val is not None:
+            identity["validation"] = part_fingerprint(self.val)
         key = key_of(self.encoder, identity)
         subfolder = f"evaluation/{self.name}/{STARTS[start].replace(' ', '-')}-seed{self.seed}-{key}"
         file = folder / subfolder / "result.json"

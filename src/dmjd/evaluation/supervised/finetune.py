@@ -27,7 +27,7 @@ from dmjd.engine.loop import Task
 from dmjd.evaluation.low_shot import LowShot, describe_labels, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.results import check_results_folder, data_fingerprint
-from dmjd.evaluation.setup import config_of, given_data, open_sets
+from dmjd.evaluation.setup import config_of, given_data, open_sets, open_validation
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
 from dmjd.evaluation.tables import TOO_SHORT_KEY
@@ -39,7 +39,7 @@ from dmjd.nn.dropout import set_row_keys
 
 BEST_FILE = "best.safetensors"  # the classifier at its best validation
 
-EVAL_IMAGES = 2_000  # test images for validation during training
+EVAL_IMAGES = 2_000  # images for validation during training
 
 MAX_WARMUP = 0.2  # fraction of a training that is too short for the published five epochs
 
@@ -67,8 +67,9 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
     """Fine-tune a pre-trained encoder as a classifier, and one with random weights with the same schedule.
 
     Each training has its own folder under ``evaluation/finetune/``. Called again, it resumes, and skips what is
-    finished. From scratch, layer-wise decay is off. The result is that of the *last* step: "best" is selected on at
-    most 2,000 test images, so it is biased upwards.
+    finished. From scratch, layer-wise decay is off. While it trains, it is evaluated on at most 2,000 images of the
+    validation part of the data, never on the test part. The result is that of the *last* step on the test part. Without
+    a validation part of its own, "best" is selected on test images, so it is biased upwards.
 
     Args:
         run: a run folder; or an encoder file or checkpoint, with ``data`` and ``out``.
@@ -90,13 +91,19 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
     config = config.replace(flip=options.get("flip", run_config.flip))
     encoder = load_encoder(run)
     others = load_baselines(config.baseline or (), known_preprocess(encoder), trainable=True)
-    given = given_data(config.data, config.test_data, config.labels)
+    given = given_data(config)
     train, test, test_labels = open_sets(run_config, run, encoder, given)
+    validation = open_validation(run_config, encoder, given, train, test)
+    val: dict[str, Any] = {} if validation is None else {"val": validation[0], "val_labels": validation[1]}
     low_shot = LowShot(config.labels_per_class, config.label_fraction, config.seeds)
-    machine = {"device": config.device, "precision": config.precision, "num_workers": config.num_workers}
+    machine: dict[str, Any] = {
+        "device": config.device,
+        "precision": config.precision,
+        "num_workers": config.num_workers,
+    }
     evaluations, *of_others = (
         [
-            Finetuning(config, one, _subset(train, low_shot, seed), test, test_labels, **machine, seed=seed)
+            Finetuning(config, one, _subset(train, low_shot, seed), test, test_labels, **machine, **val, seed=seed)
             for seed in low_shot.seeds_from(config.seed)
         ]
         for one in (encoder, *(other.encoder for other in others))
@@ -171,6 +178,7 @@ class Finetuning(SupervisedEvaluation):
         encoder: the pre-trained encoder; it is not changed.
         train, test: labeled sets.
         test_labels: [n] int64, indices into the classes of ``train``.
+        val_labels: those of ``val``, if there is such a set.
         others: other arguments of :class:`SupervisedEvaluation`.
     """
 
@@ -179,11 +187,20 @@ class Finetuning(SupervisedEvaluation):
     config: FinetuneConfig
 
     def __init__(
-        self, config: FinetuneConfig, encoder: Encoder, train: Source, test: Source, test_labels: Tensor, **others: Any
+        self,
+        config: FinetuneConfig,
+        encoder: Encoder,
+        train: Source,
+        test: Source,
+        test_labels: Tensor,
+        *,
+        val_labels: Tensor | None = None,
+        **others: Any,
     ) -> None:
         config = config.resolve(len(train), encoder.img_size, encoder.embed_dim)
         super().__init__(config, encoder, train, test, **others)
         self.test_labels = test_labels
+        self._validated_labels = test_labels if val_labels is None else val_labels
 
     def identity(self) -> dict[str, Any]:
         """The configuration."""
@@ -207,6 +224,8 @@ class Finetuning(SupervisedEvaluation):
         model.init_head(self.seed)
         num_classes = len(self.train.classes)
         self._labeled = LabeledBatches(self.train, config, preprocess, num_classes, self.seed, self.num_workers)
+        if start == "result":
+            self.console.say(f"finetune, seed {self.seed}: {self.parts_text()}")
         return FinetuneTask(model)
 
     def settings(self) -> FitSettings:
@@ -231,15 +250,16 @@ class Finetuning(SupervisedEvaluation):
         return self._labeled(start_step, fabric)
 
     def validate(self, task: FinetuneTask) -> dict[str, float]:
-        """Accuracies on at most 2,000 test images."""
-        return accuracies(self._predict(task, evenly_spaced(len(self.test), EVAL_IMAGES))[0])
+        """Accuracies on at most 2,000 images of the validation set, or of the test set if there is none."""
+        rows = evenly_spaced(len(self.validated), EVAL_IMAGES)
+        return accuracies(self._predict(task, self.validated, self._validated_labels, rows)[0])
 
     def evaluate(self, fitted: FitResult, start: str) -> dict[str, Any]:
         """Test the last and the best model; save a confusion matrix and, if pre-trained, the classifiers."""
         task = fitted.model
         assert isinstance(task, FinetuneTask)
         with fitted.testing():
-            ranks, predictions, labels = self._predict(task)
+            ranks, predictions, labels = self._predict(task, self.test, self.test_labels)
         keep = start == "result"
         if keep:
             write_bytes(fitted.folder / CLASSIFIER_FILE, classifier_bytes(task.classifier))
@@ -248,7 +268,7 @@ class Finetuning(SupervisedEvaluation):
         last = best = accuracies(ranks)
         with fitted.best_weights(), fitted.testing():
             if fitted.best["step"] < fitted.step:  # otherwise it is the last model, just tested
-                best = accuracies(self._predict(task)[0])
+                best = accuracies(self._predict(task, self.test, self.test_labels)[0])
             if keep:
                 write_bytes(fitted.folder / BEST_FILE, classifier_bytes(task.classifier))
         best = {"step": fitted.best["step"], **best}
@@ -260,6 +280,7 @@ class Finetuning(SupervisedEvaluation):
             "train": self.train.name,
             "test": self.test.name,
             "fingerprint": data_fingerprint(self.train, self.test),
+            **self.described_parts(),
             "num_train": len(self.train),
             "num_test": num_test,
             "num_unreadable": self._labeled.unreadable.count + len(self.test) - num_test,
@@ -267,8 +288,10 @@ class Finetuning(SupervisedEvaluation):
             **describe_labels(self.train.labels, self.test_labels.numpy()),
         }
 
-    def _predict(self, task: FinetuneTask, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict readable test images ``rows`` (None: all).
+    def _predict(
+        self, task: FinetuneTask, source: Source, true_labels: Tensor, rows: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Predict readable images ``rows`` (None: all) of a set with labels [n].
 
         Returns:
             Rank of the label, predicted class and label, [n] int64 each.
@@ -276,14 +299,14 @@ class Finetuning(SupervisedEvaluation):
         model = task.classifier
         device, preprocess = model.head.weight.device, model.test_preprocess
         ranks, predictions, labels = [], [], []
-        loader = EvalLoader(self.test, preprocess, num_workers=self.num_workers, indices=rows)
-        for batch in tracked(loader, "test images", len(loader), lambda batch: batch.size):
+        loader = EvalLoader(source, preprocess, num_workers=self.num_workers, indices=rows)
+        for batch in tracked(loader, f"images of {source.title}", len(loader), lambda batch: batch.size):
             images = model.crop(preprocess.normalize(batch.raw.to(device)))
-            label = self.test_labels[batch.index]
+            label = true_labels[batch.index]
             scores = model(images).float().cpu()  # b, classes
             ranks.append(label_ranks(scores, label))
             predictions.append(scores.argmax(1))
             labels.append(label)
         if not ranks:
-            raise ValueError(f"none of the {len(self.test)} images of {self.test.name} can be read")
+            raise ValueError(f"none of the {len(source)} images of {source.name} can be read")
         return torch.cat(ranks), torch.cat(predictions), torch.cat(labels)

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from dmjd.config.dense import SegmentationConfig
 from dmjd.data.dense_loader import Augmentation, Example, ExampleBatch, MaskAugment
 from dmjd.data.dense_transforms import IGNORE, GeometricTransform, cover_scale, scaled_size, transform_image
+from dmjd.data.sources.base import Source
 from dmjd.data.sources.segmentation_masks import (
     SegmentationSource,
     has_segmentation_split,
@@ -23,7 +24,7 @@ from dmjd.data.statistics import warn_of_range
 from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.engine.loop import Task
 from dmjd.evaluation.metrics import iou_scores
-from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder, rounded_up
+from dmjd.evaluation.supervised.dense_task import DenseEvaluation, open_encoder, open_parts, rounded_up
 from dmjd.evaluation.supervised.pyramid import EncoderMaps, LastMap, LinearDecoder, Pyramid, UPerNet
 from dmjd.figures.overlays import save_overlays, segmentation_panels
 from dmjd.images.preprocess import Preprocess
@@ -178,23 +179,27 @@ class Segmentation(DenseEvaluation):
         fill = fill_of(known_preprocess(self.encoder))
         return MaskAugment(self.canvas, config.covered, fill, scale, config.flip, config.color_jitter)
 
-    def measure(self, task: SegmentationTask, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Scores on test images ``rows`` (None: all), at their own size."""
+    def measure(self, task: SegmentationTask, source: Source, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """Scores on images ``rows`` (None: all) of a set, at their own size."""
         metric = MulticlassConfusionMatrix(len(self.train.classes), ignore_index=IGNORE, validate_args=False)
-        for example, prediction in self._predictions(task, rows):
+        for example, prediction in self._predictions(task, source, rows):
             metric.update(prediction.cpu(), torch.from_numpy(example.target).long())
         confusion = metric.compute()
         if int(confusion.sum()) == 0:
-            raise ValueError(f"no pixel of the images of {self.test.name} has a label")
+            raise ValueError(f"no pixel of the images of {source.name} has a label")
         return iou_scores(confusion, self.train.classes)
 
     def draw(self, task: SegmentationTask, rows: np.ndarray, file: Path) -> None:
         """Save images, their masks and predictions."""
-        panels = [(e.image, e.target, prediction.cpu().numpy()) for e, prediction in self._predictions(task, rows)]
+        panels = [
+            (e.image, e.target, prediction.cpu().numpy()) for e, prediction in self._predictions(task, self.test, rows)
+        ]
         save_overlays(segmentation_panels(panels, self.train.classes), file)
 
-    def _predictions(self, task: SegmentationTask, rows: np.ndarray | None) -> Iterator[tuple[Example, Tensor]]:
-        for examples in self.read(rows):
+    def _predictions(
+        self, task: SegmentationTask, source: Source, rows: np.ndarray | None
+    ) -> Iterator[tuple[Example, Tensor]]:
+        for examples in self.read(source, rows):
             yield from zip(examples, predict(task, [example.image for example in examples]), strict=True)
 
     def describe(self) -> dict[str, Any]:
@@ -231,12 +236,11 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
     train = open_segmentation(config.data, "train", **reading)
-    test_data = config.data if config.test_data is None else config.test_data
-    # A test set without parts is used as a whole.
-    whole = config.test_data is not None and not has_segmentation_split(test_data, "test")
-    test = open_segmentation(test_data, "train" if whole else "test", **reading)
+    test, val = open_parts(
+        config, lambda data, split: open_segmentation(data, split, **reading), has_segmentation_split
+    )
     warn_of_range(train.images)
-    resolve_classes(train, test, config.num_classes, config.ignore_index)
+    resolve_classes(train, [test] if val is None else [test, val], config.num_classes, config.ignore_index)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Segmentation(
         config,
@@ -247,5 +251,6 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
         precision=config.precision,
         num_workers=config.num_workers,
         seed=config.seed,
+        val=val,
     )
     return evaluation.compare(folder, overrides)

@@ -14,13 +14,14 @@ _CHANGED = {
     "data": "other images or labels",
     "encoder": "other weights of the encoder",
     "classes": "other classes",
+    "validation": "other images to validate on while it trains",
 }
 
 
 def find_similar(folder: Path, identity: Mapping[str, Any]) -> str | None:
     """Why a new training does not continue an earlier one, for a message; None if there is none that a user may expect.
 
-    These are unfinished trainings, and finished ones that differ in nothing but the data.
+    These are unfinished trainings, and finished ones that differ in nothing but the data or the images for validation.
 
     Args:
         folder: folder of the new training, ``<start>-seed<seed>-<key>``.
@@ -35,7 +36,7 @@ def find_similar(folder: Path, identity: Mapping[str, Any]) -> str | None:
             continue
         finished = (file.parent / "result.json").exists()
         begun = any((file.parent / CHECKPOINTS).glob("*.safetensors"))
-        if differences == [_CHANGED["data"]] if finished else begun:
+        if {*differences} <= {_CHANGED["data"], _CHANGED["validation"]} if finished else begun:
             described = "; ".join(differences[:_SHOWN]) or "it is of another version of dmjd"
             more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
             kind = "finished" if finished else "unfinished"
