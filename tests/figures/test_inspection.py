@@ -80,6 +80,15 @@ def test_other_channels(tmp_path, channels):
     assert (tmp_path / "out" / "figure.png").exists()
 
 
+def test_a_list_with_columns(folder, tmp_path):
+    rows = ["file,kind,split"]
+    rows += [f"train/cat/{i}.jpg,{'ab'[i % 2]},{('train', 'valid')[i > 3]}" for i in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    found = dmjd.inspect(str(tmp_path / "list.csv"), root=str(folder), label_column="kind", img_size=8, num_workers=0)
+    assert found["splits"] == {"train": 4, "val": 2}
+    assert found["classes"]["counts"]["a"] == {"train": 2, "val": 1}
+
+
 def test_several_sets_are_one(folder, tmp_path, capsys):
     Image.new("RGB", (7, 5)).save(tmp_path / "one.png")
     parts = [str(folder / "train" / "cat"), str(tmp_path)]

@@ -17,6 +17,12 @@ class InspectConfig(Config):
 
     data: str | tuple[str, ...] | None = option(None, "images, as for dmjd pretrain", DATA)
     labels: str = option("none", "source of the class labels, whose counts are shown", DATA, choices=LABELS)
+    label_column: str | None = option(None, "column of the labels in a table or list, instead of label", DATA)
+    root: str | None = option(None, "folder that the paths in a list are relative to; default its own", DATA)
+    path_column: str | None = option(None, "column of the paths in a list, instead of path", DATA)
+    max_unreadable: float | None = option(
+        None, "how many files of a list may be missing, or a share below 1; default none", DATA, ge=0, most=MAX_COUNT
+    )
     sample: int = option(2000, "images to read, evenly spaced; 0: all", DATA, ge=0, most=MAX_COUNT)
     img_size: tuple[int, ...] = option(
         (224,), "side of the crops in pixels, or height and width", READING, ge=1, most=MAX_SIDE, length=(1, 2)

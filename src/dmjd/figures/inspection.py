@@ -9,12 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Column, Table
 
+from dmjd.config.fields import LIST_SETTINGS, SPLITS
 from dmjd.config.inspection import InspectConfig
 from dmjd.config.recipes import folder
 from dmjd.config.sources import Data
 from dmjd.data.inspection import ImageFacts, Inspection, class_counts, reading_speed
 from dmjd.data.sources.base import Source
-from dmjd.data.sources.registry import SPLITS, has_split, open_source
+from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.data.train_loader import Augment, CroppedImages
 from dmjd.engine.console import Console, literal, tracked
@@ -67,16 +68,18 @@ def inspect(data: Data | None = None, *, out: str | Path | None = None, **settin
 
 
 def _parts(asked: InspectConfig) -> dict[str, Source]:
-    """The parts of the set, by split."""
+    """The parts of the set, by split. Where the validation part serves as test part, it is there once."""
     assert asked.data is not None
     value_range = None if asked.value_range is None else (asked.value_range[0], asked.value_range[1])
-    return {
-        split: open_source(
-            asked.data, split=split, labels=asked.labels, in_chans=asked.in_chans, value_range=value_range
-        )
-        for split in SPLITS
-        if split == SPLITS[0] or has_split(asked.data, split)
-    }
+    lists = {name: getattr(asked, name) for name in LIST_SETTINGS}
+    parts = {}
+    for split in SPLITS:
+        if split == SPLITS[0] or has_split(asked.data, split):
+            part = open_source(
+                asked.data, split=split, labels=asked.labels, in_chans=asked.in_chans, value_range=value_range, **lists
+            )
+            parts[part.split] = part
+    return parts
 
 
 def _crops(readable: Source, size: tuple[int, int], scale: tuple[float, float], seed: int) -> torch.Tensor:
