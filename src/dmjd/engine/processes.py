@@ -155,6 +155,25 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def check_same(value: object, what: str, cure: str) -> None:
+    """Check that all processes have the same value, as they have with the same files. All of them must call it.
+
+    Args:
+        value: to compare.
+        what: words for the value, as in "starts at step".
+        cure: what to do if they differ.
+
+    Raises:
+        ValueError: naming the first process with another value than the first one.
+    """
+    values = gather(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(
+                f"process {rank + 1} of {len(values)} {what} {other}, the first one {what} {values[0]}: {cure}"
+            )
+
+
 def explain_loss(error: Exception, seconds: float = 3.0) -> str | None:
     """What an error of the communication between processes means; None for other errors.
 

@@ -27,6 +27,7 @@ from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, prec
 from dmjd.engine.layer_decay import encoder_groups
 from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate
+from dmjd.engine.processes import check_same, num_processes
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
@@ -103,7 +104,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     console = Console(enabled=fabric.is_global_zero)
     check_settings(config, out, fabric)
     # 3. The images.
-    source = training_images(config, out)
+    source = same_images(training_images(config, out))
     config, trained, held_out = hold_out(config, source)
     config, batch_size = resolve_batch_size(config, len(trained), fabric.world_size, fabric.device)
     check_schedule_fits(config, num_steps(config, len(trained), batch_size))
@@ -173,6 +174,14 @@ def training_images(config: PretrainConfig, out: Path) -> Source:
         )
     began, reports = began_with(check_json(headers[0].metadata, PretrainState, str(headers[0].path)), config)
     check_moved(source, began, reports, former)
+    return source
+
+
+def same_images(source: Source) -> Source:
+    """The images, if all processes have the same ones; ValueError if not."""
+    if num_processes() > 1:
+        cure = "all machines need the same images under the same path"
+        check_same(f"{len(source)} images ({source.fingerprint()})", "sees", cure)
     return source
 
 

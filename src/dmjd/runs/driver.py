@@ -17,7 +17,7 @@ from dmjd.engine.console import LIVE_SECONDS, Console
 from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.loggers import Logger
 from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report
-from dmjd.engine.processes import LostProcessError, explain_loss, first_process_works, wait_for_first
+from dmjd.engine.processes import LostProcessError, check_same, explain_loss, first_process_works, wait_for_first
 from dmjd.engine.stop_signal import StopNow, StopSignal
 from dmjd.runs.checkpoint import (
     FINAL,
@@ -137,7 +137,7 @@ class Driver:
         after a kill between two writes, are written again.
 
         Raises:
-            ValueError: if the checkpoint belongs to other data or to another model.
+            ValueError: if the checkpoint belongs to other data or to another model, or other processes have another.
         """
         if checkpoint is not None:
             try:
@@ -148,6 +148,8 @@ class Driver:
                     load_optimizer_tensors(self.engine.optimizer, optimizer)
             except (RuntimeError, TypeError, KeyError) as error:
                 raise ValueError(f"{checkpoint.path} does not fit this training: {one_line(error)}") from None
+        cure = "the folder of the run must be on a file system that all machines share, or be copied to each of them"
+        check_same(self.engine.state.step, "starts at step", cure)
         if self.folder.owner:
             if damaged := self.folder.cut_metrics(self.engine.state.step):
                 self.console.warn(f"{self.folder.metrics}: {damaged} damaged line(s) are left out")
