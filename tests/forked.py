@@ -56,6 +56,20 @@ def _logged(work: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> 
         os._exit(code)
 
 
+def execute(program: str, *arguments: object) -> None:
+    """Run the text of a program, with its arguments in ``sys.argv[1:]``, as ``python -c`` would. Call it in a fork."""
+    sys.argv[1:] = map(str, arguments)
+    exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+
+
+def one_of(processes: int, rank: int, port: int, arguments: list[str]) -> int:
+    """Run a command as one of several processes, in the environment that torchrun makes. Call it in a fork."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), str(rank))
+    return main(arguments)
+
+
 def killed_before(name: str, arguments: list[str]) -> int:
     """Run a command that is killed before a file of this name replaces a temporary one. Call it in a fork."""
 
