@@ -149,6 +149,7 @@ def _model_figure(kind: str, run: Path, data: str | None, num_images: int, seed:
     """One of ``MODEL_KINDS`` of a run, on its data or on others."""
     model, config = load_model(run)
     listing = run / LISTING if data is None else None
+    config = config.replace(labels="none")  # which these figures do not show
     source = open_data(config, str(config.data if data is None else data), "train", listing=listing)
     return method_figure(kind, model, source, num_images, seed)
 

@@ -158,7 +158,7 @@ def open_test_data(config: PretrainConfig, data: str, test_data: str | None) -> 
 def open_images(
     run: str | Path, preprocess: Preprocess, data: str | Path | None = None, split: str = "train", **changes: Any
 ) -> Source:
-    """Open images for a trained encoder: its run's own, or others.
+    """Open images for a trained encoder: its run's own, or others. Others need not have the labels of the run.
 
     Args:
         run: a run folder, or an encoder file together with ``data``.
@@ -179,8 +179,22 @@ def open_images(
     )
     if data is None and config.data is None:
         raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
-    listing = run / LISTING if data is None and split == "train" else None
-    return open_data(config, str(config.data if data is None else data), split, listing=listing)
+    if data is None:
+        return open_data(config, str(config.data), split, listing=run / LISTING if split == "train" else None)
+    return _open_others(config, str(data), split, labels_given=changes.get("labels") is not None)
+
+
+def _open_others(config: PretrainConfig, data: str, split: str, labels_given: bool) -> Source:
+    """Open images that are not the run's own: with its labels if they have such, else without, with a warning."""
+    try:
+        return open_data(config, data, split)
+    except ValueError:
+        if labels_given or config.labels == "none":
+            raise
+        source = open_data(config.replace(labels="none"), data, split)  # raises if the labels are not the cause
+        text = f"{data} is used without labels: it has none like the run's own images (--labels {config.labels})"
+        warnings.warn(text, DMJDWarning, stacklevel=4)
+        return source
 
 
 def read_config(run: str | Path) -> PretrainConfig:
