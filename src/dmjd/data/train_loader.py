@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.data.cache import ImagesInMemory, load_to_memory
+from dmjd.data.cache import ImagesInMemory, load_to_memory, memory_needed
 from dmjd.data.sources.base import Source
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
@@ -107,6 +107,16 @@ class Batch:
         )
 
 
+def _most_pixels(device: torch.device) -> int | None:
+    """Largest images that are held in memory."""
+    return _MOST_PIXELS_IN_CPU_BATCHES if device.type == "cpu" else None
+
+
+def bytes_in_memory(source: Source, device: torch.device) -> int | None:
+    """Size of a set that :class:`TrainLoader` holds in memory, as far as a few of its images tell; None for others."""
+    return memory_needed(source, _most_pixels(device))
+
+
 class TrainLoader:
     """Endless micro-batches of random crops, bit-identical for any number of workers and any start step.
 
@@ -149,8 +159,7 @@ class TrainLoader:
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source
-        on_cpu = self.device.type == "cpu"
-        self._memory = load_to_memory(source, _MOST_PIXELS_IN_CPU_BATCHES if on_cpu else None)
+        self._memory = load_to_memory(source, _most_pixels(self.device))
         if self._memory is not None:
             self._memory.images = self._memory.images.to(self.device)
             num_workers = 0
