@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import forked
 import pytest
@@ -28,14 +27,11 @@ def without_key_bias(name: str, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, values])
 
 
-def free_port() -> int:
+def torchrun(processes: int, *arguments: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def torchrun(processes: int, *arguments: object) -> None:
-    launcher = ["torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}", "-m", "dmjd"]
+        port = free.getsockname()[1]
+    launcher = ["torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "-m", "dmjd"]
     result = subprocess.run(
         [sys.executable, "-m", *launcher, *map(str, arguments)],
         capture_output=True,
@@ -44,15 +40,6 @@ def torchrun(processes: int, *arguments: object) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
-
-
-def two_processes(folder: Path, *arguments: object) -> tuple[list[int | None], str]:
-    """A command in two processes as torchrun starts them, without its and their imports: exit codes, and stderr."""
-    port, logs, command = free_port(), [folder / f"log{rank}" for rank in range(2)], [*map(str, arguments)]
-    processes = [forked.start(forked.one_of, 2, rank, port, command, log=logs[rank]) for rank in range(2)]
-    for process in processes:
-        process.join(240)
-    return [process.exitcode for process in processes], "".join(log.read_text() for log in logs)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +76,8 @@ def test_unreadable_images_of_all_processes_count_together(tmp_path, image_folde
     for file in damaged:
         file.write_bytes(b"no image")
     common = ["pretrain", "folder", "--data", data, "--out", run, *TINY, "--batch-size", 8, "--num-workers", 0]
-    codes, said = two_processes(tmp_path, *common, "--steps", 9, "--max-unreadable", 3)
+    command = [str(word) for word in (*common, "--steps", 9, "--max-unreadable", 3)]
+    codes, said = forked.run_two(main, command, logs=tmp_path, seconds=240)
     assert codes == [2, 2], said
     assert f"4 of {len(list(data.rglob('*.png')))} images can't be read, more than max_unreadable = 3" in said
     assert "process 2 of 2: error: 4 of" in said

@@ -17,7 +17,14 @@ from dmjd.engine.console import LIVE_SECONDS, Console
 from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.loggers import Logger
 from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report
-from dmjd.engine.processes import LostProcessError, explain_loss, first_process_works, wait_for_first
+from dmjd.engine.processes import (
+    LostProcessError,
+    explain_loss,
+    first_process_works,
+    from_first,
+    gather,
+    wait_for_first,
+)
 from dmjd.engine.stop_signal import StopNow, StopSignal
 from dmjd.runs.checkpoint import (
     FINAL,
@@ -92,9 +99,9 @@ class Driver:
         callback: the part that is specific to this training.
         hooks: more hooks of the engine.
         name: prefix of messages.
-        branch: makes a finished encoder of the newest checkpoint, in a folder of its own; returns whether it did, or
-            was stopped by a signal.
-        asked: what asks for a branch.
+        branch: prepares a finished encoder of the newest checkpoint, in a folder of its own; returns what trains it,
+            which returns whether it did, or was stopped by a signal. Called in all processes.
+        asked: what asks for a branch; several processes look at it when they share.
 
     Attributes:
         metrics: the scalars of the last logged step.
@@ -110,7 +117,7 @@ class Driver:
     callback: Callback
     hooks: Sequence[Hook] = ()
     name: str = ""
-    branch: Callable[[], bool] | None = None
+    branch: Callable[[], Callable[[], bool]] | None = None
     asked: CooldownSignal = field(default_factory=CooldownSignal)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -177,7 +184,8 @@ class Driver:
             with StopSignal(patience, self._heard) as stop, closing(batches):
                 hooks += [self._share, lambda report: self._evaluate(report, stop)]
                 if self.folder.owner:
-                    hooks += [self._save, *self.hooks, lambda report: self._branch(report, stop)]
+                    hooks += [self._save, *self.hooks]
+                hooks.append(lambda report: self._branch(report, stop))
                 finished = self._train(batches, hooks, stop)
         finally:
             for logger in self._loggers:
@@ -282,8 +290,12 @@ class Driver:
         self.console.progress(report.progress, state.step, epoch, state.seconds, scalars)
 
     def _share(self, report: Report) -> None:
-        if report.scalars is not None or self._saves_at(report):
+        if self._shares_at(report):
             self.callback.share()
+
+    def _shares_at(self, report: Report) -> bool:
+        """At steps that are logged or saved."""
+        return report.scalars is not None or self._saves_at(report)
 
     def _evaluate(self, report: Report, stop: StopSignal) -> None:
         """Evaluate in the first process if it is due, while the others wait. A stop interrupts it; it is done again."""
@@ -315,16 +327,26 @@ class Driver:
             self.save()
 
     def _branch(self, report: Report, stop: StopSignal) -> None:
-        """Make a finished encoder of the state so far if that was asked for. The run goes on, whatever comes of it."""
-        if self.branch is None or not self.asked.take():
+        """Make a finished encoder of the state so far if that was asked for. The run goes on, whatever comes of it.
+
+        An error in the training of a branch ends a run of several processes: the others may not have had it.
+        """
+        if self.branch is None or not self._is_asked(report):
             return
         try:
             self._check_branch(report)
-            self.save()
-            self.console.close()
-            with stop.interruptible():
-                finished = self.branch()
+            from_first(self.save)
+            train = self.branch()
         except Exception as error:
+            self.console.warn(f"no branch, the run goes on: {error}")
+            return
+        self.console.close()
+        try:
+            with stop.interruptible():
+                finished = train()
+        except Exception as error:
+            if self.engine.fabric.world_size > 1:
+                raise
             self.console.warn(f"no branch, the run goes on: {error}")
             return
         if finished:
@@ -332,12 +354,16 @@ class Driver:
         else:
             os.kill(os.getpid(), signal.SIGTERM)  # what stopped the branch was meant for the run
 
+    def _is_asked(self, report: Report) -> bool:
+        """Whether a branch was asked for in any process."""
+        if self.engine.fabric.world_size == 1:
+            return self.asked.take()
+        return self._shares_at(report) and any(gather(self.asked.take()))
+
     def _check_branch(self, report: Report) -> None:
         """Raise ValueError if no branch can be made now."""
         if self.engine.cooldown is None:
             raise ValueError("a cosine schedule has no cooldown of its own (--schedule wsd)")
-        if self.engine.fabric.world_size > 1:
-            raise ValueError("branches of a run of several processes are made while it does not run, by one process")
         if self.engine.state.step <= self.engine.warmup_steps:
             raise ValueError(f"step {report.state.step} belongs to the warm-up of {self.engine.warmup_steps} steps")
         if self._has_cooldown_begun(report.progress):
