@@ -181,14 +181,19 @@ import os, signal, sys
 import dmjd
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.engine.cooldown_signal import SIGNAL
+from dmjd.engine.processes import from_first
 def ask(report):
-    if report.state.step == 9:
+    if report.state.step in (2, 9):
         os.kill(os.getpid(), SIGNAL)
 config, straight, stopped = PretrainConfig.from_json(sys.argv[1]), *sys.argv[2:]
 assert dmjd.pretrain(config, hooks=[ask]).finished
 assert dmjd.pretrain(config.replace(out=straight)).finished
 result = dmjd.pretrain(PretrainConfig(out=stopped, cooldown_now=True))
 assert (str(result.path), result.step) == (stopped + "/branches/step-6", 16), result
+try:
+    from_first(lambda: 1 / 0)
+except (ZeroDivisionError, ValueError) as error:
+    print("in all of them:", error, file=sys.stderr)
 """
 
 
@@ -199,7 +204,9 @@ def test_two_processes_make_branches(image_folder, stopped, tmp_path):
     given = (config_of(image_folder, out).to_json(), straight, copy)
     codes, said = forked.run_two(forked.execute, TWO, *given, logs=tmp_path, seconds=240)
     assert codes == [0, 0], said
+    assert said.count("no branch, the run goes on: step 2 belongs to the warm-up of 3 steps") == 1
     assert said.count("the run goes on from step 9") == 1
+    assert said.count("in all of them: division by zero") == 2
     assert_same_bits(out, straight)
     for branch in (out / "branches" / "step-9", copy / "branches" / "step-6"):
         assert [file.name for file in (branch / "checkpoints").iterdir()] == ["final.safetensors"]
