@@ -245,7 +245,7 @@ def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
 def test_masks_are_learned_if_every_object_has_one(tmp_path):
     data = make_detection_set(tmp_path / "data", {"train": 4, "val": 2}, instance_masks=True)
     run = make_run(tmp_path / "run")
-    options = {"data": data, "steps": 2, "img_size": 32, **QUICK}
+    options = {"data": data, "steps": 1, "img_size": 32, **QUICK}
     result = evaluate("detection", run, **options)
     assert result["data"]["masks"] is True
     assert {"ap", "ap50", "mask"} <= set(result["result"])
