@@ -189,7 +189,8 @@ def test_few_open_files_mean_few_workers_and_a_warning(tmp_path):
 
 
 ORPHANS = """
-import os
+import multiprocessing, os
+multiprocessing.set_start_method("fork", force=True)  # whatever an earlier test of the process has set
 from dmjd.data.workers import read_batches
 def read(request):
     os.write(2, f"{os.getpid()}\\n".encode())
