@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from PIL import Image
 # Two test processes share the cores; more threads would wait for each other, here and in processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Every run of a test draws two figures. As many pixels as users get would take most of the time of a tiny training.
+matplotlib.rcParams["savefig.dpi"] = 30
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ threads may wait for locks of theirs forever.
 import multiprocessing.process
 import os
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,41 @@ def _logged(work: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> 
                 traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def execute(program: str, *arguments: object) -> None:
+    """Run the text of a program, with its arguments in ``sys.argv[1:]``, as ``python -c`` would. Call it in a fork."""
+    sys.argv[1:] = map(str, arguments)
+    exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+
+
+def start_two(work: Callable[..., Any], *arguments: Any, logs: Path) -> list[multiprocessing.process.BaseProcess]:
+    """Call a function in two processes as torchrun starts them. They print to ``log0`` and ``log1`` in a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(_as_rank, rank, port, work, *arguments, log=logs / f"log{rank}") for rank in range(2)]
+
+
+def run_two(work: Callable[..., Any], *arguments: Any, logs: Path, seconds: float) -> tuple[list[int | None], str]:
+    """:func:`start_two`, to the end: exit codes, None for what did not end in time, and all that was printed."""
+    processes = start_two(work, *arguments, logs=logs)
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes, "".join((logs / f"log{rank}").read_text() for rank in range(2))
+
+
+def _as_rank(rank: int, port: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in the environment that torchrun makes for one of two processes."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), str(rank))
+    return work(*arguments)
 
 
 def killed_before(name: str, arguments: list[str]) -> int:

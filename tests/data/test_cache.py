@@ -4,7 +4,7 @@ import numpy as np
 from image_sets import MIXED, Arrays
 
 from dmjd.data import cache
-from dmjd.data.cache import evenly_spaced, load_to_memory
+from dmjd.data.cache import evenly_spaced, load_to_memory, memory_needed
 
 
 def test_images_are_in_order_and_unreadable_ones_are_reported():
@@ -24,7 +24,9 @@ def test_one_image_of_another_size_keeps_the_set_out_of_memory():
 def test_sets_that_do_not_qualify(monkeypatch):
     assert load_to_memory(Arrays(5, shapes=MIXED)) is None
     assert load_to_memory(Arrays(5), max_pixels=143) is None
-    assert load_to_memory(Arrays(5), max_pixels=144) is not None
+    assert load_to_memory(Arrays(5), max_pixels=144).images.nbytes == memory_needed(Arrays(5), 144) == 5 * 432
+    assert memory_needed(Arrays(5, shapes=MIXED)) is None
+    assert memory_needed(Arrays(5), 143) is None
     monkeypatch.setattr(cache, "MAX_BYTES", 5 * 432 - 1)
     assert load_to_memory(Arrays(5)) is None
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -188,10 +189,11 @@ def test_few_open_files_mean_few_workers_and_a_warning(tmp_path):
 
 
 ORPHANS = """
-import os, sys
+import multiprocessing, os
+multiprocessing.set_start_method("fork", force=True)  # whatever an earlier test of the process has set
 from dmjd.data.workers import read_batches
 def read(request):
-    print(os.getpid(), flush=True)
+    os.write(2, f"{os.getpid()}\\n".encode())
     reader, _ = os.pipe()
     os.read(reader, 1)
 list(read_batches(read, range(4), 2))
@@ -200,16 +202,25 @@ list(read_batches(read, range(4), 2))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_that_hang_do_not_outlive_a_killed_process(number):
-    process = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    pids = [int(process.stdout.readline()) for _ in range(2)]
-    process.send_signal(number)
-    assert process.wait(30) == -number
+def test_workers_that_hang_do_not_outlive_a_killed_process(number, tmp_path):
+    process = forked.start(forked.execute, ORPHANS, log=tmp_path / "log")
+    deadline = time.monotonic() + 60
+    while len(pids := pids_in(tmp_path / "log")) < 2:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == -number
     deadline = time.monotonic() + 10
     while (alive := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive
+
+
+def pids_in(log: Path) -> list[int]:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [int(line) for line in lines if line.isdecimal()]
 
 
 def is_running(pid: int) -> bool:

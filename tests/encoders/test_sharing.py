@@ -3,10 +3,9 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors import safe_open
@@ -87,7 +86,7 @@ create_encoder("vit_tiny_patch8", 16, embed_dim=16, depth=1, num_heads=2).save_p
 
 
 def test_a_folder_that_a_kill_left_unfinished_is_written_again(tmp_path):
-    assert subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a"]).returncode == 9
+    assert forked.run(forked.execute, KILLED, tmp_path / "a", log=tmp_path / "log", seconds=120) == 9
     assert len(list((tmp_path / "a").iterdir())) == 1
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         load_encoder(tmp_path / "a")

@@ -245,7 +245,7 @@ def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
 def test_masks_are_learned_if_every_object_has_one(tmp_path):
     data = make_detection_set(tmp_path / "data", {"train": 4, "val": 2}, instance_masks=True)
     run = make_run(tmp_path / "run")
-    options = {"data": data, "steps": 2, "img_size": 32, **QUICK}
+    options = {"data": data, "steps": 1, "img_size": 32, **QUICK}
     result = evaluate("detection", run, **options)
     assert result["data"]["masks"] is True
     assert {"ap", "ap50", "mask"} <= set(result["result"])
@@ -255,20 +255,17 @@ def test_masks_are_learned_if_every_object_has_one(tmp_path):
     assert again["result"] == result["result"]
 
 
-def test_training_in_bf16(boxes, tmp_path):
-    result = evaluate("detection", make_run(tmp_path / "run"), data=boxes, steps=1, precision="bf16", **QUICK)
-    assert result["configuration"]["precision"] == "bf16"
-    assert result["result"]["ap50"] is not None
-
-
-def test_one_class_is_enough(tmp_path):
+def test_one_class_is_enough_also_in_bf16(tmp_path):
     data = make_detection_set(tmp_path / "data", {"train": 4, "test": 2})
     for part in ("train", "test"):
         content = json.loads((data / f"{part}.json").read_text())
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 10]
         content["categories"] = content["categories"][:1]
         (data / f"{part}.json").write_text(json.dumps(content))
-    result = evaluate("detection", make_run(tmp_path / "run", in_chans=1), data=data, steps=2, img_size=32, **QUICK)
+    options = {"data": data, "steps": 2, "img_size": 32, "precision": "bf16", **QUICK}
+    result = evaluate("detection", make_run(tmp_path / "run", in_chans=1), **options)
+    assert result["configuration"]["precision"] == "bf16"
+    assert result["result"]["ap50"] is not None
     assert list(result["result"]["per_class"]) == ["rectangle"]
 
 

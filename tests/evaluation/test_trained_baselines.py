@@ -22,7 +22,7 @@ from dmjd.evaluation.frozen.features import Features, extract, extract_all
 from dmjd.evaluation.frozen.knn import knn
 from dmjd.evaluation.results import read_evaluation, write_result
 from dmjd.evaluation.run import evaluate
-from dmjd.evaluation.tables import training_text
+from dmjd.evaluation.tables import context_lines, training_text
 from dmjd.evaluation.trained_baselines import load_baselines, locate_baseline
 from dmjd.images.preprocess import Preprocess
 
@@ -118,6 +118,12 @@ def test_all_frozen_tasks_take_baselines(run, cnn, vit):
     """The sweep searches layers of encoders of ours, and takes the pooled feature of a model of timm."""
     result = evaluate("linear_sweep", run, epochs=2, baseline=[str(cnn), str(run)])
     assert result["baselines"]["resnet"]["result"]["features"] == "pooled by timm"
+    line = (
+        "linear_sweep: resnet has one feature, the one that timm pools; layers and poolings are searched for encoders"
+    )
+    assert [text for text in context_lines({"linear_sweep": result}, None) if text.startswith(line)]
+    alone = evaluate("linear_sweep", run, epochs=2, baseline=[str(run)])
+    assert not [text for text in context_lines({"linear_sweep": alone}, None) if "timm pools" in text]
     assert result["baselines"]["run"]["result"] == result["result"]
     assert result["baselines"]["run"]["result"]["features"].startswith("block ")
     assert set(evaluate("linear", run, epochs=2, baseline=vit)["baselines"]) == {"vit"}

@@ -2,13 +2,11 @@
 
 import errno
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -119,14 +117,12 @@ def test_a_killed_run_resumes_from_its_finished_parts(file, tmp_path, capfd):
         np.save(data / f"{i:03d}.npy", image)
     out = {ending: tmp_path / f"f.{ending}" for ending in ("npy", "parquet")}
     parts = {ending: path.with_name(f"{path.name}.parts") for ending, path in out.items()}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SLOWLY, file, data, out["npy"]]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = forked.start(forked.execute, SLOWLY, file, data, out["npy"], log=tmp_path / "log")
     while len(list(parts["npy"].glob("part-*.parquet"))) < 3:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not out["npy"].exists()
     shutil.copytree(parts["npy"], parts["parquet"])  # the parts do not depend on the ending
     options = {"data": data, "batch_size": 2, "num_workers": 0}

@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import forked
 import pytest
 from support import TINY_FIELDS, assert_same_bits, metrics, mistake
 
@@ -155,7 +156,7 @@ def test_a_signal_when_there_can_be_no_branch_is_a_warning(image_folder, tmp_pat
     assert not [*tmp_path.glob("*/branches")]
 
 
-def test_asking_for_what_cannot_be(image_folder, stopped, straight, tmp_path, capsys, monkeypatch):
+def test_asking_for_what_cannot_be(image_folder, straight, tmp_path, capsys):
     def refused(*arguments: object) -> str:
         capsys.readouterr()
         return mistake(capsys, "pretrain", *arguments, "--cooldown-now")
@@ -173,10 +174,43 @@ def test_asking_for_what_cannot_be(image_folder, stopped, straight, tmp_path, ca
     late = config_of(image_folder, tmp_path / "late")
     dmjd.pretrain(late, hooks=[send_at(16, signal.SIGTERM)])
     assert "is in its own cooldown; the same command without" in refused("--out", late.out)
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 0, "GROUP_RANK": 0}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert "takes one process" in refused("--out", stopped)
+
+
+TWO = """
+import os, signal, sys
+import dmjd
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.engine.cooldown_signal import SIGNAL
+from dmjd.engine.processes import from_first
+def ask(report):
+    if report.state.step in (2, 9):
+        os.kill(os.getpid(), SIGNAL)
+config, straight, stopped = PretrainConfig.from_json(sys.argv[1]), *sys.argv[2:]
+assert dmjd.pretrain(config, hooks=[ask]).finished
+assert dmjd.pretrain(config.replace(out=straight)).finished
+result = dmjd.pretrain(PretrainConfig(out=stopped, cooldown_now=True))
+assert (str(result.path), result.step) == (stopped + "/branches/step-6", 16), result
+try:
+    from_first(lambda: 1 / 0)
+except (ZeroDivisionError, ValueError) as error:
+    print("in all of them:", error, file=sys.stderr)
+"""
+
+
+def test_two_processes_make_branches(image_folder, stopped, tmp_path):
+    """Of a run under way, which goes on as if nothing had happened, and of one that was stopped."""
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    shutil.copytree(stopped, copy := tmp_path / "stopped")
+    given = (config_of(image_folder, out).to_json(), straight, copy)
+    codes, said = forked.run_two(forked.execute, TWO, *given, logs=tmp_path, seconds=240)
+    assert codes == [0, 0], said
+    assert said.count("no branch, the run goes on: step 2 belongs to the warm-up of 3 steps") == 1
+    assert said.count("the run goes on from step 9") == 1
+    assert said.count("in all of them: division by zero") == 2
+    assert_same_bits(out, straight)
+    for branch in (out / "branches" / "step-9", copy / "branches" / "step-6"):
+        assert [file.name for file in (branch / "checkpoints").iterdir()] == ["final.safetensors"]
+        load_encoder(branch)
 
 
 def test_the_command_asks_the_process_that_trains(image_folder, straight, tmp_path, capsys):
@@ -199,7 +233,6 @@ def test_the_command_asks_the_process_that_trains(image_folder, straight, tmp_pa
     ("owner", "message"),
     [
         ("{pid} {machine}", "is of a version without --cooldown-now"),
-        ("{pid} {machine}\n2\n", "is one of 2; --cooldown-now is for runs of one process"),
         ("{pid} elsewhere\n1\n", "on elsewhere, .* give the command on that machine"),
     ],
 )

@@ -90,6 +90,20 @@ def test_measuring_changes_no_bit_of_the_training(image_folder, tmp_path):
     assert runs[1].metrics["held_out_loss"] == metrics(runs[1].path)[-1]["held_out_loss"]
 
 
+def test_held_out_images_that_cannot_be_read_are_listed(image_folder, tmp_path, capsys):
+    """They are never trained on: the measurement finds them."""
+    data, run = shutil.copytree(image_folder, tmp_path / "data"), tmp_path / "run"
+    config = recipes.folder(str(data), str(run), steps=2, held_out=6, **FIELDS | {"eval_every": 1})
+    _, _, held = hold_out(config, open_source(str(data)))
+    damaged = data / held.describe(2).removeprefix(f"{data}/")
+    damaged.write_bytes(b"no image")
+    assert dmjd.pretrain(config).unreadable[0][0] == str(damaged)
+    assert (run / "unreadable.txt").read_text().startswith(f"{damaged}\t")
+    assert capsys.readouterr().err.count(f"replaced by another image: {damaged}") == 1
+    with pytest.raises(ValueError, match="1 of 24 images can't be read"):
+        dmjd.pretrain(config.replace(out=str(tmp_path / "strict"), max_unreadable=0))
+
+
 def test_all_images_cannot_be_held_out(image_folder, tmp_path):
     count = len(open_source(str(image_folder)))
     config = recipes.folder(str(image_folder), str(tmp_path / "run"), steps=1, held_out=count, **FIELDS)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import tempfile
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import dmjd
 from dmjd.cli.main import main
 from dmjd.config.plan import PlanConfig
 from dmjd.data.overview import Overview, overview
+from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.registry import open_source
 from dmjd.pretraining import plan as plan_module
+from dmjd.pretraining import plan_measures
 from dmjd.pretraining.plan_choices import (
     GOOD_STEPS,
     HIGH_EPOCHS,
@@ -23,7 +26,10 @@ from dmjd.pretraining.plan_choices import (
     choose_start,
     data_warnings,
     length_warnings,
+    time_warnings,
 )
+from dmjd.pretraining.plan_measures import Besides, measure
+from dmjd.reports.report import time_for_report
 
 
 def seen(num_images=2640, side=300, **changes):
@@ -103,6 +109,49 @@ def test_warnings():
         assert part in text
 
 
+def test_a_run_that_takes_longer_than_asked_is_a_warning():
+    asked = PlanConfig(data="x", hours=0.1)
+    times = {"minutes": 7.0, "training_minutes": 5.0, "reading_minutes": 1.0}
+    (text,) = time_warnings(times, asked)
+    assert text.startswith("it takes about 7.0 minutes, not 6.0: 2.0 of them go to start, reading the images,")
+    assert "reading" not in time_warnings(times | {"reading_minutes": 0.0}, asked)[0]
+    assert not time_warnings(times | {"minutes": 6.2}, asked)
+
+
+def test_evaluations_get_a_tenth_and_the_report_its_share():
+    besides = Besides(once=2.0, evaluation=5.0, end=4.0, report=time_for_report(50))
+    assert besides.of(50) == pytest.approx(2 + 5 + 4)
+    assert besides.of(3600) == pytest.approx(2 + 50 + 4 + time_for_report(3600) - time_for_report(50))
+
+
+def test_all_else_that_a_run_does_is_rehearsed_and_leaves_nothing(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(plan_measures, "LONGEST", 1e9)  # on a slow machine too
+    sizes = {"encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
+    config = dmjd.recipes.folder(str(image_folder), batch_size=4, num_workers=0, device="cpu", held_out=2, **sizes)
+    source = open_source(str(image_folder))
+    found = measure(config, source, 0.1, training=30.0)
+    assert found.reading == 0  # images of different sizes are read for each step
+    assert min(found.besides.evaluation, found.besides.once, found.besides.end) > 0
+    assert found.besides.report == time_for_report(30.0)
+    assert not list(tmp_path.iterdir())
+    assert measure(config, source, 0.1).besides == Besides()
+
+
+def test_reading_a_set_into_memory_is_measured_on_a_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_measures, "SAMPLE", 4)
+    read: list[int] = []
+    take = FolderSource.read
+    monkeypatch.setattr(FolderSource, "read", lambda self, i: (read.append(i), take(self, i))[1])
+    for i in range(60):
+        Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(tmp_path / f"{i:02}.png")
+    sizes = {"encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
+    config = dmjd.recipes.folder(str(tmp_path), batch_size=4, num_workers=0, device="cpu", held_out=0, **sizes)
+    found = measure(config, open_source(str(tmp_path)), 0.1)
+    assert found.reading > 0
+    assert len(read) == 32 + 4 + 4  # to find out their sizes, twice, and into memory
+
+
 def test_the_overview_of_frames_of_a_video(tmp_path):
     """Pairs of nearly equal gray images of two sizes, and one that cannot be read."""
     rng = np.random.default_rng(0)
@@ -146,10 +195,10 @@ def test_the_command_of_a_plan_runs(image_folder, tmp_path, quick, capsys):
     assert expected["memory_gb"] > 0.1
     command = capsys.readouterr().out.splitlines()[-1]
     assert command == found["command"]
-    assert "--minutes 0.027" in command
+    assert "--minutes 0.0135" in command
     assert main(shlex.split(command)[1:]) == 0
     lines = metrics(tmp_path / "my run")
-    assert lines[-1]["seconds"] >= 60 * 0.027
+    assert lines[-1]["seconds"] >= 60 * 0.0135
 
 
 def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
@@ -157,18 +206,23 @@ def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
     start = dmjd.pretrain(dmjd.recipes.dmjd(str(image_folder), str(tmp_path / "start"), steps=1, batch_size=4, **first))
     found = dmjd.plan(data=str(image_folder), hours=0.001, init=str(start.path), device="cpu")
     assert found["command"].startswith(f"dmjd pretrain adapt --data {shlex.quote(str(image_folder))} --init ")
-    gray = dmjd.plan(data=str(image_folder), hours=0.001, in_chans=1, encoder="vit_tiny_patch8", img_size=32)
+    (tmp_path / "gray").mkdir()
+    for i in range(20):  # 12 bits in files of 16
+        image = np.random.default_rng(i).integers(0, 4000, (40 + i, 40), dtype=np.uint16)
+        Image.fromarray(image).save(tmp_path / "gray" / f"{i}.png")
+    gray = dmjd.plan(data=str(tmp_path / "gray"), hours=0.001, in_chans=1, encoder="vit_tiny_patch8", img_size=32)
     assert "--in-chans 1" in gray["command"]
+    assert any("pass --value-range 0 4095" in warning for warning in gray["warnings"])
 
 
 def test_a_plan_of_almost_no_time(image_folder, quick):
     """Its numbers are those of the given batch, and each warning comes once."""
     size = {"encoder": "vit_tiny_patch8", "img_size": 32, "batch_size": 24}
     found = dmjd.plan(data=str(image_folder), hours=1e-7, device="cpu", num_workers=0, **size)
-    assert "--minutes 5.4e-06" in found["command"]
+    assert "--minutes 2.7e-06" in found["command"]
     expected = found["expected"]
     assert expected["seconds_per_step"] == pytest.approx(24 / expected["images_per_s"])
-    assert len(found["warnings"]) == len(set(found["warnings"])) == 2
+    assert len(found["warnings"]) == len(set(found["warnings"])) == 3
 
 
 @pytest.mark.parametrize(

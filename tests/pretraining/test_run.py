@@ -207,6 +207,6 @@ def test_images_smaller_than_the_input_are_named(capsys, tmp_path, image_folder)
     flags = ["--data", image_folder, *TINY, "--steps", 1, "--batch-size", 2, "--num-workers", 0]
     command(*flags, "--out", tmp_path / "as_they_are")
     assert "enlarged" not in capsys.readouterr().err
-    flags[flags.index("--img-size") + 1] = 256
+    flags[flags.index("--img-size") + 1] = 192
     command(*flags, "--out", tmp_path / "large")
-    assert "to 256 x 256: a step works on" in capsys.readouterr().err
+    assert "to 192 x 192: a step works on" in capsys.readouterr().err

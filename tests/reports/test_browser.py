@@ -39,6 +39,13 @@ def page(both) -> Path:
     return both
 
 
+@pytest.fixture
+def shown(browser, page) -> None:
+    """The page is open; tests that take this change nothing in it."""
+    if browser.driver.current_url != page.as_uri():
+        browser.open(page)
+
+
 def fits(browser) -> bool:
     return browser.run("document.documentElement.scrollWidth <= innerWidth")
 
@@ -58,8 +65,8 @@ def test_nothing_is_requested_and_nothing_fails(browser, page):
     assert browser.run("document.querySelectorAll('.js-plotly-plot').length") >= 7
 
 
-def test_names_are_text(browser, page, finished):
-    browser.open(page)
+@pytest.mark.usefixtures("shown")
+def test_names_are_text(browser, finished):
     assert browser.run("document.querySelector('#summary th[scope=row]').textContent") == finished.name
     assert browser.run("document.querySelectorAll('img[src=x], b img, h1 script').length") == 0
     legend = browser.run("document.querySelector('#scatter .legend').textContent")
@@ -67,8 +74,8 @@ def test_names_are_text(browser, page, finished):
     assert '[b]it\'s "q"[b]' in legend
 
 
-def test_hovering_shows_a_thumbnail(browser, page):
-    browser.open(page)
+@pytest.mark.usefixtures("shown")
+def test_hovering_shows_a_thumbnail(browser):
     browser.run("document.getElementById('map').scrollIntoView()")
     x, y = browser.run(POINT)
     assert browser.run("document.getElementById('tip').hidden")

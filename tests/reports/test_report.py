@@ -1,9 +1,14 @@
 """``dmjd report``: what stands in the page, and what happens with runs that are incomplete or damaged."""
 
 import re
+import shlex
 import shutil
+import struct
 import sys
+import zlib
+from html import unescape
 
+import forked
 import pytest
 from support import TINY, mistake
 
@@ -79,10 +84,19 @@ def test_a_run_without_checkpoint_or_metrics(copy, tmp_path):
         shutil.rmtree(copy / name)
     for name in ("metrics.jsonl", "encoder.safetensors", "environment.json", "unreadable.txt"):
         (copy / name).unlink()
-    text = text_of(made(copy, out=tmp_path / "r.html"))
+    shutil.rmtree(copy / "evaluation")
+    moved = copy.rename(copy.with_name("a name"))
+    text = text_of(made(moved, out=tmp_path / "r.html"))
+    assert f"dmjd evaluate knn {shlex.quote(str(moved))} --labels folder" in unescape(text)
     for part in ("nothing saved yet", "metrics.jsonl", "has no checkpoint yet", "holds no encoder.safetensors",
                  "did not record its environment"):  # fmt: skip
         assert part in text, part
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The header of a PNG, without pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
 def test_damaged_files_cost_their_part_only(copy, tmp_path):
@@ -91,6 +105,7 @@ def test_damaged_files_cost_their_part_only(copy, tmp_path):
     (copy / "evaluation" / "knn.json").write_text("{")
     (copy / "evaluation" / "linear.json").mkdir()
     (copy / "figures" / "final.png").write_text("no image")
+    (copy / "figures" / "step-000000001.png").write_bytes(png_of(200_000, 200_000))
     (copy / "environment.json").write_text("[")
     (copy / "unreadable.txt").write_bytes(b"\xff\xfe\x00name\tbad\n")
     html = made(copy, out=tmp_path / "r.html")
@@ -130,6 +145,19 @@ def test_mistakes_are_one_line(arguments, message, finished, tmp_path, capsys, m
     given = [a.format(run=finished, empty=tmp_path) for a in arguments]
     assert message in mistake(capsys, "report", *given)
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_kill_while_it_is_written_leaves_the_former_report_or_none(copy, tmp_path):
+    command = ["report", str(copy), "--out", str(copy / "report.html"), "--num-images", "0"]
+    for former in (None, "<p>former</p>"):
+        if former is not None:
+            (copy / "report.html").write_text(former)
+        killed = forked.run(forked.killed_before, "report.html", command, log=tmp_path / "log", seconds=120)
+        assert killed == -9, (tmp_path / "log").read_text()
+        assert [file.read_text() for file in copy.glob("*.html")] == ([] if former is None else [former])
+    assert len(list(copy.glob(".report.html.*"))) == 1  # what it had written
+    assert main(command) == 0
+    assert list(copy.glob("*report.html*")) == [copy / "report.html"]
 
 
 def test_a_missing_extra_is_named(finished, tmp_path, capsys, monkeypatch):

@@ -44,6 +44,21 @@ def test_images_of_a_run_and_others(run, image_folder):
     assert open_images(run, gray, image_folder).read(0).shape[2] == 1
 
 
+def test_others_need_not_have_the_labels_of_the_run(image_folder, tmp_path):
+    config = recipes.folder(str(image_folder), str(tmp_path / "run"), labels="folder", **TINY_FIELDS)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(config.to_json())
+    preprocess, cats = Preprocess((16, 16)), image_folder / "cats"
+    assert open_images(tmp_path / "run", preprocess, image_folder).labels is not None
+    with pytest.warns(UserWarning, match=r"cats is used without labels: it has none like .* \(--labels folder\)"):
+        source = open_images(tmp_path / "run", preprocess, cats)
+    assert (len(source), source.labels) == (12, None)
+    with pytest.raises(ValueError, match="lie in no class folder"):
+        open_images(tmp_path / "run", preprocess, cats, labels="folder")
+    with pytest.raises(ValueError, match="nowhere"):
+        open_images(tmp_path / "run", preprocess, tmp_path / "nowhere")
+
+
 def test_the_test_set_is_the_test_part_or_a_set_of_its_own(image_folder):
     config = recipes.digits(**TINY_FIELDS)
     test = open_test_data(config, "digits", None)

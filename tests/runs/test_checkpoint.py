@@ -2,11 +2,10 @@
 
 import json
 import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -32,7 +31,7 @@ def test_a_full_disk_keeps_the_previous_file(tmp_path):
     save_checkpoint(tmp_path / "c.safetensors", {"model.a": torch.zeros(4)}, STATE)
     before = (tmp_path / "c.safetensors").read_bytes()
     code = f"""
-import resource, signal, torch
+import resource, signal, sys, torch
 from pathlib import Path
 from dmjd.runs.checkpoint import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -40,12 +39,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
     save_checkpoint(Path({str(tmp_path)!r}) / "c.safetensors", {{"model.a": torch.ones(100000)}}, {STATE!r})
 except ValueError as error:
-    print(error)
+    print(error, file=sys.stderr)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "What was saved before is untouched" in result.stdout, result.stderr
+    assert forked.run(forked.execute, code, log=tmp_path / "log", seconds=120) == 0
+    assert "What was saved before is untouched" in (tmp_path / "log").read_text()
     assert (tmp_path / "c.safetensors").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"c.safetensors", "log"}
 
 
 @pytest.mark.parametrize("cut", [0, 5, 200])
@@ -139,9 +138,9 @@ if os.fork() == 0:
     time.sleep(1.5)
 os._exit(0)
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert forked.run(forked.execute, program, tmp_path / "run", log=tmp_path / "log", seconds=120) == 0
     started = time.monotonic()
-    RunFolder(tmp_path).close()
+    RunFolder(tmp_path / "run").close()
     assert time.monotonic() - started > 0.5
 
 

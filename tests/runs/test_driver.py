@@ -15,8 +15,9 @@ from dmjd.engine.device import make_fabric
 from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Task
 from dmjd.engine.optim import adamw, parameter_groups
 from dmjd.runs import driver
+from dmjd.runs.callback import Callback
 from dmjd.runs.checkpoint import RunFolder
-from dmjd.runs.driver import Callback, Driver, newest_checkpoint
+from dmjd.runs.driver import Driver, newest_checkpoint
 
 STEPS = 6
 

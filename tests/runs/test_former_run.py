@@ -1,12 +1,10 @@
 """Every command works on a run folder written by version 0.1."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,8 +67,7 @@ def test_resume_ends_with_the_same_bits(tmp_path):
         f"for out, steps in (({str(tmp_path / 'straight')!r}, 4), ({str(resumed)!r}, 9)):\n"
         f"    dmjd.pretrain(dmjd.recipes.digits(out=out, steps=steps, {SETTINGS}))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment, timeout=240)
+    assert forked.run(forked.execute, code, log=tmp_path / "log", seconds=240) == 0, (tmp_path / "log").read_text()
     weights = [
         load_file(file)
         for file in (

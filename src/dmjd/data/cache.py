@@ -1,5 +1,6 @@
 """Small sets of images of one size, decoded once and kept in memory."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -52,6 +53,27 @@ def try_read(source: Source, index: int) -> np.ndarray | Report:
         return error.name, error.reason
 
 
+def memory_needed(source: Source, max_pixels: int | None = None) -> int | None:
+    """Bytes of the images of :func:`load_to_memory`, as far as a few tell; None if the set does not qualify."""
+    kind = _kind_of(source, max_pixels)
+    return None if kind is None else _num_bytes(len(source), *kind)
+
+
+def _num_bytes(num_images: int, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return num_images * math.prod(shape) * dtype.itemsize
+
+
+def _kind_of(source: Source, max_pixels: int | None) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Shape [H, W, C] and type of a few evenly spaced images; None if they differ, or the set would be too large."""
+    probes = [try_read(source, int(i)) for i in evenly_spaced(len(source), _PROBES)]
+    kinds = {(p.shape, p.dtype) for p in probes if isinstance(p, np.ndarray)}
+    if len(kinds) != 1:
+        return None
+    shape, dtype = kinds.pop()
+    too_large = max_pixels is not None and max_pixels < shape[0] * shape[1]
+    return None if too_large or _num_bytes(len(source), shape, dtype) > MAX_BYTES else (shape, dtype)
+
+
 def load_to_memory(source: Source, max_pixels: int | None = None) -> ImagesInMemory | None:
     """Decode a set whose images have one size and type and take at most 1 GiB.
 
@@ -63,15 +85,10 @@ def load_to_memory(source: Source, max_pixels: int | None = None) -> ImagesInMem
         The images, or None if the set does not qualify. A few evenly spaced images are read first, which rejects
         most sets of large images or of images of different sizes quickly.
     """
-    n = len(source)
-    probes = [try_read(source, int(i)) for i in evenly_spaced(n, _PROBES)]
-    kinds = {(p.shape, p.dtype) for p in probes if isinstance(p, np.ndarray)}
-    if len(kinds) != 1:
+    n, kind = len(source), _kind_of(source, max_pixels)
+    if kind is None:
         return None
-    (H, W, C), dtype = kinds.pop()
-    too_large = max_pixels is not None and max_pixels < H * W
-    if too_large or n * H * W * C * dtype.itemsize > MAX_BYTES:
-        return None
+    (H, W, C), dtype = kind
     images = np.zeros((n, C, H, W), dtype)
     unreadable: dict[int, Report] = {}
     with ThreadPoolExecutor(available_cores()) as pool:

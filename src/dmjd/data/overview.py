@@ -32,6 +32,7 @@ class Overview:
         gray: fraction of the sampled images whose channels are all equal; 0 for a single channel.
         unreadable: fraction of the sampled images that cannot be read.
         neighbors_alike: fraction of images that are nearly equal to the next one of the set, as frames of a video are.
+        example: name of an unreadable image, and why it is; None if there is none.
     """
 
     num_images: int
@@ -42,6 +43,7 @@ class Overview:
     gray: float
     unreadable: float
     neighbors_alike: float
+    example: str | None = None
 
 
 def overview(source: Source, seconds: float = 10.0) -> Overview:
@@ -66,8 +68,8 @@ def overview(source: Source, seconds: float = 10.0) -> Overview:
             new = sorted({i for pair in pairs[start : start + _BLOCK] for i in pair} - looks.keys())
             looks |= zip(new, pool.map(lambda i: _look(source, i), new), strict=True)
     good = {i: look for i, look in looks.items() if isinstance(look, _Look)}
+    name, reason = next((look for look in looks.values() if not isinstance(look, _Look)), ("", ""))
     if not good:
-        name, reason = next(look for look in looks.values() if not isinstance(look, _Look))
         raise ValueError(f"none of {len(looks)} images of {source.name} can be read; {name}: {reason}")
     sizes = sorted((look.size for look in good.values()), key=lambda size: size[0] * size[1])
     compared = [(good[a], good[b]) for a, b in (p for p in pairs if len(p) == 2) if a in good and b in good]
@@ -81,6 +83,7 @@ def overview(source: Source, seconds: float = 10.0) -> Overview:
         gray=sum(look.gray for look in good.values()) / len(good),
         unreadable=1 - len(good) / len(looks),
         neighbors_alike=sum(alike) / len(alike) if alike else 0.0,
+        example=f"{name}: {reason}" if name else None,
     )
 
 

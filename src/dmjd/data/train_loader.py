@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmjd.data.cache import ImagesInMemory, load_to_memory
+from dmjd.data.cache import ImagesInMemory, load_to_memory, memory_needed
 from dmjd.data.order import Interleaving, Part, Permutations
 from dmjd.data.sources.base import Source
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
@@ -119,6 +119,16 @@ class Batch:
         )
 
 
+def _most_pixels(device: torch.device) -> int | None:
+    """Largest images that are held in memory."""
+    return None if device.type == "cuda" else _MOST_PIXELS_IN_CPU_BATCHES
+
+
+def bytes_in_memory(source: Source, device: torch.device) -> int | None:
+    """Size of a set that :class:`TrainLoader` holds in memory, as far as a few of its images tell; None for others."""
+    return memory_needed(source, _most_pixels(device))
+
+
 class TrainLoader:
     """Endless micro-batches of random crops, bit-identical for any number of workers and any start step.
 
@@ -163,8 +173,7 @@ class TrainLoader:
         self._source = source
         # Crops are computed in float64, which MPS lacks.
         self._crops_on = self.device if self.device.type == "cuda" else torch.device("cpu")
-        on_cpu = self._crops_on.type == "cpu"
-        self._memory = load_to_memory(source, _MOST_PIXELS_IN_CPU_BATCHES if on_cpu else None)
+        self._memory = load_to_memory(source, _most_pixels(self.device))
         if self._memory is not None:
             self._memory.images = self._memory.images.to(self._crops_on)
             num_workers = 0

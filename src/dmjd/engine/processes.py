@@ -8,12 +8,12 @@ import platform
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -172,6 +172,32 @@ def check_same(value: object, what: str, cure: str) -> None:
             raise ValueError(
                 f"process {rank + 1} of {len(values)} {what} {other}, the first one {what} {values[0]}: {cure}"
             )
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What a function returns in the first process, in all of them. All must call this; only the first calls ``make``.
+
+    Args:
+        make: returns what can be pickled; short, since the others wait for at most :func:`wait_limit` seconds.
+
+    Raises:
+        Exception: what ``make`` raises, in the first process; in the others a ValueError with the same text.
+    """
+    if not _waiting:
+        return make()
+    made: T | None = None
+    error: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            made = make()
+        except Exception as raised:
+            error = raised
+    made, text = gather((made, None if error is None else str(error)))[0]
+    if error is not None:
+        raise error
+    if text is not None:
+        raise ValueError(text)
+    return cast(T, made)
 
 
 def explain_loss(error: Exception, seconds: float = 3.0) -> str | None:

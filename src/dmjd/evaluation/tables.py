@@ -12,6 +12,8 @@ from dmjd.result_files import EVALUATION, is_number
 
 TOO_SHORT_KEY = "too_short"  # in a result: why its training is too short to judge the encoder by
 
+POOLED_BY_TIMM = "pooled by timm"  # the only feature of a model of timm
+
 MANY_MINUTES = 120  # more are shown as hours
 
 ROWS = {"result": "this encoder", "random_init": "random initialization", "raw_pixels": "raw pixels"}
@@ -74,6 +76,7 @@ def context_lines(results: Mapping[str, Mapping[str, Any]], folder: Path | None)
     elif "seed" in first:
         lines.append(f"one seed ({first['seed']})")
     lines += [f"{task}: {text}" for task, result in results.items() if (text := _protocol(task, result))]
+    lines += [line for task, result in results.items() if (line := _pooled_line(task, result))]
     lines += [f"{task}: {result[TOO_SHORT_KEY]}" for task, result in results.items() if result.get(TOO_SHORT_KEY)]
     if folder is None:
         return [*lines, "JSON: none was written; --out FOLDER says where it goes"]
@@ -101,6 +104,22 @@ def labels_text(data: Mapping[str, Any]) -> str | None:
     if (counts := data.get("labels_per_class")) is None:
         return None
     return f"{counts[0]:,}" if counts[0] == counts[1] else f"{counts[0]:,} to {counts[1]:,}"
+
+
+def _pooled_line(task: str, result: Mapping[str, Any]) -> str:
+    """Which baselines of a sweep had a single feature to choose from."""
+    baselines = result.get("baselines", {}).items()
+    names = [name for name, one in baselines if _first_seed(one["result"]).get("features") == POOLED_BY_TIMM]
+    if not names:
+        return ""
+    verb = "has one feature, the one that timm pools" if len(names) == 1 else "have one feature, the one timm pools"
+    return f"{task}: {', '.join(names)} {verb}; layers and poolings are searched for encoders of ours only"
+
+
+def _first_seed(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores of the first seed, where there are several."""
+    per_seed = scores.get("per_seed")
+    return per_seed[0] if per_seed else scores
 
 
 def _protocol(task: str, result: Mapping[str, Any]) -> str:

@@ -12,6 +12,10 @@ from dmjd.runs.metrics import read_metrics
 
 _LARGEST = 1e300  # of a number that is drawn
 
+_WIDTH, _HEIGHT = 4.2, 3.2  # inches of a panel
+
+_LEFT, _RIGHT, _BELOW, _ABOVE = 0.7, 0.28, 0.52, 0.4  # inches beside the axes, for numbers and titles
+
 # panel -> scalars of metrics.jsonl
 _CURVES = {
     "loss": ("loss", "mim", "vis", "held_out_loss"),
@@ -40,8 +44,13 @@ def curves_figure(metrics: str | Path) -> Figure:
     panels = {title: curves for title, curves in panels.items() if any(curves.values())}
     if not panels:
         raise ValueError(f"{metrics} holds no curves yet: give it a run's metrics.jsonl after its first logged step")
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), dpi=DPI, layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure = Figure(figsize=(_WIDTH * len(panels), _HEIGHT), dpi=DPI)
+    # Places in inches: a layout that matplotlib computes takes as long as the drawing.
+    width = _WIDTH - _LEFT - _RIGHT
+    places = {"left": _LEFT / figure.get_figwidth(), "right": 1 - _RIGHT / figure.get_figwidth()}
+    places |= {"bottom": _BELOW / _HEIGHT, "top": 1 - _ABOVE / _HEIGHT, "wspace": (_LEFT + _RIGHT) / width}
+    rows = figure.subplots(1, len(panels), squeeze=False, gridspec_kw=places)
+    for axes, (title, curves) in zip(rows[0], panels.items(), strict=True):
         for name, points in curves.items():
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 20 else "")

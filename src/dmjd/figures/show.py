@@ -145,9 +145,9 @@ def _checked_queries(query: Sequence[str | Path]) -> list[Path]:
 
 
 def _model_figure(kind: str, run: Path, given: Mapping[str, Any], num_images: int, seed: int) -> Figure:
-    """One of ``MODEL_KINDS`` of a run, on its data or on those that are given."""
+    """One of ``MODEL_KINDS`` of a run, which shows no labels, on its data or on those that are given."""
     model, _ = load_model(run)
-    source = open_images(run, known_preprocess(model.encoder), **given)
+    source = open_images(run, known_preprocess(model.encoder), **{**given, "labels": "none", "label_column": None})
     return method_figure(kind, model, source, num_images, seed)
 
 

@@ -36,8 +36,8 @@ from dmjd.pretraining.schedule import is_evaluation_step
 from dmjd.reports.environment import write_environment
 from dmjd.reports.report import report_training
 from dmjd.runs.build import open_test_data
+from dmjd.runs.callback import Callback
 from dmjd.runs.checkpoint import Checkpoint, RunFolder
-from dmjd.runs.driver import Callback
 from dmjd.targets.base import Target
 from dmjd.text import printable
 
@@ -178,11 +178,11 @@ class Monitor(Callback):
         time so far. At the end :meth:`finish` follows, with the last figure and, if there are labels, kNN.
         """
         state, final = report.state, report.progress >= 1.0
-        estimate = FIGURE_SECONDS + ENCODED * self._images_evaluated * state.seconds / max(1, state.images)
+        estimate = FIGURE_SECONDS + ENCODED * self.images_evaluated * state.seconds / max(1, state.images)
         if not self._budget.allows(state.seconds, estimate):
             if final:
                 return self._measure(state.step, "at the end", (DRIFT,))
-            if self._images_evaluated:  # a figure that is left out is not missed
+            if self.images_evaluated:  # a figure that is left out is not missed
                 self._tell_cost(f"step {state.step}: no evaluation, which would take", estimate)
             return {}
         with self._budget.measured():
@@ -195,12 +195,21 @@ class Monitor(Callback):
         return scores
 
     @property
-    def _images_evaluated(self) -> int:
+    def evaluation_seconds(self) -> float:
+        """Duration of the last evaluation without what is done once; 0 before the first one."""
+        return self._budget.last or 0.0
+
+    @property
+    def images_evaluated(self) -> int:
         """How many images the first evaluation encodes."""
         return self._measures.num_images if self._measures is not None else 0
 
     def _measure(self, step: int, when: str, names: Collection[str] = NAMES) -> dict[str, float]:
-        return self._measures(step, when, names) if self._measures is not None else {}
+        if self._measures is None:
+            return {}
+        scores = self._measures(step, when, names)
+        self.count_unreadable(self._measures.unreadable)
+        return scores
 
     def _tell_cost(self, begin: str, estimate: float) -> None:
         """Say once how long an evaluation takes, and when there is one."""

@@ -8,7 +8,8 @@ from dmjd.config.checks import check_out
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.engine.console import Console
 from dmjd.engine.cooldown_signal import SIGNAL
-from dmjd.engine.processes import find_launch
+from dmjd.engine.device import make_fabric
+from dmjd.engine.processes import find_launch, from_first
 from dmjd.files import try_lock
 from dmjd.pretraining.batch_size import keep_batch_size
 from dmjd.pretraining.held_out import keep_held_out
@@ -32,21 +33,27 @@ def branch_to_train(config: PretrainConfig, has_model: bool) -> PretrainConfig |
     if config.out is None:
         raise ValueError("--cooldown-now: say where the run is: --out DIR")
     out = check_out("out", config.out)
-    if find_launch().num_processes > 1:
-        raise ValueError("--cooldown-now takes one process: leave torchrun or srun out")
     own = check_branches(out)
     if config.data is not None:
         kept = keep_held_out(keep_batch_size(resolve_paths(config), out), out)
         own, _ = read_start(kept, out, own_model=has_model)
         check_continues(out, own)
+    if find_launch().num_processes > 1:
+        make_fabric(own.device, own.precision)  # connects the processes
+    return from_first(lambda: _ask_or_start(out, own))
+
+
+def _ask_or_start(out: Path, config: PretrainConfig) -> PretrainConfig | None:
+    """Ask the process that trains in a run folder for a branch; if there is none, prepare a branch and return it."""
     if (owner := _ask_owner(out)) is not None:
+        when = "its current step" if owner.processes == 1 else "the next step that is logged (--log-every)"
         Console().say(
-            f"asked process {owner.pid}, which trains in {out}: after its current step it makes a finished encoder in "
+            f"asked process {owner.pid}, which trains in {out}: after {when} it makes a finished encoder in "
             f"{out / BRANCHES}, and goes on. Its output says more"
         )
         return None
     with closing(RunFolder(out)):
-        return start_branch(out, own)
+        return start_branch(out, config)
 
 
 def _ask_owner(run: Path) -> Owner | None:
@@ -64,11 +71,6 @@ def _ask_owner(run: Path) -> Owner | None:
     named = f"process {owner.pid} on {owner.machine}, which trains in {run},"
     if owner.processes is None:
         raise ValueError(f"{named} is of a version without --cooldown-now: stop it, and give the command again")
-    if owner.processes > 1:
-        raise ValueError(
-            f"{named} is one of {owner.processes}; --cooldown-now is for runs of one process. Stop the run, give "
-            "--cooldown-now to one process, and start the run again"
-        )
     if not owner.is_here():
         raise ValueError(f"{named} can only be asked there: give the command on that machine")
     if SIGNAL is None:

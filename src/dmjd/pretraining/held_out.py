@@ -13,6 +13,7 @@ from dmjd.data.order import Part
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.data.train_loader import Batch, TrainLoader
+from dmjd.data.unreadable import Report
 from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import evaluating
@@ -100,6 +101,7 @@ class HeldOutLoss:
 
     Attributes:
         num_images: images used.
+        unreadable: (name, reason) of those that could not be read and were replaced, once they were read.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class HeldOutLoss:
         self._batch_size = count // self._num_batches  # equal ones, which leave out as few images as possible
         self.num_images = self._num_batches * self._batch_size
         self._batches: list[Batch] = []
+        self.unreadable: list[Report] = []
 
     def read(self) -> None:
         """Read the images, unless that was done.
@@ -131,6 +134,7 @@ class HeldOutLoss:
             flip=config.flip,
         )
         self._batches = list(islice(loader.batches(), self._num_batches))
+        self.unreadable = loader.unreadable + [report for batch in self._batches for report in batch.unreadable]
 
     def __call__(self, model: MaskedImageModel) -> dict[str, float]:
         """{"held_out_loss", "held_out_mim", "held_out_vis"}, means over the images; a branch that is off has none."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
+from dmjd.data.unreadable import Report
 from dmjd.encoders.registry import fresh_like
 from dmjd.engine.console import Console
 from dmjd.evaluation.frozen.drift import NUM_IMAGES as DRIFT_IMAGES
@@ -34,6 +35,7 @@ class Measures:
 
     Attributes:
         num_images: images that an evaluation encodes.
+        unreadable: (name, reason) of held-out images that could not be read.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Measures:
         self._lines = read_metrics(folder.metrics) if folder.metrics.exists() else []
         self._warned: set[str] = set()
         self.num_images = 0
+        self.unreadable: list[Report] = []
 
     def start(self, source: Source, held_out: Source | None, test: Source | None, fresh: bool) -> None:
         """Prepare the measures.
@@ -123,6 +126,7 @@ class Measures:
     def _measure_held_out(self, loss: HeldOutLoss) -> dict[str, float]:
         with self._budget.once():
             loss.read()
+        self.unreadable = loss.unreadable
         return loss(self._model)
 
 

@@ -1,10 +1,9 @@
 """``plan(data=..., hours=...)``: what to run on a set of images in a given time on this machine, and what to expect."""
 
 import shlex
-import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
@@ -12,25 +11,16 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
-from dmjd.config.checks import MAX_COUNT
 from dmjd.config.plan import PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import get_recipe
 from dmjd.config.sources import data_text
 from dmjd.data.overview import Overview, overview
 from dmjd.data.sources.base import Source
-from dmjd.encoders.stored import encoder_bytes
+from dmjd.data.statistics import range_warning
 from dmjd.engine.console import Console, literal
-from dmjd.engine.device import forget_peak_memory, machine, make_fabric, peak_memory
-from dmjd.engine.loop import Report
-from dmjd.engine.stop_signal import StopSignal
-from dmjd.evaluation.frozen.quality import NUM_IMAGES
-from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.engine.device import machine, make_fabric
 from dmjd.nn.modes import own_defaults
-from dmjd.pretraining.batch_size import resolve_batch_size
-from dmjd.pretraining.bench import wait
-from dmjd.pretraining.callbacks import ENCODED, FIGURE_SECONDS, NUM_EVALS
-from dmjd.pretraining.held_out import hold_out
 from dmjd.pretraining.plan_choices import (
     ENCODERS,
     GIVEN,
@@ -44,15 +34,15 @@ from dmjd.pretraining.plan_choices import (
     choose_start,
     data_warnings,
     length_warnings,
+    time_warnings,
 )
-from dmjd.pretraining.run import make_engine, training_batches
+from dmjd.pretraining.plan_measures import Measured, measure
 from dmjd.runs.build import build_model, open_data
-from dmjd.runs.checkpoint import KEEP, named_tensors, optimizer_tensors
-from dmjd.runs.start import begin_from
+from dmjd.runs.checkpoint import KEEP
 
 LOOK_SECONDS, PROBE_SECONDS, MEASURE_SECONDS = 10.0, 6.0, 20.0  # of the parts of a plan, at most, besides a step
 
-_WARMUP_STEPS = 2
+START_SECONDS = 8.0  # of a run until its images are read: imports, opening the set
 
 _FIGURES = 20 << 20  # bytes of the figures and logs of a run, about
 
@@ -61,15 +51,15 @@ _FIGURES = 20 << 20  # bytes of the figures and logs of a run, about
 def plan(**settings: Any) -> dict[str, Any]:
     """Plan a run: look at the images, measure this machine with real steps, and choose what to run.
 
-    Takes about a minute. Nothing is written.
+    Takes about a minute. Nothing stays on the disk.
 
     Args:
         settings: see :class:`~dmjd.config.plan.PlanConfig`: ``data`` and ``hours``, and what is already decided.
 
     Returns:
         "data", the set; "choices", setting -> why; "command"; "expected": "images_per_s", "seconds_per_step", "steps",
-        "epochs", "training_minutes", "minutes" with evaluations, "memory_gb" (of the process; on a GPU of its tensors),
-        "disk_gb"; "warnings"; "machine".
+        "epochs", "training_minutes", "reading_minutes" of a set that is held in memory, "minutes" in all, "memory_gb"
+        (of the process; on a GPU of its tensors), "disk_gb"; "warnings"; "machine".
 
     Raises:
         ValueError: if the images or the settings cannot be used.
@@ -91,73 +81,24 @@ def plan(**settings: Any) -> dict[str, Any]:
         first = _expected_images(choices, asked, reach)
         choose_batch(choices, asked, seen, first, fabric.device.type == "cpu")
         console.wait("measuring the run of the plan ...")
-        measured = measure(choices.config(asked), source, MEASURE_SECONDS)
-    images = measured.images_per_s * budget
+        measured = measure(choices.config(asked), source, MEASURE_SECONDS, budget)
+        unused = range_warning(source)
+    training = _training_seconds(measured, asked.hours or 0)
+    images = measured.images_per_s * training
     if images < 0.8 * first:  # slower than the first measurement said
         choose_batch(choices, asked, seen, images, fabric.device.type == "cpu")
-    config = choices.config(asked, out=asked.out, minutes=float(f"{budget / 60:.4g}"))
+    config = choices.config(asked, out=asked.out, minutes=float(f"{training / 60:.4g}"))
+    expected = _expected(config, measured, len(source))
+    warnings = data_warnings(seen) + ([unused] if unused is not None else [])
+    warnings += length_warnings(choices, asked, seen, images) + time_warnings(expected, asked)
     return {
         "data": {"name": data_text(asked.data), **asdict(seen)},
         "choices": choices.reasons,
         "command": command_of(choices, asked, config),
-        "expected": _expected(config, measured, len(source), asked.hours or 0),
-        "warnings": data_warnings(seen) + length_warnings(choices, asked, seen, images),
+        "expected": expected,
+        "warnings": warnings,
         "machine": machine(fabric.device),
     }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What some steps of a run took.
-
-    Attributes:
-        batch_size: images per step. seconds: of a step, with the loader. memory: peak in bytes, of the process, or on a
-            GPU of tensors. checkpoint, encoder: bytes of these files.
-    """
-
-    batch_size: int
-    seconds: float
-    memory: int
-    checkpoint: int
-    encoder: int
-
-    @property
-    def images_per_s(self) -> float:
-        """Throughput with the loader."""
-        return self.batch_size / self.seconds
-
-
-def measure(config: PretrainConfig, source: Source, seconds: float) -> Measured:
-    """Train for some seconds, at least one step, with the loader; the weights are thrown away."""
-    config, start = begin_from(config)
-    model = build_model(config, start)
-    fabric = make_fabric(config.device, config.precision)
-    _, trained, _ = hold_out(config, source)
-    _, batch_size = resolve_batch_size(config, len(trained), 1, fabric.device)
-    config = config.replace(batch_size=batch_size, minutes=seconds / 60, log_every=MAX_COUNT)
-    statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
-    model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
-    forget_peak_memory(fabric.device)
-    engine = make_engine(config, model, fabric, batch_size, len(trained))
-    stamps: list[float] = []
-
-    def stamp(report: Report) -> None:
-        if report.state.step <= _WARMUP_STEPS:
-            wait(fabric.device)
-        stamps.append(time.perf_counter())
-
-    batches = training_batches(config, trained, fabric, batch_size)
-    with closing(batches), StopSignal() as stop:
-        if not engine.run(batches, [stamp], stop):
-            raise KeyboardInterrupt
-    wait(fabric.device)
-    stamps[-1] = time.perf_counter()
-    skipped = min(_WARMUP_STEPS, len(stamps) - 1)
-    step = (stamps[-1] - stamps[skipped - 1]) / (len(stamps) - skipped) if skipped else engine.state.seconds
-    encoder = len(encoder_bytes(model.encoder))
-    tensors = [*named_tensors("model", model).values(), *optimizer_tensors(engine.optimizer).values()]
-    checkpoint = sum(tensor.nbytes for tensor in tensors)
-    return Measured(batch_size, step, peak_memory(fabric.device), checkpoint, encoder)
 
 
 def _choose_precision(
@@ -207,22 +148,31 @@ def command_of(choices: Choices, asked: PlanConfig, config: PretrainConfig) -> s
     return " ".join(words)
 
 
-def _expected(config: PretrainConfig, measured: Measured, num_images: int, hours: float) -> dict[str, float]:
+def _training_seconds(measured: Measured, hours: float) -> float:
+    """The training time of a run that ends in time: what is left, at most 90 %, but not less than half of that."""
+    most = 3600 * SHARE * hours
+    left = 3600 * hours - START_SECONDS - measured.reading - measured.besides.of(most)
+    return max(most / 2, min(most, left))
+
+
+def _expected(config: PretrainConfig, measured: Measured, num_images: int) -> dict[str, float]:
     """What the run of a plan will take and reach."""
     rate = measured.images_per_s
     batch_size = min(config.batch_size or measured.batch_size, num_images)
     training = 60 * (config.minutes or 0)
-    evaluation = FIGURE_SECONDS + ENCODED * min(NUM_IMAGES, num_images) / rate
+    others = START_SECONDS + measured.reading + measured.besides.of(training)
     images = rate * training
+    checkpoints = 1 + min(KEEP, int(images / batch_size / config.checkpoint_every))
     return {
         "images_per_s": rate,
         "seconds_per_step": batch_size / rate,
         "steps": images / batch_size,
         "epochs": images / num_images,
         "training_minutes": training / 60,
-        "minutes": min(60 * hours, (training + NUM_EVALS * evaluation) / 60),
+        "reading_minutes": measured.reading / 60,
+        "minutes": (training + others) / 60,
         "memory_gb": measured.memory / 1e9,
-        "disk_gb": ((KEEP + 1) * measured.checkpoint + measured.encoder + _FIGURES) / 1e9,
+        "disk_gb": (checkpoints * measured.checkpoint + measured.encoder + _FIGURES) / 1e9,
     }
 
 

@@ -3,7 +3,7 @@
 docs/plan.md lists them with what each is based on. Numbers that no measurement of ours supports say so there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,17 @@ def length_warnings(choices: Choices, asked: PlanConfig, seen: Overview, images:
     return warnings
 
 
+def time_warnings(expected: Mapping[str, float], asked: PlanConfig) -> list[str]:
+    """What to know about the time of a run; ``expected`` is what its plan says."""
+    given, minutes = 60 * (asked.hours or 0), expected["minutes"]
+    if minutes <= 1.05 * given:
+        return []
+    other = minutes - expected["training_minutes"]
+    read = expected["reading_minutes"]
+    parts = f"start, {'reading the images, ' if read > 0 else ''}evaluations and report"
+    return [f"it takes about {minutes:,.1f} minutes, not {given:,.1f}: {other:,.1f} of them go to {parts}"]
+
+
 def data_warnings(seen: Overview) -> list[str]:
     """What to know about the images."""
     warnings = []
@@ -157,7 +168,10 @@ def data_warnings(seen: Overview) -> list[str]:
             "as fewer images than their number"
         )
     if seen.unreadable > 0:
-        warnings.append(f"{seen.unreadable:.0%} of {seen.sampled} sampled images cannot be read (--max-unreadable)")
+        example = f", for example {seen.example}" if seen.example is not None else ""
+        warnings.append(
+            f"{seen.unreadable:.0%} of {seen.sampled} sampled images cannot be read (--max-unreadable){example}"
+        )
     if seen.gray > 0.95:
         warnings.append("nearly all images are gray: --in-chans 1 trains an encoder for one channel")
     return warnings

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, prec
 from dmjd.engine.layer_decay import encoder_groups
 from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate
-from dmjd.engine.processes import check_same, num_processes
+from dmjd.engine.processes import check_same, from_first, num_processes
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
@@ -121,7 +122,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         monitor = Monitor(config, model, source, held_out, folder, console)
         batches = batches_of(config, trained, engine, monitor.count_unreadable)
         driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
-        driver.asked, driver.branch = asked, lambda: train_branch(start_branch(out, config), own_model).finished
+        driver.asked, driver.branch = asked, partial(branch_of, out, config, own_model)
         # 8. Restore everything from the checkpoint.
         driver.restore(checkpoint)
         log_summary(config, engine, source, model, console, start, resumed=checkpoint is not None)
@@ -144,11 +145,19 @@ def cool_down_now(config: PretrainConfig, model: MaskedImageModel | None) -> Run
     return RunResult(out, headers[0].step if headers else 0, finished=False, metrics={})
 
 
+def branch_of(out: Path, config: PretrainConfig, model: MaskedImageModel | None) -> Callable[[], bool]:
+    """Prepare a branch of the run in ``out``; returns what trains it, and whether it was finished."""
+    branch = from_first(lambda: start_branch(out, config))
+    return lambda: train_branch(branch, model).finished
+
+
 def train_branch(branch: PretrainConfig, model: MaskedImageModel | None) -> RunResult:
-    """Train a branch to its end, in this process; ``model`` is the caller's own, if there is one, and is copied."""
+    """Train a branch to its end, in the processes that call this; ``model`` is the caller's own, if there is one, and
+    is copied.
+    """
     result = pretrain(branch, model=copy.deepcopy(model))
     if result.finished:
-        tidy_branch(result.path)
+        from_first(lambda: tidy_branch(result.path))
     return result
 
 

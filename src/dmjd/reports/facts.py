@@ -1,5 +1,6 @@
 """What a run folder tells about a run without its weights: settings, metrics, results, unreadable images."""
 
+import shlex
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,8 @@ def _add_results(facts: RunFacts) -> None:
     if damaged:
         facts.problems["scores"] = "; ".join(damaged)
     elif not facts.results:
-        facts.problems["scores"] = f"no evaluation yet: dmjd evaluate knn {facts.path} --labels folder makes one"
+        run = shlex.quote(str(facts.path))
+        facts.problems["scores"] = f"no evaluation yet: dmjd evaluate knn {run} --labels folder makes one"
 
 
 def _add_unreadable(facts: RunFacts) -> None:

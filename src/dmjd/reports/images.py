@@ -85,8 +85,8 @@ def image_file(file: Path, alt: str, caption: str = "") -> Shown:
     """
     try:
         return _as_webp(io.BytesIO(file.read_bytes()), alt, caption)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+    except Exception as error:  # damaged files raise nearly everything in a decoder
+        raise ValueError(f"{file} cannot be read: {reason_of(error)}") from None
 
 
 def _as_webp(file: io.BytesIO, alt: str, caption: str) -> Shown:

@@ -111,6 +111,11 @@ def _checked_out(out: str | Path) -> Path:
     return out
 
 
+def time_for_report(training: float) -> float:
+    """The seconds that the computed parts of a report at the end of a training of some seconds may take."""
+    return min(_MOST_SECONDS, _SHARE * training)
+
+
 def report_training(run: Path, model: MaskedImageModel, source: Source, seconds: float, console: Console) -> None:
     """Write ``report.html`` at the end of a training, within a bounded time; a failure is one line.
 
@@ -121,7 +126,7 @@ def report_training(run: Path, model: MaskedImageModel, source: Source, seconds:
         seconds: training time. The computed parts take at most about a tenth of it, and a minute.
         console: for messages.
     """
-    limit = min(_MOST_SECONDS, _SHARE * seconds)
+    limit = time_for_report(seconds)
     try:
         check_extra()
         facts = read_run(run, run.name, finished=True)

@@ -167,7 +167,7 @@ def open_test_data(config: PretrainConfig, data: Data, test_data: str | None, sp
 def open_images(
     run: str | Path, preprocess: Preprocess, data: str | Path | None = None, split: str = "train", **changes: Any
 ) -> Source:
-    """Open images for a trained encoder: its run's own, or others.
+    """Open images for a trained encoder: its run's own, or others. Others need not have the labels of the run.
 
     Args:
         run: a run folder, or an encoder file together with ``data``.
@@ -189,12 +189,29 @@ def open_images(
         value_range=preprocess.value_range,
         **{name: value for name, value in changes.items() if value is not None},
     )
+    if changes.get("labels") == "none":
+        config = config.replace(label_column=None)
     if data is None and config.data is None:
         raise ValueError(f"{run} is not a run folder, so it has no data of its own: pass --data")
-    listing = run / LISTING if data is None and split == "train" else None
-    chosen = config.data if data is None else str(data)
-    assert chosen is not None
-    return open_data(config, chosen, split, listing=listing)
+    if data is None:
+        listing = run / LISTING if split == "train" else None
+        assert config.data is not None
+        return open_data(config, config.data, split, listing=listing)
+    labels_given = any(changes.get(name) is not None for name in ("labels", "label_column"))
+    return _open_others(config, str(data), split, labels_given)
+
+
+def _open_others(config: PretrainConfig, data: str, split: str, labels_given: bool) -> Source:
+    """Open images that are not the run's own: with its labels if they have such, else without, with a warning."""
+    try:
+        return open_data(config, data, split)
+    except ValueError:
+        if labels_given or (config.labels == "none" and config.label_column is None):
+            raise
+        source = open_data(config.replace(labels="none", label_column=None), data, split)  # raises for other causes
+        text = f"{data} is used without labels: it has none like the run's own images (--labels {config.labels})"
+        warnings.warn(text, DMJDWarning, stacklevel=4)
+        return source
 
 
 def read_config(run: str | Path) -> PretrainConfig:

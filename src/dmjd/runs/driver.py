@@ -8,17 +8,26 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dmjd.encoders.headers import COOLING_KEY
 from dmjd.engine.console import LIVE_SECONDS, Console
 from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.loggers import Logger
 from dmjd.engine.loop import Engine, Hook, NonFiniteLoss, Report
-from dmjd.engine.processes import LostProcessError, check_same, explain_loss, first_process_works, wait_for_first
+from dmjd.engine.processes import (
+    LostProcessError,
+    check_same,
+    explain_loss,
+    first_process_works,
+    from_first,
+    gather,
+    wait_for_first,
+)
 from dmjd.engine.stop_signal import StopNow, StopSignal
+from dmjd.runs.callback import Callback
 from dmjd.runs.checkpoint import (
     FINAL,
     Checkpoint,
@@ -33,54 +42,6 @@ from dmjd.runs.little_memory import run_within_memory
 LINES = 20  # of metrics.jsonl, in a run too slow or short for one every few steps: written as they are shown
 
 UNEVALUATED = "unevaluated"  # in the state of a checkpoint: its step is to be evaluated first
-
-
-class Callback:
-    """The part that differs between trainings. All methods are optional.
-
-    ``restore``, ``is_due`` and ``share`` run in every process, the others in the first one.
-
-    Attributes:
-        divisible: whether a step has ``engine.accumulate`` micro-batches, so that it can be divided further if the
-            first steps do not fit into the device's memory.
-    """
-
-    divisible: ClassVar[bool] = False
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore what :meth:`state` and :meth:`tensors` saved; ValueError if the checkpoint belongs to other data."""
-
-    def after_restore(self) -> None:
-        """Called in the first process when everything is restored: write what is missing or stale."""
-
-    def start(self, step: int, progress: float) -> Sequence[Logger]:
-        """Called before the first step. Returns destinations of scalars besides ``metrics.jsonl``."""
-        return ()
-
-    def after_step(self, report: Report) -> None:
-        """Called after every step, before evaluation."""
-
-    def is_due(self, report: Report) -> bool:
-        """Whether to evaluate after this step. Depends on the report alone: every process calls it."""
-        return False
-
-    def share(self) -> None:
-        """Called in all processes at the same steps, those of logs and checkpoints: exchange what only one knows."""
-
-    def evaluate(self, report: Report) -> dict[str, float]:
-        """Evaluate the model. Returns scalars to log."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Additional state for a checkpoint, as JSON types."""
-        return {}
-
-    def tensors(self, tensors: dict[str, Tensor], final: bool) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, given those of model and optimizer."""
-        return tensors
-
-    def after_save(self, final: bool) -> None:
-        """Called after a checkpoint was written."""
 
 
 @dataclass
@@ -99,9 +60,9 @@ class Driver:
         callback: the part that is specific to this training.
         hooks: more hooks of the engine.
         name: prefix of messages.
-        branch: makes a finished encoder of the newest checkpoint, in a folder of its own; returns whether it did, or
-            was stopped by a signal.
-        asked: what asks for a branch.
+        branch: prepares a finished encoder of the newest checkpoint, in a folder of its own; returns what trains it,
+            which returns whether it did, or was stopped by a signal. Called in all processes.
+        asked: what asks for a branch; several processes look at it when they share.
 
     Attributes:
         metrics: the scalars of the last logged step.
@@ -117,7 +78,7 @@ class Driver:
     callback: Callback
     hooks: Sequence[Hook] = ()
     name: str = ""
-    branch: Callable[[], bool] | None = None
+    branch: Callable[[], Callable[[], bool]] | None = None
     asked: CooldownSignal = field(default_factory=CooldownSignal)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -186,7 +147,8 @@ class Driver:
             with StopSignal(patience, self._heard) as stop, closing(batches):
                 hooks += [self._share, lambda report: self._evaluate(report, stop)]
                 if self.folder.owner:
-                    hooks += [self._save, *self.hooks, lambda report: self._branch(report, stop)]
+                    hooks += [self._save, *self.hooks]
+                hooks.append(lambda report: self._branch(report, stop))
                 finished = self._train(batches, hooks, stop)
         finally:
             for logger in self._loggers:
@@ -297,8 +259,12 @@ class Driver:
         self.console.progress(report.progress, state.step, epoch, state.seconds, scalars)
 
     def _share(self, report: Report) -> None:
-        if report.scalars is not None or self._saves_at(report):
+        if self._shares_at(report):
             self.callback.share()
+
+    def _shares_at(self, report: Report) -> bool:
+        """At steps that are logged or saved."""
+        return report.scalars is not None or self._saves_at(report)
 
     def _evaluate(self, report: Report, stop: StopSignal) -> None:
         """Evaluate in the first process if it is due, while the others wait. A stop interrupts it; it is done again."""
@@ -330,16 +296,26 @@ class Driver:
             self.save()
 
     def _branch(self, report: Report, stop: StopSignal) -> None:
-        """Make a finished encoder of the state so far if that was asked for. The run goes on, whatever comes of it."""
-        if self.branch is None or not self.asked.take():
+        """Make a finished encoder of the state so far if that was asked for. The run goes on, whatever comes of it.
+
+        An error in the training of a branch ends a run of several processes: the others may not have had it.
+        """
+        if self.branch is None or not self._is_asked(report):
             return
         try:
             self._check_branch(report)
-            self.save()
-            self.console.close()
-            with stop.interruptible():
-                finished = self.branch()
+            from_first(self.save)
+            train = self.branch()
         except Exception as error:
+            self.console.warn(f"no branch, the run goes on: {error}")
+            return
+        self.console.close()
+        try:
+            with stop.interruptible():
+                finished = train()
+        except Exception as error:
+            if self.engine.fabric.world_size > 1:
+                raise
             self.console.warn(f"no branch, the run goes on: {error}")
             return
         if finished:
@@ -347,12 +323,16 @@ class Driver:
         else:
             os.kill(os.getpid(), signal.SIGTERM)  # what stopped the branch was meant for the run
 
+    def _is_asked(self, report: Report) -> bool:
+        """Whether a branch was asked for in any process."""
+        if self.engine.fabric.world_size == 1:
+            return self.asked.take()
+        return self._shares_at(report) and any(gather(self.asked.take()))
+
     def _check_branch(self, report: Report) -> None:
         """Raise ValueError if no branch can be made now."""
         if self.engine.cooldown is None:
             raise ValueError("a cosine schedule has no cooldown of its own (--schedule wsd)")
-        if self.engine.fabric.world_size > 1:
-            raise ValueError("branches of a run of several processes are made while it does not run, by one process")
         if self.engine.state.step <= self.engine.warmup_steps:
             raise ValueError(f"step {report.state.step} belongs to the warm-up of {self.engine.warmup_steps} steps")
         if self._has_cooldown_begun(report.progress):

@@ -37,6 +37,7 @@ from dmjd.evaluation.results import (
     write_result,
 )
 from dmjd.evaluation.setup import aligned_labels, config_of, given_data, open_sets
+from dmjd.evaluation.tables import POOLED_BY_TIMM
 from dmjd.evaluation.trained_baselines import FLAG, TrainedBaseline, describe_baselines, load_baselines
 from dmjd.nn.modes import evaluating, own_defaults
 
@@ -285,7 +286,7 @@ class _Protocol:
         """Names of the features that are concatenated in a kind; None: it is one without a name."""
         if kind.endswith(" layers"):
             return tuple(self._layers(kind).parts)
-        return {"raw_pixels": ("raw pixels",)}.get(kind, ("pooled by timm",) if not self._encoder_of(kind) else None)
+        return {"raw_pixels": ("raw pixels",)}.get(kind, (POOLED_BY_TIMM,) if not self._encoder_of(kind) else None)
 
     def _extractors(self, kinds: list[str]) -> dict[str, Extractor]:
         fresh = fresh_like(self.encoder, seed=self.seed).to(self.device)

@@ -25,8 +25,9 @@ from dmjd.engine.optim import warmup_cosine
 from dmjd.files import remove, write_text
 from dmjd.nn.modes import evaluating
 from dmjd.regular import check_regular
+from dmjd.runs.callback import Callback
 from dmjd.runs.checkpoint import KEEP, Checkpoint, RunFolder, load_checkpoint, named_tensors, save_checkpoint
-from dmjd.runs.driver import Callback, Driver, newest_checkpoint
+from dmjd.runs.driver import Driver, newest_checkpoint
 
 BEST = "best.safetensors"  # of version 0.1; now the name holds the step, see best_file
 
