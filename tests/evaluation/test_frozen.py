@@ -210,6 +210,7 @@ def test_evaluate_measures_the_encoder_and_both_baselines(run):
     assert result["configuration"] == {"k": 3, "temperature": 0.07, "precision": "fp32"}
     assert result["overrides"] == {"k": 3}
     assert result["data"] | {"fingerprint": "", "train": "", "test": ""} == {
+        "split": "test",
         "train": "",
         "test": "",
         "fingerprint": "",

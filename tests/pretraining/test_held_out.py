@@ -41,7 +41,7 @@ def test_a_run_trains_as_if_the_held_out_images_were_not_there(image_folder, tmp
 @pytest.mark.parametrize(("num_images", "expected"), [(24, 0), (49, 0), (50, 1), (12_000, 240), (200_000, 2000)])
 def test_the_default_is_two_percent_up_to_2000(num_images, expected):
     class Numbered:
-        name, in_chans, value_range, classes, labels, parts = "numbered", 3, None, [], None, ()
+        name, in_chans, value_range, classes, labels, parts, split = "numbered", 3, None, [], None, (), "train"
 
         def __len__(self):
             return num_images

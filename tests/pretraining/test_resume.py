@@ -86,7 +86,11 @@ ALLOWED = {
     "final_eval": True,
     "report": True,
 }
-ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown_now"}  # may change, tested elsewhere
+ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown_now"} | {
+    "root",
+    "path_column",
+    "label_column",
+}  # may change, tested elsewhere
 WSD = {"warmup_steps", "cooldown"}  # must stay, need the schedule wsd, and are tested with it
 STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them
 

@@ -3,7 +3,6 @@
 Imports no torch.
 """
 
-import glob
 import math
 import os
 import re
@@ -16,6 +15,8 @@ from dmjd.text import printable
 Data = str | Sequence[str]  # of one source, or of several
 
 _WEIGHT = re.compile(r"(.+):([+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf|infinity))", re.IGNORECASE | re.DOTALL)
+
+_SHARDS, _MOST_SHARDS = (".tar", ".zip"), 8  # which a shell makes of a pattern without quotes
 
 _LEAST = 1e-9  # a smaller weight draws no image in any run
 
@@ -39,28 +40,11 @@ class GivenSource(NamedTuple):
 def given_sources(data: Data) -> list[GivenSource]:
     """The sources of ``data``, in order. A single text is a path or name without a weight.
 
-    An existing path wins: with a folder ``a:0.3``, that is the folder. All shards ``a/*.tar``, as a shell expands that
-    pattern, are the one source that the pattern is.
+    An existing path wins: with a folder ``a:0.3``, that is the folder.
     """
     if isinstance(data, str):
         return [GivenSource(data)]
-    given = [_parse(text) for text in data]
-    pattern = _pattern_of(given)
-    return given if pattern is None else [GivenSource(pattern)]
-
-
-def _pattern_of(sources: Sequence[GivenSource]) -> str | None:
-    """The pattern of which a shell made these shards."""
-    folders, names = zip(*(os.path.split(source.data) for source in sources), strict=True) if sources else ((), ())
-    ending = os.path.splitext(names[0])[1] if names else ""
-    if len(set(names)) < 2 or len(set(folders)) > 1 or ending.lower() not in (".tar", ".zip"):
-        return None
-    if any(source.weight is not None for source in sources) or glob.escape(folders[0]) != folders[0]:
-        return None
-    start = os.path.commonprefix([name[: -len(ending)] for name in names])  # noqa: RUF071 (letters, not folders)
-    pattern = os.path.join(folders[0], f"{start}*{ending}")
-    matching = {os.path.basename(path) for path in glob.glob(os.path.expanduser(pattern))}
-    return pattern if matching == set(names) else None
+    return [_parse(text) for text in data]
 
 
 def _parse(text: str) -> GivenSource:
@@ -87,6 +71,10 @@ def check_sources(sources: Sequence[GivenSource]) -> str | None:
     """
     for source in sources:
         _check_weight(source, alone=len(sources) == 1)
+    shards = [source.data for source in sources if source.data.lower().endswith(_SHARDS)]
+    if len(shards) > _MOST_SHARDS:
+        pattern = printable(os.path.join(os.path.dirname(shards[0]), f"*{os.path.splitext(shards[0])[1]}"))
+        raise ValueError(f"{len(shards)} shards would be as many sets: quote a pattern, which is one: '{pattern}'")
     places = Counter(_place(source.data) for source in sources)
     if twice := next((source.data for source in sources if places[_place(source.data)] > 1), None):
         raise ValueError(f"--data names {printable(twice)} twice: give it once, with a weight if it is to count more")

@@ -111,6 +111,7 @@ class Engine:
 
     Attributes:
         state: step, images and seconds so far.
+        computing: whether gradients of a step are being computed.
         updating: whether the weights are between two steps, as after an error in the middle of an update; otherwise
             they are those of step ``state.step``.
         before: progress before the last step.
@@ -140,7 +141,7 @@ class Engine:
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
         if self._eager and isinstance(self.optimizer, torch.optim.AdamW):
             reserve_state(self.optimizer)
-        self.updating, self.before = False, self.progress
+        self.computing, self.updating, self.before = False, False, self.progress
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
 
     @property
@@ -208,7 +209,7 @@ class Engine:
 
     def _step(self, batches: Iterator[Any], meter: "_Meter", stop: StopSignal) -> None:
         """One optimizer step over ``accumulate`` micro-batches; a non-finite one is skipped."""
-        step, rank = self.state.step, self.fabric.global_rank
+        step, rank, self.computing = self.state.step, self.fabric.global_rank, True
         loss = torch.zeros((), device=self.fabric.device)
         for part in range(self.accumulate):
             waited = time.perf_counter()
@@ -229,7 +230,7 @@ class Engine:
         """Clip the gradients, check them, step; returns the gradient norm before clipping, a scalar."""
         norm = self._gradient_norm()
         self._check_step(loss, norm)
-        self.updating = True
+        self.computing, self.updating = False, True
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

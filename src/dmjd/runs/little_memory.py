@@ -22,7 +22,7 @@ def run_within_memory(
     console: Console,
     again: Callable[[int], Batches] | None,
 ) -> bool:
-    """Run a training, with twice as many micro-batches whenever one of its first steps does not fit.
+    """Run a training, with at least twice as many micro-batches whenever one of its first steps does not fit.
 
     Args:
         engine: the loop.
@@ -43,25 +43,26 @@ def run_within_memory(
             with closing(batches):
                 return run(batches)
         except Exception as error:
-            is_first = engine.state.step - began < FIRST_STEPS and not engine.updating
+            is_first = engine.state.step - began < FIRST_STEPS and engine.computing
             if again is None or not is_first or engine.fabric.world_size > 1 or not is_out_of_memory(error):
                 raise
             _divide(engine, error)
         free_memory(engine.fabric.device)  # without the error, which holds the tensors of the step
         console.warn(
             f"out of memory: going on with --accumulate {engine.accumulate}, "
-            f"{engine.batch_size // engine.accumulate} image(s) at a time, which gives the same result"
+            f"{engine.batch_size // engine.accumulate} image(s) at a time; the result is the same but for rounding"
         )
         batches = again(engine.state.step)
 
 
 def _divide(engine: Engine, error: Exception) -> None:
-    """Twice as many micro-batches; the step has to be repeated."""
-    accumulate = 2 * engine.accumulate
-    if accumulate > MOST_MICRO_BATCHES or engine.batch_size % accumulate:
+    """Twice as many micro-batches, or the next number that divides the batch; the step has to be repeated."""
+    size, now = engine.batch_size, engine.accumulate
+    possible = [parts for parts in range(now + 1, min(size, MOST_MICRO_BATCHES) + 1) if size % parts == 0]
+    if not possible:
         raise ValueError(
             f"out of memory with {engine.batch_size // engine.accumulate} image(s) at a time (--accumulate "
             f"{engine.accumulate}); use a smaller encoder or image size, or --grad-checkpointing"
         ) from error
-    engine.accumulate = accumulate
+    engine.accumulate = next((parts for parts in possible if parts >= 2 * now), possible[-1])
     engine.optimizer.zero_grad(set_to_none=True)

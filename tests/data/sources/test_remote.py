@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import fsspec
 import pytest
 from flaky_server import flaky_server
 from image_sets import first_values
@@ -14,6 +16,7 @@ from support import TINY, final, mistake
 from dmjd.cli.main import main
 from dmjd.data.sources import remote
 from dmjd.data.sources.registry import absolute, has_split, open_source
+from dmjd.warning import DMJDWarning
 
 pytest.importorskip("aiohttp")
 
@@ -35,7 +38,7 @@ def test_shards_are_fetched_once(server):
     url = f"{server.url}/set/x-{{09..10}}.zip"
     source = open_source(url)
     assert first_values(source) == [4, 5, 6, 7, 8, 9, 10, 11]
-    assert source.describe(0).endswith("/set/x-09.zip/4.png")
+    assert re.search(r"/set/x-09-\w+\.zip/4\.png$", source.describe(0))
     assert first_values(open_source(url)) == first_values(source)
     assert set(server.requests.values()) == {1}
     assert absolute(url) == url
@@ -112,3 +115,28 @@ def test_a_run_resumes_exactly_after_its_cache_is_gone(server, tmp_path):
     assert main([*command, str(tmp_path / "run"), "--steps", "4", "--checkpoint-every", "2"]) == 0
     straight, resumed = final(tmp_path / "straight"), final(tmp_path / "run")
     assert all(resumed[name].equal(value) for name, value in straight.items())
+
+
+def test_addresses_that_look_alike_have_copies_of_their_own():
+    system = fsspec.filesystem("http")
+    names = [
+        remote._local_name(system, f"http://h/set/{path}")
+        for path in ("my%20set/a.tar", "my_set/a.tar", "my%3Aset/a.tar", f"{'x' * 300}/a.tar", f"{'x' * 301}/a.tar")
+    ]
+    assert len(set(names)) == len(names)
+    assert "secret" not in remote._local_name(system, "http://user:secret@h/a.tar")
+
+
+@pytest.mark.parametrize("numbers", ["{9..0}", "{0..9999999999}"])
+def test_ranges_that_name_nothing_or_too_much(numbers):
+    with pytest.raises(ValueError, match="a range such as"):
+        open_source(f"https://h/a-{numbers}.tar")
+
+
+def test_copies_serve_while_the_server_is_gone(server):
+    url = f"{server.url}/set/x-09.zip"
+    first = first_values(open_source(url))
+    server.shutdown()
+    server.server_close()
+    with pytest.warns(DMJDWarning, match="the copies in the cache are used"):
+        assert first_values(open_source(url)) == first

@@ -160,3 +160,21 @@ def test_a_shard_that_cannot_be_used_is_one_line(tmp_path, name, make, message, 
             open_source(data)
     mistake(capsys, "pretrain", "--data", tmp_path / "s", "--out", tmp_path / "run", *TINY)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"-1\0", b"\xff" * 10 + b"\xfe\0", b"\xff" * 12])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.FIFOTYPE, b"Z"])
+def test_a_negative_size_ends_the_scan(tmp_path, size, kind):
+    """It would lead backwards, for ever."""
+    file = tar(tmp_path / "a.tar", {"a.png": png(0), "b.png": png(1), "c.png": png(2)})
+    content = bytearray(file.read_bytes())
+    start = 512 + -(-len(png(0)) // 512) * 512  # of the second member
+    content[start + 124 : start + 136] = size.ljust(12, b"\0")[:12]
+    content[start + 156 : start + 157] = kind
+    content[start + 148 : start + 156] = b" " * 8
+    checksum = sum(content[start : start + 512])
+    content[start + 148 : start + 156] = f"{checksum:06o}\0 ".encode()
+    file.write_bytes(content)
+    with pytest.warns(DMJDWarning, match="damaged at byte|it is no tar|sparse files or devices"):
+        source = open_source(file)
+    assert first_values(source)[0] == 0

@@ -147,6 +147,10 @@ def files_of_split(files: list[Path], split: str) -> tuple[str, list[Path]]:
         if name := split_of_name(re.split(r"[-_.]", file.name)[0]):
             splits.setdefault(name, []).append(file)
     if "train" in splits and len(splits) > 1:
+        rest = set(files).difference(*splits.values())
+        if rest:
+            text = f"{len(rest)} files next to {printable(splits['train'][0])} are in no part and are left out"
+            warnings.warn(f"{text}, {printable(min(rest).name)} for one", DMJDWarning, stacklevel=1)
         taken = taken_split(splits, split)
         return (taken, splits[taken]) if taken else (split, [])
     return split, files if split == "train" else []

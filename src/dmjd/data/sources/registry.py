@@ -1,6 +1,7 @@
 """Open a source from the path or name that a user gives. The kinds of sources are listed in one table."""
 
 import difflib
+import glob
 import os
 import warnings
 from collections.abc import Sequence
@@ -174,7 +175,7 @@ def absolute(data: str) -> str:
         data.strip()
         and not is_url(data)
         and data not in _names()
-        and (os.path.exists(path) or path.lower().endswith(SHARDS))
+        and (os.path.exists(path) or path.lower().endswith(SHARDS) or glob.glob(path))
     ):
         return os.path.abspath(path)
     return data

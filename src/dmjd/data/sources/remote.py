@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from dmjd.data.sources.base import short_hash
 from dmjd.data.sources.progress import counted
 from dmjd.files import atomic, locked, make_folder
 from dmjd.text import file_name, printable
+from dmjd.warning import DMJDWarning
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -24,6 +26,8 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 6, 1.0, 30.0  # seconds before the second attempt, doubled for each other one
 
 _AT_ONCE = 4  # files
+
+_MOST_FILES = 1_000_000  # of an address
 
 _SILENCE = 60.0  # seconds without a byte after which a server is given up
 
@@ -56,8 +60,8 @@ def fetch(url: str) -> list[Path]:
     system, paths = _expanded(url)
     folder = _cache_folder()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        sizes = list(pool.map(lambda path: _retried(path, lambda: system.info(path)["size"]), paths))
         targets = [folder / _local_name(system, path) for path in paths]
+        sizes = _sizes(pool, system, paths, targets)
         missing = [row for row in zip(paths, sizes, targets, strict=True) if not _is_there(row[2], row[1])]
         _check_space(folder, sum(size or 0 for _, size, _ in missing))
         fetched = pool.map(lambda row: _fetch_one(system, *row), missing)
@@ -67,6 +71,19 @@ def fetch(url: str) -> list[Path]:
         finally:
             pool.shutdown(cancel_futures=True)
     return sorted(targets)
+
+
+def _sizes(pool: ThreadPoolExecutor, system: Any, paths: list[str], targets: list[Path]) -> list[int | None]:
+    """The sizes of the files on the server. If it does not answer and all are in the cache, those of the copies."""
+    here = all(target.exists() for target in targets)
+    try:
+        attempts = 1 if here else _ATTEMPTS
+        return list(pool.map(lambda path: _retried(path, lambda: system.info(path)["size"], attempts), paths))
+    except ValueError as error:
+        if not here:
+            raise
+        warnings.warn(f"{error}; the copies in the cache are used", DMJDWarning, stacklevel=2)
+        return [target.stat().st_size for target in targets]
 
 
 def _expanded(url: str) -> tuple[Any, list[str]]:
@@ -107,17 +124,20 @@ def _ranges(url: str) -> Iterator[str]:
         yield url
         return
     first, last = match.groups()
+    if not 0 <= int(last) - int(first) < _MOST_FILES:
+        raise ValueError(f"{printable(url)}: a range such as {{000..099}} names 1 to {_MOST_FILES:,} files, in order")
     for number in range(int(first), int(last) + 1):
         yield from _ranges(f"{url[: match.start()]}{number:0{len(first)}d}{url[match.end() :]}")
 
 
 def _local_name(system: Any, path: str) -> str:
-    """Where a file lies in the cache: as on the server; a query, such as a signature, becomes a hash."""
-    url = urllib.parse.urlsplit(system.unstrip_protocol(path))
-    parts = [url.scheme, url.netloc, *urllib.parse.unquote(url.path).split("/")]
-    folders = [file_name(part, 200) for part in parts[:-1] if part]
-    query = f"{short_hash([url.query])}-" if url.query else ""
-    return os.path.join(*folders, query + file_name(parts[-1], 200))
+    """Where a file lies in the cache: much as on the server, and a hash of its address, which alone is unmistakable."""
+    address = system.unstrip_protocol(path)
+    url = urllib.parse.urlsplit(address)
+    parts = [url.scheme, url.hostname or "", *urllib.parse.unquote(url.path).split("/")]  # without user and password
+    folders = [file_name(part, 100) for part in parts[:-1] if part]
+    stem, ending = os.path.splitext(file_name(parts[-1], 200))  # the order of the names on the server stays
+    return os.path.join(*folders, f"{stem}-{short_hash([address])}{ending}")
 
 
 def _fetch_one(system: Any, path: str, size: int | None, target: Path) -> None:
@@ -143,19 +163,19 @@ def _is_there(target: Path, size: int | None) -> bool:
         return False
 
 
-def _retried(path: str, action: Callable[[], T]) -> T:
+def _retried(path: str, action: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
     """The result of an action, which is tried several times, with longer and longer waits.
 
     Raises:
         ValueError: if the last attempt fails, or another one would not help.
     """
     wait = _FIRST_WAIT
-    for attempt in range(1, _ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return action()
         except Exception as error:  # clients raise errors of dozens of types
             cause = _cause(error)
-            if attempt == _ATTEMPTS or _is_final(cause):
+            if attempt == attempts or _is_final(cause):
                 tries = f", {attempt} attempts" if attempt > 1 else ""
                 raise ValueError(f"{printable(path)} can't be fetched ({_reason(cause)}{tries})") from None
         time.sleep(wait)

@@ -170,11 +170,16 @@ def _scan_tar(file: BinaryIO, size: int, members: _Members) -> str | None:
         except Exception as error:  # damaged headers raise nearly every built-in exception
             reason = printable(error)[:100]
             return f"it is damaged at byte {position} of {size} ({reason})" if position else f"it is no tar ({reason})"
+        if length < 0:
+            return f"it is damaged at byte {position} of {size} (a member of {length} bytes)"
+        before = position
         if member is not None:
             start, position = position + tarfile.BLOCKSIZE, position + tarfile.BLOCKSIZE + length
             position += -position % tarfile.BLOCKSIZE
         else:
             position = tar.offset
+        if position <= before:
+            return f"it is damaged at byte {before} of {size} (a member that ends before it begins)"
         if not regular:
             members.irregular += kind_of(name) == _IMAGE
         elif start + length > size:

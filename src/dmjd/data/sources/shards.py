@@ -51,7 +51,9 @@ class ShardSource(Source):
         self._listed = read_if_there(listing)
         self.listing = listing if self._listed is not None else None
         named = {file.relative_to(folder).as_posix(): file for file in files}
-        now = index_shards(named, short_hash([os.path.abspath(name), options.split]), self._listed)
+        now = index_shards(
+            named, short_hash([name if is_url(name) else os.path.abspath(name), options.split]), self._listed
+        )
         self._index = now if self._listed is None else aligned(self._listed, now)
         self._paths = [os.path.join(folder, shard.name) for shard in self._index.shards]
         self._check(now)
