@@ -85,3 +85,27 @@ def test_unreadable_images_of_all_processes_count_together(tmp_path, image_folde
     assert all(said.count(f"replaced by another image: {file}:") == 1 for file in damaged)
     state = load_checkpoint(next(run.glob("checkpoints/step-*"))).state
     assert {name for name, _ in state["bad"]} == set(map(str, damaged))
+
+
+def as_second(paths: dict[str, str], other: dict[str, str], flags: list[str]) -> int:
+    """Pre-train as one of two processes, of which the second has other paths."""
+    own = paths | other if os.environ["RANK"] == "1" else paths
+    return main(["pretrain", "folder", "--data", own["data"], "--out", own["out"], *flags])
+
+
+@pytest.mark.parametrize("differs", ["out", "data"])
+def test_machines_without_shared_files_are_an_error(tmp_path, image_folder, differs):
+    """The second process would begin from random weights, or see other images, without a word."""
+    flags = [*map(str, TINY), "--batch-size", "8", "--device", "cpu", "--num-workers", "0", "--held-out", "0"]
+    run, other = tmp_path / "run", tmp_path / "other"
+    if differs == "out":
+        assert main(["pretrain", "folder", "--data", str(image_folder), "--out", str(run), *flags, "--steps", "2"]) == 0
+        expected = "starts at step 0, the first one starts at step 2"
+    else:
+        shutil.copytree(image_folder, other)
+        next(other.rglob("*.png")).unlink()
+        expected = "process 2 of 2 sees 23 images"
+    own = ({"out": str(run), "data": str(image_folder)}, {differs: str(other)}, [*flags, "--steps", "4"])
+    codes, said = forked.run_two(as_second, *own, logs=tmp_path, seconds=120)
+    assert codes == [2, 2]
+    assert expected in said
