@@ -93,6 +93,12 @@ def _as_rank(rank: int, port: int, work: Callable[..., Any], *arguments: Any) ->
     return work(*arguments)
 
 
+def as_second(paths: dict[str, str], other: dict[str, str], flags: list[str]) -> int:
+    """Pre-train as one of two processes, of which the second has other paths."""
+    own = paths | other if os.environ["RANK"] == "1" else paths
+    return main(["pretrain", "folder", "--data", own["data"], "--out", own["out"], *flags])
+
+
 def killed_before(name: str, arguments: list[str]) -> int:
     """Run a command that is killed before a file of this name replaces a temporary one. Call it in a fork."""
 

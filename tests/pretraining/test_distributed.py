@@ -87,12 +87,6 @@ def test_unreadable_images_of_all_processes_count_together(tmp_path, image_folde
     assert {name for name, _ in state["bad"]} == set(map(str, damaged))
 
 
-def as_second(paths: dict[str, str], other: dict[str, str], flags: list[str]) -> int:
-    """Pre-train as one of two processes, of which the second has other paths."""
-    own = paths | other if os.environ["RANK"] == "1" else paths
-    return main(["pretrain", "folder", "--data", own["data"], "--out", own["out"], *flags])
-
-
 @pytest.mark.parametrize("differs", ["out", "data"])
 def test_machines_without_shared_files_are_an_error(tmp_path, image_folder, differs):
     """The second process would begin from random weights, or see other images, without a word."""
@@ -106,6 +100,6 @@ def test_machines_without_shared_files_are_an_error(tmp_path, image_folder, diff
         next(other.rglob("*.png")).unlink()
         expected = "process 2 of 2 sees 23 images"
     own = ({"out": str(run), "data": str(image_folder)}, {differs: str(other)}, [*flags, "--steps", "4"])
-    codes, said = forked.run_two(as_second, *own, logs=tmp_path, seconds=120)
+    codes, said = forked.run_two(forked.as_second, *own, logs=tmp_path, seconds=120)
     assert codes == [2, 2]
     assert expected in said
