@@ -29,7 +29,7 @@ BLRS = ("4e-4", "1.2e-3", "3.6e-3")
 SEEDS, SEARCH_SHARE, PARALLEL = 3, 0.25, 6
 
 # Beside the steps: a start of the program for the split and the calibration, and for each of two waves of processes.
-FIRST_SECONDS, WAVE_SECONDS = 40, 35
+FIRST_SECONDS, WAVE_SECONDS = 45, 35
 
 GAIN = 1.6  # of all runs at a time over one alone; on an H200 six runs of 49 s, each alone, took 150 s
 

@@ -1,6 +1,6 @@
 """What a set of images is: formats, sizes, channels, unreadable and equal images, classes, and how fast it is read.
 
-Only facts of each image are kept, a few numbers, so that a set of a million images needs little memory.
+Only facts of each image that is looked at are kept: a few hundred bytes.
 """
 
 import hashlib
