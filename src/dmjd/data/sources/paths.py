@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from dmjd.files import make_folder
 from dmjd.regular import irregular
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
@@ -212,6 +213,27 @@ def without_masks(root: Path, paths: list[str]) -> list[str]:
         folder = printable(root / inside[is_mask.index(True)][0])
         warnings.warn(f"{sum(is_mask)} masks in {folder} are left out", DMJDWarning, stacklevel=4)
     return [path for path, mask in zip(paths, is_mask, strict=True) if not mask]
+
+
+def cache_folder(name: str, what: str) -> Path:
+    """A folder of the user's cache, which is made.
+
+    Args:
+        name: of the folder. what: is kept there, for the error.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmjd" / name
+    try:
+        make_folder(cache)
+        if not os.access(cache, os.W_OK):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{what} in {printable(cache)}, which can't be written: set XDG_CACHE_HOME to a folder that can be"
+        ) from None
+    return cache
 
 
 def _regular_tables(folder: Path) -> list[Path]:

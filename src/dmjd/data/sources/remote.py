@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dmjd.data.sources.base import short_hash
+from dmjd.data.sources.paths import cache_folder
 from dmjd.data.sources.progress import counted
 from dmjd.files import atomic, locked, make_folder
 from dmjd.text import file_name, printable
@@ -58,7 +59,7 @@ def fetch(url: str) -> list[Path]:
         ValueError: naming the file that cannot be fetched, after several attempts, and why; or if the disk is too full.
     """
     system, paths = _expanded(url)
-    folder = _cache_folder()
+    folder = cache_folder("remote", "remote files are kept")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         targets = [folder / _local_name(system, path) for path in paths]
         sizes = _sizes(pool, system, paths, targets)
@@ -216,9 +217,3 @@ def _check_space(folder: Path, needed: int) -> None:
             f"the remote files take {needed / 1e9:.1f} GB more, and {printable(folder)} has room for "
             f"{max(free, 0) / 1e9:.1f} GB: set XDG_CACHE_HOME to a folder on a larger disk"
         )
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmjd" / "remote"
-    make_folder(folder)
-    return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from dmjd.data.sources.base import short_hash
+from dmjd.data.sources.paths import cache_folder
 from dmjd.data.sources.progress import counted
 from dmjd.data.sources.shard_index import Shard, ShardIndex, read_if_there
 from dmjd.data.sources.shard_scan import scan_shard
@@ -38,7 +39,7 @@ def index_shards(files: Mapping[str, Path], key: str, listed: ShardIndex | None 
     stamps = [_stamp(name, path) for name, path in files.items()]
     if listed is not None and [shard.stamp for shard in listed.shards] == stamps:
         return listed
-    cache = _cache_folder()
+    cache = cache_folder("shards", "the index of shards is kept")
     with locked(cache / f"{key}.lock"):
         file, parts = cache / f"{key}.arrow", cache / f"{key}.parts"
         cached = _cached(file)
@@ -115,22 +116,3 @@ def _cached(file: Path) -> ShardIndex | None:
         return read_if_there(file)
     except ValueError:
         return None
-
-
-def _cache_folder() -> Path:
-    """The folder for indices.
-
-    Raises:
-        ValueError: if it cannot be written.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmjd" / "shards"
-    try:
-        make_folder(cache)
-        if not os.access(cache, os.W_OK):
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"the index of shards is kept in {printable(cache)}, which can't be written: set XDG_CACHE_HOME to a "
-            "folder that can be"
-        ) from None
-    return cache
