@@ -30,7 +30,17 @@ LENGTHS = (1, 2, 4)  # times the minutes
 
 ROUNDS, TIMED_STEPS = 3, 20
 
-SETTINGS = ("encoder", "minutes", "seeds", "blr", "batch_size", "precision", "cooldown", "warmup_steps")
+SETTINGS = (
+    "encoder",
+    "minutes",
+    "seeds",
+    "blr",
+    "batch_size",
+    "precision",
+    "cooldown",
+    "warmup_steps",
+    "labels_per_class",
+)
 
 
 class Prolongation:
@@ -90,6 +100,7 @@ class Prolongation:
             data=self.given.data,
             labels=labels_of(self.given.data),
             precision="bf16" if self.given.precision == "bf16" else "fp32",
+            labels_per_class=self.given.labels_per_class,
             seeds=1,
         )
         scores = {task: {who: r[who]["top1"] for who in ("result", "random_init")} for task, r in tested.items()}
@@ -156,6 +167,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--cooldown", type=float, default=0.2)
     parser.add_argument("--warmup-steps", type=int, default=200)
+    parser.add_argument("--labels-per-class", type=int, help="training images with labels; default all")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     Prolongation(parser.parse_args()).run()
