@@ -85,6 +85,15 @@ def square_grid(num_patches: int) -> tuple[int, int]:
     return side, side
 
 
+def _reason(error: Exception) -> str:
+    """Why torch did not read a file; without its advice to execute what the file holds."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it holds {found[1]}, which is no tensor"
+    if isinstance(error, RuntimeError | OSError) and str(error):
+        return str(error).splitlines()[0]
+    return "it is damaged, or torch.save did not write it"
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a ``.safetensors`` file, or from a file of ``torch.save`` without running code in it.
 
@@ -102,10 +111,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published checkpoints hold their arguments
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path} could not be read as plain weights ({first}). Nothing in a file is ever executed: re-save it as "
-            "safetensors, or with torch.save of a dict of tensors"
+            f"{path} could not be read as plain weights ({_reason(error)}). Nothing in a file is ever executed: "
+            "re-save it as safetensors, or with torch.save of a dict of tensors"
         ) from None
     for name in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):

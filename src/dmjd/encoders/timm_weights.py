@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dmjd.checked_json import read_json
 from dmjd.encoders.sharded import INDEX, read_index
+from dmjd.encoders.timm_names import timm_names
 from dmjd.hub import HUB, offline_if_unreachable
 from dmjd.images.preprocess import Preprocess
 from dmjd.suggest import did_you_mean
@@ -48,7 +49,7 @@ def load_timm(source: str, what: str, flag: str, only: tuple[type[nn.Module], ..
         ValueError: if there is no such model, it is of another class, or its weights are not available.
     """
     if not is_timm_source(source):
-        hint = did_you_mean(source, timm.list_models())
+        hint = did_you_mean(source, timm_names() if only else timm.list_models())
         raise ValueError(f"{what} {source} is not a run folder, an encoder file or a timm model{hint}")
     with _looked_for(source, what, flag), torch.random.fork_rng(devices=[]):
         if only:
