@@ -2,18 +2,25 @@
 
     python other_system.py DATA OUT
 
-Imports every module of the package, then trains three steps with one worker. Used by ``test_system.py``.
+Imports every module of the package, then trains three steps with one worker, which gets a signal while it starts. Used
+by ``test_system.py``.
 """
 
 import importlib
 import multiprocessing
+import os
 import pkgutil
 import signal
 import sys
 from importlib.machinery import PathFinder
 
-import lightning.fabric  # noqa: F401 (with torch, which may use what is taken away below)
-import torch  # noqa: F401
+if __name__ == "__mp_main__":  # the worker, before it has handlers; the group of a job gets such a signal
+    os.kill(os.getpid(), signal.SIGTERM)
+
+import torch  # noqa: F401 (which may use what is taken away below)
+
+if __name__ == "__main__":
+    import lightning.fabric  # noqa: F401 (so may this)
 
 MISSING = ("fcntl", "resource", "termios", "pwd", "grp")
 

@@ -370,13 +370,6 @@ def test_stochastic_depth_does_not_depend_on_the_batch(name):
     assert not torch.equal(whole, model.eval()(normalized, raw, keys=KEYS)["loss"])
 
 
-def test_one_graph_when_compiled():
-    """Including stochastic depth and a random subset of masked tokens, which are drawn inside the graph."""
-    model = tiny_model(encoder={"drop_path": 0.5}, mim={"decode_ratio": 0.5})
-    report = torch._dynamo.explain(model)(*smooth_images(), keys=KEYS)
-    assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
-
-
 def test_an_empty_batch_has_no_loss():
     normalized, raw = smooth_images()
     with pytest.raises(ValueError, match="the batch holds no image"):

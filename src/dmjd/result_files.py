@@ -10,6 +10,8 @@ EVALUATION = "evaluation"  # folder of the results in a run folder
 
 BASELINES = "baselines.json"
 
+REPORT_FILE = "report.html"
+
 MAX_SCORE = 1e300
 
 

@@ -73,6 +73,10 @@ def test_a_flag_of_a_former_version_names_the_new_one(capsys, command, old, new)
         (["embed", "x"], "required: --out"),
         (["export", "x", "--format", "tim", "--out", "x"], "did you mean 'timm'"),
         (["compare"], "required: RUN"),
+        (["evaluate", "knn", "x", "--data", "a", "b"], "--data takes one value here, got also b"),
+        (["embed", "x", "--out", "f.npy", "--data", "a", "b"], "--data takes one value here, got also b"),
+        (["show", "masks", "x", "--data", "a", "--data", "b:0.3"], "--data takes one value here, got several"),
+        (["report", "x", "--data", "a", "--seed", "1", "b"], "--seed takes one value here, got also b"),
         (["export", "x", "--formt", "timm"], "did you mean --format?"),
     ],
 )

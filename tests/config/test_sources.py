@@ -7,7 +7,7 @@ import pytest
 from dmjd.config.plan import PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.resuming import resume_differences
-from dmjd.config.sources import GivenSource, check_sources, given_sources
+from dmjd.config.sources import GivenSource, check_sources, given_sources, overlapping
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,15 @@ from dmjd.config.sources import GivenSource, check_sources, given_sources
 )
 def test_weights_and_paths(text, data, weight):
     assert given_sources([text, "other"])[0] == (data, weight)
+
+
+def test_a_folder_in_another_is_noticed(tmp_path):
+    for name in ("set/part", "sets"):
+        (tmp_path / name).mkdir(parents=True)
+    whole, part, other = (str(tmp_path / name) for name in ("set", "set/part", "sets"))
+    for given in ([whole, part], [f"{part}:0.5", f"{whole}/:0.5"]):
+        assert overlapping(given_sources(given)).startswith(f"--data: {part} lies in {whole}")
+    assert overlapping(given_sources([whole, other, "digits", f"{whole}.csv"])) is None
 
 
 def test_an_existing_path_wins(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import dmjd
+from dmjd.data.order import Part
 from dmjd.data.unreadable import UnreadableImages, read_or_replace, replace_unreadable
 from dmjd.images.stored import UnreadableImage
 
@@ -31,7 +32,9 @@ def test_each_image_gives_one_warning():
     assert unreadable.count == 2
 
 
-def test_both_replacement_functions_agree():
+@pytest.mark.parametrize("lengths", [(), (50,), (7, 13, 30)])
+def test_both_replacement_functions_agree_and_stay_in_a_source(lengths):
+    parts = tuple(Part(length, None) for length in lengths)
     readable = torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.4
     all_keys = torch.arange(200) * 1_000_003
     indices = all_keys % 50
@@ -42,9 +45,14 @@ def test_both_replacement_functions_agree():
         return np.array(index)
 
     one_by_one = [
-        int(read_or_replace(read, i, k, 50)[0]) for i, k in zip(indices.tolist(), all_keys.tolist(), strict=True)
+        int(read_or_replace(read, i, k, 50, parts)[0]) for i, k in zip(indices.tolist(), all_keys.tolist(), strict=True)
     ]
-    assert replace_unreadable(indices, all_keys, readable).tolist() == one_by_one
+    replaced = replace_unreadable(indices, all_keys, readable, parts)
+    assert replaced.tolist() == one_by_one
+    if len(lengths) > 1:
+        ends = torch.tensor(lengths).cumsum(0)
+        assert torch.equal(torch.bucketize(replaced, ends, right=True), torch.bucketize(indices, ends, right=True))
+        assert len(set(one_by_one)) == int(readable.sum())
 
 
 def test_the_former_name_is_an_error_with_the_new_name():

@@ -77,24 +77,71 @@ def test_closing_ends_the_workers_and_interrupts_do_not(noise_folder):
     assert not workers & children()
 
 
+STARTING = """
+import multiprocessing, os, signal
+multiprocessing.set_start_method("fork", force=True)
+from dmjd.data.workers import read_batches
+from dmjd.system import STOP_SIGNALS
+
+def send():
+    for number in STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+
+target = "child"
+os.register_at_fork(after_in_child=lambda: target == "child" and send())
+assert list(read_batches(abs, range(8), 2)) == list(range(8))
+
+heard, heard_while_starting = set(), []
+for number in STOP_SIGNALS:
+    signal.signal(number, lambda number, _: heard.add(number))
+target = "parent"
+os.register_at_fork(before=lambda: heard_while_starting.extend(heard), after_in_parent=send)
+assert list(read_batches(abs, range(8), 2)) == list(range(8))
+assert heard == set(STOP_SIGNALS) and not heard_while_starting
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_signals_while_workers_start_reach_the_training_process_and_end_no_worker(tmp_path):
+    """They come right after the fork, before a worker has handlers. test_system.py does so with a new program."""
+    code = forked.run(forked.execute, STARTING, log=tmp_path / "log", seconds=60)
+    assert code == 0, (tmp_path / "log").read_text()
+
+
+NO_SERVER = """
+import multiprocessing
+multiprocessing.set_start_method("forkserver", force=True)
+from dmjd.data.workers import read_batches
+assert list(read_batches(abs, range(3), 1)) == [0, 1, 2]
+from multiprocessing import forkserver
+assert forkserver._forkserver._forkserver_pid is None
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork server")
+def test_workers_are_not_children_of_a_fork_server(tmp_path):
+    """It would die of a signal to the process group, and the run with it. From Python 3.14 on it is the default."""
+    code = forked.run(forked.execute, NO_SERVER, log=tmp_path / "log", seconds=60)
+    assert code == 0, (tmp_path / "log").read_text()
+
+
 SCRIPT = """
 import sys
-from dmjd.data.sources.folder import FolderSource
-from dmjd.data.train_loader import TrainLoader
-from pathlib import Path
-batches = TrainLoader(FolderSource(Path(sys.argv[1])), img_size=(8, 8), batch_size=4, num_workers=2).batches(0)
+from dmjd.data.workers import read_batches
+batches = read_batches(abs, range(1000), 2)
 next(batches)
 print("ready", flush=True)
-if sys.argv[2] == "raise":
+if sys.argv[1] == "raise":
     raise RuntimeError("as planned")
 """
 
 
-def test_a_process_ends_with_a_live_iterator(noise_folder):
+def test_a_process_ends_with_a_live_iterator():
     """A process must not hang on workers that ignore signals, whether it ends normally or by an exception."""
     runs = {
         end: subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(noise_folder.root), end],
+            [sys.executable, "-c", SCRIPT, end],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

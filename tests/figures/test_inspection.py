@@ -97,6 +97,49 @@ def test_several_sets_are_one(folder, tmp_path, capsys):
     assert dmjd.inspect([parts[0], f"{parts[1]}:0.5"], img_size=8, num_workers=0)["formats"] == {"JPEG": 6, "PNG": 1}
 
 
+def test_reasons_that_differ_in_numbers_are_one(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"float{i}.npy", np.full((8, 9, 1), 10.5 * (i + 1), np.float32))
+        (tmp_path / f"text{i}.png").write_bytes(b"no image")
+        Image.new("L", (7, 5)).save(tmp_path / f"{i}.png")
+    found = dmjd.inspect(str(tmp_path), in_chans=1, img_size=8, num_workers=0)
+    first, second = found["unreadable"]["reasons"].items()
+    assert (first[1], second[1]) == (3, 3)
+    general = "float32 values from ... to ..., outside 0..1: give --value-range LO HI"
+    assert general in (first[0], second[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1234, "1.23 kB"),
+        (999_700, "1 MB"),
+        (5.6e9, "5.6 GB"),
+        (7.8e12, "7.8 TB"),
+        (9e15, "9 PB"),
+    ],
+)
+def test_sizes_have_units_that_suit_them(number, text):
+    facts = {"median": 1234, "mean": number}
+    found = {
+        "name": "set",
+        "num_images": 1,
+        "looked_at": 1,
+        "formats": {},
+        "channels": {},
+        "bytes": facts,
+        "sizes": {"smallest": [1, 1], "median": [1, 1], "largest": [1, 1], "different": 1},
+        "unreadable": {"count": 0, "reasons": {}, "first": []},
+        "equal": {"count": 0, "first": []},
+        "splits": {"train": 1},
+        "classes": None,
+        "reading": {"images_per_s": 1.0, "epoch_minutes": 1.0, "in_memory": True, "workers": 0},
+    }
+    assert f"1.23 kB an image (median); {text} in all" in inspection_table(found).columns[1]._cells
+
+
 def test_one_image(tmp_path):
     Image.new("RGB", (7, 5)).save(tmp_path / "one.png")
     assert dmjd.inspect(str(tmp_path), img_size=8)["sizes"]["largest"] == [5, 7]

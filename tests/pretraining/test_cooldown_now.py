@@ -97,8 +97,10 @@ def test_the_branch_of_a_users_own_model_is_a_copy(image_folder, straight, tmp_p
 
 def test_a_stopped_run_is_branched_from_its_newest_checkpoint(image_folder, stopped, straight, tmp_path):
     shutil.copytree(stopped, out := tmp_path / "run")
+    (out / "report.html").write_text("of the run")
     before = content_of(out)
     result = dmjd.pretrain(PretrainConfig(out=str(out), cooldown_now=True))
+    assert not (result.path / "report.html").exists()
     assert (result.path, result.step, result.finished) == (out / "branches" / "step-6", 16, True)
     assert content_of(out) == before
     made = content_of(result.path)

@@ -15,6 +15,8 @@ from dmjd.config.plan import PlanConfig
 from dmjd.data.overview import Overview, overview
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.registry import open_source
+from dmjd.data.sources.subset import SubsetSource
+from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining import plan as plan_module
 from dmjd.pretraining import plan_measures
 from dmjd.pretraining.plan_choices import (
@@ -28,6 +30,7 @@ from dmjd.pretraining.plan_choices import (
     length_warnings,
     time_warnings,
 )
+from dmjd.pretraining.plan_final import final_seconds
 from dmjd.pretraining.plan_measures import Besides, measure
 from dmjd.reports.report import time_for_report
 
@@ -119,9 +122,9 @@ def test_a_run_that_takes_longer_than_asked_is_a_warning():
 
 
 def test_evaluations_get_a_tenth_and_the_report_its_share():
-    besides = Besides(once=2.0, evaluation=5.0, end=4.0, report=time_for_report(50))
-    assert besides.of(50) == pytest.approx(2 + 5 + 4)
-    assert besides.of(3600) == pytest.approx(2 + 50 + 4 + time_for_report(3600) - time_for_report(50))
+    besides = Besides(once=2.0, evaluation=5.0, end=4.0, report=time_for_report(50), final=7.0)
+    assert besides.of(50) == pytest.approx(2 + 5 + 4 + 7)
+    assert besides.of(3600) == pytest.approx(2 + 50 + 4 + 7 + time_for_report(3600) - time_for_report(50))
 
 
 def test_all_else_that_a_run_does_is_rehearsed_and_leaves_nothing(image_folder, tmp_path, monkeypatch):
@@ -134,8 +137,23 @@ def test_all_else_that_a_run_does_is_rehearsed_and_leaves_nothing(image_folder, 
     assert found.reading == 0  # images of different sizes are read for each step
     assert min(found.besides.evaluation, found.besides.once, found.besides.end) > 0
     assert found.besides.report == time_for_report(30.0)
+    assert found.besides.final == 0  # there are no labels
     assert not list(tmp_path.iterdir())
     assert measure(config, source, 0.1).besides == Besides()
+
+
+def test_the_final_evaluation_is_expected_where_a_run_ends_with_one(image_folder, tmp_path):
+    """It takes longer with more images."""
+    small = dmjd.create_encoder("vit_tiny_patch8", img_size=32, embed_dim=32, depth=1, num_heads=2)
+    small.preprocess = Preprocess((32, 32))
+    config = dmjd.recipes.folder(str(image_folder), labels="folder", test_data=str(image_folder))
+    source = open_source(str(image_folder), labels="folder")
+    expected = min(final_seconds(config, small, source, 1.0) for _ in range(2))  # the first one is slower
+    assert expected > 0
+    assert final_seconds(config, small, SubsetSource(source, np.arange(2400) % 24), 1.0) > 5 * expected
+    assert final_seconds(config.replace(final_eval=False), small, source, 1.0) == 0
+    assert final_seconds(config.replace(test_data=None), small, source, 1.0) == 0
+    assert final_seconds(config, small, open_source(str(image_folder)), 1.0) == 0
 
 
 def test_reading_a_set_into_memory_is_measured_on_a_part(tmp_path, monkeypatch):

@@ -114,6 +114,15 @@ def test_damaged_files_cost_their_part_only(copy, tmp_path):
     assert "Visible tokens, targets and predictions" in html  # made again
 
 
+def test_a_damaged_result_is_named_and_the_others_are_shown(copy, finished, tmp_path):
+    (copy / "evaluation" / "linear.json").write_text("{")
+    for runs in ((copy,), (finished, copy)):
+        text = text_of(made(*runs, out=tmp_path / "r.html", num_images=0))
+        assert text.count("knn: top1") == 1
+        assert f"Left out: {copy / 'evaluation' / 'linear.json'} is not a result of dmjd evaluate" in unescape(text)
+        assert "random init" in text
+
+
 def test_images_that_moved(copy, finished, tmp_path):
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace(str(finished.parent / "data"), str(tmp_path / "gone")))

@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         self._check_flags(arguments)
         known, unknown = self.parse_known_args(arguments)
         if unknown:
+            self._refuse_second_value(arguments, unknown[0])
             self._refuse(unknown[0].split("=")[0])
         for name, value in vars(known).items():
             self._refuse_empty(name, value)
@@ -40,9 +41,21 @@ class Parser(argparse.ArgumentParser):
     def _check_flags(self, arguments: Sequence[str]) -> None:
         """Refuse unknown flags before a required one is missed."""
         names = {text for action in self._actions for text in action.option_strings}
-        flags = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
+        flags = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
         if unknown := next((flag for flag in flags if flag not in names), None):
             self._refuse(unknown)
+        # Elsewhere the last value counts, so that a command line can be extended; two sets are meant to be both used.
+        if flags.count("--data") > 1 and any("--data" in a.option_strings and a.nargs is None for a in self._actions):
+            self.error("--data takes one value here, got several")
+
+    def _refuse_second_value(self, arguments: Sequence[str], unknown: str) -> None:
+        """Say which flag takes one value only, if that explains an unknown argument."""
+        before = arguments[: arguments.index(unknown)] if unknown in arguments else ()
+        if unknown.startswith("-") or len(before) < 2 or not before[-2].startswith("--"):
+            return
+        for action in self._actions:
+            if before[-2] in action.option_strings and action.nargs is None:
+                self.error(f"{before[-2]} takes one value here, got also {unknown}")
 
     def _refuse_empty(self, name: str, value: Any) -> None:
         """An empty text would be the current folder, as a path."""

@@ -93,6 +93,16 @@ def check_sources(sources: Sequence[GivenSource]) -> str | None:
     return f"the weights of --data sum to {total:g}, not 1: each is divided by that" if different else None
 
 
+def overlapping(sources: Sequence[GivenSource]) -> str | None:
+    """A message, if the folder of one source lies in that of another, so that its images count twice; else None."""
+    places = {source.data: _place(source.data) for source in sources}
+    for inner, place in places.items():
+        for outer, other in places.items():
+            if os.path.isdir(other) and place.startswith(os.path.join(other, "")):
+                return f"--data: {printable(inner)} lies in {printable(outer)}: its images may count for both"
+    return None
+
+
 def _check_weight(source: GivenSource, alone: bool) -> None:
     name, weight = printable(source.data), source.weight
     if weight is None:

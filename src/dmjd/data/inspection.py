@@ -4,6 +4,7 @@ Only facts of each image that is looked at are kept: a few hundred bytes.
 """
 
 import hashlib
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ _MEASURED = 1024  # images whose reading is timed
 _SECONDS = 4.0  # of that
 
 _BATCH = 32
+
+_NUMBER = re.compile(r"((?<!\w)-?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?!\w))")
 
 # first bytes -> format
 _SIGNATURES = (
@@ -122,7 +125,7 @@ class Inspection:
             },
             "unreadable": {
                 "count": len(self.unreadable),
-                "reasons": dict(Counter(reason for _, reason in self.unreadable.values()).most_common(10)),
+                "reasons": _counted_reasons([reason for _, reason in self.unreadable.values()]),
                 "first": [list(report) for report in list(self.unreadable.values())[:10]],
             },
             "equal": {
@@ -140,6 +143,18 @@ class Inspection:
             if earlier != index:
                 found.append((earlier, index))
         return found
+
+
+def _counted_reasons(reasons: list[str]) -> dict[str, int]:
+    """The ten most frequent reasons. Those that differ in numbers only are one, with "..." in place of the numbers."""
+    groups: dict[str, list[list[str]]] = {}
+    for reason in reasons:
+        groups.setdefault(_NUMBER.sub("", reason), []).append(_NUMBER.split(reason))
+    most = sorted(groups.values(), key=len, reverse=True)[:10]
+    return {
+        "".join(one[0] if len(set(one)) == 1 else "..." for one in zip(*group, strict=True)): len(group)
+        for group in most
+    }
 
 
 def facts_of(source: Source, index: int) -> ImageFacts | Report:

@@ -213,7 +213,7 @@ class TrainLoader:
         while samples := list(itertools.islice(requests, self._batches_at_once)):
             drawn, keys = self.stream.draw(*samples)
             boxes, flipped = self._augment.draw(keys, sides.expand(len(keys), 2))
-            wanted = (replace_unreadable(drawn, keys, memory.readable), keys, boxes, flipped)
+            wanted = (replace_unreadable(drawn, keys, memory.readable, self.stream.parts), keys, boxes, flipped)
             share = len(samples[0])
             parts = zip(*(self._send(x).split(share) for x in wanted), strict=True)
             for number, (indices, part_keys, part_boxes, part_flipped) in enumerate(parts):
@@ -277,7 +277,7 @@ class CroppedImages:
 
     def _open(self, index: int, key: int, unreadable: list[Report]) -> OpenImage:
         """The image, or its replacement."""
-        image, reports = read_or_replace(self.source.open, index, key, len(self.source))
+        image, reports = read_or_replace(self.source.open, index, key, len(self.source), self.source.parts)
         unreadable += reports
         return image
 
@@ -289,7 +289,7 @@ class CroppedImages:
             return crop_resize(*image.read_for(box, self.augment.size), self.augment.size, flip)
         except UnreadableImage:
             index, key = sample
-        whole, reports = read_or_replace(self.source.read, index, key, len(self.source))
+        whole, reports = read_or_replace(self.source.read, index, key, len(self.source), self.source.parts)
         unreadable += reports
         boxes, _ = self.augment.draw(torch.tensor([key]), torch.tensor([whole.shape[:2]]))
         return crop_resize(whole, boxes[0].tolist(), self.augment.size, flip)

@@ -1,12 +1,13 @@
 """Unreadable images: each is replaced by another and counted once."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from dmjd.data.order import Part
 from dmjd.images.stored import UnreadableImage
 from dmjd.rng import STREAM_REPLACE, hash64
 
@@ -21,13 +22,30 @@ MISSING = "no such file or directory"  # the reason of an image that was removed
 T = TypeVar("T")
 
 
-def replacement(keys: Tensor, attempt: int, num_images: int) -> Tensor:
-    """[B] int64 keys -> [B] int64: the index that replaces an unreadable image at this attempt (from 0)."""
-    return hash64(STREAM_REPLACE, keys, attempt) % num_images
+def replacement(indices: Tensor, keys: Tensor, attempt: int, num_images: int, parts: Sequence[Part] = ()) -> Tensor:
+    """[B] int64 indices and keys -> [B] int64: what replaces unreadable images at this attempt (from 0).
+
+    An image of a mixture is replaced by one of the same source, so that the sources keep their weights; after half of
+    the attempts by any.
+    """
+    numbers = hash64(STREAM_REPLACE, keys, attempt)
+    if len(parts) < 2 or attempt >= _ATTEMPTS // 2:
+        return numbers % num_images
+    lengths = torch.tensor([part.length for part in parts], device=indices.device)
+    ends = lengths.cumsum(0)
+    own = torch.searchsorted(ends, indices, right=True)
+    return ends[own] - lengths[own] + numbers % lengths[own]
 
 
-def read_or_replace(read: Callable[[int], T], index: int, key: int, num_images: int) -> tuple[T, list[Report]]:
+def read_or_replace(
+    read: Callable[[int], T], index: int, key: int, num_images: int, parts: Sequence[Part] = ()
+) -> tuple[T, list[Report]]:
     """Read an image, or the first readable one among the replacements drawn from its key.
+
+    Args:
+        read: reads the image of an index.
+        index: of the image. key: of the image, for its replacements.
+        num_images: size of the set. parts: the sources of a mixture; see :func:`replacement`.
 
     Returns:
         The result of ``read``, and (name, reason) of each image that could not be read.
@@ -41,17 +59,18 @@ def read_or_replace(read: Callable[[int], T], index: int, key: int, num_images: 
             return read(index), unreadable
         except UnreadableImage as error:
             unreadable.append((error.name, error.reason))
-        index = int(replacement(torch.tensor([key]), attempt, num_images))
+        index = int(replacement(torch.tensor([index]), torch.tensor([key]), attempt, num_images, parts))
     raise _nothing_readable(unreadable)
 
 
-def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
+def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor, parts: Sequence[Part] = ()) -> Tensor:
     """Apply the rule of :func:`read_or_replace` to many images at once, if it is known which are readable.
 
     Args:
         indices: [B] int64.
         keys: [B] int64.
         readable: [n] bool.
+        parts: the sources of a mixture.
 
     Returns:
         [B] int64, all readable.
@@ -60,7 +79,8 @@ def replace_unreadable(indices: Tensor, keys: Tensor, readable: Tensor) -> Tenso
         unreadable = ~readable[indices]
         if not unreadable.any():
             return indices
-        indices = torch.where(unreadable, replacement(keys, attempt, len(readable)), indices)
+        others = replacement(indices, keys, attempt, len(readable), parts)
+        indices = torch.where(unreadable, others, indices)
     raise _nothing_readable([])
 
 

@@ -173,12 +173,14 @@ class _Workers(Generic[Request, Result]):
             worker_init_fn=_Start(watched, self._lifeline),
             pin_memory=pin_memory,
             timeout=_POLL,
+            # A fork server would die of a signal to the process group, and its children do not inherit our signal mask.
+            multiprocessing_context="spawn" if multiprocessing.get_start_method() == "forkserver" else None,
             # Without it the loader would draw a seed from the global generator, which dropout and drop path use.
             generator=torch.Generator().manual_seed(0),
         )
         others = set(multiprocessing.active_children())
         try:
-            with _without_child_signal():
+            with _without_child_signal(), _stop_signals_held():
                 self._running = [iter(loader)]  # the only reference: dropping it ends the workers
         except OSError as error:
             self._lifeline.close()
@@ -251,6 +253,28 @@ def _without_child_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
+
+
+@contextlib.contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Hold back signals that request an end, from this thread until the end, from processes until they accept them.
+
+    A process inherits the mask, also through ``exec``. Without it a signal to the process group would kill a worker
+    that has no handlers yet, and with it the run. Windows has no such mask.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        if multiprocessing.get_start_method() != "fork":
+            from multiprocessing import resource_tracker  # Unix only
+
+            resource_tracker.ensure_running()  # needed by other workers; before Python 3.13 its start ends the mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _drop_frames(error: OSError) -> None:
@@ -344,6 +368,8 @@ class _Start:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         torch.set_num_threads(1)
         self.lifeline.close()  # the inherited copy: only the parent's may be open
         threading.Thread(target=self._watch, daemon=True).start()

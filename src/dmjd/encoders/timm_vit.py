@@ -14,6 +14,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmjd.config.checks import check_memory
@@ -215,9 +216,18 @@ def _build(model: str, arguments: dict[str, Any]) -> Any:
         raise ValueError(f"timm cannot build {model} with {given}: {reason}") from None
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Skips the initialization of tensors that have no values: there torch does parts of it in slow Python."""
+
+    SKIPPED: ClassVar = {getattr(Tensor, f"{name}_") for name in ("normal", "uniform", "erfinv", "mul", "add", "clamp")}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return args[0] if func in self.SKIPPED else func(*args, **(kwargs or {}))
+
+
 def _sketch(model: str, arguments: dict[str, Any]) -> Any:
     """The model without weights, and with one block only if timm allows it."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         try:
             return _build(model, arguments | {"depth": 1})
         except ValueError:  # its blocks have settings of their own

@@ -107,9 +107,18 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     if out is not None:
         out = figure_path(out)
     folders = list(dict.fromkeys(Path(os.path.abspath(check_path("run", run))) for run in runs))
-    names, evaluations = short_names(folders), [_evaluations(folder) for folder in folders]
+    comparison = compare_results({folder: _evaluations(folder) for folder in folders})
+    if out is not None:
+        save_figure(comparison_figure(comparison), out)
+    return comparison
+
+
+def compare_results(results: Mapping[Path, Mapping[str, Mapping[str, Any]]]) -> Comparison:
+    """Compare results that were read: run folder -> task -> content of ``evaluation/<task>.json``."""
+    folders, evaluations = list(results), list(results.values())
+    names = short_names(folders)
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
-    contents: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    contents: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for name, tasks in zip(names, evaluations, strict=True):
         for task, content in tasks.items():
             metric = headline(content["result"])
@@ -122,7 +131,7 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
     tested = {key: {name: data_texts(one) for name, one in found.items()} for key, found in contents.items()}
     notes = {key: _notes(key[0], found, earlier) for key, found in contents.items()}
     settings = [_settings(folder, tasks) for folder, tasks in zip(folders, evaluations, strict=True)]
-    comparison = Comparison(
+    return Comparison(
         names,
         dict(sorted(scores.items())),
         _differences(settings, evaluations),
@@ -131,9 +140,6 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> Comparison:
         {key: found for key, some in contents.items() if (found := _baselines(key[1], some))},
         {name: _training_text(folder) for name, folder in zip(names, folders, strict=True)},
     )
-    if out is not None:
-        save_figure(comparison_figure(comparison), out)
-    return comparison
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -102,8 +102,8 @@ def inspection_table(found: dict[str, Any]) -> Table:
     table.add_row("channels", _counts(found["channels"]))
     smallest, median, largest = (f"{h} x {w}" for h, w in (sizes[key] for key in ("smallest", "median", "largest")))
     table.add_row("pixels", f"{smallest} to {largest}, median {median}; {sizes['different']} different size(s)")
-    total = found["bytes"]["mean"] * found["num_images"] / 1e9
-    table.add_row("bytes", f"{found['bytes']['median']:,} an image (median); {total:.3g} GB in all")
+    total = found["bytes"]["mean"] * found["num_images"]
+    table.add_row("size", f"{_in_bytes(found['bytes']['median'])} an image (median); {_in_bytes(total)} in all")
     table.add_row("unreadable", f"{unreadable['count']:,}")
     for reason, count in unreadable["reasons"].items():
         table.add_row("", literal(f"{count}: {reason}"))
@@ -121,6 +121,15 @@ def inspection_table(found: dict[str, Any]) -> Table:
         text += f"{reading['epoch_minutes']:.1f} min an epoch without training"
     table.add_row("reading", text)
     return table
+
+
+def _in_bytes(number: float) -> str:
+    """A number of bytes in the unit that suits it: "999 bytes", "1.2 kB"."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} PB"
 
 
 def _counts(counts: dict[str, int]) -> str:

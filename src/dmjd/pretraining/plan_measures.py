@@ -29,6 +29,7 @@ from dmjd.pretraining.bench import wait
 from dmjd.pretraining.budget import SHARE
 from dmjd.pretraining.callbacks import ENCODED, FIGURE_SECONDS, NUM_EVALS, Monitor
 from dmjd.pretraining.held_out import hold_out
+from dmjd.pretraining.plan_final import final_seconds
 from dmjd.pretraining.run import make_engine, training_batches
 from dmjd.reports.report import time_for_report
 from dmjd.runs.build import build_model
@@ -53,17 +54,19 @@ class Besides:
         evaluation: an evaluation.
         end: last figures and report.
         report: the part of ``end`` that grows with the training time.
+        final: the final evaluation of labeled images.
     """
 
     once: float = 0.0
     evaluation: float = 0.0
     end: float = 0.0
     report: float = 0.0
+    final: float = 0.0
 
     def of(self, training: float) -> float:
         """The seconds of all of it in a run of some seconds of training, whose evaluations get a tenth at most."""
         evaluations = min(NUM_EVALS * self.evaluation + self.once, SHARE * training + self.once)
-        return evaluations + self.end + time_for_report(training) - self.report
+        return evaluations + self.end + self.final + time_for_report(training) - self.report
 
 
 @dataclass(frozen=True)
@@ -172,9 +175,9 @@ def _rehearse(
     """Do what a run does besides steps, in a folder that is deleted: a checkpoint, an evaluation, figures, a report.
 
     An evaluation that would take too long for a plan is expected to take as long as a run expects it, and its memory is
-    that of the steps. The final evaluation of labeled images is not rehearsed.
+    that of the steps.
     """
-    step, images, seconds = engine.state.step, engine.state.images, engine.state.seconds
+    planned, step, images, seconds = config, engine.state.step, engine.state.images, engine.state.seconds
 
     def expected(count: int) -> float:
         return FIGURE_SECONDS + ENCODED * count * seconds / images
@@ -200,4 +203,6 @@ def _rehearse(
                 logger.close()
             began = time.perf_counter()
             monitor.finish(TrainState(step, images, short))
-    return Besides(once, evaluation, time.perf_counter() - began, time_for_report(short))
+            end = time.perf_counter() - began
+    final = final_seconds(planned, model.encoder, source, ENCODED * seconds / images)
+    return Besides(once, evaluation, end, time_for_report(short), final)

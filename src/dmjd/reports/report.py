@@ -38,9 +38,7 @@ from dmjd.reports.scores import compared, score_tables
 from dmjd.reports.settings import commands_of, settings_of
 from dmjd.reports.summary import summary_of
 from dmjd.reports.trained import InTraining, Trained
-from dmjd.result_files import EVALUATION
-
-REPORT_FILE = "report.html"
+from dmjd.result_files import EVALUATION, REPORT_FILE
 
 MAX_RUNS, MAX_IMAGES = 50, 200_000
 
@@ -168,6 +166,9 @@ def page_of(
         seed: seed of the map.
     """
     first, problems = runs[0], dict(problems)
+    damaged = [run.problems["scores"] for run in runs[1:] if run.results and "scores" in run.problems]
+    if damaged:
+        problems["scores"] = "; ".join(([problems["scores"]] if "scores" in problems else []) + damaged)
     embedding, rows, confusion = _inside(sample, clock, seed, problems)
     comparison = compared(runs)
     tables = score_tables(runs, comparison)

@@ -1,11 +1,13 @@
 """Results of evaluations, beside their baselines and those of other runs."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dmjd.evaluation.compare import PARTS, Comparison, compare
+from dmjd.evaluation.compare import PARTS, Comparison, compare_results
 from dmjd.evaluation.tables import context_lines
 from dmjd.reports.facts import RunFacts
 
@@ -48,24 +50,23 @@ class ScoreTable:
 
 
 def compared(runs: Sequence[RunFacts]) -> Comparison | None:
-    """The comparison of the runs that have results; None if there are none, or they cannot be compared.
+    """The comparison of the runs that have results; None if there are none.
 
-    Results that were measured before a run went on have a note in it instead of a warning.
+    Damaged results are left out: the problems of their run name them. Results that were measured before a run went on
+    have a note in it instead of a warning.
     """
-    with_results = [run.path for run in runs if run.results and "scores" not in run.problems]
+    with_results = [run for run in runs if run.results]
     if not with_results:
         return None
     with warnings.catch_warnings(action="ignore"):
-        return compare(*with_results)
+        return compare_results({Path(os.path.abspath(run.path)): run.results for run in with_results})
 
 
 def score_tables(runs: Sequence[RunFacts], comparison: Comparison | None) -> list[ScoreTable]:
     """A table for each evaluation: a bar for each run and each of its baselines."""
     if comparison is None:
         return []
-    by_name = dict(
-        zip(comparison.runs, [run for run in runs if run.results and "scores" not in run.problems], strict=True)
-    )
+    by_name = dict(zip(comparison.runs, [run for run in runs if run.results], strict=True))
     tables = []
     for (task, metric), scores in comparison.scores.items():
         notes, bars = comparison.notes.get((task, metric), {}), []

@@ -29,7 +29,7 @@ from dmjd.encoders.headers import (
 )
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.files import copy_file, make_folder, move, remove, write_text
-from dmjd.result_files import BASELINES, EVALUATION, read_evaluation
+from dmjd.result_files import BASELINES, EVALUATION, REPORT_FILE, read_evaluation
 from dmjd.runs.checkpoint import CONFIG_FILE, Checkpoint, PretrainState, load_checkpoint, read_config_of
 from dmjd.runs.owner import LOCK
 
@@ -139,7 +139,8 @@ def start_branch(run: Path, config: PretrainConfig) -> PretrainConfig:
         cooldown_now=False,
     )
     with _Making(branch) as made:
-        _copy_tree(run, made, lambda path: len(path.parts) == 1 or path == Path(EVALUATION, BASELINES))
+        kept = Path(EVALUATION, BASELINES)
+        _copy_tree(run, made, lambda path: path == kept or (len(path.parts) == 1 and path.name != REPORT_FILE))
         _link(newest.path, made / CHECKPOINTS / newest.path.name)
         write_text(made / CONFIG_FILE, branched.to_json())
     return branched

@@ -50,6 +50,11 @@ def test_images_are_those_of_all_sources(sets, tmp_path):
     ]
 
 
+def test_a_source_in_another_is_a_warning(sets):
+    with pytest.warns(DMJDWarning, match=r"cats lies in .*A: its images may count for both"):
+        open_source([sets[0], f"{sets[0]}/cats:0.3"])
+
+
 def test_one_source_in_a_list_is_that_source(sets):
     assert type(open_source(sets[:1])) is type(open_source(sets[0]))
     assert open_source(sets[:1]).fingerprint() == open_source(sets[0]).fingerprint()
@@ -70,6 +75,19 @@ def test_batches_hold_the_share_of_each_source(sets, tmp_path, size):
     counts = torch.bincount(seen.flatten().long())
     assert counts[:9].tolist() == [6] * 9
     assert counts[200:].tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_unreadable_images_are_replaced_by_others_of_their_source(sets, tmp_path, in_memory):
+    A, _, C = sets
+    if not in_memory:
+        save(tmp_path / "A" / "cats" / "1.png", 1, (30, 20))
+    (tmp_path / "C" / "x.png").write_bytes(b"no image")
+    loader = TrainLoader(open_source([A, f"{C}:0.25"]), img_size=(5, 6), batch_size=8, num_workers=0)
+    assert loader.in_memory == in_memory
+    batches = loader.batches()
+    for _ in range(9):
+        assert (next(batches).images[:, 0, 2, 2] == 201).sum() == 2
 
 
 def test_classes_are_joined_by_name(sets, tmp_path):

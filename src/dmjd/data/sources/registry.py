@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dmjd.config.fields import LABELS, SPLITS
-from dmjd.config.sources import Data, check_sources, data_text, given_sources
+from dmjd.config.sources import Data, check_sources, data_text, given_sources, overlapping
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
@@ -124,8 +124,9 @@ def missing_split(data: str, split: str) -> str:
 def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
     """Open each source; of splits other than train those that have one."""
     sources = given_sources([_named(one) for one in data])
-    if (message := check_sources(sources)) is not None:
-        warnings.warn(message, DMJDWarning, stacklevel=3)
+    for message in (check_sources(sources), overlapping(sources)):
+        if message is not None:
+            warnings.warn(message, DMJDWarning, stacklevel=3)
     if len(sources) == 1:
         return open_source(sources[0].data, **vars(options))
     if options.masks:
