@@ -71,13 +71,11 @@ def _parts(asked: InspectConfig) -> dict[str, Source]:
     """The parts of the set, by split. Where the validation part serves as test part, it is there once."""
     assert asked.data is not None
     value_range = None if asked.value_range is None else (asked.value_range[0], asked.value_range[1])
-    lists = {name: getattr(asked, name) for name in LIST_SETTINGS}
+    reading = {name: getattr(asked, name) for name in (*LIST_SETTINGS, "labels", "in_chans", "nodata", "alpha")}
     parts = {}
     for split in SPLITS:
         if split == SPLITS[0] or has_split(asked.data, split):
-            part = open_source(
-                asked.data, split=split, labels=asked.labels, in_chans=asked.in_chans, value_range=value_range, **lists
-            )
+            part = open_source(asked.data, split=split, value_range=value_range, **reading)
             parts[part.split] = part
     return parts
 
