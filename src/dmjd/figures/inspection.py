@@ -102,6 +102,8 @@ def inspection_table(found: dict[str, Any]) -> Table:
     table.add_row("pixels", f"{smallest} to {largest}, median {median}; {sizes['different']} different size(s)")
     total = found["bytes"]["mean"] * found["num_images"] / 1e9
     table.add_row("bytes", f"{found['bytes']['median']:,} an image (median); {total:.3g} GB in all")
+    if (invalid := found["invalid"])["images"]:
+        table.add_row("invalid", f"{invalid['share']:.1%} of the pixels; some in {invalid['images']:,} image(s)")
     table.add_row("unreadable", f"{unreadable['count']:,}")
     for reason, count in unreadable["reasons"].items():
         table.add_row("", literal(f"{count}: {reason}"))
