@@ -170,7 +170,8 @@ def _resample_valid(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Ten
     """
     valid = images.isfinite()
     sums = resample(torch.where(valid, images, 0.0), boxes, size)
-    weights = resample(valid * _WEIGHT_UNIT, boxes, size) / _WEIGHT_UNIT
+    weighed = valid[:, :1] if bool((valid == valid[:, :1]).all()) else valid  # nearly always the same in all channels
+    weights = resample(weighed * _WEIGHT_UNIT, boxes, size) / _WEIGHT_UNIT
     low, high = (torch.where(valid, images, end).flatten(2) for end in (torch.inf, -torch.inf))
     within = torch.clamp(sums / weights, low.amin(2)[..., None, None], high.amax(2)[..., None, None])
     mixed = torch.where(weights >= LEAST_VALID, within, torch.nan)
