@@ -93,8 +93,11 @@ class Branch(nn.Module, ABC):
     def forward(self, latent: Tensor, masks: Masks) -> Tensor:
         """Predict: latent [R, prefix + V, D] -> [R, n, C], in the order of :meth:`token_ids`."""
 
-    def loss(self, predictions: Tensor, targets: Tensor, masks: Masks) -> Tensor:
+    def loss(self, predictions: Tensor, targets: Tensor, masks: Masks, valid: Tensor | None = None) -> Tensor:
         """Mean loss over views, images, tokens and entries, a scalar.
+
+        Invalid tokens add 0 to it and stay in the denominator: so each valid token of a run counts the same, and a step
+        in several micro-batches or processes is the same step.
 
         Targets are gathered by the ids that were predicted. The published code compares the visible branch's shuffled
         tokens with targets in raster order instead.
@@ -102,8 +105,12 @@ class Branch(nn.Module, ABC):
         Args:
             predictions: [R, n, C] from :meth:`forward`.
             targets: [B, N, C] float32.
+            valid: [B, N] bool; None: all tokens are valid.
         """
-        own = gather_views(targets, self.token_ids(masks).flatten(0, 1))  # R, n, C
+        ids = self.token_ids(masks).flatten(0, 1)  # R, n
+        own = gather_views(targets, ids)  # R, n, C
+        if valid is not None:
+            predictions = torch.where(gather_views(valid.unsqueeze(-1), ids), predictions.float(), own)
         return regression_loss(self.loss_kind, predictions, own)
 
     @abstractmethod

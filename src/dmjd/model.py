@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dmjd.branches import Branch, Distillation, MultiScaleFusion, Reconstruction
-from dmjd.encoders.base import Encoder
+from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.published import FORMER_KEYS
+from dmjd.images.invalid import valid_tokens
 from dmjd.masking import DisjointMasks, Masks, MaskSampler, random_keys
 from dmjd.nn.dropout import set_row_keys
 from dmjd.nn.layers import set_checkpointing
@@ -102,15 +103,29 @@ class MaskedImageModel(nn.Module):
             x = x + self.fusion(stages)  # R, V, D (encoders with stages have no prefix)
         return self.encoder.norm(x)
 
+    @property
+    def _knows_invalid(self) -> bool:
+        """Whether the encoder's preprocessing knows invalid pixels."""
+        return self.encoder.preprocess is not None and self.encoder.preprocess.invalid is not None
+
+    def _valid_pixels(self, raw: Tensor) -> Tensor | None:
+        """The pixels that mean something, [B, c, H, W] bool; None if all do: 8-bit images hold no NaN."""
+        return ~raw.isnan() if self._knows_invalid and raw.is_floating_point() else None
+
     @torch.no_grad()
     def targets(self, normalized: Tensor, raw: Tensor) -> dict[str, Tensor]:
         """Targets of each branch, computed once per image: [B, N, C] float32 each."""
-        device = normalized.device.type
+        device, valid = normalized.device.type, self._valid_pixels(raw)
+        if valid is not None:
+            raw = known_preprocess(self.encoder).filled(raw)
         reduced, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         computed = {}
         for key, target in self.branch_targets.items():
             with torch.autocast(device, dtype=dtype, enabled=reduced and bool(target.autocast)):
-                computed[key] = target(normalized, raw)
+                if valid is None:
+                    computed[key] = target(normalized, raw)
+                else:
+                    computed[key] = self.target(key).of_valid(normalized, raw, valid)
         return {name: computed[key] for name, key in self.target_keys.items()}
 
     def predict(self, normalized: Tensor, masks: Masks) -> dict[str, Tensor]:
@@ -122,13 +137,18 @@ class MaskedImageModel(nn.Module):
         latent = self.encode(normalized, masks.visible)  # R, prefix + V, D
         return {name: branch(latent, masks) for name, branch in self._named_branches()}
 
-    def losses(self, latent: Tensor, targets: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-        """Loss of each branch from the latent tokens of :meth:`encode`, and their weighted sum "loss"."""
+    def losses(
+        self, latent: Tensor, targets: dict[str, Tensor], masks: Masks, valid: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Loss of each branch from the latent tokens of :meth:`encode`, and their weighted sum "loss".
+
+        Only tokens that are ``valid`` ([B, N] bool; None: all) have a loss.
+        """
         losses: dict[str, Tensor] = {}
         loss = torch.zeros((), dtype=torch.float32, device=latent.device)
         for name, branch in self._named_branches():
             own = branch.train_masks(masks)
-            losses[name] = branch.loss(branch(latent, own), targets[name], own)
+            losses[name] = branch.loss(branch(latent, own), targets[name], own, valid)
             loss = loss + branch.weight * losses[name]
         return {"loss": loss, **losses}
 
@@ -143,13 +163,16 @@ class MaskedImageModel(nn.Module):
 
         Args:
             images_normalized: [B, c, H, W], the encoder's input.
-            images_0_255: [B, c, H, W], the same images on the 0..255 scale (HOG is computed from these).
+            images_0_255: [B, c, H, W], the same images on the 0..255 scale (HOG is computed from these). If the
+                encoder's preprocessing knows invalid pixels, these are NaN; tokens with less than half of valid values
+                have no loss.
             masks: masks for these images, with any K; None = the model draws them.
             keys: [B] int64, from which the model draws stochastic depth and, without ``masks``, the masks; None =
                 random keys.
 
         Returns:
-            {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Targets may add scalars of their own.
+            {"loss", "mim", "vis"}: scalars; a branch that is off has no entry. Targets may add scalars of their own;
+            images with invalid pixels "valid_tokens", the fraction of the tokens that have a loss.
         """
         if masks is None:
             keys = random_keys(images_normalized.shape[0]) if keys is None else keys
@@ -159,7 +182,11 @@ class MaskedImageModel(nn.Module):
         if keys is not None:
             set_row_keys(self.encoder, _row_keys(keys.to(images_normalized.device), masks.visible.shape[0]))
         latent = self.encode(images_normalized, masks.visible)
-        out = self.losses(latent, targets, masks)
+        pixels = self._valid_pixels(images_0_255)
+        valid = valid_tokens(pixels, self.encoder.patch_size) if pixels is not None else None
+        out = self.losses(latent, targets, masks, valid)
+        if self._knows_invalid:
+            out["valid_tokens"] = torch.ones_like(out["loss"]) if valid is None else valid.float().mean()
         for key in self.branch_targets:
             out |= self.target(key).scalars(targets[key])
         return out

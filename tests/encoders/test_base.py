@@ -10,6 +10,7 @@ from torch import nn
 from dmjd.branches import Distillation, Reconstruction
 from dmjd.encoders.base import drop_path_rates
 from dmjd.encoders.registry import create_encoder
+from dmjd.images.preprocess import Preprocess
 from dmjd.masking import DisjointMasks, disjoint_masks
 from dmjd.model import MaskedImageModel
 from dmjd.nn.layers import PointwiseConv
@@ -195,3 +196,36 @@ def test_encode_gives_pooled_features_without_gradient_and_leaves_the_mode(name)
     head(features).sum().backward()  # they are ordinary tensors: a head can be trained on them
     assert encoder.train().encode(images).shape == features.shape
     assert encoder.training
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_invalid_tokens_have_no_weight_in_pooled_features(name):
+    encoder = small_encoder(name, img_size=32)
+    H, W = encoder.img_size
+    P, C = encoder.patch_size, encoder.in_chans
+    settings = {"img_size": (H, W), "in_chans": C, "mean": (0.5,) * C, "std": (0.25,) * C}
+    images = torch.rand(2, C, H, W, generator=torch.Generator().manual_seed(0))
+    holed = images.clone()
+    holed[0, :, :P] = float("nan")  # a row of tokens
+    encoder.preprocess = Preprocess(**settings)
+    assert encoder.valid_tokens(images) is None
+    plain = encoder.encode(encoder.preprocess.normalize(255 * images))
+    encoder.preprocess = Preprocess(**settings, nodata="auto")
+    assert torch.equal(encoder.encode(encoder.preprocess.normalize(255 * images)), plain), "all are valid"
+    normalized = encoder.preprocess.normalize(255 * holed)
+    valid = encoder.valid_tokens(normalized)
+    columns = W // P
+    assert valid.tolist() == [
+        [False] * columns + [True] * (encoder.num_patches - columns),
+        [True] * encoder.num_patches,
+    ]
+    with torch.no_grad():
+        tokens = encoder(normalized)
+    mean = tokens[:1, encoder.num_prefix_tokens + columns :].mean(dim=1)
+    found = encoder.encode(normalized)
+    torch.testing.assert_close(found[:1], nn.functional.layer_norm(mean, mean.shape[1:], eps=1e-6))
+    assert torch.equal(found[1], plain[1])
+    # An image without a valid token keeps all of them.
+    nothing = encoder.preprocess.normalize(torch.full_like(images, float("nan")))
+    assert encoder.valid_tokens(nothing).all()
+    assert encoder.encode(nothing).isfinite().all()

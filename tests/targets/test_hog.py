@@ -188,3 +188,34 @@ def test_values_that_are_not_finite(value, dtype):
 def test_images_that_are_no_dense_real_numbers(change):
     with pytest.raises(ValueError, match="images_0_255 must be a dense tensor of real numbers, got"):
         hog(change(torch.ones(1, 3, 16, 16)))
+
+
+def test_hog_leaves_out_gradients_that_need_an_invalid_pixel():
+    """Steps between columns 1 and 2, and 5 and 6; the pixel in row 1, column 5 is invalid."""
+    image = torch.zeros(1, 1, 4, 8)
+    image[..., 2:] = 90
+    image[..., 6:] = 200
+    valid = torch.ones_like(image, dtype=torch.bool)
+    valid[0, 0, 1, 5] = False
+    found = hog(image, 4, 9, valid)
+    by_hand = torch.zeros(1, 1, 1, 2, 9)
+    by_hand[..., 0, 0] = 4 * 2 * 90 / 16  # columns 1 and 2 of four rows
+    # Columns 5 and 6, without that pixel, the one to its right, and the one below, whose row difference needs it. The
+    # one above lies on the border, where there is no row difference.
+    by_hand[..., 1, 0] = (4 * 2 - 3) * 110 / 16
+    torch.testing.assert_close(found, by_hand)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]))
+@settings(max_examples=20, deadline=None)
+def test_hog_of_valid_does_not_depend_on_invalid_values(seed, channels):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(2, channels, 16, 24, generator=generator) * 255
+    valid = torch.rand(images.shape, generator=generator) > 0.2
+    garbage = torch.where(valid, images, torch.rand(images.shape, generator=generator) * 255)
+    target = HogTarget(encoder(8, channels))
+    first, second = (target.of_valid(x, x, valid) for x in (images, garbage))
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    everything = torch.ones_like(valid)
+    assert torch.equal(target.of_valid(images, images, everything), target(images, images))

@@ -36,3 +36,16 @@ def test_pixel_target_of_a_flat_patch_is_zero():
     assert PixelTarget(encoder(4, 1))(images, images).abs().max() < 1e-3
     with pytest.raises(ValueError, match="more than one value"):
         PixelTarget(encoder(1, 1))
+
+
+def test_pixel_target_has_the_statistics_of_valid_pixels():
+    target = PixelTarget(encoder(2, 1))
+    image = torch.tensor([[[[1.0, 3.0, 1.0, 2.0], [50.0, 5.0, 3.0, 4.0]]]])
+    valid = torch.ones_like(image, dtype=torch.bool)
+    valid[0, 0, 1, 0] = False
+    found = target.of_valid(image, image, valid)
+    # 1, 3 and 5: mean 3, unbiased variance 4; the invalid value is 0.
+    torch.testing.assert_close(found[0, 0], torch.tensor([-1.0, 0.0, 0.0, 1.0]))
+    assert torch.equal(found[0, 1], target(image, image)[0, 1])
+    nothing = target.of_valid(image, image, torch.zeros_like(valid))
+    assert torch.equal(nothing, torch.zeros_like(nothing))

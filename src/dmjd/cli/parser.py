@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any, NoReturn
 
 from dmjd.config.fields import RENAMED, REPLACED, Config, value_types
@@ -14,6 +16,8 @@ WIDTH = 88
 MOST_LETTERS = 300  # of an error message
 
 _SIMILAR = 0.65  # of a suggested flag; 1: equal
+
+_EXPONENT = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,3}")  # a negative number
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Parse the arguments into values by name. Flags made by :func:`add_field` are absent if not given."""
+        arguments = [_plain_number(text) for text in arguments]
         self._check_flags(arguments)
         known, unknown = self.parse_known_args(arguments)
         if unknown:
@@ -74,6 +79,11 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"the setting {replaced} is now {REPLACED[replaced]}")
         hint = f"; did you mean {near}?" if (near := _nearest(flag, flags)) is not None else ""
         self.error(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint}")
+
+
+def _plain_number(text: str) -> str:
+    """A negative number with an exponent without one, because argparse takes ``-3.4e38`` for a flag."""
+    return format(Decimal(text), "f") if _EXPONENT.fullmatch(text) else text
 
 
 def _nearest(flag: str, flags: Iterable[str]) -> str | None:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from dmjd.config.checks import MAX_CHANNELS, MAX_COUNT, MAX_SIDE, MAX_WORKERS
 from dmjd.config.fields import LABELS, Config, option
+from dmjd.config.invalid import ALPHA_HELP, ALPHAS, BLENDED, NODATA_HELP, nodata_text
 
 DATA, READING = "data", "how a run would read it"
 
@@ -31,10 +32,16 @@ class InspectConfig(Config):
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255, as for dmjd pretrain", READING, length=(2,), ge=-1e30, le=1e30
     )
+    nodata: str | None = option(None, NODATA_HELP, READING)
+    alpha: str = option(BLENDED, ALPHA_HELP, READING, choices=ALPHAS)
     num_workers: int | None = option(
         None, "data loading processes; default by the number of cores", READING, ge=0, most=MAX_WORKERS
     )
     seed: int = option(0, "seed of the crops", READING, ge=0, most=MAX_COUNT)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodata", nodata_text(self.nodata))
+        super().__post_init__()
 
     def check_complete(self) -> None:
         """Raise ValueError if the images are missing."""

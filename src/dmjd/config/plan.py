@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from dmjd.config.checks import MAX_BATCH_SIZE, MAX_CHANNELS, MAX_COUNT, MAX_MINUTES, MAX_SIDE, MAX_WORKERS
 from dmjd.config.fields import DEVICES, Config, option
+from dmjd.config.invalid import ALPHA_HELP, ALPHAS, BLENDED, NODATA_HELP, nodata_text
 
 DATA, DECIDED, MACHINE = "data and time", "what is already decided; the plan chooses the rest", "machine"
 
@@ -33,6 +34,8 @@ class PlanConfig(Config):
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255, as for dmjd pretrain", DECIDED, length=(2,), ge=-1e30, le=1e30
     )
+    nodata: str | None = option(None, NODATA_HELP, DECIDED)
+    alpha: str = option(BLENDED, ALPHA_HELP, DECIDED, choices=ALPHAS)
     batch_size: int | None = option(None, "images per step", DECIDED, ge=1, most=MAX_BATCH_SIZE)
     device: str = option("auto", "device to train on", MACHINE, choices=DEVICES)
     num_workers: int | None = option(
@@ -40,6 +43,7 @@ class PlanConfig(Config):
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "nodata", nodata_text(self.nodata))
         super().__post_init__()
         if self.teacher is not None and self.init is not None:
             raise ValueError("give --teacher for a new encoder, or --init to go on from weights, not both")

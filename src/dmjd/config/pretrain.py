@@ -21,6 +21,8 @@ from dmjd.config.checks import (
     MAX_WORKERS,
 )
 from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
+from dmjd.config.image_settings import check_image_settings
+from dmjd.config.invalid import ALPHA_HELP, ALPHAS, BLENDED, NODATA_HELP, nodata_text
 from dmjd.config.schedules import (
     COSINE,
     DEFAULT_COOLDOWN,
@@ -101,6 +103,8 @@ class PretrainConfig(Config):
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255; default the data type's own range", "data", length=(2,), ge=-1e30, le=1e30
     )
+    nodata: str | None = option(None, NODATA_HELP, "data")
+    alpha: str = option(BLENDED, ALPHA_HELP, "data", choices=ALPHAS)
     crop_scale: tuple[float, ...] = option(
         (0.5, 1.0), "range of the area of random crops, relative to the image", "data", ge=0, le=1, length=(2,)
     )
@@ -341,6 +345,7 @@ class PretrainConfig(Config):
     wandb: bool = option(False, "log to Weights & Biases too (extra dmjd[wandb])", "run", resume=True)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "nodata", nodata_text(self.nodata))
         super().__post_init__()
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
@@ -349,16 +354,7 @@ class PretrainConfig(Config):
             )
         if self.accumulate > 1 and self.batch_size is not None and self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.in_chans:
-                raise ValueError(f"{name} has {len(values)} values for {self.in_chans} channels (--in-chans)")
-        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
-            raise ValueError(_not_rising("value_range", self.value_range))
-        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] == 0:
-            raise ValueError(_not_rising("crop_scale", self.crop_scale))
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("give both mean and std, or neither")
+        check_image_settings(self)
         if not (self.mim or self.vis):
             raise ValueError("both branches are off: leave --mim or --vis on")
         if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
@@ -394,7 +390,3 @@ class PretrainConfig(Config):
         if "disjoint" in settings:
             settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"
         return settings
-
-
-def _not_rising(name: str, value: tuple[float, ...]) -> str:
-    return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"

@@ -64,7 +64,12 @@ def _num_bytes(num_images: int, shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def _kind_of(source: Source, max_pixels: int | None) -> tuple[tuple[int, ...], np.dtype] | None:
-    """Shape [H, W, C] and type of a few evenly spaced images; None if they differ, or the set would be too large."""
+    """Shape [H, W, C] and type of a few evenly spaced images; None if they differ, or the set would be too large.
+
+    None also for a set with invalid pixels: images with and without such are of different types.
+    """
+    if source.invalid is not None:
+        return None
     probes = [try_read(source, int(i)) for i in evenly_spaced(len(source), _PROBES)]
     kinds = {(p.shape, p.dtype) for p in probes if isinstance(p, np.ndarray)}
     if len(kinds) != 1:

@@ -22,6 +22,7 @@ from dmjd.data.train_loader import TrainLoader
 from dmjd.data.unreadable import Report
 from dmjd.data.workers import available_cores
 from dmjd.images.decoding import ImageLike, open_stored
+from dmjd.images.invalid import has_invalid
 from dmjd.images.jpeg import PlainJpeg
 from dmjd.images.stored import UnreadableImage
 from dmjd.regular import check_regular
@@ -58,6 +59,7 @@ class ImageFacts(NamedTuple):
         num_bytes: as stored. height, width: in pixels, upright.
         channels: as stored, e.g. "3 x uint8" or "3 + alpha x uint8".
         digest: 64 bits of a hash of what is stored.
+        invalid: share of the values that are invalid.
     """
 
     format: str
@@ -66,6 +68,7 @@ class ImageFacts(NamedTuple):
     width: int
     channels: str
     digest: int
+    invalid: float = 0.0
 
 
 class Inspection:
@@ -128,6 +131,10 @@ class Inspection:
                 "reasons": _counted_reasons([reason for _, reason in self.unreadable.values()]),
                 "first": [list(report) for report in list(self.unreadable.values())[:10]],
             },
+            "invalid": {
+                "images": sum(f.invalid > 0 for f in facts),
+                "share": float(np.mean([f.invalid for f in facts])),
+            },
             "equal": {
                 "count": len(pairs),
                 "first": [[self.source.describe(i) for i in pair] for pair in pairs[:5]],
@@ -163,7 +170,8 @@ def facts_of(source: Source, index: int) -> ImageFacts | Report:
         stored = source.stored(index)
         data = _stored_bytes(stored)
         opened = source.open(index)
-        H, W = opened.read().shape[:2]
+        pixels = opened.read()
+        H, W = pixels.shape[:2]
         if isinstance(opened.stored, PlainJpeg):
             channels = f"{opened.stored.channels} x uint8"
         else:
@@ -177,7 +185,8 @@ def facts_of(source: Source, index: int) -> ImageFacts | Report:
         return source.describe(index), error.strerror or str(error)
     content = np.asarray(stored).tobytes() if data is None else data
     digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-    return ImageFacts(_format_of(data), len(content), H, W, channels, digest)
+    invalid = float(np.isnan(pixels).mean()) if has_invalid(pixels) else 0.0
+    return ImageFacts(_format_of(data), len(content), H, W, channels, digest, invalid)
 
 
 def _stored_bytes(stored: ImageLike) -> bytes | None:

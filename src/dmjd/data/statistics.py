@@ -11,6 +11,7 @@ from dmjd.data.cache import evenly_spaced, try_read
 from dmjd.data.sources.base import Source
 from dmjd.data.workers import available_cores
 from dmjd.images.decoding import open_stored
+from dmjd.images.invalid import has_invalid
 from dmjd.images.resampling import resize_box
 from dmjd.images.stored import Stored
 from dmjd.warning import DMJDWarning
@@ -32,6 +33,7 @@ class Stats(NamedTuple):
 
 def measure_stats(source: Source, sample: int = 2048) -> Stats:
     """Mean and standard deviation over the pixels of evenly spaced images of a set; each image has the same weight.
+    Invalid pixels are left out.
 
     Args:
         source: the set.
@@ -46,8 +48,8 @@ def measure_stats(source: Source, sample: int = 2048) -> Stats:
     if not good:
         name, reason = next(r for r in results if not isinstance(r, _Moments))
         raise ValueError(f"none of {len(results)} images of {source.name} can be read; {name}: {reason}")
-    mean = np.mean([m.mean for m in good], axis=0)
-    variance = np.mean([m.square for m in good], axis=0) - mean**2
+    mean, square = _over_images([m.mean for m in good]), _over_images([m.square for m in good])
+    variance = square - mean**2
     std = np.sqrt(variance.clip(min=0)).clip(min=_SMALLEST_STD)
     # Rounded, since they are written into every checkpoint and further digits are noise.
     numbers = [tuple(round(float(x), 5) for x in values) for values in (mean, std)]
@@ -76,7 +78,18 @@ def _moments(source: Source, index: int) -> "_Moments | tuple[str, str]":
     if not isinstance(image, np.ndarray):
         return image
     values = _small(image).double() / 255
+    if has_invalid(image):
+        return _Moments(values.nanmean((1, 2)).numpy(), values.square().nanmean((1, 2)).numpy())
     return _Moments(values.mean((1, 2)).numpy(), values.square().mean((1, 2)).numpy())
+
+
+def _over_images(moments: list[np.ndarray]) -> np.ndarray:
+    """The mean over images [C]; those that have no valid value in a channel are left out of it."""
+    stacked = np.stack(moments)
+    known = np.isfinite(stacked)
+    if known.all():
+        return np.mean(moments, axis=0)
+    return np.where(known, stacked, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
 
 
 def _small(image: np.ndarray) -> Tensor:
@@ -128,7 +141,7 @@ def _little_used(source: Source, sample: int) -> _Used | None:
     with ThreadPoolExecutor(available_cores()) as pool:
         read = list(pool.map(lambda i: try_read(source, i), indices))
     good = [(index, image) for index, image in zip(indices, read, strict=True) if isinstance(image, np.ndarray)]
-    ends = [(float(image.min()), float(image.max())) for _, image in good]
+    ends = [(float(np.nanmin(image)), float(np.nanmax(image))) for _, image in good]
     smallest, largest = min((lo for lo, _ in ends), default=0.0), max((hi for _, hi in ends), default=255.0)
     if largest - smallest >= _NARROW or largest == smallest:
         return None

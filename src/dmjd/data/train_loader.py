@@ -8,7 +8,7 @@ the streams are interleaved by their weights.
 
 import functools
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from dmjd.data.order import Interleaving, Part, Permutations
 from dmjd.data.sources.base import Source
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
+from dmjd.data.valid_crops import prefer_valid
 from dmjd.data.workers import auto_workers, read_batches
 from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
@@ -103,7 +104,7 @@ class Batch:
     """A micro-batch, cropped and flipped, not normalized.
 
     Attributes:
-        images: [b, C, h, w] uint8 or float32 on the 0..255 scale.
+        images: [b, C, h, w] uint8 or float32 on the 0..255 scale, NaN where invalid.
         keys: [b] int64, from which masks are drawn.
         unreadable: (name, reason) of images that could not be read and were replaced.
     """
@@ -134,7 +135,7 @@ class TrainLoader:
 
     Sets of images of one size that take at most 1 GiB are held in memory and augmented in batches on the device (on
     the CPU only images of up to 96 x 96); others are read by worker processes. An unreadable image is replaced by one
-    drawn from its key.
+    drawn from its key. Sets that may have invalid pixels are read by workers, too, and crops prefer the valid area.
 
     Args:
         source: the set.
@@ -269,11 +270,17 @@ class CroppedImages:
         unreadable: list[Report] = []
         opened = [self._open(index, key, unreadable) for index, key in samples]
         boxes, flipped = self.augment.draw(keys, torch.tensor([image.size for image in opened]))
+        boxes = self._preferring_valid(boxes, keys, opened)
         crops = [
             self._crop(image, box, flip, sample, unreadable)
             for image, box, flip, sample in zip(opened, boxes.tolist(), flipped.tolist(), samples, strict=True)
         ]
         return stack(crops), keys, unreadable
+
+    def _preferring_valid(self, boxes: Tensor, keys: Tensor, images: Sequence[OpenImage | np.ndarray]) -> Tensor:
+        if self.source.invalid is None:
+            return boxes
+        return prefer_valid(boxes, keys, images, lambda others, sides: self.augment.draw(others, sides)[0])
 
     def _open(self, index: int, key: int, unreadable: list[Report]) -> OpenImage:
         """The image, or its replacement."""
@@ -291,7 +298,8 @@ class CroppedImages:
             index, key = sample
         whole, reports = read_or_replace(self.source.read, index, key, len(self.source), self.source.parts)
         unreadable += reports
-        boxes, _ = self.augment.draw(torch.tensor([key]), torch.tensor([whole.shape[:2]]))
+        keys = torch.tensor([key])
+        boxes = self._preferring_valid(self.augment.draw(keys, torch.tensor([whole.shape[:2]]))[0], keys, [whole])
         return crop_resize(whole, boxes[0].tolist(), self.augment.size, flip)
 
 

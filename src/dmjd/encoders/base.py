@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmjd.encoders.sharing import push_encoder, save_encoder
+from dmjd.images.invalid import valid_pixels, valid_tokens
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS, init_linear, set_checkpointing
 from dmjd.nn.tokens import gather_views, patchify, resize_positions, sincos_positions
@@ -260,20 +261,35 @@ class Encoder(nn.Module, ABC):
         """All tokens after the final norm, [B, prefix + N, D]. The name is timm's."""
         return self.norm(self(images))
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
         """The downstream feature: mean over patch tokens, then LayerNorm without affine.
 
         Args:
             tokens: [B, prefix + N, D] from :meth:`forward`.
+            valid: the tokens that count, from :meth:`valid_tokens`; None: all.
 
         Returns:
             [B, D].
         """
-        return F.layer_norm(self.mean_patch_token(tokens), (self.embed_dim,), eps=TRANSFORMER_NORM_EPS)
+        return F.layer_norm(self.mean_patch_token(tokens, valid), (self.embed_dim,), eps=TRANSFORMER_NORM_EPS)
+
+    def valid_tokens(self, images: Tensor) -> Tensor | None:
+        """The tokens of which at least half of the values are valid; all of an image that has none.
+
+        Args:
+            images: [B, C, H, W] normalized by the encoder's preprocessing, which marks invalid pixels.
+
+        Returns:
+            [B, N] bool; None if the preprocessing knows no invalid pixels, so that all tokens count.
+        """
+        if self.preprocess is None or self.preprocess.invalid is None:
+            return None
+        valid = valid_tokens(valid_pixels(images), self.patch_size)
+        return valid | ~valid.any(dim=1, keepdim=True)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pooled features without gradient: ``pool(self(images))``.
+        """Pooled features without gradient: ``pool(self(images))``, of the tokens of :meth:`valid_tokens`.
 
         Args:
             images: [B, C, H, W] normalized, as from ``encoder.preprocess(...)``, on the device of the encoder.
@@ -282,11 +298,19 @@ class Encoder(nn.Module, ABC):
             [B, D]. The mode is the caller's: in training mode, stochastic depth is random. :func:`dmjd.load_encoder`
             returns an encoder in evaluation mode.
         """
-        return self.pool(self(images))
+        return self.pool(self(images), self.valid_tokens(images))
 
-    def mean_patch_token(self, tokens: Tensor) -> Tensor:
-        """Mean over patch tokens: [B, prefix + N, D] -> [B, D]. Prefix tokens are left out."""
-        return tokens[:, self.num_prefix_tokens :].mean(dim=1)
+    def mean_patch_token(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Mean over patch tokens: [B, prefix + N, D] -> [B, D]. Prefix tokens are left out.
+
+        With ``valid`` [B, N] bool, over those that are valid; at least one of each image must be.
+        """
+        patches = tokens[:, self.num_prefix_tokens :]
+        mean = patches.mean(dim=1)
+        if valid is None:
+            return mean
+        counted = torch.where(valid.unsqueeze(-1), patches, 0.0).sum(dim=1) / valid.sum(dim=1, keepdim=True)
+        return torch.where(valid.all(dim=1, keepdim=True), mean, counted.to(mean.dtype))
 
     def check_images(self, images: Tensor) -> tuple[int, int]:
         """Token grid (h, w) of a batch; ValueError if its type, shape or number of channels does not fit."""

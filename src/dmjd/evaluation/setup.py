@@ -90,7 +90,8 @@ def _reading(config: PretrainConfig, encoder: Encoder, given: Mapping[str, Any])
     changes = {name: given[name] for name in ("labels", *LIST_SETTINGS) if name in given}
     if "label_column" in given:
         changes.setdefault("labels", "column")
-    return own.replace(in_chans=preprocess.in_chans, value_range=preprocess.value_range, **changes)
+    names = ("in_chans", "value_range", "nodata", "alpha")
+    return own.replace(**{name: getattr(preprocess, name) for name in names}, **changes)
 
 
 def _with_labels(source: Source) -> Source:

@@ -71,13 +71,11 @@ def _parts(asked: InspectConfig) -> dict[str, Source]:
     """The parts of the set, by split. Where the validation part serves as test part, it is there once."""
     assert asked.data is not None
     value_range = None if asked.value_range is None else (asked.value_range[0], asked.value_range[1])
-    lists = {name: getattr(asked, name) for name in LIST_SETTINGS}
+    reading = {name: getattr(asked, name) for name in (*LIST_SETTINGS, "labels", "in_chans", "nodata", "alpha")}
     parts = {}
     for split in SPLITS:
         if split == SPLITS[0] or has_split(asked.data, split):
-            part = open_source(
-                asked.data, split=split, labels=asked.labels, in_chans=asked.in_chans, value_range=value_range, **lists
-            )
+            part = open_source(asked.data, split=split, value_range=value_range, **reading)
             parts[part.split] = part
     return parts
 
@@ -104,6 +102,8 @@ def inspection_table(found: dict[str, Any]) -> Table:
     table.add_row("pixels", f"{smallest} to {largest}, median {median}; {sizes['different']} different size(s)")
     total = found["bytes"]["mean"] * found["num_images"]
     table.add_row("size", f"{_in_bytes(found['bytes']['median'])} an image (median); {_in_bytes(total)} in all")
+    if (invalid := found["invalid"])["images"]:
+        table.add_row("invalid", f"{invalid['share']:.1%} of the pixels; some in {invalid['images']:,} image(s)")
     table.add_row("unreadable", f"{unreadable['count']:,}")
     for reason, count in unreadable["reasons"].items():
         table.add_row("", literal(f"{count}: {reason}"))

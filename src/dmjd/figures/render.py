@@ -33,8 +33,9 @@ def to_rgb(images_0_255: Tensor) -> Tensor:
     """Images [B, c, H, W] of any number type on the 0..255 scale -> RGB [B, H, W, 3].
 
     The first three channels are taken as red, green and blue; of one or two channels the first is shown in gray.
+    Invalid pixels, which are NaN, are gray.
     """
-    return (_three(images_0_255.float()) / 255).clamp(0, 1).permute(0, 2, 3, 1)
+    return (_three(images_0_255.float()) / 255).nan_to_num(GRAY).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def _three(x: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dmjd.config.checks import MAX_CHANNELS, MAX_SIDE, Bounds, check_float, check_int, plain, shown
+from dmjd.config.invalid import BLENDED, check_alpha, nodata_text
 from dmjd.files import lists_to_tuples, tuples_to_lists
 from dmjd.images.decoding import ImageLike, is_image_like
+from dmjd.images.invalid import InvalidPixels, invalid_pixels, mark_invalid
 from dmjd.images.reading import read_image
 from dmjd.images.resampling import center_box, resize_box
 
@@ -21,6 +23,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CACHED_VALUES = 1 << 18  # float32 values that fit into the L2 cache of a core
+
+_OFF = {"nodata": None, "alpha": BLENDED}
 
 _RENAMED = {"normalise": "normalize", "denormalise": "denormalize"}
 
@@ -41,6 +45,9 @@ class Preprocess:
         in_chans: number of channels; see :func:`read_image` for how they are converted.
         mean, std: one number per channel, on the 0..1 scale.
         value_range: (lo, hi) of stored values, which become 0 and 255; None: the range of the data type.
+        nodata: None; or invalid pixels, which mean nothing, become the mean: "auto" (NaN and GDAL_NODATA), or the value
+            of others, too.
+        alpha: "white", or "invalid": pixels of alpha 0 are invalid, too.
     """
 
     img_size: tuple[int, int]
@@ -48,6 +55,8 @@ class Preprocess:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     value_range: tuple[float, float] | None = None
+    nodata: str | None = None
+    alpha: str = BLENDED
 
     def __post_init__(self) -> None:
         self._convert()
@@ -73,13 +82,25 @@ class Preprocess:
             if not isinstance(values, list | tuple) or (name == "value_range" and len(values) != 2):
                 raise ValueError(f"{name} must be a tuple of numbers, got {shown(values)}")
             converted[name] = tuple(check_float(name, value) for value in values)
+        converted |= {"nodata": nodata_text(self.nodata), "alpha": check_alpha(self.alpha)}
         for name, value in converted.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def invalid(self) -> InvalidPixels | None:
+        """Which pixels are invalid; None if none are."""
+        return invalid_pixels(self.nodata, self.alpha)
+
+    @property
+    def filling(self) -> InvalidPixels | None:
+        """The same, which become the mean on decoding, for tasks that do not ask which pixels are valid."""
+        return invalid_pixels(self.nodata, self.alpha, tuple(255 * mean for mean in self.mean))
 
     def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Images (paths, bytes, files, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalized.
 
-        Images are resized (bicubic, antialiased) to cover the image size, and center-cropped.
+        Images are resized (bicubic, antialiased) to cover the image size, and center-cropped. Invalid pixels are the
+        mean: -0.0, by which :meth:`Encoder.encode` leaves them out.
 
         Raises:
             UnreadableImage: naming the image that cannot be read.
@@ -87,9 +108,12 @@ class Preprocess:
         return self.normalize(self.raw(image))
 
     def raw(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """Images before normalization: [B, C, h, w] float32 on the 0..255 scale; B is 0 for an empty list."""
+        """Images before normalization: [B, C, h, w] float32 on the 0..255 scale, NaN where invalid; B is 0 for an empty
+        list.
+        """
         images = image if isinstance(image, Iterable) and not is_image_like(image) else [image]
-        arrays = [read_image(one, self.in_chans, self.value_range) for one in cast(Sequence[ImageLike], images)]
+        reading: dict[str, Any] = {"value_range": self.value_range, "invalid": self.invalid}
+        arrays = [read_image(one, self.in_chans, **reading) for one in cast(Sequence[ImageLike], images)]
         if not arrays:
             return torch.empty(0, self.in_chans, *self.img_size, dtype=torch.float32, device="cpu")
         return torch.stack([self.fit(array).float() for array in arrays])
@@ -99,7 +123,8 @@ class Preprocess:
         return resize_box(array, center_box(array.shape[0], array.shape[1], self.img_size), self.img_size)
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """(raw / 255 - mean) / std: [..., C, H, W] on the 0..255 scale, uint8 or float -> float32.
+        """(raw / 255 - mean) / std: [..., C, H, W] on the 0..255 scale, uint8 or float -> float32. NaN, if there are
+        invalid pixels, becomes -0.0.
 
         Raises:
             ValueError: for another number of channels, or what is no tensor.
@@ -107,10 +132,10 @@ class Preprocess:
         self._check_channels(raw)
         if torch.compiler.is_compiling():  # a tensor in the graph would be copied to the device in every step
             channels = zip(raw.float().unbind(-3), self.mean, self.std, strict=True)
-            return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3)
+            return self._marked(torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3))
         mean, std = _per_channel(self.mean, raw.device), _per_channel(self.std, raw.device)
         if raw.dtype != torch.uint8 or raw.device.type != "cpu":
-            return (raw.float() / 255 - mean) / std
+            return self._marked((raw.float() / 255 - mean) / std)
         images = raw.reshape(-1, *raw.shape[-3:])
         out = torch.empty(images.shape, dtype=torch.float32, device="cpu")
         # A few images at a time stay in the cache between the passes.
@@ -118,6 +143,15 @@ class Preprocess:
         for part, done in zip(images.split(few), out.split(few), strict=True):
             done.copy_(part).div_(255).sub_(mean).div_(std)
         return out.view(raw.shape)
+
+    def _marked(self, normalized: Tensor) -> Tensor:
+        return normalized if self.invalid is None else mark_invalid(normalized)
+
+    def filled(self, raw: Tensor) -> Tensor:
+        """The mean in place of NaN: [..., C, H, W] on the 0..255 scale, same type; others unchanged."""
+        if self.invalid is None or not raw.is_floating_point():
+            return raw
+        return torch.where(raw.isnan(), 255 * _per_channel(self.mean, raw.device), raw)
 
     def denormalize(self, normalized: Tensor) -> Tensor:
         """Inverse of :meth:`normalize`: [..., C, H, W] -> float32 on the 0..255 scale, not clamped."""
@@ -132,13 +166,14 @@ class Preprocess:
             raise ValueError(f"images must be [..., {self.in_chans}, H, W], got {list(images.shape)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types, for :meth:`from_dict`."""
-        return tuples_to_lists(vars(self))
+        """JSON types, for :meth:`from_dict`; ``nodata`` and ``alpha`` only if they are on, as in former versions."""
+        return {name: value for name, value in tuples_to_lists(vars(self)).items() if value != _OFF.get(name, ())}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
         """Inverse of :meth:`to_dict`; ValueError for other names or values."""
-        if not isinstance(values, dict) or set(values) != {field.name for field in dataclasses.fields(cls)}:
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or not names - set(_OFF) <= set(values) <= names:
             raise ValueError(f"not the settings of a preprocessing: {shown(values)}")
         return cls(**lists_to_tuples(values))
 

@@ -4,6 +4,7 @@ Arrays are [H, W, C] with values on the 0..255 scale.
 """
 
 import contextlib
+import dataclasses
 import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from dmjd.images import jpeg
 from dmjd.images.decoding import ImageLike, decode_plain, is_image_like, open_stored, reason
+from dmjd.images.invalid import HINT, InvalidPixels, to_nan, without_invalid
 from dmjd.images.stored import Stored, UnreadableImage
 
 LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green, blue (ITU-R Rec. 601)
@@ -25,7 +27,11 @@ OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def read_image(
-    source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
+    source: ImageLike,
+    in_chans: int = 3,
+    value_range: tuple[float, float] | None = None,
+    name: str = "",
+    invalid: InvalidPixels | None = None,
 ) -> np.ndarray:
     """Decode an image and convert it to ``in_chans`` channels on the 0..255 scale.
 
@@ -44,19 +50,26 @@ def read_image(
         value_range: (lo, hi) of the stored values, which become 0 and 255; values outside are clipped. None: the range
             of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1).
         name: name of the image in error messages; default: the path.
+        invalid: which pixels mean nothing; they become NaN, and only the others need to lie in the range. None: an
+            image with values that are not finite is unreadable.
 
     Returns:
-        [H, W, in_chans], contiguous; uint8 if the source is 8-bit and ``value_range`` changes nothing, else float32.
+        [H, W, in_chans], contiguous; uint8 if the source is 8-bit, ``value_range`` changes nothing and all pixels are
+        valid, else float32.
 
     Raises:
         UnreadableImage: if the image cannot be used for any reason.
         TypeError: if ``source`` is of another type.
     """
-    return open_image(source, in_chans, value_range, name).read()
+    return open_image(source, in_chans, value_range, name, invalid).read()
 
 
 def open_image(
-    source: ImageLike, in_chans: int = 3, value_range: tuple[float, float] | None = None, name: str = ""
+    source: ImageLike,
+    in_chans: int = 3,
+    value_range: tuple[float, float] | None = None,
+    name: str = "",
+    invalid: InvalidPixels | None = None,
 ) -> "OpenImage":
     """Open an image to know its size before decoding. Arguments and errors are those of :func:`read_image`."""
     if not is_image_like(source):
@@ -64,7 +77,9 @@ def open_image(
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
         stored = open_stored(source, in_chans)
-        pixels = _converted(stored, in_chans, value_range) if isinstance(stored, Stored) else stored
+        if invalid is not None and invalid.nodata is not None and not isinstance(stored, Stored):
+            stored = Stored(decode_plain(stored))  # a plain JPEG has no other invalid pixels
+        pixels = _converted(stored, in_chans, value_range, invalid) if isinstance(stored, Stored) else stored
     return OpenImage(pixels, in_chans, value_range, name)
 
 
@@ -123,12 +138,28 @@ def _naming(name: str) -> Iterator[None]:
         raise UnreadableImage(name, reason(error)) from None
 
 
-def _converted(stored: Stored, in_chans: int, value_range: tuple[float, float] | None) -> np.ndarray:
+def _converted(
+    stored: Stored,
+    in_chans: int,
+    value_range: tuple[float, float] | None,
+    invalid: InvalidPixels | None = None,
+) -> np.ndarray:
     """Stored values -> [H, W, in_chans] on the 0..255 scale. ``value_range`` is that of the colors, not of alpha."""
     values, alpha = stored.values, None
-    if stored.alpha and in_chans in (1, 3, 4):
+    is_mask = invalid is not None and invalid.alpha and in_chans != 4
+    has_alpha = in_chans in (1, 3, 4) if stored.alpha else is_mask and stored.masked and in_chans == values.shape[2] - 1
+    found = invalid.find(dataclasses.replace(stored, alpha=has_alpha)) if invalid is not None else None
+    if has_alpha:
         values, alpha = values[..., :-1], _to_255(values[..., -1:], _full_range(values.dtype))
-    return np.ascontiguousarray(_to_channels(_to_255(values, value_range), alpha, in_chans))
+        alpha = None if is_mask else alpha
+    if found is None:
+        return np.ascontiguousarray(_to_channels(_to_255(values, value_range), alpha, in_chans))
+    assert invalid is not None
+    color = to_nan(_to_255(without_invalid(values, found), value_range), found)
+    if alpha is not None:
+        alpha = to_nan(alpha, np.all(found, axis=-1, keepdims=True))
+    image = np.ascontiguousarray(_to_channels(color, alpha, in_chans))
+    return image if invalid.fill is None else np.where(np.isnan(image), np.array(invalid.fill, np.float32), image)
 
 
 def _full_range(dtype: np.dtype) -> tuple[float, float]:
@@ -146,7 +177,7 @@ def _to_255(array: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
     if array.dtype.kind not in "uif":
         raise UnreadableImage("", f"values of type {array.dtype} are not pixels")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UnreadableImage("", "it has values that are not finite")
+        raise UnreadableImage("", f"it has values that are not finite: {HINT}")
     lo, hi = value_range or _natural_range(array)
     return ((np.clip(array, lo, hi).astype(np.float64) - lo) * (255.0 / (hi - lo))).astype(np.float32)
 

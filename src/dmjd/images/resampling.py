@@ -11,6 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from dmjd.images.invalid import LEAST_VALID, has_invalid
+
+_WEIGHT_UNIT = 1024.0  # weights are summed as this, because sums are rounded to multiples of 2^-16
+
 
 def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flips: Tensor | None = None) -> Tensor:
     """Crop one box of each image and resize it, bicubic (a = -0.5) with antialiasing, as Pillow does.
@@ -139,7 +143,7 @@ def resize_box(image: np.ndarray, box: Sequence[float], size: tuple[int, int]) -
     Returns:
         [C, h, w], data type of ``image``. uint8 with 1, 3 or 4 channels is resized by Pillow, the rest by
         :func:`resample`. They agree within one level, rarely two, except for overshoot beyond 0..255 at hard edges,
-        which versions of Pillow clip at different times.
+        which versions of Pillow clip at different times. Where the image has NaN, see :func:`_resample_valid`.
     """
     top, left, height, width = (float(x) for x in box)
     if image.shape[:2] == tuple(size) == (height, width):  # bicubic resizing would change nothing
@@ -147,13 +151,31 @@ def resize_box(image: np.ndarray, box: Sequence[float], size: tuple[int, int]) -
     mode = {1: "L", 3: "RGB", 4: "CMYK"}.get(image.shape[2])  # not RGBA, which would premultiply alpha
     if image.dtype != np.uint8 or mode is None:
         one = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
-        return resample(one, torch.tensor([[top, left, height, width]], dtype=torch.float64, device="cpu"), size)[0]
+        boxes = torch.tensor([[top, left, height, width]], dtype=torch.float64, device="cpu")
+        return (_resample_valid if has_invalid(image) else resample)(one, boxes, size)[0]
     pil = Image.fromarray(image[:, :, 0] if mode == "L" else image)
     if mode == "CMYK":
         pil = Image.frombytes(mode, image.shape[1::-1], image.tobytes())
     pil = pil.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
     resized = np.array(pil).reshape(*size, image.shape[2])
     return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+
+
+def _resample_valid(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """:func:`resample` of float32 images of which some values are NaN.
+
+    Weights of NaN count as 0. The result is NaN where less than half of the weight is left; elsewhere the sum is
+    divided by the weight that is left, and kept within the valid values of its channel, as bicubic weights may be
+    negative. Results that no NaN takes part in are those of :func:`resample`.
+    """
+    valid = images.isfinite()
+    sums = resample(torch.where(valid, images, 0.0), boxes, size)
+    weighed = valid[:, :1] if bool((valid == valid[:, :1]).all()) else valid  # nearly always the same in all channels
+    weights = resample(weighed * _WEIGHT_UNIT, boxes, size) / _WEIGHT_UNIT
+    low, high = (torch.where(valid, images, end).flatten(2) for end in (torch.inf, -torch.inf))
+    within = torch.clamp(sums / weights, low.amin(2)[..., None, None], high.amax(2)[..., None, None])
+    mixed = torch.where(weights >= LEAST_VALID, within, torch.nan)
+    return torch.where(weights == 1, sums, mixed)
 
 
 def center_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -28,10 +28,15 @@ class Stored:
     Attributes:
         values: [H, W, C] in the stored data type.
         alpha: whether the last channel is alpha. Without alpha, a second or fourth channel is a band like the others.
+        nodata: the value that means nothing, if the file names one.
+        masked: whether the last of several bands beyond the colors is alpha; it is a band like the others, unless alpha
+            says which pixels are valid.
     """
 
     values: np.ndarray
     alpha: bool = False
+    nodata: float | None = None
+    masked: bool = False
 
 
 def check_pixels(height: int, width: int, bytes_per_pixel: int = 1) -> None:

@@ -5,6 +5,7 @@ deflated and packed data by itself, other compressions with the package imagecod
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import re
@@ -27,9 +28,11 @@ _GRAYS = (_WHITE_IS_ZERO, 1)
 _PILLOWS_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 _UNSPECIFIED, _PREMULTIPLIED = 0, 1  # kinds of extra samples; 2 is alpha that is not premultiplied
 
+_GDAL_NODATA = 42113  # tag
+
 
 def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], Stored]) -> Stored:
-    """Decode the first image of a file, or its pages as channels.
+    """Decode the first image of a file, or its pages as channels; with the value of its tag GDAL_NODATA.
 
     Pages are channels if ImageJ or OME metadata says so, or if ``in_chans`` (other than 1, 3, 4) pages are there.
     Other files that an OME-TIFF names are not opened.
@@ -43,29 +46,34 @@ def decode_tiff(file: Any, in_chans: int, from_pillow: Callable[[Image.Image], S
         UnreadableImage: with the reason, or another exception for damaged data.
     """
     with _opened(file) as tiff:
-        page: Any = tiff.pages[0]
-        channels = _paged_channels(tiff, in_chans)
-        _check_size(page, channels)
-        if channels == 1 and in_chans in (1, 3, 4) and _pillow_is_faithful(page):
-            file.seek(0)
-            with contextlib.suppress(UnidentifiedImageError), Image.open(file, formats=["TIFF"]) as image:
-                return from_pillow(image)
-        try:
-            values = _pages(tiff, channels) if channels > 1 else _last_axis(page.asarray(), page.axes)
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
-                raise
-            file.seek(0)
-            return _without_codec(file, page, channels, from_pillow)
-        if channels > 1:
-            if channels != in_chans:
-                raise UnreadableImage("", f"it has {channels} channels, in_chans is {in_chans}")
-            return Stored(upright(values, _orientation(page)))
-        stored = _interpreted(values, page)
-        values = stored.values
-        if in_chans == 1 and not stored.alpha and int(page.photometric) in _GRAYS:
-            values = values[..., :1]  # bands of unknown meaning follow, which are not red, green and blue
-        return Stored(upright(values, _orientation(page)), stored.alpha)
+        return dataclasses.replace(_decoded(tiff, file, in_chans, from_pillow), nodata=_nodata(tiff.pages[0]))
+
+
+def _decoded(tiff: Any, file: Any, in_chans: int, from_pillow: Callable[[Image.Image], Stored]) -> Stored:
+    """:func:`decode_tiff` of an opened file, without its tag."""
+    page: Any = tiff.pages[0]
+    channels = _paged_channels(tiff, in_chans)
+    _check_size(page, channels)
+    if channels == 1 and in_chans in (1, 3, 4) and _pillow_is_faithful(page):
+        file.seek(0)
+        with contextlib.suppress(UnidentifiedImageError), Image.open(file, formats=["TIFF"]) as image:
+            return from_pillow(image)
+    try:
+        values = _pages(tiff, channels) if channels > 1 else _last_axis(page.asarray(), page.axes)
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        file.seek(0)
+        return _without_codec(file, page, channels, from_pillow)
+    if channels > 1:
+        if channels != in_chans:
+            raise UnreadableImage("", f"it has {channels} channels, in_chans is {in_chans}")
+        return Stored(upright(values, _orientation(page)))
+    stored = _interpreted(values, page)
+    values = stored.values
+    if in_chans == 1 and not stored.alpha and int(page.photometric) in _GRAYS:
+        values = values[..., :1]  # bands of unknown meaning follow, which are not red, green and blue
+    return Stored(upright(values, _orientation(page)), stored.alpha, masked=stored.masked)
 
 
 def decode_numbers(file: Any) -> np.ndarray:
@@ -98,6 +106,16 @@ def _opened(file: Any) -> Iterator[Any]:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs every unusual tag; errors are raised anyway
     with tifffile.TiffFile(file, is_ome=False) as tiff:  # an OME-TIFF could name other files
         yield tiff
+
+
+def _nodata(page: Any) -> float | None:
+    """The value of the tag GDAL_NODATA, a text; None without one, and for samples that are not stored as shown."""
+    if _GDAL_NODATA not in page.tags or int(page.photometric) in (_WHITE_IS_ZERO, _PALETTE, _CMYK):
+        return None
+    try:
+        return float(str(page.tags[_GDAL_NODATA].value).strip("\0 "))
+    except ValueError:
+        return None
 
 
 def _orientation(page: Any) -> int:
@@ -214,7 +232,8 @@ def _interpreted(values: np.ndarray, page: Any) -> Stored:
         color = (page.colormap[:, color[..., 0]] >> 8).astype(np.uint8).transpose(1, 2, 0)
         if extra.shape[2]:
             raise UnreadableImage("", "a palette with extra samples is not supported")
-    return Stored(np.concatenate([color, extra], axis=-1) if extra.shape[2] else color, alpha)
+    masked = extra.shape[2] > 1 and kinds[-1] != _UNSPECIFIED
+    return Stored(np.concatenate([color, extra], axis=-1) if extra.shape[2] else color, alpha, masked=masked)
 
 
 def _top(values: np.ndarray, page: Any) -> Any:

@@ -33,7 +33,7 @@ SMALLEST_BATCH = 8
 
 
 # settings of a run that a plan keeps if they are given
-GIVEN = ("encoder", "img_size", "device", "in_chans", "value_range", "num_workers", "batch_size")
+GIVEN = ("encoder", "img_size", "device", "in_chans", "value_range", "nodata", "alpha", "num_workers", "batch_size")
 
 LISTED = ("root", "path_column", "max_unreadable")  # settings of a list of images
 

@@ -219,7 +219,7 @@ def resolve_preprocess(
     if warning is not None:
         console.warn(warning)
     value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
-    return Preprocess(config.size, config.in_chans, mean, std, value_range)
+    return Preprocess(config.size, config.in_chans, mean, std, value_range, config.nodata, config.alpha)
 
 
 class PretrainTask(Task):

@@ -151,6 +151,8 @@ def open_data(config: PretrainConfig, data: Data, split: str, listing: Path | No
         path_column=config.path_column,
         label_column=config.label_column,
         max_unreadable=config.max_unreadable,
+        nodata=config.nodata,
+        alpha=config.alpha,
     )
 
 
@@ -187,6 +189,8 @@ def open_images(
     config = config.replace(
         in_chans=preprocess.in_chans,
         value_range=preprocess.value_range,
+        nodata=preprocess.nodata,
+        alpha=preprocess.alpha,
         **{name: value for name, value in changes.items() if value is not None},
     )
     if changes.get("labels") == "none":

@@ -66,6 +66,20 @@ class Target(nn.Module, ABC):
             [B, N, C] float32.
         """
 
+    def of_valid(self, normalized: Tensor, raw: Tensor, valid: Tensor) -> Tensor:
+        """Targets of images in which some pixels mean nothing; these are the mean in both forms.
+
+        Override it in targets of a token that can leave its invalid pixels out.
+
+        Args:
+            normalized, raw: as in :meth:`forward`; ``raw`` is float32.
+            valid: [B, c, H, W] bool.
+
+        Returns:
+            [B, N, C] float32, finite. Tokens with less than half of valid pixels have no loss.
+        """
+        return self(normalized, raw)
+
     def after_step(self, encoder: nn.Module, step: int, progress: float) -> None:
         """Called after optimizer step ``step`` (from 1), at ``progress`` of the run (0 to 1).
 

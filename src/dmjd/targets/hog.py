@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ _CPU_PIXELS, _DEVICE_PIXELS = 1 << 18, 1 << 25
 # Size of the table of all gradients of uint8 images; with more bins than this, the table would be slower.
 _TABLE_SIDE, _TABLE_BINS = 512, 32
 
+Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [..., H, W] -> differences along rows and columns
+
 
 def default_cell(patch_size: int) -> int:
     """Side of a HOG cell in pixels: half the patch if that is a whole number, else a third, else the patch."""
@@ -31,7 +34,7 @@ def default_cell(patch_size: int) -> int:
     return patch_size
 
 
-def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> Tensor:
+def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS, valid: Tensor | None = None) -> Tensor:
     """Histograms of unsigned gradient orientation for each channel, without block normalization or whitening.
 
     Gradients are centered differences, zero across the border. The magnitude of a pixel's gradient is added to the bin
@@ -43,6 +46,8 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
             on the CPU alone, because a GPU would have to wait; there, a cell with NaN or infinity is NaN.
         cell_size: side of a cell in pixels; it must divide H and W.
         num_bins: orientations, 1 to 255.
+        valid: [B, C, H, W] bool; an invalid pixel has no gradient, and neither has one whose difference needs one.
+            None: all are valid.
 
     Returns:
         [B, C, H/cell, W/cell, bins] float32.
@@ -55,6 +60,9 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     H, W = images_0_255.shape[-2:]
     cell_size = check_int("cell_size", cell_size, Bounds(ge=1))
     num_bins = check_int("num_bins", num_bins, Bounds(ge=1, le=MAX_BINS))
+    if valid is not None:
+        images_0_255 = torch.where(valid, images_0_255.float(), torch.nan)
+    gradient = _gradient if valid is None else _gradient_of_valid
     if H % cell_size or W % cell_size:
         raise ValueError(f"HOG cell of {cell_size} pixels does not divide the image of {H} x {W}")
     B, C = images_0_255.shape[:2]
@@ -64,10 +72,14 @@ def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS) -> T
     if images_0_255.device.type != "cpu" or torch.compiler.is_compiling():
         # In chunks, to bound the memory; one pooling pass per bin compiles to a single graph.
         chunks = images_0_255.split(max(1, _DEVICE_PIXELS // (C * H * W)))
-        return torch.cat([_pooled(chunk.float(), cell_size, num_bins) for chunk in chunks])
+        return torch.cat([_pooled(chunk.float(), cell_size, num_bins, gradient) for chunk in chunks])
     use_table = images_0_255.dtype == torch.uint8 and num_bins <= _TABLE_BINS
-    row_sums = _row_sums_by_table if use_table else _row_sums
-    if images_0_255.dtype.is_floating_point and not bool(torch.stack(images_0_255.float().aminmax()).isfinite().all()):
+    row_sums = _row_sums_by_table if use_table else functools.partial(_row_sums, gradient=gradient)
+    if (
+        valid is None
+        and images_0_255.dtype.is_floating_point
+        and not bool(torch.stack(images_0_255.float().aminmax()).isfinite().all())
+    ):
         raise ValueError("images_0_255 has values that are not finite (NaN, or infinite as float32)")
     out = torch.empty(B * C, H // cell_size, W // cell_size, num_bins, dtype=torch.float32, device="cpu")
     per_chunk = max(1, _CPU_PIXELS // (H * W))
@@ -119,19 +131,19 @@ def _one_hot(num_bins: int) -> Tensor:
     return torch.eye(num_bins, dtype=torch.float32, device="cpu").repeat(3, 1)[: 2 * num_bins + 1]
 
 
-def _row_sums(planes: Tensor, cell: int, num_bins: int) -> Tensor:
+def _row_sums(planes: Tensor, cell: int, num_bins: int, gradient: Gradient) -> Tensor:
     """Like :func:`_row_sums_by_table` for any number type; bit-identical for the same values."""
     b, H, W = planes.shape
-    bins, magnitude = _polar(*_gradient(planes.float()), num_bins)
+    bins, magnitude = _polar(*gradient(planes.float()), num_bins)
     sums = F.embedding_bag(
         bins.int().view(-1, cell), _one_hot(num_bins), per_sample_weights=magnitude.view(-1, cell), mode="sum"
     )
     return sums.view(b, H // cell, cell, W // cell, num_bins)
 
 
-def _pooled(x: Tensor, cell: int, num_bins: int) -> Tensor:
+def _pooled(x: Tensor, cell: int, num_bins: int, gradient: Gradient) -> Tensor:
     """[B, C, H, W] float32 -> [B, C, H/cell, W/cell, bins], without atomic additions, which are not deterministic."""
-    bins, magnitude = _polar(*_gradient(x), num_bins)
+    bins, magnitude = _polar(*gradient(x), num_bins)
     bins.remainder_(num_bins)
     return torch.stack([F.avg_pool2d(magnitude * (bins == k), cell) for k in range(num_bins)], dim=-1)
 
@@ -140,6 +152,13 @@ def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
     """Centered differences of [..., H, W] along rows and along columns, zero across the border."""
     (H, W), g_row, g_col = x.shape[-2:], x[..., 2:, :] - x[..., :-2, :], x[..., 2:] - x[..., :-2]
     return F.pad(g_row, (0, 0, 1, min(H - 1, 1))), F.pad(g_col, (1, min(W - 1, 1)))  # an image may be one pixel wide
+
+
+def _gradient_of_valid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`_gradient` of images with NaN; both are zero where the pixel is NaN or one of them needs NaN."""
+    g_row, g_col = _gradient(x)
+    unknown = x.isnan() | g_row.isnan() | g_col.isnan()
+    return g_row.masked_fill(unknown, 0.0), g_col.masked_fill(unknown, 0.0)
 
 
 def _polar(g_row: Tensor, g_col: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +212,15 @@ class HogTarget(Target):
 
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
         """``raw`` [B, C, H, W] -> [B, N, cells^2 * bins * C]."""
-        x = whiten(hog(raw, self.cell_size, self.num_bins))  # B, C, h*cells, w*cells, bins
+        return self._tokens(hog(raw, self.cell_size, self.num_bins))
+
+    def of_valid(self, normalized: Tensor, raw: Tensor, valid: Tensor) -> Tensor:
+        """As :meth:`forward`, without the gradients at the border of the valid area."""
+        return self._tokens(hog(raw, self.cell_size, self.num_bins, valid))
+
+    def _tokens(self, histograms: Tensor) -> Tensor:
+        """[B, C, h*cells, w*cells, bins] -> [B, N, cells^2 * bins * C]."""
+        x = whiten(histograms)
         B, C, rows, columns, bins = x.shape
         s = self.cells
         x = x.view(B, C, rows // s, s, columns // s, s, bins).permute(0, 2, 4, 3, 5, 6, 1)  # B, h, w, s, s, bins, C

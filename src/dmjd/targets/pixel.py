@@ -37,6 +37,16 @@ class PixelTarget(Target):
         mean, std = self.patch_statistics(patches)
         return (patches - mean) / std
 
+    def of_valid(self, normalized: Tensor, raw: Tensor, valid: Tensor) -> Tensor:
+        """As :meth:`forward`, with the mean and variance of the valid pixels of a patch; 0, the mean, where invalid."""
+        patches, inside = (patchify(x.float(), self.patch_size) for x in (normalized, valid))  # B, N, P*P*C
+        count = inside.sum(dim=-1, keepdim=True)
+        mean = (patches * inside).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        centered = (patches - mean) * inside
+        variance = centered.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+        own = centered / (variance + PIXEL_EPS).sqrt()
+        return torch.where(count == inside.shape[2], self(normalized, raw), own)
+
     @staticmethod
     def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each patch, which undo the normalization: [B, N, 1] each."""

@@ -11,6 +11,7 @@ from PIL import Image
 from dmjd.data.dense_transforms import IGNORE
 from dmjd.data.sources.segmentation_masks import open_segmentation
 from dmjd.images.class_numbers import read_mask
+from dmjd.images.preprocess import Preprocess
 from dmjd.images.stored import UnreadableImage
 
 
@@ -165,3 +166,16 @@ def test_a_file_of_names_may_be_wrong(camvid_layout):
         (camvid_layout / "classes.txt").write_bytes(content)
         with pytest.raises(ValueError, match=f"classes.txt {message}"):
             open_resolved(camvid_layout)
+
+
+def test_invalid_pixels_are_filled(camvid_layout, tmp_path):
+    shutil.copytree(camvid_layout, tmp_path / "holed")
+    file = sorted((tmp_path / "holed" / "train" / "images").iterdir())[0]
+    image = Image.open(file).convert("RGBA")
+    image.putpixel((3, 1), (*image.getpixel((3, 1))[:3], 0))
+    image.save(file)
+    filling = Preprocess(SIZE, 3, (0.2, 0.4, 0.6), (0.1,) * 3, alpha="invalid").filling
+    source = open_segmentation(tmp_path / "holed", "train", invalid=filling)
+    found, opaque = source.read(0), np.asarray(image)[..., :3]
+    np.testing.assert_allclose(found[1, 3], [51, 102, 153])
+    assert (found == opaque).all(axis=2).sum() == opaque[..., 0].size - 1

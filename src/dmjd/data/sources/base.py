@@ -10,8 +10,10 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from dmjd.config.invalid import BLENDED
 from dmjd.data.order import Part
 from dmjd.images.decoding import ImageLike
+from dmjd.images.invalid import InvalidPixels
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.images.stored import UnreadableImage
 from dmjd.regular import check_regular
@@ -33,6 +35,8 @@ class SourceOptions:
     path_column: str | None = None
     label_column: str | None = None
     max_unreadable: float | None = None
+    nodata: str | None = None
+    alpha: str = BLENDED
 
     @property
     def with_labels(self) -> bool:
@@ -56,7 +60,7 @@ class Source(ABC):
 
     Attributes:
         name: the name or path given by the user.
-        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+        in_chans, value_range, invalid: see :func:`~dmjd.images.reading.read_image`.
         labels: [n] int64 indices into ``classes``, or None; -1 for an image of a list that has no label.
         classes: class names; empty without labels.
         names: reserved names of sets of this kind, if any.
@@ -81,6 +85,7 @@ class Source(ABC):
     name: str
     in_chans: int = 3
     value_range: tuple[float, float] | None = None
+    invalid: InvalidPixels | None = None
     labels: np.ndarray | None = None
     listing: Path | None = None
     classes: list[str]
@@ -132,7 +137,7 @@ class Source(ABC):
         return self.classes[label]
 
     def read(self, index: int) -> np.ndarray:
-        """Image ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale.
+        """Image ``index``: [H, W, in_chans] uint8 or float32 on the 0..255 scale, NaN where it is invalid.
 
         Raises:
             UnreadableImage: if it cannot be read.
@@ -145,7 +150,7 @@ class Source(ABC):
         Raises:
             UnreadableImage: if it cannot be read.
         """
-        return open_image(self.stored(index), self.in_chans, self.value_range, self.describe(index))
+        return open_image(self.stored(index), self.in_chans, self.value_range, self.describe(index), self.invalid)
 
     def save_listing(self, file: Path) -> None:  # noqa: B027 (most sets have nothing to save)
         """Save the list of images that a search found, so that a resumed run need not search again."""

@@ -29,6 +29,7 @@ from dmjd.data.sources.coco_json import (
 )
 from dmjd.data.sources.instance_masks import instance_mask
 from dmjd.data.sources.paths import expanded, one_line, permission_checked
+from dmjd.images.invalid import InvalidPixels
 from dmjd.images.stored import UnreadableImage
 from dmjd.text import printable
 
@@ -259,6 +260,7 @@ def open_coco(
     classes: list[str] | None = None,
     in_chans: int = 3,
     value_range: tuple[float, float] | None = None,
+    invalid: InvalidPixels | None = None,
 ) -> CocoSource:
     """Open images with boxes.
 
@@ -267,6 +269,7 @@ def open_coco(
             ``annotations/instances_train2017.json``, or ``train/_annotations.coco.json``; the same for test or val.
         split: "train", "val" or "test".
         classes, in_chans, value_range: see :class:`CocoSource`.
+        invalid: see :func:`~dmjd.images.reading.read_image`.
 
     Raises:
         ValueError: if the data has none of these layouts.
@@ -285,6 +288,7 @@ def open_coco(
             "(or train2017/ and annotations/instances_train2017.json)"
         )
     source = CocoSource(*location, classes, in_chans, value_range, expanded(data))
+    source.invalid = invalid
     source.split = "val" if split != "train" and location == find_coco(data, "val") else split
     return source
 

@@ -127,7 +127,7 @@ class FolderSource(Source):
 
     def open(self, index: int) -> OpenImage:
         """See :meth:`Source.open`. Avoids pathlib, which takes as long as opening the file."""
-        return open_image(self._path(index), self.in_chans, self.value_range, self.describe(index))
+        return open_image(self._path(index), self.in_chans, self.value_range, self.describe(index), self.invalid)
 
     def _path(self, index: int) -> str:
         return os.path.join(self._folder, self._paths[index])

@@ -38,7 +38,7 @@ class MixtureSource(Source):
         self.sources = list(sources)
         self.name = ", ".join(source.name for source in sources)
         self.in_chans, self.value_range = sources[0].in_chans, sources[0].value_range
-        self.split = sources[0].split
+        self.split, self.invalid = sources[0].split, sources[0].invalid
         self.removable = all(source.removable for source in sources)
         lengths = [len(source) for source in sources]
         self.parts = tuple(Part(length, weight) for length, weight in zip(lengths, weights, strict=True))

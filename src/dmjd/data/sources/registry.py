@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dmjd.config.fields import LABELS, SPLITS
+from dmjd.config.invalid import BLENDED, check_alpha, nodata_text
 from dmjd.config.sources import Data, check_sources, data_text, given_sources, overlapping
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
@@ -25,6 +26,7 @@ from dmjd.data.sources.shard_files import is_shards
 from dmjd.data.sources.shards import ShardSource
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
+from dmjd.images.invalid import invalid_pixels
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
 
@@ -53,6 +55,8 @@ def open_source(
     path_column: str | None = None,
     label_column: str | None = None,
     max_unreadable: float | None = None,
+    nodata: str | float | None = None,
+    alpha: str = BLENDED,
 ) -> Source:
     """Open a set of images.
 
@@ -76,6 +80,7 @@ def open_source(
         path_column, label_column: the columns of paths and labels; None: the first with a usual name. With
             ``label_column``, ``labels`` is "column".
         max_unreadable: for lists, how many of the files may be missing, or a share below 1; None: none.
+        nodata, alpha: which pixels are invalid: see :class:`~dmjd.images.preprocess.Preprocess`.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
@@ -83,7 +88,8 @@ def open_source(
     labels = "column" if label_column is not None and labels == "none" else labels
     _check_options(split, labels, in_chans, label_column)
     lists = (None if root is None else str(root), path_column, label_column, max_unreadable)
-    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists)
+    invalid = (nodata_text(nodata), check_alpha(alpha))
+    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists, *invalid)
     if not isinstance(data, str | Path):
         return _open_several(data, options)
     name = _named(data)
@@ -91,7 +97,9 @@ def open_source(
     if kind is None:
         raise ValueError(missing_split(name, split))
     _check_kind(kind, name, options)
-    return kind.from_data(name, options)
+    source = kind.from_data(name, options)
+    source.invalid = invalid_pixels(*invalid)
+    return source
 
 
 def _check_kind(kind: type[Source], name: str, options: SourceOptions) -> None:

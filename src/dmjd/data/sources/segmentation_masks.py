@@ -22,6 +22,7 @@ from dmjd.data.sources.registry import has_split, missing_split, open_source
 from dmjd.data.workers import available_cores
 from dmjd.images.class_numbers import read_mask
 from dmjd.images.decoding import ImageLike
+from dmjd.images.invalid import InvalidPixels
 from dmjd.images.stored import UnreadableImage
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
@@ -97,7 +98,7 @@ class SegmentationSource(Source):
 
     def __init__(self, images: Source, masks: Source, mask_index: np.ndarray | None = None) -> None:
         self.name, self.in_chans, self.value_range = images.name, images.in_chans, images.value_range
-        self.images, self.masks, self.split = images, masks, images.split
+        self.images, self.masks, self.split, self.invalid = images, masks, images.split, images.invalid
         self._mask_index = np.arange(len(masks)) if mask_index is None else mask_index
         self.class_map: ClassMap | None = None
         self._table: np.ndarray | None = None
@@ -150,7 +151,12 @@ class SegmentationSource(Source):
 
 
 def open_segmentation(
-    data: str | Path, split: str, *, in_chans: int = 3, value_range: tuple[float, float] | None = None
+    data: str | Path,
+    split: str,
+    *,
+    in_chans: int = 3,
+    value_range: tuple[float, float] | None = None,
+    invalid: InvalidPixels | None = None,
 ) -> SegmentationSource:
     """Open images with masks.
 
@@ -159,7 +165,7 @@ def open_segmentation(
             ``annotations/training`` (ADE20K layout), ``train`` and ``trainannot``, or ``images`` and ``masks``, where
             an image and its mask differ only in the ending; or a parquet or hub table with two columns of images.
         split: "train", "val" or "test".
-        in_chans, value_range: see :func:`~dmjd.images.reading.read_image`.
+        in_chans, value_range, invalid: see :func:`~dmjd.images.reading.read_image`.
 
     Raises:
         ValueError: if the data has none of these layouts, or an image has no mask.
@@ -171,12 +177,14 @@ def open_segmentation(
         validation = split != "train" and folders == _find_folders(root, "val")
         images = FolderSource(folders[0], **options)  # type: ignore[arg-type]
         masks = FolderSource(folders[1], extensions=MASK_EXTENSIONS)
-        images.split = "val" if validation else split
+        images.split, images.invalid = "val" if validation else split, invalid
         return SegmentationSource(images, masks, _pair(images, masks))
     if root.is_dir() and split != "train" and _find_folders(root, "train") is not None:
         raise ValueError(missing_split(str(data), split))
     mask_table = open_source(data, split=split, masks=True)  # its message says what is missing
-    return SegmentationSource(open_source(data, split=split, **options), mask_table)  # type: ignore[arg-type]
+    table = open_source(data, split=split, **options)  # type: ignore[arg-type]
+    table.invalid = invalid
+    return SegmentationSource(table, mask_table)
 
 
 def has_segmentation_split(data: str | Path, split: str) -> bool:

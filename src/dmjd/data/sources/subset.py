@@ -22,7 +22,7 @@ class SubsetSource(Source):
     def __init__(self, source: Source, rows: Sequence[int] | np.ndarray, parts: tuple[Part, ...] = ()) -> None:
         self.source, self.rows, self.parts = source, np.asarray(rows, dtype=np.int64), parts
         self.name, self.in_chans, self.value_range = source.name, source.in_chans, source.value_range
-        self.classes, self.split = source.classes, source.split
+        self.classes, self.split, self.invalid = source.classes, source.split, source.invalid
         self.labels = None if source.labels is None else source.labels[self.rows]
 
     @property

@@ -77,7 +77,7 @@ class Drift:
         """[n, D] float32 on the CPU."""
         with evaluating(encoder):
             batches = (self._preprocess.normalize(part.to(self._device)) for part in self._raw.split(_BATCH_SIZE))
-            return torch.cat([encoder.pool(encoder(images)).float().cpu() for images in batches])
+            return torch.cat([encoder.encode(images).float().cpu() for images in batches])
 
 
 def shared_neighbors(a: Tensor, b: Tensor, k: int = NEIGHBORS) -> float:

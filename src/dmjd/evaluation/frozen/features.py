@@ -64,7 +64,7 @@ def pooled(encoder: Encoder, precision: str = "fp32") -> Extractor:
     def extract_features(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             tokens = encoder(images)
-        return encoder.pool(tokens.float())
+        return encoder.pool(tokens.float(), encoder.valid_tokens(images))
 
     return extract_features
 
@@ -119,7 +119,9 @@ def extract_all(
         for batch in tracked(loader, f"features of {source.title}", len(loader), lambda batch: batch.size):
             for one, names in groups.items():
                 raw = batch.resized.get(one.img_size, batch.raw).to(device)
-                images = one.normalize(raw if one == preprocess else to_channels(raw, one.in_chans))  # b, C, H, W
+                if one != preprocess:
+                    raw = to_channels(preprocess.filled(raw), one.in_chans)
+                images = one.normalize(raw)  # b, C, H, W
                 for name in names:
                     parts[name].append(extractors[name](images).float().cpu())  # b, D
             labels.append(batch.labels if batch.labels is not None else torch.full_like(batch.index, -1))

@@ -60,7 +60,8 @@ class SweepFeatures:
         finally:
             for hook in hooks:
                 hook.remove()
-        parts = [part for tokens in outputs for part in self._pooled(tokens.float())]
+        valid = self.encoder.valid_tokens(images)
+        parts = [part for tokens in outputs for part in self._pooled(tokens.float(), valid)]
         return torch.cat([F.layer_norm(part, part.shape[1:], eps=TRANSFORMER_NORM_EPS) for part in parts], dim=1)
 
     @property
@@ -69,10 +70,12 @@ class SweepFeatures:
         depth = self.blocks[-1] + 1
         return self.parts.index(f"block {depth} of {depth}, mean"), len(self.parts)
 
-    def _pooled(self, tokens: Tensor) -> list[Tensor]:
-        """[B, prefix + N, D] -> [B, D] for each pooling."""
-        prefix = self.encoder.num_prefix_tokens
-        pooled = [self.encoder.mean_patch_token(tokens), tokens[:, prefix:].amax(dim=1)]
+    def _pooled(self, tokens: Tensor, valid: Tensor | None) -> list[Tensor]:
+        """[B, prefix + N, D] -> [B, D] for each pooling, of the tokens that are valid [B, N]."""
+        patches = tokens[:, self.encoder.num_prefix_tokens :]
+        if valid is not None:
+            patches = torch.where(valid.unsqueeze(-1), patches, -torch.inf)
+        pooled = [self.encoder.mean_patch_token(tokens, valid), patches.amax(dim=1)]
         return pooled + ([tokens[:, 0]] if self.class_token else [])
 
 

@@ -100,4 +100,4 @@ class OnlineKnn:
     def _features(self, encoder: Encoder, raw: Tensor) -> Tensor:
         """[n, C, H, W], 0..255 -> [n, D] float32 on the CPU."""
         batches = (self._preprocess.normalize(part.to(self._device)) for part in raw.split(self._batch_size))
-        return torch.cat([encoder.pool(encoder(images)).float().cpu() for images in batches])
+        return torch.cat([encoder.encode(images).float().cpu() for images in batches])

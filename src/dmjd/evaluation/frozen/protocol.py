@@ -206,7 +206,8 @@ class _Protocol:
         if part not in self.others:
             return f"{task} {part} {key_of(self.encoder, *identity)}"
         read = known_preprocess(self.encoder)
-        identity = (self.others[part].weights, read.in_chans, read.value_range, *identity)
+        off = () if read.invalid is None else (read.nodata, read.alpha)
+        identity = (self.others[part].weights, read.in_chans, read.value_range, *off, *identity)
         return f"{task} trained {key_of_parts(__version__, *identity)}"
 
     def _draw(

@@ -120,7 +120,7 @@ class FeatureQuality:
         """
         with evaluating(encoder):
             batches = (self._preprocess.normalize(part.to(self._device)) for part in self.read().split(_BATCH_SIZE))
-            features = torch.cat([encoder.pool(encoder(images)).float().cpu() for images in batches])
+            features = torch.cat([encoder.encode(images).float().cpu() for images in batches])
         return self.of_features(features)
 
     def of_features(self, features: Tensor) -> dict[str, float]:

@@ -313,6 +313,7 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
         raise ValueError(f"detection needs a patch of 2, 4, 8, 16, ... pixels, {encoder.name} has {encoder.patch_size}")
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
+    reading["invalid"] = preprocess.filling
     train = open_coco(config.data, "train", **reading)
     if train.num_objects == 0:
         raise ValueError(f"{train.name} has no boxes: there is nothing to learn")

@@ -235,6 +235,7 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
         raise ValueError("say which images and masks: --data FOLDER (with train/images and train/masks)")
     preprocess = known_preprocess(encoder)
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
+    reading["invalid"] = preprocess.filling
     train = open_segmentation(config.data, "train", **reading)
     test, val = open_parts(
         config, lambda data, split: open_segmentation(data, split, **reading), has_segmentation_split
