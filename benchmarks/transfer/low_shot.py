@@ -1,6 +1,6 @@
 """Fine-tuning with few labels: pre-trained encoders of several recipes and seeds, and random weights.
 
-    python benchmarks/transfer/few_labels.py --data grocery --labels-per-class 10 \\
+    python benchmarks/transfer/low_shot.py --data grocery --labels-per-class 10 \\
       distill=runs/distill_0 distill=runs/distill_1 mixed=runs/mixed_0 mixed=runs/mixed_1
 
 Runs of one name are seeds of one recipe; the first has seed 0, and each seed draws other labels, heads and orders. The
@@ -32,7 +32,7 @@ FINETUNE: dict[str, Any] = {"rand_augment": 5.0, "erase": 0.0, "mixup": 0.0, "cu
 RANDOM = "random weights"
 
 
-class FewLabels:
+class LowShotStudy:
     """The study.
 
     Args:
@@ -103,8 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="a name and a run folder or encoder file")
     parser.add_argument("--data", required=True, help="images with labels, and parts val and test")
-    parser.add_argument("--out", type=Path, default=Path("runs/few_labels"))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/few_labels.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/low_shot"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/low_shot.json"))
     parser.add_argument("--labels-per-class", type=int, default=10)
     parser.add_argument("--steps", type=int, default=400, help="of each fine-tuning")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
-    study = FewLabels(given)
+    study = LowShotStudy(given)
     try:
         tested = study.run()
     except dmjd.evaluation.Stopped:
