@@ -19,6 +19,7 @@ from dmjd.config.checks import (
     MAX_VIEWS,
     MAX_WIDTH,
     MAX_WORKERS,
+    not_rising,
 )
 from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
 from dmjd.config.schedules import (
@@ -63,6 +64,9 @@ class PretrainConfig(Config):
         "data",
         resume=True,
         common=True,
+    )
+    data_may_grow: bool = option(
+        False, "at each epoch, the images that are new in the folders and lists of --data join", "data", resume=True
     )
     out: str | None = option(None, "run folder", "run", resume=True, common=True)
     test_data: str | None = option(None, "labeled test set for kNN while training", "data", resume=True)
@@ -354,9 +358,9 @@ class PretrainConfig(Config):
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{name} has {len(values)} values for {self.in_chans} channels (--in-chans)")
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
-            raise ValueError(_not_rising("value_range", self.value_range))
+            raise ValueError(not_rising("value_range", self.value_range))
         if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] == 0:
-            raise ValueError(_not_rising("crop_scale", self.crop_scale))
+            raise ValueError(not_rising("crop_scale", self.crop_scale))
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
@@ -394,7 +398,3 @@ class PretrainConfig(Config):
         if "disjoint" in settings:
             settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"
         return settings
-
-
-def _not_rising(name: str, value: tuple[float, ...]) -> str:
-    return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"

@@ -64,6 +64,7 @@ class Source(ABC):
         label_option: the only value of ``labels`` besides "none" that is accepted; None: all are.
         can_hold_masks: whether such sets can have segmentation masks.
         remote: whether such sets are on the network.
+        may_grow: whether images may join such a set while a run trains on it; see :mod:`dmjd.data.growth`.
         listing: file that the list of images was read from; None: it is not from a file.
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
         full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
@@ -77,6 +78,7 @@ class Source(ABC):
     label_option: ClassVar[str | None] = None
     can_hold_masks: ClassVar[bool] = False
     remote: ClassVar[bool] = False
+    may_grow: ClassVar[bool] = False
 
     name: str
     in_chans: int = 3

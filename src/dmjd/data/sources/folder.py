@@ -48,6 +48,7 @@ class FolderSource(Source):
 
     kind = "a folder of images"
     label_option: ClassVar[str | None] = "folder"
+    may_grow: ClassVar[bool] = True
     removable = True
 
     def __init__(
@@ -62,6 +63,7 @@ class FolderSource(Source):
         self.name = str(root)
         self.in_chans, self.value_range = in_chans, value_range
         listed = read_listing(listing) if listing is not None else None
+        self._extensions = extensions
         paths = without_masks(root, walk(root, extensions)) if listed is None else listed.paths
         if not paths:
             raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
@@ -127,7 +129,30 @@ class FolderSource(Source):
 
     def open(self, index: int) -> OpenImage:
         """See :meth:`Source.open`. Avoids pathlib, which takes as long as opening the file."""
-        return open_image(self._path(index), self.in_chans, self.value_range, self.describe(index))
+        return self.open_path(self._path(index))
+
+    def open_path(self, path: str) -> OpenImage:
+        """:meth:`open` for an image by its path, such as one that has joined the set."""
+        return open_image(path, self.in_chans, self.value_range, one_line(path))
+
+    def present(self) -> tuple[str, list[str]]:
+        """The images that are there now: a folder for :meth:`folder_of`, and their paths below it.
+
+        Raises:
+            ValueError: if the folder cannot be read.
+        """
+        return ".", without_masks(self.root, walk(self.root, self._extensions))
+
+    def known(self, folder: str) -> set[str]:
+        """The paths of the images of this set, relative to a folder that :meth:`present` named."""
+        if os.path.normpath(self.folder_of(folder)) == os.path.normpath(self._folder):
+            return set(self._listed())
+        below = self.folder_of(folder)
+        return {os.path.relpath(self._path(i), below) for i in range(len(self))}
+
+    def folder_of(self, root: str) -> str:
+        """The path of a folder that a run's record of joined images names."""
+        return os.path.normpath(os.path.join(self._folder, root))
 
     def _path(self, index: int) -> str:
         return os.path.join(self._folder, self._paths[index])
