@@ -29,9 +29,10 @@ def read_image(
 ) -> np.ndarray:
     """Decode an image and convert it to ``in_chans`` channels on the 0..255 scale.
 
-    Reads JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) and ``.npy`` ([H, W], [H, W, C] or [C, H, W]), and applies EXIF
-    rotation. The second of two and the fourth of four channels are alpha, except for TIFF samples that the file does
-    not call alpha: these are dropped where ``in_chans`` is smaller. Conversion to
+    Reads JPEG, PNG, WebP, BMP, TIFF, GIF (first frame), DICOM (``scan.dcm#7`` is frame 7) and ``.npy`` ([H, W],
+    [H, W, C] or [C, H, W]), and applies EXIF rotation. The second of two and the fourth of four channels are alpha,
+    except for TIFF samples that the file does not call alpha: these are dropped where ``in_chans`` is smaller.
+    Conversion to
 
     - 1 channel: luminance (Rec. 601), alpha composited over white;
     - 3 channels: gray is repeated, alpha composited over white;
@@ -42,7 +43,7 @@ def read_image(
         source: path, encoded bytes, binary file (read from its start), PIL image or array.
         in_chans: number of channels of the result.
         value_range: (lo, hi) of the stored values, which become 0 and 255; values outside are clipped. None: the range
-            of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1).
+            of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1); of a DICOM file its window.
         name: name of the image in error messages; default: the path.
 
     Returns:
@@ -63,7 +64,7 @@ def open_image(
         raise TypeError(f"an image is a path, bytes, a binary file, a PIL image or an array, not {type(source)}")
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
-        stored = open_stored(source, in_chans)
+        stored = open_stored(source, in_chans, value_range)
         pixels = _converted(stored, in_chans, value_range) if isinstance(stored, Stored) else stored
     return OpenImage(pixels, in_chans, value_range, name)
 
@@ -128,7 +129,7 @@ def _converted(stored: Stored, in_chans: int, value_range: tuple[float, float] |
     values, alpha = stored.values, None
     if stored.alpha and in_chans in (1, 3, 4):
         values, alpha = values[..., :-1], _to_255(values[..., -1:], _full_range(values.dtype))
-    return np.ascontiguousarray(_to_channels(_to_255(values, value_range), alpha, in_chans))
+    return np.ascontiguousarray(_to_channels(_to_255(values, value_range or stored.value_range), alpha, in_chans))
 
 
 def _full_range(dtype: np.dtype) -> tuple[float, float]:

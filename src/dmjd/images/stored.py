@@ -28,10 +28,12 @@ class Stored:
     Attributes:
         values: [H, W, C] in the stored data type.
         alpha: whether the last channel is alpha. Without alpha, a second or fourth channel is a band like the others.
+        value_range: the values that become 0 and 255 if no others are given; None: those of the data type.
     """
 
     values: np.ndarray
     alpha: bool = False
+    value_range: tuple[float, float] | None = None
 
 
 def check_pixels(height: int, width: int, bytes_per_pixel: int = 1) -> None:

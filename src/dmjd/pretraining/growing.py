@@ -26,7 +26,7 @@ def open_growth(
         source: the images that it began with.
         trained: those of them that it trains on.
         folder: the run folder, locked.
-        checkpoint: that the run goes on from; a run that has none begins anew, with the images that are there now.
+        checkpoint: that the run goes on from; without one it begins with the images that are there now.
         console: for messages.
 
     Raises:

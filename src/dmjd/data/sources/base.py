@@ -12,6 +12,7 @@ import numpy as np
 
 from dmjd.data.order import Part
 from dmjd.images.decoding import ImageLike
+from dmjd.images.dicom import frame_of
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.images.stored import UnreadableImage
 from dmjd.regular import check_regular
@@ -186,8 +187,9 @@ def _first_bytes(stored: ImageLike) -> bytes:
     if isinstance(stored, bytes):
         return stored[:_FIRST_BYTES]
     if isinstance(stored, str | Path):
-        check_regular(Path(stored))
-        with open(stored, "rb") as file:
+        path = frame_of(stored)[0]
+        check_regular(Path(path))
+        with open(path, "rb") as file:
             return file.read(_FIRST_BYTES)
     return np.asarray(stored).tobytes()[:_FIRST_BYTES]
 

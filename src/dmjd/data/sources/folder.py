@@ -12,6 +12,7 @@ import numpy as np
 
 from dmjd.checked_json import read_json
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
+from dmjd.data.sources.dicom_files import with_frames
 from dmjd.data.sources.paths import (
     EXTENSIONS,
     SPLIT_NAMES,
@@ -24,6 +25,7 @@ from dmjd.data.sources.paths import (
     without_masks,
 )
 from dmjd.files import write_text
+from dmjd.images.dicom import frame_of, may_be_dicom
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.text import printable
 
@@ -64,7 +66,7 @@ class FolderSource(Source):
         self.in_chans, self.value_range = in_chans, value_range
         listed = read_listing(listing) if listing is not None else None
         self._extensions = extensions
-        paths = without_masks(root, walk(root, extensions)) if listed is None else listed.paths
+        paths = images_below(root, extensions) if listed is None else listed.paths
         if not paths:
             raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
         self._take(root, paths, with_labels, listed)
@@ -141,7 +143,7 @@ class FolderSource(Source):
         Raises:
             ValueError: if the folder cannot be read.
         """
-        return ".", without_masks(self.root, walk(self.root, self._extensions))
+        return ".", images_below(self.root, self._extensions)
 
     def known(self, folder: str) -> set[str]:
         """The paths of the images of this set, relative to a folder that :meth:`present` named."""
@@ -185,7 +187,7 @@ class FolderSource(Source):
         """Bytes of the sampled files; -1 for one that is missing."""
         for index in self._sampled():
             try:
-                yield os.stat(self._path(index)).st_size
+                yield os.stat(frame_of(self._path(index))[0]).st_size
             except OSError:
                 yield -1
 
@@ -221,8 +223,20 @@ class Strings:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
+def images_below(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    """Sorted relative paths of the images below a folder, without masks; with :data:`EXTENSIONS` DICOM files too.
+
+    Raises:
+        ValueError: if a folder cannot be read, or all images are DICOM files and pydicom is missing.
+    """
+    paths = without_masks(root, walk(root, extensions))
+    return with_frames(root, paths) if extensions == EXTENSIONS else paths
+
+
 def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Sorted relative paths, with "/", of the files below ``root`` that have one of the extensions.
+
+    With :data:`EXTENSIONS`, names without one are listed too if they may be those of DICOM files.
 
     Links are followed; a folder that was already visited is not entered again. Links to nothing, and what is not a
     regular file, are listed too, and are unreadable images.
@@ -230,6 +244,10 @@ def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     Raises:
         ValueError: naming a folder that cannot be read.
     """
+
+    def wanted(name: str) -> bool:
+        return name.lower().endswith(extensions) or (extensions == EXTENSIONS and may_be_dicom(name))
+
     paths: list[str] = []
     seen: set[tuple[int, int]] = set()
     pending = [(str(root), "")]
@@ -245,7 +263,7 @@ def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
         folders = [entry for entry in visible if _is_folder(entry)]
         pending += [(entry.path, f"{prefix}{entry.name}/") for entry in reversed(folders)]  # in order from the end
         names = {entry.name for entry in folders}
-        paths += [prefix + e.name for e in visible if e.name not in names and e.name.lower().endswith(extensions)]
+        paths += [prefix + e.name for e in visible if e.name not in names and wanted(e.name)]
     return sorted(paths)
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmjd.data.sources.base import SourceOptions
+from dmjd.data.sources.dicom_files import check_dicom
 from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing
 from dmjd.data.sources.list_files import ListFile
 from dmjd.data.sources.list_formats import ENDINGS, PlainList, open_list
@@ -69,6 +70,8 @@ class ListSource(FolderSource):
             return
         written = rows.paths()
         paths = absolute_paths(written, self._base)
+        if listed is None and pc.any(pc.ends_with(paths, b".dcm")).as_py():
+            check_dicom(self.name)
         self.split, chosen = rows.split_rows(options.split)
         if not self.split:
             raise ValueError(f"no row of {printable(self.name)} belongs to the {options.split} part")
