@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import forked
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support import TINY
 
@@ -107,3 +109,43 @@ def test_machines_without_shared_files_are_an_error(tmp_path, image_folder, diff
     codes, said = forked.run_two(forked.as_second, *own, logs=tmp_path, seconds=120)
     assert codes == [2, 2]
     assert expected in said
+
+
+def test_two_processes_find_the_same_new_images(tmp_path):
+    """As many as one does, and without waiting for each other, although they see them at different positions."""
+    rng = np.random.default_rng(0)
+
+    def add(folder, numbers):
+        folder.mkdir(exist_ok=True)
+        for i in numbers:
+            Image.fromarray(rng.integers(0, 256, (40 + i % 3, 36, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+
+    add(tmp_path / "set", range(9))
+    common = [
+        "pretrain",
+        "folder",
+        "--data",
+        tmp_path / "set",
+        *TINY,
+        "--batch-size",
+        6,
+        "--held-out",
+        0,
+        "--blr",
+        0.01,
+    ]
+    common += ["--optimizer", "adamw", "--data-may-grow", "--num-workers"]
+    assert main([str(a) for a in (*common, 0, "--steps", 2, "--out", tmp_path / "one")]) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    add(tmp_path / "set", range(9, 14))
+    assert main([str(a) for a in (*common, 0, "--steps", 7, "--out", tmp_path / "one")]) == 0
+    torchrun(2, *common, 1, "--steps", 7, "--out", tmp_path / "two")
+    # One process ends in epoch 2; with workers the next one has been looked at.
+    records = [(tmp_path / name / "joined.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert records[1][: len(records[0])] == records[0]
+    assert json.loads(records[0][1])["paths"] == [f"{i:02d}.png" for i in range(9, 14)]
+    one, two = (load_file(tmp_path / name / "checkpoints" / "final.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(
+            without_key_bias(key, two[key]), without_key_bias(key, one[key]), **TOLERANCE, msg=key
+        )

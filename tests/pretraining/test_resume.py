@@ -86,7 +86,7 @@ ALLOWED = {
     "final_eval": True,
     "report": True,
 }
-ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown_now"} | {
+ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown_now", "data_may_grow"} | {
     "root",
     "path_column",
     "label_column",

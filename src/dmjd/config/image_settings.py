@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from dmjd.config.checks import not_rising
+
 
 def check_image_settings(config: Any) -> None:
     """Check settings of images that depend on each other: channels, value range and area of crops.
@@ -14,12 +16,8 @@ def check_image_settings(config: Any) -> None:
         if values is not None and len(values) != config.in_chans:
             raise ValueError(f"{name} has {len(values)} values for {config.in_chans} channels (--in-chans)")
     if config.value_range is not None and config.value_range[0] >= config.value_range[1]:
-        raise ValueError(_not_rising("value_range", config.value_range))
+        raise ValueError(not_rising("value_range", config.value_range))
     if config.crop_scale[0] > config.crop_scale[1] or config.crop_scale[1] == 0:
-        raise ValueError(_not_rising("crop_scale", config.crop_scale))
+        raise ValueError(not_rising("crop_scale", config.crop_scale))
     if (config.mean is None) != (config.std is None):
         raise ValueError("give both mean and std, or neither")
-
-
-def _not_rising(name: str, value: tuple[float, ...]) -> str:
-    return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"

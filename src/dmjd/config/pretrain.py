@@ -60,11 +60,14 @@ class PretrainConfig(Config):
     recipe: str = option("dmjd", "recipe the run started from", "run")
     data: str | tuple[str, ...] | None = option(
         None,
-        "folder of images, list (.txt .csv .tsv .jsonl .parquet), parquet, .tar or .zip file(s), set or hub name, or "
-        "digits; several, each with a weight if you like: A B:0.3 draws 30 % of the samples from B",
+        "folder of images (DICOM too), list (.txt .csv .tsv .jsonl .parquet), parquet, .tar or .zip file(s), set or "
+        "hub name, or digits; several, each with a weight if you like: A B:0.3 draws 30 % of the samples from B",
         "data",
         resume=True,
         common=True,
+    )
+    data_may_grow: bool = option(
+        False, "at each epoch, the images that are new in the folders and lists of --data join", "data", resume=True
     )
     out: str | None = option(None, "run folder", "run", resume=True, common=True)
     test_data: str | None = option(None, "labeled test set for kNN while training", "data", resume=True)

@@ -22,6 +22,7 @@ from dmjd.data.train_loader import TrainLoader
 from dmjd.data.unreadable import Report
 from dmjd.data.workers import available_cores
 from dmjd.images.decoding import ImageLike, open_stored
+from dmjd.images.dicom import frame_of
 from dmjd.images.invalid import has_invalid
 from dmjd.images.jpeg import PlainJpeg
 from dmjd.images.stored import UnreadableImage
@@ -184,7 +185,8 @@ def facts_of(source: Source, index: int) -> ImageFacts | Report:
     except OSError as error:
         return source.describe(index), error.strerror or str(error)
     content = np.asarray(stored).tobytes() if data is None else data
-    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+    frame = frame_of(stored)[1] if isinstance(stored, str | Path) else 1
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=b"%d" % frame).digest(), "big")
     invalid = float(np.isnan(pixels).mean()) if has_invalid(pixels) else 0.0
     return ImageFacts(_format_of(data), len(content), H, W, channels, digest, invalid)
 
@@ -194,14 +196,17 @@ def _stored_bytes(stored: ImageLike) -> bytes | None:
     if isinstance(stored, bytes):
         return stored
     if isinstance(stored, str | Path):
-        check_regular(Path(stored))
-        return Path(stored).read_bytes()
+        path = Path(frame_of(stored)[0])
+        check_regular(path)
+        return path.read_bytes()
     return None
 
 
 def _format_of(data: bytes | None) -> str:
     if data is None:
         return "array"
+    if data[128:132] == b"DICM":
+        return "DICOM"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WebP"
     return next((name for start, name in _SIGNATURES if data.startswith(start)), "other")

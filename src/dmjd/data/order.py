@@ -4,7 +4,7 @@ Both are functions of the number of a sample, so that training can begin at any 
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,80 @@ class Permutations:
 def permutation(seed: int, epoch: int | Tensor, n: int, first: int = 0) -> Tensor:
     """The order of an epoch of the images from ``first`` on: [n] int64 from 0; for epochs [e, 1], [e, n]."""
     return hash64(STREAM_EPOCH, seed, epoch, torch.arange(first, first + n)).argsort(dim=-1)
+
+
+class Joined(NamedTuple):
+    """Images that belong to a source from an epoch on: the index of the first one in the set, and their number."""
+
+    epoch: int
+    first: int
+    length: int
+
+
+class GrowingPermutations:
+    """:class:`Permutations` of a source that images join: an epoch is as long as there are images.
+
+    Args:
+        seed, length, first: see :class:`Permutations`; of the images that the source began with.
+        look: called with each epoch from 1 on, once and before its first image is drawn, which calls :meth:`join` if
+            there are new images.
+    """
+
+    def __init__(self, seed: int, length: int, first: int, look: Callable[[int], None]) -> None:
+        self._seed, self._look = seed, look
+        self._joined = [Joined(0, first, length)]
+        self._spans = [(0, 0, length)]  # from a position on: position, epoch, length of an epoch
+        self._fixed = 0  # the last epoch whose images are known
+        self._recent: dict[int, Tensor] = {}  # epoch -> its order
+
+    def join(self, joined: Joined) -> None:
+        """Add images from an epoch on, which must not come before those of an earlier call."""
+        self._fixed = max(self._fixed, joined.epoch)
+        if not joined.length:
+            return
+        start, epoch, length = self._spans[-1]
+        if joined.epoch <= epoch:
+            raise ValueError(f"images join at epoch {joined.epoch}, after those of epoch {epoch}")
+        self._joined.append(joined)
+        self._spans.append((start + (joined.epoch - epoch) * length, joined.epoch, length + joined.length))
+
+    def reach(self, first: int, last: int) -> None:
+        """Fix the images of each epoch up to that of position ``last``; all before position ``first`` were drawn."""
+        if first > 0:
+            self._fixed = max(self._fixed, self._epoch_of(first - 1))
+        while self._fixed < self._epoch_of(last):
+            epoch = self._fixed + 1
+            self._look(epoch)
+            self._fixed = epoch
+
+    def _epoch_of(self, position: int) -> int:
+        return int(self._locate(torch.tensor([position]))[0])
+
+    def _locate(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in the sequence [b] -> epochs [b] and positions in them [b]."""
+        starts, epochs, lengths = torch.tensor(self._spans).T.contiguous()
+        span = torch.searchsorted(starts, ordinals, right=True) - 1
+        inside = ordinals - starts[span]
+        return epochs[span] + inside // lengths[span], inside % lengths[span]
+
+    def draw(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Permutations.draw`; :meth:`reach` has been called for these positions."""
+        epochs, positions = self._locate(ordinals)
+        indices = torch.empty_like(ordinals)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            indices[here] = self._order(epoch)[positions[here]]
+        return epochs, indices
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._recent:
+            images = torch.cat(
+                [torch.arange(one.first, one.first + one.length) for one in self._joined if one.epoch <= epoch]
+            )
+            order = images[hash64(STREAM_EPOCH, self._seed, epoch, images).argsort()]
+            former = {e: order for e, order in self._recent.items() if e == epoch - 1}
+            self._recent = former | {epoch: order}
+        return self._recent[epoch]
 
 
 class Interleaving:

@@ -160,6 +160,7 @@ def _whole_range(source: Source, index: int) -> tuple[tuple[float, float], bool]
     dtype = stored.values.dtype if isinstance(stored, Stored) else np.dtype(np.uint8)
     integers = dtype.kind in "iu"
     natural = (0.0, float(np.iinfo(dtype).max)) if integers else (0.0, 1.0)
+    natural = (stored.value_range if isinstance(stored, Stored) else None) or natural
     return source.value_range or natural, integers
 
 

@@ -9,15 +9,17 @@ the streams are interleaved by their weights.
 import functools
 import itertools
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmjd.data.cache import ImagesInMemory, load_to_memory, memory_needed
-from dmjd.data.order import Interleaving, Part, Permutations
+from dmjd.data.growth import Growth, Place, WithJoined
+from dmjd.data.order import GrowingPermutations, Interleaving, Part, Permutations
 from dmjd.data.sources.base import Source
+from dmjd.data.sources.folder import FolderSource
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
 from dmjd.data.valid_crops import prefer_valid
@@ -45,6 +47,7 @@ class Stream:
         rank: index of this process.
         world_size: number of processes.
         parts: the sources of a mixture, in the order of their images, each with epochs of its own; none: a single one.
+        growth: the images that join the set.
 
     Raises:
         ValueError: if the batch cannot be divided evenly.
@@ -57,6 +60,7 @@ class Stream:
     rank: int = 0
     world_size: int = 1
     parts: tuple[Part, ...] = ()
+    growth: Growth | None = None
 
     def __post_init__(self) -> None:
         parts = self.accumulate * self.world_size
@@ -76,6 +80,8 @@ class Stream:
 
     def draw(self, *samples: range) -> tuple[Tensor, Tensor]:
         """Sample numbers, in order -> [b] int64 indices into the set and [b] int64 keys of the images."""
+        if self.growth is not None:
+            self._reach(self.growth, samples)
         numbers = torch.cat([torch.arange(part.start, part.stop) for part in samples])
         if len(self.parts) < 2:
             epochs, indices = self._orders[0].draw(numbers)
@@ -87,13 +93,27 @@ class Stream:
                 epochs[here], indices[here] = self._orders[source].draw(ordinals[here])
         return indices, image_keys(self.seed, epochs, indices)
 
+    def _reach(self, growth: Growth, samples: tuple[range, ...]) -> None:
+        """Find out which images the epochs of these samples have: all processes together, at the same micro-batch."""
+        size = self.batch_size // self.accumulate
+        begin, end = samples[0].start // size * size, -(-samples[-1].stop // size) * size
+        numbers = torch.arange(begin, end)
+        sources, ordinals = torch.zeros_like(numbers), numbers
+        if len(self.parts) > 1:
+            sources, ordinals = self._interleaving.place(numbers)
+        for source in sources.unique().tolist():
+            here = ordinals[sources == source]
+            growth.orders[source].reach(int(here[0]), int(here[-1]))
+
     @functools.cached_property
     def _interleaving(self) -> Interleaving:
         return Interleaving(self.parts)
 
     @functools.cached_property
-    def _orders(self) -> list[Permutations]:
+    def _orders(self) -> Sequence[Permutations | GrowingPermutations]:
         """The permutations of each source."""
+        if self.growth is not None:
+            return self.growth.orders
         lengths = [part.length for part in self.parts] or [self.length]
         firsts = itertools.accumulate(lengths, initial=0)
         return [Permutations(self.seed, length, first) for length, first in zip(lengths, firsts, strict=False)]
@@ -145,6 +165,7 @@ class TrainLoader:
         crop_scale: range of the crop's area, relative to the image.
         flip: flip half of the images.
         device: device of the batches.
+        growth: the images that join the set. It is read by worker processes, whatever its size.
 
     Attributes:
         unreadable: (name, reason) of images found unreadable while the set was loaded to memory.
@@ -167,14 +188,15 @@ class TrainLoader:
         crop_scale: tuple[float, float] = (0.5, 1.0),
         flip: bool = True,
         device: torch.device | None = None,
+        growth: Growth | None = None,
     ) -> None:
-        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size, source.parts)
+        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size, source.parts, growth)
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source
         # Crops are computed in float64, which MPS lacks.
         self._crops_on = self.device if self.device.type == "cuda" else torch.device("cpu")
-        self._memory = load_to_memory(source, _most_pixels(self.device))
+        self._memory = load_to_memory(source, _most_pixels(self.device)) if growth is None else None
         if self._memory is not None:
             self._memory.images = self._memory.images.to(self._crops_on)
             num_workers = 0
@@ -199,7 +221,12 @@ class TrainLoader:
         # Drawn in this process, because each worker would need the permutations, of 8 bytes per image.
         drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
         crops = CroppedImages(self._source, self._augment)
-        for result in read_batches(crops, drawn, self.num_workers, self._pinned):
+        if (growth := self.stream.growth) is None:
+            read = read_batches(crops, drawn, self.num_workers, self._pinned)
+        else:  # workers cannot know the images that join later
+            named = ((indices, keys, growth.among(indices)) for indices, keys in drawn)
+            read = read_batches(GrownImages(crops, growth.sources), named, self.num_workers, self._pinned)
+        for result in read:
             yield Batch(*result).to(self.device)
 
     @property
@@ -301,6 +328,22 @@ class CroppedImages:
         keys = torch.tensor([key])
         boxes = self._preferring_valid(self.augment.draw(keys, torch.tensor([whole.shape[:2]]))[0], keys, [whole])
         return crop_resize(whole, boxes[0].tolist(), self.augment.size, flip)
+
+
+@dataclass(frozen=True)
+class GrownImages:
+    """:class:`CroppedImages` of a set that grows, given the places of drawn images that have joined, too."""
+
+    crops: CroppedImages
+    sources: Sequence[FolderSource]
+
+    def __call__(self, drawn: tuple[np.ndarray, np.ndarray, dict[int, Place]]) -> tuple[Tensor, Tensor, list[Report]]:
+        """Images, keys and reports."""
+        indices, keys, joined = drawn
+        crops = (
+            replace(self.crops, source=WithJoined(self.crops.source, self.sources, joined)) if joined else self.crops
+        )
+        return crops((indices, keys))
 
 
 def stack(images: list[Tensor]) -> Tensor:

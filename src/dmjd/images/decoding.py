@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from dmjd.images import jpeg, tiff
+from dmjd.images import dicom, jpeg, tiff
 from dmjd.images.stored import MAX_PIXELS, Stored, UnreadableImage, check_pixels, upright
 from dmjd.regular import irregular
 from dmjd.text import printable
@@ -38,12 +38,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _OPAQUE_MODES = {"1": "L", "L": "L", "RGB": "RGB", "RGBX": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
-def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
+def open_stored(
+    source: ImageLike, in_chans: int, value_range: tuple[float, float] | None = None
+) -> Stored | jpeg.PlainJpeg:
     """The stored values, or a plain JPEG that is not decoded yet.
 
     Args:
         source: path, encoded bytes, binary file (read from its start), PIL image or array.
         in_chans: number of channels, used to find the channel axis of an array.
+        value_range: given by the user; DICOM files have one of their own.
 
     Raises:
         UnreadableImage, or nearly any other exception, for damaged data; :func:`reason` describes it.
@@ -53,9 +56,14 @@ def open_stored(source: ImageLike, in_chans: int) -> Stored | jpeg.PlainJpeg:
     if isinstance(source, Image.Image):
         with jpeg.no_warnings():
             return _from_pil(source)
+    frame = 1
+    if isinstance(source, str | os.PathLike):
+        source, frame = dicom.frame_of(source)
     with open_file(source) as file:
         head = file.read(32)
         file.seek(0)
+        if dicom.is_dicom(file):
+            return dicom.decode_dicom(file, frame, value_range)
         if head.startswith(jpeg.START):
             plain = jpeg.plain_jpeg(file.read())
             if plain is not None and plain.height * plain.width <= MAX_PIXELS:

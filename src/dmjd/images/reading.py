@@ -35,9 +35,10 @@ def read_image(
 ) -> np.ndarray:
     """Decode an image and convert it to ``in_chans`` channels on the 0..255 scale.
 
-    Reads JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) and ``.npy`` ([H, W], [H, W, C] or [C, H, W]), and applies EXIF
-    rotation. The second of two and the fourth of four channels are alpha, except for TIFF samples that the file does
-    not call alpha: these are dropped where ``in_chans`` is smaller. Conversion to
+    Reads JPEG, PNG, WebP, BMP, TIFF, GIF (first frame), DICOM (``scan.dcm#7`` is frame 7) and ``.npy`` ([H, W],
+    [H, W, C] or [C, H, W]), and applies EXIF rotation. The second of two and the fourth of four channels are alpha,
+    except for TIFF samples that the file does not call alpha: these are dropped where ``in_chans`` is smaller.
+    Conversion to
 
     - 1 channel: luminance (Rec. 601), alpha composited over white;
     - 3 channels: gray is repeated, alpha composited over white;
@@ -48,7 +49,7 @@ def read_image(
         source: path, encoded bytes, binary file (read from its start), PIL image or array.
         in_chans: number of channels of the result.
         value_range: (lo, hi) of the stored values, which become 0 and 255; values outside are clipped. None: the range
-            of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1).
+            of the data type (8-bit 0..255, 16-bit 0..65535, float 0..1); of a DICOM file its window.
         name: name of the image in error messages; default: the path.
         invalid: which pixels mean nothing; they become NaN, and only the others need to lie in the range. None: an
             image with values that are not finite is unreadable.
@@ -76,7 +77,7 @@ def open_image(
         raise TypeError(f"an image is a path, bytes, a binary file, a PIL image or an array, not {type(source)}")
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
     with _naming(name):
-        stored = open_stored(source, in_chans)
+        stored = open_stored(source, in_chans, value_range)
         if invalid is not None and invalid.nodata is not None and not isinstance(stored, Stored):
             stored = Stored(decode_plain(stored))  # a plain JPEG has no other invalid pixels
         pixels = _converted(stored, in_chans, value_range, invalid) if isinstance(stored, Stored) else stored
@@ -145,7 +146,7 @@ def _converted(
     invalid: InvalidPixels | None = None,
 ) -> np.ndarray:
     """Stored values -> [H, W, in_chans] on the 0..255 scale. ``value_range`` is that of the colors, not of alpha."""
-    values, alpha = stored.values, None
+    values, alpha, value_range = stored.values, None, value_range or stored.value_range
     is_mask = invalid is not None and invalid.alpha and in_chans != 4
     has_alpha = in_chans in (1, 3, 4) if stored.alpha else is_mask and stored.masked and in_chans == values.shape[2] - 1
     found = invalid.find(dataclasses.replace(stored, alpha=has_alpha)) if invalid is not None else None

@@ -31,12 +31,14 @@ class Stored:
         nodata: the value that means nothing, if the file names one.
         masked: whether the last of several bands beyond the colors is alpha; it is a band like the others, unless alpha
             says which pixels are valid.
+        value_range: the values that become 0 and 255 if no others are given; None: those of the data type.
     """
 
     values: np.ndarray
     alpha: bool = False
     nodata: float | None = None
     masked: bool = False
+    value_range: tuple[float, float] | None = None
 
 
 def check_pixels(height: int, width: int, bytes_per_pixel: int = 1) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.schedules import WSD
+from dmjd.data.growth import Growth
 from dmjd.data.recheck import Began, moved_reports, recheck
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.mixture import MixtureSource
@@ -62,6 +63,7 @@ class Monitor(Callback):
         source: all images of the set, as the record of the run names them.
         held_out: those of them that the run does not train on; None: it trains on all.
         console: for messages.
+        growth: the images that join the set.
 
     Attributes:
         unreadable: the unreadable images so far.
@@ -77,7 +79,9 @@ class Monitor(Callback):
         held_out: Source | None,
         folder: RunFolder,
         console: Console,
+        growth: Growth | None = None,
     ) -> None:
+        self._growth = growth
         self.config, self.model, self.source, self.folder, self.console = config, model, source, folder, console
         self._held_out = held_out
         self._num_trained = len(source) - (len(held_out) if held_out is not None else 0)
@@ -124,6 +128,7 @@ class Monitor(Callback):
             DEVICE_KEY: device_text(self._device),
             "content": list((self._began.content or {}).items()),
             "bad": self.unreadable.reports,
+            **({} if self._growth is None else {"joined": self._growth.count}),
             "config": json.loads(self.config.to_json()),
         }
 
@@ -314,16 +319,15 @@ class Monitor(Callback):
         if isinstance(self.source, MixtureSource):
             self.source.check_remains(self.unreadable.reports)
 
-    def report_unreadable(self) -> None:
-        """Write ``unreadable.txt``, if there were any."""
-        if not self.unreadable.count:
-            return
-        file = self.folder.path / "unreadable.txt"
-        if self.folder.owner:
-            write_text(
-                file, "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in self.unreadable.reports)
-            )
-        self.console.warn(f"{self.unreadable.count} unreadable image(s) were replaced; see {file}")
+    def report_unreadable(self) -> tuple[UnreadableReport, ...]:
+        """Write ``unreadable.txt``, if there were any; returns (name, reason) of each so far."""
+        reports = self.unreadable.reports
+        if reports:
+            file = self.folder.path / "unreadable.txt"
+            if self.folder.owner:
+                write_text(file, "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in reports))
+            self.console.warn(f"{len(reports)} unreadable image(s) were replaced; see {file}")
+        return tuple(reports)
 
     @property
     def _device(self) -> str:

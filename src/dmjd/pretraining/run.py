@@ -15,10 +15,12 @@ from dmjd.checked_json import check_json
 from dmjd.config.checks import check_out
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.sources import data_text
+from dmjd.data.growth import Growth
 from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.mixture import MixtureSource
-from dmjd.data.statistics import measure_stats, range_warning, typical_size
+from dmjd.data.sources.registry import check_may_grow
+from dmjd.data.statistics import measure_stats, range_warning
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
 from dmjd.encoders.headers import CHECKPOINTS, has_checkpoint, read_headers
@@ -36,6 +38,8 @@ from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.batch_size import keep_batch_size, resolve_batch_size
 from dmjd.pretraining.callbacks import Monitor, began_with
 from dmjd.pretraining.cooldown_now import branch_to_train
+from dmjd.pretraining.enlarged import warn_enlarged
+from dmjd.pretraining.growing import open_growth
 from dmjd.pretraining.held_out import hold_out, keep_held_out
 from dmjd.pretraining.pace import few_steps_of_epochs
 from dmjd.pretraining.schedule import check_schedule_fits, num_steps, schedule_of
@@ -47,8 +51,6 @@ from dmjd.runs.driver import Driver, newest_checkpoint
 from dmjd.runs.start import Start, read_start
 
 FEW_IMAGES = 64
-
-ENLARGED = 4  # warn if the input has more than this many times the pixels of an image
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         model.encoder.preprocess = resolve_preprocess(config, source, checkpoint, console, start)
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
         engine = make_engine(config, model, fabric, batch_size, len(trained))
-        monitor = Monitor(config, model, source, held_out, folder, console)
-        batches = batches_of(config, trained, engine, monitor.count_unreadable)
+        growth = open_growth(config, source, trained, folder, checkpoint, console)
+        monitor = Monitor(config, model, source, held_out, folder, console, growth)
+        batches = batches_of(config, trained, engine, monitor.count_unreadable, growth)
         driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
         driver.asked, driver.branch = asked, partial(branch_of, out, config, own_model)
         # 8. Restore everything from the checkpoint.
@@ -129,9 +132,8 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 9. Train, evaluating and saving at intervals.
         finished = driver.run()
         # 10. Final figures and evaluation.
-        monitor.report_unreadable()
+        unreadable = monitor.report_unreadable()
         evaluation = monitor.finish(engine.state) if finished else {}
-    unreadable = tuple(monitor.unreadable.reports)
     return RunResult(folder.path, engine.state.step, finished, driver.metrics, evaluation, unreadable)
 
 
@@ -170,6 +172,8 @@ def training_images(config: PretrainConfig, out: Path) -> Source:
         ValueError: if they cannot be opened, are others, or there is no checkpoint that says which they were.
     """
     assert config.data is not None
+    if config.data_may_grow:
+        check_may_grow(config.data)
     source = open_data(config, config.data, "train", listing=out / LISTING if has_checkpoint(out) else None)
     old = read_config_of(out)
     if old is None or old.data is None or old.data == config.data:
@@ -276,11 +280,15 @@ def _parameter_groups(config: PretrainConfig, task: PretrainTask) -> list[Parame
 
 
 def batches_of(
-    config: PretrainConfig, source: Source, engine: Engine, report: Callable[[list[UnreadableReport]], None]
+    config: PretrainConfig,
+    source: Source,
+    engine: Engine,
+    report: Callable[[list[UnreadableReport]], None],
+    growth: Growth | None,
 ) -> Callable[[int], Generator[Batch, None, None]]:
     """Start step -> :func:`training_batches` of an engine, as many as it divides a step into now."""
     return lambda step: training_batches(
-        config, source, engine.fabric, engine.batch_size, step, report, engine.accumulate
+        config, source, engine.fabric, engine.batch_size, step, report, engine.accumulate, growth
     )
 
 
@@ -292,11 +300,12 @@ def training_batches(
     start_step: int = 0,
     report: Callable[[list[UnreadableReport]], None] | None = None,
     accumulate: int | None = None,
+    growth: Growth | None = None,
 ) -> Generator[Batch, None, None]:
     """This process's endless micro-batches from a step on; closing the generator ends its worker processes.
 
     A set that fits into memory is read before this returns. ``report`` gets (name, reason) of unreadable images;
-    ``accumulate`` takes the place of the configured one.
+    ``accumulate`` takes the place of the configured one; ``growth`` names the images that join.
     """
     loader = TrainLoader(
         source,
@@ -310,7 +319,10 @@ def training_batches(
         crop_scale=(config.crop_scale[0], config.crop_scale[1]),
         flip=config.flip,
         device=fabric.device,
+        growth=growth,
     )
+    if growth is not None:  # processes find new images together, as far ahead of training as their workers are
+        check_same(loader.num_workers, "has --num-workers", "with --data-may-grow give all the same --num-workers")
 
     def batches() -> Generator[Batch, None, None]:
         if report is not None:
@@ -376,14 +388,3 @@ def mean_source(config: PretrainConfig, start: Start) -> str:
     words = {"encoder": "encoder", "img_size": "image size", "in_chans": "channels"}
     left = ", ".join(word for name, word in words.items() if name in start.settings)
     return f"mean and std {origin}" + (f"; {left} of the weights" if left else "")
-
-
-def warn_enlarged(config: PretrainConfig, source: Source, console: Console) -> None:
-    """Warn if images are much smaller than the input: each step costs more, but enlarging adds no detail."""
-    (H, W), (h, w) = config.size, typical_size(source) or config.size
-    times = H * W / (h * w)
-    if times > ENLARGED:
-        console.warn(
-            f"images of about {h} x {w} are enlarged to {H} x {W}: a step works on {times:.0f} times the pixels "
-            "they have; --img-size sets the side"
-        )

@@ -72,6 +72,7 @@ class PretrainState(ModelState):
     num_images: NotRequired[int]
     content: NotRequired[list[tuple[int, str]]]  # index and hash of sampled images
     bad: list[tuple[str, str]]  # unreadable images
+    joined: NotRequired[int]  # images that had joined the set
     scaler: NotRequired[dict[str, Any] | None]
     cooling: NotRequired[bool]  # the learning rate has begun to fall, with the schedule wsd
 

@@ -13,6 +13,7 @@ import numpy as np
 from dmjd.config.invalid import BLENDED
 from dmjd.data.order import Part
 from dmjd.images.decoding import ImageLike
+from dmjd.images.dicom import frame_of
 from dmjd.images.invalid import InvalidPixels
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.images.stored import UnreadableImage
@@ -68,6 +69,7 @@ class Source(ABC):
         label_option: the only value of ``labels`` besides "none" that is accepted; None: all are.
         can_hold_masks: whether such sets can have segmentation masks.
         remote: whether such sets are on the network.
+        may_grow: whether images may join such a set while a run trains on it; see :mod:`dmjd.data.growth`.
         listing: file that the list of images was read from; None: it is not from a file.
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
         full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
@@ -81,6 +83,7 @@ class Source(ABC):
     label_option: ClassVar[str | None] = None
     can_hold_masks: ClassVar[bool] = False
     remote: ClassVar[bool] = False
+    may_grow: ClassVar[bool] = False
 
     name: str
     in_chans: int = 3
@@ -189,8 +192,9 @@ def _first_bytes(stored: ImageLike) -> bytes:
     if isinstance(stored, bytes):
         return stored[:_FIRST_BYTES]
     if isinstance(stored, str | Path):
-        check_regular(Path(stored))
-        with open(stored, "rb") as file:
+        path = frame_of(stored)[0]
+        check_regular(Path(path))
+        with open(path, "rb") as file:
             return file.read(_FIRST_BYTES)
     return np.asarray(stored).tobytes()[:_FIRST_BYTES]
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dmjd.checked_json import read_json
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
+from dmjd.data.sources.dicom_files import with_frames
 from dmjd.data.sources.paths import (
     EXTENSIONS,
     SPLIT_NAMES,
@@ -24,6 +25,7 @@ from dmjd.data.sources.paths import (
     without_masks,
 )
 from dmjd.files import write_text
+from dmjd.images.dicom import frame_of, may_be_dicom
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.text import printable
 
@@ -48,6 +50,7 @@ class FolderSource(Source):
 
     kind = "a folder of images"
     label_option: ClassVar[str | None] = "folder"
+    may_grow: ClassVar[bool] = True
     removable = True
 
     def __init__(
@@ -62,7 +65,8 @@ class FolderSource(Source):
         self.name = str(root)
         self.in_chans, self.value_range = in_chans, value_range
         listed = read_listing(listing) if listing is not None else None
-        paths = without_masks(root, walk(root, extensions)) if listed is None else listed.paths
+        self._extensions = extensions
+        paths = images_below(root, extensions) if listed is None else listed.paths
         if not paths:
             raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
         self._take(root, paths, with_labels, listed)
@@ -127,7 +131,30 @@ class FolderSource(Source):
 
     def open(self, index: int) -> OpenImage:
         """See :meth:`Source.open`. Avoids pathlib, which takes as long as opening the file."""
-        return open_image(self._path(index), self.in_chans, self.value_range, self.describe(index), self.invalid)
+        return self.open_path(self._path(index))
+
+    def open_path(self, path: str) -> OpenImage:
+        """:meth:`open` for an image by its path, such as one that has joined the set."""
+        return open_image(path, self.in_chans, self.value_range, one_line(path), self.invalid)
+
+    def present(self) -> tuple[str, list[str]]:
+        """The images that are there now: a folder for :meth:`folder_of`, and their paths below it.
+
+        Raises:
+            ValueError: if the folder cannot be read.
+        """
+        return ".", images_below(self.root, self._extensions)
+
+    def known(self, folder: str) -> set[str]:
+        """The paths of the images of this set, relative to a folder that :meth:`present` named."""
+        if os.path.normpath(self.folder_of(folder)) == os.path.normpath(self._folder):
+            return set(self._listed())
+        below = self.folder_of(folder)
+        return {os.path.relpath(self._path(i), below) for i in range(len(self))}
+
+    def folder_of(self, root: str) -> str:
+        """The path of a folder that a run's record of joined images names."""
+        return os.path.normpath(os.path.join(self._folder, root))
 
     def _path(self, index: int) -> str:
         return os.path.join(self._folder, self._paths[index])
@@ -160,7 +187,7 @@ class FolderSource(Source):
         """Bytes of the sampled files; -1 for one that is missing."""
         for index in self._sampled():
             try:
-                yield os.stat(self._path(index)).st_size
+                yield os.stat(frame_of(self._path(index))[0]).st_size
             except OSError:
                 yield -1
 
@@ -196,8 +223,20 @@ class Strings:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
+def images_below(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    """Sorted relative paths of the images below a folder, without masks; with :data:`EXTENSIONS` DICOM files too.
+
+    Raises:
+        ValueError: if a folder cannot be read, or all images are DICOM files and pydicom is missing.
+    """
+    paths = without_masks(root, walk(root, extensions))
+    return with_frames(root, paths) if extensions == EXTENSIONS else paths
+
+
 def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Sorted relative paths, with "/", of the files below ``root`` that have one of the extensions.
+
+    With :data:`EXTENSIONS`, names without one are listed too if they may be those of DICOM files.
 
     Links are followed; a folder that was already visited is not entered again. Links to nothing, and what is not a
     regular file, are listed too, and are unreadable images.
@@ -205,6 +244,10 @@ def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     Raises:
         ValueError: naming a folder that cannot be read.
     """
+
+    def wanted(name: str) -> bool:
+        return name.lower().endswith(extensions) or (extensions == EXTENSIONS and may_be_dicom(name))
+
     paths: list[str] = []
     seen: set[tuple[int, int]] = set()
     pending = [(str(root), "")]
@@ -220,7 +263,7 @@ def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
         folders = [entry for entry in visible if _is_folder(entry)]
         pending += [(entry.path, f"{prefix}{entry.name}/") for entry in reversed(folders)]  # in order from the end
         names = {entry.name for entry in folders}
-        paths += [prefix + e.name for e in visible if e.name not in names and e.name.lower().endswith(extensions)]
+        paths += [prefix + e.name for e in visible if e.name not in names and wanted(e.name)]
     return sorted(paths)
 
 

@@ -64,7 +64,12 @@ def first_repeated(paths: pa.LargeBinaryArray) -> tuple[int, int] | None:
 
 
 def missing_rows(paths: pa.LargeBinaryArray) -> np.ndarray:
-    """The rows of absolute paths that are no files: [m] int64, ascending. Large folders are listed once."""
+    """The rows of absolute paths that are no files: [m] int64, ascending. Large folders are listed once.
+
+    ``a.dcm#2``, a frame, is there if ``a.dcm`` is.
+    """
+    if pc.any(pc.match_substring(paths, b"#")).as_py():  # frames of DICOM files
+        paths = pc.replace_substring_regex(paths, r"(?i)(\.dcm)#[0-9]+$", r"\1")
     folders = pc.dictionary_encode(pc.replace_substring_regex(paths, r"/[^/]*$", ""))
     codes = folders.indices.to_numpy()
     order = np.argsort(codes, kind="stable")  # rows folder by folder

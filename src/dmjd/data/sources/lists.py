@@ -4,10 +4,12 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmjd.data.sources.base import SourceOptions
+from dmjd.data.sources.dicom_files import check_dicom
 from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing
 from dmjd.data.sources.list_files import ListFile
 from dmjd.data.sources.list_formats import ENDINGS, PlainList, open_list
@@ -44,6 +46,7 @@ class ListSource(FolderSource):
         options = SourceOptions() if options is None else options
         self.name = str(file)
         self.in_chans, self.value_range = options.in_chans, options.value_range
+        self._file, self._options = file, options
         rows = open_list(file, options.path_column)
         self._base = os.path.realpath(file.parent if options.root is None else expanded(options.root))
         if options.root is not None and not os.path.isdir(self._base):
@@ -67,6 +70,8 @@ class ListSource(FolderSource):
             return
         written = rows.paths()
         paths = absolute_paths(written, self._base)
+        if listed is None and pc.any(pc.ends_with(paths, b".dcm")).as_py():
+            check_dicom(self.name)
         self.split, chosen = rows.split_rows(options.split)
         if not self.split:
             raise ValueError(f"no row of {printable(self.name)} belongs to the {options.split} part")
@@ -109,6 +114,24 @@ class ListSource(FolderSource):
     def from_data(cls, data: str, options: SourceOptions) -> "ListSource":
         """Open the list ``data``."""
         return cls(expanded(data), options)
+
+    def present(self) -> tuple[str, list[str]]:
+        """See :class:`FolderSource`. The list is read again; rows whose files do not exist yet are left out."""
+        rows = open_list(self._file, self._options.path_column)
+        paths = absolute_paths(rows.paths(), self._base)
+        taken, chosen = rows.split_rows(self.split)
+        if taken != self.split:
+            raise ValueError(f"no row of {printable(self.name)} belongs to the {self.split} part any more")
+        own = paths if chosen is None else paths.filter(chosen)
+        there = np.ones(len(own), dtype=bool)
+        there[missing_rows(own)] = False
+        own = own.filter(pa.array(there))
+        if not len(own):
+            return ".", []
+        root = common_folder(own)
+        return os.path.relpath(root, self._folder), [
+            os.fsdecode(path) for path in relative_paths(own, root).to_pylist()
+        ]
 
     def _place(self) -> dict[str, str]:
         """See :class:`FolderSource`."""

@@ -12,7 +12,7 @@ from dmjd.regular import irregular
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy", ".dcm")
 
 _TRAIN_NAMES = ("train", "training")
 

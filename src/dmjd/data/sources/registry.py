@@ -177,6 +177,20 @@ def has_split(data: str | Path | Sequence[str | Path], split: str) -> bool:
     return kind is not None and kind.has_split(name, split)
 
 
+def check_may_grow(data: Data) -> None:
+    """Check, before anything is opened, that images may join each source while a run trains on it.
+
+    Raises:
+        ValueError: naming a source that does not grow, or does not exist.
+    """
+    for name in (_named(source.data) for source in given_sources(data)):
+        kind = _find(name, "train")
+        if kind is not None and not kind.may_grow:
+            raise ValueError(
+                f"--data-may-grow is for folders and lists of images; {printable(name)} is {kind.kind}: leave it out"
+            )
+
+
 def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
     path = os.path.expanduser(data)

@@ -1,0 +1,203 @@
+"""Sets that grow: what joins when, the order of the epochs, and the record."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from image_sets import save
+
+from dmjd.data.growth import GROWTH_FILE, Growth, WithJoined, read_segments
+from dmjd.data.order import GrowingPermutations, Joined, Part, Permutations
+from dmjd.data.sources.digits import DigitsSource
+from dmjd.data.sources.registry import check_may_grow, open_source
+from dmjd.data.train_loader import Stream, TrainLoader
+from dmjd.rng import image_keys
+
+
+def folder(path: Path, names) -> Path:
+    for i, name in enumerate(names):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(path / name, value=10 * i)
+    return path
+
+
+@given(st.integers(1, 40), st.integers(0, 5), st.integers(0, 3), st.integers(1, 60))
+def test_a_set_to_which_nothing_joins_has_the_order_of_any_other(length, first, start, count):
+    looked = []
+    growing = GrowingPermutations(7, length, first, looked.append)
+    ordinals = torch.arange(start * length, start * length + count)
+    growing.reach(int(ordinals[0]), int(ordinals[-1]))
+    for mine, plain in zip(growing.draw(ordinals), Permutations(7, length, first).draw(ordinals), strict=True):
+        assert torch.equal(mine, plain)
+    last = int(ordinals[-1]) // length
+    assert looked == list(range(max(0, (int(ordinals[0]) - 1)) // length + 1, last + 1))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(1, 7))
+def test_each_epoch_holds_each_image_that_has_joined_once(joining, batch):
+    order = GrowingPermutations(0, 3, 0, lambda epoch: None)
+    lengths, total = [3], 3
+    for epoch, count in enumerate(joining, start=1):
+        order.join(Joined(epoch, total, count))
+        total += count
+        lengths.append(total)
+    drawn = []
+    for begin in range(0, sum(lengths), batch):
+        ordinals = torch.arange(begin, min(begin + batch, sum(lengths)))
+        drawn += zip(*(x.tolist() for x in order.draw(ordinals)), strict=True)
+    for epoch, length in enumerate(lengths):
+        assert sorted(index for e, index in drawn if e == epoch) == list(range(length))
+
+
+def draw_all(stream, steps, start=0):
+    requests = stream.micro_batches(start)
+    return [stream.draw(next(requests)) for _ in range(steps)]
+
+
+def test_new_images_join_at_the_next_epoch_and_a_resumed_run_draws_the_same(tmp_path):
+    root, file = folder(tmp_path / "set", ["a.png", "b.png", "c.png", "d.png"]), tmp_path / GROWTH_FILE
+    source, said = open_source(root), []
+    stream = Stream(4, 2, growth=Growth(source, [4], 0, file, say=said.append))
+    first = draw_all(stream, 1)
+    folder(root, ["new/e.png", "0.png"])  # while epoch 0 lasts
+    first += draw_all(stream, 1, 1)
+    assert stream.growth.count == 0
+    (root / "a.png").unlink()  # an image that is removed stays in the order
+    first += draw_all(stream, 4, 2)
+    assert said == [f"epoch 1 of {root}: 2 new image(s) join, 6 in all"]
+    assert sorted(torch.cat([first[i][0] for i in (2, 3, 4)]).tolist()) == list(range(6))
+    assert stream.growth.among(np.array([0, 4, 5])) == {4: (0, f"{root}/0.png"), 5: (0, f"{root}/new/e.png")}
+
+    for looking in (True, False):
+        folder(root, [f"{looking}.png"])  # too late for epochs that were begun
+        again = Stream(4, 2, growth=Growth(source, [4], 0, file, looking=looking))
+        for (indices, keys), (i, k) in zip(first[2:5], draw_all(again, 3, 2), strict=True):
+            assert torch.equal(indices, i)
+            assert torch.equal(keys, k)
+            assert torch.equal(keys, image_keys(0, torch.ones_like(i), i))
+        resumed = Stream(4, 2, growth=Growth(source, [4], 0, file, looking=looking))
+        assert torch.equal(draw_all(resumed, 1, 5)[0][0], first[5][0])  # epoch 2 had begun
+        draw_all(resumed, 4, 6)
+        assert resumed.growth.count == 3  # of both: the first one looked at epoch 3
+
+
+def test_processes_look_at_the_same_step(tmp_path):
+    """The share of one process may begin a new epoch earlier than that of another."""
+    root = folder(tmp_path / "set", [f"{i}.png" for i in range(5)])
+    looked = []
+    for rank in range(2):
+        asked = []
+        growth = Growth(
+            open_source(root),
+            [5],
+            0,
+            tmp_path / f"{rank}.jsonl",
+            from_first=lambda make, asked=asked: asked.append(1) or make(),
+        )
+        stream = Stream(5, 4, rank=rank, world_size=2, growth=growth)
+        requests, times = stream.micro_batches(0), []
+        for _ in range(6):
+            stream.draw(next(requests))
+            times.append(len(asked))
+        looked.append(times)
+    assert looked[0] == looked[1] == [1, 2, 3, 4, 4, 5]
+
+
+def test_images_that_join_are_read_by_workers(tmp_path):
+    """Those that cannot be read are replaced by images of the start, by any number of workers."""
+    root = folder(tmp_path / "set", [f"{i}.png" for i in range(6)])
+    source = open_source(root)
+    (root / "x.png").write_bytes(b"nothing")
+    save(root / "y.png", value=250)
+    seen = []
+    for workers in (0, 2):
+        growth = Growth(source, [6], 0, tmp_path / f"{workers}.jsonl")
+        loader = TrainLoader(source, img_size=(4, 4), batch_size=2, num_workers=workers, growth=growth)
+        batches = loader.batches()
+        seen.append([next(batches) for _ in range(7)])
+        batches.close()
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert one.unreadable == other.unreadable
+    values = [int(x) for batch in seen[0][3:] for x in batch.images[:, 0, 0, 0]]
+    assert values.count(250) == 1
+    assert [name for batch in seen[0] for name, _ in batch.unreadable] == [f"{root}/x.png"]
+
+
+def test_a_list_grows_by_rows_whose_files_exist(tmp_path):
+    folder(tmp_path / "one", ["a.png", "b.png"])
+    folder(tmp_path, ["two/c.png"])
+    rows = "path,split\none/a.png,train\none/b.png,train\n"
+    (tmp_path / "list.csv").write_text(rows)
+    source = open_source(tmp_path / "list.csv")
+    rows += "two/c.png,train\ntwo/later.png,train\none/a.png,train\n"
+    (tmp_path / "list.csv").write_text(rows)
+    growth = Growth(source, [2], 0, tmp_path / GROWTH_FILE)
+    draw_all(Stream(2, 2, growth=growth), 2)
+    assert growth.among(np.arange(9)[:3]) == {2: (0, f"{tmp_path}/two/c.png")}
+    folder(tmp_path, ["two/later.png"])
+    draw_all(Stream(2, 1, growth=growth), 6)
+    again = Growth(source, [2], 0, tmp_path / GROWTH_FILE, looking=False)
+    assert again.among(np.arange(4)) == {2: (0, f"{tmp_path}/two/c.png"), 3: (0, f"{tmp_path}/two/later.png")}
+
+
+def test_the_sources_of_a_mixture_grow_one_by_one(tmp_path):
+    one, two = folder(tmp_path / "A", [f"{i}.png" for i in range(4)]), folder(tmp_path / "B", ["0.png", "1.png"])
+    source = open_source([str(one), f"{two}:0.5"])
+    folder(two, ["2.png"])
+    growth = Growth(source, [4, 2], 0, tmp_path / GROWTH_FILE)
+    stream = Stream(6, 2, parts=(Part(4), Part(2, 0.5)), growth=growth)
+    drawn = torch.cat([indices for indices, _ in draw_all(stream, 5)]).tolist()
+    assert sorted(i for i in drawn if i in (4, 5, 6)) == [4, 4, 5, 5, 6]  # an epoch of two, then one of three
+    folder(one, ["x.png"])
+    draw_all(stream, 4, 5)
+    assert growth.among(np.array([6, 7])) == {6: (1, f"{two}/2.png"), 7: (0, f"{one}/x.png")}
+
+
+def test_a_folder_that_cannot_be_listed_does_not_end_the_run(tmp_path):
+    root, warned = folder(tmp_path / "set", ["a.png", "b.png"]), []
+    growth = Growth(open_source(root), [2], 0, tmp_path / GROWTH_FILE, warn=warned.append)
+    root.rename(tmp_path / "gone")
+    draw_all(Stream(2, 2, growth=growth), 4)
+    assert len(warned) == 1
+    assert "no new images are looked for" in warned[0]
+    (tmp_path / "gone").rename(root)
+    folder(root, ["c.png"])
+    draw_all(Stream(2, 2, growth=growth), 1, 4)
+    assert growth.count == 1
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    file = tmp_path / GROWTH_FILE
+    file.write_text('{"epoch": 1, "paths": ["a.png"]}\n{"epoch": 2, "pa')  # cut short by a kill: it was not used
+    assert [segment.paths for segment in read_segments(file)] == [["a.png"]]
+    assert file.read_text().endswith("}\n")
+    for line, problem in (("{", "line 2"), ('{"epoch": 2, "paths": ["../a.png"]}', "outside"), ("[]", "line 2")):
+        file.write_text(f'{{"epoch": 1, "paths": []}}\n{line}\n')
+        with pytest.raises(ValueError, match=problem):
+            read_segments(file)
+    file.write_text('{"epoch": 1, "paths": [], "source": 3}\n')
+    root = folder(tmp_path / "set", ["a.png"])
+    with pytest.raises(ValueError, match="other sources"):
+        Growth(open_source(root), [1], 0, file)
+
+
+def test_sets_that_do_not_grow_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"digits is .*: leave it out"):
+        check_may_grow(["digits"])
+    with pytest.raises(ValueError, match="does not grow"):
+        Growth(DigitsSource(), [10], 0, tmp_path / GROWTH_FILE)
+    check_may_grow(str(folder(tmp_path / "set", ["a.png"])))
+
+
+def test_images_in_a_batch_have_names(tmp_path):
+    root = folder(tmp_path / "set", ["a.png", "b.png"])
+    source = open_source(root)
+    joined = WithJoined(source, [source], {2: (0, f"{root}/b.png")})
+    assert [joined.describe(i) for i in (0, 2)] == [f"{root}/a.png", f"{root}/b.png"]
+    assert (len(joined), joined.stored(2), joined.stored(0)) == (2, root / "b.png", root / "a.png")
+    assert np.array_equal(joined.read(2), source.read(1))
+    assert np.array_equal(joined.read(0), source.read(0))
