@@ -105,7 +105,7 @@ def test_reasons_that_differ_in_numbers_are_one(tmp_path):
     found = dmjd.inspect(str(tmp_path), in_chans=1, img_size=8, num_workers=0)
     first, second = found["unreadable"]["reasons"].items()
     assert (first[1], second[1]) == (3, 3)
-    general = "float32 values from ... to ..., outside 0..1: give --value-range LO HI"
+    general = "float32 values from ... to ..., outside 0..1: give --value-range LO HI (value_range in Python)"
     assert general in (first[0], second[0])
 
 

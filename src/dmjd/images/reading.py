@@ -191,7 +191,9 @@ def _natural_range(array: np.ndarray) -> tuple[float, float]:
     if array.dtype.kind == "f" and lo >= -0.01 and hi <= 1.01:  # earlier resampling may overshoot a little
         return 0.0, 1.0
     expected = "outside 0..1" if array.dtype.kind == "f" else "of no natural range"
-    raise UnreadableImage("", f"{array.dtype} values from {lo:g} to {hi:g}, {expected}: give --value-range LO HI")
+    raise UnreadableImage(
+        "", f"{array.dtype} values from {lo:g} to {hi:g}, {expected}: give --value-range LO HI (value_range in Python)"
+    )
 
 
 def _to_channels(color: np.ndarray, alpha: np.ndarray | None, in_chans: int) -> np.ndarray:
