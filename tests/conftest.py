@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 # Two test processes share the cores; more threads would wait for each other, here and in processes that tests start.
@@ -14,6 +15,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # Every run of a test draws two figures. As many pixels as users get would take most of the time of a tiny training.
 matplotlib.rcParams["savefig.dpi"] = 30
+# Folders whose tests do not look at figures: there they are made and saved, but blank.
+BLANK = {"data", "encoders", "engine", "interop", "nn", "pretraining", "runs", "sources", "targets", "tests"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def figures_where_they_matter(request):
+    """Drawing two figures takes twice as long as all else that a tiny run does."""
+
+    def leave_blank(canvas: FigureCanvasAgg) -> None:
+        canvas.renderer = canvas.get_renderer()
+        canvas.renderer.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name in BLANK:
+            patch.setattr(FigureCanvasAgg, "draw", leave_blank)
+        yield
 
 
 @pytest.fixture(scope="session")

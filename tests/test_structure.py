@@ -85,6 +85,16 @@ def test_imports_follow_the_flow_of_data(module):
     assert not upwards, f"{module} imports {sorted(upwards)}, which come later in ORDER"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_slow_libraries_are_imported_where_they_are_used(module):
+    """Every command would wait for them."""
+    slow = {"datasets", "onnx", "onnxruntime", "pandas", "plotly", "scipy", "sklearn", "tensorboard", "transformers"}
+    top = ast.parse(MODULES[module].read_text()).body
+    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+    assert not {name.partition(".")[0] for name in names} & slow
+
+
 def test_no_circles():
     graph = {name: imports_of(file) - {"dmjd", name} for name, file in MODULES.items()}
     assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(MODULES)

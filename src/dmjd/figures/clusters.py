@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from dmjd.data.sources.base import Source
 from dmjd.encoders.base import Encoder
@@ -37,6 +36,8 @@ def find_clusters(unit: np.ndarray, num_clusters: int, seed: int = 0) -> tuple[n
     Returns:
         Cluster of each image [n], the largest cluster is 0; and distance to the center of its cluster [n].
     """
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # slow to import
+
     kind = KMeans if len(unit) <= _MANY else MiniBatchKMeans
     means = kind(num_clusters, n_init=3, random_state=seed % 2**32).fit(unit)
     sizes = np.bincount(means.labels_, minlength=num_clusters)
