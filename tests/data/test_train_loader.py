@@ -151,7 +151,7 @@ def test_unreadable_images_are_replaced_by_those_of_their_keys(shapes):
     for index, key, shown in zip(drawn.tolist(), all_keys, seen.tolist(), strict=True):
         attempt = 0
         while index in unreadable:
-            index = int(replacement(key[None], attempt, 20))
+            index = int(replacement(torch.tensor([index]), key[None], attempt, 20))
             attempt += 1
         assert shown == index
     reported = Counter(name for b in batches for name, _ in b.unreadable)

@@ -129,6 +129,7 @@ def test_sizes_have_units_that_suit_them(number, text):
         "looked_at": 1,
         "formats": {},
         "channels": {},
+        "invalid": {"images": 0, "share": 0.0},
         "bytes": facts,
         "sizes": {"smallest": [1, 1], "median": [1, 1], "largest": [1, 1], "different": 1},
         "unreadable": {"count": 0, "reasons": {}, "first": []},
