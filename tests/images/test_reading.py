@@ -54,8 +54,8 @@ def test_npy_gray_and_big_endian(tmp_path):
     ("array", "reason"),
     [
         (np.float32([[0, np.nan]]), "not finite"),
-        (np.float32([[0, 200]]), "value_range"),
-        (np.int64([[0, 200]]), "value_range"),
+        (np.float32([[0, 200]]), "--value-range LO HI"),
+        (np.int64([[0, 200]]), "--value-range LO HI"),
         (np.array([["a"]]), "are not pixels"),
         (np.zeros((2, 2, 2, 2), np.uint8), "expected"),
         (np.zeros((0, 4), np.uint8), "the image is empty"),
