@@ -126,7 +126,7 @@ class PretrainConfig(Config):
 
     encoder: str = option(
         "conv_vit_base_patch16",
-        "vit_* or conv_vit_*, tiny small base large; timm/NAME; with --init that of the weights",
+        "vit_* or conv_vit_*, tiny small base large, vit_* also huge giant; timm/NAME; with --init that of the weights",
         "encoder",
         common=True,
     )
