@@ -19,6 +19,7 @@ from dmjd.config.checks import (
     MAX_VIEWS,
     MAX_WIDTH,
     MAX_WORKERS,
+    check_rising,
 )
 from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
 from dmjd.config.schedules import (
@@ -29,6 +30,7 @@ from dmjd.config.schedules import (
     SCHEDULES,
     check_schedule,
 )
+from dmjd.config.strategies import DDP, STRATEGIES, STRATEGY_HELP, check_strategy
 
 FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
@@ -314,6 +316,7 @@ class PretrainConfig(Config):
     seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)
     device: str = option("auto", "device to train on", "machine", resume=True, common=True, choices=DEVICES)
+    strategy: str = option(DDP, STRATEGY_HELP, "machine", resume=True, choices=STRATEGIES)
     compile: bool = option(False, "torch.compile the model", "machine")
     grad_checkpointing: bool = option(False, "recompute activations: less memory, slower", "machine", resume=True)
 
@@ -353,10 +356,9 @@ class PretrainConfig(Config):
             values = getattr(self, name)
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{name} has {len(values)} values for {self.in_chans} channels (--in-chans)")
-        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
-            raise ValueError(_not_rising("value_range", self.value_range))
-        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] == 0:
-            raise ValueError(_not_rising("crop_scale", self.crop_scale))
+        if self.value_range is not None:
+            check_rising("value_range", self.value_range)
+        check_rising("crop_scale", self.crop_scale, may_be_equal=self.crop_scale[1] > 0)
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
@@ -364,6 +366,7 @@ class PretrainConfig(Config):
         if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
             raise ValueError("init_hash, init_fresh, init_decoder (--init-decoder, ...) and from_init need --init")
         check_schedule(self.schedule, self.warmup, self.warmup_steps, self.cooldown, self.init_freeze)
+        check_strategy(self.strategy, self.optimizer, self.precision, self.compile)
         if self.teacher is not None and "teacher" not in self.branch_targets.values():
             raise ValueError("--teacher has no use without target 'teacher' (--target, --mim-target or --vis-target)")
 
@@ -394,7 +397,3 @@ class PretrainConfig(Config):
         if "disjoint" in settings:
             settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"
         return settings
-
-
-def _not_rising(name: str, value: tuple[float, ...]) -> str:
-    return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"
