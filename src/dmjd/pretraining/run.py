@@ -249,7 +249,7 @@ def make_engine(
     schedule, warmup_steps = schedule_of(config, steps)
     assert model.encoder.preprocess is not None
     model.set_grad_checkpointing(config.grad_checkpointing)
-    if config.grad_checkpointing:
+    if config.grad_checkpointing or is_sharded(fabric):
         keep_freed_memory(fabric.device, up_to=SMALL_BLOCK)
     task = PretrainTask(model, model.encoder.preprocess)
     whole = WholeModel(model, fabric) if is_sharded(fabric) else None
