@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from support import TINY_FIELDS, small_encoder
 from torch import nn
 
 import dmjd
+from dmjd.branches import default_decoder
 from dmjd.encoders.base import Encoder, drop_path_rates
 from dmjd.encoders.registry import ENCODERS, create_encoder, encoder_names, fresh_like, nearest_name, resized
+from dmjd.encoders.source_settings import of_plain_vit
 from dmjd.encoders.weights import load_encoder
 from dmjd.engine.layer_decay import layer_groups
 from dmjd.evaluation.supervised.pyramid import Pyramid
@@ -28,12 +31,31 @@ def test_every_name_builds(name):
     side = int(name.rpartition("patch")[2]) * 2
     with torch.device("meta"):
         encoder = create_encoder(name, img_size=(side, 2 * side))
-    widths = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
-    assert encoder.embed_dim == widths[name.split("_")[-2]]
+    widths = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280, "giant": 1408}
+    size = name.split("_")[-2]
+    assert encoder.embed_dim == widths[size]
     assert (encoder.name, encoder.grid, encoder.patch_size, encoder.in_chans) == (name, (2, 4), side // 2, 3)
-    depth = {"vit": (12, 24), "conv": (11, 23)}[name.split("_")[0]]["large" in name]
-    assert len(encoder.blocks) == depth
-    assert encoder.decoder_mlp_ratio == (8 if name.startswith("conv") else 4)
+    depths = {"large": 24, "huge": 32, "giant": 40}
+    assert len(encoder.blocks) == depths.get(size, 12) - name.startswith("conv")
+    assert encoder.decoder_mlp_ratio == (8 if name.startswith("conv") else 48 / 11 if size == "giant" else 4)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("large", 303), ("huge", 631), ("giant", 1011)])
+def test_the_largest_are_those_of_timm(size, millions):
+    """timm has large with patch 16, the larger ones with patch 14."""
+    patch = 16 if size == "large" else 14
+    with torch.device("meta"):
+        encoder = create_encoder(f"vit_{size}_patch{patch}", class_token=True)
+        named = timm.create_model(f"vit_{size}_patch{patch}_224", num_classes=0)
+    assert timm_call(encoder) == (f"vit_{size}_patch{patch}_224", {"num_classes": 0})
+    ours, theirs = ({name: value.shape for name, value in m.state_dict().items()} for m in (encoder, named))
+    assert ours == theirs
+    assert encoder.num_heads == named.blocks[0].attn.num_heads
+    assert round(sum(value.numel() for value in named.parameters()) / 1e6) == millions
+    assert of_plain_vit(encoder.state_dict()) == {"encoder": encoder.name, "class_token": True} | dict.fromkeys(
+        ("embed_dim", "depth", "num_heads", "mlp_ratio")
+    )
+    assert default_decoder(encoder.embed_dim) == (512, 8, 16)  # as for all sizes of MAE
 
 
 @pytest.mark.parametrize(

@@ -199,11 +199,13 @@ except (ZeroDivisionError, ValueError) as error:
 """
 
 
-def test_two_processes_make_branches(image_folder, stopped, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_make_branches(image_folder, stopped, tmp_path, strategy):
     """Of a run under way, which goes on as if nothing had happened, and of one that was stopped."""
     out, straight = tmp_path / "run", tmp_path / "straight"
     shutil.copytree(stopped, copy := tmp_path / "stopped")
-    given = (config_of(image_folder, out).to_json(), straight, copy)
+    fields = {"strategy": strategy} | ({"optimizer": "adamw"} if strategy == "fsdp" else {})
+    given = (config_of(image_folder, out, **fields).to_json(), straight, copy)
     codes, said = forked.run_two(forked.execute, TWO, *given, logs=tmp_path, seconds=240)
     assert codes == [0, 0], said
     assert said.count("no branch, the run goes on: step 2 belongs to the warm-up of 3 steps") == 1

@@ -126,6 +126,12 @@ def _within(name: str, value: Any, bounds: Bounds) -> Any:
     return value
 
 
+def check_rising(name: str, value: Sequence[float], may_be_equal: bool = False) -> None:
+    """Raise ValueError if the second of two numbers is not larger than the first."""
+    if value[0] > value[1] or (value[0] == value[1] and not may_be_equal):
+        raise ValueError(f"{name} must rise from its first to its second number, got {value[0]} {value[1]}")
+
+
 def check_bool(name: str, value: Any) -> bool:
     """True or False, also NumPy's."""
     value = plain(value)
@@ -179,8 +185,3 @@ def check_path(name: str, value: Any) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ValueError(f"{name} {shown(text)}: there is no such home folder; write the path out") from None
-
-
-def not_rising(name: str, value: Sequence[float]) -> str:
-    """The message about a pair of numbers that does not rise."""
-    return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"

@@ -31,6 +31,7 @@ from dmjd.config.schedules import (
     SCHEDULES,
     check_schedule,
 )
+from dmjd.config.strategies import DDP, STRATEGIES, STRATEGY_HELP, check_strategy
 
 FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
@@ -133,7 +134,7 @@ class PretrainConfig(Config):
 
     encoder: str = option(
         "conv_vit_base_patch16",
-        "vit_* or conv_vit_*, tiny small base large; timm/NAME; with --init that of the weights",
+        "vit_* or conv_vit_*, tiny small base large, vit_* also huge giant; timm/NAME; with --init that of the weights",
         "encoder",
         common=True,
     )
@@ -321,6 +322,7 @@ class PretrainConfig(Config):
     seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)
     device: str = option("auto", "device to train on", "machine", resume=True, common=True, choices=DEVICES)
+    strategy: str = option(DDP, STRATEGY_HELP, "machine", resume=True, choices=STRATEGIES)
     compile: bool = option(False, "torch.compile the model", "machine")
     grad_checkpointing: bool = option(False, "recompute activations: less memory, slower", "machine", resume=True)
 
@@ -363,6 +365,7 @@ class PretrainConfig(Config):
         if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
             raise ValueError("init_hash, init_fresh, init_decoder (--init-decoder, ...) and from_init need --init")
         check_schedule(self.schedule, self.warmup, self.warmup_steps, self.cooldown, self.init_freeze)
+        check_strategy(self.strategy, self.optimizer, self.precision, self.compile)
         if self.teacher is not None and "teacher" not in self.branch_targets.values():
             raise ValueError("--teacher has no use without target 'teacher' (--target, --mim-target or --vis-target)")
 

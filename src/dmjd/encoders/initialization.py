@@ -74,8 +74,8 @@ def create_encoder(
     """Create an encoder with random weights (from torch's global random state), or with those of ``init``.
 
     Args:
-        name: ``vit_{tiny,small,base,large}_patch{P}``, ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``, or that of
-            another family; see :func:`dmjd.encoders.registry.encoder_names`.
+        name: ``vit_{tiny,small,base,large,huge,giant}_patch{P}``, ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``,
+            or that of another family; see :func:`dmjd.encoders.registry.encoder_names`.
         img_size: pixels, one side or (height, width), divisible by the patch.
         in_chans: channels.
         class_token: one prefix token, if the family supports one.

@@ -116,8 +116,8 @@ def create_encoder(
     """Create an encoder with random weights (from torch's global random state).
 
     Args:
-        name: ``vit_{tiny,small,base,large}_patch{P}``, ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``, or
-            ``timm/NAME`` for a vision transformer of timm.
+        name: ``vit_{tiny,small,base,large,huge,giant}_patch{P}``, ``conv_vit_{tiny,small,base,large}_patch{4,8,16}``,
+            or ``timm/NAME`` for a vision transformer of timm.
         img_size: pixels, one side or (height, width), divisible by the patch.
         in_chans: channels.
         class_token: one prefix token (ViT only). A model of timm has one if its name says so, or if this is True.

@@ -83,7 +83,7 @@ def of_plain_vit(tensors: Mapping[str, Tensor], heads: int | None = None) -> dic
         "embed_dim": width if width != named["embed_dim"] else None,
         "depth": depth if depth != named["depth"] else None,
         "num_heads": heads if heads not in (None, named["num_heads"]) else None,
-        "mlp_ratio": ratio if ratio != MLP_RATIO else None,
+        "mlp_ratio": ratio if ratio != named.get("mlp_ratio", MLP_RATIO) else None,
     }
 
 

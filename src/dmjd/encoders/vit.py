@@ -47,6 +47,8 @@ class VisionTransformer(PlainEncoder):
         "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
         "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
         "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+        "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+        "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
     }
     PATCHES = (2, 4, 8, 14, 16, 32)
 
@@ -117,5 +119,6 @@ class VisionTransformer(PlainEncoder):
         }
         if not self.num_prefix_tokens:
             arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-        defaults = {"img_size": (224, 224), "patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0, **self.SIZES[size]}
-        return TimmModel(f"vit_{size}_patch16_224", arguments, defaults)
+        patch = 14 if size in ("huge", "giant") else 16  # timm has no others of that name
+        defaults = {"img_size": (224, 224), "patch_size": patch, "in_chans": 3, "mlp_ratio": 4.0, **self.SIZES[size]}
+        return TimmModel(f"vit_{size}_patch{patch}_224", arguments, defaults)

@@ -16,8 +16,10 @@ from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy
 
 from dmjd.config.fields import DEVICES, PRECISIONS
+from dmjd.config.strategies import DDP, FSDP
 from dmjd.data.workers import available_cores, wait_limit
 from dmjd.engine.processes import LostProcessError, explain_loss, find_launch, introduce, warn_alone
+from dmjd.engine.sharding import ShardedStrategy
 
 SMALL_BLOCK = 1 << 21  # bytes, the size of a huge page: the largest blocks kept if memory use must stay low
 
@@ -26,7 +28,7 @@ _FABRIC_PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
-def make_fabric(device: str, precision: str, distributed: bool = True) -> Fabric:
+def make_fabric(device: str, precision: str, distributed: bool = True, strategy: str = DDP) -> Fabric:
     """Launch Fabric in this process: devices and nodes as given by torchrun or SLURM, else one device.
 
     Processes wait for each other for at most :func:`~dmjd.data.workers.wait_limit` seconds.
@@ -35,6 +37,7 @@ def make_fabric(device: str, precision: str, distributed: bool = True) -> Fabric
         device: "auto", "cpu", "cuda" or "mps".
         precision: "auto" (bf16 on a GPU that supports it, else fp32), "fp32", "bf16" or "fp16".
         distributed: whether several processes may share the work.
+        strategy: "ddp" or "fsdp"; of no effect for one process.
 
     Raises:
         ValueError: if the device is not available or does not support the precision, or for one of several processes
@@ -55,12 +58,13 @@ def make_fabric(device: str, precision: str, distributed: bool = True) -> Fabric
     if launch.num_processes == 1 and distributed:
         warn_alone()
     mixed = _FABRIC_PRECISIONS.get(precision)
+    processes = ShardedStrategy if strategy == FSDP else DDPStrategy
     fabric = Fabric(
         accelerator=device,
         devices=launch.devices,
         num_nodes=launch.nodes,
         plugins=[launch.environment, *([Autocast(mixed, device)] if mixed else [])],  # type: ignore[arg-type]
-        strategy=DDPStrategy(timeout=timedelta(seconds=wait_limit())) if launch.num_processes > 1 else "auto",
+        strategy=processes(timeout=timedelta(seconds=wait_limit())) if launch.num_processes > 1 else "auto",
     )
     try:
         fabric.launch()

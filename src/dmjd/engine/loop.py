@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dmjd.engine.cooldown import Cooldown
 from dmjd.engine.device import loss_scaler, peak_memory, precision_name, seed_device, unscale_gradients
 from dmjd.engine.optim import group_factor, reserve_state
+from dmjd.engine.sharding import WholeModel, is_sharded, whole
 from dmjd.engine.stop_signal import StopSignal
 from dmjd.rng import STREAM_STEP, hash64
 
@@ -91,7 +92,7 @@ class Engine:
 
     Args:
         fabric: a launched Fabric.
-        task: the module to train, not wrapped.
+        task: the module to train, not wrapped; sharded if that is the strategy of ``fabric``.
         optimizer: optimizer of its parameters. A group with an "lr_scale" (timm's key for layer-wise decay) uses that
             multiple of the learning rate, one with a "frozen_until" is not trained before that progress. On an
             accelerator, fused optimizers skip a non-finite step without waiting for the device; others wait once a
@@ -108,6 +109,7 @@ class Engine:
         seed: seed of dropout and stochastic depth.
         log_every: steps between scalars.
         compile: use ``torch.compile``.
+        whole: the whole of a sharded model, for evaluations and checkpoints.
 
     Attributes:
         state: step, images and seconds so far.
@@ -131,12 +133,14 @@ class Engine:
     seed: int = 0
     log_every: int = 20
     compile: bool = False
+    whole: WholeModel | None = None
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
         self._scaled = precision_name(self.fabric) == "fp16"
         self._eager = self.fabric.device.type == "cpu"  # reading a value does not block
-        self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
+        self._sharded = is_sharded(self.fabric)
+        self._skips_on_device = bool(self.optimizer.defaults.get("fused")) and not self._sharded
         module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
         if self._eager and isinstance(self.optimizer, torch.optim.AdamW):
@@ -218,8 +222,9 @@ class Engine:
             meter.waited += time.perf_counter() - waited
             # Seeds derived from the step make dropout exact on resume without saving generator states.
             seed_device(self.fabric.device, int(hash64(STREAM_STEP, self.seed, step, part, rank)) & (2**63 - 1))
-            last = part == self.accumulate - 1
-            with nullcontext() if last else self.fabric.no_backward_sync(self._model):
+            # Sums of whole gradients are what sharded training has no memory for: it adds up parts.
+            synchronized = part == self.accumulate - 1 or self._sharded
+            with nullcontext() if synchronized else self.fabric.no_backward_sync(self._model):
                 out = self._model(batch)
                 self.fabric.backward(out["loss"] / self.accumulate)
             loss = loss + out["loss"].detach()
@@ -240,7 +245,7 @@ class Engine:
         if self._scaled:
             unscale_gradients(self.fabric, self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         return norm

@@ -24,7 +24,7 @@ from dmjd.nn.modes import evaluating, own_defaults
 from dmjd.nn.timm_blocks import is_plain
 
 # Width -> attention heads of the published models; they cannot be inferred from the tensors.
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 
 
 @own_defaults()

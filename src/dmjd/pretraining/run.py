@@ -15,6 +15,7 @@ from dmjd.checked_json import check_json
 from dmjd.config.checks import check_out
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.sources import data_text
+from dmjd.config.strategies import FSDP
 from dmjd.data.growth import Growth
 from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
@@ -31,6 +32,7 @@ from dmjd.engine.layer_decay import encoder_groups
 from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate
 from dmjd.engine.processes import check_same, from_first, num_processes
+from dmjd.engine.sharding import WholeModel, is_sharded, shard
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
@@ -103,9 +105,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     config, start = read_start(keep_held_out(keep_batch_size(config, out), out), out, own_model=model is not None)
     model = build_model(config, start) if model is None else model
     # 2. Devices and processes.
-    fabric = make_fabric(config.device, config.precision)
+    fabric = make_fabric(config.device, config.precision, strategy=config.strategy)
     console = Console(enabled=fabric.is_global_zero)
-    check_settings(config, out, fabric)
+    check_settings(config, out, fabric, own_model=own_model is not None)
     # 3. The images.
     source = same_images(training_images(config, out))
     config, trained, held_out = hold_out(config, source)
@@ -122,7 +124,8 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
         engine = make_engine(config, model, fabric, batch_size, len(trained))
         growth = open_growth(config, source, trained, folder, checkpoint, console)
-        monitor = Monitor(config, model, source, held_out, folder, console, growth)
+        evaluated = engine.whole.model if engine.whole else model
+        monitor = Monitor(config, evaluated, source, held_out, folder, console, growth)
         batches = batches_of(config, trained, engine, monitor.count_unreadable, growth)
         driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
         driver.asked, driver.branch = asked, partial(branch_of, out, config, own_model)
@@ -251,9 +254,12 @@ def make_engine(
     schedule, warmup_steps = schedule_of(config, steps)
     assert model.encoder.preprocess is not None
     model.set_grad_checkpointing(config.grad_checkpointing)
-    if config.grad_checkpointing:
+    if config.grad_checkpointing or is_sharded(fabric):
         keep_freed_memory(fabric.device, up_to=SMALL_BLOCK)
     task = PretrainTask(model, model.encoder.preprocess)
+    whole = WholeModel(model, fabric) if is_sharded(fabric) else None
+    if whole is not None:
+        shard(task, fabric)  # before the optimizer, which holds the parameters
     return Engine(
         fabric=fabric,
         task=task,
@@ -269,6 +275,7 @@ def make_engine(
         seed=config.seed,
         log_every=config.log_every,
         compile=config.compile,
+        whole=whole,
     )
 
 
@@ -359,7 +366,10 @@ def log_summary(
         f"{model.counts[0]} visible in each of {model.masks.num_views} view(s)\n{begin}"
         f"  exports  {', '.join(formats_of(encoder))} (dmjd export); features (dmjd embed)\n"
         f"  device   {fabric.device}, {precision_name(fabric)}, {fabric.world_size} process(es)"
+        f"{f', {FSDP}: a part of the model in each' if is_sharded(fabric) else ''}"
     )
+    if config.strategy == FSDP and not is_sharded(fabric):
+        console.warn("--strategy fsdp has no effect on one process, which holds the whole model; see torchrun and srun")
     if len(source) < FEW_IMAGES:
         console.warn(f"only {len(source)} image(s): the encoder will hardly generalize beyond them")
     if (config.batch_size or 0) > batch_size:

@@ -6,11 +6,13 @@ from pathlib import Path
 from lightning.fabric import Fabric
 
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.strategies import DDP, FSDP
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import absolute, absolute_sources
 from dmjd.encoders.timm_weights import LOCAL
 from dmjd.engine.console import Console
 from dmjd.engine.loggers import import_wandb
+from dmjd.engine.sharding import is_sharded
 from dmjd.runs.branches import abandoned_cooldown, leave_cooldown
 from dmjd.runs.build import LISTING
 from dmjd.runs.checkpoint import RunFolder, check_continues
@@ -41,11 +43,16 @@ def _absolute(path: str) -> str:
     return prefix + absolute(path.removeprefix(prefix))
 
 
-def check_settings(config: PretrainConfig, out: Path, fabric: Fabric) -> None:
+def check_settings(config: PretrainConfig, out: Path, fabric: Fabric, own_model: bool) -> None:
     """Check in the first process that the settings continue the run in a folder, before a large set is listed.
 
     They are checked again under the lock of the folder, with the warnings.
+
+    Raises:
+        ValueError: if they do not, in the first process; or in all, if the caller's own model was to be sharded.
     """
+    if own_model and is_sharded(fabric):
+        raise ValueError(f"strategy {FSDP} divides a model of its own: leave model out, or use strategy {DDP}")
     if config.wandb:
         import_wandb()
     if fabric.is_global_zero:

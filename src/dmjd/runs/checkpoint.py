@@ -28,6 +28,7 @@ from dmjd.encoders.headers import (
     step_files,
 )
 from dmjd.encoders.weights import ENCODER_FILE, EncoderMetadata
+from dmjd.engine.sharding import divided_like
 from dmjd.files import (
     append_lines,
     check_replaceable,
@@ -116,7 +117,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as ``<parameter index>.<name>``; parameter groups follow from the configuration."""
+    """Optimizer state as ``<parameter index>.<name>``; parameter groups follow from the configuration.
+
+    Of a sharded model, these are the parts that this process holds.
+    """
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
 
@@ -132,7 +136,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             value.ndim and value.shape != parameters[int(index)].shape
         ):
             raise KeyError(f"optimizer.{key}")
-        entries.setdefault(int(index), {})[name] = value
+        entries.setdefault(int(index), {})[name] = divided_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": entries, "param_groups": whole["param_groups"]})
 
 

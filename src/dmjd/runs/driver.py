@@ -33,11 +33,10 @@ from dmjd.runs.checkpoint import (
     Checkpoint,
     RunFolder,
     load_optimizer_tensors,
-    named_tensors,
     one_line,
-    optimizer_tensors,
 )
 from dmjd.runs.little_memory import run_within_memory
+from dmjd.runs.weights import Weights
 
 LINES = 20  # of metrics.jsonl, in a run too slow or short for one every few steps: written as they are shown
 
@@ -83,11 +82,13 @@ class Driver:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._weights = Weights(self.model, self.engine.optimizer, self.engine.whole)
         self._loggers: Sequence[Logger] = ()
         self._restored_final = False
         self._complete: int | None = self.engine.state.step  # last step with its callback; None: in it
         self._unevaluated: dict[str, Any] | None = None  # the callback's state before a due evaluation
         self._warned_of_metrics = False
+        self._saved: int | None = None  # step of the last checkpoint
         self._cooling = False  # whether a step of the cooldown was done
         self._recorded = self.engine.progress  # at the last line of metrics of a logged or shown step
 
@@ -109,6 +110,7 @@ class Driver:
                     load_optimizer_tensors(self.engine.optimizer, optimizer)
             except (RuntimeError, TypeError, KeyError) as error:
                 raise ValueError(f"{checkpoint.path} does not fit this training: {one_line(error)}") from None
+            self._weights.gather(with_optimizer=False)
         cure = "the folder of the run must be on a file system that all machines share, or be copied to each of them"
         check_same(self.engine.state.step, "starts at step", cure)
         if self.folder.owner:
@@ -120,8 +122,9 @@ class Driver:
             self._restored_final = checkpoint.path.name == FINAL
             self._cooling = bool(checkpoint.state.get(COOLING_KEY))
             self._complete, self._recorded = self.engine.state.step, self.engine.progress
+            checkpoint.tensors.clear()  # they would stay in memory for the whole run
             if checkpoint.state.get(UNEVALUATED):
-                self._unevaluated = self.callback.state()
+                self._unevaluated = self.callback.state() if self.folder.owner else {}
 
     def run(self) -> bool:
         """Train to the end, or until a signal requests a stop; the state is saved either way.
@@ -144,11 +147,12 @@ class Driver:
             if self.folder.owner:  # one process logs, evaluates and saves
                 self._loggers = self.callback.start(self.engine.state.step, self.engine.progress)
                 hooks = [self._after_step, self._log]
+            hooks.insert(0, self._gather_if_due)
             with StopSignal(patience, self._heard) as stop, closing(batches):
                 hooks += [self._share, lambda report: self._evaluate(report, stop)]
                 if self.folder.owner:
                     hooks += [self._save, *self.hooks]
-                hooks.append(lambda report: self._branch(report, stop))
+                hooks += [lambda report: self._branch(report, stop), lambda report: self._weights.release()]
                 finished = self._train(batches, hooks, stop)
         finally:
             for logger in self._loggers:
@@ -156,7 +160,7 @@ class Driver:
             self.console.close()
         if finished and stop.requested:  # too late to stop the training: it is meant for what follows
             os.kill(os.getpid(), stop.requested)
-        if not finished:
+        if not finished and self._saved == self.engine.state.step:
             self._say("stopped at step {}, checkpoint saved; the same command resumes from there")
         return finished
 
@@ -165,6 +169,7 @@ class Driver:
         try:
             if self._unevaluated is not None:
                 self._evaluate(Report(self.engine.state, self.engine.progress, None), stop)
+            self._weights.release()
             show_every = LIVE_SECONDS if self.folder.owner else None
             finished = run_within_memory(
                 self.engine,
@@ -175,6 +180,8 @@ class Driver:
             )
         except StopNow:
             finished = False
+            if self._ends_alone(self.engine.computing):
+                return False
         except NonFiniteLoss:
             raise
         except Exception as error:
@@ -186,6 +193,9 @@ class Driver:
                 raise
             self.console.warn(loss)  # as requested, it stopped, but could not wait for this process
             finished = False
+            if self._ends_alone():
+                return False
+        self._weights.gather()
         if self.folder.owner:
             self._complete_step()
             self.save(final=finished)
@@ -201,6 +211,8 @@ class Driver:
     def _save_after_error(self) -> None:
         """Save the last step if its weights are complete. What prevents it must not hide the error itself."""
         if not self.folder.owner or self.engine.updating or self._complete is None or not self.engine.state.step:
+            return
+        if self._ends_alone():
             return
         with suppress(Exception):
             self._complete_step()
@@ -227,19 +239,35 @@ class Driver:
         if self.callback.is_due(report):
             self._unevaluated = self.callback.state() if self.folder.owner else {}
 
+    def _gather_if_due(self, report: Report) -> None:
+        """Put a sharded model together for the hooks of a step that need it."""
+        saves = self._saves_at(report)
+        if saves or self.callback.is_due(report):
+            self._weights.gather(with_optimizer=saves)
+
+    def _ends_alone(self, alone: bool = True) -> bool:
+        """Whether this process cannot save, because the others, which hold parts of the model, may not be there."""
+        if not (self._weights.need_all_processes and alone):
+            return False
+        self.console.warn(
+            f"stopped in step {self.engine.state.step + 1}: with --strategy fsdp one process alone cannot save it; the "
+            "same command resumes from the last checkpoint"
+        )
+        return True
+
     def save(self, final: bool = False) -> None:
         """Write a checkpoint, unless a step was not finite: the last good one stays."""
         self.engine.check_finite()
-        optimizer = optimizer_tensors(self.engine.optimizer)
-        tensors = named_tensors("model", self.model) | {f"optimizer.{key}": value for key, value in optimizer.items()}
         state = self.engine.state_dict() | self.callback.state()
         if self._unevaluated is not None:  # a stop or error came before the end of the step's evaluation
             state |= self._unevaluated | {UNEVALUATED: True}
         if self._cooling:
             state[COOLING_KEY] = True
         stable = self._has_cooldown_begun(self.engine.progress) and not self._cooling
-        self.folder.save(self.engine.state.step, self.callback.tensors(tensors, final), state, final, stable)
+        tensors = self.callback.tensors(self._weights.tensors(), final)
+        self.folder.save(self.engine.state.step, tensors, state, final, stable)
         self.callback.after_save(final)
+        self._saved = self.engine.state.step
 
     def _heard(self, number: int) -> None:
         """Say that a signal was received, while the step goes on."""
@@ -304,6 +332,7 @@ class Driver:
             return
         try:
             self._check_branch(report)
+            self._weights.gather()
             from_first(self.save)
             train = self.branch()
         except Exception as error:

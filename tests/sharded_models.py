@@ -1,0 +1,91 @@
+"""Sharded models against whole ones; what the two processes of a test do."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from tiny_models import KEYS, smooth_images, tiny_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dmjd.encoders.registry import create_encoder
+from dmjd.engine.device import make_fabric
+from dmjd.engine.sharding import WholeModel, divided_like, shard, whole
+from dmjd.masking import DisjointMasks
+from dmjd.model import MaskedImageModel
+
+ROTARY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+MODELS: dict[str, Callable[[], MaskedImageModel]] = {
+    "vit": lambda: tiny_model(encoder={"class_token": True}, target="ema"),
+    "conv_vit": lambda: tiny_model("conv_vit_tiny_patch8"),
+    "timm's blocks": lambda: MaskedImageModel(
+        create_encoder("timm/vit_small_patch16_dinov3", **ROTARY), DisjointMasks(block_size=1)
+    ),
+}
+
+
+def same_gradients_and_state() -> None:
+    """All models, with and without activation checkpointing; two micro-batches of each process for a gradient."""
+    fabric = make_fabric("cpu", "fp32", strategy="fsdp")
+    for name, build in MODELS.items():
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            check(build(), checkpointing, fabric)
+            print(f"{name}, checkpointing {checkpointing}: the same", file=sys.stderr)
+
+
+def check(model: MaskedImageModel, checkpointing: bool, fabric: Fabric) -> None:
+    reference = copy.deepcopy(model)
+    together = WholeModel(model, fabric)
+    model.set_grad_checkpointing(checkpointing)
+    shard(model, fabric)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    for batch, keys in batches(fabric.global_rank):
+        (model(*batch, keys=keys)["loss"] / 2).backward()
+    for rank in range(2):
+        for batch, keys in batches(rank):
+            (reference(*batch, keys=keys)["loss"] / 4).backward()
+    for (name, own), parameter in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (own.grad is None) == (parameter.grad is None), name
+        if own.grad is not None:
+            torch.testing.assert_close(whole(own.grad), parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    local = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+    held = fabric.all_reduce(torch.tensor(float(local)), reduce_op="sum")
+    assert held == sum(parameter.numel() for parameter in reference.parameters())
+    check_state(model, reference, together, fabric)
+
+
+def batches(rank: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """The two micro-batches of a process."""
+    normalized, raw = smooth_images(3)
+    for part in range(2):
+        shift = 2 * rank + part
+        yield (normalized.roll(shift, dims=3), raw.roll(shift, dims=3)), KEYS + shift
+
+
+def check_state(model: nn.Module, reference: MaskedImageModel, together: WholeModel, fabric: Fabric) -> None:
+    """The whole of a model has its weights when they are gathered, and takes no memory otherwise."""
+    other = {name: value + 1 for name, value in reference.state_dict().items() if isinstance(value, Tensor)}
+    model.load_state_dict(reference.state_dict() | other)
+    optimizer: dict[str, Any] = {"0.step": torch.tensor(3.0)}
+    for name, parameter in model.named_parameters():
+        part = divided_like(other[name], parameter)
+        assert isinstance(part, DTensor)
+        assert torch.equal(whole(part), other[name])
+        optimizer[name] = part
+    for _ in range(2):
+        together.release()
+        together.gather(optimizer)
+    if fabric.is_global_zero:
+        assert all(torch.equal(value, other[name]) for name, value in together.model.named_parameters())
+        assert together.optimizer.keys() == optimizer.keys()
+        assert all(torch.equal(together.optimizer[name], other[name]) for name, _ in model.named_parameters())
+        assert together.optimizer["0.step"] == 3.0
+    together.release()
+    if fabric.is_global_zero:
+        assert not any(value.untyped_storage().nbytes() for value in together.model.parameters())
+    assert not together.optimizer
