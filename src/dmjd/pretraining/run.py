@@ -124,8 +124,9 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
         engine = make_engine(config, model, fabric, batch_size, len(trained))
         growth = open_growth(config, source, trained, folder, checkpoint, console)
-        evaluated = engine.whole.model if engine.whole else model
-        monitor = Monitor(config, evaluated, source, held_out, folder, console, growth)
+        monitor = Monitor(
+            config, engine.whole.model if engine.whole else model, source, held_out, folder, console, growth
+        )
         batches = batches_of(config, trained, engine, monitor.count_unreadable, growth)
         driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
         driver.asked, driver.branch = asked, partial(branch_of, out, config, own_model)
