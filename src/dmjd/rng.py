@@ -21,6 +21,8 @@ STREAM_PLACE, STREAM_COLOR = 16, 17  # for images with masks or boxes
 
 STREAM_HELD_OUT = 18  # for images that are not trained on
 
+STREAM_SHARD = 20  # for the order of shards
+
 _MASK64 = (1 << 64) - 1
 
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -179,3 +179,8 @@ def check_path(name: str, value: Any) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ValueError(f"{name} {shown(text)}: there is no such home folder; write the path out") from None
+
+
+def not_rising(name: str, value: Sequence[float]) -> str:
+    """The message about a pair of numbers that does not rise."""
+    return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"

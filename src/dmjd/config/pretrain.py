@@ -19,8 +19,10 @@ from dmjd.config.checks import (
     MAX_VIEWS,
     MAX_WIDTH,
     MAX_WORKERS,
+    not_rising,
 )
 from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
+from dmjd.config.remote import cache_dir_option, cache_gb_option, shard_window_option
 from dmjd.config.schedules import (
     COSINE,
     DEFAULT_COOLDOWN,
@@ -113,6 +115,9 @@ class PretrainConfig(Config):
         ge=0,
         most=MAX_COUNT,
     )
+    cache_dir: str | None = cache_dir_option("data")
+    cache_gb: float | None = cache_gb_option("data")
+    shard_window: int | None = shard_window_option("data")
     held_out: int | None = option(
         None,
         "images that are not trained on, for the held-out loss; default 2 % of the set, at most 2000",
@@ -275,9 +280,7 @@ class PretrainConfig(Config):
         gt=0,
         most=MAX_FACTOR,
     )
-    optimizer: str = option(
-        "adamw", "adamw, or muon: far fewer steps for short runs", "training", choices=("adamw", "muon")
-    )
+    optimizer: str = option("adamw", "muon: far fewer steps for short runs", "training", choices=("adamw", "muon"))
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0, most=MAX_FACTOR)
     schedule: str = option(
         COSINE,
@@ -354,9 +357,9 @@ class PretrainConfig(Config):
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{name} has {len(values)} values for {self.in_chans} channels (--in-chans)")
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
-            raise ValueError(_not_rising("value_range", self.value_range))
+            raise ValueError(not_rising("value_range", self.value_range))
         if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] == 0:
-            raise ValueError(_not_rising("crop_scale", self.crop_scale))
+            raise ValueError(not_rising("crop_scale", self.crop_scale))
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both mean and std, or neither")
         if not (self.mim or self.vis):
@@ -394,7 +397,3 @@ class PretrainConfig(Config):
         if "disjoint" in settings:
             settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"
         return settings
-
-
-def _not_rising(name: str, value: tuple[float, ...]) -> str:
-    return f"{name} must rise from its first to its second number, got {value[0]} {value[1]}"

@@ -6,6 +6,7 @@ state, and the number of workers and processes does not matter. In a mixture eac
 the streams are interleaved by their weights.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Generator, Iterator
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from dmjd.data.cache import ImagesInMemory, load_to_memory, memory_needed
+from dmjd.data.fetch_ahead import FetchAhead
 from dmjd.data.order import Interleaving, Part, Permutations
 from dmjd.data.sources.base import Source
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
+from dmjd.data.windows import ShardWindows, WindowedPermutations
 from dmjd.data.workers import auto_workers, read_batches
 from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
@@ -44,6 +47,7 @@ class Stream:
         rank: index of this process.
         world_size: number of processes.
         parts: the sources of a mixture, in the order of their images, each with epochs of its own; none: a single one.
+        windows: of a single source whose shards are fetched while it is read; its images are shuffled window by window.
 
     Raises:
         ValueError: if the batch cannot be divided evenly.
@@ -56,6 +60,7 @@ class Stream:
     rank: int = 0
     world_size: int = 1
     parts: tuple[Part, ...] = ()
+    windows: ShardWindows | None = None
 
     def __post_init__(self) -> None:
         parts = self.accumulate * self.world_size
@@ -86,6 +91,13 @@ class Stream:
                 epochs[here], indices[here] = self._orders[source].draw(ordinals[here])
         return indices, image_keys(self.seed, epochs, indices)
 
+    def fetch_ahead(self, start_step: int) -> FetchAhead | None:
+        """What fetches shards while they are read from a step on; None if there are no windows."""
+        order = self._orders[0]
+        if self.windows is None or not isinstance(order, WindowedPermutations):
+            return None
+        return FetchAhead(order, self.windows, next(self.micro_batches(start_step)).start)
+
     @functools.cached_property
     def _interleaving(self) -> Interleaving:
         return Interleaving(self.parts)
@@ -93,6 +105,8 @@ class Stream:
     @functools.cached_property
     def _orders(self) -> list[Permutations]:
         """The permutations of each source."""
+        if self.windows is not None:
+            return [WindowedPermutations(self.seed, self.windows)]
         lengths = [part.length for part in self.parts] or [self.length]
         firsts = itertools.accumulate(lengths, initial=0)
         return [Permutations(self.seed, length, first) for length, first in zip(lengths, firsts, strict=False)]
@@ -167,13 +181,13 @@ class TrainLoader:
         flip: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size, source.parts)
+        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size, source.parts, source.windows)
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source
         # Crops are computed in float64, which MPS lacks.
         self._crops_on = self.device if self.device.type == "cuda" else torch.device("cpu")
-        self._memory = load_to_memory(source, _most_pixels(self.device))
+        self._memory = load_to_memory(source, _most_pixels(self.device)) if source.windows is None else None
         if self._memory is not None:
             self._memory.images = self._memory.images.to(self._crops_on)
             num_workers = 0
@@ -195,11 +209,18 @@ class TrainLoader:
         if self._memory is not None:
             yield from self._from_memory(self._memory, requests)
             return
+        ahead = self.stream.fetch_ahead(start_step)
+        if ahead is not None:
+            requests = ahead.when_here(requests)
         # Drawn in this process, because each worker would need the permutations, of 8 bytes per image.
         drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
         crops = CroppedImages(self._source, self._augment)
-        for result in read_batches(crops, drawn, self.num_workers, self._pinned):
-            yield Batch(*result).to(self.device)
+        with contextlib.closing(ahead) if ahead is not None else contextlib.nullcontext():
+            results = read_batches(crops, drawn, self.num_workers, self._pinned)
+            for samples, result in zip(self.stream.micro_batches(start_step), results, strict=False):
+                if ahead is not None:
+                    ahead.received(samples)
+                yield Batch(*result).to(self.device)
 
     @property
     def _pinned(self) -> bool:

@@ -138,7 +138,9 @@ def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
     return settings_class(**{f: getattr(config, field) for f, field in names.items() if hasattr(config, field)})
 
 
-def open_data(config: PretrainConfig, data: Data, split: str, listing: Path | None = None) -> Source:
+def open_data(
+    config: PretrainConfig, data: Data, split: str, listing: Path | None = None, fetch_ahead: bool = False
+) -> Source:
     """Open a data source with the labels, channels and value range of a configuration."""
     return open_source(
         data,
@@ -151,6 +153,10 @@ def open_data(config: PretrainConfig, data: Data, split: str, listing: Path | No
         path_column=config.path_column,
         label_column=config.label_column,
         max_unreadable=config.max_unreadable,
+        cache_dir=config.cache_dir,
+        cache_gb=config.cache_gb,
+        shard_window=config.shard_window if fetch_ahead else None,
+        fetch_ahead=fetch_ahead,
     )
 
 

@@ -7,14 +7,13 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import fsspec
 import pytest
 from flaky_server import flaky_server
 from image_sets import first_values
 from support import TINY, final, mistake
 
 from dmjd.cli.main import main
-from dmjd.data.sources import remote
+from dmjd.data.sources import remote, transfer
 from dmjd.data.sources.registry import absolute, has_split, open_source
 from dmjd.warning import DMJDWarning
 
@@ -24,7 +23,7 @@ pytest.importorskip("aiohttp")
 @pytest.fixture
 def server(shards, monkeypatch):
     """A server of three shards; waits between attempts are short."""
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfer, "_FIRST_WAIT", 0.01)
     with flaky_server() as server:
         server.files = {f"/set/{i}{path.suffix}": path.read_bytes() for i, path in enumerate(sorted(shards.iterdir()))}
         server.files["/set/x-09.zip"], server.files["/set/x-10.zip"] = (
@@ -84,7 +83,7 @@ def test_a_disk_that_is_too_full(server, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: usage(1 << 28))
     with pytest.raises(
-        ValueError, match=r"the remote files take 0\.0 GB more, .* room for 0\.0 GB: set XDG_CACHE_HOME"
+        ValueError, match=r"the remote files take 0\.0 GB more, .* room for 0\.0 GB: give --cache-dir"
     ):
         open_source(f"{server.url}/set/0.tar")
     assert not server.requests
@@ -118,13 +117,12 @@ def test_a_run_resumes_exactly_after_its_cache_is_gone(server, tmp_path):
 
 
 def test_addresses_that_look_alike_have_copies_of_their_own():
-    system = fsspec.filesystem("http")
     names = [
-        remote._local_name(system, f"http://h/set/{path}")
+        transfer.RemoteFile(f"http://h/set/{path}", None, 0).local_name
         for path in ("my%20set/a.tar", "my_set/a.tar", "my%3Aset/a.tar", f"{'x' * 300}/a.tar", f"{'x' * 301}/a.tar")
     ]
     assert len(set(names)) == len(names)
-    assert "secret" not in remote._local_name(system, "http://user:secret@h/a.tar")
+    assert "secret" not in transfer.RemoteFile("http://user:secret@h/a.tar", None, 0).local_name
 
 
 @pytest.mark.parametrize("numbers", ["{9..0}", "{0..9999999999}"])

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from dmjd.data.order import Part
+from dmjd.data.windows import ShardWindows
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.images.stored import UnreadableImage
@@ -33,6 +34,10 @@ class SourceOptions:
     path_column: str | None = None
     label_column: str | None = None
     max_unreadable: float | None = None
+    cache_dir: str | None = None
+    cache_gb: float | None = None
+    shard_window: int | None = None
+    fetch_ahead: bool = False
 
     @property
     def with_labels(self) -> bool:
@@ -68,6 +73,7 @@ class Source(ABC):
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
         full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
         parts: the sources of a mixture, with their weights; empty for other sets.
+        windows: for shards that are fetched while they are read in training, their windows; None for other sets.
         split: the part of the data that the images are: "train", "val" or "test". Where there is no test part, the
             validation part serves as one.
     """
@@ -87,6 +93,7 @@ class Source(ABC):
     removable: bool = False
     full_names: bool = False
     parts: tuple[Part, ...] = ()
+    windows: ShardWindows | None = None
     split: str = "train"
 
     @classmethod

@@ -53,6 +53,10 @@ def open_source(
     path_column: str | None = None,
     label_column: str | None = None,
     max_unreadable: float | None = None,
+    cache_dir: str | None = None,
+    cache_gb: float | None = None,
+    shard_window: int | None = None,
+    fetch_ahead: bool = False,
 ) -> Source:
     """Open a set of images.
 
@@ -76,6 +80,11 @@ def open_source(
         path_column, label_column: the columns of paths and labels; None: the first with a usual name. With
             ``label_column``, ``labels`` is "column".
         max_unreadable: for lists, how many of the files may be missing, or a share below 1; None: none.
+        cache_dir, cache_gb: folder for copies of remote files, and the size of that of shards in GB; None: that of the
+            user, and no bound: all are fetched now.
+        shard_window: shards whose images are shuffled together; see :class:`~dmjd.data.windows.ShardWindows`.
+        fetch_ahead: the set is to be read by a training loader, which fetches remote shards before it reads them. Else
+            images of shards that are not in a cache of bounded size are fetched one by one.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
@@ -83,7 +92,8 @@ def open_source(
     labels = "column" if label_column is not None and labels == "none" else labels
     _check_options(split, labels, in_chans, label_column)
     lists = (None if root is None else str(root), path_column, label_column, max_unreadable)
-    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists)
+    remote = (cache_dir, cache_gb, shard_window, fetch_ahead)
+    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists, *remote)
     if not isinstance(data, str | Path):
         return _open_several(data, options)
     name = _named(data)
@@ -143,6 +153,11 @@ def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
     if len(opened) < 2:
         return opened[0][0] if opened else open_source(sources[0].data, **vars(options))  # whose message says why
     for each, _ in opened:
+        if each.windows is not None:
+            raise ValueError(
+                f"a cache that does not hold all shards of {printable(each.name)} works for a single set: give a "
+                "larger --cache-gb, or one set"
+            )
         each.full_names = True
     mixture = MixtureSource(*zip(*opened, strict=True))
     mixture.check_readable()

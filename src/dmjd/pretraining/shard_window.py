@@ -1,0 +1,22 @@
+"""The shards whose images a run shuffles together, where a cache does not hold all of them."""
+
+import warnings
+from pathlib import Path
+
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.sources.base import Source
+from dmjd.runs.checkpoint import read_config_of
+
+
+def keep_shard_window(config: PretrainConfig, out: Path) -> PretrainConfig:
+    """The configuration with the shards per window that the run in a folder, if there is one, began with; 0: all."""
+    if config.shard_window is not None:
+        return config
+    with warnings.catch_warnings(action="ignore"):  # they are shown later, under the lock of the folder
+        old = read_config_of(out)
+    return config if old is None else config.replace(shard_window=old.shard_window or 0)
+
+
+def record_window(config: PretrainConfig, source: Source) -> PretrainConfig:
+    """The configuration with the shards per window of a set, if it has windows."""
+    return config if source.windows is None else config.replace(shard_window=source.windows.size)
