@@ -54,10 +54,11 @@ class FetchAhead:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Fetch no further shard."""
+        """Fetch no further shard, and keep none."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._store.need(())
 
     def _wait_for(self, window: int) -> None:
         arrived, since = -1, time.monotonic()
@@ -90,7 +91,7 @@ class FetchAhead:
                     if self._closed:
                         return
                     needed = [shard for w in range(self._current, window + 1) for shard in self._order.shards(w)]
-                self._store.need(needed)
+                    self._store.need(needed)
                 with contextlib.closing(self._store.fetch(self._order.shards(window))) as fetched:
                     for _ in fetched:
                         if self._closed:

@@ -71,7 +71,7 @@ class WindowedPermutations(Permutations):
         """The number of the window that a position in the sequence of permutations lies in."""
         epoch, position = divmod(ordinal, self._length)
         shards = self._shards(epoch)
-        ends = self._lengths[shards].cumsum(0)[self._windows.size - 1 :: self._windows.size]
+        ends = self._lengths[shards].cumsum(0)[self._windows.size - 1 :: self._windows.size].contiguous()
         return epoch * self._per_epoch + int(torch.searchsorted(ends, position, right=True))
 
     def shards(self, window: int) -> list[int]:

@@ -82,9 +82,7 @@ def test_a_server_that_is_gone(server):
 def test_a_disk_that_is_too_full(server, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: usage(1 << 28))
-    with pytest.raises(
-        ValueError, match=r"the remote files take 0\.0 GB more, .* room for 0\.0 GB: give --cache-dir"
-    ):
+    with pytest.raises(ValueError, match=r"the remote files take 0\.0 GB more, .* room for 0\.0 GB: give --cache-dir"):
         open_source(f"{server.url}/set/0.tar")
     assert not server.requests
 

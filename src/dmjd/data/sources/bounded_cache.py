@@ -7,10 +7,11 @@ those that it is fetching. Copies that no living process needs make room for oth
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -25,9 +26,17 @@ from dmjd.text import printable
 
 _LEASES = ".leases"  # folder
 
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)  # of the file of this name
+
 _POLL = 0.2  # seconds between two looks for room
 
 AT_ONCE = 4  # files
+
+
+_GUARD = threading.RLock()  # of the leases of this process
+
+if hasattr(os, "register_at_fork"):  # a child that is forked meanwhile would hold the lock of the cache
+    os.register_at_fork(before=_GUARD.acquire, after_in_parent=_GUARD.release, after_in_child=_GUARD.release)
 
 
 class _Lease(msgspec.Struct):
@@ -51,7 +60,6 @@ class BoundedCache:
     def _reset(self) -> None:
         self._own, self._pid = _Lease(), os.getpid()
         self._file: IO[str] | None = None
-        self._guard = threading.RLock()  # of the lease
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "bound": self.bound}  # another process has a lease of its own
@@ -92,16 +100,23 @@ class BoundedCache:
         """
         target = self.path(file)
         make_folder(target.parent)
-        with locked(target.with_name(f".{target.name}.lock")):
-            if file.is_at(target):
-                return
-            self._reserve(file)
-            try:
-                copy(file, target)
-            finally:
-                with self._alone():
-                    self._own.coming.pop(file.local_name, None)
-                    self._write()
+        while not file.is_at(target):
+            # Not waited for: children of a process that is done may still hold the lock.
+            if (lock := _try_lock(target.with_name(f".{target.name}.lock"))) is None:
+                time.sleep(_POLL)
+                continue
+            with lock:
+                if not file.is_at(target):
+                    self._fetch(file, target)
+
+    def _fetch(self, file: RemoteFile, target: Path) -> None:
+        self._reserve(file)
+        try:
+            copy(file, target)
+        finally:
+            with self._alone():
+                self._own.coming.pop(file.local_name, None)
+                self._write()
 
     def fetch_all(self, files: Iterable[RemoteFile]) -> Generator[None, None, None]:
         """:meth:`fetch` several files, a few at a time."""
@@ -133,7 +148,7 @@ class BoundedCache:
         leases = list(self._leases())
         needed = {one for lease in leases for one in lease.needed}
         coming = {one: length for lease in leases for one, length in lease.coming.items()}
-        copies = sorted(self._copies(), key=lambda row: row[2])
+        copies = sorted(self._copies(coming), key=lambda row: row[2])
         used = sum(length for other, length, _ in copies if other not in coming and other != name)
         used += sum(length for other, length in coming.items() if other != name)
         for other, length, _ in copies:
@@ -148,18 +163,18 @@ class BoundedCache:
             remove(self.folder / name)  # a former version of the file
         return True
 
-    def _copies(self) -> Iterator[tuple[str, int, int]]:
+    def _copies(self, coming: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
         """Name, bytes and time of fetching of each copy; what killed processes left behind is deleted."""
         for folder, folders, names in os.walk(self.folder):
             folders[:] = [name for name in folders if name != _LEASES]
-            if any(name.endswith(".tmp") for name in names):
-                remove_leftovers(Path(folder))
+            below = os.path.relpath(folder, self.folder)
             for name in names:
-                path = os.path.join(folder, name)
-                with contextlib.suppress(OSError):
-                    status = os.stat(path)
-                    if not name.startswith("."):
-                        yield os.path.relpath(path, self.folder), status.st_size, status.st_ctime_ns
+                if (match := _TEMPORARY.fullmatch(name)) and os.path.normpath(f"{below}/{match[1]}") not in coming:
+                    remove_leftovers(Path(folder), match[1])
+                if not name.startswith("."):
+                    with contextlib.suppress(OSError):
+                        status = os.stat(os.path.join(folder, name))
+                        yield os.path.normpath(f"{below}/{name}"), status.st_size, status.st_ctime_ns
 
     def _leases(self) -> Iterator[_Lease]:
         """Those of living processes; others are deleted."""
@@ -180,12 +195,7 @@ class BoundedCache:
         if self._file is None:
             make_folder(self.folder / _LEASES)
             path = self.folder / _LEASES / f"{os.getpid()}-{os.urandom(4).hex()}.json"
-            try:
-                self._file = try_lock(path)
-            except OSError as error:
-                raise ValueError(
-                    f"{printable(path)} can't be locked ({error.strerror}): give --cache-dir a folder on a local disk"
-                ) from None
+            self._file = _try_lock(path)
             assert self._file is not None
             weakref.finalize(self, _give_up, self._file, os.getpid())
         self._file.truncate(0)
@@ -197,8 +207,18 @@ class BoundedCache:
         """Alone among the processes and threads of the machine, for a moment."""
         if self._pid != os.getpid():  # a process that was forked
             self._reset()
-        with self._guard, locked(self.folder / ".lock"):
+        with _GUARD, locked(self.folder / ".lock"):
             yield
+
+
+def _try_lock(path: Path) -> IO[str] | None:
+    """:func:`~dmjd.files.try_lock`; ValueError where there are no locks."""
+    try:
+        return try_lock(path)
+    except OSError as error:
+        raise ValueError(
+            f"{printable(path)} can't be locked ({error.strerror}): give --cache-dir a folder on a local disk"
+        ) from None
 
 
 def _give_up(file: IO[str], pid: int) -> None:

@@ -84,6 +84,8 @@ class ShardSource(Source):
         """Open a split of the shards ``data``."""
         if options.cache_gb is not None and is_url(data) and not data.lower().endswith(COMPRESSED):
             remote = RemoteShards(data, options.cache_gb, options.cache_dir)
+            if options.fetch_ahead:
+                remote.window_size(options.shard_window)  # refuses a small cache before anything is fetched
             return cls(data, common_folder(remote.paths), remote.paths, options, remote)
         folder, files, split = find_shards(data, options.split, cache_dir=options.cache_dir)
         compressed = [] if is_url(data) else find_shards(data, options.split, COMPRESSED).files
