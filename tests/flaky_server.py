@@ -13,9 +13,10 @@ class FlakyServer(ThreadingHTTPServer):
 
     Attributes:
         files: path -> content.
-        faults: path -> what the next requests of the file's content meet: "503", "drop", "truncate", "slow", "404".
+        faults: path -> what the next requests of the file's content meet: "503" or another status, "drop", "truncate",
+            "damage", "slow".
         requests: how often each file's whole content was requested. ranges: the same of a part of it.
-        tags: path -> ETag.
+        tags: path -> ETag. digests: path -> MD5 in base64.
         knows_ranges: whether parts are given; else the whole file is.
     """
 
@@ -28,6 +29,7 @@ class FlakyServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.ranges: Counter[str] = Counter()
         self.tags: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self.knows_ranges = True
 
     @property
@@ -61,6 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = (int(number) for number in part.removeprefix("bytes=").split("-"))
             self._reply(206, content[start : end + 1])
             self.wfile.write(content[start : end + 1])
+        elif fault == "damage":
+            self._reply(200)
+            self.wfile.write(bytes(len(content)))
         elif fault == "truncate":
             self._reply(200)
             self.wfile.write(content[: len(content) // 2])
@@ -74,8 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.server.files.get(self.path, b"") if part is None else part
         self.send_response(status)
         self.send_header("Content-Length", str(len(content) if status < 300 else 0))
-        if self.path in self.server.tags:
-            self.send_header("ETag", self.server.tags[self.path])
+        for name, values in (("ETag", self.server.tags), ("Content-MD5", self.server.digests)):
+            if self.path in values:
+                self.send_header(name, values[self.path])
         self.end_headers()
 
 

@@ -33,14 +33,14 @@ from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
-from dmjd.pretraining.batch_size import keep_batch_size, resolve_batch_size
+from dmjd.pretraining.batch_size import resolve_batch_size
 from dmjd.pretraining.callbacks import Monitor, began_with
 from dmjd.pretraining.cooldown_now import branch_to_train
-from dmjd.pretraining.held_out import hold_out, keep_held_out
+from dmjd.pretraining.held_out import hold_out
 from dmjd.pretraining.pace import few_steps_of_epochs
 from dmjd.pretraining.schedule import check_schedule_fits, num_steps, schedule_of
 from dmjd.pretraining.settings import check_settings, record_settings, resolve_paths
-from dmjd.pretraining.shard_window import keep_shard_window, record_window
+from dmjd.pretraining.shard_window import keep_recorded, record_window
 from dmjd.runs.branches import start_branch, tidy_branch
 from dmjd.runs.build import LISTING, build_model, open_data
 from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, read_config_of
@@ -98,11 +98,8 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         return cool_down_now(config, model)
     config, own_model = resolve_paths(config), model
     out = check_out("out", config.out)
-    config = keep_shard_window(config, out)
     # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
-    config, start = read_start(
-        keep_shard_window(keep_held_out(keep_batch_size(config, out), out), out), out, own_model=model is not None
-    )
+    config, start = read_start(keep_recorded(config, out), out, own_model=model is not None)
     model = build_model(config, start) if model is None else model
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision)
@@ -110,8 +107,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     check_settings(config, out, fabric)
     # 3. The images.
     source = same_images(training_images(config, out))
-    config = record_window(config, source)
-    config, trained, held_out = hold_out(config, source)
+    config, trained, held_out = hold_out(record_window(config, source), source)
     config, batch_size = resolve_batch_size(config, len(trained), fabric.world_size, fabric.device)
     check_schedule_fits(config, num_steps(config, len(trained), batch_size))
     # 4. The run folder, locked by the first process.

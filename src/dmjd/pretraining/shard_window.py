@@ -5,7 +5,16 @@ from pathlib import Path
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
+from dmjd.pretraining.batch_size import keep_batch_size
+from dmjd.pretraining.held_out import keep_held_out
 from dmjd.runs.checkpoint import read_config_of
+
+
+def keep_recorded(config: PretrainConfig, out: Path) -> PretrainConfig:
+    """The configuration with what the run in a folder, if there is one, began with and the configuration leaves open:
+    batch size, number of held-out images, shards per window.
+    """
+    return keep_shard_window(keep_held_out(keep_batch_size(config, out), out), out)
 
 
 def keep_shard_window(config: PretrainConfig, out: Path) -> PretrainConfig:

@@ -14,7 +14,7 @@ from dmjd.config.checks import check_path
 from dmjd.config.fields import LIST_SETTINGS
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.sources import Data
-from dmjd.data.sources.base import Source
+from dmjd.data.sources.base import RemoteOptions, Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, encoder_family
@@ -153,10 +153,7 @@ def open_data(
         path_column=config.path_column,
         label_column=config.label_column,
         max_unreadable=config.max_unreadable,
-        cache_dir=config.cache_dir,
-        cache_gb=config.cache_gb,
-        shard_window=config.shard_window if fetch_ahead else None,
-        fetch_ahead=fetch_ahead,
+        remote=RemoteOptions(config.cache_dir, config.cache_gb, config.shard_window, fetch_ahead),
     )
 
 

@@ -22,6 +22,7 @@ from support import TINY, assert_same_bits, mistake
 from dmjd.cli.main import main
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources import transfer
+from dmjd.data.sources.base import RemoteOptions
 from dmjd.data.sources.registry import open_source
 from dmjd.data.train_loader import TrainLoader
 
@@ -83,14 +84,14 @@ def loaded(source, workers: int = 0, start_step: int = 0, steps: int = 20):
 
 
 def test_a_loader_reads_all_shards_through_a_small_cache(server, url, tmp_path):
-    source = open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(4.5), fetch_ahead=True)
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5), fetch_ahead=True))
     assert source.windows.size == 2
     assert set(server.requests.values()) == {1}
     whole = loaded(source)
     assert 0 < bytes_below(tmp_path) <= 4.5 * SIZE
     assert sum(server.ranges.values()) == 0
     for workers, start in ((0, 7), (2, 0), (2, 11)):
-        again = open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(4.5), fetch_ahead=True)
+        again = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5), fetch_ahead=True))
         assert all(a.equal(b) for a, b in zip(loaded(again, workers, start, 20 - start), whole[start:], strict=True))
         assert bytes_below(tmp_path) <= 4.5 * SIZE
 
@@ -162,16 +163,16 @@ def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
 
 
 def test_a_set_that_fits_has_the_order_of_a_set_on_the_disk(server, url, tmp_path):
-    source = open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(8.5), fetch_ahead=True)
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True))
     assert source.windows is None
-    whole = open_source(url, cache_dir=str(tmp_path))
+    whole = open_source(url, remote=RemoteOptions(str(tmp_path)))
     assert whole.fingerprint() == source.fingerprint()
     assert all(a.equal(b) for a, b in zip(loaded(source), loaded(whole), strict=True))
     assert sum(server.ranges.values()) == 0
 
 
 def _steps_of(rank, url, cache, barrier, out):
-    source = open_source(url, cache_dir=cache, cache_gb=in_gb(4.5), fetch_ahead=True)
+    source = open_source(url, remote=RemoteOptions(cache, in_gb(4.5), fetch_ahead=True))
     loader = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0, rank=rank, world_size=2)
     batches = loader.batches()
     barrier.wait()
@@ -184,7 +185,7 @@ def _steps_of(rank, url, cache, barrier, out):
 
 
 def test_processes_share_a_cache_and_fetch_each_shard_once(server, url, tmp_path):
-    open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(4.5))  # indexed
+    open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5)))  # indexed
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     server.requests.clear()
@@ -206,14 +207,14 @@ def test_processes_share_a_cache_and_fetch_each_shard_once(server, url, tmp_path
 
 def test_a_replaced_shard_is_fetched_again(server, url, tmp_path):
     server.tags = dict.fromkeys(SHARDS, '"1"')
-    for bounds in ({}, {"cache_gb": in_gb(8.5), "fetch_ahead": True}):
+    for remote in (RemoteOptions(str(tmp_path)), RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True)):
         server.files["/set/3.tar"] = SHARDS["/set/3.tar"]
         server.tags["/set/3.tar"] = '"1"'
         server.requests.clear()
-        assert first_values(open_source(url, cache_dir=str(tmp_path), **bounds)) == list(range(NUM_SHARDS * IMAGES))
+        assert first_values(open_source(url, remote=remote)) == list(range(NUM_SHARDS * IMAGES))
         server.files["/set/3.tar"] = shard(9)[:SIZE].ljust(len(SHARDS["/set/3.tar"]), b"\0")
         server.tags["/set/3.tar"] = '"2"'
-        changed = first_values(open_source(url, cache_dir=str(tmp_path), **bounds))
+        changed = first_values(open_source(url, remote=remote))
         assert changed[12:16] == [36, 37, 38, 39]
         assert server.requests["/set/3.tar"] == 2
         assert server.requests["/set/4.tar"] == 1
@@ -222,7 +223,7 @@ def test_a_replaced_shard_is_fetched_again(server, url, tmp_path):
 @pytest.mark.parametrize("knows_ranges", [True, False])
 def test_images_outside_the_cache_are_read_one_by_one(server, url, tmp_path, knows_ranges):
     server.knows_ranges = knows_ranges
-    source = open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(2.5), labels="column")
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5)), labels="column")
     assert source.windows is None
     assert source.labels.tolist() == [0, 1] * (NUM_SHARDS * IMAGES // 2)
     server.faults = {path: ["503", "drop"] for path in SHARDS}
@@ -236,7 +237,7 @@ def test_images_outside_the_cache_are_read_one_by_one(server, url, tmp_path, kno
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_server_that_goes_away_ends_training_with_one_line(server, url, tmp_path, workers):
-    source = open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(4.5), fetch_ahead=True)
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5), fetch_ahead=True))
     batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=workers).batches()
     next(batches)
     server.faults = {path: ["503"] * 99 for path in SHARDS}
@@ -247,15 +248,15 @@ def test_a_server_that_goes_away_ends_training_with_one_line(server, url, tmp_pa
 def test_several_sets_do_not_share_a_cache_that_is_too_small(server, tmp_path):
     urls = [f"{server.url}/set/{{0..3}}.tar", f"{server.url}/set/{{4..7}}.tar"]
     with pytest.raises(ValueError, match=r"a cache that does not hold all shards of .*0\.\.3.* works for a single set"):
-        open_source(urls, cache_dir=str(tmp_path), cache_gb=in_gb(2.5), fetch_ahead=True)
-    source = open_source(urls, cache_dir=str(tmp_path), cache_gb=in_gb(8.5), fetch_ahead=True)
+        open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
+    source = open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True))
     assert len(source) == NUM_SHARDS * IMAGES
 
 
 def test_an_index_that_was_interrupted_goes_on(server, url, tmp_path):
     server.faults["/set/7.tar"] = ["404"]
     with pytest.raises(ValueError, match=r"7\.tar can't be fetched"):
-        open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(2.5))
+        open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5)))
     server.requests.clear()
-    assert len(open_source(url, cache_dir=str(tmp_path), cache_gb=in_gb(2.5))) == NUM_SHARDS * IMAGES
+    assert len(open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5)))) == NUM_SHARDS * IMAGES
     assert 1 <= sum(server.requests.values()) <= 3

@@ -20,6 +20,26 @@ from dmjd.regular import check_regular
 _SAMPLED, _FIRST_BYTES = 64, 1 << 16  # of Source.content_sample
 
 
+class RemoteOptions(NamedTuple):
+    """How remote files are read.
+
+    Attributes:
+        cache_dir: folder for their copies; None: that of the user.
+        cache_gb: size of the cache of shards in GB (10^9 bytes); None: no bound, all are fetched when a set is opened.
+        shard_window: shards whose images are shuffled together; see :class:`~dmjd.data.windows.ShardWindows`.
+        fetch_ahead: whether a training loader is to fetch the shards; else images of shards that are not in a bounded
+            cache are fetched one by one.
+    """
+
+    cache_dir: str | None = None
+    cache_gb: float | None = None
+    shard_window: int | None = None
+    fetch_ahead: bool = False
+
+
+FETCHED_FIRST = RemoteOptions()
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """How a set is opened; see :func:`~dmjd.data.sources.registry.open_source`."""
@@ -34,10 +54,7 @@ class SourceOptions:
     path_column: str | None = None
     label_column: str | None = None
     max_unreadable: float | None = None
-    cache_dir: str | None = None
-    cache_gb: float | None = None
-    shard_window: int | None = None
-    fetch_ahead: bool = False
+    remote: RemoteOptions = FETCHED_FIRST
 
     @property
     def with_labels(self) -> bool:

@@ -14,6 +14,7 @@ from dmjd.checked_json import read_json
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
 from dmjd.data.sources.paths import (
     EXTENSIONS,
+    SHARDS,
     SPLIT_NAMES,
     existing_path,
     expanded,
@@ -64,7 +65,11 @@ class FolderSource(Source):
         listed = read_listing(listing) if listing is not None else None
         paths = without_masks(root, walk(root, extensions)) if listed is None else listed.paths
         if not paths:
-            raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
+            deeper = (
+                f"; the shards below are given by a pattern, '{printable(root)}/**/*.tar'" if walk(root, SHARDS) else ""
+            )
+            known = " ".join(extensions)
+            raise ValueError(f"no images found in {printable(root)}; known extensions: {known}{deeper}")
         self._take(root, paths, with_labels, listed)
         self.listing = listing if listed is not None else None
 

@@ -12,15 +12,15 @@ import numpy as np
 
 from dmjd.config.fields import LABELS, SPLITS
 from dmjd.config.sources import Data, check_sources, data_text, given_sources
-from dmjd.data.sources.base import Source, SourceOptions
+from dmjd.data.sources.base import FETCHED_FIRST, RemoteOptions, Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
 from dmjd.data.sources.list_formats import ENDINGS
 from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.mixture import MixtureSource, listing_of
-from dmjd.data.sources.paths import EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
-from dmjd.data.sources.remote import is_url
+from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
+from dmjd.data.sources.remote import LISTS_ARE_LOCAL, ends_with, is_url, local_path
 from dmjd.data.sources.shard_files import is_shards
 from dmjd.data.sources.shards import ShardSource
 from dmjd.data.sources.tables import ParquetSource
@@ -53,10 +53,7 @@ def open_source(
     path_column: str | None = None,
     label_column: str | None = None,
     max_unreadable: float | None = None,
-    cache_dir: str | None = None,
-    cache_gb: float | None = None,
-    shard_window: int | None = None,
-    fetch_ahead: bool = False,
+    remote: RemoteOptions = FETCHED_FIRST,
 ) -> Source:
     """Open a set of images.
 
@@ -80,11 +77,7 @@ def open_source(
         path_column, label_column: the columns of paths and labels; None: the first with a usual name. With
             ``label_column``, ``labels`` is "column".
         max_unreadable: for lists, how many of the files may be missing, or a share below 1; None: none.
-        cache_dir, cache_gb: folder for copies of remote files, and the size of that of shards in GB; None: that of the
-            user, and no bound: all are fetched now.
-        shard_window: shards whose images are shuffled together; see :class:`~dmjd.data.windows.ShardWindows`.
-        fetch_ahead: the set is to be read by a training loader, which fetches remote shards before it reads them. Else
-            images of shards that are not in a cache of bounded size are fetched one by one.
+        remote: how remote files are read.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
@@ -92,8 +85,7 @@ def open_source(
     labels = "column" if label_column is not None and labels == "none" else labels
     _check_options(split, labels, in_chans, label_column)
     lists = (None if root is None else str(root), path_column, label_column, max_unreadable)
-    remote = (cache_dir, cache_gb, shard_window, fetch_ahead)
-    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists, *remote)
+    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists, remote)
     if not isinstance(data, str | Path):
         return _open_several(data, options)
     name = _named(data)
@@ -185,6 +177,7 @@ def has_split(data: str | Path | Sequence[str | Path], split: str) -> bool:
 
 def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
+    data = local_path(data)
     path = os.path.expanduser(data)
     if (
         data.strip()
@@ -211,7 +204,7 @@ def absolute_sources(data: Data) -> Data:
 
 def _named(data: str | Path) -> str:
     """A name or path as a string; a Path is never the name of a set."""
-    return os.path.join(".", data) if isinstance(data, Path) and str(data) in _names() else str(data)
+    return os.path.join(".", data) if isinstance(data, Path) and str(data) in _names() else local_path(str(data))
 
 
 def align_labels(train: Source, test: Source) -> np.ndarray:
@@ -246,6 +239,11 @@ def _find(data: str, split: str) -> type[Source] | None:
     if data in _names():
         return next((kind for kind in SOURCES if data in kind.names and kind.matches(data, split)), None)
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
+    if is_url(data):
+        if not ends_with(data, (*SHARDS, *COMPRESSED, ".parquet")):
+            what = LISTS_ARE_LOCAL if ends_with(data, ENDINGS) else "give that of .tar, .zip or .parquet files"
+            raise ValueError(f"{printable(data)} is the address of no images: {what}")
+        return kind
     if (kind is None or kind.remote) and existing_path(data) is None and not is_shards(data, "train"):
         _check_spelling(data, is_name=kind is not None)
     return kind

@@ -3,6 +3,8 @@
 import functools
 import re
 import shutil
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +27,29 @@ _ASKED_AT_ONCE = 16  # sizes
 
 _MOST_FILES = 1_000_000  # of an address
 
+LISTS_ARE_LOCAL = (
+    "a list names files of this machine: copy it with its images to this machine, or pack the images as .tar or .zip "
+    "(a column split or labels can stand in a .parquet with the images)"
+)
+
 _SPARE = 1 << 28  # bytes that are left free on the disk of the cache
 
 
 def is_url(data: str) -> bool:
     """Whether ``data`` is the address of remote files."""
     return _URL.match(data) is not None
+
+
+def ends_with(url: str, endings: tuple[str, ...]) -> bool:
+    """Whether the path of an address ends so, in small or capital letters."""
+    return urllib.parse.urlsplit(url).path.lower().endswith(endings)
+
+
+def local_path(data: str) -> str:
+    """``data``, or the path of a ``file://`` address, which is not remote."""
+    if not data.lower().startswith("file://"):
+        return data
+    return urllib.request.url2pathname(data[len("file://") :].removeprefix("localhost"))
 
 
 def fetch(url: str, cache_dir: str | None = None) -> list[Path]:

@@ -6,7 +6,6 @@ import glob
 import os
 import stat
 import threading
-import urllib.parse
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from dmjd.data.sources.paths import (
     permission_checked,
     split_folder,
 )
-from dmjd.data.sources.remote import fetch, is_url
+from dmjd.data.sources.remote import ends_with, fetch, is_url
 from dmjd.data.sources.shard_index import Extent, Shard
 from dmjd.images.stored import MAX_BYTES
 
@@ -90,7 +89,7 @@ def common_folder(files: Sequence[Path]) -> Path:
 
 
 def _is_remote(url: str, split: str, endings: tuple[str, ...]) -> bool:
-    return split == "train" and urllib.parse.urlsplit(url).path.lower().endswith(endings)
+    return split == "train" and ends_with(url, endings)
 
 
 def _shards_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:

@@ -71,8 +71,8 @@ class ShardSource(Source):
             self.labels, self.classes = member_labels(
                 self._index, printable(name), self._label, self.describe, options.label_column
             )
-        if remote is not None and options.fetch_ahead:
-            self.windows = self._fetched_ahead(remote, options.shard_window)
+        if remote is not None and options.remote.fetch_ahead:
+            self.windows = self._fetched_ahead(remote, options.remote.shard_window)
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
@@ -82,12 +82,12 @@ class ShardSource(Source):
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "ShardSource":
         """Open a split of the shards ``data``."""
-        if options.cache_gb is not None and is_url(data) and not data.lower().endswith(COMPRESSED):
-            remote = RemoteShards(data, options.cache_gb, options.cache_dir)
-            if options.fetch_ahead:
-                remote.window_size(options.shard_window)  # refuses a small cache before anything is fetched
+        if options.remote.cache_gb is not None and is_url(data) and not data.lower().endswith(COMPRESSED):
+            remote = RemoteShards(data, options.remote.cache_gb, options.remote.cache_dir)
+            if options.remote.fetch_ahead:
+                remote.window_size(options.remote.shard_window)  # refuses a small cache before anything is fetched
             return cls(data, common_folder(remote.paths), remote.paths, options, remote)
-        folder, files, split = find_shards(data, options.split, cache_dir=options.cache_dir)
+        folder, files, split = find_shards(data, options.split, cache_dir=options.remote.cache_dir)
         compressed = [] if is_url(data) else find_shards(data, options.split, COMPRESSED).files
         if not files:
             name = printable(compressed[0] if compressed else data)
