@@ -27,5 +27,16 @@ def keep_shard_window(config: PretrainConfig, out: Path) -> PretrainConfig:
 
 
 def record_window(config: PretrainConfig, source: Source) -> PretrainConfig:
-    """The configuration with the shards per window of a set, if it has windows."""
-    return config if source.windows is None else config.replace(shard_window=source.windows.size)
+    """The configuration with the shards per window of a set; None for one that has no windows.
+
+    Raises:
+        ValueError: if windows are wanted, or the run began with some, and the set has none.
+    """
+    if source.windows is not None:
+        return config.replace(shard_window=source.windows.size)
+    if config.shard_window:
+        raise ValueError(
+            f"images are shuffled by windows of {config.shard_window} shards (--shard-window, or as the run began), "
+            "which needs remote shards and --cache-gb: give the size of the cache"
+        )
+    return config.replace(shard_window=None)

@@ -120,7 +120,7 @@ def pretrain_command(url: str, out: Path, cache: Path, *more: object) -> list[st
     return [str(a) for a in ("pretrain", "--data", url, *TINY, *settings)]
 
 
-def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(server, url, tmp_path):
+def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(server, url, tmp_path, capsys):
     sizes = ("--cache-gb", in_gb(4.5), "--steps", 9, "--checkpoint-every", 2)
     with watched(tmp_path / "straight_cache") as most:
         assert main(pretrain_command(url, tmp_path / "straight", tmp_path / "straight_cache", *sizes)) == 0
@@ -141,6 +141,9 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(serve
         assert main(pretrain_command(url, run, cache, *sizes, "--cache-gb", in_gb(6.5))) == 0
     assert most[0] <= 6.5 * SIZE
     assert_same_bits(tmp_path / "straight", run)
+    capsys.readouterr()
+    words = mistake(capsys, *pretrain_command(url, run, cache, "--steps", 10, "--checkpoint-every", 2))
+    assert "by windows of 2 shards (--shard-window, or as the run began)" in words
     assert PretrainConfig.from_json((run / "config.json").read_text()).shard_window == 2
 
 
