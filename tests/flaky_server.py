@@ -13,8 +13,11 @@ class FlakyServer(ThreadingHTTPServer):
 
     Attributes:
         files: path -> content.
-        faults: path -> what the next requests of the file's content meet: "503", "drop", "truncate", "slow", "404".
-        requests: how often each file's content was requested.
+        faults: path -> what the next requests of the file's content meet: "503" or another status, "drop", "truncate",
+            "damage", "slow".
+        requests: how often each file's whole content was requested. ranges: the same of a part of it.
+        tags: path -> ETag. digests: path -> MD5 in base64.
+        knows_ranges: whether parts are given; else the whole file is.
     """
 
     daemon_threads = True
@@ -24,6 +27,10 @@ class FlakyServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
+        self.ranges: Counter[str] = Counter()
+        self.tags: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        self.knows_ranges = True
 
     @property
     def url(self) -> str:
@@ -43,7 +50,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200 if self.path in self.server.files else 404)
 
     def do_GET(self) -> None:
-        self.server.requests[self.path] += 1
+        part = self.headers["Range"] if self.server.knows_ranges else None
+        (self.server.requests if part is None else self.server.ranges)[self.path] += 1
         faults = self.server.faults.get(self.path, [])
         fault = faults.pop(0) if faults else ""
         content = self.server.files.get(self.path, b"")
@@ -51,6 +59,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif fault.isdigit() or self.path not in self.server.files:
             self._reply(int(fault or 404))
+        elif part is not None:
+            start, end = (int(number) for number in part.removeprefix("bytes=").split("-"))
+            self._reply(206, content[start : end + 1])
+            self.wfile.write(content[start : end + 1])
+        elif fault == "damage":
+            self._reply(200)
+            self.wfile.write(bytes(len(content)))
         elif fault == "truncate":
             self._reply(200)
             self.wfile.write(content[: len(content) // 2])
@@ -60,9 +75,13 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.01 if fault == "slow" else 0)
                 self.wfile.write(content[start : start + 1024])
 
-    def _reply(self, status: int) -> None:
+    def _reply(self, status: int, part: bytes | None = None) -> None:
+        content = self.server.files.get(self.path, b"") if part is None else part
         self.send_response(status)
-        self.send_header("Content-Length", str(len(self.server.files.get(self.path, b"")) if status == 200 else 0))
+        self.send_header("Content-Length", str(len(content) if status < 300 else 0))
+        for name, values in (("ETag", self.server.tags), ("Content-MD5", self.server.digests)):
+            if self.path in values:
+                self.send_header(name, values[self.path])
         self.end_headers()
 
 

@@ -23,6 +23,8 @@ STREAM_HELD_OUT = 18  # for images that are not trained on
 
 STREAM_VALID_CROP = 19  # for crops in place of those with too many invalid pixels
 
+STREAM_SHARD = 20  # for the order of shards
+
 _MASK64 = (1 << 64) - 1
 
 _GOLDEN = 0x9E3779B97F4A7C15

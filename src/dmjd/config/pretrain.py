@@ -23,6 +23,7 @@ from dmjd.config.checks import (
 from dmjd.config.fields import DEVICES, LABELS, PRECISIONS, Config, option
 from dmjd.config.image_settings import check_image_settings
 from dmjd.config.invalid import ALPHA_HELP, ALPHAS, BLENDED, NODATA_HELP, nodata_text
+from dmjd.config.remote import cache_dir_option, cache_gb_option, shard_window_option
 from dmjd.config.schedules import (
     COSINE,
     DEFAULT_COOLDOWN,
@@ -121,6 +122,9 @@ class PretrainConfig(Config):
         ge=0,
         most=MAX_COUNT,
     )
+    cache_dir: str | None = cache_dir_option("data")
+    cache_gb: float | None = cache_gb_option("data")
+    shard_window: int | None = shard_window_option("data")
     held_out: int | None = option(
         None,
         "images that are not trained on, for the held-out loss; default 2 % of the set, at most 2000",
@@ -283,9 +287,7 @@ class PretrainConfig(Config):
         gt=0,
         most=MAX_FACTOR,
     )
-    optimizer: str = option(
-        "adamw", "adamw, or muon: far fewer steps for short runs", "training", choices=("adamw", "muon")
-    )
+    optimizer: str = option("adamw", "muon: far fewer steps for short runs", "training", choices=("adamw", "muon"))
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0, most=MAX_FACTOR)
     schedule: str = option(
         COSINE,

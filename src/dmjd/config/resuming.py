@@ -38,7 +38,7 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
         if field.name == "batch_size":
             before = before or FORMER_BATCH_SIZE
             after = after or before  # a run keeps the one it began with
-        if field.name == "held_out":
+        if field.name in ("held_out", "shard_window"):
             before = before or 0
             after = before if after is None else after
         if before == after or field.name in DURATIONS:

@@ -64,8 +64,12 @@ class Permutations:
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._recent:
             former = {e: order for e, order in self._recent.items() if e == epoch - 1}
-            self._recent = former | {epoch: permutation(self._seed, epoch, self._length, self._first)}
+            self._recent = former | {epoch: self._permutation(epoch)}
         return self._recent[epoch]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        """The order of an epoch."""
+        return permutation(self._seed, epoch, self._length, self._first)
 
 
 def permutation(seed: int, epoch: int | Tensor, n: int, first: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ state, and the number of workers and processes does not matter. In a mixture eac
 the streams are interleaved by their weights.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Generator, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dmjd.data.cache import ImagesInMemory, load_to_memory, memory_needed
+from dmjd.data.fetch_ahead import FetchAhead
 from dmjd.data.growth import Growth, Place, WithJoined
 from dmjd.data.order import GrowingPermutations, Interleaving, Part, Permutations
 from dmjd.data.sources.base import Source
@@ -23,6 +25,7 @@ from dmjd.data.sources.folder import FolderSource
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
 from dmjd.data.unreadable import Report, read_or_replace, replace_unreadable
 from dmjd.data.valid_crops import prefer_valid
+from dmjd.data.windows import ShardWindows, WindowedPermutations
 from dmjd.data.workers import auto_workers, read_batches
 from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
@@ -48,6 +51,7 @@ class Stream:
         world_size: number of processes.
         parts: the sources of a mixture, in the order of their images, each with epochs of its own; none: a single one.
         growth: the images that join the set.
+        windows: of a single source whose shards are fetched while it is read; its images are shuffled window by window.
 
     Raises:
         ValueError: if the batch cannot be divided evenly.
@@ -61,6 +65,7 @@ class Stream:
     world_size: int = 1
     parts: tuple[Part, ...] = ()
     growth: Growth | None = None
+    windows: ShardWindows | None = None
 
     def __post_init__(self) -> None:
         parts = self.accumulate * self.world_size
@@ -105,6 +110,13 @@ class Stream:
             here = ordinals[sources == source]
             growth.orders[source].reach(int(here[0]), int(here[-1]))
 
+    def fetch_ahead(self, start_step: int) -> FetchAhead | None:
+        """What fetches shards while they are read from a step on; None if there are no windows."""
+        order = self._orders[0]
+        if self.windows is None or not isinstance(order, WindowedPermutations):
+            return None
+        return FetchAhead(order, self.windows, next(self.micro_batches(start_step)).start)
+
     @functools.cached_property
     def _interleaving(self) -> Interleaving:
         return Interleaving(self.parts)
@@ -114,6 +126,8 @@ class Stream:
         """The permutations of each source."""
         if self.growth is not None:
             return self.growth.orders
+        if self.windows is not None:
+            return [WindowedPermutations(self.seed, self.windows)]
         lengths = [part.length for part in self.parts] or [self.length]
         firsts = itertools.accumulate(lengths, initial=0)
         return [Permutations(self.seed, length, first) for length, first in zip(lengths, firsts, strict=False)]
@@ -190,13 +204,16 @@ class TrainLoader:
         device: torch.device | None = None,
         growth: Growth | None = None,
     ) -> None:
-        self.stream = Stream(len(source), batch_size, accumulate, seed, rank, world_size, source.parts, growth)
+        self.stream = Stream(
+            len(source), batch_size, accumulate, seed, rank, world_size, source.parts, growth, source.windows
+        )
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source
         # Crops are computed in float64, which MPS lacks.
         self._crops_on = self.device if self.device.type == "cuda" else torch.device("cpu")
-        self._memory = load_to_memory(source, _most_pixels(self.device)) if growth is None else None
+        may_hold = growth is None and source.windows is None
+        self._memory = load_to_memory(source, _most_pixels(self.device)) if may_hold else None
         if self._memory is not None:
             self._memory.images = self._memory.images.to(self._crops_on)
             num_workers = 0
@@ -218,16 +235,22 @@ class TrainLoader:
         if self._memory is not None:
             yield from self._from_memory(self._memory, requests)
             return
+        ahead = self.stream.fetch_ahead(start_step)
+        if ahead is not None:
+            requests = ahead.when_here(requests)
         # Drawn in this process, because each worker would need the permutations, of 8 bytes per image.
         drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
         crops = CroppedImages(self._source, self._augment)
         if (growth := self.stream.growth) is None:
-            read = read_batches(crops, drawn, self.num_workers, self._pinned)
+            results = read_batches(crops, drawn, self.num_workers, self._pinned)
         else:  # workers cannot know the images that join later
             named = ((indices, keys, growth.among(indices)) for indices, keys in drawn)
-            read = read_batches(GrownImages(crops, growth.sources), named, self.num_workers, self._pinned)
-        for result in read:
-            yield Batch(*result).to(self.device)
+            results = read_batches(GrownImages(crops, growth.sources), named, self.num_workers, self._pinned)
+        with contextlib.closing(ahead) if ahead is not None else contextlib.nullcontext():
+            for samples, result in zip(self.stream.micro_batches(start_step), results, strict=False):
+                if ahead is not None:
+                    ahead.received(samples)
+                yield Batch(*result).to(self.device)
 
     @property
     def _pinned(self) -> bool:

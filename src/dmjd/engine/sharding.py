@@ -108,6 +108,11 @@ class WholeModel:
                 value.untyped_storage().resize_(0)
 
 
+def together(model: Any, whole: WholeModel | None) -> Any:
+    """The model to evaluate: the whole of a sharded one, or the model itself."""
+    return model if whole is None else whole.model
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, which all have memory of their own."""
     return {name: parameter.detach() for name, parameter in module.named_parameters()}

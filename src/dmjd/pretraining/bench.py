@@ -57,7 +57,7 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     config, start = begin_from(config)
     model = build_model(config, start)
     fabric = make_fabric(config.device, config.precision)
-    source = open_data(config, config.data, "train") if config.data is not None else None
+    source = open_data(config, config.data, "train", fetch_ahead=True) if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
     if source is not None:
         _, batch_size = resolve_batch_size(config.replace(batch_size=batch_size), len(source), 1, fabric.device)

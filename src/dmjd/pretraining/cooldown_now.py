@@ -11,9 +11,8 @@ from dmjd.engine.cooldown_signal import SIGNAL
 from dmjd.engine.device import make_fabric
 from dmjd.engine.processes import find_launch, from_first
 from dmjd.files import try_lock
-from dmjd.pretraining.batch_size import keep_batch_size
-from dmjd.pretraining.held_out import keep_held_out
 from dmjd.pretraining.settings import resolve_paths
+from dmjd.pretraining.shard_window import keep_recorded
 from dmjd.runs.branches import BRANCHES, check_branches, start_branch
 from dmjd.runs.checkpoint import RunFolder, check_continues
 from dmjd.runs.owner import LOCK, Owner
@@ -35,7 +34,7 @@ def branch_to_train(config: PretrainConfig, has_model: bool) -> PretrainConfig |
     out = check_out("out", config.out)
     own = check_branches(out)
     if config.data is not None:
-        kept = keep_held_out(keep_batch_size(resolve_paths(config), out), out)
+        kept = keep_recorded(resolve_paths(config), out)
         own, _ = read_start(kept, out, own_model=has_model)
         check_continues(out, own)
     if find_launch().num_processes > 1:

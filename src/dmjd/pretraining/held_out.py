@@ -64,7 +64,7 @@ def hold_out(config: PretrainConfig, source: Source) -> tuple[PretrainConfig, So
     held, trained = (np.concatenate(each) for each in zip(*rows, strict=True))
     rest = tuple(Part(part.length - n, part.weight) for part, n in zip(parts, counts, strict=True))
     trained_parts = rest if source.parts else ()
-    return config, SubsetSource(source, trained, trained_parts), SubsetSource(source, held)
+    return config, SubsetSource(source, trained, trained_parts, trained=True), SubsetSource(source, held)
 
 
 def proportional(lengths: Sequence[int], count: int) -> list[int]:

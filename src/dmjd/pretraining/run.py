@@ -11,44 +11,40 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from dmjd.checked_json import check_json
 from dmjd.config.checks import check_out
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.config.sources import data_text
 from dmjd.config.strategies import FSDP
 from dmjd.data.growth import Growth
-from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.mixture import MixtureSource
-from dmjd.data.sources.registry import check_may_grow
-from dmjd.data.statistics import measure_stats, range_warning
 from dmjd.data.train_loader import Batch, TrainLoader
 from dmjd.data.unreadable import Report as UnreadableReport
-from dmjd.encoders.headers import CHECKPOINTS, has_checkpoint, read_headers
+from dmjd.encoders.headers import CHECKPOINTS, read_headers
 from dmjd.engine.console import Console
 from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, precision_name
 from dmjd.engine.layer_decay import encoder_groups
 from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate
-from dmjd.engine.processes import check_same, from_first, num_processes
-from dmjd.engine.sharding import WholeModel, is_sharded, shard
-from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.engine.processes import check_same, from_first
+from dmjd.engine.sharding import WholeModel, is_sharded, shard, together
+from dmjd.images.preprocess import Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
-from dmjd.pretraining.batch_size import keep_batch_size, resolve_batch_size
-from dmjd.pretraining.callbacks import Monitor, began_with
+from dmjd.pretraining.batch_size import resolve_batch_size
+from dmjd.pretraining.callbacks import Monitor
 from dmjd.pretraining.cooldown_now import branch_to_train
 from dmjd.pretraining.enlarged import warn_enlarged
 from dmjd.pretraining.growing import open_growth
-from dmjd.pretraining.held_out import hold_out, keep_held_out
+from dmjd.pretraining.images import images_of_run, mean_source, resolve_preprocess
 from dmjd.pretraining.pace import few_steps_of_epochs
 from dmjd.pretraining.schedule import check_schedule_fits, num_steps, schedule_of
 from dmjd.pretraining.settings import check_settings, record_settings, resolve_paths
+from dmjd.pretraining.shard_window import keep_recorded
 from dmjd.runs.branches import start_branch, tidy_branch
-from dmjd.runs.build import LISTING, build_model, open_data
-from dmjd.runs.checkpoint import Checkpoint, PretrainState, RunFolder, read_config_of
+from dmjd.runs.build import build_model
+from dmjd.runs.checkpoint import PretrainState, RunFolder
 from dmjd.runs.driver import Driver, newest_checkpoint
 from dmjd.runs.start import Start, read_start
 
@@ -102,15 +98,14 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     config, own_model = resolve_paths(config), model
     out = check_out("out", config.out)
     # 1. The model. Invalid settings raise before anything is written; a resumed run needs no weights to start from.
-    config, start = read_start(keep_held_out(keep_batch_size(config, out), out), out, own_model=model is not None)
+    config, start = read_start(keep_recorded(config, out), out, own_model=model is not None)
     model = build_model(config, start) if model is None else model
     # 2. Devices and processes.
     fabric = make_fabric(config.device, config.precision, strategy=config.strategy)
     console = Console(enabled=fabric.is_global_zero)
     check_settings(config, out, fabric, own_model=own_model is not None)
     # 3. The images.
-    source = same_images(training_images(config, out))
-    config, trained, held_out = hold_out(config, source)
+    config, source, trained, held_out = images_of_run(config, out)
     config, batch_size = resolve_batch_size(config, len(trained), fabric.world_size, fabric.device)
     check_schedule_fits(config, num_steps(config, len(trained), batch_size))
     # 4. The run folder, locked by the first process.
@@ -124,9 +119,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         # 7. Optimizer, schedule and loop, the stream of batches, and the driver around them.
         engine = make_engine(config, model, fabric, batch_size, len(trained))
         growth = open_growth(config, source, trained, folder, checkpoint, console)
-        monitor = Monitor(
-            config, engine.whole.model if engine.whole else model, source, held_out, folder, console, growth
-        )
+        monitor = Monitor(config, together(model, engine.whole), source, held_out, folder, console, growth)
         batches = batches_of(config, trained, engine, monitor.count_unreadable, growth)
         driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
         driver.asked, driver.branch = asked, partial(branch_of, out, config, own_model)
@@ -165,69 +158,6 @@ def train_branch(branch: PretrainConfig, model: MaskedImageModel | None) -> RunR
     if result.finished:
         from_first(lambda: tidy_branch(result.path))
     return result
-
-
-def training_images(config: PretrainConfig, out: Path) -> Source:
-    """Open the images. If ``data`` is not that of the run in ``out``, they must be the same at another path.
-
-    The sorted list of a folder is stored with the run, and read from there once it has a checkpoint.
-
-    Raises:
-        ValueError: if they cannot be opened, are others, or there is no checkpoint that says which they were.
-    """
-    assert config.data is not None
-    if config.data_may_grow:
-        check_may_grow(config.data)
-    source = open_data(config, config.data, "train", listing=out / LISTING if has_checkpoint(out) else None)
-    old = read_config_of(out)
-    if old is None or old.data is None or old.data == config.data:
-        return source
-    headers, _ = read_headers(out / CHECKPOINTS)
-    former = data_text(old.data)
-    if not headers:
-        raise ValueError(
-            f"{out} began with --data {former} and has no checkpoint yet that its images could be compared with; "
-            "give the same path, or another --out"
-        )
-    began, reports = began_with(check_json(headers[0].metadata, PretrainState, str(headers[0].path)), config)
-    check_moved(source, began, reports, former)
-    return source
-
-
-def same_images(source: Source) -> Source:
-    """The images, if all processes have the same ones; ValueError if not."""
-    if num_processes() > 1:
-        cure = "all machines need the same images under the same path"
-        check_same(f"{len(source)} images ({source.fingerprint()})", "sees", cure)
-    return source
-
-
-def resolve_preprocess(
-    config: PretrainConfig,
-    source: Source,
-    checkpoint: Checkpoint | None,
-    console: Console,
-    start: Start | None = None,
-) -> Preprocess:
-    """The checkpoint's preprocessing; else the first that there is: the configured mean and std, those of the weights
-    it starts from, ImageNet's (3 channels), measured ones. The size is always the configured one.
-    """
-    if checkpoint is not None:
-        return checkpoint.preprocess()
-    mean, std = config.mean, config.std
-    theirs = start.weights.preprocess if start is not None else None
-    if mean is None and theirs is not None and theirs.in_chans == config.in_chans:
-        mean, std = theirs.mean, theirs.std
-    if mean is not None and std is not None:
-        warning = range_warning(source)
-    elif config.in_chans == 3:
-        mean, std, warning = IMAGENET_MEAN, IMAGENET_STD, range_warning(source)
-    else:
-        mean, std, warning = measure_stats(source)
-    if warning is not None:
-        console.warn(warning)
-    value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
-    return Preprocess(config.size, config.in_chans, mean, std, value_range, config.nodata, config.alpha)
 
 
 class PretrainTask(Task):
@@ -384,18 +314,3 @@ def log_summary(
         warn_enlarged(config, source, console)
     if engine.progress >= 1.0:
         console.say("the run is finished; give a longer duration to continue it")
-
-
-def mean_source(config: PretrainConfig, start: Start) -> str:
-    """A line about what comes from the weights that a run starts from: mean and std, and settings left to them."""
-    theirs = start.weights.preprocess
-    if config.mean is not None:
-        origin = "as given"
-    elif theirs is not None and theirs.in_chans == config.in_chans:
-        origin = "of the weights"
-    else:
-        known = "the weights have none" if theirs is None else f"the weights are for {theirs.in_chans} channels"
-        origin = f"ImageNet's ({known})" if config.in_chans == 3 else f"measured ({known})"
-    words = {"encoder": "encoder", "img_size": "image size", "in_chans": "channels"}
-    left = ", ".join(word for name, word in words.items() if name in start.settings)
-    return f"mean and std {origin}" + (f"; {left} of the weights" if left else "")

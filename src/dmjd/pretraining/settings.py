@@ -29,7 +29,7 @@ def resolve_paths(config: PretrainConfig) -> PretrainConfig:
         raise ValueError("say what to train on: --data FOLDER (or a .parquet file, a set name, digits)")
     if config.out is None:
         raise ValueError("say where the run goes: --out DIR")
-    paths = {name: getattr(config, name) for name in ("test_data", "root", "teacher", "init")}
+    paths = {name: getattr(config, name) for name in ("test_data", "root", "cache_dir", "teacher", "init")}
     texts = paths | {"data": config.data if isinstance(config.data, str) else None}
     if empty := [name for name, path in texts.items() if path is not None and not path.strip()]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty: give a path or a name")

@@ -14,7 +14,7 @@ from dmjd.config.checks import check_path
 from dmjd.config.fields import LIST_SETTINGS
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.sources import Data
-from dmjd.data.sources.base import Source
+from dmjd.data.sources.base import RemoteOptions, Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.registry import create_encoder, encoder_family
@@ -138,7 +138,9 @@ def _build_target(config: PretrainConfig, name: str) -> str | TargetSettings:
     return settings_class(**{f: getattr(config, field) for f, field in names.items() if hasattr(config, field)})
 
 
-def open_data(config: PretrainConfig, data: Data, split: str, listing: Path | None = None) -> Source:
+def open_data(
+    config: PretrainConfig, data: Data, split: str, listing: Path | None = None, fetch_ahead: bool = False
+) -> Source:
     """Open a data source with the labels, channels and value range of a configuration."""
     return open_source(
         data,
@@ -153,6 +155,7 @@ def open_data(config: PretrainConfig, data: Data, split: str, listing: Path | No
         max_unreadable=config.max_unreadable,
         nodata=config.nodata,
         alpha=config.alpha,
+        remote=RemoteOptions(config.cache_dir, config.cache_gb, config.shard_window, fetch_ahead),
     )
 
 

@@ -1,20 +1,25 @@
 """Remote shards, from a server that fails in every way that servers do."""
 
+import base64
+import hashlib
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from flaky_server import flaky_server
-from image_sets import first_values
+from image_sets import first_values, write_table
 from support import TINY, final, mistake
 
 from dmjd.cli.main import main
-from dmjd.data.sources import remote
+from dmjd.data.sources import remote, transfer
+from dmjd.data.sources.base import RemoteOptions
 from dmjd.data.sources.registry import absolute, has_split, open_source
 from dmjd.warning import DMJDWarning
 
@@ -24,7 +29,7 @@ pytest.importorskip("aiohttp")
 @pytest.fixture
 def server(shards, monkeypatch):
     """A server of three shards; waits between attempts are short."""
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfer, "_FIRST_WAIT", 0.01)
     with flaky_server() as server:
         server.files = {f"/set/{i}{path.suffix}": path.read_bytes() for i, path in enumerate(sorted(shards.iterdir()))}
         server.files["/set/x-09.zip"], server.files["/set/x-10.zip"] = (
@@ -83,9 +88,7 @@ def test_a_server_that_is_gone(server):
 def test_a_disk_that_is_too_full(server, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: usage(1 << 28))
-    with pytest.raises(
-        ValueError, match=r"the remote files take 0\.0 GB more, .* room for 0\.0 GB: set XDG_CACHE_HOME"
-    ):
+    with pytest.raises(ValueError, match=r"the remote files take 0\.0 GB more, .* room for 0\.0 GB: give --cache-dir"):
         open_source(f"{server.url}/set/0.tar")
     assert not server.requests
 
@@ -118,13 +121,12 @@ def test_a_run_resumes_exactly_after_its_cache_is_gone(server, tmp_path):
 
 
 def test_addresses_that_look_alike_have_copies_of_their_own():
-    system = fsspec.filesystem("http")
     names = [
-        remote._local_name(system, f"http://h/set/{path}")
+        transfer.RemoteFile(f"http://h/set/{path}", None, 0).local_name
         for path in ("my%20set/a.tar", "my_set/a.tar", "my%3Aset/a.tar", f"{'x' * 300}/a.tar", f"{'x' * 301}/a.tar")
     ]
     assert len(set(names)) == len(names)
-    assert "secret" not in remote._local_name(system, "http://user:secret@h/a.tar")
+    assert "secret" not in transfer.RemoteFile("http://user:secret@h/a.tar", None, 0).local_name
 
 
 @pytest.mark.parametrize("numbers", ["{9..0}", "{0..9999999999}"])
@@ -140,3 +142,47 @@ def test_copies_serve_while_the_server_is_gone(server):
     server.server_close()
     with pytest.warns(DMJDWarning, match="the copies in the cache are used"):
         assert first_values(open_source(url)) == first
+
+
+def test_a_table_is_fetched_and_a_list_is_refused(server, tmp_path):
+    write_table(tmp_path / "a.parquet", [3, 4])
+    server.files["/set/a.parquet"] = (tmp_path / "a.parquet").read_bytes()
+    assert first_values(open_source(f"{server.url}/set/a.parquet")) == [3, 4]
+    for name in ("list.csv", "list.txt"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is the address of no images: a list names files of this machine"
+        ):
+            open_source(f"{server.url}/set/{name}")
+    pq.write_table(pa.table({"path": ["a.png"]}), tmp_path / "list.parquet")
+    server.files["/set/list.parquet"] = (tmp_path / "list.parquet").read_bytes()
+    with pytest.raises(ValueError, match=r"list\.parquet .* lists paths: a list names files of this machine"):
+        open_source(f"{server.url}/set/list.parquet")
+    with pytest.raises(ValueError, match=r"images/ is the address of no images: give that of \.tar"):
+        open_source(f"{server.url}/images/")
+
+
+def test_the_address_of_a_file_is_its_path(shards):
+    url = f"FILE://{shards}/a.tar"
+    assert first_values(open_source(url)) == [0, 1, 2, 3]
+    assert absolute(url) == str(shards / "a.tar")
+    assert not (Path(os.environ["XDG_CACHE_HOME"]) / "dmjd" / "remote").exists()
+
+
+@pytest.mark.parametrize("remote", [RemoteOptions(), RemoteOptions(cache_gb=1.0)])
+def test_a_disk_that_fills_up(server, remote):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(ValueError, match=r"0\.tar can't be fetched \(the disk of the cache: file too large\)"):
+            open_source(f"{server.url}/set/0.tar", remote=remote)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert first_values(open_source(f"{server.url}/set/0.tar", remote=remote)) == [0, 1, 2, 3]
+
+
+def test_what_arrives_must_match_the_checksum(server):
+    content = server.files["/set/0.tar"]
+    server.digests = {"/set/0.tar": base64.b64encode(hashlib.md5(content).digest()).decode()}
+    server.faults = {"/set/0.tar": ["damage", "damage"]}
+    assert first_values(open_source(f"{server.url}/set/0.tar")) == [0, 1, 2, 3]
+    assert server.requests["/set/0.tar"] == 3

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -115,3 +116,22 @@ def test_another_process_maps_the_index_instead_of_copying_it(shards):
         assert pool.apply(first_values, (source,)) == list(range(12))
     memory = ShardIndex(source._index.shards, source._index.batches)
     assert pickle.loads(pickle.dumps(memory)).identity() == source._index.identity()
+
+
+def test_a_valid_index_in_a_cache_that_cannot_be_written_is_used(shards, monkeypatch):
+    fingerprint = open_source(str(shards)).fingerprint()
+    monkeypatch.setattr(shard_cache, "cache_folder", lambda *_: pytest.fail("the cache is not to be written"))
+    assert open_source(str(shards)).fingerprint() == fingerprint
+
+
+def test_a_wait_for_another_process_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_PATIENCE", 0.05)
+    with progress.locked_aloud(tmp_path / "a.lock", "indexing 3 shards"):
+        waiting = threading.Thread(
+            target=lambda: progress.locked_aloud(tmp_path / "a.lock", "indexing 3 shards").__enter__()
+        )
+        waiting.start()
+        while not (told := capsys.readouterr().err):
+            time.sleep(0.01)
+    waiting.join()
+    assert told == "waiting for another process: indexing 3 shards\n"

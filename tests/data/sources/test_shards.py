@@ -147,3 +147,11 @@ def test_a_resumed_run_is_an_uninterrupted_one(shards, tmp_path, capsys):
     assert main([*command, str(tmp_path / "run"), "--steps", "4", "--checkpoint-every", "2"]) == 0
     straight, resumed = final(tmp_path / "straight"), final(tmp_path / "run")
     assert all(resumed[name].equal(value) for name, value in straight.items())
+
+
+def test_shards_in_folders_below_are_hinted_at(shards):
+    (shards / "deep").mkdir()
+    for file in list(shards.glob("*.*")):
+        file.rename(shards / "deep" / file.name)
+    with pytest.raises(ValueError, match=r"the shards below are given by a pattern, '.*/shards/\*\*/\*\.tar'"):
+        open_source(str(shards))

@@ -12,6 +12,7 @@ import numpy as np
 
 from dmjd.config.invalid import BLENDED
 from dmjd.data.order import Part
+from dmjd.data.windows import ShardWindows
 from dmjd.images.decoding import ImageLike
 from dmjd.images.dicom import frame_of
 from dmjd.images.invalid import InvalidPixels
@@ -20,6 +21,26 @@ from dmjd.images.stored import UnreadableImage
 from dmjd.regular import check_regular
 
 _SAMPLED, _FIRST_BYTES = 64, 1 << 16  # of Source.content_sample
+
+
+class RemoteOptions(NamedTuple):
+    """How remote files are read.
+
+    Attributes:
+        cache_dir: folder for their copies; None: that of the user.
+        cache_gb: size of the cache of shards in GB (10^9 bytes); None: no bound, all are fetched when a set is opened.
+        shard_window: shards whose images are shuffled together; see :class:`~dmjd.data.windows.ShardWindows`.
+        fetch_ahead: whether a training loader is to fetch the shards; else images of shards that are not in a bounded
+            cache are fetched one by one.
+    """
+
+    cache_dir: str | None = None
+    cache_gb: float | None = None
+    shard_window: int | None = None
+    fetch_ahead: bool = False
+
+
+FETCHED_FIRST = RemoteOptions()
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class SourceOptions:
     max_unreadable: float | None = None
     nodata: str | None = None
     alpha: str = BLENDED
+    remote: RemoteOptions = FETCHED_FIRST
 
     @property
     def with_labels(self) -> bool:
@@ -74,6 +96,7 @@ class Source(ABC):
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
         full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
         parts: the sources of a mixture, with their weights; empty for other sets.
+        windows: for shards that are fetched while they are read in training, their windows; None for other sets.
         split: the part of the data that the images are: "train", "val" or "test". Where there is no test part, the
             validation part serves as one.
     """
@@ -95,6 +118,7 @@ class Source(ABC):
     removable: bool = False
     full_names: bool = False
     parts: tuple[Part, ...] = ()
+    windows: ShardWindows | None = None
     split: str = "train"
 
     @classmethod

@@ -15,6 +15,7 @@ from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
 from dmjd.data.sources.dicom_files import with_frames
 from dmjd.data.sources.paths import (
     EXTENSIONS,
+    SHARDS,
     SPLIT_NAMES,
     existing_path,
     expanded,
@@ -68,7 +69,11 @@ class FolderSource(Source):
         self._extensions = extensions
         paths = images_below(root, extensions) if listed is None else listed.paths
         if not paths:
-            raise ValueError(f"no images found in {printable(root)}; known extensions: {' '.join(extensions)}")
+            deeper = (
+                f"; the shards below are given by a pattern, '{printable(root)}/**/*.tar'" if walk(root, SHARDS) else ""
+            )
+            known = " ".join(extensions)
+            raise ValueError(f"no images found in {printable(root)}; known extensions: {known}{deeper}")
         self._take(root, paths, with_labels, listed)
         self.listing = listing if listed is not None else None
 

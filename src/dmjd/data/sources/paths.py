@@ -215,24 +215,30 @@ def without_masks(root: Path, paths: list[str]) -> list[str]:
     return [path for path, mask in zip(paths, is_mask, strict=True) if not mask]
 
 
-def cache_folder(name: str, what: str) -> Path:
+def cache_path(name: str, parent: str | None = None) -> Path:
+    """Where :func:`cache_folder` lies, whether it exists or not."""
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmjd"
+    return (own if parent is None else expanded(parent)) / name
+
+
+def cache_folder(name: str, what: str, parent: str | None = None) -> Path:
     """A folder of the user's cache, which is made.
 
     Args:
         name: of the folder. what: is kept there, for the error.
+        parent: the folder (``cache_dir``) that takes the place of that of the user.
 
     Raises:
         ValueError: if it cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmjd" / name
+    cache = cache_path(name, parent)
     try:
         make_folder(cache)
         if not os.access(cache, os.W_OK):
             raise ValueError
     except ValueError:
-        raise ValueError(
-            f"{what} in {printable(cache)}, which can't be written: set XDG_CACHE_HOME to a folder that can be"
-        ) from None
+        cure = "set XDG_CACHE_HOME to" if parent is None else "give --cache-dir"
+        raise ValueError(f"{what} in {printable(cache)}, which can't be written: {cure} a folder that can be") from None
     return cache
 
 

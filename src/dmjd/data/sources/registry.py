@@ -13,15 +13,15 @@ import numpy as np
 from dmjd.config.fields import LABELS, SPLITS
 from dmjd.config.invalid import BLENDED, check_alpha, nodata_text
 from dmjd.config.sources import Data, check_sources, data_text, given_sources, overlapping
-from dmjd.data.sources.base import Source, SourceOptions
+from dmjd.data.sources.base import FETCHED_FIRST, RemoteOptions, Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.hub import HubSource
 from dmjd.data.sources.list_formats import ENDINGS
 from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.mixture import MixtureSource, listing_of
-from dmjd.data.sources.paths import EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
-from dmjd.data.sources.remote import is_url
+from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
+from dmjd.data.sources.remote import LISTS_ARE_LOCAL, ends_with, is_url, local_path
 from dmjd.data.sources.shard_files import is_shards
 from dmjd.data.sources.shards import ShardSource
 from dmjd.data.sources.tables import ParquetSource
@@ -57,6 +57,7 @@ def open_source(
     max_unreadable: float | None = None,
     nodata: str | float | None = None,
     alpha: str = BLENDED,
+    remote: RemoteOptions = FETCHED_FIRST,
 ) -> Source:
     """Open a set of images.
 
@@ -81,6 +82,7 @@ def open_source(
             ``label_column``, ``labels`` is "column".
         max_unreadable: for lists, how many of the files may be missing, or a share below 1; None: none.
         nodata, alpha: which pixels are invalid: see :class:`~dmjd.images.preprocess.Preprocess`.
+        remote: how remote files are read.
 
     Raises:
         ValueError: saying what is wrong with ``data`` and how to fix it.
@@ -89,7 +91,7 @@ def open_source(
     _check_options(split, labels, in_chans, label_column)
     lists = (None if root is None else str(root), path_column, label_column, max_unreadable)
     invalid = (nodata_text(nodata), check_alpha(alpha))
-    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists, *invalid)
+    options = SourceOptions(split, labels, in_chans, value_range, listing, masks, *lists, *invalid, remote)
     if not isinstance(data, str | Path):
         return _open_several(data, options)
     name = _named(data)
@@ -152,6 +154,11 @@ def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
     if len(opened) < 2:
         return opened[0][0] if opened else open_source(sources[0].data, **vars(options))  # whose message says why
     for each, _ in opened:
+        if each.windows is not None:
+            raise ValueError(
+                f"a cache that does not hold all shards of {printable(each.name)} works for a single set: give a "
+                "larger --cache-gb, or one set"
+            )
         each.full_names = True
     mixture = MixtureSource(*zip(*opened, strict=True))
     mixture.check_readable()
@@ -193,6 +200,7 @@ def check_may_grow(data: Data) -> None:
 
 def absolute(data: str) -> str:
     """``data`` as a run stores it: paths made absolute, so that the run can be evaluated from any folder."""
+    data = local_path(data)
     path = os.path.expanduser(data)
     if (
         data.strip()
@@ -219,7 +227,7 @@ def absolute_sources(data: Data) -> Data:
 
 def _named(data: str | Path) -> str:
     """A name or path as a string; a Path is never the name of a set."""
-    return os.path.join(".", data) if isinstance(data, Path) and str(data) in _names() else str(data)
+    return os.path.join(".", data) if isinstance(data, Path) and str(data) in _names() else local_path(str(data))
 
 
 def align_labels(train: Source, test: Source) -> np.ndarray:
@@ -254,6 +262,11 @@ def _find(data: str, split: str) -> type[Source] | None:
     if data in _names():
         return next((kind for kind in SOURCES if data in kind.names and kind.matches(data, split)), None)
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
+    if is_url(data):
+        if not ends_with(data, (*SHARDS, *COMPRESSED, ".parquet")):
+            what = LISTS_ARE_LOCAL if ends_with(data, ENDINGS) else "give that of .tar, .zip or .parquet files"
+            raise ValueError(f"{printable(data)} is the address of no images: {what}")
+        return kind
     if (kind is None or kind.remote) and existing_path(data) is None and not is_shards(data, "train"):
         _check_spelling(data, is_name=kind is not None)
     return kind

@@ -6,8 +6,8 @@ import glob
 import os
 import stat
 import threading
-import urllib.parse
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +21,13 @@ from dmjd.data.sources.paths import (
     permission_checked,
     split_folder,
 )
-from dmjd.data.sources.remote import fetch, is_url
+from dmjd.data.sources.remote import ends_with, fetch, is_url
 from dmjd.data.sources.shard_index import Extent, Shard
 from dmjd.images.stored import MAX_BYTES
 
 _MOST_OPEN = 64  # files of a process
+
+_MOST_AT_ONCE = 1 << 30  # bytes of a read; systems read at most 2 GiB at once
 
 _MAGIC = "*?["  # characters of patterns
 
@@ -38,7 +40,7 @@ class FoundShards(NamedTuple):
     split: str
 
 
-def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> FoundShards:
+def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS, cache_dir: str | None = None) -> FoundShards:
     """The shards of a split; without a test part, the validation part is the test part.
 
     Args:
@@ -46,14 +48,14 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> Fou
             address of remote shards, which are fetched (see :func:`~dmjd.data.sources.remote.fetch`).
         split: "train", "val" or "test". Shards may be named after it: ``train-000.tar`` next to ``test-000.tar``.
         endings: of their names, in small letters.
+        cache_dir: folder of the cache for remote shards; None: that of the user.
 
     Raises:
         ValueError: if permission to read a folder is missing.
     """
     if is_url(data):
-        files = fetch(data) if _is_remote(data, split, endings) else []
-        folder = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
-        return FoundShards(folder, files, split)
+        files = fetch(data, cache_dir) if _is_remote(data, split, endings) else []
+        return FoundShards(common_folder(files), files, split)
     path = existing_path(data)
     if path is not None and path.is_file():
         files = [path] if path.name.lower().endswith(endings) and split == "train" else []
@@ -81,8 +83,13 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS) -> Fou
     return FoundShards(folder, files, taken)
 
 
+def common_folder(files: Sequence[Path]) -> Path:
+    """The deepest folder that holds all files."""
+    return Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+
+
 def _is_remote(url: str, split: str, endings: tuple[str, ...]) -> bool:
-    return split == "train" and urllib.parse.urlsplit(url).path.lower().endswith(endings)
+    return split == "train" and ends_with(url, endings)
 
 
 def _shards_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
@@ -128,9 +135,27 @@ def read_member(path: str, shard: Shard, extent: Extent) -> bytes:
         OSError: if the shard is gone or cannot be read, or has changed since it was scanned.
         ValueError: if the member is damaged.
     """
+    _check_size(extent)
+    return unpacked(_opened(path, shard.size, shard.mtime).read(extent.packed, extent.offset), extent)
+
+
+def read_member_once(path: Path, shard: Shard, extent: Extent) -> bytes:
+    """Like :func:`read_member`, without keeping the shard open: one that is deleted takes no room on the disk."""
+    _check_size(extent)
+    return unpacked(_OpenShard(str(path), shard.size, shard.mtime).read(extent.packed, extent.offset), extent)
+
+
+def _check_size(extent: Extent) -> None:
     if max(extent.packed, extent.size) > MAX_BYTES:
         raise ValueError("it takes more than 4 GiB")
-    content = _opened(path, shard.size, shard.mtime).read(extent.packed, extent.offset)
+
+
+def unpacked(content: bytes, extent: Extent) -> bytes:
+    """The content of a member, from its bytes in the shard.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     if len(content) < extent.packed:
         raise ValueError("the shard ends before the image does")
     if extent.size < 0:
@@ -162,6 +187,14 @@ class _OpenShard:
 
     def read(self, length: int, offset: int) -> bytes:
         """Bytes at an offset; fewer at the end of the file."""
+        content = self._read(min(length, _MOST_AT_ONCE), offset)
+        while len(content) < length and (
+            more := self._read(min(length - len(content), _MOST_AT_ONCE), offset + len(content))
+        ):
+            content += more
+        return content
+
+    def _read(self, length: int, offset: int) -> bytes:
         if hasattr(os, "pread"):
             return os.pread(self._descriptor, length, offset)
         with self._lock:  # Windows

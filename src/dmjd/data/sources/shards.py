@@ -9,12 +9,15 @@ import numpy as np
 
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
 from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, one_line
+from dmjd.data.sources.progress import counted
 from dmjd.data.sources.remote import is_url
+from dmjd.data.sources.remote_shards import RemoteShards, RemoteWindows
 from dmjd.data.sources.shard_cache import index_shards
-from dmjd.data.sources.shard_files import find_shards, is_shards, read_member
+from dmjd.data.sources.shard_files import common_folder, find_shards, is_shards, read_member
 from dmjd.data.sources.shard_index import Extent, ShardIndex, aligned, read_if_there
 from dmjd.data.sources.shard_labels import folder_labels, member_labels
 from dmjd.data.unreadable import MISSING
+from dmjd.data.windows import ShardWindows
 from dmjd.images.decoding import reason
 from dmjd.images.reading import OF_THE_MACHINE
 from dmjd.images.stored import UnreadableImage
@@ -34,6 +37,7 @@ class ShardSource(Source):
         name: the path or pattern given by the user.
         folder: folder of the shards.
         files: the shards, below the folder.
+        remote: what fetches the shards, one by one; None: they are files of this machine.
         options: how to open them. ``listing`` may be the list of a run, whose index has the same name and the ending
             ``.arrow`` (see :meth:`save_listing`). If it exists, the set holds the images the run began with, and those
             that are gone are unreadable.
@@ -45,14 +49,17 @@ class ShardSource(Source):
     kind = "a set of tar or zip files"
     removable = True
 
-    def __init__(self, name: str, folder: Path, files: list[Path], options: SourceOptions) -> None:
+    def __init__(
+        self, name: str, folder: Path, files: list[Path], options: SourceOptions, remote: RemoteShards | None = None
+    ) -> None:
         self.name, self.in_chans, self.value_range = name, options.in_chans, options.value_range
+        self._remote = remote
         listing = None if options.listing is None else options.listing.with_suffix(INDEX_ENDING)
         self._listed = read_if_there(listing)
         self.listing = listing if self._listed is not None else None
         named = {file.relative_to(folder).as_posix(): file for file in files}
         now = index_shards(
-            named, short_hash([name if is_url(name) else os.path.abspath(name), options.split]), self._listed
+            named, short_hash([name if is_url(name) else os.path.abspath(name), options.split]), self._listed, remote
         )
         self._index = now if self._listed is None else aligned(self._listed, now)
         self._paths = [os.path.join(folder, shard.name) for shard in self._index.shards]
@@ -62,8 +69,10 @@ class ShardSource(Source):
             self.labels, self.classes = folder_labels(self._index, printable(name))
         elif options.labels == "column":
             self.labels, self.classes = member_labels(
-                self._index, printable(name), self._member, self.describe, options.label_column
+                self._index, printable(name), self._label, self.describe, options.label_column
             )
+        if remote is not None and options.remote.fetch_ahead:
+            self.windows = self._fetched_ahead(remote, options.remote.shard_window)
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
@@ -73,7 +82,12 @@ class ShardSource(Source):
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "ShardSource":
         """Open a split of the shards ``data``."""
-        folder, files, split = find_shards(data, options.split)
+        if options.remote.cache_gb is not None and is_url(data) and not data.lower().endswith(COMPRESSED):
+            remote = RemoteShards(data, options.remote.cache_gb, options.remote.cache_dir)
+            if options.remote.fetch_ahead:
+                remote.window_size(options.remote.shard_window)  # refuses a small cache before anything is fetched
+            return cls(data, common_folder(remote.paths), remote.paths, options, remote)
+        folder, files, split = find_shards(data, options.split, cache_dir=options.remote.cache_dir)
         compressed = [] if is_url(data) else find_shards(data, options.split, COMPRESSED).files
         if not files:
             name = printable(compressed[0] if compressed else data)
@@ -101,12 +115,33 @@ class ShardSource(Source):
         try:
             return self._member(shard, extent)
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in OF_THE_MACHINE):
                 raise
             raise UnreadableImage(self.describe(index), reason(error)) from None
 
     def _member(self, shard: int, extent: Extent) -> bytes:
+        if self._remote is not None:
+            return self._remote.member(Path(self._paths[shard]), self._index.shards[shard], extent)
         return read_member(self._paths[shard], self._index.shards[shard], extent)
+
+    def _label(self, shard: int, extent: Extent) -> bytes:
+        """The content of a label. All of a shard are read in a row, so the shard is fetched whole."""
+        path = Path(self._paths[shard])
+        if self._remote is None or self._remote.is_here(path):
+            return self._member(shard, extent)
+        with self._remote.needing(path):
+            return self._member(shard, extent)
+
+    def _fetched_ahead(self, remote: RemoteShards, recorded: int | None) -> ShardWindows | None:
+        """The windows in which shards are fetched while a run trains; None: all fit, and are fetched now."""
+        size = remote.window_size(recorded)
+        if not size:
+            remote.need(remote.paths)
+            for _ in counted(remote.fetch(remote.paths), "fetching shards", len(remote.paths)):
+                pass
+            return None
+        lengths = tuple(shard.images for shard in self._index.shards)
+        return ShardWindows(lengths, size, RemoteWindows(remote, [Path(path) for path in self._paths]))
 
     def describe(self, index: int) -> str:
         """Path of the shard and name in it, with a slash between; odd characters are escaped."""

@@ -17,13 +17,17 @@ class SubsetSource(Source):
         source: the whole set.
         rows: [m] indices into it, in the order of the subset.
         parts: what the rows are of each source of a mixture, if they are to be drawn by its weights.
+        trained: whether the rows, in ascending order, are those to train on: their shards are fetched ahead.
     """
 
-    def __init__(self, source: Source, rows: Sequence[int] | np.ndarray, parts: tuple[Part, ...] = ()) -> None:
+    def __init__(
+        self, source: Source, rows: Sequence[int] | np.ndarray, parts: tuple[Part, ...] = (), trained: bool = False
+    ) -> None:
         self.source, self.rows, self.parts = source, np.asarray(rows, dtype=np.int64), parts
         self.name, self.in_chans, self.value_range = source.name, source.in_chans, source.value_range
         self.classes, self.split, self.invalid = source.classes, source.split, source.invalid
         self.labels = None if source.labels is None else source.labels[self.rows]
+        self.windows = source.windows.of_rows(self.rows) if trained and source.windows is not None else None
 
     @property
     def title(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.paths import existing_path, expanded, path_inside, split_tables, warn_of_loose_images
+from dmjd.data.sources.remote import LISTS_ARE_LOCAL, ends_with, fetch, is_url
 from dmjd.data.sources.table_columns import is_encoded_image, is_list_table
 from dmjd.data.sources.table_labels import column_labels
 from dmjd.images.stored import UnreadableImage
@@ -106,7 +107,9 @@ class ParquetSource(TableSource):
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
-        """Whether ``data`` is a parquet file, or a folder of some, and has the split."""
+        """Whether ``data`` is a parquet file, a folder of some or their address, and has the split."""
+        if is_url(data):
+            return split == "train" and ends_with(data, (".parquet",))
         path = existing_path(data)
         if path is None or (path.is_file() and path.suffix.lower() == ".parquet" and is_list_table(path)):
             return False
@@ -123,10 +126,7 @@ class ParquetSource(TableSource):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        root = expanded(data)
-        taken, files = split_tables(root, options.split)
-        if root.is_dir():
-            warn_of_loose_images(root)
+        root, taken, files = _found(data, options)
         rows = []
         for file in files:
             try:
@@ -144,6 +144,20 @@ class ParquetSource(TableSource):
         source = cls(table, data, rows, files[0].parent, options, [root if root.is_dir() else root.parent])
         source.split = taken
         return source
+
+
+def _found(data: str, options: SourceOptions) -> tuple[Path, str, list[Path]]:
+    """A file or folder, the split that serves as the wanted one, and its parquet files; remote ones are fetched."""
+    if is_url(data):
+        files = fetch(data, options.remote.cache_dir)
+        if listed := next((file for file in files if is_list_table(file)), None):
+            raise ValueError(f"{printable(data)} ({printable(listed)}) lists paths: {LISTS_ARE_LOCAL}")
+        return files[0], "train", files
+    root = expanded(data)
+    taken, files = split_tables(root, options.split)
+    if root.is_dir():
+        warn_of_loose_images(root)
+    return root, taken, files
 
 
 @contextlib.contextmanager

@@ -1,0 +1,226 @@
+"""Transfers of remote files through fsspec: tried again when they fail, and checked."""
+
+import base64
+import errno
+import functools
+import hashlib
+import os
+import re
+import time
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from dmjd.data.sources.base import short_hash
+from dmjd.files import atomic
+from dmjd.text import file_name, printable
+
+_ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 6, 1.0, 30.0  # seconds before the second attempt, doubled for each other one
+
+_SILENCE = 60.0  # seconds without a byte after which a server is given up
+
+_FINAL = (401, 403, 404, 410)  # replies of a server that another attempt does not change
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the same of the disk of the cache
+
+# What servers tell about the content of a file, the most reliable first; several machines may serve one file.
+_CONTENT = ("sha256", "md5Hash", "crc32c", "Content-MD5", "content_md5", "Digest", "ETag", "etag", "blob_id")
+
+_TIMES = ("Last-Modified", "LastModified", "last_modified", "updated", "mtime")
+
+_SECONDS = 1 << 30
+
+T = TypeVar("T")
+
+
+class RemoteFile(NamedTuple):
+    """A file on a server.
+
+    Attributes:
+        address: the whole address.
+        size: its bytes; None: the server does not tell.
+        version: a time in ns that stands for the content, as far as the server tells: checksum, ETag or time of change.
+            It is given to the copy as its time of change.
+        digest: (name of the algorithm, hexadecimal digits) of the content; None: the server does not tell.
+    """
+
+    address: str
+    size: int | None
+    version: int
+    digest: tuple[str, str] | None = None
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a file is a copy of this version."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        return self.size in (None, status.st_size) and status.st_mtime_ns == self.version
+
+    @property
+    def local_name(self) -> str:
+        """Where a copy lies in a cache: much as on the server, and a hash of the address, which is unmistakable."""
+        url = urllib.parse.urlsplit(self.address)
+        parts = [url.scheme, url.hostname or "", *urllib.parse.unquote(url.path).split("/")]  # without user, password
+        folders = [file_name(part, 100) for part in parts[:-1] if part]
+        stem, ending = os.path.splitext(file_name(parts[-1], 200))  # the order of the names on the server stays
+        return os.path.join(*folders, f"{stem}-{short_hash([self.address])}{ending}")
+
+
+def opened(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it.
+
+    Raises:
+        ValueError: if a package for it is missing.
+    """
+    protocol, _, rest = address.partition("://")
+    system = _system(protocol.lower(), re.split("[/?#]", rest, maxsplit=1)[0], os.getpid())
+    return system, system._strip_protocol(f"{protocol.lower()}://{rest}")
+
+
+@functools.lru_cache(maxsize=8)
+def _system(protocol: str, host: str, pid: int) -> Any:
+    """A file system for this process: one that another process opened does not work after a fork."""
+    import fsspec  # slow to import
+
+    options = {}
+    if protocol in ("http", "https"):
+        try:
+            import aiohttp
+
+            # Its own limit is five minutes for a file, however large.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+            options = {"client_kwargs": {"timeout": timeout}}
+        except ImportError:
+            raise ValueError(f"{protocol}:// needs aiohttp: pip install 'dmjd[remote]'") from None
+    name = f"{protocol}://{host}"
+    try:
+        return fsspec.core.url_to_fs(name, **options)[0]
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{printable(name)} can't be fetched ({error}); see pip install 'dmjd[remote]'") from None
+
+
+def stated(address: str, attempts: int | None = None) -> RemoteFile:
+    """A file as its server describes it.
+
+    Raises:
+        ValueError: if there is no such file, or the server does not answer.
+    """
+    system, path = opened(address)
+    info = retried(address, lambda: system.info(path), attempts)
+    facts = next(([str(info[key])] for key in (*_CONTENT, *_TIMES) if info.get(key)), [])
+    lfs = info.get("lfs") or {}  # of Hugging Face
+    sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+    md5 = info.get("md5Hash") or info.get("Content-MD5")
+    digest = ("sha256", str(sha256)) if sha256 else ("md5", _hexadecimal(md5)) if md5 else None
+    number = int(short_hash([str(info["size"]), *(digest or facts)]), 16) % _SECONDS
+    return RemoteFile(address, info["size"], 2 * number * 10**9, digest)
+
+
+def _hexadecimal(digest: str) -> str:
+    """A digest in base64, as headers have it."""
+    try:
+        return base64.b64decode(digest).hex()
+    except ValueError:
+        return digest
+
+
+def copy(file: RemoteFile, target: Path) -> None:
+    """Copy a file to this machine, whole or not at all; its time of change is the version.
+
+    Raises:
+        ValueError: if it does not arrive whole in several attempts, or another one would not help.
+    """
+    retried(file.address, lambda: _copy(file, target))
+
+
+def _copy(file: RemoteFile, target: Path) -> None:
+    system, path = opened(file.address)
+    with atomic(target) as temporary:
+        system.get_file(path, str(temporary))
+        got = temporary.stat().st_size
+        if file.size is not None and got != file.size:
+            raise ConnectionError(f"{got} of {file.size} bytes arrived")
+        if file.digest is not None:
+            algorithm, expected = file.digest
+            with temporary.open("rb") as content:
+                if hashlib.file_digest(content, algorithm).hexdigest() != expected.lower():
+                    raise ConnectionError(f"what arrived does not match the {algorithm} that the server tells")
+        os.utime(temporary, ns=(file.version, file.version))
+
+
+def read_range(file: RemoteFile, offset: int, length: int) -> bytes:
+    """Some bytes of a file.
+
+    Raises:
+        ConnectionError: if they do not arrive in several attempts.
+    """
+
+    def action() -> bytes:
+        system, path = opened(file.address)
+        content = bytes(system.cat_file(path, start=offset, end=offset + length))
+        if len(content) > length:  # a server that knows no ranges sends all
+            content = content[offset : offset + length]
+        if len(content) != length:
+            raise ConnectionError(f"{len(content)} of {length} bytes arrived")
+        return content
+
+    if not length:
+        return b""
+    try:
+        return retried(file.address, action)
+    except ValueError as error:
+        raise ConnectionError(str(error)) from None  # the machine's, not the image's
+
+
+def retried(address: str, action: Callable[[], T], attempts: int | None = None) -> T:
+    """The result of an action, which is tried several times, with longer and longer waits.
+
+    Raises:
+        ValueError: if the last attempt fails, or another one would not help.
+    """
+    wait, attempts = _FIRST_WAIT, attempts or _ATTEMPTS
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except Exception as error:  # clients raise errors of dozens of types
+            cause = _cause(error)
+            if attempt == attempts or _is_final(cause):
+                tries = f", {attempt} attempts" if attempt > 1 else ""
+                name = _without_password(address)
+                raise ValueError(f"{printable(name)} can't be fetched ({_reason(cause)}{tries})") from None
+        time.sleep(wait)
+        wait = min(2 * wait, _LONGEST_WAIT)
+    raise AssertionError("the loop returns or raises")
+
+
+def _without_password(address: str) -> str:
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:...@", address)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error behind an error: clients turn most into FileNotFoundError, and atomic writes into ValueError."""
+    while error.__cause__ is not None and isinstance(error, FileNotFoundError | ValueError):
+        error = error.__cause__
+    return error
+
+
+def _is_final(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in _DISK
+    return full or isinstance(error, FileNotFoundError | PermissionError | ImportError) or _status(error) in _FINAL
+
+
+def _status(error: BaseException) -> int | None:
+    """The reply of a server that an error is about."""
+    return getattr(error, "status", None)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"the disk of the cache: {(error.strerror or str(error)).lower()}"
+    status = _status(error)
+    text = f"the server replied {status}" if status else str(error) or type(error).__name__
+    return printable(text.splitlines()[0])[:200]

@@ -1,0 +1,265 @@
+"""Remote shards in a cache that does not hold all of them."""
+
+import io
+import itertools
+import multiprocessing
+import re
+import shutil
+import signal
+import tarfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flaky_server import flaky_server
+from image_sets import first_values
+from PIL import Image
+from support import TINY, assert_same_bits, mistake
+
+from dmjd.cli.main import main
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.data.sources import transfer
+from dmjd.data.sources.base import RemoteOptions
+from dmjd.data.sources.registry import open_source
+from dmjd.data.train_loader import TrainLoader
+
+pytest.importorskip("aiohttp")
+
+NUM_SHARDS, IMAGES = 8, 4  # shards, and images of each
+
+
+def shard(number: int) -> bytes:
+    """A tar of four images, whose first values count on."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for i in range(IMAGES):
+            value = number * IMAGES + i
+            noise = np.random.default_rng(value).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            noise[0, 0] = value
+            image = io.BytesIO()
+            Image.fromarray(noise).save(image, "png")
+            for name, content in ((f"{value:03}.png", image.getvalue()), (f"{value:03}.cls", b"%d" % (value % 2))):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+SHARDS = {f"/set/{number}.tar": shard(number) for number in range(NUM_SHARDS)}
+SIZE = max(map(len, SHARDS.values()))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of eight shards; waits between attempts are short."""
+    monkeypatch.setattr(transfer, "_FIRST_WAIT", 0.01)
+    with flaky_server() as server:
+        server.files = dict(SHARDS)
+        yield server
+
+
+@pytest.fixture
+def url(server) -> str:
+    return f"{server.url}/set/{{0..{NUM_SHARDS - 1}}}.tar"
+
+
+def in_gb(shards: float) -> float:
+    """The size of so many shards."""
+    return shards * SIZE / 1e9
+
+
+def bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".tar", ".tmp"))
+
+
+def loaded(source, workers: int = 0, start_step: int = 0, steps: int = 20):
+    loader = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=workers, seed=3)
+    batches = loader.batches(start_step)
+    found = [next(batches).images.clone() for _ in range(steps)]
+    batches.close()
+    return found
+
+
+def test_a_loader_reads_all_shards_through_a_small_cache(server, url, tmp_path):
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5), fetch_ahead=True))
+    assert source.windows.size == 2
+    assert set(server.requests.values()) == {1}
+    whole = loaded(source)
+    assert 0 < bytes_below(tmp_path) <= 4.5 * SIZE
+    assert sum(server.ranges.values()) == 0
+    for workers, start in ((0, 7), (2, 0), (2, 11)):
+        again = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5), fetch_ahead=True))
+        assert all(a.equal(b) for a, b in zip(loaded(again, workers, start, 20 - start), whole[start:], strict=True))
+        assert bytes_below(tmp_path) <= 4.5 * SIZE
+
+
+@contextmanager
+def watched(folder: Path):
+    """Watches how many bytes shards take: yields a list, whose only item is the maximum."""
+    most, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            most[0] = max(most[0], bytes_below(folder))
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def pretrain_command(url: str, out: Path, cache: Path, *more: object) -> list[str]:
+    settings = ["--batch-size", 4, "--cache-dir", cache, "--out", out, "--held-out", 3, *more]
+    return [str(a) for a in ("pretrain", "--data", url, *TINY, *settings)]
+
+
+def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(server, url, tmp_path, capsys):
+    sizes = ("--cache-gb", in_gb(4.5), "--steps", 9, "--checkpoint-every", 2)
+    with watched(tmp_path / "straight_cache") as most:
+        assert main(pretrain_command(url, tmp_path / "straight", tmp_path / "straight_cache", *sizes)) == 0
+    assert 2 * SIZE < most[0] <= 4.5 * SIZE
+    server.faults = {path: ["slow", "slow"] for path in SHARDS} | {"/set/2.tar": ["truncate", "503"]}
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    command = pretrain_command(url, run, cache, *sizes, "--num-workers", 1)
+    with watched(cache) as most:
+        process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+        process.start()
+        while not any((run / "checkpoints").glob("*.safetensors")) and process.is_alive():
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (run / "checkpoints" / "final.safetensors").exists()
+        # A larger cache keeps the window that the run began with.
+        assert main(pretrain_command(url, run, cache, *sizes, "--cache-gb", in_gb(6.5))) == 0
+    assert most[0] <= 6.5 * SIZE
+    assert_same_bits(tmp_path / "straight", run)
+    capsys.readouterr()
+    words = mistake(capsys, *pretrain_command(url, run, cache, "--steps", 10, "--checkpoint-every", 2))
+    assert "by windows of 2 shards (--shard-window, or as the run began)" in words
+    assert PretrainConfig.from_json((run / "config.json").read_text()).shard_window == 2
+
+
+def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    words = mistake(capsys, *pretrain_command(url, out, cache, "--cache-gb", in_gb(1.5), "--steps", 1))
+    assert re.search(r"needs (\S+) GB to fetch a shard while another one is read: give --cache-gb \1 or more", words)
+    words = mistake(
+        capsys, *pretrain_command(url, out, cache, "--cache-gb", in_gb(4.5), "--shard-window", 3, "--steps", 1)
+    )
+    needed = float(re.search(r"for the two windows of 3 shards .* give --cache-gb (\S+) or more", words)[1])
+    assert 5.9 * SIZE < needed * 1e9 < 6.1 * SIZE
+    assert not server.requests
+    assert main(pretrain_command(url, out, cache, "--cache-gb", in_gb(8.5), "--steps", 1)) == 0
+    capsys.readouterr()
+    words = mistake(capsys, *pretrain_command(url, out, cache, "--cache-gb", in_gb(4.5), "--steps", 2))
+    assert "to shuffle all images together, as the run began" in words
+    needed = float(re.search(r"give --cache-gb (\S+) or more", words)[1])
+    assert main(pretrain_command(url, out, cache, "--cache-gb", needed, "--steps", 2)) == 0
+
+
+def test_a_set_that_fits_has_the_order_of_a_set_on_the_disk(server, url, tmp_path):
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True))
+    assert source.windows is None
+    whole = open_source(url, remote=RemoteOptions(str(tmp_path)))
+    assert whole.fingerprint() == source.fingerprint()
+    assert all(a.equal(b) for a, b in zip(loaded(source), loaded(whole), strict=True))
+    assert sum(server.ranges.values()) == 0
+
+
+def _steps_of(rank, url, cache, barrier, out):
+    source = open_source(url, remote=RemoteOptions(cache, in_gb(4.5), fetch_ahead=True))
+    loader = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0, rank=rank, world_size=2)
+    batches = loader.batches()
+    barrier.wait()
+    for _ in range(6):  # three of four windows, while the fourth one is fetched
+        out.put((rank, next(batches).keys.tolist()))
+        barrier.wait()
+    while bytes_below(Path(cache)) < 4 * min(map(len, SHARDS.values())):
+        time.sleep(0.01)
+    batches.close()
+
+
+def test_processes_share_a_cache_and_fetch_each_shard_once(server, url, tmp_path):
+    open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5)))  # indexed
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    server.requests.clear()
+    context = multiprocessing.get_context("fork")
+    barrier, out = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_steps_of, args=(rank, url, tmp_path, barrier, out)) for rank in range(2)]
+    with watched(tmp_path) as most:
+        for process in processes:
+            process.start()
+        keys = [out.get(timeout=60) for _ in range(12)]
+        for process in processes:
+            process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len({key for _, part in keys for key in part}) == 24
+    assert set(server.requests.values()) == {1}
+    assert len(server.requests) == NUM_SHARDS
+    assert most[0] <= 4.5 * SIZE
+
+
+def test_a_replaced_shard_is_fetched_again(server, url, tmp_path):
+    server.tags = dict.fromkeys(SHARDS, '"1"')
+    for remote in (RemoteOptions(str(tmp_path)), RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True)):
+        server.files["/set/3.tar"] = SHARDS["/set/3.tar"]
+        server.tags["/set/3.tar"] = '"1"'
+        server.requests.clear()
+        assert first_values(open_source(url, remote=remote)) == list(range(NUM_SHARDS * IMAGES))
+        server.files["/set/3.tar"] = shard(9)[:SIZE].ljust(len(SHARDS["/set/3.tar"]), b"\0")
+        server.tags["/set/3.tar"] = '"2"'
+        changed = first_values(open_source(url, remote=remote))
+        assert changed[12:16] == [36, 37, 38, 39]
+        assert server.requests["/set/3.tar"] == 2
+        assert server.requests["/set/4.tar"] == 1
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_images_outside_the_cache_are_read_one_by_one(server, url, tmp_path, knows_ranges):
+    server.knows_ranges = knows_ranges
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5)), labels="column")
+    assert source.windows is None
+    assert source.labels.tolist() == [0, 1] * (NUM_SHARDS * IMAGES // 2)
+    server.faults = {path: ["503", "drop"] for path in SHARDS}
+    assert first_values(source) == list(range(NUM_SHARDS * IMAGES))
+    assert bool(server.ranges) == knows_ranges
+    assert bytes_below(tmp_path) <= 2.5 * SIZE
+    server.files.clear()
+    with pytest.raises(ConnectionError, match=r"0\.tar can't be fetched \(no such file\)"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_goes_away_ends_training_with_one_line(server, url, tmp_path, workers):
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(4.5), fetch_ahead=True))
+    batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=workers).batches()
+    next(batches)
+    server.faults = {path: ["503"] * 99 for path in SHARDS}
+    with pytest.raises((ValueError, ConnectionError), match=r"\d\.tar can't be fetched \(the server replied 503, 6 "):
+        list(itertools.islice(batches, 20))
+
+
+def test_several_sets_do_not_share_a_cache_that_is_too_small(server, tmp_path):
+    urls = [f"{server.url}/set/{{0..3}}.tar", f"{server.url}/set/{{4..7}}.tar"]
+    with pytest.raises(ValueError, match=r"a cache that does not hold all shards of .*0\.\.3.* works for a single set"):
+        open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
+    source = open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True))
+    assert len(source) == NUM_SHARDS * IMAGES
+
+
+def test_an_index_that_was_interrupted_goes_on(server, url, tmp_path):
+    server.faults["/set/7.tar"] = ["404"]
+    with pytest.raises(ValueError, match=r"7\.tar can't be fetched"):
+        open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5)))
+    server.requests.clear()
+    assert len(open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5)))) == NUM_SHARDS * IMAGES
+    assert 1 <= sum(server.requests.values()) <= 3
