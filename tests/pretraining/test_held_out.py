@@ -42,7 +42,7 @@ def test_a_run_trains_as_if_the_held_out_images_were_not_there(image_folder, tmp
 def test_the_default_is_two_percent_up_to_2000(num_images, expected):
     class Numbered:
         name, in_chans, value_range, classes, labels, parts, split = "numbered", 3, None, [], None, (), "train"
-        windows = None
+        windows = invalid = None
 
         def __len__(self):
             return num_images

@@ -68,6 +68,9 @@ OTHER = {
     "seed": 1,
     "precision": "bf16",
     "compile": True,
+    "nodata": "auto",
+    "alpha": "invalid",
+    "shard_window": 2,
 }
 LENGTHS = {"steps": 3, "epochs": 100, "minutes": 5}  # shorter, or in another unit
 TOGETHER = {"mean": (0.1,) * 3, "std": (0.1,) * 3}
@@ -90,6 +93,9 @@ ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown
     "root",
     "path_column",
     "label_column",
+    "cache_dir",
+    "cache_gb",
+    "strategy",
 }  # may change, tested elsewhere
 WSD = {"warmup_steps", "cooldown"}  # must stay, need the schedule wsd, and are tested with it
 STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them
@@ -99,7 +105,14 @@ STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # n
 def begun(image_folder, tmp_path_factory):
     """The configuration of a run that was stopped after step 2 of 4."""
     out = tmp_path_factory.mktemp("begun") / "run"
-    fields = TINY_FIELDS | {"num_workers": 0, "batch_size": 8, "steps": 4, "flip": False, "held_out": 0}
+    fields = TINY_FIELDS | {
+        "num_workers": 0,
+        "batch_size": 8,
+        "steps": 4,
+        "flip": False,
+        "held_out": 0,
+        "shard_window": 0,
+    }
     config = recipes.folder(image_folder, str(out), **fields)
 
     def stop(report):
