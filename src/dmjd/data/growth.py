@@ -21,6 +21,7 @@ from dmjd.data.order import GrowingPermutations, Joined
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.mixture import MixtureSource
+from dmjd.data.sources.paths import one_line
 from dmjd.files import append_lines, write_text
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage
@@ -183,8 +184,8 @@ def _parts(source: Source) -> list[Source]:
 class WithJoined(Source):
     """A set together with images that have joined it, for one batch.
 
-    Its length is that of the set: images in the place of unreadable ones are drawn from those that were there at the
-    start.
+    Its length and parts are those of the set: images in the place of unreadable ones are drawn from those that were
+    there at the start.
 
     Args:
         base: the set.
@@ -195,7 +196,7 @@ class WithJoined(Source):
     def __init__(self, base: Source, sources: Sequence[FolderSource], places: Mapping[int, Place]) -> None:
         self._set, self._sources, self._places = base, sources, places
         self.name, self.in_chans, self.value_range = base.name, base.in_chans, base.value_range
-        self.classes = []
+        self.invalid, self.parts, self.classes = base.invalid, base.parts, []
 
     def __len__(self) -> int:
         return len(self._set)
@@ -217,4 +218,10 @@ class WithJoined(Source):
 
     def describe(self, index: int) -> str:
         """The image's path, or its name in the set."""
-        return self._places[index][1] if index in self._places else self._set.describe(index)
+        return one_line(self._places[index][1]) if index in self._places else self._set.describe(index)
+
+    def home(self, index: int) -> int:
+        """See :meth:`Source.home`: the first image of the source that it has joined."""
+        if index not in self._places:
+            return index
+        return sum(part.length for part in self.parts[: self._places[index][0]])

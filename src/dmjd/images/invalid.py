@@ -22,7 +22,7 @@ LEAST_VALID = 0.5  # of the values of a token, of the weight of a resized value,
 
 @dataclass(frozen=True)
 class InvalidPixels:
-    """Which stored values mean nothing. NaN, infinite values, and the GDAL_NODATA of a TIFF always do.
+    """Which stored values mean nothing. NaN, infinite values, the GDAL_NODATA of a TIFF, and padding in DICOM do.
 
     Attributes:
         nodata: a value that does, too. In 8-bit images it must be that of all colors of a pixel, as black is common in
@@ -42,7 +42,10 @@ class InvalidPixels:
             UnreadableImage: if no value is valid.
         """
         colors = stored.values[..., :-1] if stored.alpha else stored.values
-        found = [_equal(colors, value) for value in (self.nodata, stored.nodata) if value is not None]
+        compared = colors if stored.measured is None else stored.measured
+        found = [_equal(compared, value) for value in (self.nodata, stored.nodata) if value is not None]
+        if stored.padding is not None:
+            found.append(stored.padding)
         if colors.dtype.kind == "f":
             found.append(~np.isfinite(colors))
         if self.alpha and stored.alpha:
