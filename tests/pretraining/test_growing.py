@@ -100,3 +100,20 @@ def test_sets_that_do_not_grow_are_refused(tmp_path, capsys):
     text = mistake(capsys, "pretrain", "--data", "digits", "--out", tmp_path / "run", "--data-may-grow", *TINY)
     assert "--data-may-grow is for folders and lists of images; digits is" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_that_joined_may_be_removed(tmp_path):
+    """As those of the start: what ended the run goes on."""
+    data, out = add(tmp_path / "set", *"abcdefghij"), tmp_path / "run"
+
+    def damage(report):
+        if report.state.step == 1:
+            for number in range(11):
+                (data / f"half{number}.png").write_bytes(b"nothing")
+
+    config = recipes.folder(str(data), str(out), data_may_grow=True, **FIELDS | {"steps": 12, "checkpoint_every": 1})
+    with pytest.raises(ValueError, match="11 of 10 images can't be read"):
+        dmjd.pretrain(config, hooks=[damage])
+    for half in data.glob("half*"):
+        half.unlink()
+    assert dmjd.pretrain(config).finished

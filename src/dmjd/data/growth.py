@@ -22,6 +22,7 @@ from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.mixture import MixtureSource
 from dmjd.data.sources.paths import one_line
+from dmjd.data.sources.subset import SubsetSource
 from dmjd.files import append_lines, write_text
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage
@@ -110,12 +111,20 @@ class Growth:
         """Source and path of those of the drawn images that have joined, by index."""
         return {i: self._places[i - self._base] for i in indices.tolist() if i >= self._base}
 
+    def joined(self, base: Source) -> Source:
+        """The images that have joined ``base``, which the run began with, as a set."""
+        indices = np.arange(self._base, self._base + self.count)
+        return SubsetSource(WithJoined(base, self.sources, self.among(indices)), indices)
+
     def _take(self, segment: Segment) -> None:
         """Take over what was found for an epoch."""
         if not 0 <= segment.source < len(self.sources):
             raise ValueError(f"{self._file} is of other sources: it names number {segment.source + 1}")
         order, folder = self.orders[segment.source], self.sources[segment.source].folder_of(segment.root)
-        order.join(Joined(segment.epoch, self._base + self.count, len(segment.paths)))
+        try:
+            order.join(Joined(segment.epoch, self._base + self.count, len(segment.paths)))
+        except ValueError as error:
+            raise ValueError(f"{self._file} is damaged: {error}") from None
         self._places += [(segment.source, os.path.join(folder, path)) for path in segment.paths]
 
     def _look(self, number: int, epoch: int) -> None:

@@ -101,7 +101,8 @@ class Monitor(Callback):
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
         self._before_cooldown = checkpoint.path.name == STABLE
         began, unreadable = began_with(checkpoint.state, self.config)
-        known = recheck(self.source, began, unreadable, self.console.warn)
+        joined = None if self._growth is None else self._growth.joined(self.source)
+        known = recheck(self.source, began, unreadable, self.console.warn, joined)
         # Runs of former versions recorded no content: it is recorded from now on.
         self._began = Began(began.fingerprint, self._began.content) if began.content is None else began
         if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count again:
