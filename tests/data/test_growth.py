@@ -176,13 +176,20 @@ def test_a_damaged_record_is_named(tmp_path):
     file.write_text('{"epoch": 1, "paths": ["a.png"]}\n{"epoch": 2, "pa')  # cut short by a kill: it was not used
     assert [segment.paths for segment in read_segments(file)] == [["a.png"]]
     assert file.read_text().endswith("}\n")
-    for line, problem in (("{", "line 2"), ('{"epoch": 2, "paths": ["../a.png"]}', "outside"), ("[]", "line 2")):
+    huge = '{"epoch": 99999999999999999999, "paths": ["a.png"]}'
+    for line in ("{", huge, "[]"):
         file.write_text(f'{{"epoch": 1, "paths": []}}\n{line}\n')
-        with pytest.raises(ValueError, match=problem):
+        with pytest.raises(ValueError, match="line 2"):
             read_segments(file)
+    file.write_text('{"epoch": 1, "paths": ["../a.png"]}\n')
+    with pytest.raises(ValueError, match="outside"):
+        read_segments(file)
     file.write_text('{"epoch": 1, "paths": [], "source": 3}\n')
     root = folder(tmp_path / "set", ["a.png"])
     with pytest.raises(ValueError, match="other sources"):
+        Growth(open_source(root), [1], 0, file)
+    file.write_text(2 * '{"epoch": 1, "paths": ["b.png"]}\n')
+    with pytest.raises(ValueError, match=r"joined.jsonl is damaged: images join at epoch 1"):
         Growth(open_source(root), [1], 0, file)
 
 

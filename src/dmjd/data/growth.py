@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -41,9 +41,9 @@ class Segment(msgspec.Struct):
     ``root`` is the folder of the paths, relative to that of the source; see :meth:`FolderSource.present`.
     """
 
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
     paths: list[str]
-    source: int = 0
+    source: Annotated[int, msgspec.Meta(ge=0)] = 0
     root: str = "."
 
 
@@ -118,7 +118,7 @@ class Growth:
 
     def _take(self, segment: Segment) -> None:
         """Take over what was found for an epoch."""
-        if not 0 <= segment.source < len(self.sources):
+        if segment.source >= len(self.sources):
             raise ValueError(f"{self._file} is of other sources: it names number {segment.source + 1}")
         order, folder = self.orders[segment.source], self.sources[segment.source].folder_of(segment.root)
         try:

@@ -1,8 +1,8 @@
 """Invalid pixels: those that mean nothing, such as NaN, the edge of a satellite scene, or what is transparent.
 
 On decoding they become NaN. Resizing weighs values by their validity. A batch is normalized to what an encoder can
-take: there they are the mean, which is 0, written as -0.0. No valid value normalizes to -0.0, so the sign tells the
-two apart, and anything that does not ask gets a number like others.
+take: there they are the mean, which is 0, written as -0.0. A valid 0 is +0.0, so the sign tells the two apart, and
+anything that does not ask gets a number like others.
 """
 
 from dataclasses import dataclass
@@ -114,8 +114,8 @@ def valid_share(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def mark_invalid(normalized: Tensor) -> Tensor:
-    """Normalized images with NaN -> the same with -0.0 in its place."""
-    return torch.where(normalized.isnan(), -0.0, normalized)
+    """Normalized images with NaN -> the same with -0.0 in its place, and nowhere else."""
+    return torch.where(normalized.isnan(), -0.0, torch.where(normalized == 0, 0.0, normalized))
 
 
 def valid_pixels(normalized: Tensor) -> Tensor:
