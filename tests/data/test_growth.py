@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import save
+from PIL import Image
 
 from dmjd.data.growth import GROWTH_FILE, Growth, WithJoined, read_segments
 from dmjd.data.order import GrowingPermutations, Joined, Part, Permutations
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.registry import check_may_grow, open_source
-from dmjd.data.train_loader import Stream, TrainLoader
+from dmjd.data.train_loader import Augment, CroppedImages, Stream, TrainLoader
 from dmjd.rng import image_keys
 
 
@@ -175,13 +176,20 @@ def test_a_damaged_record_is_named(tmp_path):
     file.write_text('{"epoch": 1, "paths": ["a.png"]}\n{"epoch": 2, "pa')  # cut short by a kill: it was not used
     assert [segment.paths for segment in read_segments(file)] == [["a.png"]]
     assert file.read_text().endswith("}\n")
-    for line, problem in (("{", "line 2"), ('{"epoch": 2, "paths": ["../a.png"]}', "outside"), ("[]", "line 2")):
+    huge = '{"epoch": 99999999999999999999, "paths": ["a.png"]}'
+    for line in ("{", huge, "[]"):
         file.write_text(f'{{"epoch": 1, "paths": []}}\n{line}\n')
-        with pytest.raises(ValueError, match=problem):
+        with pytest.raises(ValueError, match="line 2"):
             read_segments(file)
+    file.write_text('{"epoch": 1, "paths": ["../a.png"]}\n')
+    with pytest.raises(ValueError, match="outside"):
+        read_segments(file)
     file.write_text('{"epoch": 1, "paths": [], "source": 3}\n')
     root = folder(tmp_path / "set", ["a.png"])
     with pytest.raises(ValueError, match="other sources"):
+        Growth(open_source(root), [1], 0, file)
+    file.write_text(2 * '{"epoch": 1, "paths": ["b.png"]}\n')
+    with pytest.raises(ValueError, match=r"joined.jsonl is damaged: images join at epoch 1"):
         Growth(open_source(root), [1], 0, file)
 
 
@@ -193,6 +201,49 @@ def test_sets_that_do_not_grow_are_named(tmp_path):
     check_may_grow(str(folder(tmp_path / "set", ["a.png"])))
 
 
+def crops(sets, nodata, count, tmp_path, batch_size, **settings):
+    """Crop and unreadable images by key, of a set to which images join after the first epoch."""
+    source = open_source(sets, nodata=nodata)
+    growth = Growth(source, [part.length for part in source.parts] or [len(source)], 0, tmp_path / GROWTH_FILE)
+    loader = TrainLoader(source, img_size=(8, 8), batch_size=batch_size, num_workers=0, growth=growth, **settings)
+    batches, found = loader.batches(), []
+    for _ in range(count // batch_size):
+        batch = next(batches)
+        found += zip(batch.keys.tolist(), batch.images, strict=True)
+    return dict(found)
+
+
+def test_crops_prefer_the_valid_area_whatever_joined_in_the_batch(tmp_path):
+    """Of images that have joined, too, and in batches of any size."""
+    root = tmp_path / "set"
+    half = np.random.default_rng(0).integers(1, 255, (40, 40, 3), dtype=np.uint8)
+    half[:, 14:] = 0
+    for i in range(8):
+        root.mkdir(exist_ok=True)
+        Image.fromarray(half).save(root / f"{i}.png")
+    (tmp_path / GROWTH_FILE).write_text('{"epoch": 1, "paths": ["6.png", "7.png"]}\n')
+    (tmp_path / "list.txt").write_text("".join(f"set/{i}.png\n" for i in range(6)))
+    settings = {"nodata": "0", "count": 6 + 8 + 2, "tmp_path": tmp_path, "crop_scale": (0.1, 0.3)}
+    single, all_at_once = (crops(tmp_path / "list.txt", batch_size=size, **settings) for size in (1, 8))
+    for key, image in single.items():
+        torch.testing.assert_close(all_at_once[key], image, rtol=0, atol=0, equal_nan=True)
+    assert min(float(image.isfinite().float().mean()) for image in single.values()) > 0.3
+
+
+def test_what_joined_is_replaced_within_its_source(tmp_path):
+    """Others of the batch, too: what replaces an image does not depend on those around it."""
+    one, two = folder(tmp_path / "A", [f"{i}.png" for i in range(9)]), folder(tmp_path / "B", ["0.png", "1.png"])
+    (two / "1.png").write_bytes(b"nothing")
+    source = open_source([str(one), f"{two}:0.5"])
+    joined = WithJoined(source, source.sources, {11: (1, f"{two}/x\n.png"), 12: (0, f"{one}/x.png")})
+    read = CroppedImages(joined, Augment((4, 4), (0.5, 1.0), False))
+    keys = np.arange(40)
+    for index, first, last in ((10, 9, 9), (11, 9, 9), (12, 0, 8)):
+        images, _, reports = read((np.full(40, index), keys))
+        assert set(images[:, 0, 0, 0].tolist()) <= {10 * i % 90 for i in range(first, last + 1)}
+        assert {joined.describe(index)} <= {name for name, _ in reports}
+
+
 def test_images_in_a_batch_have_names(tmp_path):
     root = folder(tmp_path / "set", ["a.png", "b.png"])
     source = open_source(root)
@@ -201,3 +252,12 @@ def test_images_in_a_batch_have_names(tmp_path):
     assert (len(joined), joined.stored(2), joined.stored(0)) == (2, root / "b.png", root / "a.png")
     assert np.array_equal(joined.read(2), source.read(1))
     assert np.array_equal(joined.read(0), source.read(0))
+
+
+def test_a_test_folder_that_comes_later_does_not_join(tmp_path):
+    root = folder(tmp_path / "set", ["a.png"])
+    source = open_source(root)
+    folder(root, ["test/b.png"])  # alone, a folder like others
+    assert source.present()[1] == ["a.png", "test/b.png"]
+    folder(root, ["train/c.png", "val/d.png"])
+    assert source.present()[1] == ["a.png", "train/c.png"]

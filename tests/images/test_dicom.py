@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zlib
 
 import numpy as np
 import pydicom
@@ -12,10 +13,13 @@ import pytest
 from dicom_files import SHIPPED, lut, shipped, write_dicom
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
 from dmjd.images.dicom import MISSING_EXTRA, count_frames, frame_of, may_be_dicom
+from dmjd.images.invalid import InvalidPixels
 from dmjd.images.reading import read_image
 from dmjd.images.stored import UnreadableImage
 
@@ -186,7 +190,61 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     with pytest.raises(UnreadableImage, match="65535 x 65535 pixels, more than"):
         read_image(path)
     many = write_dicom(tmp_path / "b", GRAY, 12, NumberOfFrames=2**30)
-    assert count_frames(str(many)) < 200  # bounded by the size of the file
+    assert count_frames(str(many)) <= many.stat().st_size // GRAY.nbytes + 1  # one may be cut off
+    with pytest.raises(UnreadableImage, match=r"b#9: "):
+        read_image(f"{many}#9")
+
+
+def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
+    pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    content = shipped("image_dfl.dcm").read_bytes()
+    start = 128 + 4 + 12 + pydicom.dcmread(shipped("image_dfl.dcm")).file_meta.FileMetaInformationGroupLength
+    inflated = zlib.decompress(content[start:], -zlib.MAX_WBITS)
+    (tmp_path / "a.dcm").write_bytes(content[:start] + pack.compress(inflated + bytes(1 << 24)) + pack.flush())
+    monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was inflated"))
+    assert count_frames(str(tmp_path / "a.dcm")) == 1
+    with pytest.raises(UnreadableImage, match="deflated"):
+        read_image(tmp_path / "a.dcm")
+
+
+def test_padding_is_invalid_where_invalid_pixels_are(tmp_path):
+    """In stored values; also a range of them, signed ones written as unsigned, and where black is white."""
+    values = GRAY.astype(np.int16) - 1000
+    values[2:4], values[4:6] = -2000, -1990
+    window = {"RescaleIntercept": "-24", "RescaleSlope": 1}
+    limit = DataElement(0x00280121, "SS", -1980)
+    for vr, padding in (("SS", -2000), ("US", 63536)):
+        for shown in ("MONOCHROME1", "MONOCHROME2"):
+            path = write_dicom(tmp_path / "a", values, PhotometricInterpretation=shown, **window)
+            data = pydicom.dcmread(path)
+            data.add(DataElement(0x00280120, vr, padding))
+            data.save_as(path)
+            assert np.isfinite(read_image(path, 1)).all()
+            found = np.isnan(read_image(path, 1, invalid=InvalidPixels()))[..., 0]
+            assert np.array_equal(found, values == -2000)
+            data.add(limit)
+            data.save_as(path)
+            found = np.isnan(read_image(path, 1, invalid=InvalidPixels()))[..., 0]
+            assert np.array_equal(found, values < -1980)
+
+
+def test_a_value_without_meaning_is_one_of_the_modality(tmp_path):
+    """Whatever is shown for it: an inverted value, or one of a table."""
+    values = GRAY.copy()
+    values[3] = 7
+    table = {"VOILUTSequence": [lut(list(range(4096))[::-1], 1000, 12)]}
+    for settings in ({"PhotometricInterpretation": "MONOCHROME1"}, table):
+        path = write_dicom(tmp_path / "a", values, 12, RescaleIntercept="1000", RescaleSlope="1", **settings)
+        found = np.isnan(read_image(path, 1, invalid=InvalidPixels(nodata=1007.0)))
+        assert np.array_equal(found[..., 0], values == 7)
+    assert not np.isnan(read_image(shipped("CT_small.dcm"), 1, invalid=InvalidPixels())).any()
+    assert not np.isnan(read_image(shipped("examples_palette.dcm"), 3, invalid=InvalidPixels())).any()
+
+
+def test_other_files_have_no_frames(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UnreadableImage, match="no DICOM file, and has no frame 7"):
+        read_image(tmp_path / "a.png#7")
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_value_of_a_geotiff_in_five_channels():
     array[0] = -9999
     array[1, 0, 2] = -9999  # one band alone
     data = tiff(array, "-9999 ", photometric="minisblack", planarconfig="contig")
-    with pytest.raises(UnreadableImage, match=r"outside 0\.\.1"):
+    with pytest.raises(UnreadableImage, match=r"outside 0\.\.1: .*; of these -9999 means no data: --nodata auto"):
         read_image(data, 5)
     expected = np.where(array == -9999, NAN, np.float32(51))
     np.testing.assert_allclose(read_image(data, 5, invalid=InvalidPixels()), expected, rtol=1e-6)
@@ -269,10 +269,12 @@ def test_the_settings_are_part_of_the_preprocessing():
 
 
 def test_marks_and_tokens():
-    x = torch.tensor([0.0, float("nan"), -1e-9, 3.0])
+    x = torch.tensor([0.0, float("nan"), -1e-9, 3.0, -0.0])
     marked = mark_invalid(x)
-    assert marked.tolist() == [0.0, 0.0, pytest.approx(-1e-9), 3.0]
-    assert valid_pixels(marked).tolist() == [True, False, True, True]
+    assert marked.tolist() == [0.0, 0.0, pytest.approx(-1e-9), 3.0, 0.0]
+    assert valid_pixels(marked).tolist() == [True, False, True, True, True]
+    preprocess = Preprocess((2, 2), 1, (0.0,), (1.0,), nodata="auto")  # stored values may be -0.0, too
+    assert valid_pixels(preprocess(np.array([[-0.0, 0.0], [0.5, np.nan]], np.float32))).sum() == 3
     valid = torch.ones(1, 3, 4, 8, dtype=torch.bool)
     valid[0, :, :2, :4] = False  # half of the first token, of 4 x 4 pixels
     assert valid_tokens(valid, 4).tolist() == [[True, True]]

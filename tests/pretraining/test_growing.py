@@ -100,3 +100,40 @@ def test_sets_that_do_not_grow_are_refused(tmp_path, capsys):
     text = mistake(capsys, "pretrain", "--data", "digits", "--out", tmp_path / "run", "--data-may-grow", *TINY)
     assert "--data-may-grow is for folders and lists of images; digits is" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_that_joined_may_be_removed(tmp_path):
+    """As those of the start: what ended the run goes on."""
+    data, out = add(tmp_path / "set", *"abcdefghij"), tmp_path / "run"
+
+    def damage(report):
+        if report.state.step == 1:
+            for number in range(11):
+                (data / f"half{number}.png").write_bytes(b"nothing")
+
+    config = recipes.folder(str(data), str(out), data_may_grow=True, **FIELDS | {"steps": 12, "checkpoint_every": 1})
+    with pytest.raises(ValueError, match="11 of 21 images can't be read"):
+        dmjd.pretrain(config, hooks=[damage])
+    for half in data.glob("half*"):
+        half.unlink()
+    assert dmjd.pretrain(config).finished
+
+
+def test_the_share_that_may_be_unreadable_is_one_of_all_images(tmp_path):
+    """A set that grows a hundredfold holds more damaged images than it began with."""
+    data = add(tmp_path / "set", *"abcdefghij")
+
+    def many(report):
+        if report.state.step == 1:
+            for number in range(30):
+                name = data / f"later{number}.png"
+                name.write_bytes(b"nothing") if number < 6 else shutil.copy(data / "a.png", name)
+
+    fields = FIELDS | {"steps": 20, "data_may_grow": True}
+    config = recipes.folder(str(data), str(tmp_path / "run"), max_unreadable=0.3, **fields)  # 12 of 40
+    assert len(dmjd.pretrain(config, hooks=[many]).unreadable) == 6
+    for file in data.glob("later*"):
+        file.unlink()
+    config = recipes.folder(str(data), str(tmp_path / "strict"), max_unreadable=0.1, **fields)
+    with pytest.raises(ValueError, match="of 40 images can't be read, more than max_unreadable = 4"):
+        dmjd.pretrain(config, hooks=[many])

@@ -10,7 +10,9 @@ BLENDED, INVALID = "white", "invalid"  # what alpha 0 means
 
 ALPHAS = (BLENDED, INVALID)
 
-NODATA_HELP = "pixels that mean nothing get no loss: those of this value, NaN, GDAL_NODATA; auto: the latter two"
+NODATA_HELP = (
+    "pixels that mean nothing get no loss: of this value, NaN, GDAL_NODATA, DICOM padding; auto: the last three"
+)
 
 ALPHA_HELP = "white: transparent pixels are blended with white; invalid: pixels of alpha 0 mean nothing, as for nodata"
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,6 +21,8 @@ from dmjd.data.order import GrowingPermutations, Joined
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.mixture import MixtureSource
+from dmjd.data.sources.paths import one_line
+from dmjd.data.sources.subset import SubsetSource
 from dmjd.files import append_lines, write_text
 from dmjd.images.decoding import ImageLike
 from dmjd.images.reading import OpenImage
@@ -39,9 +41,9 @@ class Segment(msgspec.Struct):
     ``root`` is the folder of the paths, relative to that of the source; see :meth:`FolderSource.present`.
     """
 
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
     paths: list[str]
-    source: int = 0
+    source: Annotated[int, msgspec.Meta(ge=0)] = 0
     root: str = "."
 
 
@@ -109,12 +111,20 @@ class Growth:
         """Source and path of those of the drawn images that have joined, by index."""
         return {i: self._places[i - self._base] for i in indices.tolist() if i >= self._base}
 
+    def joined(self, base: Source) -> Source:
+        """The images that have joined ``base``, which the run began with, as a set."""
+        indices = np.arange(self._base, self._base + self.count)
+        return SubsetSource(WithJoined(base, self.sources, self.among(indices)), indices)
+
     def _take(self, segment: Segment) -> None:
         """Take over what was found for an epoch."""
-        if not 0 <= segment.source < len(self.sources):
+        if segment.source >= len(self.sources):
             raise ValueError(f"{self._file} is of other sources: it names number {segment.source + 1}")
         order, folder = self.orders[segment.source], self.sources[segment.source].folder_of(segment.root)
-        order.join(Joined(segment.epoch, self._base + self.count, len(segment.paths)))
+        try:
+            order.join(Joined(segment.epoch, self._base + self.count, len(segment.paths)))
+        except ValueError as error:
+            raise ValueError(f"{self._file} is damaged: {error}") from None
         self._places += [(segment.source, os.path.join(folder, path)) for path in segment.paths]
 
     def _look(self, number: int, epoch: int) -> None:
@@ -183,8 +193,8 @@ def _parts(source: Source) -> list[Source]:
 class WithJoined(Source):
     """A set together with images that have joined it, for one batch.
 
-    Its length is that of the set: images in the place of unreadable ones are drawn from those that were there at the
-    start.
+    Its length and parts are those of the set: images in the place of unreadable ones are drawn from those that were
+    there at the start.
 
     Args:
         base: the set.
@@ -195,7 +205,7 @@ class WithJoined(Source):
     def __init__(self, base: Source, sources: Sequence[FolderSource], places: Mapping[int, Place]) -> None:
         self._set, self._sources, self._places = base, sources, places
         self.name, self.in_chans, self.value_range = base.name, base.in_chans, base.value_range
-        self.classes = []
+        self.invalid, self.parts, self.classes = base.invalid, base.parts, []
 
     def __len__(self) -> int:
         return len(self._set)
@@ -217,4 +227,10 @@ class WithJoined(Source):
 
     def describe(self, index: int) -> str:
         """The image's path, or its name in the set."""
-        return self._places[index][1] if index in self._places else self._set.describe(index)
+        return one_line(self._places[index][1]) if index in self._places else self._set.describe(index)
+
+    def home(self, index: int) -> int:
+        """See :meth:`Source.home`: the first image of the source that it has joined."""
+        if index not in self._places:
+            return index
+        return sum(part.length for part in self.parts[: self._places[index][0]])

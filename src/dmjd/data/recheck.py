@@ -31,7 +31,9 @@ class Began:
         return cls(source.fingerprint(), source.content_sample())
 
 
-def recheck(source: Source, began: Began, reports: Iterable[Report], warn: Callable[[str], None]) -> UnreadableImages:
+def recheck(
+    source: Source, began: Began, reports: Iterable[Report], warn: Callable[[str], None], joined: Source | None = None
+) -> UnreadableImages:
     """Compare a set with the one a run began with, and continue the record of unreadable images.
 
     The list of images stays that of the start, so that the order stays, too. Unreadable images may be repaired, which
@@ -42,6 +44,7 @@ def recheck(source: Source, began: Began, reports: Iterable[Report], warn: Calla
         began: the set the run began with.
         reports: (name, reason) of the images that were unreadable.
         warn: called with a message about images that have changed.
+        joined: the images that have joined the set.
 
     Raises:
         ValueError: if it is another set: the list is another one, or most images have changed.
@@ -61,7 +64,7 @@ def recheck(source: Source, began: Began, reports: Iterable[Report], warn: Calla
             f"at least {len(changed)} image(s) have changed since the run began, {next(iter(changed))} for one: "
             "it goes on with the images as they are now"
         )
-    now = _read_again(source, known)
+    now = _read_again(source, known) | ({} if joined is None else _read_again(joined, known))
     still = [(name, reason) for name, reason in reports if now.get(name, reason) is not None]
     removed = [name for name, reason in still if now.get(name) == MISSING and reason != MISSING]
     return UnreadableImages(still, removed)

@@ -9,8 +9,9 @@ the streams are interleaved by their weights.
 import contextlib
 import functools
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from dmjd.rng import image_keys
 _MOST_PIXELS_IN_CPU_BATCHES = 96 * 96
 
 _DRAWN_AT_ONCE = 8192  # samples
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -334,7 +337,11 @@ class CroppedImages:
 
     def _open(self, index: int, key: int, unreadable: list[Report]) -> OpenImage:
         """The image, or its replacement."""
-        image, reports = read_or_replace(self.source.open, index, key, len(self.source), self.source.parts)
+        return self._readable(self.source.open, index, key, unreadable)
+
+    def _readable(self, read: Callable[[int], T], index: int, key: int, unreadable: list[Report]) -> T:
+        source = self.source
+        image, reports = read_or_replace(read, index, key, len(source), source.parts, source.home(index))
         unreadable += reports
         return image
 
@@ -346,8 +353,7 @@ class CroppedImages:
             return crop_resize(*image.read_for(box, self.augment.size), self.augment.size, flip)
         except UnreadableImage:
             index, key = sample
-        whole, reports = read_or_replace(self.source.read, index, key, len(self.source), self.source.parts)
-        unreadable += reports
+        whole = self._readable(self.source.read, index, key, unreadable)
         keys = torch.tensor([key])
         boxes = self._preferring_valid(self.augment.draw(keys, torch.tensor([whole.shape[:2]]))[0], keys, [whole])
         return crop_resize(whole, boxes[0].tolist(), self.augment.size, flip)

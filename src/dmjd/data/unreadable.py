@@ -38,7 +38,12 @@ def replacement(indices: Tensor, keys: Tensor, attempt: int, num_images: int, pa
 
 
 def read_or_replace(
-    read: Callable[[int], T], index: int, key: int, num_images: int, parts: Sequence[Part] = ()
+    read: Callable[[int], T],
+    index: int,
+    key: int,
+    num_images: int,
+    parts: Sequence[Part] = (),
+    home: int | None = None,
 ) -> tuple[T, list[Report]]:
     """Read an image, or the first readable one among the replacements drawn from its key.
 
@@ -46,6 +51,7 @@ def read_or_replace(
         read: reads the image of an index.
         index: of the image. key: of the image, for its replacements.
         num_images: size of the set. parts: the sources of a mixture; see :func:`replacement`.
+        home: an image of the source that gives the replacements; None: that of ``index``.
 
     Returns:
         The result of ``read``, and (name, reason) of each image that could not be read.
@@ -59,7 +65,8 @@ def read_or_replace(
             return read(index), unreadable
         except UnreadableImage as error:
             unreadable.append((error.name, error.reason))
-        index = int(replacement(torch.tensor([index]), torch.tensor([key]), attempt, num_images, parts))
+        former = index if home is None or attempt else home
+        index = int(replacement(torch.tensor([former]), torch.tensor([key]), attempt, num_images, parts))
     raise _nothing_readable(unreadable)
 
 

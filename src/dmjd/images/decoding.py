@@ -64,6 +64,8 @@ def open_stored(
         file.seek(0)
         if dicom.is_dicom(file):
             return dicom.decode_dicom(file, frame, value_range)
+        if frame > 1:
+            raise UnreadableImage("", f"it is no DICOM file, and has no frame {frame}")
         if head.startswith(jpeg.START):
             plain = jpeg.plain_jpeg(file.read())
             if plain is not None and plain.height * plain.width <= MAX_PIXELS:

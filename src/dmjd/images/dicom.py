@@ -5,6 +5,7 @@ white. The package pydicom parses and decompresses; it is optional (``pip instal
 """
 
 import logging
+import math
 import os
 import re
 from typing import Any, BinaryIO
@@ -34,6 +35,8 @@ _DEFLATED = "1.2.840.10008.1.2.1.99"
 
 _HEAD = 1 << 16  # bytes of a file that most headers fit into
 
+_SYNTAX = 0x00020010  # tag of the transfer syntax
+
 _LEAST_FRAME = 8  # bytes of a compressed frame, at least
 
 _SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
@@ -43,7 +46,8 @@ _TRANSFORMS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")  # of 
 _TAGS = [
     *("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation"),
     *("BitsAllocated", "BitsStored", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence"),
-    *("VOILUTFunction", "WindowCenter", "WindowWidth", "TransferSyntaxUID", _SHARED, _PER_FRAME),
+    *("VOILUTFunction", "WindowCenter", "WindowWidth", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("TransferSyntaxUID", _SHARED, _PER_FRAME),
     *(f"{color}PaletteColorLookupTable{part}" for color in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
     *(f"Segmented{color}PaletteColorLookupTableData" for color in ("Red", "Green", "Blue")),
 ]
@@ -95,8 +99,8 @@ def count_frames(path: str) -> int | None:
             header = _header(file)
             if "Rows" not in header:
                 return 0
-            most = os.fstat(file.fileno()).st_size // _LEAST_FRAME
-            return min(max(1, int(header.get("NumberOfFrames") or 1)), max(1, most))
+            most = os.fstat(file.fileno()).st_size // _bytes_of_frame(header)
+            return min(max(1, int(header.get("NumberOfFrames") or 1)), most + 1)  # a frame that is cut off counts
     except OSError:
         return None
     except Exception:  # of any kind, as for damaged images; reading it says what is wrong
@@ -134,8 +138,6 @@ def decode_dicom(file: BinaryIO, frame: int = 1, value_range: tuple[float, float
             raise UnreadableImage("", f"it has {frames} frame(s)")
         depth = int(header.get("SamplesPerPixel") or 1) * -(-int(header.get("BitsAllocated") or 8) // 8)
         check_pixels(int(header.Rows), int(header.Columns), depth)
-        if header.file_meta.get("TransferSyntaxUID") == _DEFLATED:
-            raise UnreadableImage("", "a deflated DICOM file, which is not supported: save it uncompressed")
         file.seek(0)
         try:
             values = pixel_array(file, index=frame - 1)
@@ -146,13 +148,30 @@ def decode_dicom(file: BinaryIO, frame: int = 1, value_range: tuple[float, float
 
 
 def _header(file: BinaryIO) -> Any:
-    """The elements that say how pixels are stored and shown, without the pixels."""
+    """The elements that say how pixels are stored and shown, without the pixels.
+
+    Raises:
+        UnreadableImage: if the file is deflated: pydicom would inflate all of it, to any size.
+    """
     import pydicom
+    from pydicom.filereader import read_dataset
 
     if (logger := logging.getLogger("pydicom")).level == logging.NOTSET:
         logger.setLevel(logging.CRITICAL)  # what is wrong with a file is its reason
+    file.seek(128 + len(_MARK))
+    meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, _, __: tag > _SYNTAX)
+    if meta.get("TransferSyntaxUID") == _DEFLATED:
+        raise UnreadableImage("", "a deflated DICOM file, which is not supported: save it uncompressed")
     file.seek(0)
     return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+
+
+def _bytes_of_frame(header: Any) -> int:
+    """The size of a frame in a file; if it is compressed the least one."""
+    if header.file_meta.TransferSyntaxUID.is_encapsulated:
+        return _LEAST_FRAME
+    bits = [int(header.get(name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")]
+    return max(1, math.prod(bits) // 8)
 
 
 def _undecoded(error: Exception, header: Any) -> UnreadableImage:
@@ -180,15 +199,16 @@ def _displayed(values: np.ndarray, header: Any, value_range: tuple[float, float]
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 
     photometric = str(header.get("PhotometricInterpretation") or "")
+    padding = _padding(values, header)
     if photometric == "PALETTE COLOR" and values.ndim == 2:
         colors = apply_color_lut(values, header)
-        return Stored(colors, value_range=(0.0, float(np.iinfo(colors.dtype).max)))
+        return Stored(colors, value_range=(0.0, float(np.iinfo(colors.dtype).max)), padding=padding)
     bits, signed = int(header.get("BitsStored") or 8 * values.itemsize), header.get("PixelRepresentation") == 1
     ends = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
     if values.ndim == 3:
         return Stored(values, value_range=None if ends == (0, 255) else ends)
     if values.dtype.kind == "f":
-        return Stored(values[..., None])
+        return Stored(values[..., None], padding=padding)
     lut = header.get("ModalityLUTSequence")
     if lut:
         ends = (0.0, 2.0 ** int(lut[0].LUTDescriptor[2]) - 1)
@@ -196,7 +216,7 @@ def _displayed(values: np.ndarray, header: Any, value_range: tuple[float, float]
         slope, intercept = float(header.RescaleSlope), float(header.RescaleIntercept)
         ends = (slope * ends[0] + intercept, slope * ends[1] + intercept)
         ends = (min(ends), max(ends))
-    values = apply_modality_lut(values, header)
+    values = measured = apply_modality_lut(values, header)
     if value_range is not None:
         ends = value_range
     elif header.get("VOILUTSequence"):
@@ -215,7 +235,18 @@ def _displayed(values: np.ndarray, header: Any, value_range: tuple[float, float]
     if photometric == "MONOCHROME1":
         values = sum(ends) - values.astype(np.float64)
     whole = values.dtype == np.uint8 and ends == (0, 255)
-    return Stored(values[..., None], value_range=None if whole else ends)
+    others = None if values is measured else measured[..., None]
+    return Stored(values[..., None], value_range=None if whole else ends, padding=padding, measured=others)
+
+
+def _padding(values: np.ndarray, header: Any) -> np.ndarray | None:
+    """Where stored gray values or indices [H, W] are those of padding: [H, W, 1] bool; None if the file names none."""
+    value, limit = (_first(header.get(name)) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    if value is None or values.ndim != 2 or values.dtype.kind == "f":
+        return None
+    # Signed values are sometimes written as unsigned ones: the cast wraps them.
+    ends = np.array([int(value), int(value if limit is None else limit)]).astype(values.dtype)
+    return ((values >= ends.min()) & (values <= ends.max()))[..., None]
 
 
 def _window(header: Any) -> tuple[float, float] | None:

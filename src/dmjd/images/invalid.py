@@ -1,8 +1,8 @@
 """Invalid pixels: those that mean nothing, such as NaN, the edge of a satellite scene, or what is transparent.
 
 On decoding they become NaN. Resizing weighs values by their validity. A batch is normalized to what an encoder can
-take: there they are the mean, which is 0, written as -0.0. No valid value normalizes to -0.0, so the sign tells the
-two apart, and anything that does not ask gets a number like others.
+take: there they are the mean, which is 0, written as -0.0. A valid 0 is +0.0, so the sign tells the two apart, and
+anything that does not ask gets a number like others.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ LEAST_VALID = 0.5  # of the values of a token, of the weight of a resized value,
 
 @dataclass(frozen=True)
 class InvalidPixels:
-    """Which stored values mean nothing. NaN, infinite values, and the GDAL_NODATA of a TIFF always do.
+    """Which stored values mean nothing. NaN, infinite values, the GDAL_NODATA of a TIFF, and padding in DICOM do.
 
     Attributes:
         nodata: a value that does, too. In 8-bit images it must be that of all colors of a pixel, as black is common in
@@ -42,7 +42,10 @@ class InvalidPixels:
             UnreadableImage: if no value is valid.
         """
         colors = stored.values[..., :-1] if stored.alpha else stored.values
-        found = [_equal(colors, value) for value in (self.nodata, stored.nodata) if value is not None]
+        compared = colors if stored.measured is None else stored.measured
+        found = [_equal(compared, value) for value in (self.nodata, stored.nodata) if value is not None]
+        if stored.padding is not None:
+            found.append(stored.padding)
         if colors.dtype.kind == "f":
             found.append(~np.isfinite(colors))
         if self.alpha and stored.alpha:
@@ -111,8 +114,8 @@ def valid_share(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def mark_invalid(normalized: Tensor) -> Tensor:
-    """Normalized images with NaN -> the same with -0.0 in its place."""
-    return torch.where(normalized.isnan(), -0.0, normalized)
+    """Normalized images with NaN -> the same with -0.0 in its place, and nowhere else."""
+    return torch.where(normalized.isnan(), -0.0, torch.where(normalized == 0, 0.0, normalized))
 
 
 def valid_pixels(normalized: Tensor) -> Tensor:

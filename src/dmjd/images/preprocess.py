@@ -45,8 +45,8 @@ class Preprocess:
         in_chans: number of channels; see :func:`read_image` for how they are converted.
         mean, std: one number per channel, on the 0..1 scale.
         value_range: (lo, hi) of stored values, which become 0 and 255; None: the range of the data type.
-        nodata: None; or invalid pixels, which mean nothing, become the mean: "auto" (NaN and GDAL_NODATA), or the value
-            of others, too.
+        nodata: None; or invalid pixels, which mean nothing, become the mean: "auto" (NaN, GDAL_NODATA, and padding in
+            DICOM), or the value of others, too.
         alpha: "white", or "invalid": pixels of alpha 0 are invalid, too.
     """
 

@@ -154,13 +154,23 @@ def _converted(
         values, alpha = values[..., :-1], _to_255(values[..., -1:], _full_range(values.dtype))
         alpha = None if is_mask else alpha
     if found is None:
-        return np.ascontiguousarray(_to_channels(_to_255(values, value_range), alpha, in_chans))
+        return np.ascontiguousarray(_to_channels(_valid_to_255(values, value_range, stored), alpha, in_chans))
     assert invalid is not None
     color = to_nan(_to_255(without_invalid(values, found), value_range), found)
     if alpha is not None:
         alpha = to_nan(alpha, np.all(found, axis=-1, keepdims=True))
     image = np.ascontiguousarray(_to_channels(color, alpha, in_chans))
     return image if invalid.fill is None else np.where(np.isnan(image), np.array(invalid.fill, np.float32), image)
+
+
+def _valid_to_255(values: np.ndarray, value_range: tuple[float, float] | None, stored: Stored) -> np.ndarray:
+    """:func:`_to_255`, where none are invalid: the reason says if the file means that some are."""
+    try:
+        return _to_255(values, value_range)
+    except UnreadableImage as error:
+        if stored.nodata is None or not (values == stored.nodata).any():
+            raise
+        raise UnreadableImage("", f"{error.reason}; of these {stored.nodata:g} means no data: {HINT}") from None
 
 
 def _full_range(dtype: np.dtype) -> tuple[float, float]:

@@ -32,6 +32,8 @@ class Stored:
         masked: whether the last of several bands beyond the colors is alpha; it is a band like the others, unless alpha
             says which pixels are valid.
         value_range: the values that become 0 and 255 if no others are given; None: those of the data type.
+        padding: [H, W, 1] bool, the pixels that the file says mean nothing, if it does not say so by ``nodata``.
+        measured: [H, W, C], what a value that means nothing is compared with, if ``values`` were inverted or replaced.
     """
 
     values: np.ndarray
@@ -39,6 +41,8 @@ class Stored:
     nodata: float | None = None
     masked: bool = False
     value_range: tuple[float, float] | None = None
+    padding: np.ndarray | None = None
+    measured: np.ndarray | None = None
 
 
 def check_pixels(height: int, width: int, bytes_per_pixel: int = 1) -> None:

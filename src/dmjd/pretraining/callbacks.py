@@ -101,10 +101,11 @@ class Monitor(Callback):
         """Check that the images are those of the checkpoint, and continue its record of unreadable ones."""
         self._before_cooldown = checkpoint.path.name == STABLE
         began, unreadable = began_with(checkpoint.state, self.config)
-        known = recheck(self.source, began, unreadable, self.console.warn)
+        joined = None if self._growth is None else self._growth.joined(self.source)
+        known = recheck(self.source, began, unreadable, self.console.warn, joined)
         # Runs of former versions recorded no content: it is recorded from now on.
         self._began = Began(began.fingerprint, self._began.content) if began.content is None else began
-        if not known.exceed(self.config.max_unreadable, len(self.source)):  # else that ended the run; count again:
+        if not known.exceed(self.config.max_unreadable, self._num_images):  # else that ended the run; count again:
             self.unreadable = known  # a disk or folder that was gone may be back
 
     def after_restore(self) -> None:
@@ -313,9 +314,14 @@ class Monitor(Callback):
             self.console.warn(f"unreadable, replaced by another image: {name}: {reason}")
         return new
 
+    @property
+    def _num_images(self) -> int:
+        """Of the set, with those that have joined it."""
+        return len(self.source) + (self._growth.count if self._growth is not None else 0)
+
     def _check_unreadable(self) -> None:
         cure = self.unreadable.cure(self.source.removable)
-        self.unreadable.check(self.config.max_unreadable, len(self.source), cure)
+        self.unreadable.check(self.config.max_unreadable, self._num_images, cure)
         if isinstance(self.source, MixtureSource):
             self.source.check_remains(self.unreadable.reports)
 

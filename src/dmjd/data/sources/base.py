@@ -179,6 +179,12 @@ class Source(ABC):
         """
         return open_image(self.stored(index), self.in_chans, self.value_range, self.describe(index), self.invalid)
 
+    def home(self, index: int) -> int:
+        """The image of this set whose source replaces image ``index`` if it cannot be read: itself, if it is of the
+        set.
+        """
+        return index
+
     def save_listing(self, file: Path) -> None:  # noqa: B027 (most sets have nothing to save)
         """Save the list of images that a search found, so that a resumed run need not search again."""
 

@@ -19,6 +19,7 @@ from dmjd.data.sources.paths import (
     SPLIT_NAMES,
     existing_path,
     expanded,
+    folders_to_test,
     one_line,
     permission_checked,
     split_folder,
@@ -145,10 +146,14 @@ class FolderSource(Source):
     def present(self) -> tuple[str, list[str]]:
         """The images that are there now: a folder for :meth:`folder_of`, and their paths below it.
 
+        A test/ or val/ that came later, with a train/, is left out.
+
         Raises:
             ValueError: if the folder cannot be read.
         """
-        return ".", images_below(self.root, self._extensions)
+        others = tuple(os.path.join(os.path.relpath(folder, self.root), "") for folder in folders_to_test(self.root))
+        paths = images_below(self.root, self._extensions)
+        return ".", [path for path in paths if not path.startswith(others)] if others else paths
 
     def known(self, folder: str) -> set[str]:
         """The paths of the images of this set, relative to a folder that :meth:`present` named."""

@@ -259,6 +259,11 @@ def _visible_tables(folder: Path) -> list[Path]:
     return sorted(t for t in folder.glob("*.parquet") if not t.name.startswith(".") and not t.is_dir())
 
 
+def folders_to_test(root: Path) -> list[Path]:
+    """The folders of a set that are never trained on: test/ and val/ next to a train/."""
+    return [folder for split, folder in _split_folders(root).items() if split != "train"]
+
+
 def _split_folders(root: Path) -> dict[str, Path]:
     """train/ and test/ or val/ below root, also as Train/ or TRAIN/; empty without train/ or without another one."""
     found = {
