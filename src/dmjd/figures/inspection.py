@@ -103,7 +103,7 @@ def inspection_table(found: dict[str, Any]) -> Table:
     total = found["bytes"]["mean"] * found["num_images"]
     table.add_row("size", f"{_in_bytes(found['bytes']['median'])} an image (median); {_in_bytes(total)} in all")
     if (invalid := found["invalid"])["images"]:
-        table.add_row("invalid", f"{invalid['share']:.1%} of the pixels; some in {invalid['images']:,} image(s)")
+        table.add_row("invalid", f"{invalid['share']:.1%} of the values; some in {invalid['images']:,} image(s)")
     table.add_row("unreadable", f"{unreadable['count']:,}")
     for reason, count in unreadable["reasons"].items():
         table.add_row("", literal(f"{count}: {reason}"))
