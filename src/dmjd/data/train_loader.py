@@ -115,7 +115,7 @@ class Stream:
         order = self._orders[0]
         if self.windows is None or not isinstance(order, WindowedPermutations):
             return None
-        return FetchAhead(order, self.windows, next(self.micro_batches(start_step)).start)
+        return FetchAhead(order, self.windows, start_step, self.batch_size)
 
     @functools.cached_property
     def _interleaving(self) -> Interleaving:

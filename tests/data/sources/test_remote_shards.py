@@ -9,11 +9,13 @@ import signal
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flaky_server import flaky_server
 from image_sets import first_values
 from PIL import Image
@@ -221,6 +223,54 @@ def test_a_replaced_shard_is_fetched_again(server, url, tmp_path):
         assert changed[12:16] == [36, 37, 38, 39]
         assert server.requests["/set/3.tar"] == 2
         assert server.requests["/set/4.tar"] == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_whose_step_holds_several_windows_do_not_wait_for_each_other(
+    server, url, tmp_path, monkeypatch, accumulate
+):
+    monkeypatch.setenv("DMJD_TIMEOUT", "0.1")
+    barrier, drawn = threading.Barrier(2, timeout=60), [[], []]
+
+    def train(rank: int) -> None:
+        source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
+        assert source.windows.size == 1
+        settings = {"batch_size": 16, "num_workers": 0, "rank": rank, "world_size": 2, "accumulate": accumulate}
+        batches = TrainLoader(source, img_size=(16, 16), **settings).batches()
+        for _ in range(6):
+            drawn[rank] += [next(batches).keys for _ in range(accumulate)]
+            barrier.wait()
+        batches.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, range(2)))
+    assert len(torch.cat(drawn[0] + drawn[1]).unique()) == 6 * 16
+
+
+def test_a_cache_that_is_deleted_is_made_again(server, url, tmp_path):
+    server.faults = {path: ["", "slow"] for path in SHARDS}
+    cache = tmp_path / "cache"
+    source = open_source(url, remote=RemoteOptions(str(cache), in_gb(2.5), fetch_ahead=True))
+    batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0).batches()
+    next(batches)
+    cache.rename(tmp_path / "deleted")  # while the next shard arrives
+    for _ in range(2 * NUM_SHARDS):
+        next(batches)
+    assert bytes_below(cache) > 0
+    assert len(list(cache.rglob("*.json"))) == 1  # what this process needs
+    batches.close()
+
+
+@pytest.mark.parametrize("size", [0, 10240])
+def test_a_shard_that_is_replaced_while_it_is_read_ends_training(server, url, tmp_path, size):
+    server.tags = dict.fromkeys(SHARDS, '"1"')
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
+    batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0).batches()
+    next(batches)
+    server.files = {path: content[:-4] + b"abcd" + bytes(size) for path, content in SHARDS.items()}
+    server.tags = dict.fromkeys(SHARDS, '"2"')
+    with pytest.raises(ValueError, match=r"\d\.tar can't be fetched \(it has changed on the server; the same command"):
+        list(itertools.islice(batches, 3 * NUM_SHARDS))
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])

@@ -192,7 +192,7 @@ class BoundedCache:
 
     def _write(self) -> None:
         """Write the lease."""
-        if self._file is None:
+        if self._file is None or not os.path.exists(self._file.name):
             make_folder(self.folder / _LEASES)
             path = self.folder / _LEASES / f"{os.getpid()}-{os.urandom(4).hex()}.json"
             self._file = _try_lock(path)
@@ -207,6 +207,7 @@ class BoundedCache:
         """Alone among the processes and threads of the machine, for a moment."""
         if self._pid != os.getpid():  # a process that was forked
             self._reset()
+        make_folder(self.folder)  # it may have been deleted
         with _GUARD, locked(self.folder / ".lock"):
             yield
 
