@@ -158,6 +158,8 @@ def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
     )
     needed = float(re.search(r"for the two windows of 3 shards .* give --cache-gb (\S+) or more", words)[1])
     assert 5.9 * SIZE < needed * 1e9 < 6.1 * SIZE
+    words = mistake(capsys, *pretrain_command(f"{server.url}/set/0.tar", out, cache, "--cache-gb", in_gb(0.5)))
+    assert "GB to hold it: give --cache-gb" in words
     assert not server.requests
     assert main(pretrain_command(url, out, cache, "--cache-gb", in_gb(8.5), "--steps", 1)) == 0
     capsys.readouterr()
@@ -165,6 +167,18 @@ def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
     assert "to shuffle all images together, as the run began" in words
     needed = float(re.search(r"give --cache-gb (\S+) or more", words)[1])
     assert main(pretrain_command(url, out, cache, "--cache-gb", needed, "--steps", 2)) == 0
+
+
+def test_windows_of_shards_on_this_machine_are_refused_with_the_cure(server, tmp_path, capsys):
+    path = tmp_path / "set" / "0.tar"
+    path.parent.mkdir()
+    path.write_bytes(SHARDS["/set/0.tar"])
+    for data, cure in (
+        (path, "give the address of the shards, or leave --shard-window out"),
+        (f"{server.url}/set/0.tar", "--cache-gb: give the size of the cache"),
+    ):
+        command = pretrain_command(str(data), tmp_path / "run", tmp_path / "cache", "--shard-window", 2, "--steps", 1)
+        assert cure in mistake(capsys, *command)
 
 
 def test_a_set_that_fits_has_the_order_of_a_set_on_the_disk(server, url, tmp_path):
