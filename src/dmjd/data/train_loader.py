@@ -207,6 +207,8 @@ class TrainLoader:
         self.stream = Stream(
             len(source), batch_size, accumulate, seed, rank, world_size, source.parts, growth, source.windows
         )
+        if source.windows is not None and rank == 0:
+            source.windows.warn_if_below(batch_size)
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source
