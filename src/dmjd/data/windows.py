@@ -49,7 +49,7 @@ class ShardWindows(NamedTuple):
 
     def warn_if_below(self, batch_size: int) -> None:
         """Warn if a step has more images than a window holds on average, unless one window holds all."""
-        filled = np.count_nonzero(self.lengths)
+        filled = sum(map(bool, self.lengths))
         held = self.size * sum(self.lengths) / max(1, filled)
         if batch_size > held and self.size < filled:
             warnings.warn(
