@@ -60,7 +60,8 @@ class FetchAhead:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._store.need(())
+            with contextlib.suppress(ValueError):  # a cache that fails now does no harm
+                self._store.need(())
 
     def _wait_for(self, window: int) -> None:
         arrived, since = -1, time.monotonic()

@@ -25,6 +25,7 @@ from dmjd.cli.main import main
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources import transfer
 from dmjd.data.sources.base import RemoteOptions
+from dmjd.data.sources.bounded_cache import BoundedCache
 from dmjd.data.sources.registry import open_source
 from dmjd.data.train_loader import TrainLoader
 
@@ -273,6 +274,32 @@ def test_a_cache_that_is_deleted_is_made_again(server, url, tmp_path):
     assert bytes_below(cache) > 0
     assert len(list(cache.rglob("*.json"))) == 1  # what this process needs
     batches.close()
+
+
+def test_a_cache_that_fails_ends_training_with_one_line_and_does_not_disturb_its_end(server, url, tmp_path):
+    cache = tmp_path / "cache"
+    for is_read_on in (True, False):
+        source = open_source(url, remote=RemoteOptions(str(cache), in_gb(2.5), fetch_ahead=True))
+        batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0).batches()
+        next(batches)
+        cache.rename(tmp_path / f"moved {is_read_on}")
+        cache.write_text("a file")
+        if is_read_on:
+            with pytest.raises(ValueError, match=r"could not write .*: Not a directory"):
+                list(itertools.islice(batches, 3 * NUM_SHARDS))
+        batches.close()
+        cache.unlink()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_ends_a_lease_with_one_line(tmp_path):
+    cache = BoundedCache(tmp_path, 9)
+    cache.need(())
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        cache._file, whole = full, cache._file
+        with pytest.raises(ValueError, match="could not write /dev/full: "):
+            cache.need(())
+        cache._file = whole
 
 
 @pytest.mark.parametrize("size", [0, 10240])

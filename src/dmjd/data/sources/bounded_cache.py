@@ -198,9 +198,12 @@ class BoundedCache:
             self._file = _try_lock(path)
             assert self._file is not None
             weakref.finalize(self, _give_up, self._file, os.getpid())
-        self._file.truncate(0)
-        self._file.write(json.dumps(msgspec.to_builtins(self._own)))
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(json.dumps(msgspec.to_builtins(self._own)))
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"could not write {printable(self._file.name)}: {error.strerror}") from None
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
