@@ -90,6 +90,12 @@ def test_folder_depends_on_the_image_size():
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 
+def test_digits_leaves_the_widths_of_another_encoder_family_to_its_name():
+    own = recipes.digits(encoder="conv_vit_tiny_patch4", depth=(1, 1, 2))
+    assert (own.embed_dim, own.depth, own.num_heads) == (None, (1, 1, 2), None)
+    assert recipes.digits(encoder="vit_tiny_patch4").embed_dim == recipes.digits().embed_dim == (96,)
+
+
 def test_the_default_recipe_has_the_papers_settings():
     assert dataclasses.replace(PretrainConfig(), recipe="dmjd") == recipes.dmjd()
     config = recipes.dmjd()

@@ -1,6 +1,9 @@
 """The order of a set that is read window by window."""
 
+import warnings
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,3 +62,14 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_the_windows_of_a_subset_hold_its_images_alone():
     windows = ShardWindows((4, 3, 0, 5), 2, store=None).of_rows(np.array([0, 3, 7, 8, 11]))
     assert windows.lengths == (2, 0, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "is_small"), [(1, 4, False), (1, 5, True), (2, 8, False), (2, 9, True), (3, 99, False)]
+)
+def test_windows_that_hold_less_than_a_step_are_warned_about(size, batch_size, is_small):
+    windows = ShardWindows((3, 0, 5, 4), size, None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        windows.warn_if_below(batch_size)
+    assert [f"a step takes {batch_size} images" in str(one.message) for one in caught] == [True] * is_small

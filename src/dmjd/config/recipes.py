@@ -229,6 +229,8 @@ def digits(data: str | tuple[str, ...] | None = None, out: str | None = None, **
         batch_size=64,
         blr=6e-3,
     )
+    if str(overrides.get("encoder")).startswith("conv_vit"):  # three stages, with settings of their own
+        overrides = {"embed_dim": None, "depth": None, "num_heads": None} | overrides
     return config.replace(**overrides)
 
 

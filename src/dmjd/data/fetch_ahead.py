@@ -4,7 +4,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from itertools import count
 
 from dmjd.data.windows import ShardWindows, WindowedPermutations
 from dmjd.data.workers import TIMEOUT, LoaderError, wait_limit
@@ -18,16 +17,18 @@ class FetchAhead:
     Args:
         order: the order of the images.
         windows: the shards.
-        first: number of the first sample that this process reads.
+        start_step: the first step.
+        batch_size: samples of a step, over all processes. They are at most a step apart, so that what one still needs
+            never takes the room of what it waits for.
 
-    Workers get a request when the shards of its window are here, unless it lies more than one window ahead of what is
-    trained on; then, and for images that replace unreadable ones, they fetch the images one by one.
+    Workers get a request when the shards of its step are here, unless the step ends more than one window ahead of what
+    is trained on; then, and for images that replace unreadable ones, they fetch the images one by one.
     """
 
-    def __init__(self, order: WindowedPermutations, windows: ShardWindows, first: int) -> None:
-        self._order, self._store = order, windows.store
+    def __init__(self, order: WindowedPermutations, windows: ShardWindows, start_step: int, batch_size: int) -> None:
+        self._order, self._store, self._batch_size = order, windows.store, batch_size
         self._changed = threading.Condition()
-        self._current = order.window(first)  # what was received lies here
+        self._current = order.window(start_step * batch_size)  # what was received lies here
         self._ready = self._current - 1  # the last window whose shards are here
         self._closed = False
         self._problem: Exception | None = None
@@ -42,12 +43,13 @@ class FetchAhead:
         """
         self._thread.start()  # not before workers were forked
         for samples in requests:
-            self._wait_for(self._order.window(samples[-1]))
+            step = samples[0] // self._batch_size
+            self._wait_for(self._order.window((step + 1) * self._batch_size - 1))
             yield samples
 
     def received(self, samples: range) -> None:
         """All requests before this one, and it, were read: earlier windows are not needed any more."""
-        window = self._order.window(samples[0])
+        window = self._order.window(samples[0] // self._batch_size * self._batch_size)
         with self._changed:
             if window > self._current:
                 self._current = window
@@ -58,16 +60,16 @@ class FetchAhead:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._store.need(())
+            with contextlib.suppress(ValueError):  # a cache that fails now does no harm
+                self._store.need(())
 
     def _wait_for(self, window: int) -> None:
         arrived, since = -1, time.monotonic()
         while True:
             with self._changed:
-                wanted = min(window, self._current + 1)
                 if self._problem is not None:
                     raise self._problem
-                if self._ready >= wanted or self._closed:
+                if self._ready >= window or window > self._current + 1 or self._closed:
                     return
                 self._changed.wait(_POLL)
                 coming = self._order.shards(self._ready + 1)
@@ -84,12 +86,13 @@ class FetchAhead:
     def _fetch(self) -> None:
         """Keep the shards of the current window and the next one."""
         try:
-            for window in count(self._current):
+            while True:
                 with self._changed:
-                    while window > self._current + 1 and not self._closed:
+                    while self._ready > self._current and not self._closed:
                         self._changed.wait()
                     if self._closed:
                         return
+                    window = max(self._ready + 1, self._current)
                     needed = [shard for w in range(self._current, window + 1) for shard in self._order.shards(w)]
                     self._store.need(needed)
                 with contextlib.closing(self._store.fetch(self._order.shards(window))) as fetched:

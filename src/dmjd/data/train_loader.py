@@ -118,7 +118,7 @@ class Stream:
         order = self._orders[0]
         if self.windows is None or not isinstance(order, WindowedPermutations):
             return None
-        return FetchAhead(order, self.windows, next(self.micro_batches(start_step)).start)
+        return FetchAhead(order, self.windows, start_step, self.batch_size)
 
     @functools.cached_property
     def _interleaving(self) -> Interleaving:
@@ -210,6 +210,8 @@ class TrainLoader:
         self.stream = Stream(
             len(source), batch_size, accumulate, seed, rank, world_size, source.parts, growth, source.windows
         )
+        if source.windows is not None and rank == 0:
+            source.windows.warn_if_below(batch_size)
         self.device = device or torch.device("cpu")
         self._augment = Augment(img_size, crop_scale, flip)
         self._source = source

@@ -3,6 +3,7 @@
 Like every order of this package it is a function of seed and epoch, so that training can begin at any sample.
 """
 
+import warnings
 from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dmjd.data.order import Permutations
 from dmjd.rng import STREAM_EPOCH, STREAM_SHARD, hash64
+from dmjd.warning import DMJDWarning
 
 
 class ShardStore(Protocol):
@@ -44,6 +46,18 @@ class ShardWindows(NamedTuple):
         """The windows of a subset of the images, given by their indices in ascending order [m]."""
         ends = np.searchsorted(rows, np.cumsum(self.lengths))
         return self._replace(lengths=tuple(np.diff(ends, prepend=0).tolist()))
+
+    def warn_if_below(self, batch_size: int) -> None:
+        """Warn if a step has more images than a window holds on average, unless one window holds all."""
+        filled = sum(map(bool, self.lengths))
+        held = self.size * sum(self.lengths) / max(1, filled)
+        if batch_size > held and self.size < filled:
+            warnings.warn(
+                f"a step takes {batch_size} images, and a window of {self.size} shard(s) holds {held:.0f}: most are "
+                "fetched one by one, which is slow. Begin a run with a larger --cache-gb, or a smaller --batch-size",
+                DMJDWarning,
+                stacklevel=3,
+            )
 
 
 class WindowedPermutations(Permutations):

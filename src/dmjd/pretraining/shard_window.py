@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources.base import Source
+from dmjd.data.sources.remote import is_url
 from dmjd.pretraining.batch_size import keep_batch_size
 from dmjd.pretraining.held_out import keep_held_out
 from dmjd.runs.checkpoint import read_config_of
@@ -35,8 +36,10 @@ def record_window(config: PretrainConfig, source: Source) -> PretrainConfig:
     if source.windows is not None:
         return config.replace(shard_window=source.windows.size)
     if config.shard_window:
+        remote = isinstance(config.data, str) and is_url(config.data)
+        cure = "give the size of the cache" if remote else "give the address of the shards, or leave --shard-window out"
         raise ValueError(
             f"images are shuffled by windows of {config.shard_window} shards (--shard-window, or as the run began), "
-            "which needs remote shards and --cache-gb: give the size of the cache"
+            f"which needs remote shards and --cache-gb: {cure}"
         )
     return config.replace(shard_window=None)

@@ -9,11 +9,13 @@ import signal
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flaky_server import flaky_server
 from image_sets import first_values
 from PIL import Image
@@ -23,6 +25,7 @@ from dmjd.cli.main import main
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources import transfer
 from dmjd.data.sources.base import RemoteOptions
+from dmjd.data.sources.bounded_cache import BoundedCache
 from dmjd.data.sources.registry import open_source
 from dmjd.data.train_loader import TrainLoader
 
@@ -156,6 +159,8 @@ def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
     )
     needed = float(re.search(r"for the two windows of 3 shards .* give --cache-gb (\S+) or more", words)[1])
     assert 5.9 * SIZE < needed * 1e9 < 6.1 * SIZE
+    words = mistake(capsys, *pretrain_command(f"{server.url}/set/0.tar", out, cache, "--cache-gb", in_gb(0.5)))
+    assert "GB to hold it: give --cache-gb" in words
     assert not server.requests
     assert main(pretrain_command(url, out, cache, "--cache-gb", in_gb(8.5), "--steps", 1)) == 0
     capsys.readouterr()
@@ -163,6 +168,18 @@ def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
     assert "to shuffle all images together, as the run began" in words
     needed = float(re.search(r"give --cache-gb (\S+) or more", words)[1])
     assert main(pretrain_command(url, out, cache, "--cache-gb", needed, "--steps", 2)) == 0
+
+
+def test_windows_of_shards_on_this_machine_are_refused_with_the_cure(server, tmp_path, capsys):
+    path = tmp_path / "set" / "0.tar"
+    path.parent.mkdir()
+    path.write_bytes(SHARDS["/set/0.tar"])
+    for data, cure in (
+        (path, "give the address of the shards, or leave --shard-window out"),
+        (f"{server.url}/set/0.tar", "--cache-gb: give the size of the cache"),
+    ):
+        command = pretrain_command(str(data), tmp_path / "run", tmp_path / "cache", "--shard-window", 2, "--steps", 1)
+        assert cure in mistake(capsys, *command)
 
 
 def test_a_set_that_fits_has_the_order_of_a_set_on_the_disk(server, url, tmp_path):
@@ -221,6 +238,80 @@ def test_a_replaced_shard_is_fetched_again(server, url, tmp_path):
         assert changed[12:16] == [36, 37, 38, 39]
         assert server.requests["/set/3.tar"] == 2
         assert server.requests["/set/4.tar"] == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_whose_step_holds_several_windows_do_not_wait_for_each_other(
+    server, url, tmp_path, monkeypatch, accumulate
+):
+    monkeypatch.setenv("DMJD_TIMEOUT", "0.1")
+    barrier, drawn = threading.Barrier(2, timeout=60), [[], []]
+
+    def train(rank: int) -> None:
+        source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
+        assert source.windows.size == 1
+        settings = {"batch_size": 16, "num_workers": 0, "rank": rank, "world_size": 2, "accumulate": accumulate}
+        batches = TrainLoader(source, img_size=(16, 16), **settings).batches()
+        for _ in range(6):
+            drawn[rank] += [next(batches).keys for _ in range(accumulate)]
+            barrier.wait()
+        batches.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, range(2)))
+    assert len(torch.cat(drawn[0] + drawn[1]).unique()) == 6 * 16
+
+
+def test_a_cache_that_is_deleted_is_made_again(server, url, tmp_path):
+    server.faults = {path: ["", "slow"] for path in SHARDS}
+    cache = tmp_path / "cache"
+    source = open_source(url, remote=RemoteOptions(str(cache), in_gb(2.5), fetch_ahead=True))
+    batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0).batches()
+    next(batches)
+    cache.rename(tmp_path / "deleted")  # while the next shard arrives
+    for _ in range(2 * NUM_SHARDS):
+        next(batches)
+    assert bytes_below(cache) > 0
+    assert len(list(cache.rglob("*.json"))) == 1  # what this process needs
+    batches.close()
+
+
+def test_a_cache_that_fails_ends_training_with_one_line_and_does_not_disturb_its_end(server, url, tmp_path):
+    cache = tmp_path / "cache"
+    for is_read_on in (True, False):
+        source = open_source(url, remote=RemoteOptions(str(cache), in_gb(2.5), fetch_ahead=True))
+        batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0).batches()
+        next(batches)
+        cache.rename(tmp_path / f"moved {is_read_on}")
+        cache.write_text("a file")
+        if is_read_on:
+            with pytest.raises(ValueError, match=r"could not write .*: Not a directory"):
+                list(itertools.islice(batches, 3 * NUM_SHARDS))
+        batches.close()
+        cache.unlink()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_ends_a_lease_with_one_line(tmp_path):
+    cache = BoundedCache(tmp_path, 9)
+    cache.need(())
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        cache._file, whole = full, cache._file
+        with pytest.raises(ValueError, match="could not write /dev/full: "):
+            cache.need(())
+        cache._file = whole
+
+
+@pytest.mark.parametrize("size", [0, 10240])
+def test_a_shard_that_is_replaced_while_it_is_read_ends_training(server, url, tmp_path, size):
+    server.tags = dict.fromkeys(SHARDS, '"1"')
+    source = open_source(url, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
+    batches = TrainLoader(source, img_size=(16, 16), batch_size=4, num_workers=0).batches()
+    next(batches)
+    server.files = {path: content[:-4] + b"abcd" + bytes(size) for path, content in SHARDS.items()}
+    server.tags = dict.fromkeys(SHARDS, '"2"')
+    with pytest.raises(ValueError, match=r"\d\.tar can't be fetched \(it has changed on the server; the same command"):
+        list(itertools.islice(batches, 3 * NUM_SHARDS))
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])

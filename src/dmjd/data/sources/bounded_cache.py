@@ -192,21 +192,25 @@ class BoundedCache:
 
     def _write(self) -> None:
         """Write the lease."""
-        if self._file is None:
+        if self._file is None or not os.path.exists(self._file.name):
             make_folder(self.folder / _LEASES)
             path = self.folder / _LEASES / f"{os.getpid()}-{os.urandom(4).hex()}.json"
             self._file = _try_lock(path)
             assert self._file is not None
             weakref.finalize(self, _give_up, self._file, os.getpid())
-        self._file.truncate(0)
-        self._file.write(json.dumps(msgspec.to_builtins(self._own)))
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(json.dumps(msgspec.to_builtins(self._own)))
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"could not write {printable(self._file.name)}: {error.strerror}") from None
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Alone among the processes and threads of the machine, for a moment."""
         if self._pid != os.getpid():  # a process that was forked
             self._reset()
+        make_folder(self.folder)  # it may have been deleted
         with _GUARD, locked(self.folder / ".lock"):
             yield
 

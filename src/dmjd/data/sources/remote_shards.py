@@ -41,7 +41,7 @@ class RemoteShards:
         self._files = {self._cache.path(file): file for file in files}
         self.paths = sorted(self._files)
         sizes = self._sizes
-        self._check_bound(sum(sizes[-2:]), "to fetch a shard while another one is read")
+        self._check_bound(sum(sizes[-2:]), "to fetch a shard while another one is read" if sizes[1:] else "to hold it")
         missing = sum(file.size or 0 for path, file in self._files.items() if not file.is_at(path))
         check_space(self._cache.folder, min(missing, self._cache.bound))
 

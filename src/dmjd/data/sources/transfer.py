@@ -8,12 +8,12 @@ import os
 import re
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dmjd.data.sources.base import short_hash
-from dmjd.files import atomic
+from dmjd.files import atomic, make_folder
 from dmjd.text import file_name, printable
 
 _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 6, 1.0, 30.0  # seconds before the second attempt, doubled for each other one
@@ -32,6 +32,10 @@ _TIMES = ("Last-Modified", "LastModified", "last_modified", "updated", "mtime")
 _SECONDS = 1 << 30
 
 T = TypeVar("T")
+
+
+class _ChangedError(Exception):
+    """A file is not the one that the server described before."""
 
 
 class RemoteFile(NamedTuple):
@@ -108,7 +112,11 @@ def stated(address: str, attempts: int | None = None) -> RemoteFile:
         ValueError: if there is no such file, or the server does not answer.
     """
     system, path = opened(address)
-    info = retried(address, lambda: system.info(path), attempts)
+    return _described_by(address, retried(address, lambda: system.info(path), attempts))
+
+
+def _described_by(address: str, info: Mapping[str, Any]) -> RemoteFile:
+    """A file as the facts of its server say."""
     facts = next(([str(info[key])] for key in (*_CONTENT, *_TIMES) if info.get(key)), [])
     lfs = info.get("lfs") or {}  # of Hugging Face
     sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
@@ -130,15 +138,19 @@ def copy(file: RemoteFile, target: Path) -> None:
     """Copy a file to this machine, whole or not at all; its time of change is the version.
 
     Raises:
-        ValueError: if it does not arrive whole in several attempts, or another one would not help.
+        ValueError: if it does not arrive whole in several attempts, or another one would not help: if the file on the
+            server is another one by now.
     """
     retried(file.address, lambda: _copy(file, target))
 
 
 def _copy(file: RemoteFile, target: Path) -> None:
     system, path = opened(file.address)
+    make_folder(target.parent)  # it may have been deleted
     with atomic(target) as temporary:
         system.get_file(path, str(temporary))
+        if _described_by(file.address, system.info(path)).version != file.version:
+            raise _ChangedError("it has changed on the server; the same command takes the new file")
         got = temporary.stat().st_size
         if file.size is not None and got != file.size:
             raise ConnectionError(f"{got} of {file.size} bytes arrived")
@@ -208,7 +220,13 @@ def _cause(error: BaseException) -> BaseException:
 
 def _is_final(error: BaseException) -> bool:
     full = isinstance(error, OSError) and error.errno in _DISK
-    return full or isinstance(error, FileNotFoundError | PermissionError | ImportError) or _status(error) in _FINAL
+    final = isinstance(error, PermissionError | ImportError | _ChangedError) or _status(error) in _FINAL
+    return full or final or _is_missing(error)
+
+
+def _is_missing(error: BaseException) -> bool:
+    """Whether the server has no such file. Errors of this machine's files have a number."""
+    return isinstance(error, FileNotFoundError) and error.errno is None
 
 
 def _status(error: BaseException) -> int | None:
@@ -217,7 +235,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
+    if _is_missing(error):
         return "no such file"
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"the disk of the cache: {(error.strerror or str(error)).lower()}"
