@@ -183,7 +183,7 @@ def test_inspect_and_figures(folders, run, tmp_path, capsys):
     found = json.loads(file.read_text())["invalid"]
     assert found["images"] >= 18
     assert 0.2 < found["share"] < 0.5
-    assert "of the pixels" in capsys.readouterr().out
+    assert "of the values" in capsys.readouterr().out
     for kind in ("masks", "reconstructions", "targets", "neighbors"):
         assert main(["show", kind, str(run), "--out", str(tmp_path / f"{kind}.png")]) == 0
 

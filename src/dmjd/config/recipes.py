@@ -229,7 +229,8 @@ def digits(data: str | tuple[str, ...] | None = None, out: str | None = None, **
         batch_size=64,
         blr=6e-3,
     )
-    if str(overrides.get("encoder")).startswith("conv_vit"):  # three stages, with settings of their own
+    given, family = str(overrides.get("encoder", config.encoder)), config.encoder.partition("_")[0]
+    if "/" not in given and not given.startswith(family):  # of another family, whose width and depth are other settings
         overrides = {"embed_dim": None, "depth": None, "num_heads": None} | overrides
     return config.replace(**overrides)
 
