@@ -233,6 +233,24 @@ def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
     assert any("pass --value-range 0 4095" in warning for warning in gray["warnings"])
 
 
+def test_a_batch_that_is_made_smaller_is_measured_again(image_folder, quick, monkeypatch):
+    """Part of a step takes the same time for a batch of any size."""
+    sizes = []
+
+    def recorded(config, *arguments):
+        measured = measure(config, *arguments)
+        sizes.append(measured.batch_size)
+        return measured
+
+    monkeypatch.setattr(plan_module, "measure", recorded)
+    monkeypatch.setattr(plan_module, "_expected_images", lambda *_: 1e9)  # far too many, so that the first is large
+    size = {"encoder": "vit_tiny_patch8", "img_size": 32}
+    found = dmjd.plan(data=str(image_folder), hours=1e-6, device="cpu", num_workers=0, **size)
+    assert sizes[-1] < sizes[-2]
+    assert f"--batch-size {sizes[-1]} " in found["command"]
+    assert found["expected"]["seconds_per_step"] == pytest.approx(sizes[-1] / found["expected"]["images_per_s"])
+
+
 def test_a_plan_of_almost_no_time(image_folder, quick):
     """Its numbers are those of the given batch, and each warning comes once."""
     size = {"encoder": "vit_tiny_patch8", "img_size": 32, "batch_size": 24}

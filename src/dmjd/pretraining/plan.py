@@ -40,7 +40,7 @@ from dmjd.pretraining.plan_measures import Measured, measure
 from dmjd.runs.build import build_model, open_data
 from dmjd.runs.checkpoint import KEEP
 
-LOOK_SECONDS, PROBE_SECONDS, MEASURE_SECONDS = 10.0, 6.0, 20.0  # of the parts of a plan, at most, besides a step
+LOOK_SECONDS, PROBE_SECONDS, MEASURE_SECONDS = 10.0, 6.0, 15.0  # of the parts of a plan, at most, besides a step
 
 START_SECONDS = 8.0  # of a run until its images are read: imports, opening the set
 
@@ -82,11 +82,15 @@ def plan(**settings: Any) -> dict[str, Any]:
         choose_batch(choices, asked, seen, first, fabric.device.type == "cpu")
         console.wait("measuring the run of the plan ...")
         measured = measure(choices.config(asked), source, MEASURE_SECONDS, budget)
+        images = measured.images_per_s * _training_seconds(measured, asked.hours or 0)
+        if images < 0.8 * first:  # slower than the first measurement said
+            choose_batch(choices, asked, seen, images, fabric.device.type == "cpu")
+            if choices.settings.get("batch_size", measured.batch_size) < measured.batch_size:
+                # Part of a step, such as that of Muon, takes the same time for a batch of any size.
+                measured = measure(choices.config(asked), source, MEASURE_SECONDS, budget)
         unused = range_warning(source)
     training = _training_seconds(measured, asked.hours or 0)
     images = measured.images_per_s * training
-    if images < 0.8 * first:  # slower than the first measurement said
-        choose_batch(choices, asked, seen, images, fabric.device.type == "cpu")
     config = choices.config(asked, out=asked.out, minutes=float(f"{training / 60:.4g}"))
     expected = _expected(config, measured, len(source))
     warnings = data_warnings(seen) + ([unused] if unused is not None else [])
