@@ -11,7 +11,8 @@ from support import TINY_FIELDS
 import dmjd
 import dmjd.pretraining.batch_size
 from dmjd.config import recipes
-from dmjd.pretraining.batch_size import default_batch_size, keep_batch_size, resolve_batch_size
+from dmjd.pretraining.batch_size import default_batch_size, resolve_batch_size
+from dmjd.pretraining.shard_window import keep_recorded
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def test_a_resumed_run_keeps_the_batch_size_it_began_with(image_folder, tmp_path
     file = tmp_path / "run" / "config.json"
     assert json.loads(file.read_text())["batch_size"] == 16
     monkeypatch.setattr(dmjd.pretraining.batch_size, "LEAST_DEFAULT", 8)
-    assert keep_batch_size(config, tmp_path / "other").batch_size is None
+    assert keep_recorded(config, tmp_path / "other").batch_size is None
     with pytest.raises(ValueError, match="batch_size: 16 -> 8"):
         dmjd.pretrain(config.replace(batch_size=8))
     again = dmjd.pretrain(config.replace(steps=4))
@@ -63,7 +64,7 @@ def test_a_resumed_run_keeps_the_batch_size_it_began_with(image_folder, tmp_path
     assert again.step == 4
     # A run of a former version recorded no default; it was 256, or the whole set.
     file.write_text(json.dumps(json.loads(file.read_text()) | {"batch_size": None}))
-    assert keep_batch_size(config, tmp_path / "run").batch_size == 256
+    assert keep_recorded(config, tmp_path / "run").batch_size == 256
     dmjd.pretrain(config.replace(steps=4, batch_size=256))  # the same
     with pytest.raises(ValueError, match="batch_size: 256 -> 16"):
         dmjd.pretrain(config.replace(steps=4, batch_size=16))

@@ -1,12 +1,8 @@
 """The batch size of a run."""
 
-import warnings
-from pathlib import Path
-
 import torch
 
-from dmjd.config.pretrain import FORMER_BATCH_SIZE, PretrainConfig
-from dmjd.runs.checkpoint import read_config_of
+from dmjd.config.pretrain import PretrainConfig
 
 DEFAULT, CPU_DEFAULT, SHORT_CPU_DEFAULT = 256, 64, 32  # images per step; the last one for few minutes on a CPU
 
@@ -31,15 +27,6 @@ def default_batch_size(num_images: int, *, cpu: bool, minutes: float | None) -> 
     if cpu:
         size = SHORT_CPU_DEFAULT if minutes is not None and minutes <= SHORT_MINUTES else CPU_DEFAULT
     return min(size, max(LEAST_DEFAULT, num_images // STEPS_PER_EPOCH), num_images)
-
-
-def keep_batch_size(config: PretrainConfig, out: Path) -> PretrainConfig:
-    """The configuration with the batch size that the run in a folder, if there is one, began with."""
-    if config.batch_size is not None:
-        return config
-    with warnings.catch_warnings(action="ignore"):  # they are shown later, under the lock of the folder
-        old = read_config_of(out)
-    return config if old is None else config.replace(batch_size=old.batch_size or FORMER_BATCH_SIZE)
 
 
 def resolve_batch_size(

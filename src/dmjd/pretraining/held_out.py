@@ -1,9 +1,7 @@
 """Images that a run does not train on, and its loss on them."""
 
-import warnings
 from collections.abc import Sequence
 from itertools import accumulate, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,22 +16,12 @@ from dmjd.images.preprocess import Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import evaluating
 from dmjd.rng import STREAM_HELD_OUT, hash64
-from dmjd.runs.checkpoint import read_config_of
 
 SHARE, MOST = 0.02, 2000  # of the set, and images, that are held out by default
 
 _BATCH_SIZE = 64
 
 _MAX_BYTES = 1 << 28  # of the images kept in main memory
-
-
-def keep_held_out(config: PretrainConfig, out: Path) -> PretrainConfig:
-    """The configuration with the number of held-out images that the run in a folder, if there is one, began with."""
-    if config.held_out is not None:
-        return config
-    with warnings.catch_warnings(action="ignore"):  # they are shown later, under the lock of the folder
-        old = read_config_of(out)
-    return config if old is None else config.replace(held_out=old.held_out or 0)
 
 
 def hold_out(config: PretrainConfig, source: Source) -> tuple[PretrainConfig, Source, Source | None]:

@@ -1,13 +1,11 @@
-"""The shards whose images a run shuffles together, where a cache does not hold all of them."""
+"""What a run decided when it began: kept when it is resumed. The shards whose images it shuffles together."""
 
 import warnings
 from pathlib import Path
 
-from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.pretrain import FORMER_BATCH_SIZE, PretrainConfig
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.remote import is_url
-from dmjd.pretraining.batch_size import keep_batch_size
-from dmjd.pretraining.held_out import keep_held_out
 from dmjd.runs.checkpoint import read_config_of
 
 
@@ -15,16 +13,16 @@ def keep_recorded(config: PretrainConfig, out: Path) -> PretrainConfig:
     """The configuration with what the run in a folder, if there is one, began with and the configuration leaves open:
     batch size, number of held-out images, shards per window.
     """
-    return keep_shard_window(keep_held_out(keep_batch_size(config, out), out), out)
-
-
-def keep_shard_window(config: PretrainConfig, out: Path) -> PretrainConfig:
-    """The configuration with the shards per window that the run in a folder, if there is one, began with; 0: all."""
-    if config.shard_window is not None:
-        return config
     with warnings.catch_warnings(action="ignore"):  # they are shown later, under the lock of the folder
         old = read_config_of(out)
-    return config if old is None else config.replace(shard_window=old.shard_window or 0)
+    if old is None:
+        return config
+    recorded = {
+        "batch_size": old.batch_size or FORMER_BATCH_SIZE,
+        "held_out": old.held_out or 0,
+        "shard_window": old.shard_window or 0,  # 0: all
+    }
+    return config.replace(**{name: value for name, value in recorded.items() if getattr(config, name) is None})
 
 
 def record_window(config: PretrainConfig, source: Source) -> PretrainConfig:
