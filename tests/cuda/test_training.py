@@ -52,11 +52,19 @@ def test_three_steps(device, target, optimizer, precision, encoder, teacher):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize(
-    ("target", "compiled"), [("hog", False), ("pixel", False), ("ema", False), ("hog", True)], ids=str
+    ("target", "compiled", "optimizer"),
+    [
+        ("hog", False, "adamw"),
+        ("pixel", False, "adamw"),
+        ("ema", False, "adamw"),
+        ("hog", True, "adamw"),
+        ("hog", False, "muon"),
+    ],
+    ids=str,
 )
-def test_steps_that_do_not_log_do_not_wait_for_the_device(device, encoder, target, compiled, monkeypatch):
+def test_steps_that_do_not_log_do_not_wait_for_the_device(device, encoder, target, compiled, optimizer, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_for(device))
-    settings = {"drop_path": 0.1} | ENCODERS[encoder]
+    settings = {"drop_path": 0.1, "optimizer": optimizer} | ENCODERS[encoder]
     engine = tiny_engine(
         device, 40, log_every=1000, precision="bf16", target=target, clip_grad=3.0, compile=compiled, **settings
     )

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.optim import Muon
 from torch import nn
 
+from dmjd.engine.muon import Muon
 from dmjd.masking import MaskSampler
 
 BETAS = (0.9, 0.95)
@@ -29,12 +29,8 @@ def adamw(groups: Sequence[ParameterGroup], betas: tuple[float, float] = BETAS) 
 
 
 def muon(groups: Sequence[ParameterGroup]) -> Muon:
-    """Muon: updates of weight matrices are orthogonalized (Jordan et al. 2024).
-
-    timm's implementation: tokens, biases, norms and depthwise kernels are left to AdamW, and updates of matrices are
-    scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and one scale rule serve both.
-    """
-    return Muon(list(groups), lr=0.0, betas=BETAS)
+    """Muon; its AdamW has the betas of :func:`adamw`."""
+    return Muon(groups, betas=BETAS)
 
 
 # name in the configuration -> factory(parameter groups)
