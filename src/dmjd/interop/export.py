@@ -112,7 +112,7 @@ def _folder(encoder: Encoder, format: str, out: Path, repo: str | None) -> tuple
     files = folder_files(encoder, repo)
     if format == "timm":
         check_timm_folder(encoder, files)
-        return Exported(out, timm_usage(out)), files
+        return Exported(out, timm_usage(out, encoder)), files
     return Exported(out, f"import dmjd\n\nencoder = dmjd.load_encoder({str(out)!r})"), files
 
 
