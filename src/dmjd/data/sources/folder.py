@@ -162,6 +162,10 @@ class FolderSource(Source):
         below = self.folder_of(folder)
         return {os.path.relpath(self._path(i), below) for i in range(len(self))}
 
+    def identity(self, path: str) -> str:
+        """What an image, by its path, is known by: its file. A file that is replaced has no new images, only frames."""
+        return frame_of(path)[0] if "#" in path else path
+
     def folder_of(self, root: str) -> str:
         """The path of a folder that a run's record of joined images names."""
         return os.path.normpath(os.path.join(self._folder, root))
