@@ -147,8 +147,8 @@ class Growth:
             folder = source.folder_of(root)
             known = source.known(root)
             known.update(os.path.relpath(path, folder) for n, path in self._places if n == number)
-            files = {source.identity(os.path.join(folder, path)) for path in known}
-            new = [p for p in dict.fromkeys(paths) if source.identity(os.path.join(folder, p)) not in files]
+            known = {source.identity(folder, path) for path in known}
+            new = [path for path in dict.fromkeys(paths) if source.identity(folder, path) not in known]
             found = Segment(epoch, new, number, root)
             self._failed.discard(number)
         except (ValueError, OSError) as error:

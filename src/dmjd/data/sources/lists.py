@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from dmjd.data.sources.base import SourceOptions
 from dmjd.data.sources.dicom_files import check_dicom
-from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing
+from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing, without_frame
 from dmjd.data.sources.list_files import ListFile
 from dmjd.data.sources.list_formats import ENDINGS, PlainList, open_list
 from dmjd.data.sources.list_paths import (
@@ -25,7 +25,6 @@ from dmjd.data.sources.paths import existing_path, expanded
 from dmjd.data.sources.table_columns import is_list_table
 from dmjd.data.sources.table_labels import optional_labels
 from dmjd.data.unreadable import tolerated
-from dmjd.images.dicom import frame_of
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
 
@@ -141,9 +140,9 @@ class ListSource(FolderSource):
             os.fsdecode(path) for path in relative_paths(own, root).to_pylist()
         ]
 
-    def identity(self, path: str) -> str:
+    def identity(self, folder: str, path: str) -> str:
         """See :class:`FolderSource`. Rows name frames one by one; without a number, the first."""
-        file, frame = frame_of(path) if "#" in path else (path, 1)
+        file, frame = without_frame(folder, path)
         return f"{file}#{frame}"
 
     def _place(self) -> dict[str, str]:
