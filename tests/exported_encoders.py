@@ -16,7 +16,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_CONV = {"embed_dims": (16, 16, 32), "depths": (1, 1, 2), "num_heads": 2}
 
 
-def saved(folder: Path, name: str, size=224, chans=3, preprocess=True, **options) -> tuple[Encoder, Path]:
+def saved(folder: Path, name: str, size=224, chans=3, preprocess=True, nodata=None, **options) -> tuple[Encoder, Path]:
     """An encoder in which all weights are random, and its file."""
     torch.manual_seed(0)
     encoder = create_encoder(name, size, chans, **options).eval()
@@ -24,7 +24,7 @@ def saved(folder: Path, name: str, size=224, chans=3, preprocess=True, **options
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     if preprocess:
-        encoder.preprocess = Preprocess(encoder.img_size, chans, (0.4,) * chans, (0.2,) * chans)
+        encoder.preprocess = Preprocess(encoder.img_size, chans, (0.4,) * chans, (0.2,) * chans, nodata=nodata)
     file = folder / "encoder.safetensors"
     file.write_bytes(encoder_bytes(encoder))
     return encoder, file
@@ -45,3 +45,15 @@ def smooth_image(height: int, width: int) -> Image.Image:
     y, x = np.mgrid[:height, :width] / 20
     channels = [np.sin(x + k) * np.cos(y * (k + 1)) + (x > y) for k in range(3)]
     return Image.fromarray(np.uint8(np.clip(60 * np.stack(channels, -1) + 90, 0, 255)))
+
+
+def holed_images(encoder: Encoder) -> torch.Tensor:
+    """Four normalized images with NaN: in some tokens, in one, in none, and in all."""
+    images = random_images(encoder, 4)
+    P = encoder.patch_size
+    images[0, :, : P + P // 2 + 1] = torch.nan  # the first row of tokens, and more than half of the second
+    images[1, :, :P, : P // 2] = torch.nan  # half of a token, which counts
+    images[1, 0, :P, P : P + P // 2 + 1] = torch.nan  # of one channel alone: it counts, if there are others
+    images[2, 0, 0, 0] = 0.0  # a valid mean
+    images[3] = torch.nan
+    return images

@@ -72,24 +72,31 @@ class NoDouble(TorchFunctionMode):
         return result
 
 
-def run(model: nn.Module, channels: int = 3, teacher: nn.Module | None = None) -> dict[str, torch.Tensor]:
+def run(
+    model: nn.Module, channels: int = 3, teacher: nn.Module | None = None, nodata: str | None = None
+) -> dict[str, torch.Tensor]:
     """One training pass as the engine runs it: normalization on the device, masks from keys, losses."""
-    normalize = Preprocess((32, 32), channels, (0.5,) * channels, (0.25,) * channels).normalize
+    preprocess = Preprocess((32, 32), channels, (0.5,) * channels, (0.25,) * channels, nodata=nodata)
+    normalize = preprocess.normalize
+    if nodata is not None:
+        model.encoder.preprocess = preprocess
     with FAKE, NoLists(), NoDouble():
         to_fake_cuda(model)
         if teacher is not None:
             to_fake_cuda(teacher)
-        raw = torch.empty(4, channels, 32, 32, dtype=torch.uint8, device="cuda")
+        kind = torch.uint8 if nodata is None else torch.float32
+        raw = torch.empty(4, channels, 32, 32, dtype=kind, device="cuda")
         return model(normalize(raw), raw, keys=torch.empty(4, dtype=torch.int64, device="cuda"))
 
 
 @BOTH
+@pytest.mark.parametrize("nodata", [None, "auto"])
 @pytest.mark.parametrize("target", ["hog", "pixel", "ema", "teacher"])
-def test_a_training_pass_stays_on_the_device(name, target):
+def test_a_training_pass_stays_on_the_device(name, target, nodata):
     teacher = small_timm_vit()  # a model does not register its teacher
     settings = TeacherSettings(teacher) if target == "teacher" else target
     model = tiny_model(name, {"drop_path": 0.5}, mim={"decode_ratio": 0.5}, target=settings).train()
-    out = run(model, teacher=teacher)
+    out = run(model, teacher=teacher, nodata=nodata)
     assert {value.device.type for value in out.values()} == {"cuda"}
     assert out["loss"].requires_grad
 
@@ -118,8 +125,16 @@ def test_a_classifier_stays_on_the_device(name):
         assert model(torch.empty(2, 3, 32, 32, device="cuda")).device.type == "cuda"
 
 
-@BOTH
-def test_a_compiled_step_is_one_graph_without_constant_tensors(name):
+@pytest.mark.parametrize(
+    ("name", "target", "nodata"),
+    [
+        ("vit_tiny_patch8", "hog", None),
+        ("conv_vit_tiny_patch8", "hog", None),
+        ("vit_tiny_patch8", "hog", "auto"),
+        ("vit_tiny_patch8", "pixel", "auto"),
+    ],
+)
+def test_a_compiled_step_is_one_graph_without_constant_tensors(name, target, nodata):
     """Constants would be copied to the device, and waited for, in every step; single numbers become arguments.
 
     ``fullgraph`` fails on graph breaks. Stochastic depth and a subset of masked tokens are drawn inside the graph.
@@ -131,9 +146,14 @@ def test_a_compiled_step_is_one_graph_without_constant_tensors(name):
         constants.extend(node.args[0] for node in made if not isinstance(node.args[0], int))
         return graph.forward
 
-    model = tiny_model(name, {"drop_path": 0.5}, mim={"decode_ratio": 0.5}).train()
-    task = PretrainTask(model, Preprocess((32, 32)))
-    batch = Batch(torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8), KEYS)
+    model = tiny_model(name, {"drop_path": 0.5}, mim={"decode_ratio": 0.5}, target=target).train()
+    model.encoder.preprocess = Preprocess((32, 32), nodata=nodata)
+    task = PretrainTask(model, model.encoder.preprocess)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    if nodata is not None:
+        images = images.float()
+        images[1, :, :20, :12] = torch.nan
+    batch = Batch(images, KEYS)
     actual = torch.compile(task, backend=look, fullgraph=True)(batch)
     torch.compiler.reset()
     assert constants == []

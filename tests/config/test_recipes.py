@@ -90,9 +90,13 @@ def test_folder_depends_on_the_image_size():
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 
-def test_digits_leaves_the_widths_of_another_encoder_family_to_its_name():
+def test_digits_leaves_the_sizes_of_another_encoder_to_its_name():
     own = recipes.digits(encoder="conv_vit_tiny_patch4", depth=(1, 1, 2))
     assert (own.embed_dim, own.depth, own.num_heads) == (None, (1, 1, 2), None)
+    for name in ("vit_huge_patch8", "vit_small_patch4", "timm/vit_tiny_patch16_224"):
+        other = recipes.digits(encoder=name)
+        assert (other.embed_dim, other.depth, other.num_heads) == (None, None, None)
+    assert recipes.digits(encoder="vit_small_patch4", embed_dim=(32,)).embed_dim == (32,)
     assert recipes.digits(encoder="vit_tiny_patch4").embed_dim == recipes.digits().embed_dim == (96,)
 
 

@@ -247,6 +247,31 @@ def test_other_files_have_no_frames(tmp_path):
         read_image(tmp_path / "a.png#7")
 
 
+@pytest.mark.parametrize("name", ["CT_small.dcm", "examples_ybr_color.dcm", "private"])
+def test_a_file_that_is_cut_off_before_its_image_is_an_unreadable_image(name, tmp_path):
+    if name == "private":
+        data = pydicom.dcmread(write_dicom(tmp_path / name, np.zeros((4, 4), np.uint8)))
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.3.4"
+        data.add_new(0x00091010, "OB", b"x" * 900)  # before Rows, and skipped
+        data.save_as(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        ends = [whole.find(b"x" * 900) + 100, 132]
+    else:
+        whole = shipped(name).read_bytes()
+        rows = whole.find(b"\x28\x00\x10\x00")
+        ends = [*range(132, rows, rows // 20), rows]
+    for end in ends:
+        (tmp_path / "IM1").write_bytes(whole[:end])
+        assert count_frames(str(tmp_path / "IM1")) == 1, end
+        with pytest.raises(UnreadableImage, match=r"cut off before its image|damaged"):
+            read_image(tmp_path / "IM1", 1)
+
+
+def test_reports_hold_no_image_even_if_cut(tmp_path):
+    for name in ("reportsi.dcm", "test-SR.dcm", "rtplan.dcm", "rtplan_truncated.dcm", "waveform_ecg.dcm"):
+        assert count_frames(str(shipped(name))) == 0, name
+
+
 @pytest.mark.parametrize(
     ("names", "may"),
     [(["a.dcm", "IM0001", "1.2.840.113619.2", "a.IMA"], True), (["a.txt", "DICOMDIR", "notes.md"], False)],

@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+import sys
 
+import forked
 import numpy as np
 import pytest
 import tifffile
 import torch
+from pretraining.test_distributed import TOLERANCE, without_key_bias
+from safetensors.torch import load_file
 from support import TINY, TINY_FIELDS, metrics, mistake
 from tiny_models import KEYS, smooth_images, tiny_model
 
@@ -103,6 +107,61 @@ def test_micro_batches_are_the_same_step(folders, tmp_path):
         ends.append(lines(out)[0])
     for name in ("loss", "mim", "vis", "valid_tokens", "grad_norm"):
         assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-5)
+
+
+PROGRAM = """
+import sys
+import torch
+import dmjd
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.model import MaskedImageModel
+
+def tell(module, _, out):
+    if isinstance(module, MaskedImageModel):
+        print("told", *(float(out[name]) for name in ("loss", "mim", "vis", "valid_tokens")), file=sys.stderr)
+
+torch.nn.modules.module.register_module_forward_hook(tell)
+dmjd.pretrain(PretrainConfig.from_json(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no forks")
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_are_the_same_step(folders, straight, strategy, tmp_path):
+    """Although one of them has fewer valid tokens than the other."""
+    config = divided(folders[0], tmp_path / "two", strategy=strategy)
+    codes, said = forked.run_two(forked.execute, PROGRAM, config.to_json(), logs=tmp_path, seconds=240)
+    assert codes == [0, 0], said
+    first, second = (
+        np.array(
+            [line.split()[1:] for line in (tmp_path / f"log{rank}").read_text().splitlines() if "told" in line], float
+        )
+        for rank in range(2)
+    )
+    assert np.abs(first[:, 3] - second[:, 3]).max() > 0.05
+    expected = [[line[name] for name in ("loss", "mim", "vis", "valid_tokens")] for line in lines(straight)]
+    np.testing.assert_allclose((first + second) / 2, expected, rtol=1e-4)
+    norms = [[line["grad_norm"] for line in lines(one)] for one in (straight, tmp_path / "two")]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    ends = [load_file(path / "checkpoints" / "final.safetensors") for path in (straight, tmp_path / "two")]
+    assert ends[0].keys() == ends[1].keys()
+    for key in ends[0]:
+        expected, found = (without_key_bias(key, end[key]) for end in ends)
+        torch.testing.assert_close(found, expected, **TOLERANCE, msg=key)
+
+
+@pytest.fixture(scope="module")
+def straight(folders, tmp_path_factory):
+    """The same run in one process."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    dmjd.pretrain(divided(folders[0], out))
+    return out
+
+
+def divided(folder, out, **changes):
+    """The configuration of a run for one or two processes. Muon would amplify the last bits of a sum."""
+    given = {"optimizer": "adamw", "blr": 0.01, "log_every": 1, "held_out": 0, "steps": 4, "num_workers": 0}
+    return recipes.folder(str(folder), str(out), **FIELDS | given | changes)
 
 
 def test_the_loss_by_hand():

@@ -1,5 +1,7 @@
 """Build a model from a configuration, and load configuration, model and images from a run folder."""
 
+import re
+
 import pytest
 import torch
 from support import TINY_FIELDS
@@ -8,7 +10,7 @@ import dmjd
 from dmjd.config import recipes
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.images.preprocess import Preprocess
-from dmjd.runs.build import build_model, load_model, open_images, open_test_data, read_config
+from dmjd.runs.build import build_encoder, build_model, load_model, open_images, open_test_data, read_config
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,22 @@ def test_folders_without_a_run(tmp_path):
     (tmp_path / "config.json").write_text(recipes.digits(**TINY_FIELDS).to_json())
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            recipes.mae(encoder="conv_vit_base_patch16"),
+            "conv_vit_base_patch16 has no class token, which the recipe mae adds: give --no-class-token; the recipe "
+            "convmae is mae without one",
+        ),
+        (
+            recipes.dmjd(class_token=True),
+            "conv_vit_base_patch16 has no class token, which --class-token adds: give --no-class-token",
+        ),
+    ],
+)
+def test_an_encoder_without_a_class_token_says_who_adds_one(config, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build_encoder(config)

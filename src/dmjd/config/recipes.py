@@ -206,7 +206,8 @@ def adapt(data: str | tuple[str, ...] | None = None, out: str | None = None, **o
 def digits(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Handwritten digits on colored gradients, 32 x 32, rendered on the fly: nothing to download.
 
-    ``dmjd pretrain digits --out runs/first``: under three minutes on 2 cores. README has the measured table.
+    ``dmjd pretrain digits --out runs/first``: under three minutes on 2 cores. README has the measured table. Another
+    ``--encoder`` than vit_tiny has the width, depth and heads of its name.
     """
     config = PretrainConfig(
         recipe="digits",
@@ -229,8 +230,8 @@ def digits(data: str | tuple[str, ...] | None = None, out: str | None = None, **
         batch_size=64,
         blr=6e-3,
     )
-    given, family = str(overrides.get("encoder", config.encoder)), config.encoder.partition("_")[0]
-    if "/" not in given and not given.startswith(family):  # of another family, whose width and depth are other settings
+    size, given = config.encoder.rpartition("_patch")[0], str(overrides.get("encoder", config.encoder))
+    if given.rpartition("_patch")[0] != size:  # width and depth above are for this one
         overrides = {"embed_dim": None, "depth": None, "num_heads": None} | overrides
     return config.replace(**overrides)
 

@@ -144,9 +144,12 @@ class Growth:
         try:
             with warnings.catch_warnings(action="ignore"):  # shown when the set was opened
                 root, paths = source.present()
+            folder = source.folder_of(root)
             known = source.known(root)
-            known.update(os.path.relpath(path, source.folder_of(root)) for n, path in self._places if n == number)
-            found = Segment(epoch, [path for path in dict.fromkeys(paths) if path not in known], number, root)
+            known.update(os.path.relpath(path, folder) for n, path in self._places if n == number)
+            known = {source.identity(folder, path) for path in known}
+            new = [path for path in dict.fromkeys(paths) if source.identity(folder, path) not in known]
+            found = Segment(epoch, new, number, root)
             self._failed.discard(number)
         except (ValueError, OSError) as error:
             if number not in self._failed:

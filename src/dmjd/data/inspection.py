@@ -1,6 +1,6 @@
 """What a set of images is: formats, sizes, channels, unreadable and equal images, classes, and how fast it is read.
 
-Only facts of each image that is looked at are kept: a few hundred bytes.
+Of each image that is looked at, 41 bytes are kept.
 """
 
 import hashlib
@@ -35,6 +35,8 @@ _MEASURED = 1024  # images whose reading is timed
 _SECONDS = 4.0  # of that
 
 _BATCH = 32
+
+_MOST_REASONS = 1000  # that are told apart
 
 _NUMBER = re.compile(r"((?<!\w)-?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?!\w))")
 
@@ -72,6 +74,23 @@ class ImageFacts(NamedTuple):
     invalid: float = 0.0
 
 
+# How facts are kept: 41 bytes an image. Formats and channels are numbers of their texts.
+_KEPT = np.dtype(
+    [
+        ("readable", "?"),
+        ("format", "i4"),
+        ("num_bytes", "i8"),
+        ("height", "i4"),
+        ("width", "i4"),
+        ("channels", "i4"),
+        ("digest", "u8"),
+        ("invalid", "f8"),
+    ]
+)
+
+_NAMED = 10  # unreadable images, and reasons
+
+
 class Inspection:
     """Facts of the images of a set that were looked at.
 
@@ -80,27 +99,49 @@ class Inspection:
         sample: images to look at, evenly spaced; 0: all.
 
     Attributes:
-        indices: [m] int64 of the images that were looked at. facts: of the readable ones, by index.
-        unreadable: index -> (name, reason).
+        indices: [m] int64 of the images that were looked at.
     """
 
     def __init__(self, source: Source, sample: int) -> None:
         self.source = source
         self.indices = evenly_spaced(len(source), sample or len(source))
-        self.facts: dict[int, ImageFacts] = {}
-        self.unreadable: dict[int, Report] = {}
+        self._kept = np.zeros(len(self.indices), _KEPT)
+        self._formats: dict[str, int] = {}
+        self._channels: dict[str, int] = {}
+        self._reasons = _Reasons()
+        self._first: list[Report] = []
 
     def look(self) -> Iterator[int]:
         """Read the images in several threads; yields how many were read, again and again."""
         with ThreadPoolExecutor(available_cores()) as pool:
-            numbers = iter(self.indices.tolist())
-            while block := list(islice(numbers, _BLOCK)):
-                for index, found in zip(block, pool.map(lambda i: facts_of(self.source, i), block), strict=True):
-                    if isinstance(found, ImageFacts):
-                        self.facts[index] = found
-                    else:
-                        self.unreadable[index] = found
+            rows = iter(enumerate(self.indices.tolist()))
+            while block := list(islice(rows, _BLOCK)):
+                found = pool.map(lambda index: facts_of(self.source, index), [index for _, index in block])
+                for (row, _), facts in zip(block, found, strict=True):
+                    self.keep(row, facts)
                 yield len(block)
+
+    def keep(self, row: int, facts: ImageFacts | Report) -> None:
+        """Keep what was found of the image ``indices[row]``."""
+        if isinstance(facts, ImageFacts):
+            kind = self._formats.setdefault(facts.format, len(self._formats))
+            channels = self._channels.setdefault(facts.channels, len(self._channels))
+            self._kept[row] = (True, kind, *facts[1:4], channels, *facts[5:])
+            return
+        if len(self._first) < _NAMED:
+            self._first.append(facts)
+        self._reasons.add(facts[1])
+
+    @property
+    def readable(self) -> np.ndarray:
+        """[n] int64 of the images that can be read."""
+        return self.indices[self._kept["readable"]]
+
+    @property
+    def sides(self) -> np.ndarray:
+        """Height and width of each readable image: [n, 2] int64."""
+        own = self._kept[self._kept["readable"]]
+        return np.stack([own["height"], own["width"]], axis=1).astype(np.int64)
 
     def summary(self) -> dict[str, Any]:
         """The facts in numbers.
@@ -108,61 +149,68 @@ class Inspection:
         Raises:
             ValueError: if no image is readable.
         """
-        if not self.facts:
-            name, reason = next(iter(self.unreadable.values()))
+        kept, sides = self._kept[self._kept["readable"]], self.sides
+        if not len(kept):
+            name, reason = self._first[0]
             raise ValueError(f"none of {len(self.indices)} images of {self.source.name} can be read; {name}: {reason}")
-        facts = list(self.facts.values())
-        sides, weights = (np.array([f[k] for f in facts]) for k in (slice(2, 4), 1))
-        order = np.argsort(sides.prod(axis=1), kind="stable")
-        pairs = self._equal()
+        weights, order = kept["num_bytes"], np.argsort(sides.prod(axis=1), kind="stable")
         return {
             "num_images": len(self.source),
             "looked_at": len(self.indices),
-            "formats": dict(Counter(f.format for f in facts).most_common()),
-            "channels": dict(Counter(f.channels for f in facts).most_common()),
+            "formats": _counted(self._formats, kept["format"]),
+            "channels": _counted(self._channels, kept["channels"]),
             "bytes": {"median": int(np.median(weights)), "largest": int(weights.max()), "mean": float(weights.mean())},
             "sizes": {
                 "smallest": sides[order[0]].tolist(),
                 "median": np.median(sides, axis=0).astype(int).tolist(),
                 "largest": sides[order[-1]].tolist(),
-                "different": len(np.unique(sides, axis=0)),
+                "different": len(np.unique(sides[:, 0] << 32 | sides[:, 1])),
             },
             "unreadable": {
-                "count": len(self.unreadable),
-                "reasons": _counted_reasons([reason for _, reason in self.unreadable.values()]),
-                "first": [list(report) for report in list(self.unreadable.values())[:10]],
+                "count": len(self.indices) - len(kept),
+                "reasons": self._reasons.most(),
+                "first": [list(report) for report in self._first],
             },
-            "invalid": {
-                "images": sum(f.invalid > 0 for f in facts),
-                "share": float(np.mean([f.invalid for f in facts])),
-            },
-            "equal": {
-                "count": len(pairs),
-                "first": [[self.source.describe(i) for i in pair] for pair in pairs[:5]],
-            },
+            "invalid": {"images": int((kept["invalid"] > 0).sum()), "share": float(kept["invalid"].mean())},
+            "equal": self._equal(),
         }
 
-    def _equal(self) -> list[tuple[int, int]]:
-        """Each image that is stored with the same bytes as an earlier one, after that one."""
-        first: dict[int, int] = {}
-        found = []
-        for index, facts in self.facts.items():
-            earlier = first.setdefault(facts.digest, index)
-            if earlier != index:
-                found.append((earlier, index))
-        return found
+    def _equal(self) -> dict[str, Any]:
+        """The number of images that are stored with the same bytes as an earlier one, and the first of them."""
+        digests, indices = self._kept["digest"][self._kept["readable"]], self.readable
+        order = np.argsort(digests, kind="stable")  # equal ones in a row, the earliest first
+        repeats = np.flatnonzero(digests[order][1:] == digests[order][:-1]) + 1
+        later = np.sort(order[repeats])
+        first = [[indices[np.argmax(digests == digests[row])], indices[row]] for row in later[:5]]
+        return {"count": len(later), "first": [[self.source.describe(int(i)) for i in pair] for pair in first]}
 
 
-def _counted_reasons(reasons: list[str]) -> dict[str, int]:
-    """The ten most frequent reasons. Those that differ in numbers only are one, with "..." in place of the numbers."""
-    groups: dict[str, list[list[str]]] = {}
-    for reason in reasons:
-        groups.setdefault(_NUMBER.sub("", reason), []).append(_NUMBER.split(reason))
-    most = sorted(groups.values(), key=len, reverse=True)[:10]
-    return {
-        "".join(one[0] if len(set(one)) == 1 else "..." for one in zip(*group, strict=True)): len(group)
-        for group in most
-    }
+def _counted(names: dict[str, int], numbers: np.ndarray) -> dict[str, int]:
+    """How often each text occurs, the most frequent first."""
+    counts = np.bincount(numbers, minlength=len(names)).tolist()
+    return dict(Counter(dict(zip(names, counts, strict=True))).most_common())
+
+
+class _Reasons:
+    """Counts of reasons. Those that differ in numbers only are one, with "..." in place of the numbers."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, ...]] = Counter()  # by what lies between the numbers
+        self._parts: dict[tuple[str, ...], list[str]] = {}
+
+    def add(self, reason: str) -> None:
+        """Count a reason. After the first thousand kinds, others are one."""
+        parts = _NUMBER.split(reason)
+        if tuple(parts[::2]) not in self._parts and len(self._parts) >= _MOST_REASONS:
+            parts = ["other reasons"]
+        key = tuple(parts[::2])
+        known = self._parts.setdefault(key, parts)
+        self._parts[key] = [one if one == other else "..." for one, other in zip(known, parts, strict=True)]
+        self._counts[key] += 1
+
+    def most(self) -> dict[str, int]:
+        """The most frequent ones, in words."""
+        return {"".join(self._parts[key]): count for key, count in self._counts.most_common(_NAMED)}
 
 
 def facts_of(source: Source, index: int) -> ImageFacts | Report:

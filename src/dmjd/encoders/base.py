@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmjd.encoders.sharing import push_encoder, save_encoder
-from dmjd.images.invalid import valid_pixels, valid_tokens
+from dmjd.images.invalid import pooled_tokens, valid_pixels
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.layers import TRANSFORMER_NORM_EPS, init_linear, set_checkpointing
 from dmjd.nn.tokens import gather_views, patchify, resize_positions, sincos_positions
@@ -284,8 +284,7 @@ class Encoder(nn.Module, ABC):
         """
         if self.preprocess is None or self.preprocess.invalid is None:
             return None
-        valid = valid_tokens(valid_pixels(images), self.patch_size)
-        return valid | ~valid.any(dim=1, keepdim=True)
+        return pooled_tokens(valid_pixels(images), self.patch_size)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

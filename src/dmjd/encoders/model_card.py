@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from dmjd import __version__
+from dmjd.encoders.pooling_lines import invalid_settings, knows_invalid, timm_pooling
 from dmjd.encoders.stored import Stored
 from dmjd.encoders.training_facts import PARTS, TrainingFacts
 from dmjd.text import shortened
@@ -76,13 +77,13 @@ def usage_lines(encoder: Stored, repo: str | None) -> list[str]:
         "import dmjd",
         "",
         f'encoder = dmjd.load_encoder("{source}")',
-        'features = encoder.pool(encoder(encoder.preprocess(["image.jpg"])))  # [1, D]',
+        'features = encoder.encode(encoder.preprocess(["image.jpg"]))  # [1, D]',
         "```",
     ]
     if _is_timm(encoder, "dmjd"):
         name, needs = (source, "") if repo is not None else ("local-dir:FOLDER", "  # 1.0.26 or newer")
         call = f'model = timm.create_model("{name}", pretrained=True, num_classes=0)'
-        lines += ["", "Without DMJD:", "", "```python", f"import timm{needs}", "", call, "```"]
+        lines += ["", "Without DMJD:", "", "```python", f"import timm{needs}", "", call, *timm_pooling(encoder), "```"]
     return lines
 
 
@@ -107,6 +108,8 @@ def _encoder_rows(encoder: Stored) -> list[tuple[str, str]]:
     if (known := encoder.preprocess) is not None:
         mean, std = (", ".join(f"{value:.4g}" for value in values[:8]) for values in (known.mean, known.std))
         rows.append(("normalization", f"mean {mean}; standard deviation {std}"))
+        if knows_invalid(encoder):
+            rows.append(("invalid pixels", f"{invalid_settings(known)}; they become the mean, and are not pooled"))
     return rows
 
 

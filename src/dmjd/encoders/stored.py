@@ -19,6 +19,8 @@ class Stored(Protocol):
     img_size: tuple[int, int]
     in_chans: int
     embed_dim: int
+    patch_size: int
+    num_prefix_tokens: int
 
     def state_dict(self) -> dict[str, Any]:
         """Its tensors."""

@@ -13,7 +13,7 @@ from dmjd.config.fields import LIST_SETTINGS, SPLITS
 from dmjd.config.inspection import InspectConfig
 from dmjd.config.recipes import folder
 from dmjd.config.sources import Data
-from dmjd.data.inspection import ImageFacts, Inspection, class_counts, reading_speed
+from dmjd.data.inspection import Inspection, class_counts, reading_speed
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.sources.subset import SubsetSource
@@ -62,8 +62,8 @@ def inspect(data: Data | None = None, *, out: str | Path | None = None, **settin
     found["reading"] = reading_speed(source, size, scale, asked.num_workers, asked.seed)
     console.close()
     if file is not None:
-        crops = _crops(SubsetSource(source, np.array(list(inspection.facts))), size, scale, asked.seed)
-        save_figure(_figure(found, list(inspection.facts.values()), crops), file)
+        crops = _crops(SubsetSource(source, inspection.readable), size, scale, asked.seed)
+        save_figure(_figure(found, inspection.sides, crops), file)
     return found
 
 
@@ -150,7 +150,7 @@ def _class_lines(classes: dict[str, Any] | None, splits: dict[str, int]) -> dict
     return rows
 
 
-def _figure(found: dict[str, Any], facts: list[ImageFacts], crops: torch.Tensor) -> Figure:
+def _figure(found: dict[str, Any], sides: np.ndarray, crops: torch.Tensor) -> Figure:
     """Crops above; sizes, formats with channels, and classes below."""
     figure = Figure(figsize=(11, 6.6), dpi=DPI, layout="constrained")
     parts = figure.subfigures(2, 1, height_ratios=(1.15, 1), squeeze=False)[:, 0]
@@ -162,7 +162,7 @@ def _figure(found: dict[str, Any], facts: list[ImageFacts], crops: torch.Tensor)
         axes.imshow(image)
     shown = found["classes"] is not None
     panels = parts[1].subplots(1, 2 + shown)
-    _draw_sizes(panels[0], facts)
+    _draw_sizes(panels[0], sides)
     kinds = found["formats"] | found["channels"]
     _draw_bars(panels[1], kinds, "formats and channels")
     if shown:
@@ -174,9 +174,9 @@ def _figure(found: dict[str, Any], facts: list[ImageFacts], crops: torch.Tensor)
     return figure
 
 
-def _draw_sizes(axes: Axes, facts: list[ImageFacts]) -> None:
-    """Width against height; larger dots for sizes of many images."""
-    sides, counts = np.unique([[f.width, f.height] for f in facts], axis=0, return_counts=True)
+def _draw_sizes(axes: Axes, sides: np.ndarray) -> None:
+    """Width against height, [n, 2] (height, width); larger dots for sizes of many images."""
+    sides, counts = np.unique(sides[:, ::-1], axis=0, return_counts=True)
     axes.scatter(sides[:, 0], sides[:, 1], s=12 + 80 * counts / counts.max(), alpha=0.5)
     axes.set(title="size in pixels", xlabel="width", ylabel="height", xlim=(0, None), ylim=(0, None))
     axes.title.set_fontsize(10)

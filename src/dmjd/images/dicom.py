@@ -37,6 +37,12 @@ _HEAD = 1 << 16  # bytes of a file that most headers fit into
 
 _SYNTAX = 0x00020010  # tag of the transfer syntax
 
+# Classes of files that hold an image, besides those that are called "... Image Storage".
+_OTHER_IMAGES = (
+    *("RT Dose Storage", "Segmentation Storage", "Parametric Map Storage", "Enhanced US Volume Storage"),
+    *("Ophthalmic Thickness Map Storage", "Corneal Topography Map Storage"),
+)
+
 _LEAST_FRAME = 8  # bytes of a compressed frame, at least
 
 _SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
@@ -85,24 +91,28 @@ def check_installed() -> None:
 
 
 def count_frames(path: str) -> int | None:
-    """The images in a file: 0 for a report or a plan, 1 for one that is damaged; None if it is not DICOM."""
+    """The images in a file: 0 for a report or a plan, 1 for one that is damaged or cut off; None if it is not DICOM."""
     try:
         if irregular(path):
             return None
         with open(path, "rb") as file, no_warnings():
-            if not is_dicom(file):
-                return None
-            head = file.read(_HEAD)
-            rows = [at for mark in _ROWS if (at := head.find(mark)) >= 0]
-            if rows and not any(mark in head[: min(rows)] for mark in _FRAMES):
-                return 1  # tags ascend
-            header = _header(file)
-            if "Rows" not in header:
-                return 0
-            most = os.fstat(file.fileno()).st_size // _bytes_of_frame(header)
-            return min(max(1, int(header.get("NumberOfFrames") or 1)), most + 1)  # a frame that is cut off counts
+            return _count(file) if is_dicom(file) else None
     except OSError:
         return None
+
+
+def _count(file: BinaryIO) -> int:
+    """:func:`count_frames` of a DICOM file."""
+    try:
+        head = file.read(_HEAD)
+        rows = [at for mark in _ROWS if (at := head.find(mark)) >= 0]
+        if rows and not any(mark in head[: min(rows)] for mark in _FRAMES):
+            return 1  # tags ascend
+        header = _header(file)
+        if "Rows" not in header:
+            return int(_is_cut(file, header))
+        most = os.fstat(file.fileno()).st_size // _bytes_of_frame(header)
+        return min(max(1, int(header.get("NumberOfFrames") or 1)), most + 1)  # a frame that is cut off counts
     except Exception:  # of any kind, as for damaged images; reading it says what is wrong
         return 1
 
@@ -132,7 +142,8 @@ def decode_dicom(file: BinaryIO, frame: int = 1, value_range: tuple[float, float
     with no_warnings():
         header = _header(file)
         if "Rows" not in header or "Columns" not in header:
-            raise UnreadableImage("", "a DICOM file without an image")
+            cut = "it is cut off before its image" if _is_cut(file, header) else "a DICOM file without an image"
+            raise UnreadableImage("", cut)
         frames = int(header.get("NumberOfFrames") or 1)
         if frame > max(1, frames):
             raise UnreadableImage("", f"it has {frames} frame(s)")
@@ -164,6 +175,17 @@ def _header(file: BinaryIO) -> Any:
         raise UnreadableImage("", "a deflated DICOM file, which is not supported: save it uncompressed")
     file.seek(0)
     return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+
+
+def _is_cut(file: BinaryIO, header: Any) -> bool:
+    """Whether a file whose header was just read, and holds no image, is the beginning of one that does.
+
+    Its class tells. If that is unknown, a file is cut that ends within an element, which was skipped, or has none.
+    """
+    kind = header.file_meta.get("MediaStorageSOPClassUID")
+    if kind is not None and kind.name != kind:
+        return "Image Storage" in kind.name or kind.name in _OTHER_IMAGES
+    return not len(header) or file.tell() > file.seek(0, os.SEEK_END)
 
 
 def _bytes_of_frame(header: Any) -> int:

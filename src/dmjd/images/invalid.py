@@ -127,3 +127,9 @@ def valid_tokens(valid: Tensor, patch_size: int) -> Tensor:
     """Tokens of which at least half of the values are valid: [B, C, H, W] bool -> [B, N] bool."""
     patches = patchify(valid.float(), patch_size)  # B, N, P*P*C
     return patches.sum(dim=-1) >= LEAST_VALID * patches.shape[2]
+
+
+def pooled_tokens(valid: Tensor, patch_size: int) -> Tensor:
+    """:func:`valid_tokens`, but all of an image that has none: those that count in pooled features."""
+    tokens = valid_tokens(valid, patch_size)
+    return tokens | ~tokens.any(dim=1, keepdim=True)

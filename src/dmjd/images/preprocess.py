@@ -151,6 +151,11 @@ class Preprocess:
         """The mean in place of NaN: [..., C, H, W] on the 0..255 scale, same type; others unchanged."""
         if self.invalid is None or not raw.is_floating_point():
             return raw
+        if torch.compiler.is_compiling():  # as in normalize
+            channels = zip(raw.unbind(-3), self.mean, strict=True)
+            return torch.stack(
+                [torch.where(channel.isnan(), 255 * mean, channel) for channel, mean in channels], dim=-3
+            )
         return torch.where(raw.isnan(), 255 * _per_channel(self.mean, raw.device), raw)
 
     def denormalize(self, normalized: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def export(run: str | Path, *, format: str, out: str | Path, push: str | None = 
             "hf": a folder for ``ViTModel`` and ``AutoModel`` of transformers (ViT with a class token);
             "torch": a program for ``torch.export.load``, without this library: normalized images [B, C, H, W] of any
             B -> ``tokens`` [B, prefix + N, D], ``encoder(images)``, and ``features`` [B, D], ``encoder.pool(tokens)``;
+            if the preprocessing knows invalid pixels, they are NaN, and the features are those of ``encoder.encode``;
             "onnx": the same function as an ONNX model;
             "safetensors": the encoder with its configuration and preprocessing as one file, for :func:`load_encoder`;
             "hub": the same as a folder with a model card, as :meth:`Encoder.save_pretrained` writes it.
@@ -112,7 +113,7 @@ def _folder(encoder: Encoder, format: str, out: Path, repo: str | None) -> tuple
     files = folder_files(encoder, repo)
     if format == "timm":
         check_timm_folder(encoder, files)
-        return Exported(out, timm_usage(out)), files
+        return Exported(out, timm_usage(out, encoder)), files
     return Exported(out, f"import dmjd\n\nencoder = dmjd.load_encoder({str(out)!r})"), files
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dmjd.encoders.base import Encoder
+from dmjd.encoders.pooling_lines import knows_invalid
+from dmjd.images.invalid import pooled_tokens
 
 TOLERANCE = 1e-4  # absolute and relative
 
@@ -24,7 +26,11 @@ class Exported:
 
 
 class TokensAndFeatures(nn.Module):
-    """The function that is exported where a whole program is."""
+    """The function that is exported where a whole program is.
+
+    If the encoder's preprocessing knows invalid pixels, they are NaN in its input, or the mark of that preprocessing,
+    and the features are pooled without them, as by :meth:`Encoder.encode`.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -32,14 +38,29 @@ class TokensAndFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] -> [B, prefix + N, D], [B, D]."""
-        tokens = self.encoder(images)
-        return tokens, self.encoder.pool(tokens)
+        if not knows_invalid(self.encoder):
+            tokens = self.encoder(images)
+            return tokens, self.encoder.pool(tokens)
+        # ONNX has no sign bit: the inverse of -0.0 tells it from 0.0.
+        invalid = images.isnan() | ((images == 0) & (1 / images < 0))
+        tokens = self.encoder(torch.where(invalid, 0.0, images))
+        return tokens, self.encoder.pool(tokens, pooled_tokens(~invalid, self.encoder.patch_size))
 
 
 def random_images(encoder: Encoder, batch: int) -> Tensor:
     """Random normalized images, the same at each call; torch's global generator is not used."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=generator)
+
+
+def program_images(encoder: Encoder, batch: int) -> Tensor:
+    """:func:`random_images` for a program, the last with invalid pixels in all but one token, if it knows them."""
+    images = random_images(encoder, batch)
+    if knows_invalid(encoder):
+        valid = images[-1, :, : encoder.patch_size, : encoder.patch_size].clone()
+        images[-1] = torch.nan
+        images[-1, :, : encoder.patch_size, : encoder.patch_size] = valid
+    return images
 
 
 def check_close(name: str, theirs: np.ndarray, ours: np.ndarray, tolerance: float = TOLERANCE) -> None:
@@ -60,4 +81,6 @@ def scaling(encoder: Encoder) -> str:
 
 def images_comment(encoder: Encoder) -> str:
     """A comment on the images that an exported program takes."""
-    return f"# images: float32 [B, {encoder.in_chans}, {encoder.img_size[0]}, {encoder.img_size[1]}]{scaling(encoder)}"
+    shape = f"[B, {encoder.in_chans}, {encoder.img_size[0]}, {encoder.img_size[1]}]"
+    invalid = "; NaN where invalid" if knows_invalid(encoder) else ""
+    return f"# images: float32 {shape}{scaling(encoder)}{invalid}"

@@ -11,7 +11,7 @@ import torch
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.stored import encoder_metadata
 from dmjd.files import METADATA_KEY, atomic
-from dmjd.interop.exported import BATCHES, Exported, TokensAndFeatures, check_close, images_comment, random_images
+from dmjd.interop.exported import BATCHES, Exported, TokensAndFeatures, check_close, images_comment, program_images
 
 
 def check_onnx_installed() -> None:
@@ -27,7 +27,7 @@ def to_onnx(encoder: Encoder, out: Path) -> Exported:
     logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it warns of every node that it leaves alone
     program = torch.onnx.export(
         model,
-        (random_images(encoder, 2),),
+        (program_images(encoder, 2),),
         dynamo=True,
         input_names=["images"],
         output_names=["tokens", "features"],
@@ -55,7 +55,7 @@ def check_onnx(file: Path, model: TokensAndFeatures) -> None:
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     for batch in BATCHES:
-        images = random_images(model.encoder, batch)
+        images = program_images(model.encoder, batch)
         with torch.inference_mode():
             expected = model(images)
         for name, ours, theirs in zip(

@@ -11,6 +11,7 @@ from timm.models import VisionTransformer
 
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import write_folder
+from dmjd.encoders.pooling_lines import timm_pooling
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.files import write_bytes
 from dmjd.interop.conversion import timm_call
@@ -26,16 +27,18 @@ def to_timm_file(encoder: Encoder, out: Path) -> Exported:
     write_bytes(out, encoder_bytes(encoder))
     lines = [f"    {name!r},", f"    checkpoint_path={str(out)!r},"]
     lines += [f"    {key}={value!r}," for key, value in arguments.items()]
-    return Exported(out, "\n".join(["import timm", "", "model = timm.create_model(", *lines, ")"]))
+    lines = ["import timm", "", "model = timm.create_model(", *lines, ")", *timm_pooling(encoder)]
+    return Exported(out, "\n".join(lines))
 
 
-def timm_usage(source: Path) -> str:
+def timm_usage(source: Path, encoder: Encoder) -> str:
     """How timm loads a folder. Older versions read no safetensors files there."""
     return "\n".join(
         [
             "import timm  # 1.0.26 or newer",
             "",
             f"model = timm.create_model({f'local-dir:{source}'!r}, pretrained=True, num_classes=0)",
+            *timm_pooling(encoder),
         ]
     )
 

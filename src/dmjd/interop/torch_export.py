@@ -9,7 +9,7 @@ import torch
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.stored import encoder_metadata
 from dmjd.files import METADATA_KEY, write_bytes
-from dmjd.interop.exported import BATCHES, Exported, TokensAndFeatures, check_close, images_comment, random_images
+from dmjd.interop.exported import BATCHES, Exported, TokensAndFeatures, check_close, images_comment, program_images
 
 
 def to_torch(encoder: Encoder, out: Path) -> Exported:
@@ -17,7 +17,7 @@ def to_torch(encoder: Encoder, out: Path) -> Exported:
     model = TokensAndFeatures(encoder).eval()
     with torch.no_grad():
         program = torch.export.export(
-            model, (random_images(encoder, 2),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+            model, (program_images(encoder, 2),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
         )
     buffer = io.BytesIO()
     metadata = json.dumps(encoder_metadata(encoder), sort_keys=True)
@@ -40,7 +40,7 @@ def check_program(content: bytes, model: TokensAndFeatures) -> None:
     """Compare the bytes of a program with the encoder; ValueError if they differ."""
     loaded = torch.export.load(io.BytesIO(content)).module()
     for batch in BATCHES:
-        images = random_images(model.encoder, batch)
+        images = program_images(model.encoder, batch)
         with torch.inference_mode():
             expected, got = model(images), loaded(images)
         for name, ours, theirs in zip(("tokens", "features"), expected, got, strict=True):

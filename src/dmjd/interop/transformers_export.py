@@ -14,6 +14,7 @@ from torch import Tensor
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import CARD, CONFIG, OURS, PREPROCESSOR, WEIGHTS, signed_card, write_folder
 from dmjd.encoders.model_card import model_card
+from dmjd.encoders.pooling_lines import transformers_pooling
 from dmjd.encoders.sharing import json_bytes
 from dmjd.encoders.sources import traits
 from dmjd.encoders.stored import encoder_metadata, weights_hash
@@ -142,7 +143,7 @@ def transformers_usage(source: str, encoder: Encoder) -> str:
     ]
     if encoder.preprocess is None:
         lines = ["from transformers import AutoModel", "", lines[3], "tokens = model(images).last_hidden_state"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *transformers_pooling(encoder)])
 
 
 def _check_files(encoder: Encoder, files: Mapping[str, bytes]) -> None:

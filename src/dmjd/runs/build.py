@@ -13,6 +13,7 @@ from dmjd.branches import Distillation, Reconstruction
 from dmjd.config.checks import check_path
 from dmjd.config.fields import LIST_SETTINGS
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.recipes import RECIPES
 from dmjd.config.sources import Data
 from dmjd.data.sources.base import RemoteOptions, Source
 from dmjd.data.sources.registry import has_split, open_source
@@ -36,6 +37,7 @@ LISTING = "files.txt"  # in a run folder: the sorted list of images
 
 def build_encoder(config: PretrainConfig) -> Encoder:
     """The encoder of a configuration, with random weights from torch's global random state."""
+    _check_class_token(config)
     return create_encoder(
         config.encoder,
         img_size=config.size,
@@ -44,6 +46,16 @@ def build_encoder(config: PretrainConfig) -> Encoder:
         drop_path=config.drop_path,
         **_encoder_sizes(config),
     )
+
+
+def _check_class_token(config: PretrainConfig) -> None:
+    """Raise a ValueError if the encoder has no class token, and a recipe or flag adds one."""
+    if not config.class_token or "class_token" in inspect.signature(encoder_family(config.encoder)).parameters:
+        return
+    of_recipe = config.recipe in RECIPES and RECIPES[config.recipe]().class_token
+    other = "; the recipe convmae is mae without one" if config.recipe == "mae" else ""
+    asked = f"the recipe {config.recipe}" if of_recipe else "--class-token"
+    raise ValueError(f"{config.encoder} has no class token, which {asked} adds: give --no-class-token{other}")
 
 
 def _encoder_sizes(config: PretrainConfig) -> dict[str, Any]:

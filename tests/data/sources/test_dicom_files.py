@@ -16,9 +16,11 @@ from support import TINY_FIELDS, assert_same_bits
 import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
+from dmjd.data.growth import GROWTH_FILE, Growth
 from dmjd.data.inspection import Inspection
 from dmjd.data.sources.registry import open_source
 from dmjd.data.statistics import range_warning
+from dmjd.images.stored import UnreadableImage
 from dmjd.warning import DMJDWarning
 
 
@@ -60,6 +62,48 @@ def test_a_folder_is_searched_by_content(series):
     assert np.array_equal(source.read(names(source).index("us.dcm#5")), pixel_array(series / "us.dcm", index=4))
     assert source.fingerprint() == open_source(series).fingerprint()
     assert len(source.content_sample()) == len(source)
+
+
+def test_a_file_that_is_cut_off_is_not_passed_over(series, tmp_path):
+    shutil.copytree(series, tmp_path / "set", symlinks=True)
+    (tmp_path / "set" / "series" / "IM0").write_bytes((series / "series" / "IM1").read_bytes()[:300])
+    with pytest.warns(DMJDWarning, match="1 DICOM files without an image"):
+        source = open_source(tmp_path / "set")
+    assert "series/IM0" in names(source)
+    with pytest.raises(UnreadableImage, match="IM0: it is cut off before its image"):
+        source.read(names(source).index("series/IM0"))
+
+
+def frames(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, 12, 12), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 4)])
+def test_a_file_that_is_replaced_does_not_join(before, after, tmp_path):
+    """It, or a frame of it, may be held out."""
+    values = {count: frames(count)[0] if count == 1 else frames(count) for count in (before, after)}
+    write_dicom(tmp_path / "set" / "a.dcm", values[before])
+    source = open_source(tmp_path / "set")
+    write_dicom(tmp_path / "set" / "a.dcm", values[after])
+    write_dicom(tmp_path / "set" / "b.dcm", frames(2))
+    growth = Growth(source, [len(source)], 0, tmp_path / GROWTH_FILE)
+    growth.orders[0].reach(0, len(source))
+    joined = growth.among(np.arange(len(source) + 9)[: len(source) + growth.count])
+    assert [path for _, path in joined.values()] == [f"{tmp_path}/set/b.dcm#{i}" for i in (1, 2)]
+
+
+def test_rows_of_a_list_name_frames(tmp_path):
+    write_dicom(tmp_path / "a.dcm", frames(3))
+    file = tmp_path / "list.txt"
+    file.write_text("a.dcm\n")
+    source = open_source(file)
+    file.write_text("a.dcm#1\na.dcm#3\n")  # its only image in other words, and a new one
+    growth = Growth(source, [1], 0, tmp_path / GROWTH_FILE)
+    growth.orders[0].reach(0, 1)
+    assert growth.among(np.arange(1 + growth.count)) == {1: (0, f"{tmp_path}/a.dcm#3")}
+    file.write_text("a.dcm\na.dcm#2\na.dcm#1\n")
+    with pytest.raises(ValueError, match=r"line 3 of .*names the image of line 1 again: a\.dcm#1"):
+        open_source(file)
 
 
 def test_frames_are_not_equal_images(series):

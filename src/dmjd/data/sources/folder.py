@@ -162,6 +162,10 @@ class FolderSource(Source):
         below = self.folder_of(folder)
         return {os.path.relpath(self._path(i), below) for i in range(len(self))}
 
+    def identity(self, folder: str, path: str) -> str:
+        """What an image is known by: its file, below a folder. A file that is replaced has no new images."""
+        return without_frame(folder, path)[0]
+
     def folder_of(self, root: str) -> str:
         """The path of a folder that a run's record of joined images names."""
         return os.path.normpath(os.path.join(self._folder, root))
@@ -241,6 +245,15 @@ def images_below(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[s
     """
     paths = without_masks(root, walk(root, extensions))
     return with_frames(root, paths) if extensions == EXTENSIONS else paths
+
+
+def without_frame(folder: str, path: str) -> tuple[str, int]:
+    """A path below a folder without the number of the frame that it names, and this number, or 1."""
+    if "#" not in path:
+        return path, 1
+    whole = os.path.join(folder, path)
+    file, frame = frame_of(whole)
+    return path.removesuffix(whole[len(file) :]), frame
 
 
 def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:

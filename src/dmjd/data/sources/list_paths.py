@@ -63,6 +63,13 @@ def first_repeated(paths: pa.LargeBinaryArray) -> tuple[int, int] | None:
     return row, int(np.flatnonzero(codes == codes[row])[0])
 
 
+def without_first_frame(paths: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """Paths in which ``a.dcm#1`` is ``a.dcm``, which is the same image."""
+    if not pc.any(pc.ends_with(paths, b"#1")).as_py():
+        return paths
+    return pc.replace_substring_regex(paths, r"(?i)(\.dcm)#1$", r"\1")
+
+
 def missing_rows(paths: pa.LargeBinaryArray) -> np.ndarray:
     """The rows of absolute paths that are no files: [m] int64, ascending. Large folders are listed once.
 

@@ -10,10 +10,17 @@ import pyarrow.compute as pc
 
 from dmjd.data.sources.base import SourceOptions
 from dmjd.data.sources.dicom_files import check_dicom
-from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing
+from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing, without_frame
 from dmjd.data.sources.list_files import ListFile
 from dmjd.data.sources.list_formats import ENDINGS, PlainList, open_list
-from dmjd.data.sources.list_paths import absolute_paths, common_folder, first_repeated, missing_rows, relative_paths
+from dmjd.data.sources.list_paths import (
+    absolute_paths,
+    common_folder,
+    first_repeated,
+    missing_rows,
+    relative_paths,
+    without_first_frame,
+)
 from dmjd.data.sources.paths import existing_path, expanded
 from dmjd.data.sources.table_columns import is_list_table
 from dmjd.data.sources.table_labels import optional_labels
@@ -133,6 +140,11 @@ class ListSource(FolderSource):
             os.fsdecode(path) for path in relative_paths(own, root).to_pylist()
         ]
 
+    def identity(self, folder: str, path: str) -> str:
+        """See :class:`FolderSource`. Rows name frames one by one; without a number, the first."""
+        file, frame = without_frame(folder, path)
+        return f"{file}#{frame}"
+
     def _place(self) -> dict[str, str]:
         """See :class:`FolderSource`."""
         return {"root": os.path.relpath(self.root, self._base)}
@@ -140,7 +152,7 @@ class ListSource(FolderSource):
 
 def _check_repeated(rows: ListFile, written: pa.LargeBinaryArray, paths: pa.LargeBinaryArray) -> None:
     """Raise an error for a path, made absolute, that repeats another one; it is shown as it is written."""
-    if (found := first_repeated(paths)) is not None:
+    if (found := first_repeated(without_first_frame(paths))) is not None:
         row, first = found
         shown = printable(os.fsdecode(written[row].as_py()))
         raise ValueError(
