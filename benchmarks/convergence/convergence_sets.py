@@ -56,7 +56,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
-SETS += ("targets", "beyond", "distill", "adapt", "schedule")
+SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing")
 
 # What was found best for CIFAR-10.
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
@@ -131,6 +131,9 @@ def _distill() -> dict[str, Variant]:
         "teacher": of({"target": "teacher"}),
         "teacher_stride16": of({"target": "teacher", "teacher_skip": 1}),
         "teacher_224": of({"target": "teacher", "teacher_size": None}),
+        "teacher_224_one_view": of({"target": "teacher", "teacher_size": None}, one),
+        "teacher_224_four_views": of({"target": "teacher", "teacher_size": None}, {"num_views": 4}),
+        "teacher_224_independent": of({"target": "teacher", "teacher_size": None}, {"masks": "independent"}),
         "teacher_one_view": of({"target": "teacher"}, one),
         "teacher_c50": of({"target": "teacher", "mask_ratio": 0.5}),
         "teacher_decode50": of({"target": "teacher", "decode_ratio": 0.5}),
@@ -166,6 +169,15 @@ def _schedule() -> dict[str, Variant]:
     }
 
 
+def _sharing() -> dict[str, Variant]:
+    """Numbers of views, which share what is computed once for each image; see ``--once-share``."""
+    views = {"one_view": 1, "two_views": 2, "four_views": 4}
+    independent = {"two_independent": 2, "four_independent": 4}
+    return {key: Variant("dmjd", SMALL_IMAGES | {"num_views": k}) for key, k in views.items()} | {
+        key: Variant("dmjd", SMALL_IMAGES | {"num_views": k, "masks": "independent"}) for key, k in independent.items()
+    }
+
+
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
     """The variants of a set, the baseline first."""
     pixels = "convmae" if convolutional else "mae"
@@ -198,6 +210,8 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return _adapt()
     if name == "schedule":
         return _schedule()
+    if name == "sharing":
+        return _sharing()
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}
