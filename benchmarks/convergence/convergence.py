@@ -151,7 +151,7 @@ class Study:
         )
         masks = build_masks(config)
         rule = 1.0 if variant.scale_rule else masks.mask_ratio / masks.pred_ratio
-        return config.replace(blr=blr * rule, **self._duration(name, share * variant.share))
+        return config.replace(blr=blr * rule * variant.blr_factor, **self._duration(name, share * variant.share))
 
     def _duration(self, name: str, share: float) -> dict[str, float]:
         given = self.arguments

@@ -10,6 +10,7 @@ import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence"))
+import halving
 import make_teacher
 import sharing_figure
 import sweeps_figure
@@ -206,3 +207,9 @@ def test_the_figure_of_shared_images_compares_with_one_view(tmp_path, monkeypatc
     sharing_figure.main()
     assert "| 50 % | 2 disjoint views |" in capsys.readouterr().out
     assert figure.stat().st_size > 1000
+
+
+def test_the_best_of_a_round_go_on():
+    runs = [run(name, 0, [score], 1) for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4))]
+    runs.append(run("d", 0, [0.9], 1, diverged=True))
+    assert halving.survivors(summarize(runs, "a"), 2) == ["b", "c"]
