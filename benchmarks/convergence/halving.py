@@ -6,7 +6,7 @@
 The candidates are the set ``space`` of ``convergence.py``, the first one what was best so far. In every round each
 trains for the round's minutes with a schedule of its own, and those with the best linear probe on held-out images go
 into the next, which is longer by the factor by which they become fewer. The test set is not used: the last ones are to
-be compared again, with several seeds. All other options are those of ``convergence.py``. Finished runs are not repeated.
+be compared again, with several seeds. All other options are those of ``convergence.py``. Finished runs stay.
 """
 
 import argparse
