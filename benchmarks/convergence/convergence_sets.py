@@ -67,6 +67,7 @@ SMALL_IMAGES |= {"hog_cell": 4, "optimizer": "muon"}
 # Where the set space looks, besides the base learning rate: around what was found best for small images.
 SPACE: dict[str, tuple[Any, ...]] = {
     "optimizer": ("muon", "adamw"),
+    "schedule": ("cosine", "wsd"),
     "batch_size": (32, 64, 128),
     "mask_ratio": (0.6, 0.75, 0.85, 0.9),
     "num_views": (1, 2, 4),
