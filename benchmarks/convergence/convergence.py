@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence_jobs import Job, TimedSteps, do_in_processes
+from convergence_jobs import Job, TimedSteps, do_in_processes, with_once
 from convergence_options import PHASES, parse
 from convergence_probe import Measures, Probe, ProbeHook, split, teacher_scores, test_scores
 from convergence_report import curves_figure, final_score, result_table, summarize
@@ -64,16 +64,8 @@ from dmjd.pretraining.bench import machine
 from dmjd.runs.build import build_encoder, build_masks
 
 SEARCH_SEED = 1000  # differs from the seeds of the runs
-PATHS = (
-    "data",
-    "held_out_data",
-    "out",
-    "json",
-    "encoders",
-    "teacher",
-    "init",
-    "job",
-)  # paths of one machine, and what a process of --parallel does: left out of the record
+# Paths of one machine, and what a process of --parallel does: left out of the record.
+PATHS = ("data", "held_out_data", "out", "json", "encoders", "teacher", "init", "job")
 ROUNDS, TIMED_IMAGES = 3, 2048  # of the calibration
 COMMON: dict[str, Any] = {
     "class_token": False,
@@ -159,7 +151,7 @@ class Study:
         )
         masks = build_masks(config)
         rule = 1.0 if variant.scale_rule else masks.mask_ratio / masks.pred_ratio
-        return config.replace(blr=blr * rule, **self._duration(name, share * variant.share))
+        return config.replace(blr=blr * rule * variant.blr_factor, **self._duration(name, share * variant.share))
 
     def _duration(self, name: str, share: float) -> dict[str, float]:
         given = self.arguments
@@ -188,6 +180,7 @@ class Study:
         given = self.arguments
         length = f"{given.epochs:g}epochs" if given.epochs is not None else f"{given.minutes:g}min-{given.clock}"
         part = f"-of-{share:g}" if share != 1.0 else ""
+        part += f"-once{given.once_share:g}" if given.once_share else ""
         return f"{kind}-{given.encoder}-{name.replace('/', '_')}-{length}{part}-blr{blr:g}-seed{seed}"
 
     # ---- phases
@@ -206,7 +199,7 @@ class Study:
             write_text(file, json.dumps(kept, indent=2) + "\n")
             for name in missing:
                 self.console.say(f"{name}: {1000 * kept[name]:.1f} ms per step")
-        self.seconds = kept
+        self.seconds = with_once(kept, self.baseline, self.arguments.once_share)
 
     def _timed_steps(self, name: str, variant: Variant) -> TimedSteps:
         config = self.config(name, variant, 1e-4, 0, self.out, 1.0).replace(steps=1)

@@ -79,3 +79,12 @@ class TimedSteps:
     def _run(self, steps: int) -> None:
         self._engine.duration = Duration(steps=self._engine.state.step + steps)
         self._engine.run(self._batches, [], StopSignal())
+
+
+def with_once(seconds: dict[str, float], baseline: str, share: float) -> dict[str, float]:
+    """Seconds per step if reading an image, or its target, takes ``share`` of the baseline's step, once for all views.
+
+    The steps need not take that long: runs with a calibrated clock have the number of steps that would fit.
+    """
+    once = seconds[baseline] * share / (1 - share) if share else 0.0
+    return {name: own + once for name, own in seconds.items()}

@@ -25,6 +25,13 @@ def parse(description: str | None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, default=8.0, help="training time per run")
     length.add_argument("--epochs", type=float, help="epochs per run, instead of minutes")
     parser.add_argument("--clock", choices=("wall", "calibrated"), default="wall")
+    parser.add_argument(
+        "--once-share",
+        type=float,
+        default=0.0,
+        help="part of the baseline's step that is added to the step time of every variant: what an image costs once, "
+        "whatever its number of views; needs --clock calibrated",
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--repeat", nargs="+", help="variants run with all seeds, the others with one; default all")
     blrs = [1.5e-3, 3e-3, 6e-3]
@@ -51,4 +58,8 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--until", choices=PHASES, default="report", help="the last phase")
     arguments = parser.parse_args()
     arguments.override = dict(arguments.override)
+    if arguments.once_share and arguments.clock != "calibrated":
+        parser.error("--once-share needs --clock calibrated")
+    if not 0 <= arguments.once_share < 1:
+        parser.error(f"--once-share must be at least 0 and below 1, got {arguments.once_share:g}")
     return arguments

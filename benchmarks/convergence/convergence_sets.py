@@ -32,6 +32,7 @@ class Variant:
         blr_of: the variant whose base learning rate it uses; None = its own is searched.
         teacher: the variant whose first run is its teacher; the time of that run is not counted.
         share: fraction of the study's time, for a shorter schedule.
+        blr_factor: factor on the base learning rate.
     """
 
     recipe: str
@@ -41,6 +42,7 @@ class Variant:
     blr_of: str | None = None
     teacher: str | None = None
     share: float = 1.0
+    blr_factor: float = 1.0
 
 
 # The lite encoders learn something within minutes on one core.
@@ -56,11 +58,28 @@ ENCODERS: dict[str, dict[str, Any]] = {
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
-SETS += ("targets", "beyond", "distill", "adapt", "schedule")
+SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space")
 
 # What was found best for CIFAR-10.
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
 SMALL_IMAGES |= {"hog_cell": 4, "optimizer": "muon"}
+
+# Where the set space looks, besides the base learning rate: around what was found best for small images.
+SPACE: dict[str, tuple[Any, ...]] = {
+    "optimizer": ("muon", "adamw"),
+    "schedule": ("cosine", "wsd"),
+    "batch_size": (32, 64, 128),
+    "mask_ratio": (0.6, 0.75, 0.85, 0.9),
+    "num_views": (1, 2, 4),
+    "theta": (0.3, 1.0, 2.0),
+    "vis_target": ("hog", "pixel"),
+    "hog_cell": (2, 4),
+    "decode_ratio": (0.5, 1.0),
+    "decoder_depth": (1, 2),
+    "projector_depth": (1, 3),
+    "crop_scale": ((0.2, 1.0), (0.5, 1.0), (0.8, 1.0)),
+}
+POINTS, LEAST_FACTOR, MOST_FACTOR = 24, 0.5, 4.0  # settings drawn; of the base learning rate
 
 GIVEN = "given"  # stands for the weights that are given
 
@@ -131,6 +150,9 @@ def _distill() -> dict[str, Variant]:
         "teacher": of({"target": "teacher"}),
         "teacher_stride16": of({"target": "teacher", "teacher_skip": 1}),
         "teacher_224": of({"target": "teacher", "teacher_size": None}),
+        "teacher_224_one_view": of({"target": "teacher", "teacher_size": None}, one),
+        "teacher_224_four_views": of({"target": "teacher", "teacher_size": None}, {"num_views": 4}),
+        "teacher_224_independent": of({"target": "teacher", "teacher_size": None}, {"masks": "independent"}),
         "teacher_one_view": of({"target": "teacher"}, one),
         "teacher_c50": of({"target": "teacher", "mask_ratio": 0.5}),
         "teacher_decode50": of({"target": "teacher", "decode_ratio": 0.5}),
@@ -166,6 +188,25 @@ def _schedule() -> dict[str, Variant]:
     }
 
 
+def _sharing() -> dict[str, Variant]:
+    """Numbers of views, which share what is computed once for each image; see ``--once-share``."""
+    views = {"one_view": 1, "two_views": 2, "four_views": 4}
+    independent = {"two_independent": 2, "four_independent": 4}
+    return {key: Variant("dmjd", SMALL_IMAGES | {"num_views": k}) for key, k in views.items()} | {
+        key: Variant("dmjd", SMALL_IMAGES | {"num_views": k, "masks": "independent"}) for key, k in independent.items()
+    }
+
+
+def _space() -> dict[str, Variant]:
+    """Settings drawn at random from ``SPACE``, always the same; first those found best."""
+    points, draw = {"best_so_far": Variant("dmjd", SMALL_IMAGES)}, random.Random(0)
+    for number in range(1, POINTS):
+        own = {name: draw.choice(values) for name, values in SPACE.items()}
+        factor = LEAST_FACTOR * (MOST_FACTOR / LEAST_FACTOR) ** draw.random()
+        points[f"point_{number:02d}"] = Variant("dmjd", SMALL_IMAGES | own, blr_factor=round(factor, 2))
+    return points
+
+
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
     """The variants of a set, the baseline first."""
     pixels = "convmae" if convolutional else "mae"
@@ -198,6 +239,10 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return _adapt()
     if name == "schedule":
         return _schedule()
+    if name == "sharing":
+        return _sharing()
+    if name == "space":
+        return _space()
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}

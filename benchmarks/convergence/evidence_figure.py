@@ -1,4 +1,4 @@
-"""The figure of docs/evidence.md: linear probe against minutes and against images, from results of convergence.py.
+"""Linear probe against minutes and against images, from results of convergence.py: the figures of docs/evidence.md.
 
     python benchmarks/convergence/evidence_figure.py benchmarks/results/convergence_{main,beyond}_vit_lite_6min.json \
       --variants mae maskfeat dmjd --out docs/figures/evidence.png

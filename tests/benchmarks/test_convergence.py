@@ -10,9 +10,12 @@ import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence"))
+import halving
 import make_teacher
+import sharing_figure
 import sweeps_figure
 from convergence import COMMON
+from convergence_jobs import with_once
 from convergence_probe import Probe, ProbeHook, split
 from convergence_report import curves_figure, result_table, summarize, time_to_reach
 from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
@@ -182,3 +185,31 @@ def test_the_teacher_is_a_folder_that_timm_reads(tmp_path):
     state[next(iter(state))] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"conv_stem.weight has another shape"):
         make_teacher.to_timm(state)
+
+
+def test_what_an_image_costs_once_is_added_to_every_step():
+    measured = {"one_view": 0.1, "two_views": 0.16}
+    assert with_once(measured, "one_view", 0.0) == measured
+    added = with_once(measured, "one_view", 0.75)
+    assert added["one_view"] == pytest.approx(0.4)  # 0.3 of it once
+    assert added["two_views"] == pytest.approx(0.46)
+
+
+def test_the_figure_of_shared_images_compares_with_one_view(tmp_path, monkeypatch, capsys):
+    runs = [run("one_view", 0, [0.4], 1), run("one_view", 1, [0.44], 1), run("two_views", 0, [0.5], 1)]
+    result = {"settings": {"once_share": 0.5}, "baseline": "one_view", "summary": summarize(runs, "one_view")}
+    points, deviation = sharing_figure.gain(result, "two_views")
+    assert points == pytest.approx(8)
+    assert deviation == pytest.approx(100 * 0.04 / 2**0.5)
+    file, figure = tmp_path / "result.json", tmp_path / "sharing.png"
+    file.write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["sharing_figure.py", str(file), "--out", str(figure)])
+    sharing_figure.main()
+    assert "| 50 % | 2 disjoint views |" in capsys.readouterr().out
+    assert figure.stat().st_size > 1000
+
+
+def test_the_best_of_a_round_go_on():
+    runs = [run(name, 0, [score], 1) for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4))]
+    runs.append(run("d", 0, [0.9], 1, diverged=True))
+    assert halving.survivors(summarize(runs, "a"), 2) == ["b", "c"]
