@@ -122,6 +122,7 @@ def test_json_round_trip(name):
         ({"strategy": "fsdp", "optimizer": "muon"}, "--strategy fsdp needs --optimizer adamw: muon works on whole"),
         ({"strategy": "fsdp", "precision": "fp16"}, "--strategy fsdp needs --precision bf16 or fp32"),
         ({"strategy": "fsdp", "compile": True}, "--strategy fsdp cannot be used with --compile"),
+        ({"checkpoint_type": "sharded"}, "--checkpoint-type sharded needs --strategy fsdp"),
     ],
 )
 def test_errors_name_the_setting_and_the_fix(changes, message):

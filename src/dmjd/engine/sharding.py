@@ -52,12 +52,22 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def divided_like(value: Tensor, like: Tensor) -> Tensor:
+def divided_like(value: Tensor, like: Tensor | None) -> Tensor:
     """This process's part of a whole tensor that all have, divided as ``like``; the tensor itself if that is whole."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
         return value
     own = value.to(like.device)
     return distribute_tensor(own, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_part(value: Tensor) -> Tensor | None:
+    """What this process writes of a tensor: its part; of a whole one everything in the first process, else None.
+
+    The parts of all processes, in the order of their ranks, are the tensor, divided along its first dimension.
+    """
+    if isinstance(value, DTensor):
+        return value.to_local()
+    return value if torch.distributed.get_rank() == 0 else None
 
 
 class WholeModel:
