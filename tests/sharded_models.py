@@ -1,6 +1,7 @@
 """Sharded models against whole ones; what the two processes of a test do."""
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,11 +39,24 @@ def same_gradients_and_state() -> None:
             print(f"{name}, checkpointing {checkpointing}: the same", file=sys.stderr)
 
 
-def check(model: MaskedImageModel, checkpointing: bool, fabric: Fabric) -> None:
+def same_gradients_and_state_compiled() -> None:
+    """As traced for compilation, without the compiler of CPU code, which takes minutes."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+    fabric = make_fabric("cpu", "fp32", strategy="fsdp")
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        check(MODELS["vit"](), checkpointing, fabric, compile=True)
+        print(f"checkpointing {checkpointing}: the same", file=sys.stderr)
+    traced = torch._dynamo.utils.counters  # type: ignore[attr-defined]
+    assert traced["stats"]["unique_graphs"] > 0
+    assert not traced["graph_break"]
+
+
+def check(model: MaskedImageModel, checkpointing: bool, fabric: Fabric, compile: bool = False) -> None:
     reference = copy.deepcopy(model)
     together = WholeModel(model, fabric)
     model.set_grad_checkpointing(checkpointing)
-    shard(model, fabric)
+    shard(model, fabric, compile)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     for batch, keys in batches(fabric.global_rank):
         (model(*batch, keys=keys)["loss"] / 2).backward()
@@ -75,6 +89,7 @@ def check_state(model: nn.Module, reference: MaskedImageModel, together: WholeMo
     for name, parameter in model.named_parameters():
         part = divided_like(other[name], parameter)
         assert isinstance(part, DTensor)
+        assert part.to_local().untyped_storage().nbytes() == 4 * part.to_local().numel()  # no view of the whole
         assert torch.equal(whole(part), other[name])
         optimizer[name] = part
     for _ in range(2):

@@ -121,7 +121,6 @@ def test_json_round_trip(name):
         ({"max_bad": 3}, "the setting max_bad is now called max_unreadable"),
         ({"strategy": "fsdp", "optimizer": "muon"}, "--strategy fsdp needs --optimizer adamw: muon works on whole"),
         ({"strategy": "fsdp", "precision": "fp16"}, "--strategy fsdp needs --precision bf16 or fp32"),
-        ({"strategy": "fsdp", "compile": True}, "--strategy fsdp cannot be used with --compile"),
         ({"checkpoint_type": "sharded"}, "--checkpoint-type sharded needs --strategy fsdp"),
     ],
 )

@@ -139,8 +139,9 @@ def test_a_branch_from_parts(runs, image_folder, tmp_path):
     take_back(runs["sharded"], tmp_path / "run", STABLE)
     flags = [*command(image_folder, tmp_path / "run", *FSDP), "--steps", "40", "--cooldown-now"]
     assert main(flags) == 0
-    for run in (tmp_path / "run", tmp_path / "run" / "branches" / "step-2"):
-        load_encoder(run)
+    branch = tmp_path / "run" / "branches" / "step-2"
+    load_encoder(branch)
+    for run in (tmp_path / "run", branch):
         assert parts(run) == [f"{STABLE} 1-of-2", f"{STABLE} 2-of-2"]
 
 

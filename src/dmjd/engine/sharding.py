@@ -33,16 +33,19 @@ def is_sharded(fabric: Fabric) -> bool:
     return isinstance(fabric.strategy, ShardedStrategy)
 
 
-def shard(module: nn.Module, fabric: Fabric) -> None:
+def shard(module: nn.Module, fabric: Fabric, compile: bool = False) -> None:
     """Divide the parameters of a module among the processes, in place and on their devices.
 
     Args:
         module: what is called in training; equal in all processes. Its optimizer must be made afterwards.
         fabric: with a :class:`ShardedStrategy`.
+        compile: use ``torch.compile`` for each block; putting it together is not part of what is compiled.
     """
     mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
     for name, part in module.named_modules():
         if _BLOCK.fullmatch(name):
+            if compile:
+                part.compile()
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
 

@@ -191,7 +191,7 @@ def make_engine(
     task = PretrainTask(model, model.encoder.preprocess)
     whole = WholeModel(model, fabric) if is_sharded(fabric) else None
     if whole is not None:
-        shard(task, fabric)  # before the optimizer, which holds the parameters
+        shard(task, fabric, config.compile)  # before the optimizer, which holds the parameters
     return Engine(
         fabric=fabric,
         task=task,

@@ -33,7 +33,7 @@ def write_parts(checkpoints: Path, name: str, tensors: Mapping[str, Tensor]) -> 
     problem = None
     try:
         make_folder(file.parent)
-        write_safetensors(file, {key: value for key, value in own.items() if value is not None}, {})
+        write_safetensors(file, {key: value for key, value in own.items() if value is not None}, {"part": rank + 1})
     except ValueError as error:
         problem = str(error)
     written = gather((Part(file=file.name, digest=read_digest(file) or ""), problem))
@@ -60,6 +60,8 @@ def check_parts(checkpoints: Path, parts: list[Part]) -> None:
 
 def remove_unused_parts(checkpoints: Path) -> None:
     """Delete the parts that belong to no checkpoint, besides those of a checkpoint that cannot be read."""
+    if not (parts := checkpoints / PARTS).is_dir():
+        return
     headers, _ = read_headers(checkpoints)
     used, readable = set(), set()
     for header in headers:
@@ -68,7 +70,7 @@ def remove_unused_parts(checkpoints: Path) -> None:
             readable.add(header.path.stem)
         except ValueError:
             continue
-    for file in (checkpoints / PARTS).glob("*.safetensors"):
+    for file in parts.glob("*.safetensors"):
         stem = file.name.partition(".")[0]
         if file.name not in used and (stem in readable or not (checkpoints / f"{stem}.safetensors").exists()):
             remove(file)
