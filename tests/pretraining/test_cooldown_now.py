@@ -212,7 +212,6 @@ def test_two_processes_make_branches(image_folder, stopped, tmp_path, strategy, 
     out, straight = tmp_path / "run", tmp_path / "straight"
     shutil.copytree(stopped, copy := tmp_path / "stopped")
     fields = {"strategy": strategy, "checkpoint_type": checkpoints}
-    fields |= {"optimizer": "adamw"} if strategy == "fsdp" else {}
     given = (config_of(image_folder, out, **fields).to_json(), straight, copy)
     codes, said = forked.run_two(forked.execute, TWO, *given, logs=tmp_path, seconds=240)
     assert codes == [0, 0], said

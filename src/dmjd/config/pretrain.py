@@ -362,7 +362,7 @@ class PretrainConfig(Config):
         if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
             raise ValueError("init_hash, init_fresh, init_decoder (--init-decoder, ...) and from_init need --init")
         check_schedule(self.schedule, self.warmup, self.warmup_steps, self.cooldown, self.init_freeze)
-        check_strategy(self.strategy, self.checkpoint_type, self.optimizer, self.precision)
+        check_strategy(self.strategy, self.checkpoint_type, self.precision)
         if self.teacher is not None and "teacher" not in self.branch_targets.values():
             raise ValueError("--teacher has no use without target 'teacher' (--target, --mim-target or --vis-target)")
 

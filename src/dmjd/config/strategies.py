@@ -33,7 +33,7 @@ def checkpoint_type_option(group: str) -> Any:
     )
 
 
-def check_strategy(strategy: str, checkpoint_type: str, optimizer: str, precision: str) -> None:
+def check_strategy(strategy: str, checkpoint_type: str, precision: str) -> None:
     """Check that settings can be used if every process holds a part of each weight only, or only then.
 
     Raises:
@@ -43,7 +43,5 @@ def check_strategy(strategy: str, checkpoint_type: str, optimizer: str, precisio
         if checkpoint_type == SHARDED:
             raise ValueError(f"--checkpoint-type {SHARDED} needs --strategy {FSDP}, with which processes have parts")
         return
-    if optimizer != "adamw":
-        raise ValueError(f"--strategy {FSDP} needs --optimizer adamw: {optimizer} works on whole weight matrices")
     if precision == "fp16":
         raise ValueError(f"--strategy {FSDP} needs --precision bf16 or fp32: the loss scale of fp16 is not supported")

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from timm.optim import Muon
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from dmjd.engine.sharding import divided_like, whole
 from dmjd.masking import MaskSampler
 
 BETAS = (0.9, 0.95)
@@ -34,7 +36,34 @@ def muon(groups: Sequence[ParameterGroup]) -> Muon:
     timm's implementation: tokens, biases, norms and depthwise kernels are left to AdamW, and updates of matrices are
     scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and one scale rule serve both.
     """
-    return Muon(list(groups), lr=0.0, betas=BETAS)
+    is_sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    return (_ShardedMuon if is_sharded else Muon)(list(groups), lr=0.0, betas=BETAS)
+
+
+class _ShardedMuon(Muon):
+    """Muon for parts of parameters: every process updates the whole of each, one after the other, and keeps its part.
+
+    The memory that it takes is that of the largest parameter, a few times.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters that have a gradient; ``closure`` is not called."""
+        for group in self.param_groups:
+            settings = {name: value for name, value in group.items() if name != "params"}
+            for own in group["params"]:
+                if own.grad is None:
+                    continue
+                parameter = nn.Parameter(whole(own))
+                parameter.grad = whole(own.grad)
+                single = Muon([{"params": [parameter]} | settings], lr=0.0)
+                single.state[parameter] = {name: whole(value) for name, value in self.state[own].items()}
+                single.step()
+                own.copy_(divided_like(parameter.detach(), own))
+                state = single.state[parameter].items()
+                self.state[own] = {
+                    name: divided_like(value, own) if isinstance(value, Tensor) else value for name, value in state
+                }
 
 
 # name in the configuration -> factory(parameter groups)
