@@ -123,6 +123,20 @@ def test_killed_while_it_is_written(runs, image_folder, tmp_path):
         assert_same_state(runs["full"], run, name)
 
 
+@pytest.mark.slow
+def test_a_part_that_cannot_be_written(runs, image_folder, tmp_path):
+    """Every process says so in one line, and the checkpoint before stays."""
+    take_back(runs["full"], tmp_path / "run", STABLE)
+    (tmp_path / "run" / "checkpoints" / "parts").write_text("no folder")
+    arguments = command(image_folder, tmp_path / "run", *SHARDED)
+    codes, said = forked.run_two(main, arguments, logs=tmp_path, seconds=240)
+    assert codes == [2, 2], said
+    assert "Traceback" not in said
+    assert said.count(f"could not write {tmp_path / 'run' / 'checkpoints' / 'parts'}") == 2
+    assert not (tmp_path / "run" / "checkpoints" / f"{THIRD}.safetensors").exists()
+    load_checkpoint(tmp_path / "run" / "checkpoints" / f"{STABLE}.safetensors")
+
+
 def test_a_run_is_prolonged_from_parts(runs, image_folder, tmp_path, capsys):
     """The cooldown that it leaves stays as a branch with its parts."""
     shutil.copytree(runs["sharded"], tmp_path / "run")
