@@ -108,3 +108,8 @@ def killed_before(name: str, arguments: list[str]) -> int:
 
     sys.addaudithook(kill)
     return main(arguments)
+
+
+def rank_killed_before(rank: str, name: str, arguments: list[str]) -> int:
+    """Run a command in several processes, of which the one of this rank is as in :func:`killed_before`."""
+    return killed_before(name, arguments) if os.environ["RANK"] == rank else main(arguments)

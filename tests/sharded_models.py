@@ -1,6 +1,7 @@
 """Sharded models against whole ones; what the two processes of a test do."""
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from dmjd.encoders.registry import create_encoder
 from dmjd.engine.device import make_fabric
+from dmjd.engine.optim import muon, parameter_groups
 from dmjd.engine.sharding import WholeModel, divided_like, shard, whole
 from dmjd.masking import DisjointMasks
 from dmjd.model import MaskedImageModel
+from dmjd.runs.checkpoint import optimizer_tensors
 
 ROTARY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 
@@ -38,11 +41,51 @@ def same_gradients_and_state() -> None:
             print(f"{name}, checkpointing {checkpointing}: the same", file=sys.stderr)
 
 
-def check(model: MaskedImageModel, checkpointing: bool, fabric: Fabric) -> None:
+def same_gradients_and_state_compiled() -> None:
+    """As traced for compilation, without the compiler of CPU code, which takes minutes."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+    fabric = make_fabric("cpu", "fp32", strategy="fsdp")
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        check(MODELS["vit"](), checkpointing, fabric, compile=True)
+        print(f"checkpointing {checkpointing}: the same", file=sys.stderr)
+    traced = torch._dynamo.utils.counters  # type: ignore[attr-defined]
+    assert traced["stats"]["unique_graphs"] > 0
+    assert not traced["graph_break"]
+
+
+def same_steps_of_muon() -> None:
+    """Given the same gradients, for weights of all kinds; the state is that of the whole ones, in parts."""
+    fabric = make_fabric("cpu", "fp32", strategy="fsdp")
+    torch.manual_seed(0)
+    model = MODELS["conv_vit"]()
+    reference = copy.deepcopy(model)
+    shard(model, fabric)
+    optimizers = [muon(parameter_groups(one, 0.05)) for one in (model, reference)]
+    for _ in range(3):
+        for own, parameter in zip(model.parameters(), reference.parameters(), strict=True):
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+                own.grad = divided_like(parameter.grad, own)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01
+            optimizer.step()
+    states = [optimizer_tensors(optimizer) for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys()
+    assert any(name.endswith("momentum_buffer") and isinstance(value, DTensor) for name, value in states[0].items())
+    for name, value in states[0].items():
+        assert torch.equal(whole(value), states[1][name]), name
+    for (name, own), parameter in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(whole(own.detach()), parameter), name
+    print("the same", file=sys.stderr)
+
+
+def check(model: MaskedImageModel, checkpointing: bool, fabric: Fabric, compile: bool = False) -> None:
     reference = copy.deepcopy(model)
     together = WholeModel(model, fabric)
     model.set_grad_checkpointing(checkpointing)
-    shard(model, fabric)
+    shard(model, fabric, compile)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     for batch, keys in batches(fabric.global_rank):
         (model(*batch, keys=keys)["loss"] / 2).backward()
@@ -75,6 +118,7 @@ def check_state(model: nn.Module, reference: MaskedImageModel, together: WholeMo
     for name, parameter in model.named_parameters():
         part = divided_like(other[name], parameter)
         assert isinstance(part, DTensor)
+        assert part.to_local().untyped_storage().nbytes() == 4 * part.to_local().numel()  # no view of the whole
         assert torch.equal(whole(part), other[name])
         optimizer[name] = part
     for _ in range(2):

@@ -119,9 +119,8 @@ def test_json_round_trip(name):
         ({"value_range": (1.0, 1.0)}, "value_range must rise"),
         ({"mask_ration": 0.5}, "does not take mask_ration; did you mean 'mask_ratio'"),
         ({"max_bad": 3}, "the setting max_bad is now called max_unreadable"),
-        ({"strategy": "fsdp", "optimizer": "muon"}, "--strategy fsdp needs --optimizer adamw: muon works on whole"),
         ({"strategy": "fsdp", "precision": "fp16"}, "--strategy fsdp needs --precision bf16 or fp32"),
-        ({"strategy": "fsdp", "compile": True}, "--strategy fsdp cannot be used with --compile"),
+        ({"checkpoint_type": "sharded"}, "--checkpoint-type sharded needs --strategy fsdp"),
     ],
 )
 def test_errors_name_the_setting_and_the_fix(changes, message):

@@ -199,21 +199,31 @@ except (ZeroDivisionError, ValueError) as error:
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_make_branches(image_folder, stopped, tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "checkpoints"),
+    [
+        ("ddp", "full"),
+        pytest.param("fsdp", "full", marks=pytest.mark.slow),
+        pytest.param("fsdp", "sharded", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_make_branches(image_folder, stopped, tmp_path, strategy, checkpoints):
     """Of a run under way, which goes on as if nothing had happened, and of one that was stopped."""
     out, straight = tmp_path / "run", tmp_path / "straight"
     shutil.copytree(stopped, copy := tmp_path / "stopped")
-    fields = {"strategy": strategy} | ({"optimizer": "adamw"} if strategy == "fsdp" else {})
+    fields = {"strategy": strategy, "checkpoint_type": checkpoints}
     given = (config_of(image_folder, out, **fields).to_json(), straight, copy)
     codes, said = forked.run_two(forked.execute, TWO, *given, logs=tmp_path, seconds=240)
     assert codes == [0, 0], said
     assert said.count("no branch, the run goes on: step 2 belongs to the warm-up of 3 steps") == 1
     assert said.count("the run goes on from step 9") == 1
     assert said.count("in all of them: division by zero") == 2
+    for run in (out, straight):
+        with closing(RunFolder(run)) as folder:
+            folder.join_parts()
     assert_same_bits(out, straight)
     for branch in (out / "branches" / "step-9", copy / "branches" / "step-6"):
-        assert [file.name for file in (branch / "checkpoints").iterdir()] == ["final.safetensors"]
+        assert [file.name for file in (branch / "checkpoints").glob("*.safetensors")] == ["final.safetensors"]
         load_encoder(branch)
 
 

@@ -96,6 +96,7 @@ ELSEWHERE = {"data", "out", "resume", "wandb", "test_data", "teacher", "cooldown
     "cache_dir",
     "cache_gb",
     "strategy",
+    "checkpoint_type",
 }  # may change, tested elsewhere
 WSD = {"warmup_steps", "cooldown"}  # must stay, need the schedule wsd, and are tested with it
 STARTING = {"init", "init_hash", "init_fresh", "init_decoder", "from_init"}  # need weights, and are tested with them

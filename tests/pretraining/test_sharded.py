@@ -89,6 +89,15 @@ def test_sharded_equals_replicated_from_the_first_step(runs, image_folder, tmp_p
     assert_same(runs["ddp"], tmp_path / "fsdp" / "run")
 
 
+@pytest.mark.slow
+def test_muon_of_parts(image_folder, tmp_path):
+    for strategy in ("ddp", "fsdp"):
+        run_two(
+            image_folder, tmp_path / strategy / "run", "--strategy", strategy, "--optimizer", "muon", "--steps", "2"
+        )
+    assert_same(tmp_path / "ddp" / "run", tmp_path / "fsdp" / "run")
+
+
 def test_a_run_of_parts_goes_on_in_one_process(runs, image_folder, tmp_path, capsys):
     take_back(runs["fsdp"], tmp_path / "run", 3)
     assert main(command(image_folder, tmp_path / "run", "--strategy", "fsdp")) == 0
@@ -100,5 +109,5 @@ def test_a_run_of_parts_goes_on_in_one_process(runs, image_folder, tmp_path, cap
 
 def test_what_cannot_be_sharded_is_refused(image_folder, tmp_path, capsys):
     flags = ("--data", image_folder, "--out", tmp_path / "run", "--strategy", "fsdp")
-    assert "--strategy fsdp needs --optimizer adamw" in mistake(capsys, "pretrain", *flags, "--optimizer", "muon")
+    assert "--strategy fsdp needs --precision bf16" in mistake(capsys, "pretrain", *flags, "--precision", "fp16")
     assert not (tmp_path / "run").exists()

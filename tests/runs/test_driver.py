@@ -16,8 +16,8 @@ from dmjd.engine.loop import Duration, Engine, NonFiniteLoss, Task
 from dmjd.engine.optim import adamw, parameter_groups
 from dmjd.runs import driver
 from dmjd.runs.callback import Callback
-from dmjd.runs.checkpoint import RunFolder
-from dmjd.runs.driver import Driver, newest_checkpoint
+from dmjd.runs.checkpoint import RunFolder, newest_checkpoint
+from dmjd.runs.driver import Driver
 
 STEPS = 6
 

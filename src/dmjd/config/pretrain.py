@@ -25,14 +25,13 @@ from dmjd.config.image_settings import check_image_settings
 from dmjd.config.invalid import ALPHA_HELP, ALPHAS, BLENDED, NODATA_HELP, nodata_text
 from dmjd.config.remote import cache_dir_option, cache_gb_option, shard_window_option
 from dmjd.config.schedules import (
-    COSINE,
     DEFAULT_COOLDOWN,
     DEFAULT_WARMUP,
     DEFAULT_WARMUP_STEPS,
-    SCHEDULES,
     check_schedule,
+    schedule_option,
 )
-from dmjd.config.strategies import DDP, STRATEGIES, STRATEGY_HELP, check_strategy
+from dmjd.config.strategies import check_strategy, checkpoint_type_option, strategy_option
 
 FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
@@ -289,12 +288,7 @@ class PretrainConfig(Config):
     )
     optimizer: str = option("adamw", "muon: far fewer steps for short runs", "training", choices=("adamw", "muon"))
     weight_decay: float = option(0.05, "weight decay, not on biases and norms", "training", ge=0, most=MAX_FACTOR)
-    schedule: str = option(
-        COSINE,
-        "learning rate after the warm-up: cosine; or wsd, constant with a cooldown at the end: it can be prolonged",
-        "training",
-        choices=SCHEDULES,
-    )
+    schedule: str = schedule_option("training")
     warmup: float = option(DEFAULT_WARMUP, "fraction of the run with linear warm-up", "training", ge=0, le=1)
     warmup_steps: int | None = option(
         None,
@@ -324,7 +318,8 @@ class PretrainConfig(Config):
     seed: int = option(0, "seed of weights, order, crops and masks", "training", common=True, ge=-MAX_SEED, le=MAX_SEED)
     precision: str = option("auto", "auto: bf16 on GPUs that support it, else fp32", "machine", choices=PRECISIONS)
     device: str = option("auto", "device to train on", "machine", resume=True, common=True, choices=DEVICES)
-    strategy: str = option(DDP, STRATEGY_HELP, "machine", resume=True, choices=STRATEGIES)
+    strategy: str = strategy_option("machine")
+    checkpoint_type: str = checkpoint_type_option("machine")
     compile: bool = option(False, "torch.compile the model", "machine")
     grad_checkpointing: bool = option(False, "recompute activations: less memory, slower", "machine", resume=True)
 
@@ -367,7 +362,7 @@ class PretrainConfig(Config):
         if self.init is None and (self.init_hash or self.init_fresh or self.init_decoder or self.from_init):
             raise ValueError("init_hash, init_fresh, init_decoder (--init-decoder, ...) and from_init need --init")
         check_schedule(self.schedule, self.warmup, self.warmup_steps, self.cooldown, self.init_freeze)
-        check_strategy(self.strategy, self.optimizer, self.precision, self.compile)
+        check_strategy(self.strategy, self.checkpoint_type, self.precision)
         if self.teacher is not None and "teacher" not in self.branch_targets.values():
             raise ValueError("--teacher has no use without target 'teacher' (--target, --mim-target or --vis-target)")
 

@@ -1,6 +1,9 @@
 """The settings of learning-rate schedules, and how they depend on each other. Imports no torch."""
 
 import math
+from typing import Any
+
+from dmjd.config.fields import option
 
 COSINE, WSD = "cosine", "wsd"
 
@@ -9,6 +12,16 @@ SCHEDULES = (COSINE, WSD)
 DEFAULT_WARMUP = 0.05  # of a cosine: fraction of the run
 
 DEFAULT_COOLDOWN, DEFAULT_WARMUP_STEPS = 0.2, 200  # of wsd: fraction of the run, and steps
+
+
+def schedule_option(group: str) -> Any:
+    """How the learning rate changes."""
+    return option(
+        COSINE,
+        "learning rate after the warm-up: cosine; or wsd, constant with a cooldown at the end: it can be prolonged",
+        group,
+        choices=SCHEDULES,
+    )
 
 
 def check_schedule(

@@ -10,6 +10,8 @@ from dmjd.files import read_metadata
 
 CHECKPOINT_FORMAT = 1
 
+FORMAT_IN_PARTS = 2  # of a checkpoint whose tensors are in other files, see dmjd.encoders.parts
+
 CHECKPOINTS = "checkpoints"  # folder of the checkpoints in a run folder
 
 FINAL = "final.safetensors"
@@ -72,8 +74,9 @@ def read_header(path: Path) -> Header:
 
 def check_checkpoint(path: Path, metadata: dict[str, Any]) -> int:
     """Check the metadata that all checkpoints have; returns the step."""
-    if metadata.get("format") != CHECKPOINT_FORMAT or "progress" not in metadata:
-        raise ValueError(f"{path} is not a dmjd checkpoint of format {CHECKPOINT_FORMAT}")
+    formats = (CHECKPOINT_FORMAT, FORMAT_IN_PARTS)
+    if metadata.get("format") not in formats or "progress" not in metadata:
+        raise ValueError(f"{path} is not a dmjd checkpoint of format {' or '.join(map(str, formats))}")
     return check_json(metadata, CheckpointState, str(path))["progress"]["step"]
 
 

@@ -22,12 +22,13 @@ from dmjd.encoders.base import Encoder
 from dmjd.encoders.classifier import CLASSIFIER_FILE, load_classifier
 from dmjd.encoders.folders import is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, read_headers
+from dmjd.encoders.parts import read_tensors
 from dmjd.encoders.published import FORMER_KEYS, read_state, square_grid, to_our_state
 from dmjd.encoders.stored import weights_hash
 from dmjd.encoders.timm_weights import LOCAL, PREFIXES, hub_folder, load_timm, timm_preprocess
 from dmjd.encoders.transformers_weights import CONFIG, read_transformers
 from dmjd.encoders.weights import ENCODER_FILE, load_encoder
-from dmjd.files import read_metadata, read_safetensors
+from dmjd.files import read_metadata
 from dmjd.hub import HUB
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
@@ -225,12 +226,12 @@ def _decoder_of(source: Path) -> tuple[dict[str, Tensor], int | None]:
         files = [header.path for header in headers]
     for file in files:
         try:
-            state, metadata = read_safetensors(file)
+            state, metadata = read_tensors(file)
         except ValueError:  # reading the encoder has warned about it
             continue
         prefix = "model."
-        found = {_current(key.removeprefix(prefix)): value for key, value in state.items() if key.startswith(prefix)}
-        if found := {key: value for key, value in found.items() if _is_other(key)}:
+        names = {_current(key.removeprefix(prefix)): key for key in state if key.startswith(prefix)}
+        if found := {name: state[key] for name, key in names.items() if _is_other(name)}:
             return _plain(found), _decoder_heads(metadata)
     return {}, None
 

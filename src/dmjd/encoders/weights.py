@@ -13,10 +13,11 @@ from dmjd.config.checks import check_path, check_text
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.folders import CONFIG, WEIGHTS, is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS, ENCODER_DIGEST_KEY, read_headers
+from dmjd.encoders.parts import read_tensors
 from dmjd.encoders.registry import check_options, create_encoder, encoder_family, is_encoder_name
 from dmjd.encoders.stored import FORMAT, EncoderMetadata
 from dmjd.encoders.timm_features import feature_backbone
-from dmjd.files import read_digest, read_safetensors
+from dmjd.files import read_digest
 from dmjd.hub import HUB, download
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
@@ -193,12 +194,12 @@ def _difference(key: str, expected: Mapping[str, torch.Size], state: Mapping[str
 
 def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Metadata and weights of an encoder file, or of the encoder in a run's checkpoint (``model.encoder.*``)."""
-    state, metadata = read_safetensors(file)
+    state, metadata = read_tensors(file)
     if not metadata:
         raise ValueError(
             f"{file} was not written by dmjd; weights of others are for --init, or dmjd.interop.load_official"
         )
     if "encoder" in metadata:  # a checkpoint of a run
         prefix = "model.encoder."
-        return metadata["encoder"], {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return metadata, state
+        return metadata["encoder"], {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    return metadata, dict(state)

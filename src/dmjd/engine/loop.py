@@ -141,7 +141,8 @@ class Engine:
         self._eager = self.fabric.device.type == "cpu"  # reading a value does not block
         self._sharded = is_sharded(self.fabric)
         self._skips_on_device = bool(self.optimizer.defaults.get("fused")) and not self._sharded
-        module: nn.Module = torch.compile(self.task) if self.compile else self.task  # type: ignore[assignment]
+        at_once = self.compile and not self._sharded  # a sharded model was compiled block by block
+        module: nn.Module = torch.compile(self.task) if at_once else self.task  # type: ignore[assignment]
         self._model, self._optimizer = self.fabric.setup(module, self.optimizer)
         if self._eager and isinstance(self.optimizer, torch.optim.AdamW):
             reserve_state(self.optimizer)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from dmjd.engine.sharding import divided_like, whole
 
 MOMENTUM = 0.95
 
@@ -112,6 +114,30 @@ class Muon(torch.optim.Optimizer):
             like = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state[name] = zero if name == "step" else like
         return state[name]
+
+
+class ShardedMuon(Muon):
+    """Muon for parts of parameters: every process updates the whole of each, one after the other, and keeps its part.
+
+    The memory that it takes is that of the largest parameter, a few times.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            settings = {name: value for name, value in group.items() if name != "params"}
+            for own in group["params"]:
+                if own.grad is None:
+                    continue
+                parameter = nn.Parameter(whole(own))
+                parameter.grad = whole(own.grad)
+                single = Muon([{"params": [parameter]} | settings])
+                single.state[parameter] = {name: whole(value) for name, value in self.state[own].items()}
+                single.step()
+                own.copy_(divided_like(parameter.detach(), own))
+                state = single.state[parameter].items()
+                self.state[own] = {name: divided_like(value, own) for name, value in state}
 
 
 def is_matrix(parameter: Tensor) -> bool:

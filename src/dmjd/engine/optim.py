@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from dmjd.engine.muon import Muon
+from dmjd.engine.muon import Muon, ShardedMuon
 from dmjd.masking import MaskSampler
 
 BETAS = (0.9, 0.95)
@@ -30,7 +31,8 @@ def adamw(groups: Sequence[ParameterGroup], betas: tuple[float, float] = BETAS) 
 
 def muon(groups: Sequence[ParameterGroup]) -> Muon:
     """Muon; its AdamW has the betas of :func:`adamw`."""
-    return Muon(groups, betas=BETAS)
+    is_sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    return (ShardedMuon if is_sharded else Muon)(groups, betas=BETAS)
 
 
 # name in the configuration -> factory(parameter groups)

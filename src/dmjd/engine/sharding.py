@@ -33,16 +33,19 @@ def is_sharded(fabric: Fabric) -> bool:
     return isinstance(fabric.strategy, ShardedStrategy)
 
 
-def shard(module: nn.Module, fabric: Fabric) -> None:
+def shard(module: nn.Module, fabric: Fabric, compile: bool = False) -> None:
     """Divide the parameters of a module among the processes, in place and on their devices.
 
     Args:
         module: what is called in training; equal in all processes. Its optimizer must be made afterwards.
         fabric: with a :class:`ShardedStrategy`.
+        compile: use ``torch.compile`` for each block; putting it together is not part of what is compiled.
     """
     mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
     for name, part in module.named_modules():
         if _BLOCK.fullmatch(name):
+            if compile:
+                part.compile()
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
 
@@ -52,12 +55,22 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def divided_like(value: Tensor, like: Tensor) -> Tensor:
+def divided_like(value: Tensor, like: Tensor | None) -> Tensor:
     """This process's part of a whole tensor that all have, divided as ``like``; the tensor itself if that is whole."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
         return value
     own = value.to(like.device)
     return distribute_tensor(own, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_part(value: Tensor) -> Tensor | None:
+    """What this process writes of a tensor: its part; of a whole one everything in the first process, else None.
+
+    The parts of all processes, in the order of their ranks, are the tensor, divided along its first dimension.
+    """
+    if isinstance(value, DTensor):
+        return value.to_local()
+    return value if torch.distributed.get_rank() == 0 else None
 
 
 class WholeModel:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmjd.config.checks import check_out
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.config.strategies import FSDP
+from dmjd.config.strategies import FSDP, SHARDED
 from dmjd.data.growth import Growth
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.mixture import MixtureSource
@@ -44,8 +44,8 @@ from dmjd.pretraining.settings import check_settings, record_settings, resolve_p
 from dmjd.pretraining.shard_window import keep_recorded
 from dmjd.runs.branches import start_branch, tidy_branch
 from dmjd.runs.build import build_model
-from dmjd.runs.checkpoint import PretrainState, RunFolder
-from dmjd.runs.driver import Driver, newest_checkpoint
+from dmjd.runs.checkpoint import PretrainState, RunFolder, newest_checkpoint
+from dmjd.runs.driver import Driver
 from dmjd.runs.start import Start, read_start
 
 FEW_IMAGES = 64
@@ -121,7 +121,8 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         growth = open_growth(config, source, trained, folder, checkpoint, console)
         monitor = Monitor(config, together(model, engine.whole), source, held_out, folder, console, growth)
         batches = batches_of(config, trained, engine, monitor.count_unreadable, growth)
-        driver = Driver(engine, model, folder, console, batches, len(trained), config.checkpoint_every, monitor, hooks)
+        every, in_parts = config.checkpoint_every, config.checkpoint_type == SHARDED
+        driver = Driver(engine, model, folder, console, batches, len(trained), every, monitor, hooks, in_parts=in_parts)
         driver.asked, driver.branch = asked, partial(branch_of, out, config, own_model)
         # 8. Restore everything from the checkpoint.
         driver.restore(checkpoint)
@@ -190,7 +191,7 @@ def make_engine(
     task = PretrainTask(model, model.encoder.preprocess)
     whole = WholeModel(model, fabric) if is_sharded(fabric) else None
     if whole is not None:
-        shard(task, fabric)  # before the optimizer, which holds the parameters
+        shard(task, fabric, config.compile)  # before the optimizer, which holds the parameters
     return Engine(
         fabric=fabric,
         task=task,

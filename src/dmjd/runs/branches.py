@@ -24,14 +24,17 @@ from dmjd.encoders.headers import (
     STABLE,
     WEIGHTS_KEY,
     Header,
+    read_header,
     read_headers,
     step_files,
 )
+from dmjd.encoders.parts import PARTS, parts_of
 from dmjd.encoders.weights import ENCODER_FILE
 from dmjd.files import copy_file, make_folder, move, remove, write_text
 from dmjd.result_files import BASELINES, EVALUATION, REPORT_FILE, read_evaluation
 from dmjd.runs.checkpoint import CONFIG_FILE, Checkpoint, PretrainState, load_checkpoint, read_config_of
 from dmjd.runs.owner import LOCK
+from dmjd.runs.parts import remove_unused_parts
 
 BRANCHES = "branches"
 
@@ -86,7 +89,7 @@ def leave_cooldown(run: Path, stable: Checkpoint, say: Callable[[str], None]) ->
         with _Making(branch) as made:
             _copy_tree(run, made, lambda path: path.parts[0] not in (BRANCHES, CHECKPOINTS))
             for file in [newest.path] if newest.path.name == FINAL else cooled:
-                _link(file, made / CHECKPOINTS / file.name)
+                _link_checkpoint(file, made)
             write_text(made / CONFIG_FILE, _config_of(newest).replace(out=str(branch)).to_json())
     for file in (run / EVALUATION).glob("*.json"):
         with suppress(ValueError, OSError):
@@ -98,6 +101,7 @@ def leave_cooldown(run: Path, stable: Checkpoint, say: Callable[[str], None]) ->
             remove(file)
     for file in sorted(cooled, key=lambda file: file == newest.path):  # the newest last: it says what is to be done
         remove(file)
+    remove_unused_parts(run / CHECKPOINTS)
     say(f"the run is prolonged from step {step}, before its cooldown; the encoder it had so far is in {branch}")
 
 
@@ -141,7 +145,7 @@ def start_branch(run: Path, config: PretrainConfig) -> PretrainConfig:
     with _Making(branch) as made:
         kept = Path(EVALUATION, BASELINES)
         _copy_tree(run, made, lambda path: path == kept or (len(path.parts) == 1 and path.name != REPORT_FILE))
-        _link(newest.path, made / CHECKPOINTS / newest.path.name)
+        _link_checkpoint(newest.path, made)
         write_text(made / CONFIG_FILE, branched.to_json())
     return branched
 
@@ -167,6 +171,7 @@ def tidy_branch(branch: Path) -> None:
     """Delete the checkpoints of a finished branch besides the final one."""
     for file in step_files(branch / CHECKPOINTS):
         remove(file)
+    remove_unused_parts(branch / CHECKPOINTS)
 
 
 def _folders(run: Path, step: int) -> Iterator[Path]:
@@ -211,6 +216,13 @@ def _copy_tree(run: Path, target: Path, wanted: Callable[[Path], bool]) -> None:
             path = inside / name
             if wanted(path) and name != LOCK and not name.startswith(("events.out.", ".")):
                 _link(run / path, target / path)
+
+
+def _link_checkpoint(file: Path, run: Path) -> None:
+    """:func:`_link` for a checkpoint and its parts, to another run."""
+    _link(file, run / CHECKPOINTS / file.name)
+    for part in parts_of(file, read_header(file).metadata):
+        _link(file.parent / PARTS / part["file"], run / CHECKPOINTS / PARTS / part["file"])
 
 
 def _link(file: Path, target: Path) -> None:

@@ -1,12 +1,14 @@
 """Run folders and checkpoints.
 
 A checkpoint is one safetensors file: tensors of model and optimizer, everything else as JSON in its metadata. Loading
-it runs no code. Random states are not saved: randomness is a function of seed and step (see :mod:`dmjd.rng`).
+it runs no code. Random states are not saved: randomness is a function of seed and step (see :mod:`dmjd.rng`). The
+tensors of a sharded model may be in files of their own, one of each process (see :mod:`dmjd.encoders.parts`).
 """
 
 import json
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NotRequired, TypedDict
@@ -22,17 +24,19 @@ from dmjd.encoders.headers import (
     CHECKPOINT_FORMAT,
     CHECKPOINTS,
     FINAL,
+    FORMAT_IN_PARTS,
     STABLE,
     check_checkpoint,
     read_headers,
     step_files,
 )
+from dmjd.encoders.parts import PARTS, JoinedTensors, Part, parts_of, read_tensors
 from dmjd.encoders.weights import ENCODER_FILE, EncoderMetadata
+from dmjd.engine.console import Console
 from dmjd.engine.sharding import divided_like
 from dmjd.files import (
     append_lines,
     check_replaceable,
-    read_safetensors,
     remove,
     remove_leftovers,
     try_lock,
@@ -43,6 +47,7 @@ from dmjd.images.preprocess import Preprocess
 from dmjd.regular import check_regular
 from dmjd.runs.metrics import cut_metrics
 from dmjd.runs.owner import LOCK, Owner
+from dmjd.runs.parts import remove_unused_parts
 from dmjd.warning import DMJDWarning
 
 KEEP = 2  # step checkpoints, besides the final one
@@ -83,12 +88,14 @@ class Checkpoint:
     """A checkpoint: ``tensors`` under ``model.*``, ``optimizer.*``, ..., and ``state`` as JSON types."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] | JoinedTensors
     state: dict[str, Any]
 
-    def part(self, name: str) -> dict[str, Tensor]:
+    def part(self, name: str) -> Mapping[str, Tensor]:
         """The tensors under ``name.``, without the prefix."""
         prefix = f"{name}."
+        if isinstance(self.tensors, JoinedTensors):
+            return self.tensors.under(prefix)
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def preprocess(self) -> Preprocess:
@@ -100,9 +107,19 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {error}") from None
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; a full disk or a kill never damages an earlier one."""
-    write_safetensors(path, tensors, {"format": CHECKPOINT_FORMAT} | state)
+def save_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], parts: Sequence[Part] = ()
+) -> None:
+    """Write a checkpoint atomically; a full disk or a kill never damages an earlier one.
+
+    Args:
+        path: its file.
+        tensors: by name; none if they are in parts.
+        state: JSON types.
+        parts: what :func:`dmjd.runs.parts.write_parts` wrote.
+    """
+    kind = {"format": FORMAT_IN_PARTS, PARTS: list(parts)} if parts else {"format": CHECKPOINT_FORMAT}
+    write_safetensors(path, tensors, {**state, **kind})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -111,7 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: for a damaged file, another kind of file, or another format version.
     """
-    tensors, state = read_safetensors(path, kind="checkpoint")
+    tensors, state = read_tensors(path, kind="checkpoint")
     check_checkpoint(path, state)
     return Checkpoint(path, tensors, state)
 
@@ -125,7 +142,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of :func:`optimizer_tensors`; KeyError for a state that is not of this optimizer."""
     whole = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -184,8 +201,9 @@ class RunFolder:
         self._lock = lock
         for file in (*(self.path / name for name in _WRITTEN), *self.files()):
             check_replaceable(file)  # before the work
-        for folder in (self.path, self.checkpoints, self.path / "figures"):
+        for folder in (self.path, self.checkpoints, self.checkpoints / PARTS, self.path / "figures"):
             remove_leftovers(folder)
+        remove_unused_parts(self.checkpoints)
 
     def _take_lock(self, file: Path) -> IO[str] | None:
         """Take the lock; if its owner was killed, wait for the worker processes it left behind, which still hold it."""
@@ -242,22 +260,50 @@ class RunFolder:
             )
         return None, []
 
+    def file(self, step: int, final: bool = False, stable: bool = False) -> Path:
+        """The file of a checkpoint; see :meth:`save`."""
+        return self.checkpoints / (FINAL if final else STABLE if stable else f"step-{step:09d}.safetensors")
+
     def save(
-        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], final: bool = False, stable: bool = False
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        final: bool = False,
+        stable: bool = False,
+        parts: Sequence[Part] = (),
     ) -> Path:
-        """Write a checkpoint, then delete all but the last two step files.
+        """Write a checkpoint, then delete all but the last two step files, and the parts that belong to none.
 
         Args:
             step: its step.
             tensors, state: its content.
             final: whether the run is over.
             stable: whether it is the state before the cooldown, which is kept until there is a later one.
+            parts: what :func:`dmjd.runs.parts.write_parts` wrote for it.
+
+        Returns:
+            Its file.
         """
-        file = self.checkpoints / (FINAL if final else STABLE if stable else f"step-{step:09d}.safetensors")
-        save_checkpoint(file, tensors, state)
+        file = self.file(step, final, stable)
+        save_checkpoint(file, tensors, state, parts)
         for old in self.files()[:-KEEP]:
             remove(old)
+        remove_unused_parts(self.checkpoints)
         return file
+
+    def join_parts(self) -> None:
+        """Write the checkpoints whose tensors are in parts as one file each, which takes main memory for all of them.
+
+        Raises:
+            ValueError: if a checkpoint is damaged or cannot be written; those before it were.
+        """
+        for header in read_headers(self.checkpoints)[0]:
+            if parts_of(header.path, header.metadata):
+                checkpoint = load_checkpoint(header.path)
+                del checkpoint.state[PARTS]
+                save_checkpoint(header.path, checkpoint.tensors, checkpoint.state)
+        remove_unused_parts(self.checkpoints)
 
     def cut_metrics(self, step: int) -> int:
         """Delete the metrics of steps after ``step``; see :func:`dmjd.runs.metrics.cut_metrics`."""
@@ -268,6 +314,20 @@ class RunFolder:
         self._unwritten.append(json.dumps(values))
         append_lines(self.metrics, self._unwritten)
         self._unwritten = []
+
+
+def newest_checkpoint(folder: RunFolder, console: Console, schema: Any) -> Checkpoint | None:
+    """The newest readable checkpoint of a folder, with a warning for each newer one that is damaged.
+
+    Args:
+        folder: the folder.
+        console: for the warnings.
+        schema: type of the state; see :meth:`RunFolder.newest`.
+    """
+    checkpoint, problems = folder.newest(schema)
+    for problem in problems:
+        console.warn(f"{problem}; resuming from an older one")
+    return checkpoint
 
 
 def check_continues(run: Path, config: PretrainConfig) -> None:

@@ -10,9 +10,10 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dmjd.encoders.headers import COOLING_KEY
+from dmjd.encoders.parts import Part
 from dmjd.engine.console import LIVE_SECONDS, Console
 from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.loggers import Logger
@@ -28,13 +29,7 @@ from dmjd.engine.processes import (
 )
 from dmjd.engine.stop_signal import StopNow, StopSignal
 from dmjd.runs.callback import Callback
-from dmjd.runs.checkpoint import (
-    FINAL,
-    Checkpoint,
-    RunFolder,
-    load_optimizer_tensors,
-    one_line,
-)
+from dmjd.runs.checkpoint import FINAL, Checkpoint, RunFolder, one_line
 from dmjd.runs.little_memory import run_within_memory
 from dmjd.runs.weights import Weights
 
@@ -62,6 +57,7 @@ class Driver:
         branch: prepares a finished encoder of the newest checkpoint, in a folder of its own; returns what trains it,
             which returns whether it did, or was stopped by a signal. Called in all processes.
         asked: what asks for a branch; several processes look at it when they share.
+        in_parts: whether each process writes its part of a checkpoint, if the model is sharded.
 
     Attributes:
         metrics: the scalars of the last logged step.
@@ -79,10 +75,11 @@ class Driver:
     name: str = ""
     branch: Callable[[], Callable[[], bool]] | None = None
     asked: CooldownSignal = field(default_factory=CooldownSignal)
+    in_parts: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._weights = Weights(self.model, self.engine.optimizer, self.engine.whole)
+        self._weights = Weights(self.model, self.engine.optimizer, self.engine.whole, self.in_parts)
         self._loggers: Sequence[Logger] = ()
         self._restored_final = False
         self._complete: int | None = self.engine.state.step  # last step with its callback; None: in it
@@ -105,9 +102,7 @@ class Driver:
             try:
                 self.callback.restore(checkpoint)
                 self.engine.load_state_dict(checkpoint.state)
-                if optimizer := checkpoint.part("optimizer"):
-                    self.model.load_state_dict(checkpoint.part("model"))
-                    load_optimizer_tensors(self.engine.optimizer, optimizer)
+                self._weights.load(checkpoint)
             except (RuntimeError, TypeError, KeyError) as error:
                 raise ValueError(f"{checkpoint.path} does not fit this training: {one_line(error)}") from None
             self._weights.gather(with_optimizer=False)
@@ -150,8 +145,10 @@ class Driver:
             hooks.insert(0, self._gather_if_due)
             with StopSignal(patience, self._heard) as stop, closing(batches):
                 hooks += [self._share, lambda report: self._evaluate(report, stop)]
+                if self.folder.owner or self._weights.in_parts:
+                    hooks.append(self._save)
                 if self.folder.owner:
-                    hooks += [self._save, *self.hooks]
+                    hooks += self.hooks
                 hooks += [lambda report: self._branch(report, stop), lambda report: self._weights.release()]
                 finished = self._train(batches, hooks, stop)
         finally:
@@ -198,6 +195,7 @@ class Driver:
         self._weights.gather()
         if self.folder.owner:
             self._complete_step()
+        if self.folder.owner or self._weights.in_parts:
             self.save(final=finished)
         return finished
 
@@ -256,18 +254,26 @@ class Driver:
         return True
 
     def save(self, final: bool = False) -> None:
-        """Write a checkpoint, unless a step was not finite: the last good one stays."""
+        """Write a checkpoint, unless a step was not finite: the last good one stays.
+
+        One in parts is written by all processes, others by the first one.
+        """
         self.engine.check_finite()
+        step, stable = self.engine.state.step, self._has_cooldown_begun(self.engine.progress) and not self._cooling
+        file = self.folder.file(step, final, stable)
+        self._weights.save(file, lambda tensors, parts: self._write(tensors, parts, final, stable))
+        self._saved = step
+
+    def _write(self, tensors: dict[str, Tensor], parts: list[Part], final: bool, stable: bool) -> None:
+        """Write the file of a checkpoint, in the first process."""
         state = self.engine.state_dict() | self.callback.state()
         if self._unevaluated is not None:  # a stop or error came before the end of the step's evaluation
             state |= self._unevaluated | {UNEVALUATED: True}
         if self._cooling:
             state[COOLING_KEY] = True
-        stable = self._has_cooldown_begun(self.engine.progress) and not self._cooling
-        tensors = self.callback.tensors(self._weights.tensors(), final)
-        self.folder.save(self.engine.state.step, tensors, state, final, stable)
+        tensors = self.callback.tensors(tensors, final)
+        self.folder.save(self.engine.state.step, tensors, state, final, stable, parts)
         self.callback.after_save(final)
-        self._saved = self.engine.state.step
 
     def _heard(self, number: int) -> None:
         """Say that a signal was received, while the step goes on."""
@@ -333,7 +339,7 @@ class Driver:
         try:
             self._check_branch(report)
             self._weights.gather()
-            from_first(self.save)
+            self.save() if self._weights.in_parts else from_first(self.save)
             train = self.branch()
         except Exception as error:
             self.console.warn(f"no branch, the run goes on: {error}")
@@ -380,17 +386,3 @@ class Driver:
             self._warned_of_metrics = True
         for logger in self._loggers:
             logger.log(values, step)
-
-
-def newest_checkpoint(folder: RunFolder, console: Console, schema: Any) -> Checkpoint | None:
-    """The newest readable checkpoint of a folder, with a warning for each newer one that is damaged.
-
-    Args:
-        folder: the folder.
-        console: for the warnings.
-        schema: type of the state; see :meth:`RunFolder.newest`.
-    """
-    checkpoint, problems = folder.newest(schema)
-    for problem in problems:
-        console.warn(f"{problem}; resuming from an older one")
-    return checkpoint

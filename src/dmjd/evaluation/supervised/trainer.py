@@ -26,8 +26,16 @@ from dmjd.files import remove, write_text
 from dmjd.nn.modes import evaluating
 from dmjd.regular import check_regular
 from dmjd.runs.callback import Callback
-from dmjd.runs.checkpoint import KEEP, Checkpoint, RunFolder, load_checkpoint, named_tensors, save_checkpoint
-from dmjd.runs.driver import Driver, newest_checkpoint
+from dmjd.runs.checkpoint import (
+    KEEP,
+    Checkpoint,
+    RunFolder,
+    load_checkpoint,
+    named_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from dmjd.runs.driver import Driver
 
 BEST = "best.safetensors"  # of version 0.1; now the name holds the step, see best_file
 
