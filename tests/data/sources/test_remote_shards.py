@@ -3,6 +3,7 @@
 import io
 import itertools
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 from flaky_server import flaky_server
-from image_sets import first_values
+from image_sets import first_values, smooth_images
 from PIL import Image
-from support import TINY, assert_same_bits, mistake
+from support import TINY, TINY_FIELDS, assert_same_bits, mistake
 
+import dmjd
 from dmjd.cli.main import main
+from dmjd.config import recipes
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources import transfer
 from dmjd.data.sources.base import RemoteOptions
@@ -34,13 +37,13 @@ pytest.importorskip("aiohttp")
 NUM_SHARDS, IMAGES = 8, 4  # shards, and images of each
 
 
-def shard(number: int) -> bytes:
+def shard(number: int, seed: int = 0) -> bytes:
     """A tar of four images, whose first values count on."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for i in range(IMAGES):
             value = number * IMAGES + i
-            noise = np.random.default_rng(value).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            noise = np.random.default_rng(value + 1000 * seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
             noise[0, 0] = value
             image = io.BytesIO()
             Image.fromarray(noise).save(image, "png")
@@ -123,7 +126,7 @@ def pretrain_command(url: str, out: Path, cache: Path, *more: object) -> list[st
     return [str(a) for a in ("pretrain", "--data", url, *TINY, *settings)]
 
 
-def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(server, url, tmp_path, capsys):
+def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(server, url, tmp_path):
     sizes = ("--cache-gb", in_gb(4.5), "--steps", 9, "--checkpoint-every", 2)
     with watched(tmp_path / "straight_cache") as most:
         assert main(pretrain_command(url, tmp_path / "straight", tmp_path / "straight_cache", *sizes)) == 0
@@ -144,9 +147,6 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(serve
         assert main(pretrain_command(url, run, cache, *sizes, "--cache-gb", in_gb(6.5))) == 0
     assert most[0] <= 6.5 * SIZE
     assert_same_bits(tmp_path / "straight", run)
-    capsys.readouterr()
-    words = mistake(capsys, *pretrain_command(url, run, cache, "--steps", 10, "--checkpoint-every", 2))
-    assert "by windows of 2 shards (--shard-window, or as the run began)" in words
     assert PretrainConfig.from_json((run / "config.json").read_text()).shard_window == 2
 
 
@@ -170,16 +170,52 @@ def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
     assert main(pretrain_command(url, out, cache, "--cache-gb", needed, "--steps", 2)) == 0
 
 
-def test_windows_of_shards_on_this_machine_are_refused_with_the_cure(server, tmp_path, capsys):
-    path = tmp_path / "set" / "0.tar"
-    path.parent.mkdir()
-    path.write_bytes(SHARDS["/set/0.tar"])
-    for data, cure in (
-        (path, "give the address of the shards, or leave --shard-window out"),
-        (f"{server.url}/set/0.tar", "--cache-gb: give the size of the cache"),
-    ):
-        command = pretrain_command(str(data), tmp_path / "run", tmp_path / "cache", "--shard-window", 2, "--steps", 1)
-        assert cure in mistake(capsys, *command)
+def test_windows_are_for_shards_only(tmp_path, capsys):
+    smooth_images(tmp_path / "set", 4)
+    command = pretrain_command(str(tmp_path / "set"), tmp_path / "run", tmp_path / "cache", "--shard-window", 2)
+    assert "which needs shards; " in mistake(capsys, *command, "--steps", 1)
+
+
+@pytest.mark.parametrize("cache_gb", [in_gb(4.5), None])
+def test_a_run_goes_on_from_a_mirror_from_copies_on_the_disk_and_back(server, url, tmp_path, cache_gb):
+    """The window of two shards stays, which the first cache asked for; an unreadable image counts once."""
+    server.files["/set/3.tar"] = SHARDS["/set/3.tar"].replace(b"\x89PNG", b"\x89GNP", 1)
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for path in SHARDS:
+        (copies / path[5:]).write_bytes(server.files[path])
+    server.files |= {f"/other/place/{path[5:]}": content for path, content in server.files.items()}
+    mirror = url.replace("127.0.0.1", "localhost").replace("/set/", "/other/place/")
+    settings = {"steps": 15, "batch_size": 4, "held_out": 3, "num_workers": 0, "cache_dir": tmp_path / "cache"}
+
+    def train(data: object, out: str, stop_after: int | None = None) -> None:
+        def stop(report) -> None:
+            if report.state.step == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        size = cache_gb if "://" in str(data) else None
+        config = recipes.folder(str(data), str(tmp_path / out), **TINY_FIELDS, **settings, cache_gb=size)
+        dmjd.pretrain(config, hooks=[stop])
+
+    train(url, "straight")
+    for stop_after, data in ((3, url), (6, mirror), (9, copies), (12, copies / "*.tar"), (None, mirror)):
+        train(data, "run", stop_after)
+    assert_same_bits(tmp_path / "straight", tmp_path / "run")
+    name = f"{mirror.partition('{')[0]}3.tar/012.png"
+    assert [line.partition("\t")[0] for line in (tmp_path / "run" / "unreadable.txt").read_text().splitlines()] == [
+        name
+    ]
+
+
+def test_other_shards_of_the_same_names_are_refused(server, url, tmp_path, capsys):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    assert main(pretrain_command(url, out, cache, "--cache-gb", in_gb(4.5), "--steps", 1)) == 0
+    server.files |= {f"/other/{number}.tar": shard(number, seed=1) for number in range(NUM_SHARDS)}
+    capsys.readouterr()
+    words = mistake(
+        capsys, *pretrain_command(url.replace("/set/", "/other/"), out, cache, "--cache-gb", in_gb(4.5), "--steps", 2)
+    )
+    assert "differ from those this run began with" in words
 
 
 def test_a_set_that_fits_has_the_order_of_a_set_on_the_disk(server, url, tmp_path):
@@ -341,7 +377,7 @@ def test_a_server_that_goes_away_ends_training_with_one_line(server, url, tmp_pa
 
 def test_several_sets_do_not_share_a_cache_that_is_too_small(server, tmp_path):
     urls = [f"{server.url}/set/{{0..3}}.tar", f"{server.url}/set/{{4..7}}.tar"]
-    with pytest.raises(ValueError, match=r"a cache that does not hold all shards of .*0\.\.3.* works for a single set"):
+    with pytest.raises(ValueError, match=r"a cache that does not hold all of .*0\.\.3.* work for a single set"):
         open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
     source = open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True))
     assert len(source) == NUM_SHARDS * IMAGES

@@ -96,7 +96,7 @@ class Source(ABC):
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
         full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
         parts: the sources of a mixture, with their weights; empty for other sets.
-        windows: for shards that are fetched while they are read in training, their windows; None for other sets.
+        windows: for shards, in training, the windows in which images are shuffled; None: all together.
         split: the part of the data that the images are: "train", "val" or "test". Where there is no test part, the
             validation part serves as one.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from dmjd.config.fields import LABELS, SPLITS
 from dmjd.config.invalid import BLENDED, check_alpha, nodata_text
 from dmjd.config.sources import Data, check_sources, data_text, given_sources, overlapping
+from dmjd.data.sources.addresses import ends_with, is_url, local_path
 from dmjd.data.sources.base import FETCHED_FIRST, RemoteOptions, Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
@@ -21,7 +22,7 @@ from dmjd.data.sources.list_formats import ENDINGS
 from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.mixture import MixtureSource, listing_of
 from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
-from dmjd.data.sources.remote import LISTS_ARE_LOCAL, ends_with, is_url, local_path
+from dmjd.data.sources.remote import LISTS_ARE_LOCAL
 from dmjd.data.sources.shard_files import is_shards
 from dmjd.data.sources.shards import ShardSource
 from dmjd.data.sources.tables import ParquetSource
@@ -156,8 +157,8 @@ def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
     for each, _ in opened:
         if each.windows is not None:
             raise ValueError(
-                f"a cache that does not hold all shards of {printable(each.name)} works for a single set: give a "
-                "larger --cache-gb, or one set"
+                f"windows of shards (--shard-window, or a cache that does not hold all of {printable(each.name)}) work "
+                "for a single set: leave --shard-window out, give a larger --cache-gb, or one set"
             )
         each.full_names = True
     mixture = MixtureSource(*zip(*opened, strict=True))

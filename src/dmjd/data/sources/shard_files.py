@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dmjd.data.sources.addresses import ends_with, is_url
 from dmjd.data.sources.paths import (
     COMPRESSED,
     EXTENSIONS,
@@ -21,7 +22,7 @@ from dmjd.data.sources.paths import (
     permission_checked,
     split_folder,
 )
-from dmjd.data.sources.remote import ends_with, fetch, is_url
+from dmjd.data.sources.remote import fetch
 from dmjd.data.sources.shard_index import Extent, Shard
 from dmjd.images.stored import MAX_BYTES
 
@@ -33,10 +34,16 @@ _MAGIC = "*?["  # characters of patterns
 
 
 class FoundShards(NamedTuple):
-    """Shards, sorted; the folder that their names are relative to; and the split that they are."""
+    """Shards.
 
-    folder: Path
-    files: list[Path]
+    Attributes:
+        folder: the folder or address that their names are relative to.
+        files: name, with "/" -> file, sorted.
+        split: what they are.
+    """
+
+    folder: str
+    files: dict[str, Path]
     split: str
 
 
@@ -54,38 +61,36 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS, cache_
         ValueError: if permission to read a folder is missing.
     """
     if is_url(data):
-        files = fetch(data, cache_dir) if _is_remote(data, split, endings) else []
-        return FoundShards(common_folder(files), files, split)
+        return FoundShards(*fetch(data, cache_dir) if _is_remote(data, split, endings) else ("", {}), split)
     path = existing_path(data)
     if path is not None and path.is_file():
         files = [path] if path.name.lower().endswith(endings) and split == "train" else []
-        return FoundShards(path.parent, files, split)
+        return _found(path.parent, files, split)
     if path is not None:
         whole = split_folder(path, "train") == ("train", path)  # else it has folders train/ and test/
         found = ("train", path) if whole else split_folder(path, split)
         if found is None:
-            return FoundShards(path, [], split)
+            return _found(path, [], split)
         taken, folder = found
         with permission_checked(folder):
             files = _shards_in(folder, endings) or _shards_in(folder / "data", endings)  # as in hub repositories
         folder = files[0].parent if files else folder
         if whole:
             taken, files = files_of_split(files, split)
-        return FoundShards(folder, files, taken)
+        return _found(folder, files, taken)
     if "\0" in data or not any(character in data for character in _MAGIC):
-        return FoundShards(Path(), [], split)
+        return _found(Path(), [], split)
     pattern = expanded(data)
     matching = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if name.lower().endswith(endings))
     folder = pattern.parent
     while any(character in str(folder) for character in _MAGIC):
         folder = folder.parent
     taken, files = files_of_split(matching, split)
-    return FoundShards(folder, files, taken)
+    return _found(folder, files, taken)
 
 
-def common_folder(files: Sequence[Path]) -> Path:
-    """The deepest folder that holds all files."""
-    return Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+def _found(folder: Path, files: Sequence[Path], split: str) -> FoundShards:
+    return FoundShards(str(folder), {file.relative_to(folder).as_posix(): file for file in files}, split)
 
 
 def _is_remote(url: str, split: str, endings: tuple[str, ...]) -> bool:
@@ -104,10 +109,10 @@ def is_shards(data: str, split: str) -> bool:
     """Whether there are shards of this split. A folder that holds images too is a folder of images."""
     if is_url(data):
         return _is_remote(data, split, SHARDS + COMPRESSED)
-    folder, files, _ = find_shards(data, split, SHARDS + COMPRESSED)
-    path = existing_path(data) if files else None
+    found = find_shards(data, split, SHARDS + COMPRESSED)
+    path, folder = existing_path(data) if found.files else None, Path(found.folder)
     if path is None or path.is_file():
-        return bool(files)
+        return bool(found.files)
     return not _holds_images(folder.parent if folder.name == "data" and folder != path else folder)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from dmjd.data.sources.addresses import without_secrets
 from dmjd.data.sources.base import short_hash
 from dmjd.files import atomic, make_folder
 from dmjd.text import file_name, printable
@@ -200,15 +201,11 @@ def retried(address: str, action: Callable[[], T], attempts: int | None = None) 
             cause = _cause(error)
             if attempt == attempts or _is_final(cause):
                 tries = f", {attempt} attempts" if attempt > 1 else ""
-                name = _without_password(address)
-                raise ValueError(f"{printable(name)} can't be fetched ({_reason(cause)}{tries})") from None
+                name = printable(without_secrets(address))
+                raise ValueError(f"{name} can't be fetched ({_reason(cause)}{tries})") from None
         time.sleep(wait)
         wait = min(2 * wait, _LONGEST_WAIT)
     raise AssertionError("the loop returns or raises")
-
-
-def _without_password(address: str) -> str:
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:...@", address)
 
 
 def _cause(error: BaseException) -> BaseException:
