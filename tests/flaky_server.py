@@ -18,6 +18,7 @@ class FlakyServer(ThreadingHTTPServer):
         requests: how often each file's whole content was requested. ranges: the same of a part of it.
         tags: path -> ETag. digests: path -> MD5 in base64.
         knows_ranges: whether parts are given; else the whole file is.
+        delay: seconds before each reply.
     """
 
     daemon_threads = True
@@ -31,6 +32,7 @@ class FlakyServer(ThreadingHTTPServer):
         self.tags: dict[str, str] = {}
         self.digests: dict[str, str] = {}
         self.knows_ranges = True
+        self.delay = 0.0
 
     @property
     def url(self) -> str:
@@ -50,6 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200 if self.path in self.server.files else 404)
 
     def do_GET(self) -> None:
+        time.sleep(self.server.delay)
         part = self.headers["Range"] if self.server.knows_ranges else None
         (self.server.requests if part is None else self.server.ranges)[self.path] += 1
         faults = self.server.faults.get(self.path, [])

@@ -10,6 +10,7 @@ from dmjd.config.sources import Data, given_sources
 from dmjd.data.cache import try_read
 from dmjd.data.sources.addresses import is_url, without_secrets
 from dmjd.data.sources.base import Changes, Source
+from dmjd.data.sources.list_formats import ENDINGS
 from dmjd.data.sources.mixture import MixtureSource
 from dmjd.data.sources.paths import SHARDS, one_line
 from dmjd.data.unreadable import MISSING, Report, UnreadableImages
@@ -111,8 +112,8 @@ def moved_reports(reports: Iterable[Report], former: Data, data: Data) -> list[R
 
 
 def _start(data: str) -> str:
-    """What the names of the images in a folder, in shards of a pattern or at an address begin with."""
-    if "*" in data or data.lower().endswith(SHARDS):
+    """What the names of the images in a folder, in shards of a pattern, or below that of a list begin with."""
+    if "*" in data or data.lower().endswith((*SHARDS, *ENDINGS)):
         data = re.split(r"[*?\[{]", data, maxsplit=1)[0].rpartition("/")[0]
     return one_line(without_secrets(data) if is_url(data) else data).rstrip("/") + "/"
 

@@ -323,6 +323,7 @@ class CroppedImages:
         indices, keys = (torch.from_numpy(x) for x in drawn)
         samples = list(zip(indices.tolist(), keys.tolist(), strict=True))
         unreadable: list[Report] = []
+        self.source.prepare(indices.tolist())
         opened = [self._open(index, key, unreadable) for index, key in samples]
         boxes, flipped = self.augment.draw(keys, torch.tensor([image.size for image in opened]))
         boxes = self._preferring_valid(boxes, keys, opened)

@@ -9,8 +9,6 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from flaky_server import flaky_server
 from image_sets import first_values, write_table
@@ -143,19 +141,13 @@ def test_copies_serve_while_the_server_is_gone(server):
         assert first_values(open_source(url)) == first
 
 
-def test_a_table_is_fetched_and_a_list_is_refused(server, tmp_path):
+def test_a_table_is_fetched(server, tmp_path):
     write_table(tmp_path / "a.parquet", [3, 4])
     server.files["/set/a.parquet"] = (tmp_path / "a.parquet").read_bytes()
-    assert first_values(open_source(f"{server.url}/set/a.parquet")) == [3, 4]
-    for name in ("list.csv", "list.txt"):
-        with pytest.raises(
-            ValueError, match=rf"{name} is the address of no images: a list names files of this machine"
-        ):
-            open_source(f"{server.url}/set/{name}")
-    pq.write_table(pa.table({"path": ["a.png"]}), tmp_path / "list.parquet")
-    server.files["/set/list.parquet"] = (tmp_path / "list.parquet").read_bytes()
-    with pytest.raises(ValueError, match=r"list\.parquet .* lists paths: a list names files of this machine"):
-        open_source(f"{server.url}/set/list.parquet")
+    source = open_source(f"{server.url}/set/a.parquet")
+    assert first_values(source) == [3, 4]
+    assert source.describe(0) == "row 0 of a.parquet"
+    assert source.fingerprint() == open_source(tmp_path / "a.parquet").fingerprint()
     with pytest.raises(ValueError, match=r"images/ is the address of no images: give that of \.tar"):
         open_source(f"{server.url}/images/")
 

@@ -29,6 +29,11 @@ def ends_with(url: str, endings: tuple[str, ...]) -> bool:
     return urllib.parse.urlsplit(url).path.lower().endswith(endings)
 
 
+def is_quoted(address: str) -> bool:
+    """Whether an address writes odd characters as %20."""
+    return address.partition("://")[0].lower() in _QUOTED
+
+
 def local_path(data: str) -> str:
     """``data``, or the path of a ``file://`` address, which is not remote."""
     if not data.lower().startswith("file://"):
@@ -60,7 +65,7 @@ def without_secrets(address: str) -> str:
     if "@" in host:
         user, _, host = host.rpartition("@")
         host = f"{user.partition(':')[0]}:...@{host}" if ":" in user else f"{user}@{host}"
-    if protocol.lower() in _QUOTED:
+    if is_quoted(address):
         path = re.split("[?#]", path, maxsplit=1)[0]
     return f"{protocol}{mark}{host}{slash}{path}"
 
@@ -89,8 +94,7 @@ def names_of(addresses: Sequence[str]) -> tuple[str, list[str]]:
 
 def _parts(address: str) -> tuple[str, ...]:
     """Host, folders and name of an address, as they are called on a disk."""
-    protocol, _, rest = address.partition("://")
-    host, _, path = rest.partition("/")
-    if protocol.lower() in _QUOTED:
+    host, _, path = address.partition("://")[2].partition("/")
+    if is_quoted(address):
         path = urllib.parse.unquote(re.split("[?#]", path, maxsplit=1)[0])
     return host, *path.split("/")

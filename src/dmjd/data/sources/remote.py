@@ -20,11 +20,6 @@ _AT_ONCE = 4  # files
 
 _ASKED_AT_ONCE = 16  # sizes
 
-LISTS_ARE_LOCAL = (
-    "a list names files of this machine: copy it with its images to this machine, or pack the images as .tar or .zip "
-    "(a column split or labels can stand in a .parquet with the images)"
-)
-
 _SPARE = 1 << 28  # bytes that are left free on the disk of the cache
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ import numpy as np
 from dmjd.data.sources.addresses import ends_with, is_url
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.paths import existing_path, expanded, path_inside, split_tables, warn_of_loose_images
-from dmjd.data.sources.remote import LISTS_ARE_LOCAL, fetch
+from dmjd.data.sources.remote import fetch
 from dmjd.data.sources.table_columns import is_encoded_image, is_list_table
 from dmjd.data.sources.table_labels import column_labels
 from dmjd.images.stored import UnreadableImage
@@ -154,8 +154,6 @@ def _found(data: str, options: SourceOptions) -> tuple[Path, str, list[tuple[str
     """
     if is_url(data):
         copies = fetch(data, options.remote.cache_dir).files
-        if listed := next((name for name, file in copies.items() if is_list_table(file)), None):
-            raise ValueError(f"{printable(data)} ({printable(listed)}) lists paths: {LISTS_ARE_LOCAL}")
         return next(iter(copies.values())), "train", [(name.split("/")[-1], file) for name, file in copies.items()]
     root = expanded(data)
     taken, files = split_tables(root, options.split)

@@ -23,6 +23,8 @@ _SILENCE = 60.0  # seconds without a byte after which a server is given up
 
 _FINAL = (401, 403, 404, 410)  # replies of a server that another attempt does not change
 
+_NOT_GIVEN = (403, 404, 410)  # of these: for this file. S3 replies 403 where there is none, and its list is not public
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the same of the disk of the cache
 
 # What servers tell about the content of a file, the most reliable first; several machines may serve one file.
@@ -37,6 +39,10 @@ T = TypeVar("T")
 
 class _ChangedError(Exception):
     """A file is not the one that the server described before."""
+
+
+class MissingRemoteFile(ValueError):  # noqa: N818, the name is clear without "Error"
+    """A file that its server does not have, or does not give."""
 
 
 class RemoteFile(NamedTuple):
@@ -187,11 +193,32 @@ def read_range(file: RemoteFile, offset: int, length: int) -> bytes:
         raise ConnectionError(str(error)) from None  # the machine's, not the image's
 
 
+def read_whole(address: str) -> bytes:
+    """The content of a file. Its size is checked by HTTP itself.
+
+    Raises:
+        MissingRemoteFile: if the server does not have it.
+        ConnectionError: if it does not arrive in several attempts.
+    """
+
+    def action() -> bytes:
+        system, path = opened(address)
+        return bytes(system.cat_file(path))
+
+    try:
+        return retried(address, action)
+    except MissingRemoteFile:
+        raise
+    except ValueError as error:
+        raise ConnectionError(str(error)) from None
+
+
 def retried(address: str, action: Callable[[], T], attempts: int | None = None) -> T:
     """The result of an action, which is tried several times, with longer and longer waits.
 
     Raises:
-        ValueError: if the last attempt fails, or another one would not help.
+        MissingRemoteFile: if it is about a file that the server does not have.
+        ValueError: if the last attempt fails otherwise, or another one would not help.
     """
     wait, attempts = _FIRST_WAIT, attempts or _ATTEMPTS
     for attempt in range(1, attempts + 1):
@@ -202,7 +229,9 @@ def retried(address: str, action: Callable[[], T], attempts: int | None = None) 
             if attempt == attempts or _is_final(cause):
                 tries = f", {attempt} attempts" if attempt > 1 else ""
                 name = printable(without_secrets(address))
-                raise ValueError(f"{name} can't be fetched ({_reason(cause)}{tries})") from None
+                missing = _is_missing(cause) or _status(cause) in _NOT_GIVEN
+                kind = MissingRemoteFile if missing else ValueError
+                raise kind(f"{name} can't be fetched ({_reason(cause)}{tries})") from None
         time.sleep(wait)
         wait = min(2 * wait, _LONGEST_WAIT)
     raise AssertionError("the loop returns or raises")
