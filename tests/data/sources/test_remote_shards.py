@@ -1,30 +1,24 @@
 """Remote shards in a cache that does not hold all of them."""
 
-import io
 import itertools
 import multiprocessing
-import os
 import re
 import shutil
 import signal
-import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from eight_shards import IMAGES, NUM_SHARDS, SHARDS, SIZE, in_gb, shard
 from flaky_server import flaky_server
 from image_sets import first_values, smooth_images
-from PIL import Image
-from support import TINY, TINY_FIELDS, assert_same_bits, mistake
+from support import TINY, assert_same_bits, mistake
 
-import dmjd
 from dmjd.cli.main import main
-from dmjd.config import recipes
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.sources import transfer
 from dmjd.data.sources.base import RemoteOptions
@@ -33,29 +27,6 @@ from dmjd.data.sources.registry import open_source
 from dmjd.data.train_loader import TrainLoader
 
 pytest.importorskip("aiohttp")
-
-NUM_SHARDS, IMAGES = 8, 4  # shards, and images of each
-
-
-def shard(number: int, seed: int = 0) -> bytes:
-    """A tar of four images, whose first values count on."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for i in range(IMAGES):
-            value = number * IMAGES + i
-            noise = np.random.default_rng(value + 1000 * seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            noise[0, 0] = value
-            image = io.BytesIO()
-            Image.fromarray(noise).save(image, "png")
-            for name, content in ((f"{value:03}.png", image.getvalue()), (f"{value:03}.cls", b"%d" % (value % 2))):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-SHARDS = {f"/set/{number}.tar": shard(number) for number in range(NUM_SHARDS)}
-SIZE = max(map(len, SHARDS.values()))
 
 
 @pytest.fixture
@@ -70,11 +41,6 @@ def server(monkeypatch):
 @pytest.fixture
 def url(server) -> str:
     return f"{server.url}/set/{{0..{NUM_SHARDS - 1}}}.tar"
-
-
-def in_gb(shards: float) -> float:
-    """The size of so many shards."""
-    return shards * SIZE / 1e9
 
 
 def bytes_below(folder: Path) -> int:
@@ -174,48 +140,6 @@ def test_windows_are_for_shards_only(tmp_path, capsys):
     smooth_images(tmp_path / "set", 4)
     command = pretrain_command(str(tmp_path / "set"), tmp_path / "run", tmp_path / "cache", "--shard-window", 2)
     assert "which needs shards; " in mistake(capsys, *command, "--steps", 1)
-
-
-@pytest.mark.parametrize("cache_gb", [in_gb(4.5), None])
-def test_a_run_goes_on_from_a_mirror_from_copies_on_the_disk_and_back(server, url, tmp_path, cache_gb):
-    """The window of two shards stays, which the first cache asked for; an unreadable image counts once."""
-    server.files["/set/3.tar"] = SHARDS["/set/3.tar"].replace(b"\x89PNG", b"\x89GNP", 1)
-    copies = tmp_path / "copies"
-    copies.mkdir()
-    for path in SHARDS:
-        (copies / path[5:]).write_bytes(server.files[path])
-    server.files |= {f"/other/place/{path[5:]}": content for path, content in server.files.items()}
-    mirror = url.replace("127.0.0.1", "localhost").replace("/set/", "/other/place/")
-    settings = {"steps": 15, "batch_size": 4, "held_out": 3, "num_workers": 0, "cache_dir": tmp_path / "cache"}
-
-    def train(data: object, out: str, stop_after: int | None = None) -> None:
-        def stop(report) -> None:
-            if report.state.step == stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        size = cache_gb if "://" in str(data) else None
-        config = recipes.folder(str(data), str(tmp_path / out), **TINY_FIELDS, **settings, cache_gb=size)
-        dmjd.pretrain(config, hooks=[stop])
-
-    train(url, "straight")
-    for stop_after, data in ((3, url), (6, mirror), (9, copies), (12, copies / "*.tar"), (None, mirror)):
-        train(data, "run", stop_after)
-    assert_same_bits(tmp_path / "straight", tmp_path / "run")
-    name = f"{mirror.partition('{')[0]}3.tar/012.png"
-    assert [line.partition("\t")[0] for line in (tmp_path / "run" / "unreadable.txt").read_text().splitlines()] == [
-        name
-    ]
-
-
-def test_other_shards_of_the_same_names_are_refused(server, url, tmp_path, capsys):
-    out, cache = tmp_path / "run", tmp_path / "cache"
-    assert main(pretrain_command(url, out, cache, "--cache-gb", in_gb(4.5), "--steps", 1)) == 0
-    server.files |= {f"/other/{number}.tar": shard(number, seed=1) for number in range(NUM_SHARDS)}
-    capsys.readouterr()
-    words = mistake(
-        capsys, *pretrain_command(url.replace("/set/", "/other/"), out, cache, "--cache-gb", in_gb(4.5), "--steps", 2)
-    )
-    assert "differ from those this run began with" in words
 
 
 def test_a_set_that_fits_has_the_order_of_a_set_on_the_disk(server, url, tmp_path):

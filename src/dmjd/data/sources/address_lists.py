@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dmjd.data.sources.addresses import is_quoted, is_url, without_secrets
+from dmjd.data.sources.addresses import is_http, is_url, without_secrets
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
 from dmjd.data.sources.folder import Strings, labels_of_folders, read_listing, sampled_for_fingerprint
 from dmjd.data.sources.image_cache import AT_ONCE, ImageCache
@@ -169,7 +169,7 @@ class AddressListSource(Source):
     def _shown(self, index: int) -> str:
         """The path of an image below the common address, as it would be called on a disk."""
         path = self._paths[index]
-        return urllib.parse.unquote(path) if "%" in path and is_quoted(self._address(index)) else path
+        return urllib.parse.unquote(path) if "%" in path and is_http(self._address(index)) else path
 
 
 def absolute_addresses(rows: ListFile, base: str | None) -> pa.LargeBinaryArray:
@@ -190,7 +190,7 @@ def absolute_addresses(rows: ListFile, base: str | None) -> pa.LargeBinaryArray:
             "make two lists, and give both (--data A B)"
         )
     unusual = pc.match_substring_regex(written, _UNUSUAL)
-    if is_quoted(base):
+    if is_http(base):
         unusual = pc.or_(unusual, pc.invert(pc.match_substring_regex(written, _PLAIN.decode())))
     joined = pc.binary_join_element_wise(
         pa.scalar(os.fsencode(base), pa.large_binary()), written, pa.scalar(b"/", pa.large_binary())
@@ -205,7 +205,7 @@ def absolute_addresses(rows: ListFile, base: str | None) -> pa.LargeBinaryArray:
 def _address_below(base: str, path: bytes) -> str:
     """The address of a path that is relative to the folder of a list, or begins at its server with "/"."""
     text = os.fsdecode(path)
-    if is_quoted(base):
+    if is_http(base):
         text = urllib.parse.quote(path, safe="/:@!$&'()*+,;=~")
     return _joined(base, text)
 

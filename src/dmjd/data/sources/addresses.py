@@ -14,8 +14,6 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
-_QUOTED = ("http", "https")  # protocols whose addresses write odd characters as %20
-
 _MOST_FILES = 1_000_000  # of an address
 
 
@@ -29,9 +27,9 @@ def ends_with(url: str, endings: tuple[str, ...]) -> bool:
     return urllib.parse.urlsplit(url).path.lower().endswith(endings)
 
 
-def is_quoted(address: str) -> bool:
-    """Whether an address writes odd characters as %20."""
-    return address.partition("://")[0].lower() in _QUOTED
+def is_http(address: str) -> bool:
+    """Whether an address is of HTTP, where odd characters are written as %20."""
+    return address.partition("://")[0].lower() in ("http", "https")
 
 
 def local_path(data: str) -> str:
@@ -65,7 +63,7 @@ def without_secrets(address: str) -> str:
     if "@" in host:
         user, _, host = host.rpartition("@")
         host = f"{user.partition(':')[0]}:...@{host}" if ":" in user else f"{user}@{host}"
-    if is_quoted(address):
+    if is_http(address):
         path = re.split("[?#]", path, maxsplit=1)[0]
     return f"{protocol}{mark}{host}{slash}{path}"
 
@@ -95,6 +93,6 @@ def names_of(addresses: Sequence[str]) -> tuple[str, list[str]]:
 def _parts(address: str) -> tuple[str, ...]:
     """Host, folders and name of an address, as they are called on a disk."""
     host, _, path = address.partition("://")[2].partition("/")
-    if is_quoted(address):
+    if is_http(address):
         path = urllib.parse.unquote(re.split("[?#]", path, maxsplit=1)[0])
     return host, *path.split("/")

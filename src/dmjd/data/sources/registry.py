@@ -65,12 +65,11 @@ def open_source(
 
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
-            them; a list of images (.txt with a path or address a line; .csv, .tsv, .jsonl or .parquet with such a column); a
-            .tar or .zip file, a folder of them, or a pattern such as "a/*.tar"; or the name of a Hugging Face dataset.
-            .tar, .zip, .parquet and lists may lie behind an address such as "https://host/a.tar".
-            Names win over folders: write "./digits" for a folder, or give a Path. A folder with train/ and val/ or
-            test/ (capital letters do not matter), train.parquet and test.parquet (or shards of such names), or a list
-            with a column "split", gives the splits. Several of these are one set, a
+            them; a list of images (.txt with a path a line; .csv, .tsv, .jsonl or .parquet with a column of paths); a
+            .tar or .zip file, a folder of them, or a pattern such as "a/*.tar"; the address of such files; or the name
+            of a Hugging Face dataset. Names win over folders: write "./digits" for a folder, or give a Path. A folder
+            with train/ and val/ or test/ (capital letters do not matter), train.parquet and test.parquet (or shards of
+            such names), or a list with a column "split", gives the splits. Several of these are one set, a
             :class:`~dmjd.data.sources.mixture.MixtureSource`: ["A", "B:0.3"], of which a run draws 30 % of the samples
             from B.
         split: "train", "val" or "test". Without a test part, the validation part is the test part too.
@@ -98,15 +97,7 @@ def open_source(
     if not isinstance(data, str | Path):
         return _open_several(data, options)
     name = _named(data)
-    kind = _find(name, split)
-    if kind is None:
-        raise ValueError(missing_split(name, split))
-    if (
-        kind is ParquetSource
-        and is_url(name)
-        and is_list_table(next(iter(fetch(name, remote.cache_dir).files.values())))
-    ):
-        kind = ListSource
+    kind = _kind_of(name, options)
     _check_kind(kind, name, options)
     source = kind.from_data(name, options)
     source.invalid = invalid_pixels(*invalid)

@@ -1,7 +1,6 @@
 """Remote shards in a cache of bounded size. They are fetched ahead in training; other reads take what they need."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -12,10 +11,8 @@ from dmjd.data.sources.paths import cache_folder
 from dmjd.data.sources.remote import addresses_of, check_space, described, in_order
 from dmjd.data.sources.shard_files import read_member_once, unpacked
 from dmjd.data.sources.shard_index import Extent, Shard
-from dmjd.data.sources.transfer import read_range
+from dmjd.data.sources.transfer import ChangedFile, read_range
 from dmjd.text import printable
-
-_GONE = (errno.ENOENT, errno.ESTALE)  # the copy made room for another one
 
 
 class RemoteShards:
@@ -137,12 +134,12 @@ class RemoteShards:
         Raises:
             ValueError: if the member is damaged.
             ConnectionError: if it cannot be fetched.
+            ChangedFile: if the shard on the server is not the one that was scanned.
         """
         try:
             return read_member_once(path, shard, extent)
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
+        except (FileNotFoundError, ChangedFile):  # the copy made room for another one, or is one of another version
+            pass
         file = self._files[path]
         return unpacked(read_range(file, extent.offset, extent.packed), extent)
 

@@ -1,6 +1,5 @@
 """Find shards, and read single members of them. Few files are open at a time, however many shards there are."""
 
-import errno
 import functools
 import glob
 import os
@@ -24,7 +23,9 @@ from dmjd.data.sources.paths import (
 )
 from dmjd.data.sources.remote import fetch
 from dmjd.data.sources.shard_index import Extent, Shard
+from dmjd.data.sources.transfer import ChangedFile
 from dmjd.images.stored import MAX_BYTES
+from dmjd.text import printable
 
 _MOST_OPEN = 64  # files of a process
 
@@ -137,7 +138,8 @@ def read_member(path: str, shard: Shard, extent: Extent) -> bytes:
     """The content of a member, by one read.
 
     Raises:
-        OSError: if the shard is gone or cannot be read, or has changed since it was scanned.
+        ChangedFile: if the shard has changed since it was scanned.
+        OSError: if it is gone or cannot be read.
         ValueError: if the member is damaged.
     """
     _check_size(extent)
@@ -163,14 +165,15 @@ def unpacked(content: bytes, extent: Extent) -> bytes:
     """
     if len(content) < extent.packed:
         raise ValueError("the shard ends before the image does")
-    if extent.size < 0:
-        return content
-    try:
-        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, extent.size + 1)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    if len(content) != extent.size:
-        raise ValueError("it unpacks to another size than the shard says")
+    if extent.size >= 0:
+        try:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, extent.size + 1)
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+        if len(content) != extent.size:
+            raise ValueError("it unpacks to another size than the shard says")
+    if extent.crc >= 0 and zlib.crc32(content) != extent.crc:
+        raise ValueError("its content does not match the CRC-32 that the shard says")
     return content
 
 
@@ -182,16 +185,26 @@ class _OpenShard:
         # Without O_NONBLOCK, opening a FIFO would wait for ever.
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         self._lock = threading.Lock()
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != (size, mtime):
-            raise OSError(errno.ESTALE, "the shard has changed since it was indexed: start again")
+        self._path, self._stamp = path, (size, mtime)
+        self._check()
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
+    def _check(self) -> None:
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != self._stamp:
+            text = f"{printable(self._path)} has changed while it was read; the same command takes it as it is now"
+            raise ChangedFile(text)
+
     def read(self, length: int, offset: int) -> bytes:
         """Bytes at an offset; fewer at the end of the file."""
+        content = self._read_all(length, offset)
+        self._check()  # after reading: it may have been written over meanwhile
+        return content
+
+    def _read_all(self, length: int, offset: int) -> bytes:
         content = self._read(min(length, _MOST_AT_ONCE), offset)
         while len(content) < length and (
             more := self._read(min(length - len(content), _MOST_AT_ONCE), offset + len(content))

@@ -16,6 +16,7 @@ from dmjd.data.sources.shard_cache import index_shards
 from dmjd.data.sources.shard_files import FoundShards, find_shards, is_shards, read_member
 from dmjd.data.sources.shard_index import Extent, ShardIndex, aligned, read_if_there
 from dmjd.data.sources.shard_labels import folder_labels, member_labels
+from dmjd.data.sources.transfer import ChangedFile
 from dmjd.data.unreadable import MISSING
 from dmjd.data.windows import ShardWindows
 from dmjd.images.decoding import reason
@@ -104,7 +105,8 @@ class ShardSource(Source):
         """The encoded image.
 
         Raises:
-            UnreadableImage: if it or its shard is gone, damaged, or has changed.
+            UnreadableImage: if it is damaged, or it or its shard is gone.
+            ChangedFile: if the shard has changed since it was indexed.
         """
         shard, row = self._index.locate(index)
         extent = self._index.extent(shard, row)
@@ -113,7 +115,9 @@ class ShardSource(Source):
         try:
             return self._member(shard, extent)
         except (OSError, ValueError) as error:
-            if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in OF_THE_MACHINE):
+            if isinstance(error, ConnectionError | ChangedFile):
+                raise
+            if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                 raise
             raise UnreadableImage(self.describe(index), reason(error)) from None
 
