@@ -176,7 +176,7 @@ def copy(file: RemoteFile, target: Path) -> None:
         ValueError: if it does not arrive whole in several attempts, or another one would not help: if the file on the
             server is another one by now.
     """
-    retried(file.address, lambda: _copy(file, target))
+    retried(file.address, lambda: _copy(file, target), needed=file.size)
 
 
 def _copy(file: RemoteFile, target: Path) -> None:
@@ -271,8 +271,13 @@ def read_whole(address: str) -> bytes:
         raise ConnectionError(str(error)) from None
 
 
-def retried(address: str, action: Callable[[], T], attempts: int | None = None) -> T:
+def retried(address: str, action: Callable[[], T], attempts: int | None = None, needed: int | None = None) -> T:
     """The result of an action, which is tried several times, with longer and longer waits.
+
+    Args:
+        address: of the file, for messages. action: what is tried.
+        attempts: how often; None: six times.
+        needed: bytes that it writes to the disk of the cache.
 
     Raises:
         MissingRemoteFile: if it is about a file that the server does not have.
@@ -290,7 +295,8 @@ def retried(address: str, action: Callable[[], T], attempts: int | None = None) 
                 missing = _is_missing(cause) or _status(cause) in _NOT_GIVEN
                 changed = isinstance(cause, _ChangedError)
                 kind = MissingRemoteFile if missing else _ReplacedError if changed else ValueError
-                raise kind(f"{name} can't be fetched ({_reason(cause)}{tries})") from None
+                cure = _disk_cure(needed) if _is_of_disk(cause) else ""
+                raise kind(f"{name} can't be fetched ({_reason(cause)}{tries}){cure}") from None
         time.sleep(wait)
         wait = min(2 * wait, _LONGEST_WAIT)
     raise AssertionError("the loop returns or raises")
@@ -304,9 +310,17 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _is_final(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in _DISK
     final = isinstance(error, PermissionError | ImportError | _ChangedError) or _status(error) in _FINAL
-    return full or final or _is_missing(error)
+    return final or _is_of_disk(error) or _is_missing(error)
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK
+
+
+def _disk_cure(needed: int | None) -> str:
+    size = "space" if needed is None else f"{needed / 1e9:.2g} GB for it"
+    return f": free {size}, or give --cache-dir a folder on a larger disk, or --cache-gb a smaller size"
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -322,7 +336,7 @@ def _status(error: BaseException) -> int | None:
 def _reason(error: BaseException) -> str:
     if _is_missing(error):
         return "no such file"
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and _is_of_disk(error):
         return f"the disk of the cache: {(error.strerror or str(error)).lower()}"
     status = _status(error)
     text = f"the server replied {status}" if status else str(error) or type(error).__name__
