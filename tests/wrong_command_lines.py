@@ -49,7 +49,7 @@ UNKNOWN = {  # flags that name something
     "device": ["gpu", "cuda:0", "cpu,cuda"],
     "precision": ["fp64", "16"],
     "labels": ["folders", "x"],
-    "split": ["val", "x"],
+    "split": ["vall", "x"],
     "mim_loss": ["l3"],
     "optimizer": ["sgd"],
 }

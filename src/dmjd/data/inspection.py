@@ -95,6 +95,7 @@ class Inspection:
         with ThreadPoolExecutor(available_cores()) as pool:
             numbers = iter(self.indices.tolist())
             while block := list(islice(numbers, _BLOCK)):
+                self.source.prepare(block)
                 for index, found in zip(block, pool.map(lambda i: facts_of(self.source, i), block), strict=True):
                     if isinstance(found, ImageFacts):
                         self.facts[index] = found

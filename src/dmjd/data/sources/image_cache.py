@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from dmjd.text import printable
 AT_ONCE = 16  # requests of a process: they wait for the network, not for each other
 
 _HEADER = struct.Struct("<QI")  # of a copy: bytes of the image, and their CRC-32
+
+_WRITING = 600  # seconds that an image may take to be written
 
 _KEPT = 0.8  # of the bound, after copies made room: room is made for many images at once
 
@@ -111,9 +114,12 @@ class ImageCache:
         """Delete the oldest copies until the others take so many bytes at most; returns what they take."""
         copies = sorted(self._copies())
         total = sum(size for _, size, _ in copies)
-        for _, size, path in copies:
+        fresh = time.time_ns() - _WRITING * 10**9
+        for changed, size, path in copies:
             if total <= most:
                 break
+            if path.endswith(".tmp") and changed > fresh:  # another process is writing it
+                continue
             with contextlib.suppress(OSError):
                 os.remove(path)
             total -= size
