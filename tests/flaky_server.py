@@ -16,8 +16,9 @@ class FlakyServer(ThreadingHTTPServer):
         faults: path -> what the next requests of the file's content meet: "503" or another status, "drop", "truncate",
             "damage", "slow".
         requests: how often each file's whole content was requested. ranges: the same of a part of it.
-        tags: path -> ETag. digests: path -> MD5 in base64.
+        tags: path -> ETag. times: path -> Last-Modified. digests: path -> MD5 in base64.
         knows_ranges: whether parts are given; else the whole file is.
+        delay: seconds before each reply.
     """
 
     daemon_threads = True
@@ -29,8 +30,10 @@ class FlakyServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.ranges: Counter[str] = Counter()
         self.tags: dict[str, str] = {}
+        self.times: dict[str, str] = {}
         self.digests: dict[str, str] = {}
         self.knows_ranges = True
+        self.delay = 0.0
 
     @property
     def url(self) -> str:
@@ -50,6 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200 if self.path in self.server.files else 404)
 
     def do_GET(self) -> None:
+        time.sleep(self.server.delay)
         part = self.headers["Range"] if self.server.knows_ranges else None
         (self.server.requests if part is None else self.server.ranges)[self.path] += 1
         faults = self.server.faults.get(self.path, [])
@@ -79,7 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.server.files.get(self.path, b"") if part is None else part
         self.send_response(status)
         self.send_header("Content-Length", str(len(content) if status < 300 else 0))
-        for name, values in (("ETag", self.server.tags), ("Content-MD5", self.server.digests)):
+        if part is not None:
+            self.send_header("Content-Range", f"bytes */{len(self.server.files[self.path])}")
+        server = self.server
+        for name, values in (("ETag", server.tags), ("Last-Modified", server.times), ("Content-MD5", server.digests)):
             if self.path in values:
                 self.send_header(name, values[self.path])
         self.end_headers()

@@ -49,7 +49,7 @@ UNKNOWN = {  # flags that name something
     "device": ["gpu", "cuda:0", "cpu,cuda"],
     "precision": ["fp64", "16"],
     "labels": ["folders", "x"],
-    "split": ["val", "x"],
+    "split": ["vall", "x"],
     "mim_loss": ["l3"],
     "optimizer": ["sgd"],
 }
@@ -91,11 +91,10 @@ def lines_of_flag(action: argparse.Action, start: list[str], complete: list[str]
     lines += [WrongLine((*start, *others, f"{flag}x"), (f"{flag}x",))]
     if action.dest not in flag:  # a setting's name in Python is no flag
         lines += [WrongLine((*start, *others, f"--{action.dest}"), (f"--{action.dest}",))]
+    if not switch and action.nargs != "?":  # which may stand alone
+        lines += [WrongLine((*start, *others, flag), (flag,))]
     if not switch:
-        lines += [
-            WrongLine((*start, *others, flag), (flag,)),
-            WrongLine((*start, flag, *others, "--flop"), (flag, "--flop")),
-        ]
+        lines += [WrongLine((*start, flag, *others, "--flop"), (flag, "--flop"))]
     return lines
 
 

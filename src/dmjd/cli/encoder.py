@@ -6,7 +6,15 @@ from typing import Any
 
 from dmjd.cli.parser import Parser, add_field, add_run_argument
 from dmjd.config.evaluation import LabeledConfig
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, LIST_SETTINGS, NEAR_DUPLICATE, SPLITS
+from dmjd.config.fields import (
+    CACHE_SETTINGS,
+    DEVICES,
+    FEATURE_PRECISIONS,
+    LABELS,
+    LIST_SETTINGS,
+    NEAR_DUPLICATE,
+    SPLITS,
+)
 from dmjd.figures.kinds import KINDS, check_kind
 from dmjd.text import printable
 
@@ -187,7 +195,9 @@ def _add_data(parser: Parser) -> None:
     parser.add_argument(
         "--split", default="train", choices=SPLITS, help="part of data that has several: train, val or test (train)"
     )
-    for field in (field for field in dataclasses.fields(LabeledConfig) if field.name in LIST_SETTINGS):
+    for field in (
+        field for field in dataclasses.fields(LabeledConfig) if field.name in (*LIST_SETTINGS, *CACHE_SETTINGS)
+    ):
         add_field(parser, field, LabeledConfig())
 
 

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR, MAX_SEED, MAX_WORKERS, check_text
-from dmjd.config.fields import DEVICES, FEATURE_PRECISIONS, LABELS, LIST_SETTINGS, SPLITS, Config, option
+from dmjd.config.fields import (
+    CACHE_SETTINGS,
+    DEVICES,
+    FEATURE_PRECISIONS,
+    LABELS,
+    LIST_SETTINGS,
+    SPLITS,
+    Config,
+    option,
+)
+from dmjd.config.remote import cache_dir_option, cache_gb_option
 from dmjd.suggest import did_you_mean
 from dmjd.text import printable
 
@@ -59,6 +69,8 @@ class LabeledConfig(EvaluationConfig):
     max_unreadable: float | None = option(
         None, "how many files of a list may be missing, or a share below 1; default none", COMMON, ge=0, most=MAX_COUNT
     )
+    cache_dir: str | None = cache_dir_option(COMMON)
+    cache_gb: float | None = cache_gb_option(COMMON)
     labels_per_class: int | None = option(None, "use this many labels of each class", COMMON, ge=1, most=MAX_COUNT)
     label_fraction: float | None = option(None, "use this fraction of the labels of each class", COMMON, gt=0, le=1)
     seeds: int | None = option(
@@ -79,10 +91,11 @@ class LabeledConfig(EvaluationConfig):
         Raises:
             ValueError: if a setting is invalid, or one of ``lists`` is unknown.
         """
-        if unknown := [name for name in lists if name not in LIST_SETTINGS]:
-            raise ValueError(f"there is no setting {printable(unknown[0])}{did_you_mean(unknown[0], LIST_SETTINGS)}")
+        names = (*LIST_SETTINGS, *CACHE_SETTINGS)
+        if unknown := [name for name in lists if name not in names]:
+            raise ValueError(f"there is no setting {printable(unknown[0])}{did_you_mean(unknown[0], names)}")
         config = cls(data=None if data is None else check_text("data", data), labels=labels, **lists)
-        given = {name: getattr(config, name) for name in ("data", "labels", *LIST_SETTINGS)}
+        given = {name: getattr(config, name) for name in ("data", "labels", *names)}
         if config.label_column is not None and labels is None:
             given["labels"] = "column"
         return {name: value for name, value in given.items() if value is not None} | {

@@ -18,6 +18,7 @@ from dmjd.text import printable
 SPLITS = ("train", "val", "test")
 # Settings of a list of images, which do not hold for other data than they were given for.
 LIST_SETTINGS = ("root", "path_column", "label_column", "max_unreadable")
+CACHE_SETTINGS = ("cache_dir", "cache_gb")  # of the cache of remote files
 LABELS = ("none", "folder", "column")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

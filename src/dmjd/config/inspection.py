@@ -6,6 +6,7 @@ from typing import ClassVar
 from dmjd.config.checks import MAX_CHANNELS, MAX_COUNT, MAX_SIDE, MAX_WORKERS
 from dmjd.config.fields import LABELS, Config, option
 from dmjd.config.invalid import ALPHA_HELP, ALPHAS, BLENDED, NODATA_HELP, nodata_text
+from dmjd.config.remote import cache_dir_option, cache_gb_option
 
 DATA, READING = "data", "how a run would read it"
 
@@ -24,6 +25,8 @@ class InspectConfig(Config):
     max_unreadable: float | None = option(
         None, "how many files of a list may be missing, or a share below 1; default none", DATA, ge=0, most=MAX_COUNT
     )
+    cache_dir: str | None = cache_dir_option(DATA)
+    cache_gb: float | None = cache_gb_option(DATA)
     sample: int = option(2000, "images to read, evenly spaced; 0: all", DATA, ge=0, most=MAX_COUNT)
     img_size: tuple[int, ...] = option(
         (224,), "side of the crops in pixels, or height and width", READING, ge=1, most=MAX_SIDE, length=(1, 2)

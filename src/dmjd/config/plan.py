@@ -6,6 +6,7 @@ from typing import ClassVar
 from dmjd.config.checks import MAX_BATCH_SIZE, MAX_CHANNELS, MAX_COUNT, MAX_MINUTES, MAX_SIDE, MAX_WORKERS
 from dmjd.config.fields import DEVICES, Config, option
 from dmjd.config.invalid import ALPHA_HELP, ALPHAS, BLENDED, NODATA_HELP, nodata_text
+from dmjd.config.remote import cache_dir_option, cache_gb_option
 
 DATA, DECIDED, MACHINE = "data and time", "what is already decided; the plan chooses the rest", "machine"
 
@@ -22,6 +23,8 @@ class PlanConfig(Config):
     max_unreadable: float | None = option(
         None, "how many files of a list may be missing, or a share below 1; default none", DATA, ge=0, most=MAX_COUNT
     )
+    cache_dir: str | None = cache_dir_option(DATA)
+    cache_gb: float | None = cache_gb_option(DATA)
     hours: float | None = option(None, "how long the run may take", DATA, gt=0, most=MAX_MINUTES / 60)
     out: str = option("runs/mine", "run folder in the command of the plan", DATA)
     teacher: str | None = option(None, "a trained model to learn from: the recipe distill", DECIDED)

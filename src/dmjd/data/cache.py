@@ -70,7 +70,9 @@ def _kind_of(source: Source, max_pixels: int | None) -> tuple[tuple[int, ...], n
     """
     if source.invalid is not None:
         return None
-    probes = [try_read(source, int(i)) for i in evenly_spaced(len(source), _PROBES)]
+    probed = evenly_spaced(len(source), _PROBES).tolist()
+    source.prepare(probed)
+    probes = [try_read(source, i) for i in probed]
     kinds = {(p.shape, p.dtype) for p in probes if isinstance(p, np.ndarray)}
     if len(kinds) != 1:
         return None
@@ -99,6 +101,7 @@ def load_to_memory(source: Source, max_pixels: int | None = None) -> ImagesInMem
     with ThreadPoolExecutor(available_cores()) as pool:
         indices = iter(range(n))
         while block := list(islice(indices, 1024)):  # in blocks, to stop soon at an image of another size
+            source.prepare(block)
             for i, image in zip(block, pool.map(lambda i: try_read(source, i), block), strict=True):
                 if not isinstance(image, np.ndarray):
                     unreadable[i] = image

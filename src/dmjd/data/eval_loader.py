@@ -98,6 +98,7 @@ class _FittedImages:
     def __call__(self, indices: np.ndarray) -> tuple[list[Tensor], Tensor, list[Report]]:
         """Readable images in each size, the encoder's first; their indices, and reports of the others."""
         fits = [self.preprocess, *(dataclasses.replace(self.preprocess, img_size=size) for size in self.sizes)]
+        self.source.prepare(indices.tolist())
         read = [(int(i), try_read(self.source, int(i))) for i in indices]
         readable = [(i, [one.fit(image) for one in fits]) for i, image in read if isinstance(image, np.ndarray)]
         unreadable = [report for _, report in read if not isinstance(report, np.ndarray)]

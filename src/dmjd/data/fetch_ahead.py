@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-from dmjd.data.windows import ShardWindows, WindowedPermutations
+from dmjd.data.windows import ShardStore, WindowedPermutations
 from dmjd.data.workers import TIMEOUT, LoaderError, wait_limit
 
 _POLL = 1.0  # seconds between looks at the progress of a transfer
@@ -16,7 +16,7 @@ class FetchAhead:
 
     Args:
         order: the order of the images.
-        windows: the shards.
+        store: fetches the shards.
         start_step: the first step.
         batch_size: samples of a step, over all processes. They are at most a step apart, so that what one still needs
             never takes the room of what it waits for.
@@ -25,8 +25,8 @@ class FetchAhead:
     is trained on; then, and for images that replace unreadable ones, they fetch the images one by one.
     """
 
-    def __init__(self, order: WindowedPermutations, windows: ShardWindows, start_step: int, batch_size: int) -> None:
-        self._order, self._store, self._batch_size = order, windows.store, batch_size
+    def __init__(self, order: WindowedPermutations, store: ShardStore, start_step: int, batch_size: int) -> None:
+        self._order, self._store, self._batch_size = order, store, batch_size
         self._changed = threading.Condition()
         self._current = order.window(start_step * batch_size)  # what was received lies here
         self._ready = self._current - 1  # the last window whose shards are here

@@ -116,7 +116,9 @@ class Inspection:
         with ThreadPoolExecutor(available_cores()) as pool:
             rows = iter(enumerate(self.indices.tolist()))
             while block := list(islice(rows, _BLOCK)):
-                found = pool.map(lambda index: facts_of(self.source, index), [index for _, index in block])
+                indices = [index for _, index in block]
+                self.source.prepare(indices)
+                found = pool.map(lambda index: facts_of(self.source, index), indices)
                 for (row, _), facts in zip(block, found, strict=True):
                     self.keep(row, facts)
                 yield len(block)

@@ -120,6 +120,8 @@ class _LabeledCrops:
         unreadable: list[Report] = []
         images, labels = [], []
         assert self.source.labels is not None
+        if self.images is None:
+            self.source.prepare(indices.tolist())
         for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
             (image, shown), reports = read_or_replace(self._read, index, key, self.stream.length)
             unreadable += reports

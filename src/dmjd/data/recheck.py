@@ -1,5 +1,6 @@
 """What may change between the runs that resume each other: images are repaired, removed, or moved to another path."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -7,9 +8,11 @@ import numpy as np
 
 from dmjd.config.sources import Data, given_sources
 from dmjd.data.cache import try_read
+from dmjd.data.sources.addresses import is_url, without_secrets
 from dmjd.data.sources.base import Changes, Source
+from dmjd.data.sources.list_formats import ENDINGS
 from dmjd.data.sources.mixture import MixtureSource
-from dmjd.data.sources.paths import one_line
+from dmjd.data.sources.paths import SHARDS, one_line
 from dmjd.data.unreadable import MISSING, Report, UnreadableImages
 
 
@@ -98,7 +101,7 @@ def check_moved(source: Source, began: Began, reports: Iterable[Report], former:
 
 def moved_reports(reports: Iterable[Report], former: Data, data: Data) -> list[Report]:
     """The reports of unreadable images of a set that was at another path, with the names they have now."""
-    paths = [[one_line(one.data).rstrip("/") + "/" for one in given_sources(each)] for each in (former, data)]
+    paths = [[_start(one.data) for one in given_sources(each)] for each in (former, data)]
     pairs = list(zip(*paths, strict=False))
 
     def moved(name: str) -> str:
@@ -106,6 +109,13 @@ def moved_reports(reports: Iterable[Report], former: Data, data: Data) -> list[R
         return now + name.removeprefix(before)
 
     return [(moved(name), reason) for name, reason in reports]
+
+
+def _start(data: str) -> str:
+    """What the names of the images in a folder, in shards of a pattern, or below that of a list begin with."""
+    if "*" in data or data.lower().endswith((*SHARDS, *ENDINGS)):
+        data = re.split(r"[*?\[{]", data, maxsplit=1)[0].rpartition("/")[0]
+    return one_line(without_secrets(data) if is_url(data) else data).rstrip("/") + "/"
 
 
 def _new_changes(

@@ -54,7 +54,7 @@ class Stream:
         world_size: number of processes.
         parts: the sources of a mixture, in the order of their images, each with epochs of its own; none: a single one.
         growth: the images that join the set.
-        windows: of a single source whose shards are fetched while it is read; its images are shuffled window by window.
+        windows: of a single source whose images are shuffled window by window.
 
     Raises:
         ValueError: if the batch cannot be divided evenly.
@@ -114,11 +114,11 @@ class Stream:
             growth.orders[source].reach(int(here[0]), int(here[-1]))
 
     def fetch_ahead(self, start_step: int) -> FetchAhead | None:
-        """What fetches shards while they are read from a step on; None if there are no windows."""
-        order = self._orders[0]
-        if self.windows is None or not isinstance(order, WindowedPermutations):
+        """What fetches shards while they are read from a step on; None if all are on this machine."""
+        order, store = self._orders[0], None if self.windows is None else self.windows.store
+        if store is None or not isinstance(order, WindowedPermutations):
             return None
-        return FetchAhead(order, self.windows, start_step, self.batch_size)
+        return FetchAhead(order, store, start_step, self.batch_size)
 
     @functools.cached_property
     def _interleaving(self) -> Interleaving:
@@ -323,6 +323,7 @@ class CroppedImages:
         indices, keys = (torch.from_numpy(x) for x in drawn)
         samples = list(zip(indices.tolist(), keys.tolist(), strict=True))
         unreadable: list[Report] = []
+        self.source.prepare(indices.tolist())
         opened = [self._open(index, key, unreadable) for index, key in samples]
         boxes, flipped = self.augment.draw(keys, torch.tensor([image.size for image in opened]))
         boxes = self._preferring_valid(boxes, keys, opened)

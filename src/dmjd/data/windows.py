@@ -30,17 +30,17 @@ class ShardStore(Protocol):
 
 
 class ShardWindows(NamedTuple):
-    """The shards of a set that are fetched while it is read.
+    """The shards of a set whose images are shuffled window by window.
 
     Attributes:
         lengths: images of each shard, in the order of the set.
         size: shards whose images are shuffled together.
-        store: fetches the shards.
+        store: fetches the shards while they are read; None: all are on this machine.
     """
 
     lengths: tuple[int, ...]
     size: int
-    store: ShardStore
+    store: ShardStore | None = None
 
     def of_rows(self, rows: np.ndarray) -> "ShardWindows":
         """The windows of a subset of the images, given by their indices in ascending order [m]."""

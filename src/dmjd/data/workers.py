@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dmjd.config.checks import MAX_WORKERS
+from dmjd.data.worker_limits import allowed_workers, warn_of_many, without_advice
 from dmjd.images.stored import UnreadableImage
 from dmjd.system import STOP_SIGNALS
 from dmjd.warning import DMJDWarning
@@ -35,8 +36,6 @@ _POLL = 1  # seconds between checks of the workers while waiting for a batch
 _GRACE = 1.0  # seconds that a worker has to end by itself
 
 _FILES_PER_WORKER = 4 + 3 * _PREFETCH  # open in this process: pipes, and the tensors of its batches
-
-_SPARE_FILES = 32  # for everything else: images, checkpoints, logs
 
 TIMEOUT = "DMJD_TIMEOUT"  # environment variable
 
@@ -104,7 +103,9 @@ def read_batches(
         raise ValueError(f"num_workers must lie between 0 and {MAX_WORKERS}, got {num_workers}")
     requests = iter(requests)
     workers = None
-    if num_workers := _allowed_workers(num_workers):
+    if num_workers > available_cores():
+        warn_of_many(num_workers, available_cores())
+    if num_workers := allowed_workers(num_workers, _FILES_PER_WORKER):
         try:
             workers = _Workers(read, requests, num_workers, pin_memory)
         except OSError as error:  # no memory for another process, too many of them, no semaphores, ...
@@ -120,30 +121,6 @@ def read_batches(
             except StopIteration:
                 return
             yield batch
-
-
-def _allowed_workers(num_workers: int) -> int:
-    """The number of workers that the limit of open files allows; raises the limit where the system permits it."""
-    try:
-        import resource  # Unix only
-
-        used = len(os.listdir("/proc/self/fd"))
-    except (ImportError, OSError):
-        return num_workers
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = used + _SPARE_FILES + num_workers * _FILES_PER_WORKER
-    if soft in (resource.RLIM_INFINITY, -1) or needed <= soft:
-        return num_workers
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if allowed > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    fitting = max(0, (allowed - used - _SPARE_FILES) // _FILES_PER_WORKER)
-    if fitting < num_workers:
-        _warn(
-            f"the limit of {allowed} open files allows {fitting} of {num_workers} data loading processes; raise it "
-            "with ulimit -n"
-        )
-    return min(fitting, num_workers)
 
 
 def _warn(text: str) -> None:
@@ -164,23 +141,11 @@ class _Workers(Generic[Request, Result]):
         self._warned: set[str] = set()
         # Workers watch one end of a pipe: they end when the other one is closed, by this process or by its death.
         watched, self._lifeline = multiprocessing.Pipe(duplex=False)
-        loader: DataLoader[Any] = DataLoader(
-            _Batches(read),  # type: ignore[arg-type]
-            batch_sampler=requests,  # type: ignore[arg-type]
-            num_workers=num_workers,
-            prefetch_factor=_PREFETCH,
-            collate_fn=_unchanged,
-            worker_init_fn=_Start(watched, self._lifeline),
-            pin_memory=pin_memory,
-            timeout=_POLL,
-            # A fork server would die of a signal to the process group, and its children do not inherit our signal mask.
-            multiprocessing_context="spawn" if multiprocessing.get_start_method() == "forkserver" else None,
-            # Without it the loader would draw a seed from the global generator, which dropout and drop path use.
-            generator=torch.Generator().manual_seed(0),
-        )
+        with without_advice():
+            loader = self._loader(read, requests, pin_memory, watched)
         others = set(multiprocessing.active_children())
         try:
-            with _without_child_signal(), _stop_signals_held():
+            with _without_child_signal(), _stop_signals_held(), without_advice():
                 self._running = [iter(loader)]  # the only reference: dropping it ends the workers
         except OSError as error:
             self._lifeline.close()
@@ -191,6 +156,24 @@ class _Workers(Generic[Request, Result]):
         self._processes: list[BaseProcess] = list(set(multiprocessing.active_children()) - others)
         # At exit, multiprocessing would send a SIGTERM, which workers ignore, and wait. This runs earlier.
         atexit.register(self.close)
+
+    def _loader(
+        self, read: Callable[[Request], Result], requests: Iterator[Request], pin_memory: bool, watched: Connection
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            _Batches(read),  # type: ignore[arg-type]
+            batch_sampler=requests,  # type: ignore[arg-type]
+            num_workers=self._num_workers,
+            prefetch_factor=_PREFETCH,
+            collate_fn=_unchanged,
+            worker_init_fn=_Start(watched, self._lifeline),
+            pin_memory=pin_memory,
+            timeout=_POLL,
+            # A fork server would die of a signal to the process group, and its children do not inherit our signal mask.
+            multiprocessing_context="spawn" if multiprocessing.get_start_method() == "forkserver" else None,
+            # Without it the loader would draw a seed from the global generator, which dropout and drop path use.
+            generator=torch.Generator().manual_seed(0),
+        )
 
     def next(self) -> Result:
         """The next batch; StopIteration after the last one."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmjd.config.evaluation import LabeledConfig
-from dmjd.config.fields import LIST_SETTINGS
+from dmjd.config.fields import CACHE_SETTINGS, LIST_SETTINGS
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.sources import data_text
 from dmjd.data.sources.base import Source
@@ -39,8 +39,15 @@ def given_data(config: LabeledConfig) -> dict[str, Any]:
         "path_column": config.path_column,
         "root": config.root,
         "max_unreadable": config.max_unreadable,
+        "cache_dir": config.cache_dir,
+        "cache_gb": config.cache_gb,
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of :func:`given_data` that a result records: where copies of remote files lie does not matter to it."""
+    return {name: value for name, value in given.items() if name not in CACHE_SETTINGS}
 
 
 def open_sets(
@@ -87,7 +94,7 @@ def _reading(config: PretrainConfig, encoder: Encoder, given: Mapping[str, Any])
     """The configuration of the run with the encoder's preprocessing, and with the data settings that are given."""
     preprocess = known_preprocess(encoder)
     own = config if "data" not in given else config.replace(**dict.fromkeys(LIST_SETTINGS))
-    changes = {name: given[name] for name in ("labels", *LIST_SETTINGS) if name in given}
+    changes = {name: given[name] for name in ("labels", *LIST_SETTINGS, *CACHE_SETTINGS) if name in given}
     if "label_column" in given:
         changes.setdefault("labels", "column")
     names = ("in_chans", "value_range", "nodata", "alpha")

@@ -14,7 +14,7 @@ from dmjd.config.inspection import InspectConfig
 from dmjd.config.recipes import folder
 from dmjd.config.sources import Data
 from dmjd.data.inspection import Inspection, class_counts, reading_speed
-from dmjd.data.sources.base import Source
+from dmjd.data.sources.base import RemoteOptions, Source
 from dmjd.data.sources.registry import has_split, open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.data.train_loader import Augment, CroppedImages
@@ -72,10 +72,10 @@ def _parts(asked: InspectConfig) -> dict[str, Source]:
     assert asked.data is not None
     value_range = None if asked.value_range is None else (asked.value_range[0], asked.value_range[1])
     reading = {name: getattr(asked, name) for name in (*LIST_SETTINGS, "labels", "in_chans", "nodata", "alpha")}
-    parts = {}
+    parts, remote = {}, RemoteOptions(asked.cache_dir, asked.cache_gb)
     for split in SPLITS:
         if split == SPLITS[0] or has_split(asked.data, split):
-            part = open_source(asked.data, split=split, value_range=value_range, **reading)
+            part = open_source(asked.data, split=split, value_range=value_range, remote=remote, **reading)
             parts[part.split] = part
     return parts
 

@@ -73,7 +73,8 @@ def embed(
             ``NAME.keep.txt``, or ``NAME.keep.parquet`` for tables. Unreadable images are left out.
         batch_size, num_workers: images per batch; data loading processes (None: by the number of cores).
         precision, device: "fp32" or "bf16" (autocast); "auto", "cpu" or "cuda".
-        lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``.
+        lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``;
+            ``cache_dir`` and ``cache_gb`` of a remote set.
 
     Returns:
         The file. The schema of the parquet file holds settings and unreadable images as JSON, under ``dmjd``.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dmjd.config.fields import CACHE_SETTINGS
 from dmjd.config.plan import PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import get_recipe
@@ -35,7 +36,8 @@ SMALLEST_BATCH = 8
 # settings of a run that a plan keeps if they are given
 GIVEN = ("encoder", "img_size", "device", "in_chans", "value_range", "nodata", "alpha", "num_workers", "batch_size")
 
-LISTED = ("root", "path_column", "max_unreadable")  # settings of a list of images
+# settings of a list of images, or a remote set
+LISTED = ("root", "path_column", "max_unreadable", *CACHE_SETTINGS)
 
 
 @dataclass

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dmjd.config.pretrain import FORMER_BATCH_SIZE, PretrainConfig
 from dmjd.data.sources.base import Source
-from dmjd.data.sources.remote import is_url
 from dmjd.runs.checkpoint import read_config_of
+from dmjd.text import printable
 
 
 def keep_recorded(config: PretrainConfig, out: Path) -> PretrainConfig:
@@ -34,10 +34,8 @@ def record_window(config: PretrainConfig, source: Source) -> PretrainConfig:
     if source.windows is not None:
         return config.replace(shard_window=source.windows.size)
     if config.shard_window:
-        remote = isinstance(config.data, str) and is_url(config.data)
-        cure = "give the size of the cache" if remote else "give the address of the shards, or leave --shard-window out"
         raise ValueError(
             f"images are shuffled by windows of {config.shard_window} shards (--shard-window, or as the run began), "
-            f"which needs remote shards and --cache-gb: {cure}"
+            f"which needs shards; {printable(source.name)} is {source.kind}: leave --shard-window out"
         )
     return config.replace(shard_window=None)

@@ -77,7 +77,8 @@ def report(
         num_images: images in the map of embeddings and among which neighbors are searched; 0: none.
         device: "auto", "cpu" or "cuda".
         seed: seed of the images.
-        lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``.
+        lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``;
+            ``cache_dir`` and ``cache_gb`` of a remote set.
 
     Returns:
         The file.

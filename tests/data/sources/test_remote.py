@@ -4,14 +4,11 @@ import base64
 import hashlib
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from flaky_server import flaky_server
 from image_sets import first_values, write_table
@@ -43,7 +40,7 @@ def test_shards_are_fetched_once(server):
     url = f"{server.url}/set/x-{{09..10}}.zip"
     source = open_source(url)
     assert first_values(source) == [4, 5, 6, 7, 8, 9, 10, 11]
-    assert re.search(r"/set/x-09-\w+\.zip/4\.png$", source.describe(0))
+    assert source.describe(0) == f"{server.url}/set/x-09.zip/4.png"
     assert first_values(open_source(url)) == first_values(source)
     assert set(server.requests.values()) == {1}
     assert absolute(url) == url
@@ -144,19 +141,13 @@ def test_copies_serve_while_the_server_is_gone(server):
         assert first_values(open_source(url)) == first
 
 
-def test_a_table_is_fetched_and_a_list_is_refused(server, tmp_path):
+def test_a_table_is_fetched(server, tmp_path):
     write_table(tmp_path / "a.parquet", [3, 4])
     server.files["/set/a.parquet"] = (tmp_path / "a.parquet").read_bytes()
-    assert first_values(open_source(f"{server.url}/set/a.parquet")) == [3, 4]
-    for name in ("list.csv", "list.txt"):
-        with pytest.raises(
-            ValueError, match=rf"{name} is the address of no images: a list names files of this machine"
-        ):
-            open_source(f"{server.url}/set/{name}")
-    pq.write_table(pa.table({"path": ["a.png"]}), tmp_path / "list.parquet")
-    server.files["/set/list.parquet"] = (tmp_path / "list.parquet").read_bytes()
-    with pytest.raises(ValueError, match=r"list\.parquet .* lists paths: a list names files of this machine"):
-        open_source(f"{server.url}/set/list.parquet")
+    source = open_source(f"{server.url}/set/a.parquet")
+    assert first_values(source) == [3, 4]
+    assert source.describe(0) == "row 0 of a.parquet"
+    assert source.fingerprint() == open_source(tmp_path / "a.parquet").fingerprint()
     with pytest.raises(ValueError, match=r"images/ is the address of no images: give that of \.tar"):
         open_source(f"{server.url}/images/")
 
@@ -173,7 +164,7 @@ def test_a_disk_that_fills_up(server, remote):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
     try:
-        with pytest.raises(ValueError, match=r"0\.tar can't be fetched \(the disk of the cache: file too large\)"):
+        with pytest.raises(ValueError, match=r"\(the disk of the cache: file too large\): free \S+ GB for it, or give"):
             open_source(f"{server.url}/set/0.tar", remote=remote)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

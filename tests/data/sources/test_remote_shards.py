@@ -1,24 +1,21 @@
 """Remote shards in a cache that does not hold all of them."""
 
-import io
 import itertools
 import multiprocessing
 import re
 import shutil
 import signal
-import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from eight_shards import IMAGES, NUM_SHARDS, SHARDS, SIZE, in_gb, shard
 from flaky_server import flaky_server
-from image_sets import first_values
-from PIL import Image
+from image_sets import first_values, smooth_images
 from support import TINY, assert_same_bits, mistake
 
 from dmjd.cli.main import main
@@ -30,29 +27,6 @@ from dmjd.data.sources.registry import open_source
 from dmjd.data.train_loader import TrainLoader
 
 pytest.importorskip("aiohttp")
-
-NUM_SHARDS, IMAGES = 8, 4  # shards, and images of each
-
-
-def shard(number: int) -> bytes:
-    """A tar of four images, whose first values count on."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for i in range(IMAGES):
-            value = number * IMAGES + i
-            noise = np.random.default_rng(value).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            noise[0, 0] = value
-            image = io.BytesIO()
-            Image.fromarray(noise).save(image, "png")
-            for name, content in ((f"{value:03}.png", image.getvalue()), (f"{value:03}.cls", b"%d" % (value % 2))):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-SHARDS = {f"/set/{number}.tar": shard(number) for number in range(NUM_SHARDS)}
-SIZE = max(map(len, SHARDS.values()))
 
 
 @pytest.fixture
@@ -67,11 +41,6 @@ def server(monkeypatch):
 @pytest.fixture
 def url(server) -> str:
     return f"{server.url}/set/{{0..{NUM_SHARDS - 1}}}.tar"
-
-
-def in_gb(shards: float) -> float:
-    """The size of so many shards."""
-    return shards * SIZE / 1e9
 
 
 def bytes_below(folder: Path) -> int:
@@ -123,7 +92,7 @@ def pretrain_command(url: str, out: Path, cache: Path, *more: object) -> list[st
     return [str(a) for a in ("pretrain", "--data", url, *TINY, *settings)]
 
 
-def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(server, url, tmp_path, capsys):
+def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(server, url, tmp_path):
     sizes = ("--cache-gb", in_gb(4.5), "--steps", 9, "--checkpoint-every", 2)
     with watched(tmp_path / "straight_cache") as most:
         assert main(pretrain_command(url, tmp_path / "straight", tmp_path / "straight_cache", *sizes)) == 0
@@ -144,9 +113,6 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_the_cache_stays_small(serve
         assert main(pretrain_command(url, run, cache, *sizes, "--cache-gb", in_gb(6.5))) == 0
     assert most[0] <= 6.5 * SIZE
     assert_same_bits(tmp_path / "straight", run)
-    capsys.readouterr()
-    words = mistake(capsys, *pretrain_command(url, run, cache, "--steps", 10, "--checkpoint-every", 2))
-    assert "by windows of 2 shards (--shard-window, or as the run began)" in words
     assert PretrainConfig.from_json((run / "config.json").read_text()).shard_window == 2
 
 
@@ -170,16 +136,10 @@ def test_a_cache_that_is_too_small_is_refused(server, url, tmp_path, capsys):
     assert main(pretrain_command(url, out, cache, "--cache-gb", needed, "--steps", 2)) == 0
 
 
-def test_windows_of_shards_on_this_machine_are_refused_with_the_cure(server, tmp_path, capsys):
-    path = tmp_path / "set" / "0.tar"
-    path.parent.mkdir()
-    path.write_bytes(SHARDS["/set/0.tar"])
-    for data, cure in (
-        (path, "give the address of the shards, or leave --shard-window out"),
-        (f"{server.url}/set/0.tar", "--cache-gb: give the size of the cache"),
-    ):
-        command = pretrain_command(str(data), tmp_path / "run", tmp_path / "cache", "--shard-window", 2, "--steps", 1)
-        assert cure in mistake(capsys, *command)
+def test_windows_are_for_shards_only(tmp_path, capsys):
+    smooth_images(tmp_path / "set", 4)
+    command = pretrain_command(str(tmp_path / "set"), tmp_path / "run", tmp_path / "cache", "--shard-window", 2)
+    assert "which needs shards; " in mistake(capsys, *command, "--steps", 1)
 
 
 def test_a_set_that_fits_has_the_order_of_a_set_on_the_disk(server, url, tmp_path):
@@ -341,7 +301,7 @@ def test_a_server_that_goes_away_ends_training_with_one_line(server, url, tmp_pa
 
 def test_several_sets_do_not_share_a_cache_that_is_too_small(server, tmp_path):
     urls = [f"{server.url}/set/{{0..3}}.tar", f"{server.url}/set/{{4..7}}.tar"]
-    with pytest.raises(ValueError, match=r"a cache that does not hold all shards of .*0\.\.3.* works for a single set"):
+    with pytest.raises(ValueError, match=r"a cache that does not hold all of .*0\.\.3.* work for a single set"):
         open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(2.5), fetch_ahead=True))
     source = open_source(urls, remote=RemoteOptions(str(tmp_path), in_gb(8.5), fetch_ahead=True))
     assert len(source) == NUM_SHARDS * IMAGES

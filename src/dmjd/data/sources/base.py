@@ -96,7 +96,7 @@ class Source(ABC):
         removable: whether a run goes on after images were removed: the list of images is kept with the run.
         full_names: whether names of images hold the folder of a table, to tell the sources of a mixture apart.
         parts: the sources of a mixture, with their weights; empty for other sets.
-        windows: for shards that are fetched while they are read in training, their windows; None for other sets.
+        windows: for shards, in training, the windows in which images are shuffled; None: all together.
         split: the part of the data that the images are: "train", "val" or "test". Where there is no test part, the
             validation part serves as one.
     """
@@ -179,6 +179,9 @@ class Source(ABC):
         """
         return open_image(self.stored(index), self.in_chans, self.value_range, self.describe(index), self.invalid)
 
+    def prepare(self, indices: Iterable[int]) -> None:  # noqa: B027 (most sets have nothing to prepare)
+        """Get ready to read these images soon, such as to fetch several at a time."""
+
     def home(self, index: int) -> int:
         """The image of this set whose source replaces image ``index`` if it cannot be read: itself, if it is of the
         set.
@@ -204,7 +207,9 @@ class Source(ABC):
     def content_sample(self) -> dict[int, str]:
         """Index -> short hash of the first bytes, of at most 64 evenly spaced images; unreadable ones are left out."""
         hashes = {}
-        for index in np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(int).tolist():
+        sampled = np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(int).tolist()
+        self.prepare(sampled)
+        for index in sampled:
             with contextlib.suppress(UnreadableImage, OSError):
                 hashes[index] = hashlib.sha256(_first_bytes(self.stored(index))).hexdigest()[:12]
         return hashes

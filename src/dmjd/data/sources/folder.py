@@ -85,7 +85,7 @@ class FolderSource(Source):
         self._listed_sizes = listed.sizes if listed is not None else None
         self.classes: list[str] = []
         if with_labels:
-            self.labels, self.classes = _folder_labels(root, self._listed())
+            self.labels, self.classes = labels_of_folders(str(root), self._listed())
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
@@ -179,7 +179,7 @@ class FolderSource(Source):
             return same
         if self._listed_sizes is None or self._hash(self._listed_sizes) != fingerprint:
             return None
-        sampled = list(zip(self._sampled(), self._listed_sizes, self._sizes(), strict=True))
+        sampled = list(zip(sampled_for_fingerprint(len(self)), self._listed_sizes, self._sizes(), strict=True))
         return Changes([self.describe(index) for index, before, now in sampled if before != now], len(sampled))
 
     def _identity(self) -> Iterable[str]:
@@ -194,16 +194,18 @@ class FolderSource(Source):
         yield from (self._paths[i] for i in range(len(self)))
         yield from map(str, sizes)
 
-    def _sampled(self) -> list[int]:
-        return [int(i) for i in np.linspace(0, len(self) - 1, min(len(self), _SIZES_IN_FINGERPRINT)).astype(int)]
-
     def _sizes(self) -> Iterable[int]:
         """Bytes of the sampled files; -1 for one that is missing."""
-        for index in self._sampled():
+        for index in sampled_for_fingerprint(len(self)):
             try:
                 yield os.stat(frame_of(self._path(index))[0]).st_size
             except OSError:
                 yield -1
+
+
+def sampled_for_fingerprint(length: int) -> list[int]:
+    """The images of a set whose sizes are in its fingerprint."""
+    return [int(i) for i in np.linspace(0, length - 1, min(length, _SIZES_IN_FINGERPRINT)).astype(int)]
 
 
 class Strings:
@@ -325,12 +327,17 @@ def read_listing(file: Path) -> Listing | None:
     return None
 
 
-def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]:
-    """[n] int64 and the sorted class names."""
+def labels_of_folders(root: str, paths: list[str]) -> tuple[np.ndarray, list[str]]:
+    """The first folders of the paths below a folder or address as labels: [n] int64, and the sorted class names.
+
+    Raises:
+        ValueError: if an image is in no such folder, or all of these are parts of a set.
+    """
     loose = [path for path in paths if "/" not in path]
     if loose:
+        first = printable(os.path.join(root, loose[0]))
         raise ValueError(
-            f"{len(loose)} of {len(paths)} images lie in no class folder, {printable(root / loose[0])} for one: "
+            f"{len(loose)} of {len(paths)} images lie in no class folder, {first} for one: "
             f"with labels 'folder', put each class in a folder below {printable(root)}; without classes, give labels "
             "'none'"
         )
@@ -340,6 +347,6 @@ def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]
         parts = " and ".join(f"{name}/" for name in classes)
         raise ValueError(
             f"{printable(root)} holds only {parts}, which is a part of a set and not a class: "
-            f"give {printable(root / str(classes[0]))} itself"
+            f"give {printable(os.path.join(root, str(classes[0])))} itself"
         )
     return labels.astype(np.int64), [str(name) for name in classes]

@@ -3,7 +3,6 @@
 Rows stay in Arrow's buffers: a list may name a million images.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,6 +19,8 @@ from dmjd.regular import check_regular
 from dmjd.text import printable, shortened
 
 _SPLIT_NAME = "split"
+
+ADDRESS = "^[A-Za-z][A-Za-z0-9+.-]+://"  # how a row begins that is no path
 
 
 class ListFile(ABC):
@@ -119,6 +120,12 @@ class ListFile(ABC):
             f"{', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
         )
 
+    @property
+    def holds_addresses(self) -> bool:
+        """Whether the first row is an address."""
+        return bool(pc.match_substring_regex(self.paths[:1], ADDRESS)[0].as_py())
+
+    @cached_property
     def paths(self) -> pa.Array:
         """The paths of all rows as they are written: [n] large_binary.
 
@@ -133,13 +140,6 @@ class ListFile(ABC):
         if len(without):
             more = f" (the first of {len(without)})" if len(without) > 1 else ""
             raise ValueError(f"{self.where(without[0])} of {printable(self.file)} has no path{more}: remove it")
-        addresses = _true_rows(pc.match_substring_regex(paths, r"^[A-Za-z][A-Za-z0-9+.-]+://"))
-        if len(addresses):
-            shown = shortened(os.fsdecode(paths[addresses[0]].as_py()), 80)
-            raise ValueError(
-                f"{self.where(addresses[0])} of {printable(self.file)} holds an address, {shown}: a list names files "
-                "of this machine"
-            )
         if pc.any(pc.match_substring(paths, "\0")).as_py():
             raise ValueError(f"{printable(self.file)} is no list of images: it holds null characters")
         return paths

@@ -1,6 +1,8 @@
 """A list of images: a file with a path in each row. It is read once; a run keeps the list it began with."""
 
+import functools
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dmjd.config.fields import SPLITS
+from dmjd.data.sources.address_lists import AddressListSource
+from dmjd.data.sources.addresses import ends_with, is_url
 from dmjd.data.sources.base import SourceOptions
 from dmjd.data.sources.dicom_files import check_dicom
 from dmjd.data.sources.folder import FolderSource, Listing, Strings, read_listing, without_frame
@@ -22,6 +27,7 @@ from dmjd.data.sources.list_paths import (
     without_first_frame,
 )
 from dmjd.data.sources.paths import existing_path, expanded
+from dmjd.data.sources.remote import fetch
 from dmjd.data.sources.table_columns import is_list_table
 from dmjd.data.sources.table_labels import optional_labels
 from dmjd.data.unreadable import tolerated
@@ -30,12 +36,15 @@ from dmjd.warning import DMJDWarning
 
 _NAMED = 5  # missing files in a message
 
+_REMOTE = tuple(ending for ending in ENDINGS if ending != ".parquet")  # without network access, a table of images
+
 
 class ListSource(FolderSource):
     """The images of a list, in its order.
 
     Args:
         file: the list; see :func:`~dmjd.data.sources.list_formats.open_list`.
+        rows: its content; None: it is opened. name: what it is called in messages; None: as the file.
         options: how to open it. Paths are relative to ``root``, by default the folder of the list. Labels are a column,
             or the first folder below the folder that holds all images of the split. If ``listing`` exists, it holds the
             images, and the list is read only to find the folder and the labels, if at all, so that a resumed run sees
@@ -49,12 +58,14 @@ class ListSource(FolderSource):
     kind = "a list of images"
     label_option = None
 
-    def __init__(self, file: Path, options: SourceOptions | None = None) -> None:
+    def __init__(
+        self, file: Path, options: SourceOptions | None = None, rows: ListFile | None = None, name: str | None = None
+    ) -> None:
         options = SourceOptions() if options is None else options
-        self.name = str(file)
+        self.name = str(file) if name is None else name
         self.in_chans, self.value_range = options.in_chans, options.value_range
         self._file, self._options = file, options
-        rows = open_list(file, options.path_column)
+        rows = open_list(file, options.path_column) if rows is None else rows
         self._base = os.path.realpath(file.parent if options.root is None else expanded(options.root))
         if options.root is not None and not os.path.isdir(self._base):
             raise ValueError(f"there is no folder {printable(options.root)} (--root), which the paths are relative to")
@@ -75,7 +86,7 @@ class ListSource(FolderSource):
             self.split, folder = options.split, os.path.normpath(os.path.join(self._base, listed.root))
             self._take(Path(folder), listed.paths, by_folder, listed)
             return
-        written = rows.paths()
+        written = rows.paths
         paths = absolute_paths(written, self._base)
         if listed is None and pc.any(pc.ends_with(paths, b".dcm")).as_py():
             check_dicom(self.name)
@@ -109,7 +120,12 @@ class ListSource(FolderSource):
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
-        """Whether ``data`` is a list with rows of this split. Without a column of splits, all rows are for training."""
+        """Whether ``data`` is a list with rows of this split. Without a column of splits, all rows are for training.
+
+        A remote list is fetched to look for other parts than that for training.
+        """
+        if is_url(data):
+            return ends_with(data, _REMOTE) and (split == "train" or split in _remote_parts(data))
         path = existing_path(data)
         if path is None or not path.is_file() or path.suffix.lower() not in ENDINGS:
             return False
@@ -118,14 +134,21 @@ class ListSource(FolderSource):
         return bool(open_list(path).split_rows(split)[0])
 
     @classmethod
-    def from_data(cls, data: str, options: SourceOptions) -> "ListSource":
-        """Open the list ``data``."""
-        return cls(expanded(data), options)
+    def from_data(cls, data: str, options: SourceOptions) -> "ListSource | AddressListSource":  # type: ignore[override]
+        """Open the list ``data``, which is fetched if it is remote; its images too, unless there is a ``root``."""
+        file, base = expanded(data), None
+        if is_url(data):
+            file = _fetched(data, options.remote.cache_dir)
+            base = data.partition("?")[0].rpartition("/")[0] if options.root is None else None
+        rows = open_list(file, options.path_column)
+        if base is not None or rows.holds_addresses:
+            return AddressListSource(data, rows, base, options)
+        return cls(file, options, rows, data)
 
     def present(self) -> tuple[str, list[str]]:
         """See :class:`FolderSource`. The list is read again; rows whose files do not exist yet are left out."""
         rows = open_list(self._file, self._options.path_column)
-        paths = absolute_paths(rows.paths(), self._base)
+        paths = absolute_paths(rows.paths, self._base)
         taken, chosen = rows.split_rows(self.split)
         if taken != self.split:
             raise ValueError(f"no row of {printable(self.name)} belongs to the {self.split} part any more")
@@ -148,6 +171,22 @@ class ListSource(FolderSource):
     def _place(self) -> dict[str, str]:
         """See :class:`FolderSource`."""
         return {"root": os.path.relpath(self.root, self._base)}
+
+
+def _fetched(url: str, cache_dir: str | None) -> Path:
+    """A copy of the only list at an address."""
+    files = [*fetch(url, cache_dir).files.values()]
+    if len(files) > 1:
+        raise ValueError(f"{printable(url)} stands for {len(files)} lists: give each of them (--data A B)")
+    return files[0]
+
+
+@functools.lru_cache(maxsize=16)
+def _remote_parts(url: str) -> tuple[str, ...]:
+    """The splits of a remote list that another one may serve as; it is kept nowhere, since its cache is not known."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = open_list(_fetched(url, folder))
+        return tuple(split for split in SPLITS if rows.split_rows(split)[0])
 
 
 def _check_repeated(rows: ListFile, written: pa.LargeBinaryArray, paths: pa.LargeBinaryArray) -> None:

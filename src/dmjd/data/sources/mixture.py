@@ -1,7 +1,7 @@
 """Several sources as one set, of which each may have a weight: the share of the samples that is drawn from it."""
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -52,6 +52,15 @@ class MixtureSource(Source):
         """The image as its source stores it."""
         source, inside = self._locate(index)
         return source.stored(inside)
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """:meth:`Source.prepare` of the images of each source."""
+        by_source: dict[int, list[int]] = {}
+        for index in indices:
+            number = bisect_right(self.starts, index) - 1
+            by_source.setdefault(number, []).append(index - self.starts[number])
+        for number, inside in by_source.items():
+            self.sources[number].prepare(inside)
 
     def open(self, index: int) -> OpenImage:
         """The image, opened by its source."""

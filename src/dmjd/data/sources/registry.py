@@ -13,6 +13,7 @@ import numpy as np
 from dmjd.config.fields import LABELS, SPLITS
 from dmjd.config.invalid import BLENDED, check_alpha, nodata_text
 from dmjd.config.sources import Data, check_sources, data_text, given_sources, overlapping
+from dmjd.data.sources.addresses import ends_with, is_url, local_path
 from dmjd.data.sources.base import FETCHED_FIRST, RemoteOptions, Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
 from dmjd.data.sources.folder import FolderSource
@@ -21,9 +22,10 @@ from dmjd.data.sources.list_formats import ENDINGS
 from dmjd.data.sources.lists import ListSource
 from dmjd.data.sources.mixture import MixtureSource, listing_of
 from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, SHARDS, existing_path, expanded, permission_checked
-from dmjd.data.sources.remote import LISTS_ARE_LOCAL, ends_with, is_url, local_path
+from dmjd.data.sources.remote import fetch
 from dmjd.data.sources.shard_files import is_shards
 from dmjd.data.sources.shards import ShardSource
+from dmjd.data.sources.table_columns import is_list_table
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
 from dmjd.images.invalid import invalid_pixels
@@ -64,10 +66,10 @@ def open_source(
     Args:
         data: "digits"; a torchvision name such as "cifar10"; a folder of images; a .parquet file or a folder of
             them; a list of images (.txt with a path a line; .csv, .tsv, .jsonl or .parquet with a column of paths); a
-            .tar or .zip file, a folder of them, or a pattern such as "a/*.tar"; or the name of a Hugging Face dataset.
-            Names win over folders: write "./digits" for a folder, or give a Path. A folder with train/ and val/ or
-            test/ (capital letters do not matter), train.parquet and test.parquet (or shards of such names), or a list
-            with a column "split", gives the splits. Several of these are one set, a
+            .tar or .zip file, a folder of them, or a pattern such as "a/*.tar"; the address of such files; or the name
+            of a Hugging Face dataset. Names win over folders: write "./digits" for a folder, or give a Path. A folder
+            with train/ and val/ or test/ (capital letters do not matter), train.parquet and test.parquet (or shards of
+            such names), or a list with a column "split", gives the splits. Several of these are one set, a
             :class:`~dmjd.data.sources.mixture.MixtureSource`: ["A", "B:0.3"], of which a run draws 30 % of the samples
             from B.
         split: "train", "val" or "test". Without a test part, the validation part is the test part too.
@@ -95,9 +97,7 @@ def open_source(
     if not isinstance(data, str | Path):
         return _open_several(data, options)
     name = _named(data)
-    kind = _find(name, split)
-    if kind is None:
-        raise ValueError(missing_split(name, split))
+    kind = _kind_of(name, options)
     _check_kind(kind, name, options)
     source = kind.from_data(name, options)
     source.invalid = invalid_pixels(*invalid)
@@ -121,6 +121,17 @@ def _check_kind(kind: type[Source], name: str, options: SourceOptions) -> None:
             DMJDWarning,
             stacklevel=3,
         )
+
+
+def _kind_of(name: str, options: SourceOptions) -> type[Source]:
+    """The kind of a set. A remote .parquet file is fetched to see whether it holds paths instead of images."""
+    kind = _find(name, options.split)
+    if kind is None:
+        raise ValueError(missing_split(name, options.split))
+    if kind is ParquetSource and is_url(name):
+        files = [*fetch(name, options.remote.cache_dir).files.values()]
+        return ListSource if is_list_table(files[0]) else kind
+    return kind
 
 
 def missing_split(data: str, split: str) -> str:
@@ -156,8 +167,8 @@ def _open_several(data: Sequence[str | Path], options: SourceOptions) -> Source:
     for each, _ in opened:
         if each.windows is not None:
             raise ValueError(
-                f"a cache that does not hold all shards of {printable(each.name)} works for a single set: give a "
-                "larger --cache-gb, or one set"
+                f"windows of shards (--shard-window, or a cache that does not hold all of {printable(each.name)}) work "
+                "for a single set: leave --shard-window out, give a larger --cache-gb, or one set"
             )
         each.full_names = True
     mixture = MixtureSource(*zip(*opened, strict=True))
@@ -192,9 +203,10 @@ def check_may_grow(data: Data) -> None:
     """
     for name in (_named(source.data) for source in given_sources(data)):
         kind = _find(name, "train")
-        if kind is not None and not kind.may_grow:
+        if kind is not None and (is_url(name) or not kind.may_grow):
+            what = "remote" if is_url(name) else kind.kind
             raise ValueError(
-                f"--data-may-grow is for folders and lists of images; {printable(name)} is {kind.kind}: leave it out"
+                f"--data-may-grow is for folders and lists of images; {printable(name)} is {what}: leave it out"
             )
 
 
@@ -263,8 +275,8 @@ def _find(data: str, split: str) -> type[Source] | None:
         return next((kind for kind in SOURCES if data in kind.names and kind.matches(data, split)), None)
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)
     if is_url(data):
-        if not ends_with(data, (*SHARDS, *COMPRESSED, ".parquet")):
-            what = LISTS_ARE_LOCAL if ends_with(data, ENDINGS) else "give that of .tar, .zip or .parquet files"
+        if not ends_with(data, (*SHARDS, *COMPRESSED, *ENDINGS)):
+            what = "give that of .tar, .zip or .parquet files, or of a list (.txt, .csv, .tsv, .jsonl)"
             raise ValueError(f"{printable(data)} is the address of no images: {what}")
         return kind
     if (kind is None or kind.remote) and existing_path(data) is None and not is_shards(data, "train"):

@@ -1,15 +1,14 @@
-"""Remote files (``https://``, ``s3://``, ``hf://``, ...): the addresses of shards and tables, and whole copies."""
+"""Remote files that are copied as a whole: shards and tables."""
 
 import functools
-import re
 import shutil
-import urllib.parse
-import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+from dmjd.data.sources.addresses import names_of, ranges
 from dmjd.data.sources.paths import cache_folder
 from dmjd.data.sources.progress import counted
 from dmjd.data.sources.transfer import RemoteFile, copy, opened, retried, stated
@@ -17,43 +16,29 @@ from dmjd.files import locked, make_folder
 from dmjd.text import printable
 from dmjd.warning import DMJDWarning
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
 _AT_ONCE = 4  # files
 
 _ASKED_AT_ONCE = 16  # sizes
 
-_MOST_FILES = 1_000_000  # of an address
-
-LISTS_ARE_LOCAL = (
-    "a list names files of this machine: copy it with its images to this machine, or pack the images as .tar or .zip "
-    "(a column split or labels can stand in a .parquet with the images)"
-)
-
 _SPARE = 1 << 28  # bytes that are left free on the disk of the cache
 
-
-def is_url(data: str) -> bool:
-    """Whether ``data`` is the address of remote files."""
-    return _URL.match(data) is not None
+T = TypeVar("T")
 
 
-def ends_with(url: str, endings: tuple[str, ...]) -> bool:
-    """Whether the path of an address ends so, in small or capital letters."""
-    return urllib.parse.urlsplit(url).path.lower().endswith(endings)
+class Copies(NamedTuple):
+    """Copies of remote files.
+
+    Attributes:
+        folder: the address of the folder that holds them on the server, as messages show it.
+        files: name below the folder -> copy, in the order of the names.
+    """
+
+    folder: str
+    files: dict[str, Path]
 
 
-def local_path(data: str) -> str:
-    """``data``, or the path of a ``file://`` address, which is not remote."""
-    if not data.lower().startswith("file://"):
-        return data
-    return urllib.request.url2pathname(data[len("file://") :].removeprefix("localhost"))
-
-
-def fetch(url: str, cache_dir: str | None = None) -> list[Path]:
-    """Local copies of remote files, sorted. Files that are in the cache in their remote version are not fetched again.
+def fetch(url: str, cache_dir: str | None = None) -> Copies:
+    """Local copies of remote files. Files that are in the cache in their remote version are not fetched again.
 
     Processes of a machine share the cache, and fetch a file once.
 
@@ -66,7 +51,8 @@ def fetch(url: str, cache_dir: str | None = None) -> list[Path]:
         ValueError: naming the file that cannot be fetched, after several attempts, and why; or if the disk is too full.
     """
     folder = cache_folder("remote", "remote files are kept", cache_dir)
-    files = _described(addresses_of(url), folder)
+    addresses = addresses_of(url)
+    files = _described(addresses, folder)
     targets = [folder / file.local_name for file in files]
     missing = [(file, target) for file, target in zip(files, targets, strict=True) if not file.is_at(target)]
     check_space(folder, sum(file.size or 0 for file, _ in missing))
@@ -77,7 +63,13 @@ def fetch(url: str, cache_dir: str | None = None) -> list[Path]:
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
-    return sorted(targets)
+    root, names = names_of(addresses)
+    return Copies(root, in_order(zip(names, targets, strict=True)))
+
+
+def in_order(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Files by their names, sorted like the paths of local ones."""
+    return dict(sorted(named, key=lambda row: row[0].split("/")))
 
 
 def described(addresses: list[str], attempts: int | None = None) -> list[RemoteFile]:
@@ -110,7 +102,7 @@ def addresses_of(url: str) -> list[str]:
     Raises:
         ValueError: if a package for it is missing, or there are none.
     """
-    written = list(_ranges(url))
+    written = list(ranges(url))
     system, _ = opened(written[0])
     paths = [opened(address)[1] for address in written]
     if "*" in url:
@@ -118,19 +110,6 @@ def addresses_of(url: str) -> list[str]:
     if not paths:
         raise ValueError(f"there is no {printable(url)}")
     return [system.unstrip_protocol(path) for path in paths]
-
-
-def _ranges(url: str) -> Iterator[str]:
-    """``a-{08..10}`` -> ``a-08``, ``a-09``, ``a-10``."""
-    match = _RANGE.search(url)
-    if match is None:
-        yield url
-        return
-    first, last = match.groups()
-    if not 0 <= int(last) - int(first) < _MOST_FILES:
-        raise ValueError(f"{printable(url)}: a range such as {{000..099}} names 1 to {_MOST_FILES:,} files, in order")
-    for number in range(int(first), int(last) + 1):
-        yield from _ranges(f"{url[: match.start()]}{number:0{len(first)}d}{url[match.end() :]}")
 
 
 def _fetch_one(file: RemoteFile, target: Path) -> None:

@@ -1,20 +1,18 @@
 """Remote shards in a cache of bounded size. They are fetched ahead in training; other reads take what they need."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
+from dmjd.data.sources.addresses import names_of
 from dmjd.data.sources.bounded_cache import AT_ONCE, BoundedCache
 from dmjd.data.sources.paths import cache_folder
-from dmjd.data.sources.remote import addresses_of, check_space, described
+from dmjd.data.sources.remote import addresses_of, check_space, described, in_order
 from dmjd.data.sources.shard_files import read_member_once, unpacked
 from dmjd.data.sources.shard_index import Extent, Shard
-from dmjd.data.sources.transfer import read_range
+from dmjd.data.sources.transfer import ChangedFile, read_range
 from dmjd.text import printable
-
-_GONE = (errno.ENOENT, errno.ESTALE)  # the copy made room for another one
 
 
 class RemoteShards:
@@ -26,7 +24,8 @@ class RemoteShards:
         cache_dir: folder of the cache; None: that of the user.
 
     Attributes:
-        paths: where the copies lie, sorted, whether they are here or not.
+        folder: the address of the folder that holds the shards, as messages show it.
+        paths: name below the folder -> where the copy lies, whether it is here or not, in the order of the names.
 
     Raises:
         ValueError: if a shard does not exist, its size is not known, or the cache cannot hold two of them.
@@ -34,12 +33,14 @@ class RemoteShards:
 
     def __init__(self, url: str, cache_gb: float, cache_dir: str | None = None) -> None:
         self._name = printable(url)
-        files = described(addresses_of(url))
+        addresses = addresses_of(url)
+        files = described(addresses)
         if unknown := next((file for file in files if file.size is None), None):
             raise ValueError(f"the server does not tell the size of {printable(unknown.address)}: leave --cache-gb out")
         self._cache = BoundedCache(cache_folder("bounded", "remote shards are kept", cache_dir), round(cache_gb * 1e9))
         self._files = {self._cache.path(file): file for file in files}
-        self.paths = sorted(self._files)
+        self.folder, names = names_of(addresses)
+        self.paths = in_order(zip(names, self._files, strict=True))
         sizes = self._sizes
         self._check_bound(sum(sizes[-2:]), "to fetch a shard while another one is read" if sizes[1:] else "to hold it")
         missing = sum(file.size or 0 for path, file in self._files.items() if not file.is_at(path))
@@ -133,12 +134,12 @@ class RemoteShards:
         Raises:
             ValueError: if the member is damaged.
             ConnectionError: if it cannot be fetched.
+            ChangedFile: if the shard on the server is not the one that was scanned.
         """
         try:
             return read_member_once(path, shard, extent)
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
+        except (FileNotFoundError, ChangedFile):  # the copy made room for another one, or is one of another version
+            pass
         file = self._files[path]
         return unpacked(read_range(file, extent.offset, extent.packed), extent)
 

@@ -1,6 +1,5 @@
 """Find shards, and read single members of them. Few files are open at a time, however many shards there are."""
 
-import errno
 import functools
 import glob
 import os
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dmjd.data.sources.addresses import ends_with, is_url
 from dmjd.data.sources.paths import (
     COMPRESSED,
     EXTENSIONS,
@@ -21,9 +21,11 @@ from dmjd.data.sources.paths import (
     permission_checked,
     split_folder,
 )
-from dmjd.data.sources.remote import ends_with, fetch, is_url
+from dmjd.data.sources.remote import fetch
 from dmjd.data.sources.shard_index import Extent, Shard
+from dmjd.data.sources.transfer import ChangedFile
 from dmjd.images.stored import MAX_BYTES
+from dmjd.text import printable
 
 _MOST_OPEN = 64  # files of a process
 
@@ -33,10 +35,16 @@ _MAGIC = "*?["  # characters of patterns
 
 
 class FoundShards(NamedTuple):
-    """Shards, sorted; the folder that their names are relative to; and the split that they are."""
+    """Shards.
 
-    folder: Path
-    files: list[Path]
+    Attributes:
+        folder: the folder or address that their names are relative to.
+        files: name, with "/" -> file, sorted.
+        split: what they are.
+    """
+
+    folder: str
+    files: dict[str, Path]
     split: str
 
 
@@ -54,38 +62,36 @@ def find_shards(data: str, split: str, endings: tuple[str, ...] = SHARDS, cache_
         ValueError: if permission to read a folder is missing.
     """
     if is_url(data):
-        files = fetch(data, cache_dir) if _is_remote(data, split, endings) else []
-        return FoundShards(common_folder(files), files, split)
+        return FoundShards(*fetch(data, cache_dir) if _is_remote(data, split, endings) else ("", {}), split)
     path = existing_path(data)
     if path is not None and path.is_file():
         files = [path] if path.name.lower().endswith(endings) and split == "train" else []
-        return FoundShards(path.parent, files, split)
+        return _found(path.parent, files, split)
     if path is not None:
         whole = split_folder(path, "train") == ("train", path)  # else it has folders train/ and test/
         found = ("train", path) if whole else split_folder(path, split)
         if found is None:
-            return FoundShards(path, [], split)
+            return _found(path, [], split)
         taken, folder = found
         with permission_checked(folder):
             files = _shards_in(folder, endings) or _shards_in(folder / "data", endings)  # as in hub repositories
         folder = files[0].parent if files else folder
         if whole:
             taken, files = files_of_split(files, split)
-        return FoundShards(folder, files, taken)
+        return _found(folder, files, taken)
     if "\0" in data or not any(character in data for character in _MAGIC):
-        return FoundShards(Path(), [], split)
+        return _found(Path(), [], split)
     pattern = expanded(data)
     matching = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if name.lower().endswith(endings))
     folder = pattern.parent
     while any(character in str(folder) for character in _MAGIC):
         folder = folder.parent
     taken, files = files_of_split(matching, split)
-    return FoundShards(folder, files, taken)
+    return _found(folder, files, taken)
 
 
-def common_folder(files: Sequence[Path]) -> Path:
-    """The deepest folder that holds all files."""
-    return Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+def _found(folder: Path, files: Sequence[Path], split: str) -> FoundShards:
+    return FoundShards(str(folder), {file.relative_to(folder).as_posix(): file for file in files}, split)
 
 
 def _is_remote(url: str, split: str, endings: tuple[str, ...]) -> bool:
@@ -104,10 +110,10 @@ def is_shards(data: str, split: str) -> bool:
     """Whether there are shards of this split. A folder that holds images too is a folder of images."""
     if is_url(data):
         return _is_remote(data, split, SHARDS + COMPRESSED)
-    folder, files, _ = find_shards(data, split, SHARDS + COMPRESSED)
-    path = existing_path(data) if files else None
+    found = find_shards(data, split, SHARDS + COMPRESSED)
+    path, folder = existing_path(data) if found.files else None, Path(found.folder)
     if path is None or path.is_file():
-        return bool(files)
+        return bool(found.files)
     return not _holds_images(folder.parent if folder.name == "data" and folder != path else folder)
 
 
@@ -132,7 +138,8 @@ def read_member(path: str, shard: Shard, extent: Extent) -> bytes:
     """The content of a member, by one read.
 
     Raises:
-        OSError: if the shard is gone or cannot be read, or has changed since it was scanned.
+        ChangedFile: if the shard has changed since it was scanned.
+        OSError: if it is gone or cannot be read.
         ValueError: if the member is damaged.
     """
     _check_size(extent)
@@ -158,14 +165,15 @@ def unpacked(content: bytes, extent: Extent) -> bytes:
     """
     if len(content) < extent.packed:
         raise ValueError("the shard ends before the image does")
-    if extent.size < 0:
-        return content
-    try:
-        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, extent.size + 1)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    if len(content) != extent.size:
-        raise ValueError("it unpacks to another size than the shard says")
+    if extent.size >= 0:
+        try:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, extent.size + 1)
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+        if len(content) != extent.size:
+            raise ValueError("it unpacks to another size than the shard says")
+    if extent.crc >= 0 and zlib.crc32(content) != extent.crc:
+        raise ValueError("its content does not match the CRC-32 that the shard says")
     return content
 
 
@@ -177,16 +185,26 @@ class _OpenShard:
         # Without O_NONBLOCK, opening a FIFO would wait for ever.
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         self._lock = threading.Lock()
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != (size, mtime):
-            raise OSError(errno.ESTALE, "the shard has changed since it was indexed: start again")
+        self._path, self._stamp = path, (size, mtime)
+        self._check()
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
+    def _check(self) -> None:
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != self._stamp:
+            text = f"{printable(self._path)} has changed while it was read; the same command takes it as it is now"
+            raise ChangedFile(text)
+
     def read(self, length: int, offset: int) -> bytes:
         """Bytes at an offset; fewer at the end of the file."""
+        content = self._read_all(length, offset)
+        self._check()  # after reading: it may have been written over meanwhile
+        return content
+
+    def _read_all(self, length: int, offset: int) -> bytes:
         content = self._read(min(length, _MOST_AT_ONCE), offset)
         while len(content) < length and (
             more := self._read(min(length - len(content), _MOST_AT_ONCE), offset + len(content))

@@ -23,6 +23,7 @@ from dmjd.regular import check_regular
 from dmjd.text import printable
 
 # ``packed`` bytes at ``offset`` of the shard hold the image; ``size`` is what they unpack to, -1 if they are stored.
+# ``crc`` is the CRC-32 of what it unpacks to, -1 if the shard does not tell.
 # The label is a member of its own; ``label_kind`` 0: the image has none.
 SCHEMA = pa.schema(
     [
@@ -30,12 +31,15 @@ SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("packed", pa.int64()),
         ("size", pa.int64()),
+        ("crc", pa.int64()),
         ("label_kind", pa.int8()),
         ("label_offset", pa.int64()),
         ("label_packed", pa.int64()),
         ("label_size", pa.int64()),
     ]
 )
+
+_FORMER = SCHEMA.remove(SCHEMA.get_field_index("crc"))  # of runs that began before it was checked
 
 MISSING = -1  # the offset of an image that its shard does not hold any more
 
@@ -72,11 +76,15 @@ class _Metadata(msgspec.Struct):
 
 
 class Extent(NamedTuple):
-    """Where a member lies: ``packed`` bytes at ``offset``, which unpack to ``size`` bytes; -1: they are stored."""
+    """Where a member lies: ``packed`` bytes at ``offset``, which unpack to ``size`` bytes; -1: they are stored.
+
+    ``crc`` is the CRC-32 of what they unpack to; -1: it is not known.
+    """
 
     offset: int
     packed: int
     size: int
+    crc: int = -1
 
 
 class ShardIndex:
@@ -91,7 +99,7 @@ class ShardIndex:
     def __init__(self, shards: list[Shard], batches: list[pa.RecordBatch], file: Path | None = None) -> None:
         self.shards, self.batches, self.file = shards, batches, file
         self._ends = list(accumulate(batch.num_rows for batch in batches))
-        self._extents = [tuple(batch.column(i).to_numpy() for i in (1, 2, 3)) for batch in batches]  # without a copy
+        self._extents = [tuple(batch.column(i).to_numpy() for i in (1, 2, 3, 4)) for batch in batches]  # without a copy
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -111,8 +119,7 @@ class ShardIndex:
 
     def extent(self, shard: int, row: int) -> Extent:
         """Where an image lies in its shard."""
-        offset, packed, size = self._extents[shard]
-        return Extent(int(offset[row]), int(packed[row]), int(size[row]))
+        return Extent(*(int(column[row]) for column in self._extents[shard]))
 
     def name(self, shard: int, row: int) -> str:
         """The name of an image in its shard."""
@@ -122,7 +129,7 @@ class ShardIndex:
         """The bytes of each image, unpacked: [n] int64; -1 for those that are missing."""
         if not len(self):
             return np.empty(0, np.int64)
-        return np.concatenate([np.where(size < 0, packed, size) for _, packed, size in self._extents])
+        return np.concatenate([np.where(size < 0, packed, size) for _, packed, size, _ in self._extents])
 
     def identity(self) -> str:
         """Hash of the names and sizes of all images, and of the shards' names; folders and times do not matter."""
@@ -165,13 +172,24 @@ class ShardIndex:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{name} ({error})") from None
         shards = parse_json(metadata, _Metadata, name).shards
-        if not reader.schema.equals(SCHEMA) or [s.images for s in shards] != [b.num_rows for b in batches]:
+        if reader.schema.equals(_FORMER):
+            batches = [_with_crc(batch) for batch in batches]
+        elif not reader.schema.equals(SCHEMA):
+            raise ValueError(f"{name} (its columns are others)")
+        if [s.images for s in shards] != [b.num_rows for b in batches]:
             raise ValueError(f"{name} (its content does not fit together)")
         return cls(shards, batches, file)
 
     def batch_of(self) -> dict[tuple[str, int, int], tuple[Shard, pa.RecordBatch]]:
         """Shard and batch by the shard's stamp."""
         return {shard.stamp: (shard, batch) for shard, batch in zip(self.shards, self.batches, strict=True)}
+
+
+def _with_crc(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch of :data:`_FORMER`, with unknown checksums."""
+    columns = list(batch.columns)
+    columns.insert(SCHEMA.get_field_index("crc"), pa.array(np.full(batch.num_rows, -1)))
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def _mapped(file: Path, shards: list[Shard]) -> ShardIndex:

@@ -66,7 +66,9 @@ def member_labels(
     values: list[int | str] = []
     fields = _FIELDS if field is None else (field,)
     for shard, batch in enumerate(index.batches):
-        extents = zip(*(batch.column(f"label_{part}").to_pylist() for part in Extent._fields), strict=True)
+        extents = zip(
+            *(batch.column(f"label_{part}").to_pylist() for part in ("offset", "packed", "size")), strict=True
+        )
         for kind, extent in zip(batch.column("label_kind").to_pylist(), extents, strict=True):
             ending = LABELS[kind - 1]
             try:

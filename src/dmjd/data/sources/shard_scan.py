@@ -78,25 +78,26 @@ class _Members:
         self._names, self._ends = bytearray(), array("i", [0])
         self._kinds, self._extents = array("b"), array("q")
 
-    def add(self, name: str, offset: int, packed: int, size: int = -1) -> None:
+    def add(self, name: str, offset: int, packed: int, size: int = -1, crc: int = -1) -> None:
         """Add a member if it is an image or label."""
         kind = kind_of(name)
         if kind is not None:
             self._names += _encoded(name)
             self._ends.append(len(self._names))
             self._kinds.append(kind)
-            self._extents.extend((offset, packed, size))
+            self._extents.extend((offset, packed, size, crc))
 
     def images(self) -> tuple[pa.RecordBatch, int]:
         """The images with their labels, and the number of masks that were left out."""
         ends = pa.py_buffer(self._ends)
         names = pa.Array.from_buffers(pa.binary(), len(self._kinds), [None, ends, pa.py_buffer(bytes(self._names))])
         kinds = np.frombuffer(self._kinds, np.int8)
-        extents = np.frombuffer(self._extents, np.int64).reshape(-1, 3)
+        extents = np.frombuffer(self._extents, np.int64).reshape(-1, 4)
         kept = (kinds == _IMAGE) & ~_masks(names, kinds)
         rows = np.flatnonzero(kept)
         label = _label_rows(names, kinds)[rows]
         labeled = np.where((label >= 0)[:, None], extents[label], -1) if len(extents) else extents
+        labeled = labeled[:, :3]  # without their CRC-32
         label_kinds = np.where(label >= 0, kinds[label], 0).astype(np.int8) if len(kinds) else kinds
         columns = [names.take(pa.array(rows)), *extents[rows].T, label_kinds, *labeled.T]
         batch = pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=SCHEMA)
@@ -242,7 +243,7 @@ def _add_zip(listed: Iterable[zipfile.ZipInfo], file: BinaryIO, size: int, membe
             lost += 1
             continue
         stored = member.compress_type == _STORED
-        members.add(member.filename, offset, member.compress_size, -1 if stored else member.file_size)
+        members.add(member.filename, offset, member.compress_size, -1 if stored else member.file_size, member.CRC)
     return lost
 
 

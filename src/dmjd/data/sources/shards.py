@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from dmjd.data.sources.addresses import is_url
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
 from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, one_line
 from dmjd.data.sources.progress import counted
-from dmjd.data.sources.remote import is_url
 from dmjd.data.sources.remote_shards import RemoteShards, RemoteWindows
 from dmjd.data.sources.shard_cache import index_shards
-from dmjd.data.sources.shard_files import common_folder, find_shards, is_shards, read_member
+from dmjd.data.sources.shard_files import FoundShards, find_shards, is_shards, read_member
 from dmjd.data.sources.shard_index import Extent, ShardIndex, aligned, read_if_there
 from dmjd.data.sources.shard_labels import folder_labels, member_labels
+from dmjd.data.sources.transfer import ChangedFile
 from dmjd.data.unreadable import MISSING
 from dmjd.data.windows import ShardWindows
 from dmjd.images.decoding import reason
@@ -35,8 +36,7 @@ class ShardSource(Source):
 
     Args:
         name: the path or pattern given by the user.
-        folder: folder of the shards.
-        files: the shards, below the folder.
+        shards: the shards; see :func:`~dmjd.data.sources.shard_files.find_shards`.
         remote: what fetches the shards, one by one; None: they are files of this machine.
         options: how to open them. ``listing`` may be the list of a run, whose index has the same name and the ending
             ``.arrow`` (see :meth:`save_listing`). If it exists, the set holds the images the run began with, and those
@@ -50,19 +50,20 @@ class ShardSource(Source):
     removable = True
 
     def __init__(
-        self, name: str, folder: Path, files: list[Path], options: SourceOptions, remote: RemoteShards | None = None
+        self, name: str, shards: FoundShards, options: SourceOptions, remote: RemoteShards | None = None
     ) -> None:
-        self.name, self.in_chans, self.value_range = name, options.in_chans, options.value_range
+        self.name, self.split = name, shards.split
+        self.in_chans, self.value_range = options.in_chans, options.value_range
         self._remote = remote
         listing = None if options.listing is None else options.listing.with_suffix(INDEX_ENDING)
         self._listed = read_if_there(listing)
         self.listing = listing if self._listed is not None else None
-        named = {file.relative_to(folder).as_posix(): file for file in files}
-        now = index_shards(
-            named, short_hash([name if is_url(name) else os.path.abspath(name), options.split]), self._listed, remote
-        )
+        key = short_hash([name if is_url(name) else os.path.abspath(name), options.split])
+        now = index_shards(shards.files, key, self._listed, remote)
         self._index = now if self._listed is None else aligned(self._listed, now)
-        self._paths = [os.path.join(folder, shard.name) for shard in self._index.shards]
+        self._folder = shards.folder.removesuffix("/")
+        gone = Path(shards.folder)  # its images are not read
+        self._paths = [str(shards.files.get(shard.name, gone)) for shard in self._index.shards]
         self._check(now)
         self.classes: list[str] = []
         if options.labels == "folder":
@@ -71,8 +72,8 @@ class ShardSource(Source):
             self.labels, self.classes = member_labels(
                 self._index, printable(name), self._label, self.describe, options.label_column
             )
-        if remote is not None and options.remote.fetch_ahead:
-            self.windows = self._fetched_ahead(remote, options.remote.shard_window)
+        if options.remote.fetch_ahead:
+            self.windows = self._in_windows(remote, options.remote.shard_window)
 
     @classmethod
     def matches(cls, data: str, split: str) -> bool:
@@ -86,18 +87,16 @@ class ShardSource(Source):
             remote = RemoteShards(data, options.remote.cache_gb, options.remote.cache_dir)
             if options.remote.fetch_ahead:
                 remote.window_size(options.remote.shard_window)  # refuses a small cache before anything is fetched
-            return cls(data, common_folder(remote.paths), remote.paths, options, remote)
-        folder, files, split = find_shards(data, options.split, cache_dir=options.remote.cache_dir)
-        compressed = [] if is_url(data) else find_shards(data, options.split, COMPRESSED).files
-        if not files:
+            return cls(data, FoundShards(remote.folder, remote.paths, "train"), options, remote)
+        found = find_shards(data, options.split, cache_dir=options.remote.cache_dir)
+        compressed = [] if is_url(data) else [*find_shards(data, options.split, COMPRESSED).files.values()]
+        if not found.files:
             name = printable(compressed[0] if compressed else data)
             raise ValueError(f"{name} is compressed as a whole, so single images can't be found in it: decompress it")
         if compressed:
             text = f"{len(compressed)} compressed tar files, {printable(compressed[0])} for one, are left out"
             warnings.warn(f"{text}: decompress them", DMJDWarning, stacklevel=3)
-        source = cls(data, folder, files, options)
-        source.split = split
-        return source
+        return cls(data, found, options)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -106,7 +105,8 @@ class ShardSource(Source):
         """The encoded image.
 
         Raises:
-            UnreadableImage: if it or its shard is gone, damaged, or has changed.
+            UnreadableImage: if it is damaged, or it or its shard is gone.
+            ChangedFile: if the shard has changed since it was indexed.
         """
         shard, row = self._index.locate(index)
         extent = self._index.extent(shard, row)
@@ -115,7 +115,9 @@ class ShardSource(Source):
         try:
             return self._member(shard, extent)
         except (OSError, ValueError) as error:
-            if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in OF_THE_MACHINE):
+            if isinstance(error, ConnectionError | ChangedFile):
+                raise
+            if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                 raise
             raise UnreadableImage(self.describe(index), reason(error)) from None
 
@@ -132,21 +134,22 @@ class ShardSource(Source):
         with self._remote.needing(path):
             return self._member(shard, extent)
 
-    def _fetched_ahead(self, remote: RemoteShards, recorded: int | None) -> ShardWindows | None:
-        """The windows in which shards are fetched while a run trains; None: all fit, and are fetched now."""
-        size = remote.window_size(recorded)
-        if not size:
-            remote.need(remote.paths)
-            for _ in counted(remote.fetch(remote.paths), "fetching shards", len(remote.paths)):
-                pass
-            return None
+    def _in_windows(self, remote: RemoteShards | None, recorded: int | None) -> ShardWindows | None:
+        """The windows in which images are shuffled while a run trains; None: all together."""
         lengths = tuple(shard.images for shard in self._index.shards)
-        return ShardWindows(lengths, size, RemoteWindows(remote, [Path(path) for path in self._paths]))
+        if remote is None:
+            return ShardWindows(lengths, recorded) if recorded else None
+        if size := remote.window_size(recorded):
+            return ShardWindows(lengths, size, RemoteWindows(remote, [Path(path) for path in self._paths]))
+        remote.need(remote.paths.values())
+        for _ in counted(remote.fetch(remote.paths.values()), "fetching shards", len(remote.paths)):
+            pass
+        return None
 
     def describe(self, index: int) -> str:
-        """Path of the shard and name in it, with a slash between; odd characters are escaped."""
+        """Path or address of the shard and name in it, with a slash between; odd characters are escaped."""
         shard, row = self._index.locate(index)
-        return one_line(f"{self._paths[shard]}/{self._index.name(shard, row)}")
+        return one_line(f"{self._folder}/{self._index.shards[shard].name}/{self._index.name(shard, row)}")
 
     def save_listing(self, file: Path) -> None:
         """Write the index, with the ending ``.arrow``, unless it was read from there."""

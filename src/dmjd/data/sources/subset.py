@@ -41,6 +41,10 @@ class SubsetSource(Source):
         """Image ``rows[index]`` as the source stores it."""
         return self.source.stored(int(self.rows[index]))
 
+    def prepare(self, indices: Iterable[int]) -> None:
+        """:meth:`Source.prepare` of the source."""
+        self.source.prepare(self.rows[list(indices)].tolist())
+
     def open(self, index: int) -> OpenImage:
         """Image ``rows[index]``, opened by the source."""
         return self.source.open(int(self.rows[index]))

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from dmjd.data.sources.addresses import ends_with, is_url
 from dmjd.data.sources.base import Source, SourceOptions
 from dmjd.data.sources.paths import existing_path, expanded, path_inside, split_tables, warn_of_loose_images
-from dmjd.data.sources.remote import LISTS_ARE_LOCAL, ends_with, fetch, is_url
+from dmjd.data.sources.remote import fetch
 from dmjd.data.sources.table_columns import is_encoded_image, is_list_table
 from dmjd.data.sources.table_labels import column_labels
 from dmjd.images.stored import UnreadableImage
@@ -126,11 +127,11 @@ class ParquetSource(TableSource):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        root, taken, files = _found(data, options)
-        rows = []
-        for file in files:
+        root, taken, named = _found(data, options)
+        rows, files = [], [file for _, file in named]
+        for name, file in named:
             try:
-                rows.append((file.name, pq.read_metadata(file).num_rows))
+                rows.append((name, pq.read_metadata(file).num_rows))
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{printable(file)} can't be read as parquet ({first_line(error)})") from None
         if not sum(count for _, count in rows):
@@ -146,18 +147,19 @@ class ParquetSource(TableSource):
         return source
 
 
-def _found(data: str, options: SourceOptions) -> tuple[Path, str, list[Path]]:
-    """A file or folder, the split that serves as the wanted one, and its parquet files; remote ones are fetched."""
+def _found(data: str, options: SourceOptions) -> tuple[Path, str, list[tuple[str, Path]]]:
+    """A file or folder, the split that serves as the wanted one, and its parquet files with their names.
+
+    Remote ones are fetched. Their names are those on the server, which the cache may not keep.
+    """
     if is_url(data):
-        files = fetch(data, options.remote.cache_dir)
-        if listed := next((file for file in files if is_list_table(file)), None):
-            raise ValueError(f"{printable(data)} ({printable(listed)}) lists paths: {LISTS_ARE_LOCAL}")
-        return files[0], "train", files
+        copies = fetch(data, options.remote.cache_dir).files
+        return next(iter(copies.values())), "train", [(name.split("/")[-1], file) for name, file in copies.items()]
     root = expanded(data)
     taken, files = split_tables(root, options.split)
     if root.is_dir():
         warn_of_loose_images(root)
-    return root, taken, files
+    return root, taken, [(file.name, file) for file in files]
 
 
 @contextlib.contextmanager

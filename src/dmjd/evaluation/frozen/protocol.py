@@ -36,7 +36,7 @@ from dmjd.evaluation.results import (
     versions,
     write_result,
 )
-from dmjd.evaluation.setup import aligned_labels, config_of, given_data, open_sets
+from dmjd.evaluation.setup import aligned_labels, config_of, given_data, open_sets, recorded
 from dmjd.evaluation.tables import POOLED_BY_TIMM
 from dmjd.evaluation.trained_baselines import FLAG, TrainedBaseline, describe_baselines, load_baselines
 from dmjd.nn.modes import evaluating, own_defaults
@@ -84,7 +84,7 @@ def evaluate_all(tasks: Mapping[str, Mapping[str, Any]], run: str | Path, **opti
         num_workers=config.num_workers,
         precision=config.precision,
         low_shot=LowShot(config.labels_per_class, config.label_fraction, config.seeds),
-        overrides=given,
+        overrides=recorded(given),
         others=others,
     )
 

@@ -27,7 +27,7 @@ from dmjd.engine.loop import Task
 from dmjd.evaluation.low_shot import LowShot, describe_labels, summarize
 from dmjd.evaluation.metrics import accuracies, label_ranks
 from dmjd.evaluation.results import check_results_folder, data_fingerprint
-from dmjd.evaluation.setup import config_of, given_data, open_sets, open_validation
+from dmjd.evaluation.setup import config_of, given_data, open_sets, open_validation, recorded
 from dmjd.evaluation.supervised.evaluation import STARTS, SupervisedEvaluation, save_comparison
 from dmjd.evaluation.supervised.trainer import FitResult, FitSettings, num_steps
 from dmjd.evaluation.tables import TOO_SHORT_KEY
@@ -109,7 +109,7 @@ def finetune(run: str | Path, **options: Any) -> dict[str, Any]:
         for one in (encoder, *(other.encoder for other in others))
         if one is not None
     )
-    overrides = given | low_shot.describe() | config.given(options)
+    overrides = recorded(given) | low_shot.describe() | config.given(options)
     if config.precision != "auto":
         overrides["precision"] = config.precision
     folder = check_out("out", config.out) if config.out is not None else run
