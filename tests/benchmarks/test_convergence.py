@@ -23,7 +23,6 @@ from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.loop import Report, TrainState
 from dmjd.nn.tokens import gather_views
 
-
 # Fewer channels than in the study, of as many blocks: targets are taken from some of them.
 SMALL = {
     "vit_lite": {"embed_dim": 32, "decoder_dim": 32},
