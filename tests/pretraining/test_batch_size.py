@@ -74,13 +74,8 @@ def test_a_resumed_run_keeps_the_batch_size_it_began_with(image_folder, tmp_path
 @pytest.mark.parametrize(
     ("accumulate", "processes", "cure"),
     [
-        (
-            2,
-            3,
-            "a multiple of 6; a run that is resumed keeps its own, on 1, 2, 4 or 8 process(es) of this --accumulate",
-        ),
-        (16, 3, "a multiple of 48; a run that is resumed keeps its own, on 1 process(es) of this --accumulate"),
-        (5, 2, "a multiple of 10; a run that is resumed keeps its own, with another --accumulate"),
+        (2, 3, "multiple of 6; a run that is resumed keeps its own: start it on 1, 2, 4 or 8 process(es)"),
+        (16, 3, "multiple of 48; a run that is resumed keeps its own: start it on 1 process(es)"),
     ],
 )
 def test_processes_that_do_not_divide_a_recorded_batch_are_told_which_do(accumulate, processes, cure):
