@@ -85,7 +85,7 @@ def test_unreadable_images_of_all_processes_count_together(tmp_path, image_folde
     command = [str(word) for word in (*common, "--steps", 9, "--max-unreadable", 3)]
     codes, said = forked.run_two(main, command, logs=tmp_path, seconds=240)
     assert codes == [2, 2], said
-    assert f"4 of {len(list(data.rglob('*.png')))} images can't be read, more than max_unreadable = 3" in said
+    assert f"4 of {len(list(data.rglob('*.png')))} images can't be read, more than --max-unreadable = 3" in said
     assert "process 2 of 2: error: 4 of" in said
     assert "lost process" not in said
     assert all(said.count(f"replaced by another image: {file}:") == 1 for file in damaged)
