@@ -1,6 +1,8 @@
 """Shared fixtures."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -13,10 +15,23 @@ from PIL import Image
 # Two test processes share the cores; more threads would wait for each other, here and in processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Compiled modules are kept, also where the environment says otherwise: each of a hundred processes would compile the
+# package and rewrite the assertions of all tests again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# Nothing that is imported for the collection of the tests is ever freed, so there is nothing to look for.
+gc.disable()
 # Every run of a test draws two figures. As many pixels as users get would take most of the time of a tiny training.
 matplotlib.rcParams["savefig.dpi"] = 30
 # Folders whose tests do not look at figures: there they are made and saved, but blank.
 BLANK = {"data", "encoders", "engine", "interop", "nn", "pretraining", "runs", "sources", "tests"}
+
+
+def pytest_collection_finish():
+    """From here on only what the tests make is searched for garbage: millions of objects of libraries are not."""
+    if "hypothesis" in sys.modules:  # which, imported later, would miss references among what is left out
+        gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")

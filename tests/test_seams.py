@@ -142,7 +142,7 @@ def test_one_file_and_one_line_each(tmp_path, monkeypatch, capsys):
     flags = ["--encoder", "wide_mini_patch4", "--img-size", "16", "--masks", "checker", "--target", "mean_color"]
     flags += ["--data", "stripes", "--steps", "4", "--batch-size", "8", "--eval-every", "2", "--device", "cpu"]
     assert main(["pretrain", *flags, "--num-views", "3", "--out", str(run)]) == 2
-    assert "num_views has no meaning with checker masks" in capsys.readouterr().err
+    assert "--num-views has no meaning with checker masks" in capsys.readouterr().err
     assert main(["pretrain", *flags, "--out", str(run)]) == 0
     assert type(dmjd.load_encoder(run)).__name__ == "Wide"
     assert load_model(run)[0].branch_targets["mim"].scale == 2.0

@@ -1,5 +1,6 @@
 """The project uses the field's words, and none of its own former words for the same things."""
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -39,12 +40,15 @@ FORMER_NAMES = re.compile(r"""(?<=["'-])(max.bad|(num_)?pictures?|looks|colours|
 EXEMPT_FILES = {"tests/test_vocabulary.py", "CHANGELOG.md"}
 
 
-def tracked() -> list[Path]:
+@functools.cache
+def tracked() -> dict[Path, str]:
+    """Texts without the former names that may stay."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout: the list of files is git's")
     files = (ROOT / name for name in listed.stdout.splitlines() if name not in EXEMPT_FILES)
-    return [file for file in files if file.suffix in (".py", ".md", ".toml", ".yml", ".cff") and file.exists()]
+    kept = [file for file in files if file.suffix in (".py", ".md", ".toml", ".yml", ".cff") and file.exists()]
+    return {file: FORMER_NAMES.sub("", file.read_text(encoding="utf-8")) for file in kept}
 
 
 @pytest.mark.parametrize("word", FORMER)
@@ -52,8 +56,9 @@ def test_no_former_word_is_left(word):
     pattern = re.compile(rf"(?<![a-z]){word}(?![a-z])", re.IGNORECASE)
     found = [
         f"{file.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
-        for file in tracked()
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-        if pattern.search(FORMER_NAMES.sub("", line)) and not EXEMPT_LINES.search(line)
+        for file, text in tracked().items()
+        if pattern.search(text)
+        for number, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line) and not EXEMPT_LINES.search(line)
     ]
     assert not found, f"write {FORMER[word]} instead of {word}:\n" + "\n".join(found[:20])

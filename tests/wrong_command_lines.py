@@ -86,7 +86,7 @@ def lines_of_flag(action: argparse.Action, start: list[str], complete: list[str]
     kind = bool if switch else action.type or str
     names = UNKNOWN.get(action.dest, ()) if action.dest != "data" or "no-run" not in start else ()
     values = [*WRONG[kind], *names, *(["no such choice"] if action.choices else ())]
-    named = (flag, action.dest)
+    named = (flag,) if "_" in action.dest else (flag, action.dest)
     lines = [WrongLine((*start, *others, f"{flag}={value}"), (*named, value[:20] or flag)) for value in values]
     lines += [WrongLine((*start, *others, f"{flag}x"), (f"{flag}x",))]
     if action.dest not in flag:  # a setting's name in Python is no flag

@@ -26,13 +26,19 @@ from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.loop import Report, TrainState
 from dmjd.nn.tokens import gather_views
 
+# Fewer channels than in the study, of as many blocks: targets are taken from some of them.
+SMALL = {
+    "vit_lite": {"embed_dim": 32, "decoder_dim": 32},
+    "conv_lite": {"embed_dim": (8, 16, 32), "decoder_dim": 32},
+}
+
 
 def config(variant: Variant, encoder: str, init: Path | None = None):
     overrides = {key: value for key, value in variant.overrides.items() if value != "teacher"}
     if "init" in overrides:
         overrides["init"] = str(init)
     return recipes.get_recipe(variant.recipe)(steps=1).replace(
-        **COMMON | {"img_size": 32} | ENCODERS[encoder] | overrides
+        **COMMON | {"img_size": 32} | ENCODERS[encoder] | SMALL[encoder] | overrides
     )
 
 

@@ -50,6 +50,24 @@ def test_expected_errors_are_one_line(error, words):
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("message", "given", "shown"),
+    [
+        ("batch_size must be at least 1, got 0", "--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("batch_size must be at least 1, got 0", "--batch-size=0", "--batch-size must be at least 1, got 0"),
+        ("epochs must be greater than 0", "--epochs -1", "--epochs must be greater than 0"),
+        ("batch_size 9 needs accumulate 3", "--accumulate 3", "batch_size 9 needs --accumulate 3"),
+        ("more epochs must be given", "--epochs 3", "more epochs must be given"),
+        ("config.json: batch_size must be int", "--batch-size 1", "config.json: batch_size must be int"),
+        ("there is no x/img_size.png, img_size", "--img-size 8", "there is no x/img_size.png, --img-size"),
+        ("unknown encoder 'in_chans'", "--in-chans 2", "unknown encoder 'in_chans'"),
+        ("unknown flag --(", "--( --[a", "unknown flag --("),
+    ],
+)
+def test_settings_are_named_by_the_flags_that_were_given(message, given, shown):
+    assert report_failure(ValueError(message), given.split())[0] == f"error: {shown}"
+
+
 def test_long_messages_are_cut_and_made_printable():
     message, _ = report_failure(ValueError("\n".join(f"\x1b[3{i}m" for i in range(20))), [])
     assert len(message.splitlines()) == MAX_ERROR_LINES

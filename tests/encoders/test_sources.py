@@ -270,6 +270,12 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
         ("", "init must not be empty"),
         (" ", "init must not be empty"),
         ("vit_tinny_patch16_224", "did you mean 'vit_tiny_patch16_224'"),
+        (
+            "timm/vit_smal_patch16_224",
+            "--init timm/vit_smal_patch16_224 is .*; did you mean 'timm/vit_small_patch16_224'",
+        ),
+        ("timm/", "--init timm/ is not a run folder, an encoder file or a timm model"),
+        ("timm/resnet18", "--init timm/resnet18 is not a ViT: its class is ResNet"),
         ("vit_tiny_patch16", "is not a run folder, an encoder file or a timm model; did you mean"),
         ("resnet18", "--init resnet18 is not a ViT: its class is ResNet"),
         ("swin_tiny_patch4_window7_224", "is not a ViT: its class is SwinTransformer"),

@@ -34,7 +34,10 @@ def test_a_tag_of_weights_is_part_of_the_name():
         ("timm/vit_smal_patch16_224", "no model 'vit_smal_patch16_224'; did you mean 'vit_small_patch16_224'"),
         ("timm/vit_tiny_patch16_224.augreg_in21", "no weights .*; did you mean 'vit_tiny_patch16_224.augreg_in21k'"),
         ("timm/x", "timm has no model 'x'"),
-        ("timm/", "unknown encoder 'timm/'"),
+        (
+            "timm/",
+            r"unknown encoder 'timm/'.* vit_\{tiny,small,.*\}_patch\{2,.*,32\}, conv_vit_.*, timm/NAME",
+        ),
         ("vit_small_patch16_224", "unknown encoder 'vit_small_patch16_224'; did you mean 'timm/vit_small_patch16_224'"),
         ("timm/swin_tiny_patch4_window7_224", r"\(SwinTransformer\) cannot leave masked tokens out: it is no plain"),
         ("timm/convnext_tiny", r"\(ConvNeXt\) cannot leave .* take a plain one, such as timm/vit_small_patch16_224"),

@@ -234,5 +234,5 @@ def test_a_wrong_name_ends_the_command(tmp_path, capsys):
         line = [command, "digits", "--out", tmp_path / "run", "--device", "cpu", "--encoder"]
         assert "did you mean 'vit_small_patch16_224'" in mistake(capsys, *line, "timm/vit_smal_patch16_224")
         assert "cannot leave masked tokens out" in mistake(capsys, *line, "timm/swin_tiny_patch4_window7_224")
-    assert "dim should be divisible by num_heads" in mistake(capsys, *line, "timm/test_vit", "--num-heads", 5)
+    assert "dim should be divisible by --num-heads" in mistake(capsys, *line, "timm/test_vit", "--num-heads", 5)
     assert not (tmp_path / "run").exists()

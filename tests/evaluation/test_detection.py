@@ -242,6 +242,19 @@ def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
     assert results_table({"detection": result}).row_count == 8
 
 
+@pytest.fixture
+def few_detections(monkeypatch):
+    """An untrained model finds a hundred objects in every image, and each gets a mask."""
+    make = DetectionTask.__init__
+
+    def make_with_few(task, *arguments, **options):
+        make(task, *arguments, **options)
+        task.rcnn.roi_heads.detections_per_img = 8
+
+    monkeypatch.setattr(DetectionTask, "__init__", make_with_few)
+
+
+@pytest.mark.usefixtures("few_detections")
 def test_masks_are_learned_if_every_object_has_one(tmp_path):
     data = make_detection_set(tmp_path / "data", {"train": 4, "val": 2}, instance_masks=True)
     run = make_run(tmp_path / "run")

@@ -214,7 +214,7 @@ def test_intersection_over_union_equals_counting():
 # --- whole evaluations
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", pytest.param("conv_vit_tiny_patch8", marks=pytest.mark.slow)])
 def test_a_few_steps_learn_the_shapes(name, shapes, tmp_path):
     run = make_run(tmp_path / "run", name)
     options = {"steps": 50, "img_size": (32, 48), "blr": 0.1, "scale": (0.8, 1.2), "color_jitter": False}

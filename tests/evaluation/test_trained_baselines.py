@@ -211,6 +211,7 @@ def test_runs_are_compared_beside_their_baselines(run, cnn, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("timm/", "timm/ lacks the name of a model: give one, such as timm/vit_small_patch16_224"),
         ("timm/resnet5O", r"timm has no model 'resnet5O'; did you mean 'resnet50'"),
         ("timm/resnet50.a1_in2k", r"did you mean 'resnet50\.a1_in1k'"),
         ("resnet5O", r"no baseline 'resnet5O'; did you mean 'timm/resnet50'"),

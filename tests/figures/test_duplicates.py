@@ -56,6 +56,6 @@ def test_the_command_and_its_mistakes(copies, tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "threshold must" in mistake(capsys, *command, "--threshold", "1.5", "--out", out)
     error = mistake(capsys, *command, "--num-clusters", "3", "--out", out)
-    assert "num_clusters (--num-clusters) is for clusters, not for duplicates" in error
+    assert "error: --num-clusters is for clusters, not for duplicates" in error
     one = smooth_images(tmp_path / "one", 1)[0].parent
     assert "fewer than two readable images" in mistake(capsys, *command[:3], "--data", one, "--out", out)

@@ -66,7 +66,8 @@ def test_without_class_token_few_arguments_are_needed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "size", "chans", "options"),
     [
-        ("vit_tiny_patch8", (16, 24), 1, {"class_token": True} | SMALL),
+        # Slow: its operations are among those of the third.
+        pytest.param("vit_tiny_patch8", (16, 24), 1, {"class_token": True} | SMALL, marks=pytest.mark.slow),
         ("conv_vit_tiny_patch8", (32, 16), 5, SMALL_CONV),
         ("timm/vit_small_patch16_dinov3", (32, 48), 3, SMALL),
     ],

@@ -1,6 +1,7 @@
 """The default batch size, and how a resumed run keeps the one it began with."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -68,3 +69,16 @@ def test_a_resumed_run_keeps_the_batch_size_it_began_with(image_folder, tmp_path
     dmjd.pretrain(config.replace(steps=4, batch_size=256))  # the same
     with pytest.raises(ValueError, match="batch_size: 256 -> 16"):
         dmjd.pretrain(config.replace(steps=4, batch_size=16))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "processes", "cure"),
+    [
+        (2, 3, "multiple of 6; a run that is resumed keeps its own: start it on 1, 2, 4 or 8 process(es)"),
+        (16, 3, "multiple of 48; a run that is resumed keeps its own: start it on 1 process(es)"),
+    ],
+)
+def test_processes_that_do_not_divide_a_recorded_batch_are_told_which_do(accumulate, processes, cure):
+    config = recipes.folder(batch_size=16, accumulate=accumulate)
+    with pytest.raises(ValueError, match=rf"batch size 16 .* cannot be divided .* {re.escape(cure)}$"):
+        resolve_batch_size(config, 1000, processes, CPU)

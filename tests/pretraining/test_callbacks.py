@@ -87,6 +87,20 @@ def test_a_finished_run_reads_its_evaluation(finished):
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
+def test_the_time_of_a_final_evaluation_of_many_images_is_told_and_changes_no_result(
+    finished, tmp_path, monkeypatch, capsys
+):
+    config, _, result = finished
+    config = config.replace(out=str(tmp_path / "run"))
+    shutil.copytree(result.path, config.out)
+    shutil.rmtree(tmp_path / "run" / "evaluation")
+    monkeypatch.setattr(callbacks, "MANY_IMAGES", 1)
+    again = dmjd.pretrain(config)
+    assert re.search(r"final evaluation: knn and linear, with their baselines, about \d+ s \(", capsys.readouterr().err)
+    for task, content in again.evaluation.items():
+        assert content["result"] == result.evaluation[task]["result"]
+
+
 @pytest.fixture
 def monitor(labeled, tmp_path):
     config = recipes.folder(labeled, str(tmp_path / "run"), steps=100, **FIELDS)

@@ -268,7 +268,7 @@ def test_a_plan_of_almost_no_time(image_folder, quick):
         (["--data", "digits"], "say how long the run may take"),
         (["--data", "digits", "--hours", "0"], "hours must be greater than 0"),
         (["--data", "nowhere", "--hours", "1"], "nowhere"),
-        (["--data", "digits", "--hours", "1", "--batch-size", "2000000"], "batch_size must be at most 1"),
+        (["--data", "digits", "--hours", "1", "--batch-size", "2000000"], "--batch-size must be at most 1"),
     ],
 )
 def test_bad_input(arguments, message, capsys):

@@ -178,7 +178,7 @@ def test_unreadable_images_are_replaced_counted_and_named_once(capsys, tmp_path,
     assert sorted(names) == ["empty.png", "text.jpg"]
     strict = [*flags, "--out", tmp_path / "strict", "--max-unreadable", 1]
     assert main(["pretrain", "folder", *map(str, strict)]) == 2
-    assert "more than max_unreadable = 1" in capsys.readouterr().err
+    assert "more than --max-unreadable = 1" in capsys.readouterr().err
 
 
 def test_one_image_trains_with_a_warning(capsys, tmp_path, image_folder):

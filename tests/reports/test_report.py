@@ -141,7 +141,7 @@ def test_images_that_moved(copy, finished, tmp_path):
         (["{empty}/none"], "is not a run folder"),
         (["{run}", "--out", "report.pdf"], "end it in .html"),
         (["{run}", "--out", "{empty}/file/report.html"], "file"),
-        (["{run}", "--num-images", "-1"], "num_images"),
+        (["{run}", "--num-images", "-1"], "--num-images"),
         (["{run}", "--device", "tpu"], "device"),
         (["{run}", "--seed", "-1"], "seed"),
         (["{run}", "--data", ""], "must not be empty"),

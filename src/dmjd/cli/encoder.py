@@ -27,7 +27,7 @@ def run_show(arguments: Sequence[str]) -> None:
     """``dmjd show``: see :func:`dmjd.show`."""
     parser = Parser(
         prog="dmjd show",
-        usage=f"dmjd show {{{','.join(KINDS)}}} RUN --out FIGURE.png [flags]",
+        usage=f"dmjd show {{{','.join(KINDS)}}} RUN [--out FIGURE.png] [flags]",
         description="Draw a figure of a run: masks, targets and reconstructions of its model; attention maps of its\n"
         "encoder; or images of a set that its encoder finds similar: nearest neighbors, near duplicates,\n"
         "outliers and clusters. The similarity is the cosine of pooled features, less the mean feature.",
@@ -75,7 +75,7 @@ def run_embed(arguments: Sequence[str]) -> None:
     cosine: dict[str, Any] = {"nargs": "?", "const": NEAR_DUPLICATE, "type": float, "metavar": "COSINE"}
     parser = Parser(
         prog="dmjd embed",
-        usage="dmjd embed RUN --data SOURCE --out FILE.parquet|FILE.npy [flags]",
+        usage="dmjd embed RUN --out FILE.parquet|FILE.npy [--data SOURCE] [flags]",
         description="Write the features of every image to a table. Repeat an interrupted command to resume it.",
         epilog="examples:\n"
         "  dmjd embed runs/first --out features.parquet\n"
@@ -127,7 +127,7 @@ def run_export(arguments: Sequence[str]) -> None:
         "  dmjd export runs/first --format torch --out encoder.pt2\n"
         "  dmjd export runs/first --format hub --out encoder --push me/encoder",
     )
-    add_run_argument(parser, f"{_ENCODER_SOURCE}, or hf-hub:USER/NAME")
+    add_run_argument(parser, "run folder, encoder file, checkpoint or hf-hub:USER/NAME")
     parser.add_argument("--format", metavar=_one_of(EXPORT_FORMATS), required=True, help="format to write")
     parser.add_argument(
         "--out", metavar="PATH", required=True, help="folder (timm, hf, hub), or FILE.{safetensors,pt2,onnx}"
@@ -168,7 +168,7 @@ def run_report(arguments: Sequence[str]) -> None:
     """``dmjd report``: see :func:`dmjd.report`."""
     parser = Parser(
         prog="dmjd report",
-        usage="dmjd report RUN [RUN ...] --out report.html [flags]",
+        usage="dmjd report RUN [RUN ...] [--out report.html] [flags]",
         description="Write a report on one or several runs, to read in a browser or to hand on: one HTML file, which\n"
         "loads nothing from elsewhere. A run may still be training. Needs pip install 'dmjd[report]'.",
         epilog="examples:\n"

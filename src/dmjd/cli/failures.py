@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import platform
+import re
 import tempfile
 import time
 import traceback
@@ -33,6 +34,8 @@ _MEMORY = (
     "Caught MemoryError",
 )
 
+_OUTSIDE = r"(?<![\w./'\"-])(?<!: )"  # a word that is no part of a path or quotation, nor of what "FILE: ..." says
+
 _OPEN_FILES = ("Too many open files", "items of ancdata")
 
 
@@ -49,7 +52,21 @@ def report_failure(error: BaseException, arguments: Sequence[str]) -> tuple[str,
     explained = explain(error)
     if explained is None:
         return _shortened(_bug(error, arguments)), 1
-    return _shortened(f"error: {explained}"), 2
+    return _shortened(f"error: {_with_flags(explained, arguments)}"), 2
+
+
+def _with_flags(message: str, arguments: Sequence[str]) -> str:
+    """Name the settings that were given as flags by their flags: ``--batch-size`` for ``batch_size``."""
+    for at, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag.startswith("--"):
+            value = value or next(iter(arguments[at + 1 :]), "")
+            name = re.escape(flag[2:].replace("-", "_"))
+            # A plain word such as "epochs" is the setting where the value that was given follows, or a demand on it.
+            word = rf"{_OUTSIDE}{name}(?= {re.escape(value)}(?!\S))|^{name}(?= must\b| takes\b)"
+            full = rf"{_OUTSIDE}{name}(?![\w/'\"=-])(?: \({re.escape(flag)}\))?"
+            message = re.sub(full if "_" in name else word, flag, message)
+    return message
 
 
 def explain(error: BaseException) -> str | None:

@@ -25,10 +25,10 @@ class PlanConfig(Config):
     )
     cache_dir: str | None = cache_dir_option(DATA)
     cache_gb: float | None = cache_gb_option(DATA)
-    hours: float | None = option(None, "how long the run may take", DATA, gt=0, most=MAX_MINUTES / 60)
+    hours: float | None = option(None, "hours that the run may take, also 0.5", DATA, gt=0, most=MAX_MINUTES / 60)
     out: str = option("runs/mine", "run folder in the command of the plan", DATA)
-    teacher: str | None = option(None, "a trained model to learn from: the recipe distill", DECIDED)
-    init: str | None = option(None, "trained weights to start from: the recipe adapt", DECIDED)
+    teacher: str | None = option(None, "a trained model to learn from, a run or timm/NAME: the recipe distill", DECIDED)
+    init: str | None = option(None, "trained weights to start from, a run or timm/NAME: the recipe adapt", DECIDED)
     encoder: str | None = option(None, "encoder, as for dmjd pretrain", DECIDED)
     img_size: tuple[int, ...] | None = option(
         None, "image side in pixels, or height and width", DECIDED, ge=1, most=MAX_SIDE, length=(1, 2)

@@ -156,7 +156,7 @@ class PretrainConfig(Config):
 
     init: str | None = option(
         None,
-        "weights to start from: a run, an encoder file, published weights, a timm name or a folder of transformers",
+        "weights to start from: a run, an encoder file, published weights, timm/NAME or a folder of transformers",
         "encoder",
         common=True,
     )
@@ -184,7 +184,7 @@ class PretrainConfig(Config):
     )
     hog_bins: int = option(9, "orientations of a HOG cell", "method", ge=1, le=255)
     teacher: str | None = option(
-        None, "target teacher: a run folder, an encoder file or a timm model", "method", resume=True
+        None, "target teacher: a run folder, an encoder file or timm/NAME", "method", resume=True
     )
     teacher_layers: int = option(1, "number of last teacher blocks to average", "method", ge=1, most=MAX_DEPTH)
     teacher_skip: int = option(

@@ -82,10 +82,14 @@ def _resolve(name: str) -> tuple[type[Encoder], dict[str, Any]]:
     for cls, rest in _split(name):
         if (arguments := cls.named_arguments(rest)) is not None:
             return cls, arguments
-    names = encoder_names()
-    hint = did_you_mean(name, [f"timm/{name}"] if is_timm_name(name) else names)
+    hint = did_you_mean(name, [f"timm/{name}"] if is_timm_name(name) else encoder_names())
+    families = [
+        f"{family}_{{{','.join(cls.SIZES)}}}_patch{{{','.join(map(str, cls.PATCHES))}}}"
+        for family, cls in ENCODERS.items()
+        if cls.SIZES
+    ]
     raise ValueError(
-        f"unknown encoder {shown(name)}{hint} Encoders: {', '.join(names)}, timm/NAME (vision transformers)"
+        f"unknown encoder {shown(name)}{hint} Encoders: {', '.join(families)}, timm/NAME (vision transformers)"
     )
 
 

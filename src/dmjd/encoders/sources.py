@@ -25,7 +25,7 @@ from dmjd.encoders.headers import CHECKPOINTS, read_headers
 from dmjd.encoders.parts import read_tensors
 from dmjd.encoders.published import FORMER_KEYS, read_state, square_grid, to_our_state
 from dmjd.encoders.stored import weights_hash
-from dmjd.encoders.timm_weights import LOCAL, PREFIXES, hub_folder, load_timm, timm_preprocess
+from dmjd.encoders.timm_weights import LOCAL, PREFIXES, TIMM, hub_folder, load_timm, timm_preprocess
 from dmjd.encoders.transformers_weights import CONFIG, read_transformers
 from dmjd.encoders.weights import ENCODER_FILE, load_encoder
 from dmjd.files import read_metadata
@@ -33,8 +33,6 @@ from dmjd.hub import HUB
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.modes import own_defaults
 from dmjd.regular import irregular
-
-TIMM = "timm/"  # begins the names of encoders from timm; timm's own names have no such beginning
 
 HASH_DIGITS = 16
 
@@ -253,7 +251,7 @@ def _from_timm(source: str) -> Weights:
     name = source.removeprefix(TIMM)
     if name.startswith(LOCAL):
         name = LOCAL + os.path.expanduser(name.removeprefix(LOCAL))
-    model = load_timm(name, "--init", "--init", only=(VisionTransformer, Eva))
+    model = load_timm(source if source.startswith(TIMM) else name, "--init", "--init", only=(VisionTransformer, Eva))
     tensors = _plain(model.state_dict())
     heads, activation = traits(model)
     grid: Any = getattr(model.patch_embed, "grid_size", None)

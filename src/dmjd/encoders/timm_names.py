@@ -47,6 +47,8 @@ def check_timm_name(name: str, names: Callable[[], list[str]] = timm.list_models
         ValueError: if it has not; the nearest name is suggested.
     """
     architecture, _, tag = name.partition(".")
+    if not architecture:
+        raise ValueError("timm/ lacks the name of a model: give one, such as timm/vit_small_patch16_224")
     if not is_timm_name(architecture):
         raise ValueError(f"timm has no model {shown(architecture)}{did_you_mean(architecture, names())}")
     if tag and name not in (tagged := timm.list_pretrained(f"{architecture}.*")):

@@ -26,6 +26,8 @@ MOST_LETTERS = 300  # of another library's message
 
 _SEED = 7_305_119  # of random weights that no file holds by chance
 
+TIMM = "timm/"  # begins the names of encoders from timm; timm's own names have no such beginning
+
 LOCAL = "local-dir:"
 
 PREFIXES = (HUB, LOCAL)  # timm's, for weights that are not in its list
@@ -40,7 +42,7 @@ def load_timm(source: str, what: str, flag: str, only: tuple[type[nn.Module], ..
     """A pre-trained model of timm without its head; torch's random state is left unchanged.
 
     Args:
-        source: a name of timm's list, ``hf-hub:NAME`` or ``local-dir:FOLDER``.
+        source: a name of timm's list, with or without ``timm/``, ``hf-hub:NAME`` or ``local-dir:FOLDER``.
         what: what the model is to the user, for error messages.
         flag: by which flag it was given.
         only: classes to accept, which are checked before weights are read; () = all.
@@ -48,17 +50,19 @@ def load_timm(source: str, what: str, flag: str, only: tuple[type[nn.Module], ..
     Raises:
         ValueError: if there is no such model, it is of another class, or its weights are not available.
     """
-    if not is_timm_source(source):
-        hint = did_you_mean(source, timm_names() if only else timm.list_models())
+    name = source.removeprefix(TIMM)
+    if not is_timm_source(name):
+        given = source.removesuffix(name)  # the prefix, if there is one
+        hint = did_you_mean(source, [given + model for model in (timm_names() if only else timm.list_models())])
         raise ValueError(f"{what} {source} is not a run folder, an encoder file or a timm model{hint}")
     with _looked_for(source, what, flag), torch.random.fork_rng(devices=[]):
         if only:
             with torch.device("meta"):
-                _check_class(timm.create_model(source, num_classes=0), source, what, only)
+                _check_class(timm.create_model(name, num_classes=0), source, what, only)
         torch.manual_seed(_SEED)
-        model = timm.create_model(source, pretrained=True, num_classes=0)
+        model = timm.create_model(name, pretrained=True, num_classes=0)
         torch.manual_seed(_SEED)
-        _check_loaded(model, timm.create_model(source, num_classes=0), source, what)
+        _check_loaded(model, timm.create_model(name, num_classes=0), source, what)
         return model
 
 

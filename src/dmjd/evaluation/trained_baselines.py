@@ -19,10 +19,10 @@ from dmjd.encoders.base import Encoder, known_preprocess
 from dmjd.encoders.folders import CONFIG, is_encoder_folder
 from dmjd.encoders.headers import CHECKPOINTS
 from dmjd.encoders.initialization import initialize
-from dmjd.encoders.sources import TIMM, read_weights
+from dmjd.encoders.sources import read_weights
 from dmjd.encoders.stored import weights_hash
 from dmjd.encoders.timm_names import check_timm_name, class_of
-from dmjd.encoders.timm_weights import LOCAL, load_timm, timm_preprocess
+from dmjd.encoders.timm_weights import LOCAL, TIMM, load_timm, timm_preprocess
 from dmjd.encoders.training_facts import TrainingCost, training_cost
 from dmjd.encoders.weights import ENCODER_FILE, load_encoder
 from dmjd.evaluation.frozen.features import Extractor, pooled

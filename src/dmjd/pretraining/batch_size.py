@@ -10,6 +10,8 @@ SHORT_MINUTES = 10
 
 LEAST_DEFAULT = 16  # of small sets
 
+MOST_SHOWN = 64  # processes, in a message
+
 STEPS_PER_EPOCH = 10  # at least, if the set is not smaller than that many batches of LEAST_DEFAULT images
 
 
@@ -55,7 +57,13 @@ def resolve_batch_size(
     if batch_size == 0 or batch_size % parts:
         raise ValueError(
             f"batch size {batch_size} (the recipe's unless you gave one) cannot be divided among {shares}: "
-            f"pass a --batch-size that is a multiple of {parts}, or go on with a run on a number of processes that "
-            "divides its batch"
+            f"give a new run a --batch-size that is a multiple of {parts}; a run that is resumed keeps its own: "
+            f"start it on {_processes_for(batch_size, config.accumulate)} process(es)"
         )
     return config, batch_size
+
+
+def _processes_for(batch_size: int, accumulate: int) -> str:
+    """The numbers of processes that divide a batch, which the accumulation divides: "1, 2 or 4"."""
+    counts = [str(n) for n in range(1, MOST_SHOWN + 1) if batch_size % (n * accumulate) == 0]
+    return " or ".join(filter(None, (", ".join(counts[:-1]), counts[-1])))

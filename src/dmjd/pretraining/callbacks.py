@@ -33,6 +33,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.pretraining.budget import SHARE, EvaluationBudget
 from dmjd.pretraining.measures import DRIFT, KNN, NAMES, Measures
 from dmjd.pretraining.pace import Pace, hardly_trained
+from dmjd.pretraining.plan_final import SECONDS, estimate_final
 from dmjd.pretraining.schedule import is_evaluation_step
 from dmjd.reports.environment import write_environment
 from dmjd.reports.report import report_training
@@ -51,6 +52,10 @@ FINAL_TASKS = ("knn", "linear")
 FIGURE_SECONDS = 2.0  # expected of the first figure
 
 ENCODED = 0.5  # expected time to read and encode an image, twice because of the baseline, relative to training on it
+
+MANY_IMAGES = 5000  # train and test, from which on the time of the final evaluation is told before it starts
+
+MEASURED_IMAGES = 64  # for it
 
 TOLD_SECONDS = 1.0  # evaluations that take less are not worth a message
 
@@ -281,9 +286,20 @@ class Monitor(Callback):
             tasks: dict[str, dict[str, Any]] = {task: {} for task in FINAL_TASKS}
             seed, test = self.config.seed, self._test_source
             names = " and ".join(FINAL_TASKS)
-            self.console.say(f"final evaluation: {names}, with their baselines (--no-final-eval leaves it out)")
+            about = self._time_of_final(test)
+            self.console.say(f"final evaluation: {names}, with their baselines{about} (--no-final-eval leaves it out)")
             results = evaluate_frozen(tasks, encoder, self.source, test, folder=path, seed=seed)
         return results
+
+    def _time_of_final(self, test: Source) -> str:
+        """How long the evaluation of many images will take; of few ones it is over in less time than is measured."""
+        if len(self.source) + len(test) < MANY_IMAGES:
+            return ""
+        try:
+            seconds = estimate_final(self.model.encoder, self.source, test, SECONDS / MEASURED_IMAGES)
+        except Exception:  # unreadable images, for example: the evaluation deals with them
+            return ""
+        return f", about {max(1, round(seconds / 60))} min" if seconds >= 90 else f", about {max(1, round(seconds))} s"
 
     def count_unreadable(self, reports: Iterable[UnreadableReport]) -> None:
         """Record (name, reason) of unreadable images, and warn about each once.

@@ -41,8 +41,17 @@ def final_seconds(config: PretrainConfig, encoder: Encoder, train: Source, per_i
     if not config.final_eval or config.data is None or train.labels is None:
         return 0.0
     test = open_test_data(config, config.data, config.test_data)
-    if test is None or test.labels is None:
-        return 0.0
+    return 0.0 if test is None or test.labels is None else estimate_final(encoder, train, test, per_image)
+
+
+def estimate_final(encoder: Encoder, train: Source, test: Source, per_image: float) -> float:
+    """:func:`final_seconds` of labeled sets; measures for about ``SECONDS``.
+
+    Args:
+        encoder: of the run, on its device.
+        train, test: all images.
+        per_image: expected seconds to read and encode one for the encoder and for random weights.
+    """
     count = max(_FEWEST, min(_MOST, int(SECONDS / per_image)))
     part = SubsetSource(train, evenly_spaced(len(train), count))
     device, N, M = next(encoder.parameters()).device, len(train), len(test)
