@@ -326,9 +326,9 @@ def test_any_channels_are_augmented(channels, dtype):
     [
         (["--epochs", 1, "--steps", 2], "--epochs or --steps, not both"),
         (["--epochs", 0], "epochs must be greater than 0"),
-        (["--mixup", -1], "mixup must be at least 0"),
-        (["--rand-augment", 11], "rand_augment must lie between 0 and 10"),
-        (["--labels-per-class", 0], "labels_per_class must be at least 1"),
+        (["--mixup", -1], "--mixup must be at least 0"),
+        (["--rand-augment", 11], "--rand-augment must lie between 0 and 10"),
+        (["--labels-per-class", 0], "--labels-per-class must be at least 1"),
         (["--label-fraction", 0.1, "--labels-per-class", 3], "not both"),
         (["--mixupp", 1], "did you mean --mixup?"),
         (["--precision", "fp17"], "precision must be one of auto"),

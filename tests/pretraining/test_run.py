@@ -198,7 +198,7 @@ def test_batch_sizes_that_cannot_be_divided():
         ValueError, match=r"^1 image\(s\) cannot be divided among 2 process\(es\) x --accumulate 2; use"
     ):
         resolve_batch_size(config, 1, 2, cpu)
-    with pytest.raises(ValueError, match=r"batch size 6 .* pass a --batch-size that is a multiple of 4"):
+    with pytest.raises(ValueError, match=r"batch size 6 .* give a new run a --batch-size that is a multiple of 4"):
         resolve_batch_size(config, 9, 2, cpu)
 
 
