@@ -262,7 +262,7 @@ def test_errors_are_explained(file, image_folder, tmp_path, capsys):
     for arguments, message in [
         (["--out", tmp_path / "f.csv"], "end it in .parquet or .npy"),
         (["--out", tmp_path / "folder.npy"], "is a folder"),
-        (["--out", tmp_path / "f.npy", "--batch-size", 0], "batch_size must be at least 1"),
+        (["--out", tmp_path / "f.npy", "--batch-size", 0], "--batch-size must be at least 1"),
         (["--out", tmp_path / "f.npy", "--precision", "fp8"], "precision must be"),
         (["--out", tmp_path / "f.npy", "--split", "test"], "has no test part"),
         (["--out", tmp_path / "f.npy", "--labels", "column"], "pass --labels folder"),
