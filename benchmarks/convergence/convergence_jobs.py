@@ -81,10 +81,13 @@ class TimedSteps:
         self._engine.run(self._batches, [], StopSignal())
 
 
-def with_once(seconds: dict[str, float], baseline: str, share: float) -> dict[str, float]:
+def with_once(seconds: dict[str, float], baseline: str, share: float, images: dict[str, int]) -> dict[str, float]:
     """Seconds per step if reading an image, or its target, takes ``share`` of the baseline's step, once for all views.
 
     The steps need not take that long: runs with a calibrated clock have the number of steps that would fit.
+
+    Args:
+        seconds: per step, by variant. baseline: the variant. share: of its step. images: per step, by variant.
     """
-    once = seconds[baseline] * share / (1 - share) if share else 0.0
-    return {name: own + once for name, own in seconds.items()}
+    once = seconds[baseline] * share / (1 - share) / images[baseline] if share else 0.0
+    return {name: own + once * images[name] for name, own in seconds.items()}

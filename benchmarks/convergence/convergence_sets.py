@@ -189,11 +189,18 @@ def _schedule() -> dict[str, Variant]:
 
 
 def _sharing() -> dict[str, Variant]:
-    """Numbers of views, which share what is computed once for each image; see ``--once-share``."""
-    views = {"one_view": 1, "two_views": 2, "four_views": 4}
+    """Numbers of views, which share what is computed once for each image; see ``--once-share``. Names end with the
+    images per step if there are fewer than in the other ones: more views of fewer images are as many views.
+    """
+    disjoint = {"one_view": (1, None), "two_views": (2, None), "four_views": (4, None)}
+    disjoint |= {"one_view_32": (1, 32), "one_view_16": (1, 16), "two_views_32": (2, 32), "four_views_16": (4, 16)}
     independent = {"two_independent": 2, "four_independent": 4}
-    return {key: Variant("dmjd", SMALL_IMAGES | {"num_views": k}) for key, k in views.items()} | {
-        key: Variant("dmjd", SMALL_IMAGES | {"num_views": k, "masks": "independent"}) for key, k in independent.items()
+
+    def of(views: int, images: int | None = None, **own: Any) -> Variant:
+        return Variant("dmjd", SMALL_IMAGES | own | {"num_views": views} | ({"batch_size": images} if images else {}))
+
+    return {key: of(views, images) for key, (views, images) in disjoint.items()} | {
+        key: of(views, masks="independent") for key, views in independent.items()
     }
 
 

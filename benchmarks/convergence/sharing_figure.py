@@ -23,6 +23,10 @@ WORDS = {
     "four_views": "4 disjoint views",
     "two_independent": "2 independent views",
     "four_independent": "4 independent views",
+    "one_view_32": "1 view of 32 images",
+    "one_view_16": "1 view of 16 images",
+    "two_views_32": "2 disjoint views of 32 images",
+    "four_views_16": "4 disjoint views of 16 images",
 }
 
 

@@ -194,11 +194,11 @@ def test_the_teacher_is_a_folder_that_timm_reads(tmp_path):
 
 
 def test_what_an_image_costs_once_is_added_to_every_step():
-    measured = {"one_view": 0.1, "two_views": 0.16}
-    assert with_once(measured, "one_view", 0.0) == measured
-    added = with_once(measured, "one_view", 0.75)
-    assert added["one_view"] == pytest.approx(0.4)  # 0.3 of it once
-    assert added["two_views"] == pytest.approx(0.46)
+    measured, images = {"one_view": 0.1, "two_views": 0.16, "four_views_16": 0.1}, {"one_view": 64, "two_views": 64}
+    images["four_views_16"] = 16
+    assert with_once(measured, "one_view", 0.0, images) == measured
+    added = with_once(measured, "one_view", 0.75, images)
+    assert added == pytest.approx({"one_view": 0.4, "two_views": 0.46, "four_views_16": 0.175})  # 0.3 of 64 images
 
 
 def test_the_figure_of_shared_images_compares_with_one_view(tmp_path, monkeypatch, capsys):
