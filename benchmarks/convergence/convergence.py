@@ -199,8 +199,8 @@ class Study:
             write_text(file, json.dumps(kept, indent=2) + "\n")
             for name in missing:
                 self.console.say(f"{name}: {1000 * kept[name]:.1f} ms per step")
-        known = self.available | self.trained
-        images = {name: known[name].overrides.get("batch_size", self.arguments.batch_size) for name in kept}
+        own = {name: variant.overrides for name, variant in (self.available | self.trained).items()}
+        images = {name: own.get(name, {}).get("batch_size", self.arguments.batch_size) for name in kept}
         self.seconds = with_once(kept, self.baseline, self.arguments.once_share, images)
 
     def _timed_steps(self, name: str, variant: Variant) -> TimedSteps:
