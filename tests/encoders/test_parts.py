@@ -52,7 +52,7 @@ def test_a_flipped_bit_and_a_missing_part(tmp_path):
     with pytest.raises(ValueError, match=f"{part} is damaged"):
         read_tensors(file)
     part.unlink()
-    with pytest.raises(ValueError, match=f"lacks its part {part}: copy the folder parts"):
+    with pytest.raises(ValueError, match=f"lacks its part {part}, or may not see it: copy the folder parts"):
         read_tensors(file)
     write_safetensors(part, {"model.bias": torch.ones(1)}, {})
     with pytest.raises(ValueError, match="belongs to another checkpoint"):
@@ -63,6 +63,13 @@ def test_a_flipped_bit_and_a_missing_part(tmp_path):
 def test_names_of_other_files(tmp_path, name):
     file = write(tmp_path, [], parts=[{"file": name, "digest": "0"}])
     with pytest.raises(ValueError, match="is not the name of a part"):
+        read_tensors(file)
+
+
+def test_a_part_of_which_nothing_can_be_found_out(tmp_path):
+    """The system refuses to look for it, here because of its long name."""
+    file = write(tmp_path, [], parts=[{"file": f"{'a' * 300}.safetensors", "digest": "0"}])
+    with pytest.raises(ValueError, match="lacks its part"):
         read_tensors(file)
 
 

@@ -93,6 +93,17 @@ def test_unreadable_images_of_all_processes_count_together(tmp_path, image_folde
     assert {name for name, _ in state["bad"]} == set(map(str, damaged))
 
 
+def test_an_error_of_the_first_process_at_the_start(tmp_path, image_folder):
+    """It alone looks at the run folder; the other one is not a bug to be reported."""
+    run = tmp_path / "run"
+    (run / "encoder.safetensors").mkdir(parents=True)
+    common = ["pretrain", "folder", "--data", image_folder, "--out", run, *TINY, "--batch-size", 8, "--num-workers", 0]
+    codes, said = forked.run_two(main, [str(word) for word in common], logs=tmp_path, seconds=240)
+    assert codes == [2, 2], said
+    assert "encoder.safetensors: it is a folder, not a file" in said
+    assert "process 2 of 2: error: lost process 1 of 2 (rank 0" in said
+
+
 @pytest.mark.parametrize("differs", ["out", "data"])
 def test_machines_without_shared_files_are_an_error(tmp_path, image_folder, differs):
     """The second process would begin from random weights, or see other images, without a word."""

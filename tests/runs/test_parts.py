@@ -1,5 +1,7 @@
 """Which parts of checkpoints are deleted."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -48,6 +50,18 @@ def test_parts_of_a_checkpoint_that_cannot_be_read_stay(folder):
     assert parts(folder) == ["step-000000001.a1"]
     file.write_bytes(content)
     load_checkpoint(file)
+
+
+def test_a_copy_of_a_checkpoint_keeps_its_parts(folder):
+    copy = folder.checkpoints / "keep.safetensors"
+    shutil.copy(save(folder, 1), copy)
+    for step in range(2, KEEP + 3):
+        save(folder, step)
+    folder.join_parts()
+    folder.close()
+    RunFolder(folder.path).close()
+    assert parts(folder) == ["step-000000001.a1"]
+    assert load_checkpoint(copy).part("model")["a"] == 1
 
 
 def test_checkpoints_become_whole(folder):

@@ -4,6 +4,7 @@ The file of such a checkpoint has the metadata and no tensors; it names its part
 beside it, in order. A tensor is that of one part, or it is divided among them along its first dimension.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,8 +97,8 @@ def read_tensors(
     pieces: dict[str, list[Tensor]] = {name: [value] for name, value in tensors.items()}
     for part in parts:
         path = file.parent / PARTS / part["file"]
-        if not path.exists():
-            raise ValueError(f"{file} lacks its part {path}: copy the folder {PARTS} together with it")
+        if not os.path.exists(path):  # unlike Path.exists, no error where it cannot be found out
+            raise ValueError(f"{file} lacks its part {path}, or may not see it: copy the folder {PARTS} with it")
         if read_digest(path) != part["digest"]:
             raise ValueError(f"{path} is damaged or belongs to another checkpoint than {file}")
         for name, value in read_safetensors(path, f"part of {file}")[0].items():

@@ -28,7 +28,7 @@ _COEFFICIENTS = [
 _LEAST_SIDE, _MOST_ASPECT = 4, 128  # other matrices have no directions to speak of
 
 # Numbers that are orthogonalized together: what fits into the caches of a CPU, and a bound on memory elsewhere.
-_CPU_NUMBERS, _DEVICE_NUMBERS = 1 << 21, 1 << 26
+_CPU_NUMBERS, _DEVICE_NUMBERS = 1 << 21, 1 << 24
 
 
 class Muon(torch.optim.Optimizer):

@@ -223,6 +223,21 @@ def explain_loss(error: Exception, seconds: float = 3.0) -> str | None:
 
 
 @contextmanager
+def losses_explained() -> Iterator[None]:
+    """Context of the work of several processes: the error of one that is left alone says which process was lost.
+
+    Raises:
+        LostProcessError: instead of an error of the communication between processes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if num_processes() == 1 or isinstance(error, LostProcessError) or (loss := explain_loss(error)) is None:
+            raise
+        raise LostProcessError(loss) from error
+
+
+@contextmanager
 def first_process_works() -> Iterator[None]:
     """Context of work in the first process only, of any length: the others are in :func:`wait_for_first`.
 

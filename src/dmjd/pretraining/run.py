@@ -26,7 +26,7 @@ from dmjd.engine.device import SMALL_BLOCK, keep_freed_memory, make_fabric, prec
 from dmjd.engine.layer_decay import encoder_groups
 from dmjd.engine.loop import Duration, Engine, Hook, Task
 from dmjd.engine.optim import OPTIMIZERS, ParameterGroup, parameter_groups, scaled_learning_rate
-from dmjd.engine.processes import check_same, from_first
+from dmjd.engine.processes import check_same, from_first, losses_explained
 from dmjd.engine.sharding import WholeModel, is_sharded, shard, together
 from dmjd.images.preprocess import Preprocess
 from dmjd.interop.export import formats_of
@@ -73,6 +73,7 @@ class RunResult:
 
 
 @own_defaults()
+@losses_explained()
 def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, hooks: Sequence[Hook] = ()) -> RunResult:
     """Pre-train an encoder. Called again with the same ``out``, the run resumes where it stopped.
 
@@ -83,8 +84,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
         config: a configuration, e.g. ``dmjd.recipes.folder(data="images", out="runs/mine")``.
         model: model to train instead of ``dmjd.runs.build.build_model(config)``, e.g. of a subclass; it must have the
             same parameters, and not be trained yet.
-        hooks: called in the first process after every step with :class:`~dmjd.engine.loop.Report`; their time does not
-            count as training time.
+        hooks: called in the first process after each step with :class:`~dmjd.engine.loop.Report`, not in training time.
 
     Returns:
         :class:`RunResult`. The encoder is in ``out``, for :func:`dmjd.load_encoder`.
@@ -92,6 +92,7 @@ def pretrain(config: PretrainConfig, *, model: MaskedImageModel | None = None, h
     Raises:
         ValueError: if settings or data are invalid; raised before training.
         NonFiniteLoss: if training diverges; the last checkpoint is good.
+        LostProcessError: if another process of the run ended or does not answer.
     """
     if config.cooldown_now:
         return cool_down_now(config, model)

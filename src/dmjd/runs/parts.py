@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed
 from torch import Tensor
 
-from dmjd.encoders.headers import read_headers
+from dmjd.encoders.headers import read_header
 from dmjd.encoders.parts import PARTS, Part, parts_of
 from dmjd.engine.processes import gather, num_processes
 from dmjd.engine.sharding import own_part
@@ -59,18 +59,18 @@ def check_parts(checkpoints: Path, parts: list[Part]) -> None:
 
 
 def remove_unused_parts(checkpoints: Path) -> None:
-    """Delete the parts that belong to no checkpoint, besides those of a checkpoint that cannot be read."""
-    if not (parts := checkpoints / PARTS).is_dir():
-        return
-    headers, _ = read_headers(checkpoints)
+    """Delete the parts that belong to no checkpoint, besides those of a checkpoint that cannot be read.
+
+    A copy of a checkpoint under another name, which the run does not delete, keeps its parts.
+    """
     used, readable = set(), set()
-    for header in headers:
+    for file in checkpoints.glob("*.safetensors"):
         try:
-            used |= {part["file"] for part in parts_of(header.path, header.metadata)}
-            readable.add(header.path.stem)
+            used |= {part["file"] for part in parts_of(file, read_header(file).metadata)}
+            readable.add(file.stem)
         except ValueError:
             continue
-    for file in parts.glob("*.safetensors"):
+    for file in (checkpoints / PARTS).glob("*.safetensors"):
         stem = file.name.partition(".")[0]
         if file.name not in used and (stem in readable or not (checkpoints / f"{stem}.safetensors").exists()):
             remove(file)
