@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmjd.data.sources.addresses import is_http, is_url, without_secrets
-from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
-from dmjd.data.sources.folder import Strings, labels_of_folders, read_listing, sampled_for_fingerprint
+from dmjd.data.sources.base import SourceOptions
+from dmjd.data.sources.folder import Strings, labels_of_folders, read_listing
 from dmjd.data.sources.image_cache import AT_ONCE, ImageCache
 from dmjd.data.sources.list_files import ADDRESS, ListFile
 from dmjd.data.sources.list_paths import first_repeated, relative_paths
+from dmjd.data.sources.listed import ListedSource
 from dmjd.data.sources.paths import cache_folder, one_line
 from dmjd.data.sources.table_labels import optional_labels
 from dmjd.data.sources.transfer import MissingRemoteFile, stated
@@ -31,7 +32,7 @@ _PLAIN = rb"^[A-Za-z0-9_.~!$&'()*+,;=:@/-]*$"  # characters that stand for thems
 _UNUSUAL = r"(^|/)\.{1,2}(/|$)|//|^/"  # paths that have to be normalized
 
 
-class AddressListSource(Source):
+class AddressListSource(ListedSource):
     """The images of a list, in its order, each of which is a file on a server.
 
     A copy in the cache is used as long as it is there. An image that the server does not have is unreadable.
@@ -129,31 +130,14 @@ class AddressListSource(Source):
             listing = {"paths": paths, "sizes": self._listed_sizes, "root": _relative(self._base, self._root)}
             write_text(file, json.dumps(listing, indent=0))
 
-    def changes(self, fingerprint: str) -> Changes | None:
-        """See :meth:`Source.changes`. Only the images whose sizes are in the fingerprint are compared."""
-        if (same := super().changes(fingerprint)) is not None:
-            return same
-        if self._listed_sizes is None or self._hash(self._listed_sizes) != fingerprint:
-            return None
-        rows = zip(sampled_for_fingerprint(len(self)), self._listed_sizes, self._sizes(), strict=True)
-        sampled = list(rows)
-        return Changes([self.describe(index) for index, before, now in sampled if before != now], len(sampled))
-
-    def _identity(self) -> Iterable[str]:
-        return self._parts(self._sizes())
-
-    def _hash(self, sizes: Iterable[int]) -> str:
-        return short_hash([str(len(self)), *self._parts(sizes)])
-
-    def _parts(self, sizes: Iterable[int]) -> Iterable[str]:
+    def _name_of(self, index: int) -> str:
         """As for a folder with the same images."""
-        yield from (self._shown(i) for i in range(len(self)))
-        yield from map(str, sizes)
+        return self._shown(index)
 
     def _sizes(self) -> list[int]:
         """Bytes of the sampled images; -1 for one that the server does not have."""
         if self._sizes_now is None:
-            addresses = [self._address(index) for index in sampled_for_fingerprint(len(self))]
+            addresses = [self._address(index) for index in self._sampled()]
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 try:
                     self._sizes_now = list(pool.map(self._size, addresses))
