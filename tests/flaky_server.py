@@ -1,5 +1,6 @@
 """A server on this machine that gives files, and fails as servers on the way do: slow, cut short, busy."""
 
+import base64
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ class FlakyServer(ThreadingHTTPServer):
             "damage", "slow".
         requests: how often each file's whole content was requested. ranges: the same of a part of it.
         tags: path -> ETag. times: path -> Last-Modified. digests: path -> MD5 in base64.
+        password: "user:password" that requests must have; empty: none.
         knows_ranges: whether parts are given; else the whole file is.
         delay: seconds before each reply.
     """
@@ -32,6 +34,7 @@ class FlakyServer(ThreadingHTTPServer):
         self.tags: dict[str, str] = {}
         self.times: dict[str, str] = {}
         self.digests: dict[str, str] = {}
+        self.password = ""
         self.knows_ranges = True
         self.delay = 0.0
 
@@ -50,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def do_HEAD(self) -> None:
-        self._reply(200 if self.path in self.server.files else 404)
+        self._reply(401 if self._is_stranger() else 200 if self.path in self.server.files else 404)
 
     def do_GET(self) -> None:
         time.sleep(self.server.delay)
@@ -59,7 +62,9 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.server.faults.get(self.path, [])
         fault = faults.pop(0) if faults else ""
         content = self.server.files.get(self.path, b"")
-        if fault == "drop":
+        if self._is_stranger():
+            self._reply(401)
+        elif fault == "drop":
             self.connection.close()
         elif fault.isdigit() or self.path not in self.server.files:
             self._reply(int(fault or 404))
@@ -78,6 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, len(content), 1024):
                 time.sleep(0.01 if fault == "slow" else 0)
                 self.wfile.write(content[start : start + 1024])
+
+    def _is_stranger(self) -> bool:
+        given = self.headers.get("Authorization", "").removeprefix("Basic ")
+        return bool(self.server.password) and base64.b64decode(given).decode() != self.server.password
 
     def _reply(self, status: int, part: bytes | None = None) -> None:
         content = self.server.files.get(self.path, b"") if part is None else part

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from dmjd.text import drawable, file_name, printable, shortened
+from dmjd.text import drawable, file_name, printable, shortened, without_secrets
 
 
 def test_control_characters_are_shown():
@@ -56,3 +56,10 @@ def test_any_name_can_be_part_of_a_file_name(tmp_path, name):
 def test_long_names_are_shortened():
     assert shortened("a" * 9, 8) == "aaaaaaa…"
     assert shortened("a" * 8, 8) == "a" * 8
+
+
+def test_addresses_are_shown_without_secrets():
+    assert without_secrets("nothing: a@b") == "nothing: a@b"
+    text = "https://bob:p@ss@host:80/a.csv?s=x%2B/y=&t=1, which HTTPS://host/b?c. See s3://k:x@b/c: and http://h/d?e: f"
+    shown = "https://bob:...@host:80/a.csv, which HTTPS://host/b. See s3://k:...@b/c: and http://h/d: f"
+    assert (without_secrets(text), printable(text)) == (shown, shown)

@@ -7,11 +7,21 @@ import unicodedata
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
+# In a text, the user and password of an address, and what follows "?" in one of HTTP.
+_PASSWORD = re.compile(r"(://[^\s/@:]*):[^\s/]*@")
+_QUERY = re.compile(r"(https?://[^\s?]+)\?(?:\.\.\.|[^\s,;'\"<>()\]]*[^\s,;'\"<>()\].:])", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have no passwords, and nothing behind "?", which may be a signature."""
+    return _QUERY.sub(r"\1", _PASSWORD.sub(r"\1:...@", text)) if "://" in text else text
+
+
 def printable(text: object, keep: str = "") -> str:
     """A text whose control characters, and bytes that are not UTF-8, are shown as escapes such as ``\\x1b``.
 
     Such characters move the cursor or change colors of a terminal, and unpaired surrogates, by which Python stands for
-    bytes of a file name, cannot be encoded.
+    bytes of a file name, cannot be encoded. Addresses are shown :func:`without_secrets`.
 
     Args:
         text: any object; its ``str`` is used.
@@ -19,7 +29,7 @@ def printable(text: object, keep: str = "") -> str:
     """
     return "".join(
         c if c in keep or unicodedata.category(c) not in _HIDDEN else c.encode("unicode_escape").decode("ascii")
-        for c in str(text)
+        for c in without_secrets(str(text))
     )
 
 

@@ -52,7 +52,7 @@ def test_commands_read_through_a_bounded_cache(url, run, tmp_path, monkeypatch, 
     assert 0 < sum(path.stat().st_size for path in shards) <= 2.5e9 * in_gb(1)
     assert not (Path(tmp_path) / "user" / "dmjd" / "remote").exists()
     capsys.readouterr()
-    assert "--cache-gb" in mistake(capsys, *words, "--cache-gb", "-1")
+    assert "--cache-gb must be greater than 0" in mistake(capsys, *words, "--cache-gb", "-1")
 
 
 def test_a_plan_keeps_the_cache():

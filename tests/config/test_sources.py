@@ -7,7 +7,7 @@ import pytest
 from dmjd.config.plan import PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.resuming import resume_differences
-from dmjd.config.sources import GivenSource, check_sources, given_sources, overlapping
+from dmjd.config.sources import GivenSource, check_sources, check_whole, given_sources, overlapping, stored_data
 
 
 @pytest.mark.parametrize(
@@ -126,3 +126,14 @@ def test_shards_that_a_shell_listed():
     assert check_sources(given_sources(shards[:8])) is None
     with pytest.raises(ValueError, match=r"9 shards would be as many sets: quote .*'a/\*\.tar'"):
         check_sources(given_sources(shards))
+
+
+def test_stored_addresses_lack_passwords_and_signatures():
+    data = ("https://bob:x@host/a.csv:0.3", "https://host/b.csv?sig=x:0.2", "https://host/c.csv", "s3://b/d?.tar")
+    stored = ("https://bob:...@host/a.csv:0.3", "https://host/b.csv?...:0.2", *data[2:])
+    assert stored_data(data) == stored_data(stored) == stored
+    assert [stored_data(one) for one in (None, "a?b=c", data[2])] == [None, "a?b=c", data[2]]
+    for address in ("https://bob:...@host/a.csv", "https://host/b.csv?..."):
+        with pytest.raises(ValueError, match=r"the whole address of https://.*\.csv is not known"):
+            check_whole(address)
+    check_whole(data[2])

@@ -138,6 +138,7 @@ def test_initialization(name):
 # ---- torch.compile
 
 
+@pytest.mark.slow
 def test_backward_pass_of_a_compiled_training_step():
     """ "aot_eager" traces it. ``fullgraph`` fails on graph breaks; for the forward pass see test_fake_cuda.py."""
     sizes = {"embed_dims": (4, 4, 8), "depths": (1, 1, 1)}

@@ -7,6 +7,7 @@ import pytest
 import sharded_models
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no forks")
 def test_sharded_models_have_the_same_gradients_and_state(tmp_path):
     codes, said = forked.run_two(sharded_models.same_gradients_and_state, logs=tmp_path, seconds=240)

@@ -59,6 +59,7 @@ def test_npy_gray_and_big_endian(tmp_path):
         (np.array([["a"]]), "are not pixels"),
         (np.zeros((2, 2, 2, 2), np.uint8), "expected"),
         (np.zeros((0, 4), np.uint8), "the image is empty"),
+        (np.zeros((4, 3, 0), np.uint8), "the image is empty"),
     ],
 )
 def test_arrays_that_are_not_images(array, reason):

@@ -105,6 +105,7 @@ def test_a_damaged_part_falls_back(runs, image_folder, tmp_path, capsys):
     assert_close(runs["full"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_killed_while_it_is_written(runs, image_folder, tmp_path):
     """Before one of two parts is there, and when both are, but not what says so; then it goes on in two processes."""
     run = tmp_path / "run"

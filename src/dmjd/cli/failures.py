@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dmjd import __version__
-from dmjd.text import printable
+from dmjd.text import printable, without_secrets
 
 MAX_ERROR_LINES = 10
 
@@ -129,6 +129,7 @@ def _bug(error: BaseException, arguments: Sequence[str]) -> str:
         "",
         *traceback.format_exception(error),
     ]
+    lines = [without_secrets(line) for line in lines]
     for folder in (_run_folder(arguments), Path(tempfile.gettempdir())):
         if folder is not None:
             try:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 from dmjd.checked_json import parse_json
 from dmjd.config.checks import Bounds, check_bool, check_float, check_int, check_text, plain, shown
+from dmjd.config.sources import stored_data
 from dmjd.suggest import did_you_mean
 from dmjd.text import printable
 
@@ -148,8 +149,10 @@ class Config:
         }
 
     def to_json(self) -> str:
-        """Indented JSON with a format version."""
-        return json.dumps({"format": FORMAT_VERSION} | self.to_dict(), indent=2) + "\n"
+        """Indented JSON with a format version, without passwords and signatures of addresses."""
+        settings = self.to_dict()
+        settings |= {name: stored_data(settings[name]) for name in ("data", "test_data") if name in settings}
+        return json.dumps({"format": FORMAT_VERSION} | settings, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str = "config.json") -> Self:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dmjd.text import printable
+from dmjd.text import printable, without_secrets
 
 Data = str | Sequence[str]  # of one source, or of several
 
@@ -19,6 +19,8 @@ _WEIGHT = re.compile(r"(.+):([+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf|i
 _SHARDS, _MOST_SHARDS = (".tar", ".zip"), 8  # which a shell makes of a pattern without quotes
 
 _LEAST = 1e-9  # a smaller weight draws no image in any run
+
+_QUERY_LEFT_OUT = "?..."  # at the end of an address that is stored
 
 _ROUNDING = 0.01  # of weights such as 0.334 0.333 0.334
 
@@ -55,8 +57,30 @@ def _parse(text: str) -> GivenSource:
 
 
 def data_text(data: Data) -> str:
-    """The sources in one line."""
-    return data if isinstance(data, str) else ", ".join(data)
+    """The sources in one line, as messages show them."""
+    return without_secrets(data if isinstance(data, str) else ", ".join(data))
+
+
+def stored_data(data: Data | None) -> Data | None:
+    """The sources as files hold them: "..." stands for a password, and for what follows "?" in an address."""
+    if data is None or isinstance(data, str):
+        return data if data is None else _stored(data)
+    return tuple(source._replace(data=_stored(source.data)).text for source in given_sources(data))
+
+
+def _stored(address: str) -> str:
+    if (shown := without_secrets(address)) == address:
+        return address
+    return f"{shown}{_QUERY_LEFT_OUT}" if "?" in address and "?" not in shown else shown
+
+
+def check_whole(address: str) -> None:
+    """ValueError for an address of :func:`stored_data` whose password or signature is left out."""
+    if ":...@" in address or address.endswith(_QUERY_LEFT_OUT):
+        raise ValueError(
+            f"the whole address of {without_secrets(address)} is not known, since runs keep no passwords and nothing "
+            "that follows ?: give it (--data, --test-data)"
+        )
 
 
 def check_sources(sources: Sequence[GivenSource]) -> str | None:
@@ -126,7 +150,7 @@ def moved_sources(old: Data, new: Data) -> str | None:
 
     The paths may be others, if the images are the same; number, order and weights must stay.
     """
-    before, after = given_sources(old), given_sources(new)
+    before, after = (given_sources(stored_data(data) or ()) for data in (old, new))
     same_weights = [source.weight for source in before] == [source.weight for source in after]
     reordered = before != after and Counter(before) == Counter(after)
     if same_weights and not reordered:

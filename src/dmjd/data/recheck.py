@@ -113,9 +113,10 @@ def moved_reports(reports: Iterable[Report], former: Data, data: Data) -> list[R
 
 def _start(data: str) -> str:
     """What the names of the images in a folder, in shards of a pattern, or below that of a list begin with."""
+    data = without_secrets(data) if is_url(data) else data
     if "*" in data or data.lower().endswith((*SHARDS, *ENDINGS)):
         data = re.split(r"[*?\[{]", data, maxsplit=1)[0].rpartition("/")[0]
-    return one_line(without_secrets(data) if is_url(data) else data).rstrip("/") + "/"
+    return one_line(data).rstrip("/") + "/"
 
 
 def _new_changes(

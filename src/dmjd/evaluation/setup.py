@@ -11,7 +11,7 @@ from torch import Tensor
 from dmjd.config.evaluation import LabeledConfig
 from dmjd.config.fields import CACHE_SETTINGS, LIST_SETTINGS
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.config.sources import data_text
+from dmjd.config.sources import data_text, stored_data
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import align_labels, has_split
 from dmjd.data.sources.subset import labeled_images
@@ -47,7 +47,8 @@ def given_data(config: LabeledConfig) -> dict[str, Any]:
 
 def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of :func:`given_data` that a result records: where copies of remote files lie does not matter to it."""
-    return {name: value for name, value in given.items() if name not in CACHE_SETTINGS}
+    kept = {name: value for name, value in given.items() if name not in CACHE_SETTINGS}
+    return kept | {name: stored_data(kept[name]) for name in ("data", "test_data") if name in kept}
 
 
 def open_sets(

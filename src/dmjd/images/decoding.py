@@ -199,6 +199,8 @@ def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
     """[H, W], [H, W, C] or [C, H, W] -> [H, W, C]. Channels are the axis of length in_chans, else the shorter one."""
     if array.ndim not in (2, 3):
         raise UnreadableImage("", f"array of shape {tuple(array.shape)}; expected [H, W], [H, W, C] or [C, H, W]")
+    if array.size == 0:
+        raise UnreadableImage("", f"array of shape {tuple(array.shape)}: the image is empty")
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.shape[2] != in_chans and (array.shape[0] == in_chans or array.shape[0] < array.shape[2]):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dmjd.checked_json import check_json
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.config.sources import data_text
+from dmjd.config.sources import data_text, stored_data
 from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import check_may_grow
@@ -49,7 +49,7 @@ def training_images(config: PretrainConfig, out: Path) -> Source:
     listing = out / LISTING if has_checkpoint(out) else None
     source = open_data(config, config.data, "train", listing, fetch_ahead=True)
     old = read_config_of(out)
-    if old is None or old.data is None or old.data == config.data:
+    if old is None or old.data is None or stored_data(old.data) == stored_data(config.data):
         return source
     headers, _ = read_headers(out / CHECKPOINTS)
     former = data_text(old.data)

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from dmjd.config.plan import PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import get_recipe
-from dmjd.config.sources import data_text
+from dmjd.config.sources import data_text, stored_data
 from dmjd.data.overview import Overview, overview
 from dmjd.data.sources.base import Source
 from dmjd.data.statistics import range_warning
@@ -139,8 +139,8 @@ def _expected_images(choices: Choices, asked: PlanConfig, reach: Reach) -> float
 
 
 def command_of(choices: Choices, asked: PlanConfig, config: PretrainConfig) -> str:
-    """The command that runs the plan."""
-    flags = {"data": asked.data, **choices.settings, "out": asked.out, "minutes": f"{config.minutes:g}"}
+    """The command that runs the plan; its addresses lack passwords and signatures."""
+    flags = {"data": stored_data(asked.data), **choices.settings, "out": asked.out, "minutes": f"{config.minutes:g}"}
     defaults = PlanConfig()
     for name in (*LISTED, *GIVEN):
         if getattr(asked, name) != getattr(defaults, name):

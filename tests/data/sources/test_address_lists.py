@@ -160,3 +160,50 @@ def test_a_full_disk_names_the_cure(server, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert int(source.read(0)[0, 0, 0]) == 0
+
+
+def test_a_signed_list_is_resumed_with_other_signatures_and_keeps_none(server, tmp_path, capsys):
+    """Of neither the list nor its rows; those of the rows are taken from the list, which is fetched again."""
+
+    def sign(signature: str) -> str:
+        rows = [f"{server.url}/set/images/{i:02}.png?{signature}&n={i}" for i in range(COUNT)]
+        signed = {f"/set/images/{i:02}.png?{signature}&n={i}": png(i) for i in range(COUNT)}
+        server.files = signed | {f"/set/list.csv?{signature}": "\n".join(["path", *rows]).encode()}
+        return f"{server.url}/set/list.csv?{signature}"
+
+    def command(data: str, steps: int) -> list[str]:
+        settings = ["--batch-size", 4, "--steps", steps, "--out", tmp_path / "run", "--num-workers", 0]
+        return [str(a) for a in ("pretrain", "--data", data, *TINY, *settings)]
+
+    assert main(command(sign("sig=SECRET1"), 1)) == 0
+    shutil.rmtree(image_cache())
+    assert main(command(sign("sig=SECRET2"), 3)) == 0
+    assert "SECRET" not in "".join(capsys.readouterr())
+    words = mistake(capsys, "embed", str(tmp_path / "run"), "--out", str(tmp_path / "a.parquet"))
+    assert f"the whole address of {server.url}/set/list.csv is not known" in words
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"SECRET" in file.read_bytes()]
+    assert main(["embed", str(tmp_path / "run"), "--out", str(tmp_path / "a.parquet"), "--data", sign("sig=3")]) == 0
+
+
+def test_a_password_is_kept_nowhere_and_taken_from_the_next_command(server, tmp_path, capsys):
+    def command(user: str, steps: int) -> list[str]:
+        data = f"{server.url}/set/list.txt".replace("://", f"://{user}@")
+        settings = ["--batch-size", 4, "--steps", steps, "--out", tmp_path / "run", "--num-workers", 0]
+        return [str(a) for a in ("pretrain", "--data", data, *TINY, *settings)]
+
+    assert main(command("bob:SECRET1", 1)) == 0
+    shutil.rmtree(image_cache())
+    server.password = "bob:SECRET2"
+    assert "SECRET" not in "".join(capsys.readouterr())
+    assert main(command("bob:SECRET1", 3)) == 2
+    assert "the server replied 401" in capsys.readouterr().err
+    assert main(command("bob:SECRET2", 3)) == 0
+    assert "SECRET" not in "".join(capsys.readouterr())
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"SECRET" in file.read_bytes()]
+
+
+def test_messages_name_the_address_of_a_list_and_not_its_copy(server, capsys):
+    server.files["/set/empty.csv"] = b"photo\n1.png\n"
+    words = mistake(capsys, "inspect", f"{server.url}/set/empty.csv")
+    assert f"error: {server.url}/set/empty.csv has no column of paths" in words
+    assert "http://[::1/list.csv is no address" in mistake(capsys, "inspect", "http://[::1/list.csv")

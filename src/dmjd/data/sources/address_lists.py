@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmjd.data.sources.addresses import is_http, is_url, without_secrets
-from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
-from dmjd.data.sources.folder import Strings, labels_of_folders, read_listing, sampled_for_fingerprint
+from dmjd.data.sources.base import SourceOptions
+from dmjd.data.sources.folder import Strings, labels_of_folders, read_listing
 from dmjd.data.sources.image_cache import AT_ONCE, ImageCache
 from dmjd.data.sources.list_files import ADDRESS, ListFile
 from dmjd.data.sources.list_paths import first_repeated, relative_paths
+from dmjd.data.sources.listed import ListedSource
 from dmjd.data.sources.paths import cache_folder, one_line
 from dmjd.data.sources.table_labels import optional_labels
 from dmjd.data.sources.transfer import MissingRemoteFile, stated
@@ -31,7 +32,7 @@ _PLAIN = rb"^[A-Za-z0-9_.~!$&'()*+,;=:@/-]*$"  # characters that stand for thems
 _UNUSUAL = r"(^|/)\.{1,2}(/|$)|//|^/"  # paths that have to be normalized
 
 
-class AddressListSource(Source):
+class AddressListSource(ListedSource):
     """The images of a list, in its order, each of which is a file on a server.
 
     A copy in the cache is used as long as it is there. An image that the server does not have is unreadable.
@@ -60,10 +61,12 @@ class AddressListSource(Source):
         self._cache = ImageCache(cache_folder("images", "remote images are kept", remote.cache_dir), bound)
         listed = read_listing(options.listing) if options.listing is not None else None
         self.listing = options.listing if listed is not None else None
-        addresses = absolute_addresses(rows, base) if listed is None or options.labels == "column" else pa.array([])
+        needed = listed is None or options.labels == "column" or _may_have_secrets(rows)
+        addresses = absolute_addresses(rows, base) if needed else pa.array([], pa.large_binary())
+        names = _names(addresses)
         if listed is None:
             _check_repeated(rows, addresses)
-            own = addresses if chosen is None else addresses.filter(chosen)
+            own, whole = (array if chosen is None else array.filter(chosen) for array in (names, addresses))
             self._root = _common_root(own)
             self._paths = Strings.of_arrow(relative_paths(own, self._root) if self._root else own)
             self._listed_sizes: list[int] | None = None
@@ -71,16 +74,21 @@ class AddressListSource(Source):
             self._root = _joined(base, listed.root) if listed.root else ""
             self._paths = Strings(map(os.fsencode, listed.paths))
             self._listed_sizes = listed.sizes
+            own = pa.array([os.fsencode(self._named(i)) for i in range(len(self))], pa.large_binary())
+            at = pc.index_in(_without_passwords(own), value_set=names)  # null: it is no longer in the list
+            whole = pc.coalesce(addresses.take(at), own)
+        self._whole = None if whole.equals(own) else Strings.of_arrow(whole)
         self._sizes_now: list[int] | None = None
         self.classes: list[str] = []
         if options.labels == "folder":
-            self.labels, self.classes = labels_of_folders(self._root, [self._shown(i) for i in range(len(self))])
+            self.labels, self.classes = labels_of_folders(
+                without_secrets(self._root), [self._shown(i) for i in range(len(self))]
+            )
         elif options.labels == "column":
             column = rows.label_column(options.label_column)
             values = rows.labels(column)
             if listed is not None:
-                kept = pa.array([os.fsencode(self._address(i)) for i in range(len(self))], pa.large_binary())
-                values = values.take(pc.index_in(kept, value_set=addresses))  # null: it is no longer in the list
+                values = values.take(at)
             elif chosen is not None:
                 values = values.filter(chosen)
             self.labels, self.classes = optional_labels(values, f"{printable(name)}: column '{printable(column)}'")
@@ -122,31 +130,14 @@ class AddressListSource(Source):
             listing = {"paths": paths, "sizes": self._listed_sizes, "root": _relative(self._base, self._root)}
             write_text(file, json.dumps(listing, indent=0))
 
-    def changes(self, fingerprint: str) -> Changes | None:
-        """See :meth:`Source.changes`. Only the images whose sizes are in the fingerprint are compared."""
-        if (same := super().changes(fingerprint)) is not None:
-            return same
-        if self._listed_sizes is None or self._hash(self._listed_sizes) != fingerprint:
-            return None
-        rows = zip(sampled_for_fingerprint(len(self)), self._listed_sizes, self._sizes(), strict=True)
-        sampled = list(rows)
-        return Changes([self.describe(index) for index, before, now in sampled if before != now], len(sampled))
-
-    def _identity(self) -> Iterable[str]:
-        return self._parts(self._sizes())
-
-    def _hash(self, sizes: Iterable[int]) -> str:
-        return short_hash([str(len(self)), *self._parts(sizes)])
-
-    def _parts(self, sizes: Iterable[int]) -> Iterable[str]:
+    def _name_of(self, index: int) -> str:
         """As for a folder with the same images."""
-        yield from (self._shown(i) for i in range(len(self)))
-        yield from map(str, sizes)
+        return self._shown(index)
 
     def _sizes(self) -> list[int]:
         """Bytes of the sampled images; -1 for one that the server does not have."""
         if self._sizes_now is None:
-            addresses = [self._address(index) for index in sampled_for_fingerprint(len(self))]
+            addresses = [self._address(index) for index in self._sampled()]
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 try:
                     self._sizes_now = list(pool.map(self._size, addresses))
@@ -164,12 +155,15 @@ class AddressListSource(Source):
         return len(self._cache.read(address)) if size is None else size
 
     def _address(self, index: int) -> str:
+        return self._named(index) if self._whole is None else self._whole[index]
+
+    def _named(self, index: int) -> str:
         return f"{self._root}/{self._paths[index]}" if self._root else self._paths[index]
 
     def _shown(self, index: int) -> str:
         """The path of an image below the common address, as it would be called on a disk."""
         path = self._paths[index]
-        return urllib.parse.unquote(path) if "%" in path and is_http(self._address(index)) else path
+        return urllib.parse.unquote(path) if "%" in path and is_http(self._named(index)) else path
 
 
 def absolute_addresses(rows: ListFile, base: str | None) -> pa.LargeBinaryArray:
@@ -186,7 +180,7 @@ def absolute_addresses(rows: ListFile, base: str | None) -> pa.LargeBinaryArray:
     if base is None:
         shown = printable(os.fsdecode(written[int(others[0])].as_py()))
         raise ValueError(
-            f"{rows.where(int(others[0]))} of {printable(rows.file)} is a path ({shown}) where others are addresses: "
+            f"{rows.where(int(others[0]))} of {rows.shown} is a path ({shown}) where others are addresses: "
             "make two lists, and give both (--data A B)"
         )
     unusual = pc.match_substring_regex(written, _UNUSUAL)
@@ -200,6 +194,24 @@ def absolute_addresses(rows: ListFile, base: str | None) -> pa.LargeBinaryArray:
         fixed = [os.fsencode(_address_below(base, path)) for path in written.filter(single).to_pylist()]
         joined = pc.replace_with_mask(joined, single, pa.array(fixed, pa.large_binary()))
     return pc.if_else(whole, written, joined)
+
+
+def _may_have_secrets(rows: ListFile) -> bool:
+    return bool(pc.any(pc.match_substring_regex(rows.paths, "[?@]")).as_py())
+
+
+def _names(addresses: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """Addresses as a run keeps them, without the passwords and signatures of rows, which may be others tomorrow.
+
+    Where only what follows "?" tells two images apart, it stays.
+    """
+    names = _without_passwords(addresses)
+    short = pc.replace_substring_regex(names, r"(?is)^(https?://[^?#]*)[?#].*$", r"\1")
+    return names if first_repeated(short) is not None else short
+
+
+def _without_passwords(addresses: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    return pc.replace_substring_regex(addresses, r"^([A-Za-z0-9+.-]+://[^/@:]*):[^/]*@", r"\1@")
 
 
 def _address_below(base: str, path: bytes) -> str:
@@ -222,6 +234,8 @@ def _joined(base: str | None, path: str) -> str:
 
 def _relative(base: str | None, root: str) -> str:
     """:func:`_joined` backwards: the folder of all images relative to that of the list, if it is on the same server."""
+    if base is not None:
+        base = os.fsdecode(_without_passwords(pa.array([os.fsencode(base)], pa.large_binary()))[0].as_py())
     if base is None or root.split("/")[:3] != base.split("/")[:3]:
         return root
     return posixpath.relpath("/" + "/".join(root.split("/")[3:]), "/" + "/".join(base.split("/")[3:]))
@@ -239,6 +253,4 @@ def _check_repeated(rows: ListFile, addresses: pa.LargeBinaryArray) -> None:
     if (found := first_repeated(addresses)) is not None:
         row, first = found
         shown = printable(os.fsdecode(addresses[row].as_py()))
-        raise ValueError(
-            f"{rows.where(row)} of {printable(rows.file)} names the image of {rows.where(first)} again: {shown}"
-        )
+        raise ValueError(f"{rows.where(row)} of {rows.shown} names the image of {rows.where(first)} again: {shown}")

@@ -23,8 +23,15 @@ def is_url(data: str) -> bool:
 
 
 def ends_with(url: str, endings: tuple[str, ...]) -> bool:
-    """Whether the path of an address ends so, in small or capital letters."""
-    return urllib.parse.urlsplit(url).path.lower().endswith(endings)
+    """Whether the path of an address ends so, in small or capital letters.
+
+    Raises:
+        ValueError: for what cannot be an address.
+    """
+    try:
+        return urllib.parse.urlsplit(url).path.lower().endswith(endings)
+    except ValueError as error:
+        raise ValueError(f"{printable(url)} is no address: {error}") from None
 
 
 def is_http(address: str) -> bool:

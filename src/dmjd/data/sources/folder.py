@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 
 from dmjd.checked_json import read_json
-from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
+from dmjd.data.sources.base import SourceOptions
 from dmjd.data.sources.dicom_files import with_frames
+from dmjd.data.sources.listed import ListedSource
 from dmjd.data.sources.paths import (
     EXTENSIONS,
     SHARDS,
@@ -31,10 +32,8 @@ from dmjd.images.dicom import frame_of, may_be_dicom
 from dmjd.images.reading import OpenImage, open_image
 from dmjd.text import printable
 
-_SIZES_IN_FINGERPRINT = 256
 
-
-class FolderSource(Source):
+class FolderSource(ListedSource):
     """The images below a folder, in the sorted order of their relative paths.
 
     Args:
@@ -173,39 +172,16 @@ class FolderSource(Source):
     def _path(self, index: int) -> str:
         return os.path.join(self._folder, self._paths[index])
 
-    def changes(self, fingerprint: str) -> Changes | None:
-        """See :meth:`Source.changes`. Only the images whose sizes are in the fingerprint are compared."""
-        if (same := super().changes(fingerprint)) is not None:
-            return same
-        if self._listed_sizes is None or self._hash(self._listed_sizes) != fingerprint:
-            return None
-        sampled = list(zip(sampled_for_fingerprint(len(self)), self._listed_sizes, self._sizes(), strict=True))
-        return Changes([self.describe(index) for index, before, now in sampled if before != now], len(sampled))
-
-    def _identity(self) -> Iterable[str]:
-        return self._parts(self._sizes())
-
-    def _hash(self, sizes: Iterable[int]) -> str:
-        """The fingerprint for given sizes."""
-        return short_hash([str(len(self)), *self._parts(sizes)])
-
-    def _parts(self, sizes: Iterable[int]) -> Iterable[str]:
-        """All names, and the sizes of some files: reading all sizes would take minutes on a network drive."""
-        yield from (self._paths[i] for i in range(len(self)))
-        yield from map(str, sizes)
+    def _name_of(self, index: int) -> str:
+        return self._paths[index]
 
     def _sizes(self) -> Iterable[int]:
         """Bytes of the sampled files; -1 for one that is missing."""
-        for index in sampled_for_fingerprint(len(self)):
+        for index in self._sampled():
             try:
                 yield os.stat(frame_of(self._path(index))[0]).st_size
             except OSError:
                 yield -1
-
-
-def sampled_for_fingerprint(length: int) -> list[int]:
-    """The images of a set whose sizes are in its fingerprint."""
-    return [int(i) for i in np.linspace(0, length - 1, min(length, _SIZES_IN_FINGERPRINT)).astype(int)]
 
 
 class Strings:

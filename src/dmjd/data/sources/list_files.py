@@ -29,10 +29,12 @@ class ListFile(ABC):
     Args:
         file: the file.
         path_column: the column of paths; None: the first with a usual name (:data:`PATH_NAMES`).
+        name: what the list is called in messages, such as its address; None: as the file.
     """
 
-    def __init__(self, file: Path, path_column: str | None = None) -> None:
+    def __init__(self, file: Path, path_column: str | None = None, name: str | None = None) -> None:
         self.file, self._path_column = file, path_column
+        self.shown = printable(file if name is None else name)
         with permission_checked(file):
             check_regular(file)
 
@@ -64,7 +66,7 @@ class ListFile(ABC):
         if found is None:
             wanted = ", ".join(PATH_NAMES) if self._path_column is None else repr(self._path_column)
             raise ValueError(
-                f"{printable(self.file)} has no column of paths ({printable(wanted)}); it has {self._listed()}: "
+                f"{self.shown} has no column of paths ({printable(wanted)}); it has {self._listed()}: "
                 "name the columns in the first line, or pass --path-column NAME"
             )
         return found
@@ -84,7 +86,7 @@ class ListFile(ABC):
         if found is None:
             wanted = ", ".join(LABEL_NAMES) if name is None else repr(name)
             raise ValueError(
-                f"{printable(self.file)} has no label column ({printable(wanted)}); it has {self._listed()}: "
+                f"{self.shown} has no label column ({printable(wanted)}); it has {self._listed()}: "
                 "pass --label-column NAME"
             )
         return found
@@ -116,7 +118,7 @@ class ListFile(ABC):
         shown = f"the split '{shortened(value, 40)}'" if value.strip() else "no split"
         others = f" (the first of {len(rows)})" if len(rows) > 1 else ""
         raise ValueError(
-            f"{self.where(rows[0])} of {printable(self.file)} has {shown}{others}: column '{self.split_column}' takes "
+            f"{self.where(rows[0])} of {self.shown} has {shown}{others}: column '{self.split_column}' takes "
             f"{', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
         )
 
@@ -134,14 +136,14 @@ class ListFile(ABC):
         """
         paths = _one_array(self.table([self.path_column])[self.path_column])
         if not len(paths):
-            raise ValueError(f"{printable(self.file)} lists no images: put the path of an image on each line")
+            raise ValueError(f"{self.shown} lists no images: put the path of an image on each line")
         paths = paths.cast(pa.large_binary())
         without = _true_rows(pc.fill_null(pc.match_substring_regex(paths, r"^\s*$"), True))
         if len(without):
             more = f" (the first of {len(without)})" if len(without) > 1 else ""
-            raise ValueError(f"{self.where(without[0])} of {printable(self.file)} has no path{more}: remove it")
+            raise ValueError(f"{self.where(without[0])} of {self.shown} has no path{more}: remove it")
         if pc.any(pc.match_substring(paths, "\0")).as_py():
-            raise ValueError(f"{printable(self.file)} is no list of images: it holds null characters")
+            raise ValueError(f"{self.shown} is no list of images: it holds null characters")
         return paths
 
     def labels(self, column: str) -> pa.Array:
@@ -160,7 +162,7 @@ class ListFile(ABC):
             of_name = {column.strip().lower(): column for column in reversed(self.columns)}
             found = next((of_name[name] for name in names if name in of_name), None)
         if found is not None and self.columns.count(found) > 1:
-            raise ValueError(f"{printable(self.file)} has two columns named '{printable(found)}': rename one of them")
+            raise ValueError(f"{self.shown} has two columns named '{printable(found)}': rename one of them")
         return found
 
     def _listed(self) -> str:

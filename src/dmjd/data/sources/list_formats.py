@@ -45,7 +45,7 @@ class _TextFile(ListFile):
         """Raise an error for the first line that is not UTF-8."""
         with self.file.open("rb") as file:
             if file.read(2) in _UTF16:
-                raise ValueError(f"{printable(self.file)} is UTF-16 text: save it as UTF-8")
+                raise ValueError(f"{self.shown} is UTF-16 text: save it as UTF-8")
             file.seek(0)
             for number, line in enumerate(file, 1):
                 try:
@@ -53,7 +53,7 @@ class _TextFile(ListFile):
                 except UnicodeDecodeError:
                     shown = shortened(line.decode("utf-8", "replace").strip(), 60)
                     raise ValueError(
-                        f"line {number} of {printable(self.file)} is not UTF-8 text ({shown}): save the list as UTF-8"
+                        f"line {number} of {self.shown} is not UTF-8 text ({shown}): save the list as UTF-8"
                     ) from None
 
 
@@ -109,9 +109,7 @@ class DelimitedList(_TextFile):
                 reason = str(error)
         self._check_encoding()
         self._check_rows()
-        raise ValueError(
-            f"{printable(self.file)} can't be read as {self.file.suffix[1:].upper()} ({shortened(reason, 200)})"
-        )
+        raise ValueError(f"{self.shown} can't be read as {self.file.suffix[1:].upper()} ({shortened(reason, 200)})")
 
     def _check_start(self) -> None:
         with permission_checked(self.file), self.file.open("rb") as file:
@@ -119,7 +117,7 @@ class DelimitedList(_TextFile):
         if start[:2] in _UTF16:
             self._check_encoding()
         if b"\0" in start:
-            raise ValueError(f"{printable(self.file)} is no list of images: it holds null characters")
+            raise ValueError(f"{self.shown} is no list of images: it holds null characters")
 
     def _check_rows(self) -> None:
         """Raise an error for the first row with another number of columns than the first line."""
@@ -129,12 +127,12 @@ class DelimitedList(_TextFile):
                 try:
                     row = next(rows, None)
                 except csv.Error as error:
-                    raise ValueError(f"line {line} of {printable(self.file)} is damaged ({error})") from None
+                    raise ValueError(f"line {line} of {self.shown} is damaged ({error})") from None
                 if row is None:
                     return
                 if row and len(row) != count:
                     raise ValueError(
-                        f"line {line} of {printable(self.file)} has {len(row)} columns, the first line {count}: put "
+                        f"line {line} of {self.shown} has {len(row)} columns, the first line {count}: put "
                         "values that hold a separator or a line break in double quotes"
                     )
                 line = rows.line_num + 1
@@ -187,7 +185,7 @@ class JsonLines(_TextFile):
                 reason = str(error)
         self._check_encoding()
         self._check_types(kinds)
-        raise ValueError(f"{printable(self.file)} can't be read as JSON lines ({shortened(reason, 200)})")
+        raise ValueError(f"{self.shown} can't be read as JSON lines ({shortened(reason, 200)})")
 
     @cached_property
     def _peeked(self) -> list[dict[str, Any]]:
@@ -208,7 +206,7 @@ class JsonLines(_TextFile):
 
     def _refuse(self, column: str) -> pa.DataType:
         raise ValueError(
-            f"{printable(self.file)}: column '{printable(column)}' holds lists or objects: a label is a whole number, "
+            f"{self.shown}: column '{printable(column)}' holds lists or objects: a label is a whole number, "
             "a text or a truth value"
         )
 
@@ -220,9 +218,9 @@ class JsonLines(_TextFile):
             self._check_encoding()
             raise
         except ValueError as error:
-            raise ValueError(f"line {line} of {printable(self.file)} is not JSON ({error})") from None
+            raise ValueError(f"line {line} of {self.shown} is not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"line {line} of {printable(self.file)} is not a JSON object, such as {{'path': 'a.jpg'}}")
+            raise ValueError(f"line {line} of {self.shown} is not a JSON object, such as {{'path': 'a.jpg'}}")
         return row
 
     def _check_types(self, kinds: dict[str, pa.DataType]) -> None:
@@ -235,7 +233,7 @@ class JsonLines(_TextFile):
                 except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
                     shown, words = shortened(json.dumps(row[name]), 40), str(kind).removeprefix("large_")
                     raise ValueError(
-                        f"line {line} of {printable(self.file)}: '{printable(name)}' is {shown}, not of type {words}"
+                        f"line {line} of {self.shown}: '{printable(name)}' is {shown}, not of type {words}"
                     ) from None
 
     def _rows(self) -> Iterator[tuple[int, bytes]]:
@@ -264,9 +262,7 @@ class ParquetList(ListFile):
             if name in (self.path_column, self.split_column):
                 column = _decoded(table[name])
                 if not is_text(column.type):
-                    raise ValueError(
-                        f"{printable(self.file)}: column '{printable(name)}' holds {column.type}, not texts"
-                    )
+                    raise ValueError(f"{self.shown}: column '{printable(name)}' holds {column.type}, not texts")
                 table = table.set_column(number, name, column.cast(pa.large_string()))
         return table
 
@@ -276,7 +272,7 @@ class ParquetList(ListFile):
             yield
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = shortened(str(error).split("\n")[0], 200)
-            raise ValueError(f"{printable(self.file)} can't be read as parquet ({reason})") from None
+            raise ValueError(f"{self.shown} can't be read as parquet ({reason})") from None
 
     def where(self, row: int) -> str:
         """Rows are counted from 0, as those of other tables."""
@@ -294,9 +290,9 @@ _KINDS: dict[str, type[ListFile]] = {
 ENDINGS = tuple(_KINDS)
 
 
-def open_list(file: Path, path_column: str | None = None) -> ListFile:
+def open_list(file: Path, path_column: str | None = None, name: str | None = None) -> ListFile:
     """Open a list by the ending of its name; see :class:`ListFile`."""
-    return _KINDS[file.suffix.lower()](file, path_column)
+    return _KINDS[file.suffix.lower()](file, path_column, name)
 
 
 def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -140,7 +140,7 @@ class ListSource(FolderSource):
         if is_url(data):
             file = _fetched(data, options.remote.cache_dir)
             base = data.partition("?")[0].rpartition("/")[0] if options.root is None else None
-        rows = open_list(file, options.path_column)
+        rows = open_list(file, options.path_column, data)
         if base is not None or rows.holds_addresses:
             return AddressListSource(data, rows, base, options)
         return cls(file, options, rows, data)
@@ -185,7 +185,7 @@ def _fetched(url: str, cache_dir: str | None) -> Path:
 def _remote_parts(url: str) -> tuple[str, ...]:
     """The splits of a remote list that another one may serve as; it is kept nowhere, since its cache is not known."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = open_list(_fetched(url, folder))
+        rows = open_list(_fetched(url, folder), name=url)
         return tuple(split for split in SPLITS if rows.split_rows(split)[0])
 
 
@@ -194,9 +194,7 @@ def _check_repeated(rows: ListFile, written: pa.LargeBinaryArray, paths: pa.Larg
     if (found := first_repeated(without_first_frame(paths))) is not None:
         row, first = found
         shown = printable(os.fsdecode(written[row].as_py()))
-        raise ValueError(
-            f"{rows.where(row)} of {printable(rows.file)} names the image of {rows.where(first)} again: {shown}"
-        )
+        raise ValueError(f"{rows.where(row)} of {rows.shown} names the image of {rows.where(first)} again: {shown}")
 
 
 def _check_missing(
@@ -208,7 +206,7 @@ def _check_missing(
         return
     named = ", ".join(printable(os.fsdecode(path)) for path in written.take(missing[:_NAMED]).to_pylist())
     more = ", ..." if len(missing) > _NAMED else ""
-    text = f"{len(missing)} of {len(paths)} files in {printable(rows.file)} do not exist: {named}{more}"
+    text = f"{len(missing)} of {len(paths)} files in {rows.shown} do not exist: {named}{more}"
     if len(missing) == len(paths) or len(missing) > tolerated(options.max_unreadable or 0, len(paths)):
         folder = "the folder of the list" if options.root is None else f"--root {printable(options.root)}"
         raise ValueError(

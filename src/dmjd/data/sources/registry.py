@@ -12,7 +12,7 @@ import numpy as np
 
 from dmjd.config.fields import LABELS, SPLITS
 from dmjd.config.invalid import BLENDED, check_alpha, nodata_text
-from dmjd.config.sources import Data, check_sources, data_text, given_sources, overlapping
+from dmjd.config.sources import Data, check_sources, check_whole, data_text, given_sources, overlapping
 from dmjd.data.sources.addresses import ends_with, is_url, local_path
 from dmjd.data.sources.base import FETCHED_FIRST, RemoteOptions, Source, SourceOptions
 from dmjd.data.sources.digits import DigitsSource
@@ -29,7 +29,7 @@ from dmjd.data.sources.table_columns import is_list_table
 from dmjd.data.sources.tables import ParquetSource
 from dmjd.data.sources.torchvision_sets import NamedSource
 from dmjd.images.invalid import invalid_pixels
-from dmjd.text import printable
+from dmjd.text import printable, without_secrets
 from dmjd.warning import DMJDWarning
 
 # The kinds of sources, in order of precedence: the first that matches is opened. Names win over paths.
@@ -101,6 +101,7 @@ def open_source(
     _check_kind(kind, name, options)
     source = kind.from_data(name, options)
     source.invalid = invalid_pixels(*invalid)
+    source.name = without_secrets(source.name)
     return source
 
 
@@ -271,6 +272,8 @@ def _find(data: str, split: str) -> type[Source] | None:
     Raises:
         ValueError: if a path does not exist.
     """
+    if is_url(data):
+        check_whole(data)
     if data in _names():
         return next((kind for kind in SOURCES if data in kind.names and kind.matches(data, split)), None)
     kind = next((kind for kind in SOURCES if kind.matches(data, split)), None)

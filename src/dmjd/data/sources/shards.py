@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmjd.data.sources.addresses import is_url
+from dmjd.data.sources.addresses import ends_with, is_url
 from dmjd.data.sources.base import Changes, Source, SourceOptions, short_hash
 from dmjd.data.sources.paths import COMPRESSED, EXTENSIONS, one_line
 from dmjd.data.sources.progress import counted
@@ -83,7 +83,7 @@ class ShardSource(Source):
     @classmethod
     def from_data(cls, data: str, options: SourceOptions) -> "ShardSource":
         """Open a split of the shards ``data``."""
-        if options.remote.cache_gb is not None and is_url(data) and not data.lower().endswith(COMPRESSED):
+        if options.remote.cache_gb is not None and is_url(data) and not ends_with(data, COMPRESSED):
             remote = RemoteShards(data, options.remote.cache_gb, options.remote.cache_dir)
             if options.remote.fetch_ahead:
                 remote.window_size(options.remote.shard_window)  # refuses a small cache before anything is fetched
