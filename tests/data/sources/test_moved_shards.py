@@ -4,8 +4,9 @@ import os
 import shutil
 import signal
 
+import fsspec
 import pytest
-from eight_shards import NUM_SHARDS, SHARDS, in_gb, shard
+from eight_shards import IMAGES, NUM_SHARDS, SHARDS, in_gb, shard
 from flaky_server import flaky_server
 from support import TINY, TINY_FIELDS, assert_same_bits, mistake
 
@@ -88,3 +89,21 @@ def test_images_of_a_shard_that_is_replaced_are_not_read_one_by_one(server, url,
     server.files = {path: content[:-4] + b"abcd" + bytes(more) for path, content in SHARDS.items()}
     with pytest.raises(ChangedFile, match=r"0\.tar can't be fetched \(it has changed on the server; the same command"):
         source.read(1)
+
+
+def test_another_protocol_than_that_of_the_web_has_the_same_images(server, url, tmp_path):
+    """Any file system of fsspec will do; here one in memory."""
+    other = fsspec.filesystem("memory")
+    for path, content in SHARDS.items():
+        with other.open(path, "wb") as file:
+            file.write(content)
+    with other.open("/set/list.csv", "wb") as file:
+        file.write(b"path,label\n" + b"".join(b"%d.tar,a\n" % i for i in range(3)))
+    try:
+        options = RemoteOptions(cache_dir=str(tmp_path))
+        first, second = (open_source(address, remote=options) for address in (url, "memory://set/*.tar"))
+        assert len(first) == len(second) == NUM_SHARDS * IMAGES
+        assert first.fingerprint() == second.fingerprint()
+        assert len(open_source("memory://set/list.csv", remote=options)) == 3
+    finally:
+        other.rm("/set", recursive=True)
