@@ -64,22 +64,19 @@ SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space"
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
 SMALL_IMAGES |= {"hog_cell": 4, "optimizer": "muon"}
 
-# Where the set space looks, besides the base learning rate: around what was found best for small images.
-SPACE: dict[str, tuple[Any, ...]] = {
-    "optimizer": ("muon", "adamw"),
+# Where the set space looks, besides the base learning rate: around what was found best for small images,
+# and around MAE, which is searched as thoroughly.
+SHARED_SPACE: dict[str, tuple[Any, ...]] = {
     "schedule": ("cosine", "wsd"),
-    "batch_size": (32, 64, 128),
-    "mask_ratio": (0.6, 0.75, 0.85, 0.9),
-    "num_views": (1, 2, 4),
-    "theta": (0.3, 1.0, 2.0),
-    "vis_target": ("hog", "pixel"),
-    "hog_cell": (2, 4),
+    "batch_size": (16, 32, 64),
+    "mask_ratio": (0.75, 0.85, 0.9),
     "decode_ratio": (0.5, 1.0),
     "decoder_depth": (1, 2),
-    "projector_depth": (1, 3),
     "crop_scale": ((0.2, 1.0), (0.5, 1.0), (0.8, 1.0)),
 }
-POINTS, LEAST_FACTOR, MOST_FACTOR = 24, 0.5, 4.0  # settings drawn; of the base learning rate
+SPACE = SHARED_SPACE | {"num_views": (1, 2, 4), "theta": (0.5, 1.0, 2.0), "hog_cell": (2, 4), "projector_depth": (1, 3)}
+SPACE_MAE = SHARED_SPACE | {"optimizer": ("adamw", "muon")}
+POINTS, LEAST_FACTOR, MOST_FACTOR = 24, 0.5, 4.0  # settings around each; of the base learning rate
 
 GIVEN = "given"  # stands for the weights that are given
 
@@ -205,12 +202,16 @@ def _sharing() -> dict[str, Variant]:
 
 
 def _space() -> dict[str, Variant]:
-    """Settings drawn at random from ``SPACE``, always the same; first those found best."""
-    points, draw = {"best_so_far": Variant("dmjd", SMALL_IMAGES)}, random.Random(0)
-    for number in range(1, POINTS):
-        own = {name: draw.choice(values) for name, values in SPACE.items()}
-        factor = LEAST_FACTOR * (MOST_FACTOR / LEAST_FACTOR) ** draw.random()
-        points[f"point_{number:02d}"] = Variant("dmjd", SMALL_IMAGES | own, blr_factor=round(factor, 2))
+    """Settings drawn at random, always the same: ``mixed`` and what varies it, ``mae`` and what varies it."""
+    points: dict[str, Variant] = {}
+    starts = {"mixed": (Variant("dmjd", SMALL_IMAGES), SPACE), "mae": (Variant("mae"), SPACE_MAE)}
+    for name, (start, space) in starts.items():
+        points[name], draw = start, random.Random(0)
+        for number in range(1, POINTS):
+            own = {setting: draw.choice(values) for setting, values in space.items()}
+            factor = LEAST_FACTOR * (MOST_FACTOR / LEAST_FACTOR) ** draw.random()
+            key = f"{name}_{number:02d}"
+            points[key] = Variant(start.recipe, start.overrides | own, blr_factor=round(factor, 2))
     return points
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dmjd.encoders.headers import COOLING_KEY
 from dmjd.encoders.parts import Part
+from dmjd.engine.busy_cores import warn_of_busy_cores
 from dmjd.engine.console import LIVE_SECONDS, Console
 from dmjd.engine.cooldown_signal import CooldownSignal
 from dmjd.engine.loggers import Logger
@@ -135,6 +136,7 @@ class Driver:
         """
         if self._restored_final and self.engine.progress >= 1.0:
             return True
+        warn_of_busy_cores(self.engine.fabric.device, self.console)
         batches = self.batches(self.engine.state.step)
         patience = 2.0 if self.engine.fabric.world_size == 1 else 10.0  # several processes agree on a step
         hooks: list[Hook] = [self._note_due]
