@@ -70,10 +70,10 @@ class Report:
     Attributes:
         state: the loop's state.
         progress: progress of the run, 0 to 1.
-        scalars: means since the last logged step, if this step is logged.
+        scalars: means since the last logged step over all processes, if this step is logged.
         before: progress before the step.
-        live: means since the last logged step, to be shown while training; not in every process, and only if
-            ``scalars`` is None.
+        live: means since the last logged step, of this process, to be shown while training; not in every process, and
+            only if ``scalars`` is None.
     """
 
     state: TrainState
@@ -199,10 +199,10 @@ class Engine:
             scalars = live = None
             if step % self.log_every == 0 or progress >= 1.0 or stopping:
                 self.check_finite()
-                scalars = meter.read(self.batch_size, self.fabric.device) | {"lr": lr}
+                scalars = meter.read(self.batch_size, self._mean_over_processes) | {"lr": lr}
                 meter.reset()
             elif meter.is_due() and self._is_finite():
-                live = meter.read(self.batch_size, self.fabric.device) | {"lr": lr}
+                live = meter.read(self.batch_size) | {"lr": lr}
             report = Report(self.state, progress, scalars, self.before, live)
             hooked = time.perf_counter()
             for hook in hooks:
@@ -292,6 +292,12 @@ class Engine:
             progress, self.state.seconds = value.tolist()
         return progress
 
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        """The mean of each value, to be called in all processes."""
+        if self.fabric.world_size == 1:
+            return values
+        return self.fabric.all_reduce(values, reduce_op="mean")  # type: ignore[return-value]
+
     def _agree_on_stop(self, stop: StopSignal) -> bool:
         """Whether a stop was requested in any process."""
         if self.fabric.world_size == 1:
@@ -341,13 +347,15 @@ class _Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += "grad_norm" in values
 
-    def read(self, batch_size: int, device: torch.device) -> dict[str, float]:
+    def read(self, batch_size: int, shared: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Means since the last reset, images/s, the fraction of time spent waiting for data, and peak memory.
 
-        The time of hooks, such as evaluations, does not count.
+        The time of hooks, such as evaluations, does not count. ``shared`` makes means those of all processes.
         """
-        means = {name: float(total) / self._steps for name, total in self._sums.items()}  # waits for the device
+        sums = torch.stack(list(self._sums.values()))
+        totals = (sums if shared is None else shared(sums)).tolist()  # waits for the device
+        means = {name: total / self._steps for name, total in zip(self._sums, totals, strict=True)}
         seconds = max(time.perf_counter() - self._since - self.elsewhere, 1e-9)
         speed = {"images_per_s": batch_size * self._steps / seconds, "data_wait": self.waited / seconds}
         self._read_at = time.monotonic()
-        return means | speed | {"memory_gb": peak_memory(device) / 1e9}
+        return means | speed | {"memory_gb": peak_memory(self._device) / 1e9}
