@@ -36,6 +36,7 @@ ORDER = [
     "data",
     "engine",
     "similarity",
+    "whitening",
     "runs",
     "figures",
     "evaluation",

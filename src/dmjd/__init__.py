@@ -13,6 +13,7 @@ _NAMES = {
     "DMJDWarning": "dmjd.warning",
     "DisjointMasks": "dmjd.masking",
     "Distillation": "dmjd.branches",
+    "HalfWhitening": "dmjd.whitening",
     "IndependentMasks": "dmjd.masking",
     "MaskedImageModel": "dmjd.model",
     "Masks": "dmjd.masking",

@@ -1,7 +1,14 @@
 """Configurations and recipes. Nothing here imports torch."""
 
 from dmjd.config.dense import DenseConfig, DetectionConfig, SegmentationConfig
-from dmjd.config.evaluation import EvaluationConfig, FrozenConfig, KnnConfig, LinearConfig, LinearSweepConfig
+from dmjd.config.evaluation import (
+    EvaluationConfig,
+    FrozenConfig,
+    KnnConfig,
+    LinearConfig,
+    LinearSweepConfig,
+    WhitenedKnnConfig,
+)
 from dmjd.config.finetune import FinetuneConfig
 from dmjd.config.pretrain import PretrainConfig
 
@@ -16,4 +23,5 @@ __all__ = [
     "LinearSweepConfig",
     "PretrainConfig",
     "SegmentationConfig",
+    "WhitenedKnnConfig",
 ]

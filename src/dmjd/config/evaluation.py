@@ -144,6 +144,13 @@ class KnnConfig(FrozenConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WhitenedKnnConfig(KnnConfig):
+    """The same on half-whitened features."""
+
+    task: ClassVar[str] = "knn_whitened"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearConfig(FrozenConfig):
     """Linear probe; the batch size follows the size of the training set."""
 

@@ -14,6 +14,7 @@ _MODULES = {
     "extract_all": "frozen.features",
     "finetune": "supervised.finetune",
     "knn": "frozen.knn",
+    "knn_whitened": "frozen.knn_whitened",
     "linear_probe": "frozen.linear",
     "linear_sweep": "frozen.linear_sweep",
     "probe_schedule": "frozen.linear",

@@ -76,6 +76,13 @@ TASKS: dict[str, EvaluationTask] = {
             protocol="the {k} most similar training images vote; frozen features",
         ),
         FrozenTask(
+            "knn_whitened",
+            f"{_CONFIG}:WhitenedKnnConfig",
+            f"{_FROZEN}.knn_whitened:knn_whitened",
+            "the same after half whitening of the features, for search",
+            protocol="as kNN; the training features without their labels say how to scale the directions",
+        ),
+        FrozenTask(
             "linear",
             f"{_CONFIG}:LinearConfig",
             f"{_FROZEN}.linear:linear_probe",

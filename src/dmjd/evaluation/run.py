@@ -15,7 +15,7 @@ def evaluate(task: str, run: str | Path, **options: Any) -> dict[str, Any]:
     """Evaluate a trained encoder and, with the same protocol, a randomly initialized one.
 
     Args:
-        task: "knn", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
+        task: "knn", "knn_whitened", "linear", "linear_sweep", "finetune", "segmentation" or "detection".
         run: a run folder; or an encoder file or checkpoint, together with ``data``.
         options: settings of the task, which are the fields of :class:`~dmjd.config.evaluation.KnnConfig`,
             :class:`~dmjd.config.evaluation.LinearConfig`, :class:`~dmjd.config.evaluation.LinearSweepConfig`,

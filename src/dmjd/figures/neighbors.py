@@ -21,6 +21,7 @@ from dmjd.figures.set_features import MAX_LETTERS, class_name, set_features, set
 from dmjd.images.decoding import ImageLike
 from dmjd.nn.modes import evaluating
 from dmjd.text import drawable
+from dmjd.whitening import HalfWhitening
 
 NUM_NEIGHBORS = 7
 
@@ -60,7 +61,7 @@ def neighbors_figure(
     seed: int = 0,
     query: Sequence[ImageLike] = (),
 ) -> Figure:
-    """Draw queries in the first column, each with its nearest images by centered cosine similarity of pooled features.
+    """Draw queries in the first column, each with its nearest images by cosine similarity of half-whitened features.
 
     Args:
         encoder: an encoder with ``preprocess``; it is not changed.
@@ -76,11 +77,13 @@ def neighbors_figure(
     preprocess = known_preprocess(encoder)
     given = preprocess.raw(query)  # q, C, H, W
     features, index = set_features(encoder, source, num_candidates)
+    whiten = HalfWhitening.fit(features)
     labels: list[int | None] = [None] * len(given)
+    features = whiten(features)
     if len(given):
         with evaluating(encoder):
             asked = encoder.encode(preprocess.normalize(given).to(next(encoder.parameters()).device)).cpu()
-        cosines, rows = nearest(features, asked, min(NUM_NEIGHBORS, len(index)))
+        cosines, rows = nearest(features, whiten(asked), min(NUM_NEIGHBORS, len(index)))
         first = [Panel(image, _file_name(one)) for image, one in zip(to_rgb(given).numpy(), query, strict=True)]
     else:
         own = torch.from_numpy(np.random.default_rng(seed).permutation(len(index))[:num_images].copy())
@@ -115,6 +118,6 @@ def _file_name(image: ImageLike) -> str:
 def _note(source: Source, num_candidates: int, given: bool) -> str:
     borders = " Green border: the query's class; red: another class." if source.labels is not None and not given else ""
     return (
-        f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features, less the mean of "
-        f"these images: 0 is as similar as any two images are on average.{borders}"
+        f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features, half whitened: 0 is "
+        f"as similar as any two images are on average.{borders}"
     )

@@ -21,6 +21,7 @@ from dmjd.reports.relations import Neighbors, find_neighbors, near_duplicates, o
 from dmjd.reports.sample import Sample, data_uri, thumbnails
 from dmjd.reports.trained import Trained
 from dmjd.text import printable, shortened
+from dmjd.whitening import HalfWhitening
 
 NUM_IMAGES = 4  # in a figure
 
@@ -173,8 +174,9 @@ def gallery(sample: Sample) -> tuple[Gallery, Neighbors]:
     """
     if len(sample.features) < 2:
         raise ValueError("a single image has no neighbors")
-    found = find_neighbors(sample.features)
-    pairs, odd = near_duplicates(found), outliers(found, _OUTLIERS)
+    centered = find_neighbors(sample.features)
+    pairs, odd = near_duplicates(centered), outliers(centered, _OUTLIERS)
+    found = find_neighbors(HalfWhitening.fit(sample.features)(sample.features))
     queries = range(min(_QUERIES, len(found.rows)))
     rows = {row for query in queries for row in (query, *found.rows[query, :_SHOWN].tolist())}
     rows |= {row for pair in pairs[:_PAIRS] for row in pair[:2]} | {row for row, _ in odd}

@@ -30,7 +30,7 @@ class Neighbors:
     """The nearest other images of each image.
 
     Attributes:
-        cosines: [n, k] of centered features, descending.
+        cosines: [n, k] of features less their mean, descending.
         rows: [n, k] int64.
     """
 
