@@ -32,7 +32,8 @@ def test_it_is_the_root_of_the_root_of_the_covariance_of_ledoit_and_wolf():
     x = features(40, [3.0, 2.0, 1.0, 0.5, 0.1])
     whiten = HalfWhitening.fit(x)
     fourth = torch.linalg.matrix_power(whiten.matrix.double(), 4)  # the inverse of the covariance
-    torch.testing.assert_close(fourth @ torch.from_numpy(ledoit_wolf(x.double().numpy())[0]), torch.eye(5).double(), rtol=0, atol=1e-5)
+    covariance = torch.from_numpy(ledoit_wolf(x.double().numpy())[0])
+    torch.testing.assert_close(fourth @ covariance, torch.eye(5).double(), rtol=0, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -134,7 +134,7 @@ print([name for name in ("torch", "timm", "numpy") if name in sys.modules])
 def test_shared_settings_are_not_accepted_for_a_single_task():
     with pytest.raises(ValueError, match="seed is shared by all tasks"):
         task_config("knn", {"seed": 3})
-    with pytest.raises(ValueError, match="'finetune' is not an evaluation on frozen features; there are: knn, knn_whitened"):
+    with pytest.raises(ValueError, match="'finetune' is not an evaluation on frozen features; there are: knn, knn_w"):
         task_config("finetune", {})
 
 

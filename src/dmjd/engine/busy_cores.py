@@ -35,7 +35,8 @@ def lateness(times: list[float]) -> float:
 def _probe(seconds: float) -> list[float]:
     """Times of equal small operations, in seconds."""
     rows, columns = _SIDES
-    x, weight, times, began = torch.ones(rows, columns), torch.ones(columns, rows), [], time.perf_counter()
+    x, weight, began = torch.ones(rows, columns), torch.ones(columns, rows), time.perf_counter()
+    times: list[float] = []
     while not times or time.perf_counter() - began < seconds:
         started = time.perf_counter()
         torch.nn.functional.gelu(x @ weight)

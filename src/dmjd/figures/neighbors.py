@@ -118,6 +118,6 @@ def _file_name(image: ImageLike) -> str:
 def _note(source: Source, num_candidates: int, given: bool) -> str:
     borders = " Green border: the query's class; red: another class." if source.labels is not None and not given else ""
     return (
-        f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features, half whitened: 0 is "
-        f"as similar as any two images are on average.{borders}"
+        f"Nearest of {num_candidates} images by cosine similarity (the numbers) of pooled features, half whitened: 0 "
+        f"is as similar as any two images are on average.{borders}"
     )
