@@ -1,33 +1,22 @@
-"""From which share of a step on does it pay to mask an image several times? Gain of K views over one in equal time.
+"""Views that share what an image costs once: linear probe by the number of views and of images per step.
 
-    python benchmarks/convergence/sharing_figure.py benchmarks/results/convergence_sharing_*.json \
-      --out docs/figures/sharing.png
+    python benchmarks/convergence/sharing_figure.py \
+      benchmarks/results/convergence_sharing_batches_vit_lite_4min.json --out docs/figures/sharing.png
 
-Reads results of ``convergence.py sharing`` for several values of ``--once-share``, and draws the difference in linear
-probe to the baseline, which has one view. Error bars are the standard deviation over seeds of both, added in squares.
+Reads results of ``convergence.py sharing``, one panel for each ``--once-share``. Error bars are the standard deviation
+over seeds.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+from convergence_sets import variants_of
 from matplotlib.figure import Figure
 
 from dmjd.figures.grid import save_figure
 from dmjd.figures.panels import DPI
-
-WORDS = {
-    "two_views": "2 disjoint views",
-    "four_views": "4 disjoint views",
-    "two_independent": "2 independent views",
-    "four_independent": "4 independent views",
-    "one_view_32": "1 view of 32 images",
-    "one_view_16": "1 view of 16 images",
-    "two_views_32": "2 disjoint views of 32 images",
-    "four_views_16": "4 disjoint views of 16 images",
-}
 
 
 def main() -> None:
@@ -46,46 +35,56 @@ def share_of(result: dict[str, Any]) -> float:
     return float(result["settings"]["once_share"])
 
 
-def gain(result: dict[str, Any], name: str) -> tuple[float, float]:
-    """Points of linear probe on held-out images that a variant has more than the baseline; standard deviation."""
-    own, base = (result["summary"][each]["held_out"]["linear"] for each in (name, result["baseline"]))
-    return 100 * (own["mean"] - base["mean"]), 100 * math.hypot(own.get("std") or 0.0, base.get("std") or 0.0)
+def rows_of(result: dict[str, Any]) -> list[tuple[int, str, int, dict[str, Any]]]:
+    """(views, kind of masks, images per step, row of the summary) of each variant, in order."""
+    variants, rows = variants_of("sharing", False), []
+    for name, row in result["summary"].items():
+        own = variants[name].overrides
+        images = own.get("batch_size", result["settings"]["batch_size"])
+        rows.append((own["num_views"], own.get("masks", "disjoint"), images, row))
+    return sorted(rows, key=lambda row: row[:3])
 
 
 def draw(results: list[dict[str, Any]]) -> Figure:
-    """One line per number of views."""
-    figure = Figure(figsize=(6.5, 3.6), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    for name, words in WORDS.items():
-        own = [(100 * share_of(result), *gain(result, name)) for result in results if name in result["summary"]]
-        if own:
-            xs, ys, errors = zip(*own, strict=True)
-            style = "--" if "independent" in name else "-"
+    """One panel per share, one line per number of views."""
+    figure = Figure(figsize=(5.2 * len(results), 3.6), dpi=DPI, layout="constrained")
+    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        rows = rows_of(result)
+        for views, masks in dict.fromkeys(row[:2] for row in rows):
+            own = [(images, row["held_out"]["linear"]) for v, m, images, row in rows if (v, m) == (views, masks)]
+            label = "1 view" if views == 1 else f"{views} {masks} views"
             axes.errorbar(
-                xs, ys, errors, marker="o", markersize=4, linewidth=1.4, linestyle=style, capsize=3, label=words
+                [images for images, _ in own],
+                [100 * score["mean"] for _, score in own],
+                [100 * score.get("std", 0.0) for _, score in own],
+                marker="o",
+                capsize=3,
+                linestyle="-" if masks == "disjoint" else "--",
+                label=label,
             )
-    axes.axhline(0.0, color="gray", linewidth=0.8)
-    axes.grid(alpha=0.3)
-    axes.set(
-        xlabel="share of a step with one view that an image costs once, in %",
-        ylabel="gain over one view in equal time,\npoints of linear probe (held-out images)",
-    )
-    axes.legend(fontsize=8, loc="upper left")
+        images = sorted({row[2] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(images, list(map(str, images)))
+        axes.grid(alpha=0.3)
+        axes.set(
+            title=f"an image costs {100 * share_of(result):.0f} % of a step with one view",
+            xlabel="images per step",
+            ylabel="linear probe, % (held-out images)",
+        )
+        axes.legend(fontsize=8)
     return figure
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one row per share and variant."""
-    lines = ["| share | views | blr | steps | linear probe | gain |", "|---|---|---|---|---|---|"]
+    lines = ["| share | images | views | blr | steps | kNN | linear probe |", "|---|---|---|---|---|---|---|"]
     for result in results:
-        for name, row in result["summary"].items():
-            score = row["held_out"]["linear"]
-            shown = f"{100 * score['mean']:.1f} ± {100 * (score.get('std') or 0.0):.1f}"
-            of = "" if name == result["baseline"] else f"{gain(result, name)[0]:+.1f}"
-            words = WORDS.get(name, "1 view")
-            lines.append(
-                f"| {100 * share_of(result):.0f} % | {words} | {row['blr']:g} | {row['step']:.0f} | {shown} | {of} |"
-            )
+        for views, masks, images, row in rows_of(result):
+            shown = "1" if views == 1 else f"{views}, {masks}"
+            cells = [f"{100 * share_of(result):.0f} %", str(images), shown, f"{row['blr']:g}", f"{row['step']:.0f}"]
+            for score in (row["held_out"][task] for task in ("knn", "linear")):
+                cells.append(f"{100 * score['mean']:.1f} ± {100 * score.get('std', 0.0):.1f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -201,17 +201,19 @@ def test_what_an_image_costs_once_is_added_to_every_step():
     assert added == pytest.approx({"one_view": 0.4, "two_views": 0.46, "four_views_16": 0.175})  # 0.3 of 64 images
 
 
-def test_the_figure_of_shared_images_compares_with_one_view(tmp_path, monkeypatch, capsys):
-    runs = [run("one_view", 0, [0.4], 1), run("one_view", 1, [0.44], 1), run("two_views", 0, [0.5], 1)]
-    result = {"settings": {"once_share": 0.5}, "baseline": "one_view", "summary": summarize(runs, "one_view")}
-    points, deviation = sharing_figure.gain(result, "two_views")
-    assert points == pytest.approx(8)
-    assert deviation == pytest.approx(100 * 0.04 / 2**0.5)
+def test_the_figure_of_shared_images_has_views_and_images(tmp_path, monkeypatch, capsys):
+    runs = [run("one_view", 0, [0.4], 1), run("one_view", 1, [0.44], 1), run("four_views_16", 0, [0.5], 1)]
+    runs.append(run("two_independent", 0, [0.45], 1))
+    settings = {"once_share": 0.5, "batch_size": 64}
+    result = {"settings": settings, "baseline": "one_view", "summary": summarize(runs, "one_view")}
     file, figure = tmp_path / "result.json", tmp_path / "sharing.png"
     file.write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["sharing_figure.py", str(file), "--out", str(figure)])
     sharing_figure.main()
-    assert "| 50 % | 2 disjoint views |" in capsys.readouterr().out
+    table = capsys.readouterr().out.splitlines()[2:]
+    views = [line.split(" | ")[1:3] for line in table]
+    assert views == [["64", "1"], ["64", "2, independent"], ["16", "4, disjoint"]]
+    assert table[0].endswith("| 42.0 ± 2.8 |")
     assert figure.stat().st_size > 1000
 
 
