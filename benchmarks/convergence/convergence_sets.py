@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from convergence_agreement import AgreeingModel, Agreement
 from torch import Tensor
 
 from dmjd.branches import Branch, Distillation, DistillationBranch
@@ -33,6 +34,7 @@ class Variant:
         teacher: the variant whose first run is its teacher; the time of that run is not counted.
         share: fraction of the study's time, for a shorter schedule.
         blr_factor: factor on the base learning rate.
+        agreement: a loss on the pooled features of the views.
     """
 
     recipe: str
@@ -43,6 +45,7 @@ class Variant:
     teacher: str | None = None
     share: float = 1.0
     blr_factor: float = 1.0
+    agreement: Agreement | None = None
 
 
 # The lite encoders learn something within minutes on one core.
@@ -58,7 +61,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
-SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space")
+SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space", "agreement")
 
 # What was found best for CIFAR-10.
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
@@ -151,6 +154,8 @@ def _distill() -> dict[str, Variant]:
         "teacher_224_four_views": of({"target": "teacher", "teacher_size": None}, {"num_views": 4}),
         "teacher_224_independent": of({"target": "teacher", "teacher_size": None}, {"masks": "independent"}),
         "teacher_one_view": of({"target": "teacher"}, one),
+        "teacher_two_views_32": of({"target": "teacher"}, {"batch_size": 32}),
+        "teacher_four_views_16": of({"target": "teacher"}, {"batch_size": 16, "num_views": 4}),
         "teacher_c50": of({"target": "teacher", "mask_ratio": 0.5}),
         "teacher_decode50": of({"target": "teacher", "decode_ratio": 0.5}),
         "visible_teacher_c75": of(alone),
@@ -191,13 +196,13 @@ def _sharing() -> dict[str, Variant]:
     """
     disjoint = {"one_view": (1, None), "two_views": (2, None), "four_views": (4, None)}
     disjoint |= {"one_view_32": (1, 32), "one_view_16": (1, 16), "two_views_32": (2, 32), "four_views_16": (4, 16)}
-    independent = {"two_independent": 2, "four_independent": 4}
+    independent = {"two_independent": (2, None), "four_independent": (4, None), "four_independent_16": (4, 16)}
 
     def of(views: int, images: int | None = None, **own: Any) -> Variant:
         return Variant("dmjd", SMALL_IMAGES | own | {"num_views": views} | ({"batch_size": images} if images else {}))
 
     return {key: of(views, images) for key, (views, images) in disjoint.items()} | {
-        key: of(views, masks="independent") for key, views in independent.items()
+        key: of(views, images, masks="independent") for key, (views, images) in independent.items()
     }
 
 
@@ -213,6 +218,19 @@ def _space() -> dict[str, Variant]:
             key = f"{name}_{number:02d}"
             points[key] = Variant(start.recipe, start.overrides | own, blr_factor=round(factor, 2))
     return points
+
+
+def _agreement() -> dict[str, Variant]:
+    """Losses on pooled features beside the mixed targets."""
+    losses = {
+        "contrast_0.1": Agreement("contrast", 0.1),
+        "contrast_0.5": Agreement("contrast", 0.5),
+        "contrast_0.1_color": Agreement("contrast", 0.1, color=0.4),
+        "spread_0.3": Agreement("spread", 0.3),
+    }
+    return {"mixed": Variant("dmjd", SMALL_IMAGES)} | {
+        key: Variant("dmjd", SMALL_IMAGES, agreement=each) for key, each in losses.items()
+    }
 
 
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
@@ -251,6 +269,8 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
         return _sharing()
     if name == "space":
         return _space()
+    if name == "agreement":
+        return _agreement()
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}
@@ -341,6 +361,8 @@ class Misaligned(Distillation):
 
 def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     """The untrained model of a variant; both orders start from the same weights."""
+    if variant.agreement is not None:
+        return AgreeingModel(config, variant.agreement)
     if not variant.misaligned:
         return build_model(*begin_from(config))
     torch.manual_seed(config.seed)

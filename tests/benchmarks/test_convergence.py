@@ -15,6 +15,7 @@ import make_teacher
 import sharing_figure
 import sweeps_figure
 from convergence import COMMON
+from convergence_agreement import contrast
 from convergence_jobs import with_once
 from convergence_probe import Probe, ProbeHook, split
 from convergence_report import curves_figure, result_table, summarize, time_to_reach
@@ -74,6 +75,30 @@ def test_the_published_order_differs_in_the_visible_branch_alone():
     target = gather_views(published.targets(raw / 128 - 1, raw)["vis"], plain.visible.flatten(0, 1))
     expected = torch.nn.functional.smooth_l1_loss(prediction, target, beta=2.0)
     torch.testing.assert_close(theirs["vis"], expected)
+
+
+def test_views_agree_if_they_are_those_of_one_image():
+    K, B = 2, 8
+    image = torch.nn.functional.normalize(torch.randn(B, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    agreeing, torn = (
+        contrast(views.flatten(0, 1), K) for views in (image.expand(K, B, -1), torch.stack([image, -image]))
+    )
+    assert agreeing < 0.2 < torn
+    similarity = image @ image.T / 0.2  # each of a row's pair against the views of other images
+    others = similarity.masked_fill(torch.eye(B).bool(), -torch.inf).repeat(1, K).logsumexp(dim=1)
+    expected = torch.logaddexp(similarity.diagonal(), others) - similarity.diagonal()
+    torch.testing.assert_close(agreeing, expected.mean())
+
+
+def test_losses_on_pooled_features_are_added():
+    plain, spread = (variants_of("agreement", False)[name] for name in ("mixed", "spread_0.3"))
+    raw = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    ours, more = (
+        make_model(v, config(v, "vit_lite"))(raw / 128 - 1, raw, keys=torch.arange(4)) for v in (plain, spread)
+    )
+    assert torch.equal(ours["mim"], more["mim"])  # the same weights and masks
+    torch.testing.assert_close(more["loss"], ours["loss"] + 0.3 * more["agreement"])
+    assert 0 < more["agreement"] <= 1
 
 
 def test_shorter_schedules():
