@@ -1,6 +1,5 @@
 """Half whitening of features."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,6 +51,15 @@ def test_other_features_are_mapped_alike():
     x = features(300, [4.0, 1.0])
     whiten = HalfWhitening.fit(x)
     torch.testing.assert_close(whiten(x[:7]), whiten(x)[:7])
+    with pytest.raises(ValueError, match="features have 1 values, those of the map 2"):
+        whiten(x[:, :1])
+
+
+def test_features_of_a_model_may_carry_gradients():
+    x = features(20, [2.0, 1.0]).requires_grad_()
+    whiten = HalfWhitening.fit(x)
+    assert not whiten.matrix.requires_grad
+    assert whiten(x).requires_grad
 
 
 def test_many_features_are_read_in_part():
@@ -61,7 +69,7 @@ def test_many_features_are_read_in_part():
     torch.testing.assert_close(deviations, torch.tensor([1.0, 10.0**0.5]), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(1, 4), torch.zeros(4), torch.tensor([[1.0], [np.nan]])])
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 4), torch.zeros(4), torch.zeros(3, 0), torch.full((2, 1), torch.nan)])
 def test_unusable_features(wrong):
     with pytest.raises(ValueError, match="features"):
         HalfWhitening.fit(wrong)

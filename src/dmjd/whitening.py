@@ -41,10 +41,10 @@ class HalfWhitening:
         Raises:
             ValueError: for fewer than two features, or values that are not finite.
         """
-        if features.dim() != 2 or len(features) < 2:
+        if features.dim() != 2 or len(features) < 2 or not features.shape[1]:
             raise ValueError(f"features must be [n, D] of at least two images, got {list(features.shape)}")
         rows = np.unique(np.linspace(0, len(features) - 1, min(len(features), MOST_ROWS)).astype(np.int64))
-        x = features[torch.from_numpy(rows).to(features.device)].cpu().double()
+        x = features.detach()[torch.from_numpy(rows).to(features.device)].cpu().double()
         if not bool(x.isfinite().all()):
             raise ValueError("features are not finite: the encoder's weights may have diverged")
         from sklearn.covariance import ledoit_wolf  # slow to import
@@ -58,5 +58,11 @@ class HalfWhitening:
         return cls(mean.float(), (directions * scales @ directions.T).float())
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Features [n, D], of the same set or others -> [n, D] float32, on their device."""
+        """Features [n, D], of the same set or others -> [n, D] float32, on their device.
+
+        Raises:
+            ValueError: for another width.
+        """
+        if features.shape[-1] != len(self.mean):
+            raise ValueError(f"features have {features.shape[-1]} values, those of the map {len(self.mean)}")
         return (features.float() - self.mean.to(features.device)) @ self.matrix.to(features.device)

@@ -145,7 +145,7 @@ class KnnConfig(FrozenConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WhitenedKnnConfig(KnnConfig):
-    """The same on half-whitened features."""
+    """Weighted k-nearest-neighbor classification on half-whitened features."""
 
     task: ClassVar[str] = "knn_whitened"
 

@@ -79,8 +79,8 @@ TASKS: dict[str, EvaluationTask] = {
             "knn_whitened",
             f"{_CONFIG}:WhitenedKnnConfig",
             f"{_FROZEN}.knn_whitened:knn_whitened",
-            "the same after half whitening of the features, for search",
-            protocol="as kNN; the training features without their labels say how to scale the directions",
+            "nearest neighbors in half-whitened features, as for search",
+            protocol="the {k} most similar training images vote, after half whitening by the training features",
         ),
         FrozenTask(
             "linear",

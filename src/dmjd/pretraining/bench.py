@@ -14,7 +14,8 @@ from dmjd import __version__
 from dmjd.config.checks import MAX_COUNT, Bounds, check_int
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.data.train_loader import Batch
-from dmjd.engine.console import literal
+from dmjd.engine.busy_cores import warn_of_busy_cores
+from dmjd.engine.console import Console, literal
 from dmjd.engine.device import machine, make_fabric, peak_memory, precision_name
 from dmjd.engine.loop import Engine, Report
 from dmjd.engine.stop_signal import StopSignal
@@ -57,6 +58,7 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     config, start = begin_from(config)
     model = build_model(config, start)
     fabric = make_fabric(config.device, config.precision)
+    warn_of_busy_cores(fabric.device, Console())
     source = open_data(config, config.data, "train", fetch_ahead=True) if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
     if source is not None:

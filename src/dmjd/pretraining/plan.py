@@ -18,6 +18,7 @@ from dmjd.config.sources import data_text, stored_data
 from dmjd.data.overview import Overview, overview
 from dmjd.data.sources.base import Source
 from dmjd.data.statistics import range_warning
+from dmjd.engine.busy_cores import warn_of_busy_cores
 from dmjd.engine.console import Console, literal
 from dmjd.engine.device import machine, make_fabric
 from dmjd.nn.modes import own_defaults
@@ -74,6 +75,7 @@ def plan(**settings: Any) -> dict[str, Any]:
     with closing(console):
         console.wait("looking at the images ...")
         seen = overview(source, LOOK_SECONDS)
+        warn_of_busy_cores(fabric.device, console)
         console.wait("measuring this machine ...")
         budget = 3600 * SHARE * (asked.hours or 0)
         reach = _choose_precision(choices, asked, source, fabric.device, budget)

@@ -30,7 +30,7 @@ class Neighbors:
     """The nearest other images of each image.
 
     Attributes:
-        cosines: [n, k] of features less their mean, descending.
+        cosines: [n, k] of the features that were given, less their mean, descending.
         rows: [n, k] int64.
     """
 
