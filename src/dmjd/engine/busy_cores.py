@@ -23,7 +23,7 @@ def warn_of_busy_cores(device: torch.device, console: Console) -> None:
     if device.type == "cpu" and threads > 1 and not known and _are_late():
         console.warn(
             f"other work keeps cores busy, so the {threads} threads of this process wait for each other, which can "
-            "make it many times slower. End that work, or set OMP_NUM_THREADS to the number of free cores (1 always works)"
+            "make it many times slower. End that work, or set OMP_NUM_THREADS to the number of free cores"
         )
 
 
