@@ -6,9 +6,10 @@ Shapes: n images, D width of a feature.
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from dmjd.data.cache import first_of_parts
 
 MOST_ROWS = 10_000  # features that the covariance is estimated from, evenly spaced over the set
 
@@ -21,8 +22,8 @@ _LEAST = 1e-6  # of the largest variance: directions below it count as if they h
 class HalfWhitening:
     """A linear map that brings the variances of all directions closer: each becomes its square root.
 
-    The features of encoders trained by masked image modeling vary mostly along few directions, for brightness and the
-    like, and these decide every distance. Whitening gives all directions the same variance, noise too; half whitening
+    The features of encoders trained by masked image modeling vary mostly along few directions, and these decide every
+    distance. Whitening gives all directions the same variance, noise too; half whitening
     is the middle: features less their mean, times C^(-1/4), where C is their covariance. No labels are needed. C is
     estimated by Ledoit and Wolf (2004), which holds for fewer features than D, too.
 
@@ -43,7 +44,7 @@ class HalfWhitening:
         """
         if features.dim() != 2 or len(features) < 2 or not features.shape[1]:
             raise ValueError(f"features must be [n, D] of at least two images, got {list(features.shape)}")
-        rows = np.unique(np.linspace(0, len(features) - 1, min(len(features), MOST_ROWS)).astype(np.int64))
+        rows = first_of_parts(len(features), MOST_ROWS)
         x = features.detach()[torch.from_numpy(rows).to(features.device)].cpu().double()
         if not bool(x.isfinite().all()):
             raise ValueError("features are not finite: the encoder's weights may have diverged")
