@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from convergence_jobs import Job, TimedSteps, do_in_processes, with_once
+from convergence_models import make_model
 from convergence_options import PHASES, parse
 from convergence_probe import Measures, Probe, ProbeHook, split, teacher_scores, test_scores
 from convergence_report import curves_figure, final_score, result_table, summarize
@@ -42,7 +43,6 @@ from convergence_sets import (
     ENCODERS,
     Variant,
     base_name,
-    make_model,
     shuffled,
     variants_of,
     with_share,

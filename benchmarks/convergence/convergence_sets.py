@@ -7,18 +7,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import torch
-from convergence_agreement import AgreeingModel, Agreement
-from torch import Tensor
-
-from dmjd.branches import Branch, Distillation, DistillationBranch
-from dmjd.config.pretrain import PretrainConfig
-from dmjd.encoders.base import Encoder
-from dmjd.masking import Masks, MaskSampler
-from dmjd.model import MaskedImageModel
-from dmjd.rng import hash64
-from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
-from dmjd.runs.start import begin_from
+from convergence_agreement import Agreement
+from convergence_colors import Colors
 
 
 @dataclass(frozen=True)
@@ -28,13 +18,14 @@ class Variant:
     Attributes:
         recipe: of the library. overrides: its settings that differ.
         misaligned: whether the visible branch is compared with targets in the published order, see
-            :class:`MisalignedBranch`.
+            ``MisalignedBranch``.
         scale_rule: whether the learning rate is scaled by p / c.
         blr_of: the variant whose base learning rate it uses; None = its own is searched.
         teacher: the variant whose first run is its teacher; the time of that run is not counted.
         share: fraction of the study's time, for a shorter schedule.
         blr_factor: factor on the base learning rate.
         agreement: a loss on the pooled features of the views.
+        colors: what is added to the target "hog", or takes its place.
     """
 
     recipe: str
@@ -46,6 +37,7 @@ class Variant:
     share: float = 1.0
     blr_factor: float = 1.0
     agreement: Agreement | None = None
+    colors: Colors | None = None
 
 
 # The lite encoders learn something within minutes on one core.
@@ -61,11 +53,16 @@ ENCODERS: dict[str, dict[str, Any]] = {
     | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
-SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space", "agreement")
+SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space", "agreement", "best")
 
 # What was found best for CIFAR-10.
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
 SMALL_IMAGES |= {"hog_cell": 4, "optimizer": "muon"}
+
+# What a search around them found best for minutes, and by how much its base learning rate is higher.
+BEST: dict[str, Any] = SMALL_IMAGES | {"batch_size": 32, "mask_ratio": 0.85, "projector_depth": 1}
+BEST |= {"crop_scale": (0.8, 1.0)}
+BEST_FACTOR = 8 / 3
 
 # Where the set space looks, besides the base learning rate: around what was found best for small images,
 # and around MAE, which is searched as thoroughly.
@@ -233,6 +230,34 @@ def _agreement() -> dict[str, Variant]:
     }
 
 
+def _best(pixels: str) -> dict[str, Variant]:
+    """What the set space found best, each of its settings undone, other targets, and MAE and the paper's recipe with
+    those settings that they have, too; the paper's recipe keeps its masks.
+    """
+    undone = {"batch_64": {"batch_size": 64}, "c_75": {"mask_ratio": 0.75}, "projector_3": {"projector_depth": 3}}
+    undone |= {"crop_50": {"crop_scale": (0.5, 1.0)}}
+    undone |= {"hog": {"mim_target": "hog"}, "pixel": {"vis_target": "pixel"}}  # one target for both branches
+    hog = BEST | undone["hog"]
+    paper = {name: BEST[name] for name in ("optimizer", "batch_size", "projector_depth", "crop_scale")}
+    colored = {"hog_color": (hog, "mean"), "hog_opponent": (hog, "opponent"), "color": (BEST, "mean")}
+    of_pixels = {name: BEST[name] for name in ("optimizer", "batch_size", "mask_ratio", "crop_scale")}
+    return (
+        {pixels: Variant(pixels), f"{pixels}_best": Variant(pixels, of_pixels, blr_factor=BEST_FACTOR)}
+        | {"mixed": Variant("dmjd", SMALL_IMAGES), "best": Variant("dmjd", BEST, blr_factor=BEST_FACTOR)}
+        | {"best_low_rate": Variant("dmjd", BEST)}
+        | {f"best_{key}": Variant("dmjd", BEST | own, blr_factor=BEST_FACTOR) for key, own in undone.items()}
+        | {
+            f"best_{key}": Variant("dmjd", own, blr_factor=BEST_FACTOR, colors=Colors(kind))
+            for key, (own, kind) in colored.items()
+        }
+        | {"dmjd": Variant("dmjd"), "dmjd_best": Variant("dmjd", paper, blr_factor=BEST_FACTOR)}
+    )
+
+
+_BY_FUNCTION = {"targets": _targets, "distill": _distill, "adapt": _adapt, "schedule": _schedule}
+_BY_FUNCTION |= {"sharing": _sharing, "space": _space, "agreement": _agreement}
+
+
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
     """The variants of a set, the baseline first."""
     pixels = "convmae" if convolutional else "mae"
@@ -255,22 +280,10 @@ def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
             for recipe in ("dmjd", "complementary")
             for rule in (True, False)
         }
-    if name == "targets":
-        return _targets()
-    if name == "beyond":
-        return _beyond(pixels)
-    if name == "distill":
-        return _distill()
-    if name == "adapt":
-        return _adapt()
-    if name == "schedule":
-        return _schedule()
-    if name == "sharing":
-        return _sharing()
-    if name == "space":
-        return _space()
-    if name == "agreement":
-        return _agreement()
+    if name in _BY_FUNCTION:
+        return _BY_FUNCTION[name]()
+    if name in ("beyond", "best"):
+        return (_beyond if name == "beyond" else _best)(pixels)
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "views": {f"views_{k}": {"num_views": k} for k in (1, 3, 4)},
         "ratio": {f"c_{c}": {"mask_ratio": c} for c in (0.4, 0.5, 0.75, 0.9)}
@@ -317,60 +330,3 @@ def override(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
-
-
-class ShuffledVisible(MaskSampler):
-    """The masks of another sampler with the visible tokens of each view in random order, as published."""
-
-    def __init__(self, sampler: MaskSampler) -> None:
-        self.sampler, self.num_views = sampler, sampler.num_views
-        self.mask_ratio, self.pred_ratio = sampler.mask_ratio, sampler.pred_ratio
-
-    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
-        """(V, M, U) in tokens."""
-        return self.sampler.counts(grid)
-
-    def draw(self, keys: Tensor, grid: tuple[int, int]) -> Masks:
-        """Draw K views of each image: keys [B] int64 -> masks."""
-        masks = self.sampler.draw(keys, grid)
-        K, B, V = masks.visible.shape
-        views, positions = (torch.arange(n, device=keys.device) for n in (K, V))
-        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), positions)  # K, B, V
-        return dataclasses.replace(masks, visible=masks.visible.gather(2, noise.argsort(dim=-1)))
-
-
-class MisalignedBranch(DistillationBranch):
-    """Compares the shuffled visible tokens with targets in raster order, as published.
-
-    So the prediction of a visible token is compared with the target of another one.
-    """
-
-    def token_ids(self, masks: Masks) -> Tensor:
-        """[K, B, V] ids of the visible tokens, sorted."""
-        return masks.visible.sort(dim=-1).values
-
-
-@dataclass(frozen=True)
-class Misaligned(Distillation):
-    """Settings of :class:`MisalignedBranch`."""
-
-    def build(self, encoder: Encoder, out_dim: int) -> Branch:
-        """The branch for an encoder, with fresh weights."""
-        return MisalignedBranch(encoder, out_dim, self)
-
-
-def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
-    """The untrained model of a variant; both orders start from the same weights."""
-    if variant.agreement is not None:
-        return AgreeingModel(config, variant.agreement)
-    if not variant.misaligned:
-        return build_model(*begin_from(config))
-    torch.manual_seed(config.seed)
-    encoder, distillation = build_encoder(config), build_distillation(config)
-    assert distillation is not None
-    return MaskedImageModel(
-        encoder,
-        masks=ShuffledVisible(build_masks(config)),
-        mim=build_reconstruction(config),
-        vis=Misaligned(**{f.name: getattr(distillation, f.name) for f in dataclasses.fields(distillation)}),
-    )

@@ -27,9 +27,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from convergence_jobs import TIMED_STEPS, WARMUP_STEPS, TimedSteps
+from convergence_models import make_model
 from convergence_probe import Probe, split
 from convergence_report import mean_and_std
-from convergence_sets import ENCODERS, SMALL_IMAGES, Variant, make_model, shuffled
+from convergence_sets import ENCODERS, SMALL_IMAGES, Variant, shuffled
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset

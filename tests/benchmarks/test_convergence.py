@@ -17,9 +17,10 @@ import sweeps_figure
 from convergence import COMMON
 from convergence_agreement import contrast
 from convergence_jobs import with_once
+from convergence_models import make_model
 from convergence_probe import Probe, ProbeHook, split
 from convergence_report import curves_figure, result_table, summarize, time_to_reach
-from convergence_sets import ENCODERS, SETS, Variant, make_model, variants_of, with_share
+from convergence_sets import ENCODERS, SETS, Variant, variants_of, with_share
 
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source

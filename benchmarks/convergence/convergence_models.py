@@ -1,0 +1,91 @@
+"""The models of variants, where the library's own is not enough."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from convergence_agreement import AgreeingModel
+from convergence_colors import ColorHog
+from convergence_sets import Variant
+from torch import Tensor
+
+from dmjd.branches import Branch, Distillation, DistillationBranch
+from dmjd.config.pretrain import PretrainConfig
+from dmjd.encoders.base import Encoder
+from dmjd.masking import Masks, MaskSampler
+from dmjd.model import MaskedImageModel
+from dmjd.rng import hash64
+from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
+from dmjd.runs.start import begin_from
+
+
+class ShuffledVisible(MaskSampler):
+    """The masks of another sampler with the visible tokens of each view in random order, as published."""
+
+    def __init__(self, sampler: MaskSampler) -> None:
+        self.sampler, self.num_views = sampler, sampler.num_views
+        self.mask_ratio, self.pred_ratio = sampler.mask_ratio, sampler.pred_ratio
+
+    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """(V, M, U) in tokens."""
+        return self.sampler.counts(grid)
+
+    def draw(self, keys: Tensor, grid: tuple[int, int]) -> Masks:
+        """Draw K views of each image: keys [B] int64 -> masks."""
+        masks = self.sampler.draw(keys, grid)
+        K, B, V = masks.visible.shape
+        views, positions = (torch.arange(n, device=keys.device) for n in (K, V))
+        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), positions)  # K, B, V
+        return dataclasses.replace(masks, visible=masks.visible.gather(2, noise.argsort(dim=-1)))
+
+
+class MisalignedBranch(DistillationBranch):
+    """Compares the shuffled visible tokens with targets in raster order, as published.
+
+    So the prediction of a visible token is compared with the target of another one.
+    """
+
+    def token_ids(self, masks: Masks) -> Tensor:
+        """[K, B, V] ids of the visible tokens, sorted."""
+        return masks.visible.sort(dim=-1).values
+
+
+@dataclass(frozen=True)
+class Misaligned(Distillation):
+    """Settings of :class:`MisalignedBranch`."""
+
+    def build(self, encoder: Encoder, out_dim: int) -> Branch:
+        """The branch for an encoder, with fresh weights."""
+        return MisalignedBranch(encoder, out_dim, self)
+
+
+def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
+    """The untrained model of a variant; both orders start from the same weights."""
+    if variant.agreement is not None:
+        return AgreeingModel(config, variant.agreement)
+    if variant.colors is not None:
+        return _colored(variant, config)
+    if not variant.misaligned:
+        return build_model(*begin_from(config))
+    torch.manual_seed(config.seed)
+    encoder, distillation = build_encoder(config), build_distillation(config)
+    assert distillation is not None
+    return MaskedImageModel(
+        encoder,
+        masks=ShuffledVisible(build_masks(config)),
+        mim=build_reconstruction(config),
+        vis=Misaligned(**{f.name: getattr(distillation, f.name) for f in dataclasses.fields(distillation)}),
+    )
+
+
+def _colored(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
+    """The model of a configuration whose targets "hog" are those of the variant."""
+    torch.manual_seed(config.seed)
+    encoder = build_encoder(config)
+    target = ColorHog(encoder, variant.colors, config.hog_cell)
+    mim, vis = build_reconstruction(config), build_distillation(config)
+    if mim is not None and (config.mim_target or config.target) == "hog":
+        mim = dataclasses.replace(mim, target=target)
+    if vis is not None and (config.vis_target or config.target) == "hog":
+        vis = dataclasses.replace(vis, target=target)
+    return MaskedImageModel(encoder, masks=build_masks(config), mim=mim, vis=vis)
