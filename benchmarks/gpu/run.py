@@ -3,12 +3,12 @@
     python3 benchmarks/gpu/run.py check=150 speed=300 --out OUT     # parts in this order, with their seconds
     python3 benchmarks/gpu/run.py --minutes-left 9                  # what to run first; runs nothing
 
-Parts: check (the tests marked ``cuda``), speed, loader, similarity, study. Wheels of the packed folder that are missing
-here, or older than ``pyproject.toml`` asks for, are installed into a temporary folder. Every part but the study writes
-``OUT/<part>.json`` after each of its steps and continues what ``benchmarks/results/gpu/`` holds; a part that fails or
-runs out of time does not stop the others. ``--device cpu --toy`` runs all of it in small on any machine.
+Parts: check (the tests marked ``cuda``), speed, loader, similarity, study. Wheels of the packed folder that are not
+installed, or older than ``pyproject.toml`` asks for, are installed into a temporary folder. Every part but the study
+writes ``OUT/<part>.json`` after each of its steps and continues what ``benchmarks/results/gpu/`` holds; a part that
+fails or runs out of time does not stop the others. ``--device cpu --toy`` runs all of it in small on any machine.
 
-OUT gets at most eight files of at most 16 MiB. Copy them to ``benchmarks/results/gpu/`` for the next visit.
+OUT gets at most eight files of at most 16 MiB. Copy them to ``benchmarks/results/gpu/`` for the next run.
 """
 
 import argparse

@@ -23,9 +23,9 @@ class HalfWhitening:
     """A linear map that brings the variances of all directions closer: each becomes its square root.
 
     The features of encoders trained by masked image modeling vary mostly along few directions, and these decide every
-    distance. Whitening gives all directions the same variance, noise too; half whitening
-    is the middle: features less their mean, times C^(-1/4), where C is their covariance. No labels are needed. C is
-    estimated by Ledoit and Wolf (2004), which holds for fewer features than D, too.
+    distance. Whitening gives all directions the same variance, noise too; half whitening is the middle: features less
+    their mean, times C^(-1/4), where C is their covariance. No labels are needed. C is estimated by Ledoit and Wolf
+    (2004), which holds for fewer features than D, too.
 
     Attributes:
         mean: [D] float32.

@@ -11,6 +11,7 @@ from support import mistake
 from dmjd.config import recipes
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.resuming import resume_differences
+from dmjd.pretraining.batch_size import base_rate
 from dmjd.runs.build import build_masks, build_model
 
 TINY = {"img_size": 32, "encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False}
@@ -76,11 +77,11 @@ def test_folder_depends_on_the_image_size():
             "mim_target": "pixel",
             "vis_target": "hog",
             "hog_cell": 4,
-            "mask_ratio": 0.75,
+            "mask_ratio": 0.85,
             "block_size": 1,
+            "crop_scale": (0.8, 1.0),
+            "projector_depth": 1,
             "optimizer": "muon",
-            "batch_size": 64,
-            "blr": 3e-3,
         }
     assert recipes.folder(img_size=32, optimizer="adamw", blr=1e-3).optimizer == "adamw"
     assert recipes.folder(img_size=32, target="ema").branch_targets == {"mim": "ema", "vis": "ema"}
@@ -104,7 +105,8 @@ def test_the_default_recipe_has_the_papers_settings():
     assert dataclasses.replace(PretrainConfig(), recipe="dmjd") == recipes.dmjd()
     config = recipes.dmjd()
     assert (config.num_views, config.mask_ratio, config.target, config.theta) == (2, 0.6, "hog", 1.0)
-    assert (config.epochs, config.blr, config.crop_scale, config.weight_decay) == (400.0, 6e-4, (0.5, 1.0), 0.05)
+    assert (config.epochs, config.crop_scale, config.weight_decay) == (400.0, (0.5, 1.0), 0.05)
+    assert base_rate(config, 512) == 6e-4
     pixels = recipes.mae()
     assert (pixels.target, pixels.num_views, pixels.mask_ratio, pixels.vis) == ("pixel", 1, 0.75, False)
 

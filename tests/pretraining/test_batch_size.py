@@ -1,4 +1,4 @@
-"""The default batch size, and how a resumed run keeps the one it began with."""
+"""The default batch size and base learning rate, and how a resumed run keeps those it began with."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_the_default_is_divided_among_processes_and_is_recorded(processes, accum
 
 
 def test_recipes_that_set_a_batch_size_keep_it():
-    for config in (recipes.digits(), recipes.folder(img_size=32), recipes.distill()):
+    for config in (recipes.digits(), recipes.adapt(init="runs/mine")):
         assert resolve_batch_size(config, 10**4, 1, CPU) == (config, 64)
 
 
@@ -69,6 +69,29 @@ def test_a_resumed_run_keeps_the_batch_size_it_began_with(image_folder, tmp_path
     dmjd.pretrain(config.replace(steps=4, batch_size=256))  # the same
     with pytest.raises(ValueError, match="batch_size: 256 -> 16"):
         dmjd.pretrain(config.replace(steps=4, batch_size=16))
+
+
+@pytest.mark.parametrize(("batch_size", "rate"), [(16, 2.4e-2), (256, 6e-3), (1024, 3e-3)])
+def test_the_base_learning_rate_of_muon_follows_the_batch(batch_size, rate):
+    """So that the learning rate of a step grows with its square root; that of AdamW is the paper's for any batch."""
+    muon = recipes.dmjd(optimizer="muon", batch_size=batch_size)
+    assert resolve_batch_size(muon, 10**4, 1, CPU)[0].blr == pytest.approx(rate)
+    assert resolve_batch_size(recipes.dmjd(batch_size=batch_size), 10**4, 1, CPU)[0].blr == 6e-4
+    assert resolve_batch_size(muon.replace(blr=1e-3), 10**4, 1, CPU)[0].blr == 1e-3
+
+
+def test_a_resumed_run_keeps_the_base_learning_rate_it_began_with(image_folder, tmp_path):
+    config = recipes.dmjd(image_folder, str(tmp_path / "run"), **TINY_FIELDS | {"num_workers": 0, "steps": 1})
+    dmjd.pretrain(config.replace(blr=None, optimizer="muon"))
+    file = tmp_path / "run" / "config.json"
+    recorded = json.loads(file.read_text())
+    assert recorded["blr"] == pytest.approx(6e-3 * (256 / recorded["batch_size"]) ** 0.5)
+    file.write_text(json.dumps(recorded | {"blr": 3e-3}))  # as by the default of a former version
+    longer = config.replace(blr=None, optimizer="muon", steps=2)
+    with pytest.raises(ValueError, match=r"blr: 0\.003 -> 0\.001"):
+        dmjd.pretrain(longer.replace(blr=1e-3))
+    assert dmjd.pretrain(longer).step == 2
+    assert json.loads(file.read_text())["blr"] == 3e-3
 
 
 @pytest.mark.parametrize(

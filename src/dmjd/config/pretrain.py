@@ -278,9 +278,10 @@ class PretrainConfig(Config):
     accumulate: int = option(
         1, "micro-batches per step: less memory, same result", "training", ge=1, most=MAX_BATCH_SIZE
     )
-    blr: float = option(
-        6e-4,
-        "base learning rate: lr = blr * batch / 256 * pred_ratio / mask_ratio (p / c)",
+    blr: float | None = option(
+        None,
+        "base learning rate: lr = blr * batch / 256 * pred_ratio / mask_ratio (p / c); default 6e-4; muon: 6e-3 * "
+        "sqrt(256 / batch)",
         "training",
         common=True,
         gt=0,

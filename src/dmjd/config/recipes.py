@@ -25,8 +25,8 @@ def dmjd(data: str | tuple[str, ...] | None = None, out: str | None = None, **ov
 def mae(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """Masked autoencoder: one view, three quarters masked, pixel targets, class token.
 
-    ``dmjd pretrain mae --data imagenet/train --out runs/mae --batch-size 4096``. Published for ViT-B on ImageNet-1K,
-    1600 epochs: fine-tuning 83.6, linear probe 67.8 (He et al. 2022; not measured by us).
+    ``dmjd pretrain mae --data imagenet/train --out runs/mae --batch-size 4096 --epochs 1600``. Published for ViT-B
+    on ImageNet-1K, 1600 epochs: fine-tuning 83.6, linear probe 67.8 (He et al. 2022; not measured by us).
     """
     config = PretrainConfig(
         recipe="mae",
@@ -133,17 +133,15 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
     linear probe 56.4, random weights 45.4 (README has the table). Larger images: the defaults below, the paper's method
     on ViT-tiny, which timm and transformers can load, with gradient clipping; not covered by our study.
     """
-    config = PretrainConfig(
-        recipe="folder", data=data, out=out, encoder="vit_tiny_patch16", epochs=200, blr=6e-4, clip_grad=3.0
-    )
+    config = PretrainConfig(recipe="folder", data=data, out=out, encoder="vit_tiny_patch16", epochs=200, clip_grad=3.0)
     if max(config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).img_size) <= SMALL_SIDE:
         config = config.replace(
             encoder="conv_vit_tiny_patch4",
-            mask_ratio=0.75,
+            mask_ratio=0.85,
             block_size=1,
+            crop_scale=(0.8, 1.0),
+            projector_depth=1,
             optimizer="muon",
-            batch_size=64,
-            blr=3e-3,
         )
         if "target" not in overrides:  # a target given by the user is meant for both branches
             config = config.replace(mim_target="pixel", vis_target="hog")
@@ -171,8 +169,6 @@ def distill(data: str | tuple[str, ...] | None = None, out: str | None = None, *
         block_size=1,
         optimizer="muon",
         epochs=100,
-        batch_size=64,
-        blr=3e-3,
         clip_grad=3.0,
     ).replace(**overrides)
     return config if "teacher_size" in overrides else config.replace(teacher_size=config.img_size)

@@ -37,6 +37,7 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
         before, after = getattr(old, field.name), getattr(new, field.name)
         if field.name == "batch_size":
             before = before or FORMER_BATCH_SIZE
+        if field.name in ("batch_size", "blr"):
             after = after or before  # a run keeps the one it began with
         if field.name in ("held_out", "shard_window"):
             before = before or 0

@@ -1,4 +1,6 @@
-"""The batch size of a run."""
+"""The batch size of a run, and the base learning rate that follows from it."""
+
+import math
 
 import torch
 
@@ -11,6 +13,8 @@ SHORT_MINUTES = 10
 LEAST_DEFAULT = 16  # of small sets
 
 MOST_SHOWN = 64  # processes, in a message
+
+ADAMW_BLR, MUON_BLR = 6e-4, 6e-3  # base learning rates; that of Muon for batches of 256
 
 STEPS_PER_EPOCH = 10  # at least, if the set is not smaller than that many batches of LEAST_DEFAULT images
 
@@ -31,6 +35,17 @@ def default_batch_size(num_images: int, *, cpu: bool, minutes: float | None) -> 
     return min(size, max(LEAST_DEFAULT, num_images // STEPS_PER_EPOCH), num_images)
 
 
+def base_rate(config: PretrainConfig, batch_size: int) -> float:
+    """The base learning rate of a configuration, or the default if it sets none.
+
+    AdamW: that of the paper. Muon: 6e-3 * sqrt(256 / batch_size), so that the learning rate of a step follows the
+    square root of the batch: what was best for 16 to 512 images per step (docs/evidence_details.md) lies near it.
+    """
+    if config.blr is not None:
+        return config.blr
+    return MUON_BLR * math.sqrt(256 / batch_size) if config.optimizer == "muon" else ADAMW_BLR
+
+
 def resolve_batch_size(
     config: PretrainConfig, num_images: int, world_size: int, device: torch.device
 ) -> tuple[PretrainConfig, int]:
@@ -38,7 +53,7 @@ def resolve_batch_size(
     accumulation.
 
     Returns:
-        The configuration, with a default batch size filled in, and B.
+        The configuration, with a default batch size and base learning rate filled in, and B.
 
     Raises:
         ValueError: if there are more processes than images, or the configured size cannot be divided evenly.
@@ -50,7 +65,7 @@ def resolve_batch_size(
     if config.batch_size is None:
         default = default_batch_size(num_images, cpu=device.type == "cpu", minutes=config.minutes)
         batch_size = max(parts, default // parts * parts)
-        return config.replace(batch_size=batch_size), batch_size
+        return config.replace(batch_size=batch_size, blr=base_rate(config, batch_size)), batch_size
     batch_size = config.batch_size
     if batch_size > num_images:
         batch_size = num_images // parts * parts
@@ -60,7 +75,7 @@ def resolve_batch_size(
             f"give a new run a --batch-size that is a multiple of {parts}; a run that is resumed keeps its own: "
             f"start it on {_processes_for(batch_size, config.accumulate)} process(es)"
         )
-    return config, batch_size
+    return config.replace(blr=base_rate(config, batch_size)), batch_size
 
 
 def _processes_for(batch_size: int, accumulate: int) -> str:

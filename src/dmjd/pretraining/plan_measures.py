@@ -113,7 +113,7 @@ def measure(config: PretrainConfig, source: Source, seconds: float, training: fl
     model = build_model(config, start)
     fabric = make_fabric(config.device, config.precision)
     config, trained, held_out = hold_out(config, source)
-    _, batch_size = resolve_batch_size(config, len(trained), 1, fabric.device)
+    config, batch_size = resolve_batch_size(config, len(trained), 1, fabric.device)
     config = config.replace(batch_size=batch_size, minutes=seconds / 60, log_every=MAX_COUNT)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)

@@ -32,7 +32,7 @@ from dmjd.images.preprocess import Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
-from dmjd.pretraining.batch_size import resolve_batch_size
+from dmjd.pretraining.batch_size import base_rate, resolve_batch_size
 from dmjd.pretraining.callbacks import Monitor
 from dmjd.pretraining.cooldown_now import branch_to_train
 from dmjd.pretraining.enlarged import warn_enlarged
@@ -198,7 +198,7 @@ def make_engine(
         task=task,
         optimizer=OPTIMIZERS[config.optimizer](_parameter_groups(config, task)),
         duration=Duration(steps, config.minutes),
-        peak_lr=scaled_learning_rate(config.blr, batch_size, model.masks),
+        peak_lr=scaled_learning_rate(base_rate(config, batch_size), batch_size, model.masks),
         schedule=schedule,
         warmup=config.warmup,
         warmup_steps=warmup_steps,

@@ -11,7 +11,7 @@ from dmjd.text import printable
 
 def keep_recorded(config: PretrainConfig, out: Path) -> PretrainConfig:
     """The configuration with what the run in a folder, if there is one, began with and the configuration leaves open:
-    batch size, number of held-out images, shards per window.
+    batch size, base learning rate, number of held-out images, shards per window.
     """
     with warnings.catch_warnings(action="ignore"):  # they are shown later, under the lock of the folder
         old = read_config_of(out)
@@ -19,6 +19,7 @@ def keep_recorded(config: PretrainConfig, out: Path) -> PretrainConfig:
         return config
     recorded = {
         "batch_size": old.batch_size or FORMER_BATCH_SIZE,
+        "blr": old.blr,
         "held_out": old.held_out or 0,
         "shard_window": old.shard_window or 0,  # 0: all
     }
