@@ -86,8 +86,9 @@ def test_folder_depends_on_the_image_size():
     assert recipes.folder(img_size=32, optimizer="adamw", blr=1e-3).optimizer == "adamw"
     assert recipes.folder(img_size=32, target="ema").branch_targets == {"mim": "ema", "vis": "ema"}
     assert recipes.folder(img_size=32, vis_target="ema").branch_targets == {"mim": "pixel", "vis": "ema"}
-    for patch in (2, 8):
-        assert build_model(recipes.folder(img_size=32, encoder=f"vit_tiny_patch{patch}")).target("vis").name == "hog"
+    for patch in (2, 8, 16):
+        larger = recipes.folder(img_size=32, encoder=f"vit_tiny_patch{patch}")
+        assert (larger.mask_ratio, build_model(larger).target("vis").name) == (0.75, "hog")
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 

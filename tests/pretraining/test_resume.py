@@ -109,6 +109,7 @@ def begun(image_folder, tmp_path_factory):
     fields = TINY_FIELDS | {
         "num_workers": 0,
         "batch_size": 8,
+        "blr": 3e-3,
         "steps": 4,
         "flip": False,
         "held_out": 0,

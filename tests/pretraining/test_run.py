@@ -185,7 +185,7 @@ def test_one_image_trains_with_a_warning(capsys, tmp_path, image_folder):
     data = tmp_path / "one"
     data.mkdir()
     shutil.copy(next(image_folder.rglob("*.png")), data)
-    command("--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3, "--num-workers", 0)
+    command("--data", data, "--out", tmp_path / "run", *TINY, "--steps", 3, "--num-workers", 0, "--batch-size", 64)
     printed = capsys.readouterr().err
     assert "only 1 image(s)" in printed
     assert "batch size 64 (the recipe's unless you gave one) exceeds the number of images: 1 per step" in printed

@@ -137,7 +137,7 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
     if max(config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).img_size) <= SMALL_SIDE:
         config = config.replace(
             encoder="conv_vit_tiny_patch4",
-            mask_ratio=0.85,
+            mask_ratio=0.75,
             block_size=1,
             crop_scale=(0.8, 1.0),
             projector_depth=1,
@@ -147,7 +147,8 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
             config = config.replace(mim_target="pixel", vis_target="hog")
         from_weights = "init" in overrides and "encoder" not in overrides  # whose patch is not known yet
         if not from_weights and overrides.get("encoder", config.encoder).endswith("patch4"):
-            config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
+            # Larger tokens are fewer: more of them stay visible, and each has several cells, not one.
+            config = config.replace(hog_cell=4, mask_ratio=0.85)
     return config.replace(**overrides)
 
 
