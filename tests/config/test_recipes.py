@@ -73,7 +73,7 @@ def test_folder_depends_on_the_image_size():
             if key != "img_size" and value != getattr(large, key)
         }
         assert changed == {
-            "encoder": "conv_vit_tiny_patch4",
+            "encoder": "vit_tiny_patch4",
             "mim_target": "pixel",
             "vis_target": "hog",
             "hog_cell": 4,

@@ -125,18 +125,17 @@ def independent(data: str | tuple[str, ...] | None = None, out: str | None = Non
 
 
 def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """Your own images on one machine: the settings our study found best for their size.
+    """Your own images on one machine: settings for their size, and an encoder that timm can load.
 
-    ``dmjd pretrain folder --data ~/images --out runs/mine``. With ``--img-size`` up to 64: two disjoint views with
-    three quarters of single tokens masked, pixels for masked tokens and HOG for visible ones, Muon, ConvViT-tiny with
-    4-pixel tokens, 64 images per step. CIFAR-10, one core of a server, ``--img-size 32 --minutes 20 --precision bf16``:
-    linear probe 56.4, random weights 45.4 (README has the table). Larger images: the defaults below, the paper's method
-    on ViT-tiny, which timm and transformers can load, with gradient clipping; not covered by our study.
+    ``dmjd pretrain folder --data ~/images --out runs/mine``. With ``--img-size`` up to 64 the settings that our study
+    found best for minutes (docs/evidence.md): two disjoint views with 85 % of the 4-pixel tokens masked, pixels for
+    masked tokens and HOG for visible ones, Muon. Larger images: the defaults below, the paper's method with gradient
+    clipping; not covered by our study.
     """
     config = PretrainConfig(recipe="folder", data=data, out=out, encoder="vit_tiny_patch16", epochs=200, clip_grad=3.0)
     if max(config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).img_size) <= SMALL_SIDE:
         config = config.replace(
-            encoder="conv_vit_tiny_patch4",
+            encoder="vit_tiny_patch4",
             mask_ratio=0.75,
             block_size=1,
             crop_scale=(0.8, 1.0),
