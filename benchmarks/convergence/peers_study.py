@@ -19,7 +19,6 @@ recorded. Finished runs stay.
 import argparse
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -49,7 +48,7 @@ from dmjd.pretraining.bench import machine
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 4, 128, 5, 4
 BATCH, ROUNDS, TIMED_IMAGES, SEARCH_SEED, WARMUP = 64, 3, 2048, 1000, 0.1
-OURS = {"dmjd, mae": Variant("mae"), "dmjd, mixed targets": Variant("dmjd", BEST)}
+OURS = {"dmjd, mae": Variant("mae"), "dmjd, settings of folder": Variant("dmjd", BEST)}
 
 Extract = Callable[[Tensor], Tensor]  # images [B, C, H, W] on the 0..255 scale -> features [B, D]
 
@@ -224,6 +223,12 @@ class Peer:
         return features
 
 
+def peak_memory_gib() -> float:
+    """Largest memory of this process since it began (``ru_maxrss`` would count that of its parent, too)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
 class Study:
     """Calibration, search and runs; each result is a JSON file in ``out/jobs``."""
 
@@ -285,7 +290,7 @@ class Study:
                 peer = Peer(name, self.images, seed)
                 peer.steps(steps, blr)
                 found = self.probe.scores(peer.extract(self.probe.preprocess))
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            memory = peak_memory_gib()
             write_text(file, json.dumps(found | {"steps": steps, "memory_gib": memory}) + "\n")
         return json.loads(file.read_text())
 

@@ -92,6 +92,36 @@ def test_folder_depends_on_the_image_size():
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
 
 
+@pytest.mark.parametrize(
+    ("settings", "mask_ratio"),
+    [
+        ({"img_size": 16}, 0.85),
+        ({"img_size": 64}, 0.85),
+        ({"img_size": (32, 64), "num_views": 4}, 0.85),
+        ({"img_size": 32, "encoder": "conv_vit_tiny_patch4"}, 0.85),
+        ({"img_size": 8}, 0.75),
+        ({"img_size": (4, 24)}, 0.75),
+        ({"img_size": 16, "block_size": 2}, 0.75),
+        ({"img_size": 32, "masks": "complementary", "num_views": 4}, 0.75),
+        ({"img_size": 32, "num_views": 1, "pred_ratio": 0.75}, 0.75),
+    ],
+    ids=str,
+)
+def test_folder_masks_what_the_tokens_of_small_images_allow(settings, mask_ratio):
+    config = recipes.folder(**settings)
+    assert config.mask_ratio == mask_ratio
+    with torch.device("meta"):
+        build_model(config)
+
+
+def test_a_recipes_learning_rate_is_for_its_own_optimizer():
+    for name in ("mae", "adapt", "digits"):
+        recipe = recipes.get_recipe(name)
+        assert recipe().blr is not None
+        assert recipe(optimizer="muon").blr is None
+        assert recipe(optimizer="muon", blr=1e-2).blr == 1e-2
+
+
 def test_digits_leaves_the_sizes_of_another_encoder_to_its_name():
     own = recipes.digits(encoder="conv_vit_tiny_patch4", depth=(1, 1, 2))
     assert (own.embed_dim, own.depth, own.num_heads) == (None, (1, 1, 2), None)
@@ -107,7 +137,7 @@ def test_the_default_recipe_has_the_papers_settings():
     config = recipes.dmjd()
     assert (config.num_views, config.mask_ratio, config.target, config.theta) == (2, 0.6, "hog", 1.0)
     assert (config.epochs, config.crop_scale, config.weight_decay) == (400.0, (0.5, 1.0), 0.05)
-    assert base_rate(config, 512) == 6e-4
+    assert base_rate(config, 512) == base_rate(config, 4096) == 6e-4
     pixels = recipes.mae()
     assert (pixels.target, pixels.num_views, pixels.mask_ratio, pixels.vis) == ("pixel", 1, 0.75, False)
 

@@ -31,6 +31,11 @@ def test_the_command_gives_the_same_settings(config, monkeypatch):
     assert given == [config]
 
 
+def test_batch_and_rate_of_the_machine_are_no_differences():
+    resolved = recipes.folder("i", "runs/a", batch_size=32, blr=1.7e-2)
+    assert not [setting for setting in settings_of(resolved) if setting.recipe is not None]
+
+
 def test_differences_from_the_recipe():
     changed = {s.name: (s.value, s.recipe) for s in settings_of(CONFIGS[1]) if s.recipe is not None}
     assert changed == {"steps": ("10", "-"), "minutes": ("-", "2.0"), "seed": ("-3", "0")}

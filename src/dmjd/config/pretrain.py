@@ -280,8 +280,8 @@ class PretrainConfig(Config):
     )
     blr: float | None = option(
         None,
-        "base learning rate: lr = blr * batch / 256 * pred_ratio / mask_ratio (p / c); default 6e-4; muon: 6e-3 * "
-        "sqrt(256 / batch)",
+        "base learning rate: lr = blr * batch / 256 * pred_ratio / mask_ratio (p / c); default 6e-4, below 512 "
+        "images times sqrt(512 / batch); muon: 6e-3 * sqrt(256 / batch)",
         "training",
         common=True,
         gt=0,

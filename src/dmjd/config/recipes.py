@@ -11,6 +11,14 @@ Recipe = Callable[..., PretrainConfig]
 
 SMALL_SIDE = 64  # pixels; up to this size `folder` uses the settings found best on CIFAR-10
 
+FEW_TOKENS = 16  # of 4 pixels: with fewer, `folder` masks three quarters of them
+
+
+def _with(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
+    """The configuration with overrides; a recipe's learning rate is for its own optimizer."""
+    other = overrides.get("optimizer", config.optimizer) != config.optimizer
+    return config.replace(**({"blr": None} if other else {}) | overrides)
+
 
 def dmjd(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
     """The paper's recipe: two disjoint views, both branches, HOG.
@@ -43,7 +51,7 @@ def mae(data: str | tuple[str, ...] | None = None, out: str | None = None, **ove
         blr=1.5e-4,
         crop_scale=(0.2, 1.0),
     )
-    return config.replace(**overrides)
+    return _with(config, overrides)
 
 
 def convmae(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
@@ -70,7 +78,7 @@ def convmae(data: str | tuple[str, ...] | None = None, out: str | None = None, *
         blr=1.5e-4,
         crop_scale=(0.2, 1.0),
     )
-    return config.replace(**overrides)
+    return _with(config, overrides)
 
 
 def maskfeat(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
@@ -146,8 +154,11 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
             config = config.replace(mim_target="pixel", vis_target="hog")
         from_weights = "init" in overrides and "encoder" not in overrides  # whose patch is not known yet
         if not from_weights and overrides.get("encoder", config.encoder).endswith("patch4"):
-            # Larger tokens are fewer: more of them stay visible, and each has several cells, not one.
-            config = config.replace(hog_cell=4, mask_ratio=0.85)
+            config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
+            sides = config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).size
+            enough = (sides[0] // 4) * (sides[1] // 4) >= FEW_TOKENS
+            if enough and not {"masks", "block_size", "pred_ratio"} & overrides.keys():  # they need not fit it
+                config = config.replace(mask_ratio=0.85)
     return config.replace(**overrides)
 
 
@@ -196,7 +207,7 @@ def adapt(data: str | tuple[str, ...] | None = None, out: str | None = None, **o
         blr=6e-4,
         clip_grad=3.0,
     )
-    return config.replace(**overrides)
+    return _with(config, overrides)
 
 
 def digits(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
@@ -229,7 +240,7 @@ def digits(data: str | tuple[str, ...] | None = None, out: str | None = None, **
     size, given = config.encoder.rpartition("_patch")[0], str(overrides.get("encoder", config.encoder))
     if given.rpartition("_patch")[0] != size:  # width and depth above are for this one
         overrides = {"embed_dim": None, "depth": None, "num_heads": None} | overrides
-    return config.replace(**overrides)
+    return _with(config, overrides)
 
 
 NEED_INIT = ("adapt",)  # recipes that make no sense with random weights

@@ -14,7 +14,9 @@ LEAST_DEFAULT = 16  # of small sets
 
 MOST_SHOWN = 64  # processes, in a message
 
-ADAMW_BLR, MUON_BLR = 6e-4, 6e-3  # base learning rates; that of Muon for batches of 256
+ADAMW_BLR, ADAMW_BATCH = 6e-4, 512  # base learning rate of the paper, and its images per step
+
+MUON_BLR, MUON_BATCH = 6e-3, 256
 
 STEPS_PER_EPOCH = 10  # at least, if the set is not smaller than that many batches of LEAST_DEFAULT images
 
@@ -38,12 +40,15 @@ def default_batch_size(num_images: int, *, cpu: bool, minutes: float | None) -> 
 def base_rate(config: PretrainConfig, batch_size: int) -> float:
     """The base learning rate of a configuration, or the default if it sets none.
 
-    AdamW: that of the paper. Muon: 6e-3 * sqrt(256 / batch_size), so that the learning rate of a step follows the
-    square root of the batch: what was best for 16 to 512 images per step (docs/evidence_details.md) lies near it.
+    The learning rate of a step follows the square root of the batch, since neither optimizer's steps shrink with the
+    gradient. Muon: 6e-3 * sqrt(256 / batch_size), near what was best for 16 to 512 images per step
+    (docs/evidence_details.md). AdamW: the paper's 6e-4, below its batch of 512 times sqrt(512 / batch_size).
     """
     if config.blr is not None:
         return config.blr
-    return MUON_BLR * math.sqrt(256 / batch_size) if config.optimizer == "muon" else ADAMW_BLR
+    if config.optimizer == "muon":
+        return MUON_BLR * math.sqrt(MUON_BATCH / batch_size)
+    return ADAMW_BLR * max(1.0, math.sqrt(ADAMW_BATCH / batch_size))
 
 
 def resolve_batch_size(

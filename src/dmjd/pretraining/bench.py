@@ -28,7 +28,7 @@ from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
 from dmjd.runs.start import begin_from
 
-BATCH_SIZE = {"cpu": 16, "cuda": 128}  # if the configuration has none
+BATCH_SIZE = {"cpu": 16, "cuda": 128}  # if the configuration has none, and there are no images
 
 WARMUP_STEPS = 3
 
@@ -61,8 +61,8 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     warn_of_busy_cores(fabric.device, Console())
     source = open_data(config, config.data, "train", fetch_ahead=True) if config.data is not None else None
     batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
-    if source is not None:
-        _, batch_size = resolve_batch_size(config.replace(batch_size=batch_size), len(source), 1, fabric.device)
+    if source is not None:  # the batch of a run
+        _, batch_size = resolve_batch_size(config, len(source), 1, fabric.device)
     config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=MAX_COUNT)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
     model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)

@@ -294,7 +294,8 @@ def log_summary(
     console.say(
         f"{f'resumed at step {engine.state.step}' if resumed else 'started'}: {config.out}\n"
         f"  data     {data_line}: {len(source)} images{held} -> {config.size[0]} x {config.size[1]} x "
-        f"{config.in_chans}, {batch_size} a step\n{each}"
+        f"{config.in_chans}, {batch_size} a step, learning rate {engine.peak_lr:.2g} (--blr "
+        f"{base_rate(config, batch_size):.2g})\n{each}"
         f"  encoder  {encoder.name}, width {encoder.embed_dim}, {encoder.depth} blocks, {parameters / 1e6:.1f} M "
         f"parameters, {encoder.num_patches} tokens, {model.counts[0]} visible in each of "
         f"{model.masks.num_views} view(s)\n{begin}"

@@ -30,7 +30,8 @@ def settings_of(config: PretrainConfig) -> list[Setting]:
     for field in dataclasses.fields(config):
         own = getattr(config, field.name)
         theirs = getattr(base, field.name) if base is not None else own
-        differs = own != theirs and field.name not in ("data", "out")
+        by_machine = theirs is None and field.name in ("batch_size", "blr")
+        differs = own != theirs and not by_machine and field.name not in ("data", "out")
         text, group = field.metadata["help"], field.metadata["group"]
         rows.append(Setting(field.name, group, text, _text(own), _text(theirs) if differs else None))
     return rows
