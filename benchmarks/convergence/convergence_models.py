@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from convergence_agreement import AgreeingModel
-from convergence_colors import ColorHog
 from convergence_sets import Variant
 from torch import Tensor
 
@@ -63,8 +62,6 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     """The untrained model of a variant; both orders start from the same weights."""
     if variant.agreement is not None:
         return AgreeingModel(config, variant.agreement)
-    if variant.colors is not None:
-        return _colored(variant, config)
     if not variant.misaligned:
         return build_model(*begin_from(config))
     torch.manual_seed(config.seed)
@@ -76,16 +73,3 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
         mim=build_reconstruction(config),
         vis=Misaligned(**{f.name: getattr(distillation, f.name) for f in dataclasses.fields(distillation)}),
     )
-
-
-def _colored(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
-    """The model of a configuration whose targets "hog" are those of the variant."""
-    torch.manual_seed(config.seed)
-    encoder = build_encoder(config)
-    target = ColorHog(encoder, variant.colors, config.hog_cell)
-    mim, vis = build_reconstruction(config), build_distillation(config)
-    if mim is not None and (config.mim_target or config.target) == "hog":
-        mim = dataclasses.replace(mim, target=target)
-    if vis is not None and (config.vis_target or config.target) == "hog":
-        vis = dataclasses.replace(vis, target=target)
-    return MaskedImageModel(encoder, masks=build_masks(config), mim=mim, vis=vis)

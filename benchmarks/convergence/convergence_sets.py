@@ -8,7 +8,6 @@ from fractions import Fraction
 from typing import Any
 
 from convergence_agreement import Agreement
-from convergence_colors import Colors
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class Variant:
         share: fraction of the study's time, for a shorter schedule.
         blr_factor: factor on the base learning rate.
         agreement: a loss on the pooled features of the views.
-        colors: what is added to the target "hog", or takes its place.
     """
 
     recipe: str
@@ -37,7 +35,6 @@ class Variant:
     share: float = 1.0
     blr_factor: float = 1.0
     agreement: Agreement | None = None
-    colors: Colors | None = None
 
 
 # The lite encoders learn something within minutes on one core.
@@ -237,20 +234,18 @@ def _best(pixels: str) -> dict[str, Variant]:
     undone = {"batch_64": {"batch_size": 64}, "c_75": {"mask_ratio": 0.75}, "projector_3": {"projector_depth": 3}}
     undone |= {"crop_50": {"crop_scale": (0.5, 1.0)}}
     undone |= {"hog": {"mim_target": "hog"}, "pixel": {"vis_target": "pixel"}}  # one target for both branches
-    hog = BEST | undone["hog"]
+    color = {"hog_color": True}
+    undone |= {"color": color, "hog_color": {"mim_target": "hog"} | color}
     paper = {name: BEST[name] for name in ("optimizer", "batch_size", "projector_depth", "crop_scale")}
-    colored = {"hog_color": (hog, "mean"), "hog_opponent": (hog, "opponent"), "color": (BEST, "mean")}
     of_pixels = {name: BEST[name] for name in ("optimizer", "batch_size", "mask_ratio", "crop_scale")}
     return (
         {pixels: Variant(pixels), f"{pixels}_best": Variant(pixels, of_pixels, blr_factor=BEST_FACTOR)}
         | {"mixed": Variant("dmjd", SMALL_IMAGES), "best": Variant("dmjd", BEST, blr_factor=BEST_FACTOR)}
         | {"best_low_rate": Variant("dmjd", BEST)}
         | {f"best_{key}": Variant("dmjd", BEST | own, blr_factor=BEST_FACTOR) for key, own in undone.items()}
-        | {
-            f"best_{key}": Variant("dmjd", own, blr_factor=BEST_FACTOR, colors=Colors(kind))
-            for key, (own, kind) in colored.items()
-        }
-        | {"dmjd": Variant("dmjd"), "dmjd_best": Variant("dmjd", paper, blr_factor=BEST_FACTOR)}
+        | {"dmjd": Variant("dmjd"), "dmjd_color": Variant("dmjd", color)}
+        | {"dmjd_best": Variant("dmjd", paper, blr_factor=BEST_FACTOR)}
+        | {"dmjd_best_color": Variant("dmjd", paper | color, blr_factor=BEST_FACTOR)}
     )
 
 

@@ -16,14 +16,12 @@ import sharing_figure
 import sweeps_figure
 from convergence import COMMON
 from convergence_agreement import contrast
-from convergence_colors import ColorHog, Colors
 from convergence_jobs import with_once
 from convergence_models import make_model
 from convergence_probe import Probe, ProbeHook, split
 from convergence_report import curves_figure, result_table, summarize, time_to_reach
 from convergence_sets import ENCODERS, SETS, Variant, variants_of, with_share
 
-import dmjd
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.stored import encoder_bytes
@@ -249,20 +247,3 @@ def test_the_best_of_a_round_go_on():
     runs = [run(name, 0, [score], 1) for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4))]
     runs.append(run("d", 0, [0.9], 1, diverged=True))
     assert halving.survivors(summarize(runs, "a"), 2) == ["b", "c"]
-
-
-def test_hog_targets_with_colors():
-    """HOG does not see a color that covers everything; means of cells do, and opponent channels see edges of color."""
-    encoder = dmjd.create_encoder("vit_tiny_patch4", img_size=8, depth=1)
-    raw = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    raw[:, 0] = 200
-    mean = ColorHog(encoder, Colors("mean"), 4)
-    targets = mean(raw / 100 - 1, raw)
-    assert targets.shape == (1, 4, mean.dim) == (1, 4, 27 + 3)
-    assert (targets[..., :27] == 0).all()
-    torch.testing.assert_close(targets[..., 27:], torch.tensor([1.0, -1.0, -1.0]).expand(1, 4, 3))
-    raw[:, 0, :, 4:], raw[:, 1, :, 4:] = 0, 200  # an edge between red and green of one brightness
-    opponent = ColorHog(encoder, Colors("opponent"), 4)(raw.float(), raw)
-    by_channel = opponent.view(1, 4, 9, 3)
-    assert (by_channel[..., 0] == 0).all()
-    assert by_channel[..., 1].abs().sum() > 0

@@ -5,7 +5,7 @@ import torch
 from figure_models import images_of, model_for
 
 import dmjd.figures.render as rendering
-from dmjd.targets import hog
+from dmjd.targets import HogSettings, hog
 
 
 def stroke_angle(glyph: torch.Tensor) -> float:
@@ -52,10 +52,22 @@ def test_hog_cells_of_a_token_are_drawn_at_their_positions():
     model = model_for(patch=16, size=(32, 64), mask_ratio=0.5)
     raw = torch.zeros(1, 3, 32, 64)
     raw[..., 18:22, 42:46] = 255  # cell (2, 5) of the 4 x 8 cells of 8 pixels
-    rgb = rendering.render_hog(model.target("mim")(raw, raw), model.target("mim"), model.encoder.grid)[0]
+    rgb = rendering.render_hog(model.target("mim")(raw, raw), model.target("mim"), model.encoder)[0]
     side = rgb.shape[0] // 4
     lit = rgb.amax(-1).unflatten(0, (4, side)).unflatten(2, (8, side)).amax((1, 3)) > 0
     assert lit.nonzero().tolist() == [[2, 5]]
+
+
+def test_colors_of_hog_cells_are_drawn_behind_the_glyphs():
+    model = model_for(patch=16, size=(32, 64), mask_ratio=0.5, mim=HogSettings(color=True))
+    raw = torch.zeros(1, 3, 32, 64)
+    raw[:, 1, 8:16, 56:] = 255  # cell (1, 7) of the 4 x 8 cells of 8 pixels is green
+    target, normalized = model.target("mim"), model.encoder.preprocess.normalize(raw)
+    rgb = rendering.render_hog(target(normalized, raw), target, model.encoder)[0]
+    side = rgb.shape[0] // 4
+    corners = rgb.unflatten(0, (4, side)).unflatten(2, (8, side))[:, 0, :, 0]  # strokes do not reach them
+    assert (corners[..., 1] > 0.5).nonzero().tolist() == [[1, 7]]
+    assert corners[1, 7].tolist() == pytest.approx([0, 0.6, 0], abs=1e-4)
 
 
 @pytest.mark.parametrize("chans", [1, 2, 3, 4, 5])

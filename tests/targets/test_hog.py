@@ -219,3 +219,31 @@ def test_hog_of_valid_does_not_depend_on_invalid_values(seed, channels):
     assert first.isfinite().all()
     everything = torch.ones_like(valid)
     assert torch.equal(target.of_valid(images, images, everything), target(images, images))
+
+
+@pytest.mark.parametrize("chans", [1, 3, 5])
+def test_colors_follow_the_edges_cell_by_cell(chans):
+    """The edges are those without colors; then come the means of the cells: cell row, cell column, channel."""
+    encoder = create_encoder("vit_tiny_patch8", img_size=(16, 24), in_chans=chans, depth=1)
+    raw = torch.randint(0, 256, (2, chans, 16, 24), dtype=torch.uint8)
+    normalized = torch.randn(2, chans, 16, 24)
+    plain, colored = HogTarget(encoder), HogTarget(encoder, HogSettings(color=True))
+    targets = colored(normalized, raw)
+    assert targets.shape == (2, 6, colored.dim)
+    assert colored.dim == plain.dim + 4 * chans
+    assert torch.equal(targets[..., : plain.dim], plain(normalized, raw))
+    colors = targets[..., plain.dim :].view(2, 2, 3, 2, 2, chans)  # B, h, w, cell row, cell column, channel
+    torch.testing.assert_close(colors[1, 1, 2, 0, 1], normalized[1, :, 8:12, 20:24].mean((1, 2)))
+
+
+def test_colors_of_invalid_pixels_do_not_count():
+    encoder = create_encoder("vit_tiny_patch8", img_size=8, depth=1)
+    target = HogTarget(encoder, HogSettings(color=True))
+    raw, normalized = torch.rand(1, 3, 8, 8) * 255, torch.full((1, 3, 8, 8), 2.0)
+    valid = torch.ones(1, 3, 8, 8, dtype=torch.bool)
+    assert torch.equal(target.of_valid(normalized, raw, valid), target(normalized, raw))
+    valid[..., :4, :4] = False  # the first cell
+    valid[..., 4, 4] = False  # a pixel of the last one
+    normalized = torch.where(valid, normalized, 0.0)
+    colors = target.of_valid(normalized, raw, valid)[0, 0, -12:].view(4, 3)
+    torch.testing.assert_close(colors, torch.tensor([0.0, 2.0, 2.0, 2.0]).view(4, 1).expand(4, 3))

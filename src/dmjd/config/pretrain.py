@@ -183,6 +183,7 @@ class PretrainConfig(Config):
         None, "side of a HOG cell in pixels; default half the patch", "method", ge=1, most=MAX_SIDE
     )
     hog_bins: int = option(9, "orientations of a HOG cell", "method", ge=1, le=255)
+    hog_color: bool = option(False, "add the mean color of a HOG cell, which edges do not know", "method")
     teacher: str | None = option(
         None, "target teacher: a run folder, an encoder file or timm/NAME", "method", resume=True
     )

@@ -23,6 +23,8 @@ TRUE_TINT = (0.25, 0.45, 0.9)  # color of true tokens among predictions
 
 MASKED_OFTEN = (0.05, 0.15, 0.4)  # color of a token masked in every view, in a map of counts
 
+_COLOR_DIM = 0.6  # brightness of the colors of cells behind HOG glyphs
+
 _GLYPHS_SIDE = 448  # pixels of an image of HOG glyphs, approximately; a panel of a figure has fewer
 
 # Maps target tokens [B, N, C], true or predicted, to RGB images.
@@ -108,26 +110,37 @@ def renderer_for(target: Target, encoder: Encoder, images_0_255: Tensor, truth: 
         A function from tokens [B, N, C] of these images to RGB.
     """
     if isinstance(target, HogTarget):
-        return lambda tokens: render_hog(tokens, target, encoder.grid)
+        return lambda tokens: render_hog(tokens, target, encoder)
     if isinstance(target, PixelTarget):
         return lambda tokens: render_pixels(tokens, encoder, images_0_255)
     return component_renderer(truth, encoder.grid)
 
 
-def render_hog(tokens: Tensor, target: HogTarget, grid: tuple[int, int]) -> Tensor:
-    """Render HOG tokens [B, N, C] as glyphs on black, color channels in their colors.
+def render_hog(tokens: Tensor, target: HogTarget, encoder: Encoder) -> Tensor:
+    """Render HOG tokens [B, N, C] as glyphs on black or, dimmed, on the colors of the cells if the target has them;
+    color channels in their colors.
 
     Only positive whitened values are drawn. Brightness is their square root, so that small predictions stay visible;
     it is 1 for the value of a cell whose gradients all lie in one bin.
     """
-    (h, w), s = grid, target.cells
-    x = tokens.float().reshape(len(tokens), h, w, s, s, target.num_bins, -1)  # B, h, w, s, s, bins, c
-    x = x.permute(0, 6, 1, 3, 2, 4, 5).reshape(
-        len(tokens), -1, h * s, w * s, target.num_bins
-    )  # B, c, rows, columns, bins
+    grid, s = encoder.grid, target.cells
+    x = _cells(tokens[..., : target.edges_dim], grid, s, target.num_bins)
     side = min(48, max(12, _GLYPHS_SIDE // (s * max(grid)))) | 1  # odd, so that strokes have a center row
     brightest = math.sqrt(max(1, target.num_bins - 1))
-    return hog_glyphs((_three(x) / brightest).clamp(min=0).sqrt(), side).permute(0, 2, 3, 1)
+    glyphs = hog_glyphs((_three(x) / brightest).clamp(min=0).sqrt(), side).permute(0, 2, 3, 1)
+    if not target.color:
+        return glyphs
+    means = _cells(tokens[..., target.edges_dim :], grid, s, 1)[..., 0]  # B, c, rows, columns
+    colors = to_rgb(known_preprocess(encoder).denormalize(means)).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    return torch.maximum(glyphs, _COLOR_DIM * colors)
+
+
+def _cells(tokens: Tensor, grid: tuple[int, int], s: int, bins: int) -> Tensor:
+    """HOG tokens [B, N, s * s * bins * c] -> [B, c, h * s, w * s, bins]."""
+    x = (
+        tokens.float().reshape(len(tokens), *grid, s, s, bins, -1).permute(0, 6, 1, 3, 2, 4, 5)
+    )  # B, c, h, s, w, s, bins
+    return x.reshape(len(tokens), -1, grid[0] * s, grid[1] * s, bins)
 
 
 def render_pixels(tokens: Tensor, encoder: Encoder, images_0_255: Tensor) -> Tensor:

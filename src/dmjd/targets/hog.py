@@ -176,10 +176,12 @@ class HogSettings(TargetSettings):
     Args:
         cell: side of a cell in pixels, which must divide the patch; None = :func:`default_cell`.
         bins: number of orientations, 1 to 255.
+        color: add the mean color of each cell, which gradients do not know.
     """
 
     cell: int | None = None
     bins: int = NUM_BINS
+    color: bool = False
 
     def __post_init__(self) -> None:
         check_int("hog_bins", self.bins, Bounds(ge=1, le=MAX_BINS))
@@ -190,9 +192,11 @@ class HogSettings(TargetSettings):
 class HogTarget(Target):
     """Whitened HOG of a token's cells, in the order (cell row, cell column, bin, channel) (DMJD, section III-C).
 
+    With colors, the means of the normalized image over each cell follow, in the order (cell row, cell column, channel).
+
     Args:
         encoder: determines patch size and number of channels.
-        settings: cell size and number of bins.
+        settings: cell size, number of bins, colors.
 
     Raises:
         ValueError: if the cell does not divide the patch.
@@ -208,20 +212,35 @@ class HogTarget(Target):
             raise ValueError(f"hog_cell {settings.cell} does not divide the {encoder.patch_size}-pixel patch")
         self.num_bins = settings.bins
         self.cells = encoder.patch_size // self.cell_size  # along one side of a token
-        self.dim = self.cells**2 * self.num_bins * encoder.in_chans
+        self.edges_dim = self.cells**2 * self.num_bins * encoder.in_chans
+        self.color = settings.color
+        self.dim = self.edges_dim + (self.cells**2 * encoder.in_chans if settings.color else 0)
 
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
-        """``raw`` [B, C, H, W] -> [B, N, cells^2 * bins * C]."""
-        return self._tokens(hog(raw, self.cell_size, self.num_bins))
+        """[B, C, H, W] twice -> [B, N, cells^2 * bins * C], or [B, N, cells^2 * (bins + 1) * C] with colors."""
+        edges = self._tokens(whiten(hog(raw, self.cell_size, self.num_bins)))
+        if not self.color:
+            return edges
+        return torch.cat([edges, self._colors(F.avg_pool2d(normalized.float(), self.cell_size))], dim=2)
 
     def of_valid(self, normalized: Tensor, raw: Tensor, valid: Tensor) -> Tensor:
-        """As :meth:`forward`, without the gradients at the border of the valid area."""
-        return self._tokens(hog(raw, self.cell_size, self.num_bins, valid))
+        """As :meth:`forward`, without the gradients at the border of the valid area; colors are those of valid pixels,
+        and 0, the mean, in cells without any.
+        """
+        edges = self._tokens(whiten(hog(raw, self.cell_size, self.num_bins, valid)))
+        if not self.color:
+            return edges
+        inside = F.avg_pool2d(valid.float(), self.cell_size)
+        means = F.avg_pool2d(normalized.float() * valid, self.cell_size) / inside.clamp(min=1 / self.cell_size**2)
+        return torch.cat([edges, self._colors(means)], dim=2)
 
-    def _tokens(self, histograms: Tensor) -> Tensor:
-        """[B, C, h*cells, w*cells, bins] -> [B, N, cells^2 * bins * C]."""
-        x = whiten(histograms)
+    def _colors(self, means: Tensor) -> Tensor:
+        """[B, C, h*cells, w*cells] -> [B, N, cells^2 * C]."""
+        return self._tokens(means.unsqueeze(-1))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Values of cells, [B, C, h*cells, w*cells, bins] -> [B, N, cells^2 * bins * C]."""
         B, C, rows, columns, bins = x.shape
         s = self.cells
         x = x.view(B, C, rows // s, s, columns // s, s, bins).permute(0, 2, 4, 3, 5, 6, 1)  # B, h, w, s, s, bins, C
-        return x.reshape(B, -1, self.dim)
+        return x.reshape(B, -1, s * s * bins * C)
