@@ -137,7 +137,8 @@ def _note(model: MaskedImageModel) -> str:
     for branches, target in _targets(model):
         if isinstance(target, HogTarget):
             blue = " Blue: true tokens, not predicted." if "mim" in branches else ""
-            notes.append(f"HOG: strokes lie along edges; brighter for larger whitened values.{blue}")
+            colors = " Behind them: the mean color of a cell." if target.color else ""
+            notes.append(f"HOG: strokes lie along edges; brighter for larger whitened values.{colors}{blue}")
         elif isinstance(target, PixelTarget):
             notes.append(f"Pixel patches are {UNNORMALIZED}.")
         else:
