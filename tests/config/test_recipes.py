@@ -74,8 +74,7 @@ def test_folder_depends_on_the_image_size():
         }
         assert changed == {
             "encoder": "vit_tiny_patch4",
-            "mim_target": "pixel",
-            "vis_target": "hog",
+            "hog_color": True,
             "hog_cell": 4,
             "mask_ratio": 0.85,
             "block_size": 1,
@@ -85,7 +84,7 @@ def test_folder_depends_on_the_image_size():
         }
     assert recipes.folder(img_size=32, optimizer="adamw", blr=1e-3).optimizer == "adamw"
     assert recipes.folder(img_size=32, target="ema").branch_targets == {"mim": "ema", "vis": "ema"}
-    assert recipes.folder(img_size=32, vis_target="ema").branch_targets == {"mim": "pixel", "vis": "ema"}
+    assert recipes.folder(img_size=32, vis_target="ema").branch_targets == {"mim": "hog", "vis": "ema"}
     for patch in (2, 8, 16):
         larger = recipes.folder(img_size=32, encoder=f"vit_tiny_patch{patch}")
         assert (larger.mask_ratio, build_model(larger).target("vis").name) == (0.75, "hog")

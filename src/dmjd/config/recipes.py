@@ -136,8 +136,8 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
     """Your own images on one machine: settings for their size, and an encoder that timm can load.
 
     ``dmjd pretrain folder --data ~/images --out runs/mine``. With ``--img-size`` up to 64 the settings that our study
-    found best for minutes (docs/evidence.md): two disjoint views with 85 % of the 4-pixel tokens masked, pixels for
-    masked tokens and HOG for visible ones, Muon. Larger images: the defaults below, the paper's method with gradient
+    found best for minutes (docs/evidence.md): two disjoint views with 85 % of the 4-pixel tokens masked, HOG with the
+    mean color of each cell, Muon. Larger images: the defaults below, the paper's method with gradient
     clipping; not covered by our study.
     """
     config = PretrainConfig(recipe="folder", data=data, out=out, encoder="vit_tiny_patch16", epochs=200, clip_grad=3.0)
@@ -149,9 +149,8 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
             crop_scale=(0.8, 1.0),
             projector_depth=1,
             optimizer="muon",
+            hog_color=True,
         )
-        if "target" not in overrides:  # a target given by the user is meant for both branches
-            config = config.replace(mim_target="pixel", vis_target="hog")
         from_weights = "init" in overrides and "encoder" not in overrides  # whose patch is not known yet
         if not from_weights and overrides.get("encoder", config.encoder).endswith("patch4"):
             config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
