@@ -33,7 +33,7 @@ OTHER = {
     "vis_target": "pixel",
     "hog_cell": 8,
     "hog_bins": 8,
-    "hog_color": True,
+    "hog_color": False,
     "teacher_layers": 2,
     "teacher_skip": 1,
     "teacher_size": 64,

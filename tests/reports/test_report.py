@@ -42,7 +42,7 @@ def test_the_page_says_what_was_trained(single):
     said = [
         "61 of data",
         "vit_tiny_patch8, 32 x 32 x 3",
-        "folder (mim: pixel, vis: hog), from random weights",
+        "folder (mim: hog, vis: hog), from random weights",
         "40 steps",
     ]
     said += ["random init", "raw pixels", "points", "1 images could not be read", "not an image"]
