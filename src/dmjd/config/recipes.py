@@ -141,7 +141,8 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
     clipping; not covered by our study.
     """
     config = PretrainConfig(recipe="folder", data=data, out=out, encoder="vit_tiny_patch16", epochs=200, clip_grad=3.0)
-    if max(config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).img_size) <= SMALL_SIDE:
+    height, width = config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).size
+    if max(height, width) <= SMALL_SIDE:
         config = config.replace(
             encoder="vit_tiny_patch4",
             mask_ratio=0.75,
@@ -154,8 +155,7 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
         from_weights = "init" in overrides and "encoder" not in overrides  # whose patch is not known yet
         if not from_weights and overrides.get("encoder", config.encoder).endswith("patch4"):
             config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
-            sides = config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).size
-            enough = (sides[0] // 4) * (sides[1] // 4) >= FEW_TOKENS
+            enough = (height // 4) * (width // 4) >= FEW_TOKENS
             if enough and not {"masks", "block_size", "pred_ratio"} & overrides.keys():  # they need not fit it
                 config = config.replace(mask_ratio=0.85)
     return config.replace(**overrides)
