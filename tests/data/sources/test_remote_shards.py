@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from eight_shards import IMAGES, NUM_SHARDS, SHARDS, SIZE, in_gb, shard
@@ -249,6 +250,17 @@ def test_a_cache_that_fails_ends_training_with_one_line_and_does_not_disturb_its
                 list(itertools.islice(batches, 3 * NUM_SHARDS))
         batches.close()
         cache.unlink()
+
+
+def test_an_image_whose_copy_cannot_be_read_is_fetched(server, url, tmp_path):
+    cache = tmp_path / "cache"
+    source = open_source(url, remote=RemoteOptions(str(cache), in_gb(NUM_SHARDS), fetch_ahead=False))
+    expected = [np.asarray(source.read(row)) for row in range(3)]
+    (moved := tmp_path / "moved").mkdir()
+    cache.rename(moved / "cache")
+    for _ in ("no such folder", "not a folder"):
+        assert [np.array_equal(source.read(row), image) for row, image in enumerate(expected)] == [True] * 3
+        cache.write_text("a file")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

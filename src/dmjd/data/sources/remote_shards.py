@@ -138,7 +138,7 @@ class RemoteShards:
         """
         try:
             return read_member_once(path, shard, extent)
-        except (FileNotFoundError, ChangedFile):  # the copy made room for another one, or is one of another version
+        except (OSError, ChangedFile):  # it made room for another one, is of another version, or its disk fails
             pass
         file = self._files[path]
         return unpacked(read_range(file, extent.offset, extent.packed), extent)
