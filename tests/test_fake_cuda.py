@@ -128,7 +128,8 @@ def test_a_classifier_stays_on_the_device(name):
 @pytest.mark.parametrize(
     ("name", "target", "nodata"),
     [
-        ("vit_tiny_patch8", "hog", None),
+        # Slow: the next two have all of it.
+        pytest.param("vit_tiny_patch8", "hog", None, marks=pytest.mark.slow),
         ("conv_vit_tiny_patch8", "hog", None),
         ("vit_tiny_patch8", "hog", "auto"),
         ("vit_tiny_patch8", "pixel", "auto"),

@@ -227,7 +227,7 @@ def test_sizes_of_objects_are_those_of_pycocotools(tmp_path, capsys):
 
 def test_a_few_steps_learn_the_shapes(boxes, tmp_path):
     run = make_run(tmp_path / "run", "conv_vit_tiny_patch8")
-    options = {"steps": 20, "img_size": (48, 64), "blr": 0.06, "scale": (0.9, 1.1), "log_every": 5}
+    options = {"steps": 12, "img_size": (48, 64), "blr": 0.06, "scale": (0.9, 1.1), "log_every": 5}
     result = evaluate("detection", run, data=boxes, **options, **QUICK)
     assert read_evaluation(run / "evaluation" / "detection.json") == result
     for start in ("result", "random_init"):

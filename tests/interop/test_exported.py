@@ -8,11 +8,20 @@ from dmjd.images.invalid import mark_invalid
 from dmjd.interop.export import export
 
 
+VIT = ("vit_tiny_patch8", (32, 24), 3, {"class_token": True} | SMALL)
+CONV = ("conv_vit_tiny_patch8", 32, 1, SMALL_CONV)
+
+
+# Slow: the others have both formats and both encoders.
 @pytest.mark.parametrize(
-    ("name", "size", "chans", "options"),
-    [("vit_tiny_patch8", (32, 24), 3, {"class_token": True} | SMALL), ("conv_vit_tiny_patch8", 32, 1, SMALL_CONV)],
+    ("format", "ending", "name", "size", "chans", "options"),
+    [
+        ("torch", "pt2", *VIT),
+        ("onnx", "onnx", *CONV),
+        pytest.param("torch", "pt2", *CONV, marks=pytest.mark.slow),
+        pytest.param("onnx", "onnx", *VIT, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize(("format", "ending"), [("torch", "pt2"), ("onnx", "onnx")])
 def test_programs_pool_as_encode_does(format, ending, name, size, chans, options, tmp_path):
     if format == "onnx":
         pytest.importorskip("onnxruntime")

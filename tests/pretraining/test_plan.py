@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 from PIL import Image
-from support import metrics
+from support import TINY_FIELDS, metrics
 
 import dmjd
 from dmjd.cli.main import main
@@ -220,8 +220,8 @@ def test_the_command_of_a_plan_runs(image_folder, tmp_path, quick, capsys):
 
 
 def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
-    first = {"encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32, "device": "cpu"}
-    start = dmjd.pretrain(dmjd.recipes.dmjd(str(image_folder), str(tmp_path / "start"), steps=1, batch_size=4, **first))
+    first = dmjd.recipes.dmjd(str(image_folder), str(tmp_path / "start"), steps=1, batch_size=4, **TINY_FIELDS)
+    start = dmjd.pretrain(first)
     found = dmjd.plan(data=str(image_folder), hours=0.001, init=str(start.path), device="cpu")
     assert found["command"].startswith(f"dmjd pretrain adapt --data {shlex.quote(str(image_folder))} --init ")
     (tmp_path / "gray").mkdir()
