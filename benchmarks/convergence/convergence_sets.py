@@ -51,6 +51,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
 SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space", "agreement", "best")
+SETS += ("photos",)
 
 # What was found best for CIFAR-10.
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
@@ -249,8 +250,29 @@ def _best(pixels: str) -> dict[str, Variant]:
     )
 
 
+def _photos() -> dict[str, Variant]:
+    """What ``folder`` does above 64 pixels, at the default rate of AdamW, and what was found best for small images, in
+    tokens of 16 pixels.
+    """
+    adamw = 0.28  # of Muon's base learning rate for 64 images
+    color = BEST | {"mim_target": "hog", "hog_color": True, "hog_cell": None}  # 2 x 2 cells per token
+    own: dict[str, dict[str, Any]] = {
+        "color": {},
+        "color_cell_16": {"hog_cell": 16},
+        "color_cell_4": {"hog_cell": 4},
+        "color_c_75": {"mask_ratio": 0.75},
+        "color_crop_20": {"crop_scale": (0.2, 1.0)},
+        "mixed": {"mim_target": "pixel", "hog_color": False},
+        "color_teacher": {"vis_target": "teacher", "teacher_size": (128,)},
+    }
+    return {
+        "paper": Variant("folder", blr_factor=adamw),
+        "paper_color": Variant("folder", {"hog_color": True}, blr_factor=adamw),
+    } | {key: Variant("dmjd", color | each, blr_factor=BEST_FACTOR) for key, each in own.items()}
+
+
 _BY_FUNCTION = {"targets": _targets, "distill": _distill, "adapt": _adapt, "schedule": _schedule}
-_BY_FUNCTION |= {"sharing": _sharing, "space": _space, "agreement": _agreement}
+_BY_FUNCTION |= {"sharing": _sharing, "space": _space, "agreement": _agreement, "photos": _photos}
 
 
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
