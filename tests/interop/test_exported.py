@@ -7,7 +7,6 @@ from exported_encoders import SMALL, SMALL_CONV, holed_images, run_lines, saved
 from dmjd.images.invalid import mark_invalid
 from dmjd.interop.export import export
 
-
 VIT = ("vit_tiny_patch8", (32, 24), 3, {"class_token": True} | SMALL)
 CONV = ("conv_vit_tiny_patch8", 32, 1, SMALL_CONV)
 
