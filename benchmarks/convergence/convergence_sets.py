@@ -258,7 +258,6 @@ def _photos() -> dict[str, Variant]:
     color = BEST | {"mim_target": "hog", "hog_color": True, "hog_cell": None}  # 2 x 2 cells per token
     own: dict[str, dict[str, Any]] = {
         "color": {},
-        "color_cell_16": {"hog_cell": 16},
         "color_cell_4": {"hog_cell": 4},
         "color_c_75": {"mask_ratio": 0.75},
         "color_crop_20": {"crop_scale": (0.2, 1.0)},

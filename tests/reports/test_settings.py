@@ -38,4 +38,4 @@ def test_batch_and_rate_of_the_machine_are_no_differences():
 
 def test_differences_from_the_recipe():
     changed = {s.name: (s.value, s.recipe) for s in settings_of(CONFIGS[1]) if s.recipe is not None}
-    assert changed == {"steps": ("10", "-"), "minutes": ("-", "2.0"), "seed": ("-3", "0")}
+    assert changed == {"steps": ("10", "2500"), "seed": ("-3", "0")}
