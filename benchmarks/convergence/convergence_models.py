@@ -1,6 +1,8 @@
 """The models of variants, where the library's own is not enough."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.rng import hash64
 from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
 from dmjd.runs.start import begin_from
+from dmjd.targets.hog import HogTarget
 
 
 class ShuffledVisible(MaskSampler):
@@ -58,12 +61,24 @@ class Misaligned(Distillation):
         return MisalignedBranch(encoder, out_dim, self)
 
 
+def weight_colors(model: MaskedImageModel, weight: float) -> MaskedImageModel:
+    """The model, with the colors of its HOG targets times ``weight``."""
+    for target in model.modules():
+        if isinstance(target, HogTarget) and weight != 1.0:
+            target._colors = functools.partial(_weighted, target._colors, weight)  # type: ignore[method-assign]
+    return model
+
+
+def _weighted(colors: Callable[[Tensor], Tensor], weight: float, means: Tensor) -> Tensor:
+    return weight * colors(means)
+
+
 def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     """The untrained model of a variant; both orders start from the same weights."""
     if variant.agreement is not None:
         return AgreeingModel(config, variant.agreement)
     if not variant.misaligned:
-        return build_model(*begin_from(config))
+        return weight_colors(build_model(*begin_from(config)), variant.color_weight)
     torch.manual_seed(config.seed)
     encoder, distillation = build_encoder(config), build_distillation(config)
     assert distillation is not None

@@ -24,6 +24,7 @@ class Variant:
         share: fraction of the study's time, for a shorter schedule.
         blr_factor: factor on the base learning rate.
         agreement: a loss on the pooled features of the views.
+        color_weight: factor on the colors of the target hog.
     """
 
     recipe: str
@@ -35,6 +36,7 @@ class Variant:
     share: float = 1.0
     blr_factor: float = 1.0
     agreement: Agreement | None = None
+    color_weight: float = 1.0
 
 
 # The lite encoders learn something within minutes on one core.
@@ -51,7 +53,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
 SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space", "agreement", "best")
-SETS += ("photos",)
+SETS += ("photos", "colors")
 
 # What was found best for CIFAR-10.
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
@@ -250,6 +252,18 @@ def _best(pixels: str) -> dict[str, Variant]:
     )
 
 
+def _colors() -> dict[str, Variant]:
+    """HOG with colors: their weight, other cells, views and masks."""
+    common = BEST | {"mim_target": "hog", "hog_color": True}
+    own: dict[str, dict[str, Any]] = {"cell_2": {"hog_cell": 2}, "one_view": {"num_views": 1}}
+    own |= {"four_views": {"num_views": 4, "batch_size": 16}, "c_90": {"mask_ratio": 0.9}, "c_75": {"mask_ratio": 0.75}}
+    own |= {"theta_2": {"theta": 2.0}, "crop_50": {"crop_scale": (0.5, 1.0)}}
+    start = Variant("dmjd", common, blr_factor=BEST_FACTOR)
+    weights = {f"weight_{weight:g}": dataclasses.replace(start, color_weight=weight) for weight in (0.5, 2.0, 4.0)}
+    others = {key: dataclasses.replace(start, overrides=common | each) for key, each in own.items()}
+    return {"hog_color": start} | weights | others
+
+
 def _photos() -> dict[str, Variant]:
     """What ``folder`` does above 64 pixels, at the default rate of AdamW, and what was found best for small images, in
     tokens of 16 pixels.
@@ -272,6 +286,7 @@ def _photos() -> dict[str, Variant]:
 
 _BY_FUNCTION = {"targets": _targets, "distill": _distill, "adapt": _adapt, "schedule": _schedule}
 _BY_FUNCTION |= {"sharing": _sharing, "space": _space, "agreement": _agreement, "photos": _photos}
+_BY_FUNCTION |= {"colors": _colors}
 
 
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:

@@ -27,6 +27,7 @@ from dmjd.data.sources.registry import open_source
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.loop import Report, TrainState
 from dmjd.nn.tokens import gather_views
+from dmjd.targets.hog import HogTarget
 
 # Fewer channels than in the study, of as many blocks: targets are taken from some of them.
 SMALL = {
@@ -56,6 +57,19 @@ def test_every_variant_can_be_built(name, encoder, tmp_path):
         assert variant.blr_of is None or variant.blr_of in {*variants, "dmjd"}
         assert variant.teacher is None or variant.teacher in variants
     assert models
+
+
+def test_the_weight_of_colors_is_theirs_alone():
+    variants = variants_of("colors", False)
+    raw = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    found = []
+    for name in ("hog_color", "weight_2"):
+        model = make_model(variants[name], config(variants[name], "vit_lite"))
+        (target,) = {module for module in model.modules() if isinstance(module, HogTarget)}
+        found.append(target(raw / 255, raw))
+    one, two = found
+    assert torch.equal(one[..., : target.edges_dim], two[..., : target.edges_dim])
+    assert torch.equal(2 * one[..., target.edges_dim :], two[..., target.edges_dim :])
 
 
 def test_the_published_order_differs_in_the_visible_branch_alone():
