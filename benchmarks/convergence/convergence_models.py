@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from convergence_agreement import AgreeingModel
+from convergence_ema import LayeredEmaTarget, Layers
 from convergence_sets import Variant
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dmjd.model import MaskedImageModel
 from dmjd.rng import hash64
 from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
 from dmjd.runs.start import begin_from
+from dmjd.targets.ema import EmaSettings
 from dmjd.targets.hog import HogTarget
 
 
@@ -77,6 +79,8 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     """The untrained model of a variant; both orders start from the same weights."""
     if variant.agreement is not None:
         return AgreeingModel(config, variant.agreement)
+    if variant.layers is not None:
+        return _of_layers(config, variant.layers)
     if not variant.misaligned:
         return weight_colors(build_model(*begin_from(config)), variant.color_weight)
     torch.manual_seed(config.seed)
@@ -88,3 +92,17 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
         mim=build_reconstruction(config),
         vis=Misaligned(**{f.name: getattr(distillation, f.name) for f in dataclasses.fields(distillation)}),
     )
+
+
+def _of_layers(config: PretrainConfig, layers: Layers) -> MaskedImageModel:
+    """The model of a configuration, its ``ema`` targets replaced by one of several blocks."""
+    torch.manual_seed(config.seed)
+    encoder = build_encoder(config)
+    target = LayeredEmaTarget(encoder, EmaSettings(config.ema_layers, config.ema_momentum), layers)
+
+    mim, vis = build_reconstruction(config), build_distillation(config)
+    if mim is not None and isinstance(mim.target, EmaSettings):
+        mim = dataclasses.replace(mim, target=target)
+    if vis is not None and isinstance(vis.target, EmaSettings):
+        vis = dataclasses.replace(vis, target=target)
+    return MaskedImageModel(encoder, masks=build_masks(config), mim=mim, vis=vis)

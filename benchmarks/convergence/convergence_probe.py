@@ -67,6 +67,8 @@ def split(data: str, folder: Path, held_out: float, held_out_data: str | None = 
 def _row(source: Source, index: int, numbers: dict[str, int]) -> dict[str, Any]:
     """A row in Hugging Face's image schema, with the number of its class; bytes are kept unchanged."""
     stored = source.stored(index)
+    if isinstance(stored, str | Path):
+        stored = Path(stored).read_bytes()  # photographs cost in a run what they cost a user
     if not isinstance(stored, bytes):
         buffer = io.BytesIO()
         Image.fromarray(source.read(index)).save(buffer, format="png")

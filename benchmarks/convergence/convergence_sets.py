@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from convergence_agreement import Agreement
+from convergence_ema import Layers
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Variant:
         blr_factor: factor on the base learning rate.
         agreement: a loss on the pooled features of the views.
         color_weight: factor on the colors of the target hog.
+        layers: how the target ema puts blocks together, if not as the library does.
     """
 
     recipe: str
@@ -37,6 +39,7 @@ class Variant:
     blr_factor: float = 1.0
     agreement: Agreement | None = None
     color_weight: float = 1.0
+    layers: Layers | None = None
 
 
 # The lite encoders learn something within minutes on one core.
@@ -53,7 +56,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
 SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space", "agreement", "best")
-SETS += ("photos", "colors")
+SETS += ("photos", "colors", "ema")
 
 # What was found best for CIFAR-10.
 SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
@@ -284,9 +287,32 @@ def _photos() -> dict[str, Variant]:
     } | {key: Variant("dmjd", color | each, blr_factor=BEST_FACTOR) for key, each in own.items()}
 
 
+def _ema() -> dict[str, Variant]:
+    """HOG with colors, and features of a moving copy for one branch or both: other momenta, blocks, views."""
+    color = BEST | {"mim_target": "hog", "vis_target": "hog", "hog_color": True}
+    vis, mim = {"vis_target": "ema"}, {"mim_target": "ema"}
+    fast, slow, blocks = {"ema_momentum": 0.99}, {"ema_momentum": 0.999}, {"ema_layers": 4}
+    four = {"num_views": 4, "batch_size": 16}
+    own: dict[str, tuple[dict[str, Any], Layers | None]] = {
+        "hog_color": ({}, None),
+        "vis": (vis | fast, None),
+        "vis_slow": (vis | slow, None),
+        "vis_instance": (vis | fast | blocks, Layers(instance=True)),
+        "vis_joined": (vis | fast | blocks, Layers(joined=True, instance=True)),
+        "mim": (mim | fast, None),
+        "mim_joined": (mim | fast | blocks, Layers(joined=True, instance=True)),
+        "both_instance": (vis | mim | fast | blocks, Layers(instance=True)),
+        "vis_four_views": (vis | fast | four, None),
+    }
+    return {
+        key: Variant("dmjd", color | change, blr_factor=BEST_FACTOR, layers=layers)
+        for key, (change, layers) in own.items()
+    }
+
+
 _BY_FUNCTION = {"targets": _targets, "distill": _distill, "adapt": _adapt, "schedule": _schedule}
 _BY_FUNCTION |= {"sharing": _sharing, "space": _space, "agreement": _agreement, "photos": _photos}
-_BY_FUNCTION |= {"colors": _colors}
+_BY_FUNCTION |= {"colors": _colors, "ema": _ema}
 
 
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:
