@@ -149,9 +149,16 @@ def test_a_docstring_holds_the_command(name):
 
 
 def test_the_teacher_of_distill_sees_images_of_the_students_size():
-    assert recipes.distill(img_size=(96, 128)).teacher_size == (96, 128)
+    assert recipes.distill(img_size=(96, 128)).teacher_size == (0,)  # the student's, whatever it starts from
     assert recipes.distill(img_size=96, teacher_size=224).teacher_size == (224,)
     assert recipes.distill(teacher_size=None).teacher_size is None
+
+
+@pytest.mark.parametrize("encoder", [None, 5])
+def test_an_encoder_that_is_no_name_is_refused(encoder):
+    for recipe in recipes.RECIPES.values():
+        with pytest.raises(ValueError, match="encoder"):
+            recipe(img_size=32, encoder=encoder)
 
 
 @pytest.mark.parametrize("name", ["mae", "maskfeat", "dm", "jd", "dmjd", "complementary", "independent"])

@@ -128,6 +128,49 @@ def test_images_that_join_are_read_by_workers(tmp_path):
     assert [name for batch in seen[0] for name, _ in batch.unreadable] == [f"{root}/x.png"]
 
 
+@pytest.mark.parametrize(("kind", "chans"), [("png", 3), ("jpg", 3), ("png", 1)])
+def test_a_set_that_fits_into_memory_has_the_same_pixels_there_and_in_workers(kind, chans, tmp_path):
+    """Damaged images, and 16-bit ones, whose crops have one channel, too."""
+    rng, root = np.random.default_rng(0), tmp_path / "set"
+    root.mkdir()
+    for i in range(10):
+        noise = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(noise if chans == 3 else noise[..., 0].astype(np.uint16) * 257).save(root / f"{i}.{kind}")
+    damaged = (root / f"3.{kind}").read_bytes()
+    (root / f"3.{kind}").write_bytes(damaged[: len(damaged) // 2])
+    source, taken = open_source(root, in_chans=chans), []
+    for growth in (None, Growth(source, [10], 0, tmp_path / GROWTH_FILE)):
+        loader = TrainLoader(source, img_size=(24, 20), batch_size=5, num_workers=0, growth=growth)
+        assert loader.in_memory == (growth is None)
+        batches = loader.batches()
+        taken.append([next(batches) for _ in range(4)])
+    for held, read in zip(*taken, strict=True):
+        assert torch.equal(held.images, read.images)
+        assert (held.images.dtype, held.images.stride()) == (read.images.dtype, read.images.stride())
+        assert torch.equal(held.keys, read.keys)
+        assert set(held.unreadable) == set(read.unreadable)
+    assert sum(len(batch.unreadable) for batch in taken[0]) == 2
+
+
+def test_large_images_may_join_a_set_that_fits_into_memory(tmp_path):
+    """They are cropped as they are in any other set, and the rest of their batch does not change."""
+    root = folder(tmp_path / "set", [f"{i}.png" for i in range(6)])
+    source = open_source(root)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 120, 3), dtype=np.uint8)).save(root / "x.png")
+    (tmp_path / GROWTH_FILE).write_text('{"epoch": 1, "paths": ["x.png"]}\n')
+    growth = Growth(source, [6], 0, tmp_path / GROWTH_FILE)
+    batches = TrainLoader(source, img_size=(8, 8), batch_size=13, num_workers=0, growth=growth).batches()
+    batch = next(batches)
+    joined = WithJoined(source, growth.sources, growth.among(np.array([6])))
+    _, keys = Stream(6, 13, growth=growth).draw(range(13))
+    assert torch.equal(batch.keys, keys)
+    alone = CroppedImages(joined, Augment((8, 8), (0.5, 1.0), True))
+    key = image_keys(0, torch.tensor([1]), torch.tensor([6]))
+    assert torch.equal(batch.images[batch.keys == key], alone((np.array([6]), key.numpy()))[0])
+    without = TrainLoader(source, img_size=(8, 8), batch_size=6, num_workers=0)
+    assert torch.equal(batch.images[:6], next(without.batches()).images)
+
+
 def test_a_list_grows_by_rows_whose_files_exist(tmp_path):
     folder(tmp_path / "one", ["a.png", "b.png"])
     folder(tmp_path, ["two/c.png"])

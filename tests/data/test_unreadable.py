@@ -23,6 +23,10 @@ def test_unreadable_images_are_counted_once():
     with pytest.raises(ValueError, match=r"11 of 900 .*= 10"):
         unreadable.check(None, 900)
     unreadable.check(None, 1001)
+    unreadable.add((str(i), "cut") for i in range(26))  # 29 in all
+    unreadable.check(0.29, 100)  # 29, in floats a little less
+    with pytest.raises(ValueError, match="max_unreadable = 28"):
+        unreadable.check(0.28, 100)
 
 
 def test_each_image_gives_one_warning():

@@ -241,6 +241,12 @@ def test_a_short_training_has_no_layer_decay_and_is_called_too_short(length, dec
     assert (config.too_short(2000) is not None) == short
 
 
+def test_epochs_of_exactly_a_hundred_steps_are_short():
+    config = FinetuneConfig(epochs=4.4, batch_size=66).resolve(1500, (32, 32), 96)  # in floats a little more
+    assert config.layer_decay == 1.0
+    assert config.too_short(1500).startswith("100 steps (4.4 epochs)")
+
+
 def test_all_epochs_of_a_few_images_are_not_too_short():
     config = FinetuneConfig().resolve(10, (32, 32), 96)  # 63 steps, but every image was seen a hundred times
     assert config.too_short(10) is None

@@ -31,6 +31,7 @@ def test_a_group_has_its_own_learning_rate(tmp_path):
 def test_durations():
     assert num_steps(2, None, 100, 16) == 13
     assert num_steps(None, 7, 100, 16) == 7
+    assert num_steps(1.1, None, 100, 10) == 11  # in floats a little more
     for wrong in ((None, None), (1, 1), (0, None), (float("nan"), None)):
         with pytest.raises(ValueError, match="epochs"):
             num_steps(*wrong, 100, 16)

@@ -75,7 +75,7 @@ def test_without_class_token_few_arguments_are_needed(tmp_path):
 def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, options, tmp_path):
     pytest.importorskip("onnxruntime")
     encoder, file = saved(tmp_path, name, size, chans, **options)
-    exported = export(file, format="onnx", out=tmp_path / "encoder.onnx")
+    exported = export(file, format="onnx", out=tmp_path / 'the "encoder".onnx')
     for batch in (1, 2, 5):
         images = random_images(encoder, batch)
         names = run_lines(exported.usage, images=images.numpy())
@@ -85,13 +85,13 @@ def test_onnx_gives_the_encoders_outputs_for_any_batch(name, size, chans, option
             torch.testing.assert_close(torch.from_numpy(names["features"]), encoder.pool(tokens), rtol=1e-4, atol=1e-4)
     metadata = names["session"].get_modelmeta().custom_metadata_map
     assert json.loads(metadata["dmjd"]) == encoder_metadata(encoder)
-    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", "encoder.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.safetensors", 'the "encoder".onnx'}
     with torch.no_grad():
         encoder.norm.weight.add_(1)  # not in the outputs
-        check_onnx(tmp_path / "encoder.onnx", TokensAndFeatures(encoder))
+        check_onnx(exported.path, TokensAndFeatures(encoder))
         encoder.blocks[0].norm1.weight.add_(0.1)
     with pytest.raises(ValueError, match="differ from the encoder's by up to"):
-        check_onnx(tmp_path / "encoder.onnx", TokensAndFeatures(encoder))
+        check_onnx(exported.path, TokensAndFeatures(encoder))
 
 
 def test_onnx_names_missing_packages(tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_onnx_names_missing_packages(tmp_path, monkeypatch):
 
 def test_safetensors_is_the_encoder_with_its_metadata(tmp_path):
     encoder, file = saved(tmp_path, "conv_vit_tiny_patch8", 16, **SMALL_CONV)
-    exported = export(file, format="safetensors", out=tmp_path / "copy.safetensors")
+    exported = export(file, format="safetensors", out=tmp_path / 'the "copy".safetensors')
     again = run_lines(exported.usage)["encoder"]
     assert again.preprocess == encoder.preprocess
     assert encoder_bytes(again) == file.read_bytes() == exported.path.read_bytes()

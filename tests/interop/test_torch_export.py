@@ -38,7 +38,7 @@ def test_programs_run_without_our_code(tmp_path):
     ):
         (folder := tmp_path / name).mkdir()
         encoder, file = saved(folder, name, size, chans, **options)
-        exported = export(file, format="torch", out=folder / "encoder.pt2")
+        exported = export(file, format="torch", out=folder / 'the "encoder".pt2')
         images = random_images(encoder, 5)
         with torch.inference_mode():
             torch.save((images, TokensAndFeatures(encoder)(images)), folder / "expected.pt")

@@ -16,10 +16,10 @@ from dmjd.data.growth import GROWTH_FILE, read_segments
 FIELDS = TINY_FIELDS | {"batch_size": 4, "held_out": 2, "num_workers": 0, "steps": 8, "checkpoint_every": 3}
 
 
-def add(folder, *names):
+def add(folder, *names, sizes=3):
     folder.mkdir(exist_ok=True)
     for name in names:
-        size = (40 + ord(name) % 3, 36, 3)  # of several sizes: such a set is not held in memory
+        size = (40 + ord(name) % sizes, 36, 3)  # of several sizes: such a set is not held in memory
         pixels = np.random.default_rng(ord(name)).integers(0, 256, size, dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
     return folder
@@ -77,6 +77,22 @@ def test_a_set_to_which_nothing_joins_trains_as_without_the_flag(tmp_path):
         config = recipes.folder(str(data), str(tmp_path / name), data_may_grow=name == "growing", **fields)
         dmjd.pretrain(config)
     assert_same_bits(tmp_path / "plain", tmp_path / "growing")
+
+
+@pytest.mark.parametrize("began_with_it", [True, False])
+def test_a_set_that_fits_into_memory_may_be_resumed_with_or_without_the_flag(began_with_it, tmp_path):
+    """It is held in memory without the flag, and read by workers with it."""
+    data = add(tmp_path / "set", *"abcdefghijklmnop", sizes=1)
+    fields = FIELDS | {"steps": 6}
+    whole, stopped = (
+        recipes.folder(str(data), str(tmp_path / name), data_may_grow=began_with_it, **fields)
+        for name in ("whole", "stopped")
+    )
+    assert dmjd.pretrain(whole).finished
+    assert not dmjd.pretrain(stopped, hooks=[grow(data, None, stop_at=2)]).finished
+    assert not (tmp_path / "stopped" / GROWTH_FILE).exists()  # before the first epoch that could have more
+    assert dmjd.pretrain(stopped.replace(data_may_grow=not began_with_it)).finished
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_run_begun_without_the_flag_may_grow_later(tmp_path):

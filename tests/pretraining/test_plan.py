@@ -3,28 +3,34 @@
 import json
 import shlex
 import tempfile
+from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import TINY_FIELDS, metrics
 
 import dmjd
 from dmjd.cli.main import main
 from dmjd.config.plan import PlanConfig
+from dmjd.config.recipes import get_recipe
 from dmjd.data.overview import Overview, overview
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.images.preprocess import Preprocess
+from dmjd.model import MaskedImageModel
 from dmjd.pretraining import plan as plan_module
 from dmjd.pretraining import plan_measures
+from dmjd.pretraining.plan import command_of
 from dmjd.pretraining.plan_choices import (
     GOOD_STEPS,
     HIGH_EPOCHS,
     SMALLEST_BATCH,
     choose_batch,
     choose_model,
+    choose_parts,
     choose_start,
     data_warnings,
     length_warnings,
@@ -33,6 +39,9 @@ from dmjd.pretraining.plan_choices import (
 from dmjd.pretraining.plan_final import final_seconds
 from dmjd.pretraining.plan_measures import Besides, measure
 from dmjd.reports.report import time_for_report
+from dmjd.runs.build import build_model
+
+SIZES = {"encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
 
 
 def seen(num_images=2640, side=300, **changes):
@@ -97,6 +106,17 @@ def test_what_is_given_stays_and_decides_the_recipe():
         PlanConfig(data="x", init="a", teacher="b")
 
 
+@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize("images", [1_000, 1e9])
+def test_the_batch_of_a_recipe_stays(images, cpu):
+    """Its learning rate is for it: another batch would change that in proportion."""
+    asked = PlanConfig(data="x", hours=0.1, init="weights")
+    choices = choose_start(asked)
+    choose_batch(choices, asked, seen(), images, cpu)
+    assert choices.config(asked).batch_size == get_recipe("adapt")(init="weights").batch_size == 64
+    assert choices.reasons["batch_size"].startswith("64: that of the recipe adapt")
+
+
 def warned(images, view, **given):
     asked = PlanConfig(data="x", hours=1, **given)
     return length_warnings(chosen(images, view, asked), asked, view, images)
@@ -130,8 +150,7 @@ def test_evaluations_get_a_tenth_and_the_report_its_share():
 def test_all_else_that_a_run_does_is_rehearsed_and_leaves_nothing(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(plan_measures, "LONGEST", 1e9)  # on a slow machine too
-    sizes = {"encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
-    config = dmjd.recipes.folder(str(image_folder), batch_size=4, num_workers=0, device="cpu", held_out=2, **sizes)
+    config = dmjd.recipes.folder(str(image_folder), batch_size=4, num_workers=0, device="cpu", held_out=2, **SIZES)
     source = open_source(str(image_folder))
     found = measure(config, source, 0.1, training=30.0)
     assert found.reading == 0  # images of different sizes are read for each step
@@ -163,11 +182,48 @@ def test_reading_a_set_into_memory_is_measured_on_a_part(tmp_path, monkeypatch):
     monkeypatch.setattr(FolderSource, "read", lambda self, i: (read.append(i), take(self, i))[1])
     for i in range(60):
         Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(tmp_path / f"{i:02}.png")
-    sizes = {"encoder": "vit_tiny_patch8", "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
-    config = dmjd.recipes.folder(str(tmp_path), batch_size=4, num_workers=0, device="cpu", held_out=0, **sizes)
+    config = dmjd.recipes.folder(str(tmp_path), batch_size=4, num_workers=0, device="cpu", held_out=0, **SIZES)
     found = measure(config, open_source(str(tmp_path)), 0.1)
     assert found.reading > 0
     assert len(read) == 32 + 4 + 4  # to find out their sizes, twice, and into memory
+
+
+class Limited(MaskedImageModel):
+    """Raises what torch raises on a device whose memory holds four images."""
+
+    def forward(self, images, *others, **more):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(images, *others, **more)
+
+
+def test_a_step_that_does_not_fit_into_memory_is_divided(image_folder, monkeypatch):
+    def limited(*arguments):
+        model = build_model(*arguments)
+        model.__class__ = Limited
+        return model
+
+    monkeypatch.setattr(plan_measures, "build_model", limited)
+    asked = PlanConfig(data=str(image_folder), hours=1, num_workers=0, device="cpu", batch_size=100)
+    choices = choose_start(asked)
+    choices.settings |= SIZES
+    found = measure(choices.config(asked, held_out=0), open_source(asked.data), 0.1)
+    assert (found.batch_size, found.accumulate) == (24, 8)  # all images, at most four at a time
+    choose_parts(choices, found.batch_size, found.accumulate)
+    config = choices.config(asked, minutes=1.0)
+    assert "--batch-size 24 --accumulate 8" in command_of(choices, asked, config)
+    assert "does not fit into memory" in choices.reasons["accumulate"]
+
+
+def test_invalid_pixels_and_a_value_range_are_measured_as_they_are_trained(tmp_path, quick):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        image = 1000 * rng.random((40, 40, 3), np.float32)
+        image[: 1 + i] = np.nan
+        np.save(tmp_path / f"{i:02}.npy", image)
+    given = {"nodata": "auto", "value_range": (0, 1000), "encoder": "vit_tiny_patch8", "img_size": 32, "batch_size": 4}
+    found = dmjd.plan(data=str(tmp_path), hours=1e-6, device="cpu", num_workers=0, **given)
+    assert "--value-range 0.0 1000.0 --nodata auto" in found["command"]
 
 
 def test_the_overview_of_frames_of_a_video(tmp_path):
@@ -219,11 +275,47 @@ def test_the_command_of_a_plan_runs(image_folder, tmp_path, quick, capsys):
     assert lines[-1]["seconds"] >= 60 * 0.0135
 
 
-def test_weights_and_channels_reach_the_command(image_folder, tmp_path, quick):
-    first = dmjd.recipes.dmjd(str(image_folder), str(tmp_path / "start"), steps=1, batch_size=4, **TINY_FIELDS)
-    start = dmjd.pretrain(first)
-    found = dmjd.plan(data=str(image_folder), hours=0.001, init=str(start.path), device="cpu")
+@pytest.fixture(scope="module")
+def trained(image_folder, tmp_path_factory):
+    """The folder of a run of a number of channels."""
+
+    def of(channels):
+        out = str(tmp_path_factory.mktemp("trained") / str(channels))
+        config = dmjd.recipes.dmjd(str(image_folder), out, steps=1, batch_size=4, in_chans=channels, **TINY_FIELDS)
+        return str(dmjd.pretrain(config).path)
+
+    return cache(of)
+
+
+def test_images_are_read_with_the_channels_of_the_weights(image_folder, trained, quick):
+    found = dmjd.plan(data=str(image_folder), hours=1e-6, init=trained(1), device="cpu", num_workers=0)
     assert found["command"].startswith(f"dmjd pretrain adapt --data {shlex.quote(str(image_folder))} --init ")
+    assert "--batch-size 64" in found["command"]
+    assert "--in-chans" not in found["command"]  # that of the weights is the default
+
+
+def test_weights_take_the_channels_that_are_given(trained, tmp_path, quick):
+    for i in range(20):
+        np.save(tmp_path / f"{i:02}.npy", np.random.default_rng(i).integers(0, 255, (40, 40, 5), dtype=np.uint8))
+    given = {"init": trained(3), "in_chans": 5, "device": "cpu", "num_workers": 0}
+    assert "--in-chans 5" in dmjd.plan(data=str(tmp_path), hours=1e-6, **given)["command"]
+
+
+def test_the_size_of_the_teachers_images_is_measured_and_reaches_the_command(image_folder, trained, quick, monkeypatch):
+    sizes = []
+
+    def recorded(config, *arguments):
+        sizes.append(config.teacher_size)
+        return measure(config, *arguments)
+
+    monkeypatch.setattr(plan_module, "measure", recorded)
+    given = {"teacher": trained(3), "teacher_size": 16, "encoder": "vit_tiny_patch8", "img_size": 32, "batch_size": 4}
+    found = dmjd.plan(data=str(image_folder), hours=1e-6, device="cpu", num_workers=0, **given)
+    assert "--teacher-size 16" in found["command"]
+    assert set(sizes) == {(16,)}
+
+
+def test_channels_reach_the_command(tmp_path, quick):
     (tmp_path / "gray").mkdir()
     for i in range(20):  # 12 bits in files of 16
         image = np.random.default_rng(i).integers(0, 4000, (40 + i, 40), dtype=np.uint16)
@@ -251,6 +343,12 @@ def test_a_batch_that_is_made_smaller_is_measured_again(image_folder, quick, mon
     assert found["expected"]["seconds_per_step"] == pytest.approx(sizes[-1] / found["expected"]["images_per_s"])
 
 
+def test_an_image_size_alone_is_enough(image_folder, quick):
+    """It is measured with an encoder whose settings are those of a run: tokens of 16 pixels are too few for others."""
+    found = dmjd.plan(data=str(image_folder), hours=1e-6, device="cpu", num_workers=0, img_size=32)
+    assert "--encoder vit_tiny_patch4 --img-size 32" in found["command"]
+
+
 def test_a_plan_of_almost_no_time(image_folder, quick):
     """Its numbers are those of the given batch, and each warning comes once."""
     size = {"encoder": "vit_tiny_patch8", "img_size": 32, "batch_size": 24}
@@ -268,6 +366,7 @@ def test_a_plan_of_almost_no_time(image_folder, quick):
         (["--data", "digits"], "say how long the run may take"),
         (["--data", "digits", "--hours", "0"], "hours must be greater than 0"),
         (["--data", "nowhere", "--hours", "1"], "nowhere"),
+        (["--data", "digits", "--hours", "1", "--teacher-size", "128"], "--teacher-size has no use without --teacher"),
         (["--data", "digits", "--hours", "1", "--batch-size", "2000000"], "--batch-size must be at most 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ import dmjd
 from dmjd.cli.main import main
 from dmjd.config import recipes
 from dmjd.config.pretrain import ENCODER_SETTINGS, INPUT_SETTINGS, PretrainConfig
-from dmjd.encoders.stored import weights_hash
+from dmjd.encoders.registry import create_encoder
+from dmjd.encoders.stored import encoder_bytes, weights_hash
 from dmjd.encoders.weights import load_encoder
+from dmjd.images.preprocess import Preprocess
 from dmjd.interop.export import formats_of
 from dmjd.pretraining.settings import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config
 from dmjd.runs.start import read_start
+from dmjd.warning import DMJDWarning
 
 FIELDS = TINY_FIELDS | {"batch_size": 8, "num_workers": 0}
 
@@ -105,6 +109,32 @@ def test_a_run_records_what_it_starts_from(source, tmp_path, capsys, config_of):
     preprocess = load_encoder(tmp_path).preprocess
     assert (preprocess.mean, preprocess.std, preprocess.img_size) == ((0.4,) * 3, (0.3,) * 3, (48, 64))
     assert load_model(tmp_path)[1].init == str(source)
+
+
+def test_folder_says_how_to_get_its_settings_for_small_images(source, tmp_path):
+    """Its settings are chosen before the size of the weights is known."""
+    with pytest.warns(DMJDWarning, match="give --img-size 32 "):
+        large, _ = read_start(recipes.folder(init=str(source)), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small, _ = read_start(recipes.folder(init=str(source), img_size=32), tmp_path)
+    assert (large.hog_color, small.hog_color, large.img_size, small.img_size) == (False, True, (32,), (32,))
+
+
+@pytest.mark.parametrize("role", ["init", "teacher"])
+def test_another_value_range_than_that_of_the_weights_is_named(role, tmp_path, image_folder, capsys):
+    """They would see other brightnesses than they know."""
+    source = create_encoder("vit_tiny_patch8", 32, embed_dim=32, depth=1, num_heads=2)
+    source.preprocess = Preprocess((32, 32), 3, (0.4,) * 3, (0.3,) * 3, (10.0, 90.0))
+    (tmp_path / "source.safetensors").write_bytes(encoder_bytes(source))
+    given = FIELDS | {"steps": 1, role: str(tmp_path / "source.safetensors"), "depth": (1,)}
+    given |= {"target": "teacher"} if role == "teacher" else {}
+    for name, own in (("other", None), ("same", (10.0, 90.0))):
+        dmjd.pretrain(recipes.digits(str(image_folder), str(tmp_path / name), value_range=own, **given))
+        shown = " ".join(capsys.readouterr().err.split())
+        assert (f"--{role} {tmp_path}/source.safetensors was trained with --value-range 10 90" in shown) == (
+            own is None
+        )
 
 
 def test_given_mean_and_std_win_and_other_channels_are_measured(source, tmp_path, config_of):

@@ -19,6 +19,7 @@ from dmjd.images.preprocess import Preprocess
 from dmjd.runs.build import load_model
 from dmjd.targets.base import whiten, whitened_mean
 from dmjd.targets.teacher import TeacherSettings, TeacherTarget, to_channels, to_grid
+from dmjd.warning import DMJDWarning
 
 TIMM_SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
@@ -316,6 +317,41 @@ def test_a_vit_teacher_takes_other_sizes(tmp_path):
     assert target(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)).shape == (1, 16, 32)
     with pytest.raises(ValueError, match="--teacher-size"):  # a model that is given is left as it is
         TeacherTarget(encoder, TeacherSettings(model, size=(64,)))
+
+
+@pytest.mark.parametrize(
+    ("patch", "size", "expected"),
+    [
+        (16, (128, 128), (128, 128)),
+        (16, (96, 160), (96, 160)),
+        (4, (32, 32), (128, 128)),  # half of 8 x 8 tokens
+        (4, (64, 32), (224, 128)),  # at most its own size
+        (16, (256, 256), (256, 256)),
+    ],
+)
+def test_images_of_a_cnn_are_the_students_size_or_give_half_of_its_tokens(patch, size, expected):
+    model = timm.create_model("efficientnet_lite0", num_classes=0).eval()  # 32 pixels a cell, its own size 224
+    target = TeacherTarget(create_encoder(f"vit_tiny_patch{patch}", size, depth=1), TeacherSettings(model, size=(0,)))
+    assert target.preprocess.img_size == expected
+
+
+@pytest.mark.parametrize(("size", "expected"), [(32, 56), (128, 126), (96, 98)])
+def test_images_of_a_vit_are_the_nearest_whole_patches(size, expected):
+    teacher = create_encoder("vit_tiny_patch14", img_size=224, depth=1)
+    teacher.preprocess = Preprocess((224, 224))
+    encoder = create_encoder("vit_tiny_patch4" if size == 32 else "vit_tiny_patch16", size, depth=1)
+    target = TeacherTarget(encoder, TeacherSettings(teacher, size=(0,)))
+    assert target.preprocess.img_size == (expected, expected)
+    raw = torch.rand(1, 3, size, size) * 255
+    assert target(raw, raw).shape == (1, encoder.num_patches, teacher.embed_dim)
+
+
+def test_a_teacher_with_one_feature_for_an_image_is_warned_of():
+    model, encoder = timm.create_model("efficientnet_lite0", num_classes=0).eval(), student()
+    with pytest.warns(DMJDWarning, match=r"32 x 32 pixels.*--teacher-size"):
+        TeacherTarget(encoder, TeacherSettings(model, size=(32,)))
+    with pytest.raises(ValueError, match="0 stands for height and width"):
+        TeacherSettings(model, size=(0, 64))
 
 
 def test_a_vit_teacher_gets_whole_patches(tmp_path):

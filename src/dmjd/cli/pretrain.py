@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from dmjd.config.checks import check_path
 from dmjd.config.plan import DATA, DECIDED, MACHINE, PlanConfig
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.config.recipes import RECIPES, get_recipe
+from dmjd.config.unused import flags_without_effect
+from dmjd.warning import DMJDWarning
 
 GROUPS = {
     "run": "the run",
@@ -25,7 +28,7 @@ GROUPS = {
 def run_pretrain(arguments: Sequence[str]) -> None:
     """``dmjd pretrain``: see :func:`dmjd.pretrain`."""
     recipe, flags = _split_recipe(arguments)
-    config = get_recipe(recipe)(**_pretrain_parser(recipe).parse(flags))
+    config = _config(recipe, _pretrain_parser(recipe).parse(flags))
     from dmjd.pretraining.run import pretrain  # imports torch
 
     pretrain(config)
@@ -46,7 +49,7 @@ def run_bench(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the result to a file")
     given = parser.parse(flags)
     file, steps = given.pop("json"), given.pop("steps", 10)
-    config = get_recipe(recipe)(**given)
+    config = _config(recipe, given)
     file = None if file is None else check_path("--json", file)
     from dmjd.engine.console import Console  # these import torch
     from dmjd.files import check_writable, make_folder, write_text
@@ -94,6 +97,14 @@ def run_plan(arguments: Sequence[str]) -> None:
     for text in found["warnings"]:
         console.warn(text)
     print(found["command"])
+
+
+def _config(recipe: str, given: dict[str, Any]) -> PretrainConfig:
+    """The configuration of a recipe with the flags that were given; warns of those without effect."""
+    config = get_recipe(recipe)(**given)
+    for text in flags_without_effect(config, given):
+        warnings.warn(text, DMJDWarning, stacklevel=3)
+    return config
 
 
 def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:

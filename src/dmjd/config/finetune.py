@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from dmjd.config.checks import MAX_BATCH_SIZE, MAX_COUNT, MAX_EPOCHS, MAX_FACTOR
 from dmjd.config.evaluation import COMMON, LabeledConfig
 from dmjd.config.fields import PRECISIONS, option
+from dmjd.config.schedules import steps_of_epochs
 
 SMALL_SIDE = 96  # pixels; in smaller images, crops of 8 % of the area lose the object
 
@@ -147,7 +148,7 @@ class FinetuneConfig(LabeledConfig):
         batch = self.batch_size or max(MIN_BATCH, min(MAX_BATCH, num_images // BATCHES_PER_EPOCH // 2 * 2))
         epochs = self.epochs if self.epochs is not None or self.steps is not None else (50.0 if large else 100.0)
         shown = self.steps * batch if self.steps is not None else (epochs or 0.0) * num_images
-        strong, short = shown >= MANY_IMAGES, math.ceil(shown / batch) <= SHORT_STEPS
+        strong, short = shown >= MANY_IMAGES, self._num_steps(epochs, num_images, batch) <= SHORT_STEPS
         defaults: dict[str, Any] = {
             "epochs": epochs,
             "batch_size": batch,
@@ -170,11 +171,14 @@ class FinetuneConfig(LabeledConfig):
         It is long enough with 50 epochs, with 1,000 steps, or with 5 epochs and more than 100 steps.
         """
         assert self.batch_size is not None
-        steps = self.steps if self.steps is not None else math.ceil((self.epochs or 0.0) * num_images / self.batch_size)
+        steps = self._num_steps(self.epochs, num_images, self.batch_size)
         epochs = steps * self.batch_size / num_images
         if epochs >= LONG_EPOCHS or steps >= MANY_STEPS or (epochs >= FEW_EPOCHS and steps > SHORT_STEPS):
             return None
         return f"{steps} steps ({epochs:.1f} epochs) are too few to judge the encoder by; give more --steps or --epochs"
+
+    def _num_steps(self, epochs: float | None, num_images: int, batch_size: int) -> int:
+        return self.steps if self.steps is not None else steps_of_epochs(epochs or 0.0, num_images, batch_size)
 
     def identity(self) -> dict[str, Any]:
         """Settings that a result depends on, as JSON types."""

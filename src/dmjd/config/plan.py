@@ -28,12 +28,26 @@ class PlanConfig(Config):
     hours: float | None = option(None, "hours that the run may take, also 0.5", DATA, gt=0, most=MAX_MINUTES / 60)
     out: str = option("runs/mine", "run folder in the command of the plan", DATA)
     teacher: str | None = option(None, "a trained model to learn from, a run or timm/NAME: the recipe distill", DECIDED)
+    teacher_size: tuple[int, ...] | None = option(
+        None,
+        "side, or height and width, of the teacher's images, as for dmjd pretrain",
+        DECIDED,
+        ge=0,
+        most=MAX_SIDE,
+        length=(1, 2),
+    )
     init: str | None = option(None, "trained weights to start from, a run or timm/NAME: the recipe adapt", DECIDED)
     encoder: str | None = option(None, "encoder, as for dmjd pretrain", DECIDED)
     img_size: tuple[int, ...] | None = option(
         None, "image side in pixels, or height and width", DECIDED, ge=1, most=MAX_SIDE, length=(1, 2)
     )
-    in_chans: int = option(3, "input channels of the encoder", DECIDED, ge=1, most=MAX_CHANNELS)
+    in_chans: int | None = option(
+        None,
+        "input channels of the encoder; default 3, with --init those of the weights",
+        DECIDED,
+        ge=1,
+        most=MAX_CHANNELS,
+    )
     value_range: tuple[float, ...] | None = option(
         None, "LOW HIGH mapped to 0..255, as for dmjd pretrain", DECIDED, length=(2,), ge=-1e30, le=1e30
     )
@@ -50,6 +64,8 @@ class PlanConfig(Config):
         super().__post_init__()
         if self.teacher is not None and self.init is not None:
             raise ValueError("give --teacher for a new encoder, or --init to go on from weights, not both")
+        if self.teacher_size is not None and self.teacher is None:
+            raise ValueError("--teacher-size has no use without --teacher")
 
     def check_complete(self) -> None:
         """Raise ValueError if the images or the time are missing."""

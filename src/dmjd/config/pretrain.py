@@ -193,9 +193,10 @@ class PretrainConfig(Config):
     )
     teacher_size: tuple[int, ...] | None = option(
         None,
-        "side, or height and width, of the teacher's images; default its own; smaller is cheaper",
+        "side, or height and width, of the teacher's images; default its own; smaller is cheaper; 0 = the "
+        "student's, or larger where the teacher's map would have few tokens",
         "method",
-        ge=1,
+        ge=0,
         most=MAX_SIDE,
         length=(1, 2),
     )

@@ -153,7 +153,7 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
             hog_color=True,
         )
         from_weights = "init" in overrides and "encoder" not in overrides  # whose patch is not known yet
-        if not from_weights and overrides.get("encoder", config.encoder).endswith("patch4"):
+        if not from_weights and str(overrides.get("encoder", config.encoder)).endswith("patch4"):
             config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
             enough = (height // 4) * (width // 4) >= FEW_TOKENS
             if enough and not {"masks", "block_size", "pred_ratio"} & overrides.keys():  # they need not fit it
@@ -166,8 +166,8 @@ def distill(data: str | tuple[str, ...] | None = None, out: str | None = None, *
 
     ``dmjd pretrain distill --data ~/images --teacher tf_efficientnet_lite0 --img-size 128 --out runs/student``. For a
     few thousand images, or minutes instead of days: there it learns far more than from the images alone
-    (docs/evidence.md). The teacher sees images of the student's size, which makes its part of a step cheap;
-    ``--teacher-size`` sets another one.
+    (docs/evidence.md). The teacher sees images of the student's size, which makes its part of a step cheap, or larger
+    ones where its map would have less than half of the student's tokens in a direction (``--teacher-size``).
     """
     config = PretrainConfig(
         recipe="distill",
@@ -175,13 +175,14 @@ def distill(data: str | tuple[str, ...] | None = None, out: str | None = None, *
         out=out,
         encoder="vit_tiny_patch16",
         target="teacher",
+        teacher_size=(0,),
         mask_ratio=0.75,
         block_size=1,
         optimizer="muon",
         epochs=100,
         clip_grad=3.0,
-    ).replace(**overrides)
-    return config if "teacher_size" in overrides else config.replace(teacher_size=config.img_size)
+    )
+    return _with(config, overrides)
 
 
 def adapt(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:

@@ -1,6 +1,7 @@
-"""The settings of learning-rate schedules, and how they depend on each other. Imports no torch."""
+"""The settings of learning-rate schedules, how they depend on each other, and epochs in steps. Imports no torch."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from dmjd.config.fields import option
@@ -49,6 +50,14 @@ def check_schedule(
             f"init_freeze is a fraction of the run, whose length --schedule {WSD} leaves open: give --init-freeze 0, "
             "and --warmup-steps"
         )
+
+
+def steps_of_epochs(epochs: float, num_images: int, batch_size: int) -> int:
+    """How many steps a number of epochs takes, rounded up.
+
+    Computed with the decimal that was given: in floats 1.1 * 100 / 10 is more than 11, and would take a step more.
+    """
+    return math.ceil(Fraction(str(epochs)) * num_images / batch_size)
 
 
 def check_warmup_ends(warmup_steps: int, cooldown: float, steps: int) -> None:

@@ -21,6 +21,7 @@ from dmjd.data.cache import ImagesInMemory, load_to_memory, memory_needed
 from dmjd.data.fetch_ahead import FetchAhead
 from dmjd.data.growth import Growth, Place, WithJoined
 from dmjd.data.order import GrowingPermutations, Interleaving, Part, Permutations
+from dmjd.data.small_crops import MOST_PIXELS, crop_small, decode_small
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.folder import FolderSource
 from dmjd.data.transforms import crop_boxes, crop_resize, flips
@@ -32,9 +33,6 @@ from dmjd.images.reading import OpenImage
 from dmjd.images.resampling import resample
 from dmjd.images.stored import UnreadableImage
 from dmjd.rng import image_keys
-
-# On the CPU, larger images are cropped faster one by one in workers than in batches.
-_MOST_PIXELS_IN_CPU_BATCHES = 96 * 96
 
 _DRAWN_AT_ONCE = 8192  # samples
 
@@ -159,7 +157,7 @@ class Batch:
 
 def _most_pixels(device: torch.device) -> int | None:
     """Largest images that are held in memory."""
-    return None if device.type == "cuda" else _MOST_PIXELS_IN_CPU_BATCHES
+    return None if device.type == "cuda" else MOST_PIXELS
 
 
 def bytes_in_memory(source: Source, device: torch.device) -> int | None:
@@ -182,7 +180,8 @@ class TrainLoader:
         crop_scale: range of the crop's area, relative to the image.
         flip: flip half of the images.
         device: device of the batches.
-        growth: the images that join the set. It is read by worker processes, whatever its size.
+        growth: the images that join the set. It is read by worker processes, whatever its size; if on the CPU it would
+            be held in memory without, it has the same pixels, so that a run may be resumed with it or without.
 
     Attributes:
         unreadable: (name, reason) of images found unreadable while the set was loaded to memory.
@@ -217,8 +216,10 @@ class TrainLoader:
         self._source = source
         # Crops are computed in float64, which MPS lacks.
         self._crops_on = self.device if self.device.type == "cuda" else torch.device("cpu")
-        may_hold = growth is None and source.windows is None
-        self._memory = load_to_memory(source, _most_pixels(self.device)) if may_hold else None
+        most = _most_pixels(self.device) if growth is None else MOST_PIXELS
+        held = load_to_memory(source, most) if source.windows is None else None
+        self._memory = held if growth is None else None
+        self._as_in_memory = growth is not None and held is not None
         if self._memory is not None:
             self._memory.images = self._memory.images.to(self._crops_on)
             num_workers = 0
@@ -245,7 +246,7 @@ class TrainLoader:
             requests = ahead.when_here(requests)
         # Drawn in this process, because each worker would need the permutations, of 8 bytes per image.
         drawn = ((indices.numpy(), keys.numpy()) for indices, keys in map(self.stream.draw, requests))
-        crops = CroppedImages(self._source, self._augment)
+        crops = CroppedImages(self._source, self._augment, self._as_in_memory)
         if (growth := self.stream.growth) is None:
             results = read_batches(crops, drawn, self.num_workers, self._pinned)
         else:  # workers cannot know the images that join later
@@ -312,11 +313,13 @@ class Augment:
 class CroppedImages:
     """Reads the images of a micro-batch and crops, flips and stacks them, given their indices and keys.
 
-    Images stay encoded until they are cropped, if possible: 64 decoded photographs would take gigabytes.
+    Images stay encoded until they are cropped, if possible: 64 decoded photographs would take gigabytes. With
+    ``as_in_memory`` small ones have the pixels that they would have in a set in memory.
     """
 
     source: Source
     augment: Augment
+    as_in_memory: bool = False
 
     def __call__(self, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, list[Report]]:
         """Images, keys and reports."""
@@ -327,11 +330,14 @@ class CroppedImages:
         opened = [self._open(index, key, unreadable) for index, key in samples]
         boxes, flipped = self.augment.draw(keys, torch.tensor([image.size for image in opened]))
         boxes = self._preferring_valid(boxes, keys, opened)
+        small = crop_small(opened, boxes, flipped, self.augment.size) if self.as_in_memory else {}
         crops = [
-            self._crop(image, box, flip, sample, unreadable)
-            for image, box, flip, sample in zip(opened, boxes.tolist(), flipped.tolist(), samples, strict=True)
+            small[i] if i in small else self._crop(image, box, flip, sample, unreadable)
+            for i, (image, box, flip, sample) in enumerate(
+                zip(opened, boxes.tolist(), flipped.tolist(), samples, strict=True)
+            )
         ]
-        return stack(crops), keys, unreadable
+        return stack(crops, channels_last=not small), keys, unreadable
 
     def _preferring_valid(self, boxes: Tensor, keys: Tensor, images: Sequence[OpenImage | np.ndarray]) -> Tensor:
         if self.source.invalid is None:
@@ -340,6 +346,8 @@ class CroppedImages:
 
     def _open(self, index: int, key: int, unreadable: list[Report]) -> OpenImage:
         """The image, or its replacement."""
+        if self.as_in_memory:
+            return self._readable(lambda i: decode_small(self.source.open(i)), index, key, unreadable)
         return self._readable(self.source.open, index, key, unreadable)
 
     def _readable(self, read: Callable[[int], T], index: int, key: int, unreadable: list[Report]) -> T:
@@ -378,11 +386,11 @@ class GrownImages:
         return crops((indices, keys))
 
 
-def stack(images: list[Tensor]) -> Tensor:
-    """[C, h, w] images -> [b, C, h, w]; float32 if any of them is, channels last in memory if all of them are."""
+def stack(images: list[Tensor], channels_last: bool = True) -> Tensor:
+    """[C, h, w] images -> [b, C, h, w]; float32 if any of them is, channels last in memory if all are and it may be."""
     if len({image.dtype for image in images}) > 1:
         images = [image.float() for image in images]
-    channels_last = [image.permute(1, 2, 0) for image in images]
-    if all(image.is_contiguous() for image in channels_last):
-        return torch.stack(channels_last).permute(0, 3, 1, 2)
+    permuted = [image.permute(1, 2, 0) for image in images]
+    if channels_last and all(image.is_contiguous() for image in permuted):
+        return torch.stack(permuted).permute(0, 3, 1, 2)
     return torch.stack(images)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -102,7 +103,9 @@ def _allowed(max_unreadable: float | None, num_images: int) -> int:
 
 def tolerated(max_unreadable: float, num_images: int) -> int:
     """A number of images, given as such or as a share below 1."""
-    return math.floor(max_unreadable * num_images) if max_unreadable < 1 else int(max_unreadable)
+    if max_unreadable >= 1:
+        return int(max_unreadable)
+    return math.floor(Fraction(str(max_unreadable)) * num_images)  # in floats 0.29 of 100 is less than 29
 
 
 class UnreadableImages:

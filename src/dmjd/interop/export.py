@@ -119,4 +119,4 @@ def _folder(encoder: Encoder, format: str, out: Path, repo: str | None) -> tuple
 
 def _to_safetensors(encoder: Encoder, out: Path) -> Exported:
     write_bytes(out, encoder_bytes(encoder))
-    return Exported(out, f'import dmjd\n\nencoder = dmjd.load_encoder("{out}")')
+    return Exported(out, f"import dmjd\n\nencoder = dmjd.load_encoder({str(out)!r})")

@@ -42,7 +42,7 @@ def to_onnx(encoder: Encoder, out: Path) -> Exported:
     lines = [
         "import onnxruntime",
         "",
-        f'session = onnxruntime.InferenceSession("{out}")',
+        f"session = onnxruntime.InferenceSession({str(out)!r})",
         images_comment(encoder),
         'tokens, features = session.run(None, {"images": images})',
     ]

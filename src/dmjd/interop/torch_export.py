@@ -28,7 +28,7 @@ def to_torch(encoder: Encoder, out: Path) -> Exported:
     lines = [
         "import torch",
         "",
-        f'model = torch.export.load("{out}").module()',
+        f"model = torch.export.load({str(out)!r}).module()",
         images_comment(encoder),
         "with torch.inference_mode():",
         "    tokens, features = model(images)",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.table import Column, Table
+from torch import Tensor
 
 from dmjd import __version__
 from dmjd.config.checks import MAX_COUNT, Bounds, check_int
@@ -19,6 +20,7 @@ from dmjd.engine.console import Console, literal
 from dmjd.engine.device import machine, make_fabric, peak_memory, precision_name
 from dmjd.engine.loop import Engine, Report
 from dmjd.engine.stop_signal import StopSignal
+from dmjd.images.invalid import valid_tokens
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
@@ -28,7 +30,7 @@ from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
 from dmjd.runs.start import begin_from
 
-BATCH_SIZE = {"cpu": 16, "cuda": 128}  # if the configuration has none, and there are no images
+CPU_BATCH_SIZE, BATCH_SIZE = 16, 128  # on a CPU, and elsewhere, without a configured one and without images
 
 WARMUP_STEPS = 3
 
@@ -60,12 +62,11 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     fabric = make_fabric(config.device, config.precision)
     warn_of_busy_cores(fabric.device, Console())
     source = open_data(config, config.data, "train", fetch_ahead=True) if config.data is not None else None
-    batch_size = config.batch_size or BATCH_SIZE[fabric.device.type]
+    batch_size = config.batch_size or batch_size_without_images(fabric.device)
     if source is not None:  # the batch of a run
         _, batch_size = resolve_batch_size(config, len(source), 1, fabric.device)
     config = config.replace(batch_size=batch_size, steps=WARMUP_STEPS + steps, log_every=MAX_COUNT)
-    statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
-    model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
+    model.encoder.preprocess = preprocess_to_measure(config)
     engine = make_engine(config, model, fabric, batch_size, num_images=batch_size)
     batches = _synthetic_batches(config, batch_size // config.accumulate, fabric.device)
     images_per_s: dict[str, float | None] = {"step": _images_per_s(engine, batches, steps), "with_loader": None}
@@ -77,6 +78,18 @@ def bench(config: PretrainConfig, steps: int = 10) -> dict[str, Any]:
     with closing(batches):  # ends the worker processes
         parts = _parts(engine, model, batches, steps)
     return _result(config, engine, model, images_per_s, memory, parts) | {"machine": machine(fabric.device)}
+
+
+def batch_size_without_images(device: torch.device) -> int:
+    """The batch size if the configuration has none, and no images whose number decides."""
+    return CPU_BATCH_SIZE if device.type == "cpu" else BATCH_SIZE
+
+
+def preprocess_to_measure(config: PretrainConfig) -> Preprocess:
+    """Preprocessing with all that changes the speed of a run. Mean and std do not, so no image is read for them."""
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
+    value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
+    return Preprocess(config.size, config.in_chans, mean, std, value_range, config.nodata, config.alpha)
 
 
 def _result(
@@ -150,16 +163,24 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
                 normalized = preprocess.normalize(raw)
                 masks = model.draw_masks(batch.keys)
                 targets = model.targets(normalized, raw)
+                valid = _valid_tokens(raw, preprocess, model.encoder.patch_size)
             with timed("encoder"):
                 latent = model.encode(normalized, masks.visible)
             with timed("branches"):
-                loss = model.losses(latent, targets, masks)["loss"]
+                loss = model.losses(latent, targets, masks, valid)["loss"]
         with timed("backward"):
             fabric.backward(loss)
         with timed("optimizer"):
             engine.update(loss.detach())
     total = sum(seconds.values())
     return {part: value / total for part, value in seconds.items()}
+
+
+def _valid_tokens(raw: Tensor, preprocess: Preprocess, patch_size: int) -> Tensor | None:
+    """The tokens that have a loss, [B, N] bool, as in the model's own step; None: all."""
+    if preprocess.invalid is None or not raw.is_floating_point():
+        return None
+    return valid_tokens(~raw.isnan(), patch_size)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

@@ -34,7 +34,7 @@ from dmjd.pretraining.budget import SHARE, EvaluationBudget
 from dmjd.pretraining.measures import DRIFT, KNN, NAMES, Measures
 from dmjd.pretraining.pace import Pace, hardly_trained
 from dmjd.pretraining.plan_final import SECONDS, estimate_final
-from dmjd.pretraining.schedule import is_evaluation_step
+from dmjd.pretraining.schedule import is_evaluation_step, short_warmup
 from dmjd.reports.environment import write_environment
 from dmjd.reports.report import report_training
 from dmjd.runs.build import open_test_data
@@ -157,9 +157,11 @@ class Monitor(Callback):
         return loggers
 
     def after_step(self, report: Report) -> None:
-        """Show the warning of each target once, e.g. of a collapse, and advice if the run has too few steps."""
+        """Show the warning of each target once, e.g. of a collapse, and advice if run or warm-up have too few steps."""
         if self._pace is not None and (advice := self._pace.advice(report, self._budget.spent)) is not None:
             self.console.warn(advice)
+        if (cut := short_warmup(self.config, report)) is not None:
+            self.console.warn(cut)
         if report.scalars is None:
             return
         targets = cast(Iterable[Target], self.model.branch_targets.values())

@@ -9,16 +9,19 @@ from dmjd.data.recheck import check_moved
 from dmjd.data.sources.base import Source
 from dmjd.data.sources.registry import check_may_grow
 from dmjd.data.statistics import measure_stats, range_warning
+from dmjd.encoders.base import known_preprocess
 from dmjd.encoders.headers import CHECKPOINTS, has_checkpoint, read_headers
 from dmjd.engine.console import Console
 from dmjd.engine.processes import check_same, num_processes
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dmjd.model import MaskedImageModel
 from dmjd.pretraining.callbacks import began_with
 from dmjd.pretraining.held_out import hold_out
 from dmjd.pretraining.shard_window import record_window
 from dmjd.runs.build import LISTING, open_data
 from dmjd.runs.checkpoint import Checkpoint, PretrainState, read_config_of
 from dmjd.runs.start import Start
+from dmjd.targets.teacher import TeacherTarget
 
 
 def images_of_run(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, Source, Source, Source | None]:
@@ -97,6 +100,21 @@ def resolve_preprocess(
         console.warn(warning)
     value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
     return Preprocess(config.size, config.in_chans, mean, std, value_range, config.nodata, config.alpha)
+
+
+def warn_of_other_ranges(model: MaskedImageModel, start: Start | None, console: Console) -> None:
+    """Warn if the weights that a run starts from, or its teacher, know images scaled by another value range."""
+    known = {} if start is None else {f"--init {start.weights.source}": start.weights.preprocess}
+    known |= {f"--teacher {t.source}": t.preprocess for t in model.modules() if isinstance(t, TeacherTarget)}
+    own = known_preprocess(model.encoder).value_range
+    for name, theirs in known.items():
+        if theirs is not None and theirs.value_range not in (None, own):
+            low, high = theirs.value_range
+            console.warn(
+                f"{name} was trained with --value-range {low:g} {high:g}, this run has "
+                f"{'none' if own is None else f'{own[0]:g} {own[1]:g}'}, so it sees other brightnesses; give the same "
+                "for images of the same kind"
+            )
 
 
 def mean_source(config: PretrainConfig, start: Start) -> str:

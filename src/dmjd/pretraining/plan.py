@@ -32,6 +32,7 @@ from dmjd.pretraining.plan_choices import (
     Reach,
     choose_batch,
     choose_model,
+    choose_parts,
     choose_start,
     data_warnings,
     length_warnings,
@@ -40,6 +41,7 @@ from dmjd.pretraining.plan_choices import (
 from dmjd.pretraining.plan_measures import Measured, measure
 from dmjd.runs.build import build_model, open_data
 from dmjd.runs.checkpoint import KEEP
+from dmjd.runs.start import begin_from
 
 LOOK_SECONDS, PROBE_SECONDS, MEASURE_SECONDS = 10.0, 6.0, 15.0  # of the parts of a plan, at most, besides a step
 
@@ -68,7 +70,7 @@ def plan(**settings: Any) -> dict[str, Any]:
     asked, console = PlanConfig(**settings), Console()
     asked.check_complete()
     choices = choose_start(asked)
-    base = choices.config(asked)
+    base, _ = begin_from(choices.config(asked))  # the weights of --init may decide how the images are read
     fabric = make_fabric(base.device, "auto")
     assert asked.data is not None
     source = open_data(base, asked.data, "train")
@@ -90,6 +92,7 @@ def plan(**settings: Any) -> dict[str, Any]:
             if choices.settings.get("batch_size", measured.batch_size) < measured.batch_size:
                 # Part of a step, such as that of Muon, takes the same time for a batch of any size.
                 measured = measure(choices.config(asked), source, MEASURE_SECONDS, budget)
+        choose_parts(choices, measured.batch_size, measured.accumulate)
         unused = range_warning(source)
     training = _training_seconds(measured, asked.hours or 0)
     images = measured.images_per_s * training
@@ -111,10 +114,8 @@ def _choose_precision(
     choices: Choices, asked: PlanConfig, source: Source, device: torch.device, budget: float
 ) -> Reach:
     """Measure a small encoder, on a CPU in both precisions; how far others get follows from their arithmetic."""
-    reference = choices.config(asked, batch_size=16)
-    if asked.init is None:
-        name, side = asked.encoder or ENCODERS[-1], asked.img_size or (LOW,)
-        reference = reference.replace(encoder=name, img_size=side)
+    small = {"encoder": asked.encoder or ENCODERS[-1], "img_size": asked.img_size or (LOW,)}
+    reference = choices.config(asked, batch_size=16, **({} if asked.init is not None else small))
     rates = {"auto": measure(reference, source, PROBE_SECONDS).images_per_s}
     if device.type == "cpu":
         rates["bf16"] = measure(reference.replace(precision="bf16"), source, PROBE_SECONDS).images_per_s
@@ -129,7 +130,8 @@ def _choose_precision(
     @cache
     def flops(encoder: str, size: tuple[int, ...]) -> int:
         with torch.device("meta"):
-            return build_model(get_recipe("folder")(encoder=encoder, img_size=size, in_chans=asked.in_chans)).flops()
+            config = get_recipe("folder")(encoder=encoder, img_size=size, in_chans=reference.in_chans)
+            return build_model(config).flops()
 
     whole = rate * budget * flops(reference.encoder, reference.img_size)
     return lambda encoder, size: whole / flops(encoder, size)

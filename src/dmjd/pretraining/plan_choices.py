@@ -34,7 +34,10 @@ SMALLEST_BATCH = 8
 
 
 # settings of a run that a plan keeps if they are given
-GIVEN = ("encoder", "img_size", "device", "in_chans", "value_range", "nodata", "alpha", "num_workers", "batch_size")
+GIVEN = (
+    *("encoder", "img_size", "teacher_size", "device", "in_chans", "value_range", "nodata", "alpha"),
+    *("num_workers", "batch_size"),
+)
 
 # settings of a list of images, or a remote set
 LISTED = ("root", "path_column", "max_unreadable", *CACHE_SETTINGS)
@@ -58,8 +61,6 @@ class Choices:
         """The configuration of the run; its length is that of the recipe unless ``more`` has one."""
         shared = {name: getattr(asked, name) for name in ("data", *LISTED, *GIVEN)}
         given = {name: value for name, value in shared.items() if value is not None}
-        if asked.init is not None:
-            given.pop("in_chans")  # comes from the weights
         return get_recipe(self.recipe)(**given | self.settings | more)
 
 
@@ -120,8 +121,15 @@ def _suits(encoder: str, size: tuple[int, ...], num_images: int, reach: Reach) -
 
 
 def choose_batch(choices: Choices, asked: PlanConfig, seen: Overview, images: float, cpu: bool) -> None:
-    """The batch size, unless it is given, for a run of about ``images`` images in all."""
+    """The batch size, unless it is given, for a run of about ``images`` images in all.
+
+    A recipe's own stays, even if few steps fit: its learning rate is for it.
+    """
     if asked.batch_size is not None:
+        return
+    if (own := get_recipe(choices.recipe)().batch_size) is not None:
+        choices.settings["batch_size"] = own
+        choices.reasons["batch_size"] = f"{own}: that of the recipe {choices.recipe}, which its learning rate is for"
         return
     whole = size = default_batch_size(seen.num_images, cpu=cpu, minutes=60 * SHARE * (asked.hours or 0))
     while size // 2 >= SMALLEST_BATCH and images / size < GOOD_STEPS:
@@ -129,6 +137,16 @@ def choose_batch(choices: Choices, asked: PlanConfig, seen: Overview, images: fl
     why = f"smaller than {whole}, for more steps" if size < whole else "the default for this set and device"
     choices.reasons["batch_size"] = f"{size}: {why}"
     choices.settings["batch_size"] = size
+
+
+def choose_parts(choices: Choices, batch_size: int, accumulate: int) -> None:
+    """The micro-batches of a step that was divided to fit into memory, as a run divides it."""
+    if accumulate == 1:
+        return
+    choices.settings |= {"batch_size": batch_size, "accumulate": accumulate}
+    choices.reasons["accumulate"] = (
+        f"{accumulate}: a step of {batch_size} images does not fit into memory at once; in parts it is the same"
+    )
 
 
 def length_warnings(choices: Choices, asked: PlanConfig, seen: Overview, images: float) -> list[str]:

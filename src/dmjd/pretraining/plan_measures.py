@@ -1,7 +1,7 @@
 """What a plan measures on this machine: real steps with their loader, and a rehearsal of all else that a run does."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,9 @@ from dmjd.engine.loop import Engine, Report, TrainState
 from dmjd.engine.stop_signal import StopSignal
 from dmjd.evaluation.frozen.drift import NUM_IMAGES as DRIFT_IMAGES
 from dmjd.evaluation.frozen.quality import NUM_IMAGES
-from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.pretraining.batch_size import resolve_batch_size
-from dmjd.pretraining.bench import wait
+from dmjd.pretraining.bench import preprocess_to_measure, wait
 from dmjd.pretraining.budget import SHARE
 from dmjd.pretraining.callbacks import ENCODED, FIGURE_SECONDS, NUM_EVALS, Monitor
 from dmjd.pretraining.held_out import hold_out
@@ -34,6 +33,7 @@ from dmjd.pretraining.run import make_engine, training_batches
 from dmjd.reports.report import time_for_report
 from dmjd.runs.build import build_model
 from dmjd.runs.checkpoint import RunFolder, named_tensors, optimizer_tensors
+from dmjd.runs.little_memory import run_within_memory
 from dmjd.runs.start import begin_from
 
 SAMPLE = 4096  # images that are read of a set which a run holds in memory
@@ -75,6 +75,7 @@ class Measured:
 
     Attributes:
         batch_size: images per step.
+        accumulate: micro-batches of a step; several if it did not fit into memory at once.
         seconds: of a step, with the loader.
         memory: peak in bytes, of the process, or on a GPU of tensors.
         checkpoint, encoder: bytes of these files.
@@ -83,6 +84,7 @@ class Measured:
     """
 
     batch_size: int
+    accumulate: int
     seconds: float
     memory: int
     checkpoint: int
@@ -115,22 +117,26 @@ def measure(config: PretrainConfig, source: Source, seconds: float, training: fl
     config, trained, held_out = hold_out(config, source)
     config, batch_size = resolve_batch_size(config, len(trained), 1, fabric.device)
     config = config.replace(batch_size=batch_size, minutes=seconds / 60, log_every=MAX_COUNT)
-    statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
-    model.encoder.preprocess = Preprocess(config.size, config.in_chans, *statistics)
+    model.encoder.preprocess = preprocess_to_measure(config)
     held = bytes_in_memory(trained, fabric.device)
     read = trained if held is None else SubsetSource(trained, evenly_spaced(len(trained), SAMPLE))
-    forget_peak_memory(fabric.device)
     engine = make_engine(config, model, fabric, batch_size, len(trained))
+
+    def batches_from(step: int) -> Generator[Batch, None, None]:
+        forget_peak_memory(fabric.device)  # that of a step which did not fit, too
+        return training_batches(config, read, fabric, batch_size, step, accumulate=engine.accumulate)
+
     began = time.perf_counter()
-    batches = training_batches(config, read, fabric, batch_size)
+    batches = batches_from(0)
     reading = 0.0 if held is None else (time.perf_counter() - began) * len(trained) / len(read)
-    step = _step_seconds(engine, batches)
+    step = _step_seconds(engine, batches, batches_from)
     besides = Besides()
     if training is not None:
         besides = _rehearse(config, model, engine, source, held_out, training)
     unread = 0 if held is None else round(held * (1 - len(read) / len(trained)))
     return Measured(
         batch_size=batch_size,
+        accumulate=engine.accumulate,
         seconds=step,
         memory=peak_memory(fabric.device) + unread,
         checkpoint=sum(tensor.nbytes for tensor in _tensors(model, engine).values()),
@@ -140,8 +146,13 @@ def measure(config: PretrainConfig, source: Source, seconds: float, training: fl
     )
 
 
-def _step_seconds(engine: Engine, batches: Generator[Batch, None, None]) -> float:
-    """Train for the duration of an engine; the seconds of a step, without the first ones if there are more."""
+def _step_seconds(
+    engine: Engine, batches: Generator[Batch, None, None], batches_from: Callable[[int], Generator[Batch, None, None]]
+) -> float:
+    """Train for the duration of an engine; the seconds of a step, without the first ones if there are more.
+
+    A step that does not fit into memory is divided, as in a run; ``batches_from`` gives its smaller parts.
+    """
     device = engine.fabric.device
     stamps: list[float] = []
 
@@ -150,8 +161,9 @@ def _step_seconds(engine: Engine, batches: Generator[Batch, None, None]) -> floa
             wait(device)
         stamps.append(time.perf_counter())
 
-    with closing(batches), StopSignal() as stop:
-        if not engine.run(batches, [stamp], stop):
+    silent = Console(enabled=False)
+    with StopSignal() as stop:
+        if not run_within_memory(engine, batches, lambda b: engine.run(b, [stamp], stop), silent, batches_from):
             raise KeyboardInterrupt
     wait(device)
     stamps[-1] = time.perf_counter()

@@ -37,7 +37,7 @@ from dmjd.pretraining.callbacks import Monitor
 from dmjd.pretraining.cooldown_now import branch_to_train
 from dmjd.pretraining.enlarged import warn_enlarged
 from dmjd.pretraining.growing import open_growth
-from dmjd.pretraining.images import images_of_run, mean_source, resolve_preprocess
+from dmjd.pretraining.images import images_of_run, mean_source, resolve_preprocess, warn_of_other_ranges
 from dmjd.pretraining.pace import few_steps_of_epochs
 from dmjd.pretraining.schedule import check_schedule_fits, num_steps, schedule_of
 from dmjd.pretraining.settings import check_settings, record_settings, resolve_paths
@@ -303,6 +303,7 @@ def log_summary(
         f"  device   {fabric.device}, {precision_name(fabric)}, {fabric.world_size} process(es)"
         f"{f', {FSDP}: a part of the model in each' if is_sharded(fabric) else ''}"
     )
+    warn_of_other_ranges(model, start, console)
     if config.strategy == FSDP and not is_sharded(fabric):
         console.warn("--strategy fsdp has no effect on one process, which holds the whole model; see torchrun and srun")
     if len(source) < FEW_IMAGES:

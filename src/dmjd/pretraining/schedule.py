@@ -1,12 +1,12 @@
 """The learning-rate schedule of a configuration, and the length of its run in steps."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 from dmjd.config.pretrain import PretrainConfig
-from dmjd.config.schedules import COSINE, DEFAULT_COOLDOWN, DEFAULT_WARMUP_STEPS, check_warmup_ends
+from dmjd.config.schedules import COSINE, DEFAULT_COOLDOWN, DEFAULT_WARMUP_STEPS, check_warmup_ends, steps_of_epochs
 from dmjd.engine.cooldown import Cooldown
+from dmjd.engine.loop import Report
 from dmjd.engine.optim import warmup_cosine
 
 FIRST_EVALUATION = 100  # step of the first evaluation with a schedule whose length is open
@@ -20,7 +20,7 @@ def num_steps(config: PretrainConfig, num_images: int, batch_size: int) -> int |
         num_images: how many it trains on.
         batch_size: images per step.
     """
-    return config.steps if config.epochs is None else math.ceil(config.epochs * num_images / batch_size)
+    return config.steps if config.epochs is None else steps_of_epochs(config.epochs, num_images, batch_size)
 
 
 def schedule_of(config: PretrainConfig, steps: int | None) -> tuple[Callable[[float], float], int]:
@@ -37,6 +37,24 @@ def check_schedule_fits(config: PretrainConfig, steps: int | None) -> None:
     schedule, warmup_steps = schedule_of(config, steps)
     if isinstance(schedule, Cooldown) and steps is not None:
         check_warmup_ends(warmup_steps, schedule.fraction, steps)
+
+
+def short_warmup(config: PretrainConfig, report: Report) -> str | None:
+    """What to say after the last step before a cooldown that begins within the warm-up; None otherwise.
+
+    Of a run in minutes that is not known before: :func:`check_schedule_fits` checks the others at the start.
+    """
+    schedule, warmup_steps = schedule_of(config, config.steps)
+    step = report.state.step
+    if step >= warmup_steps or not isinstance(schedule, Cooldown):
+        return None
+    if schedule.has_begun(report.before) or not schedule.has_begun(report.progress):
+        return None
+    return (
+        f"the cooldown begins after step {step}, within the warm-up of {warmup_steps} steps (--warmup-steps): the "
+        f"learning rate reaches about {100 * step / warmup_steps:.2g} % of its peak. Prolong the run with more "
+        f"--minutes, or start again, in another --out, with --warmup-steps {max(1, step // 10)}"
+    )
 
 
 def is_evaluation_step(step: int) -> bool:

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from dmjd.encoders.weights import load_encoder
 from dmjd.images.preprocess import Preprocess
 from dmjd.images.reading import LUMINANCE
 from dmjd.targets.base import Target, TargetSettings, whitened_mean
+from dmjd.warning import DMJDWarning
 
 _HASH_DIGITS = 16
 
@@ -35,7 +38,8 @@ class TeacherSettings(TargetSettings):
         layers: number of last blocks to average, each whitened first.
         skip: number of last blocks to leave out before that; 1 makes a convolutional teacher's maps finer.
         size: side in pixels, or height and width, of the images that the teacher gets; None: its own. Smaller is
-            cheaper.
+            cheaper. 0: the student's, or larger if the teacher's map would otherwise have less than half of the
+            student's tokens in a direction, but then at most its own.
     """
 
     source: str | Path | nn.Module | None = None
@@ -47,7 +51,9 @@ class TeacherSettings(TargetSettings):
         check_int("teacher_layers", self.layers, Bounds(ge=1, most=MAX_DEPTH))
         check_int("teacher_skip", self.skip, Bounds(ge=0, most=MAX_DEPTH))
         for side in self.size or ():
-            check_int("teacher_size", side, Bounds(ge=1, most=MAX_SIDE))
+            check_int("teacher_size", side, Bounds(ge=0, most=MAX_SIDE))
+        if 0 in (self.size or ()) and any(self.size or ()):
+            raise ValueError("teacher_size: 0 stands for height and width; give it alone")
 
 
 class TeacherTarget(Target):
@@ -81,7 +87,7 @@ class TeacherTarget(Target):
         self.layers, self.skip, self.grid = layers, settings.skip, encoder.grid
         self.preprocess = teacher_preprocess(model, self.source)
         if settings.size is not None:
-            size = (settings.size[0], settings.size[-1])
+            size = (settings.size[0], settings.size[-1]) if any(settings.size) else self._size_for(encoder)
             if (patch_size := _patch_size(model)) is not None:
                 # A ViT of timm would leave out the pixels beyond its last whole patch, and its map be shifted.
                 check_divisible(size, patch_size, "--teacher-size", "the teacher's")
@@ -93,6 +99,29 @@ class TeacherTarget(Target):
         if len({feature_map.shape[1] for feature_map in maps}) > 1:
             raise ValueError(f"the last {layers} maps of teacher {self.source} differ in width: use --teacher-layers 1")
         self.dim = maps[0].shape[1]
+        if maps[0].shape[2:] == (1, 1) and encoder.num_patches > 1:
+            height, width = self.preprocess.img_size
+            warnings.warn(
+                f"teacher {self.source} has one feature for a whole image of {height} x {width} pixels, so all tokens "
+                "have the same target: give a larger --teacher-size, or --teacher-skip 1",
+                DMJDWarning,
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def _size_for(self, encoder: Encoder) -> tuple[int, int]:
+        """Height and width of the teacher's images for a student's, see :class:`TeacherSettings`."""
+        own, patch = self.preprocess.img_size, _patch_size(self._held[0])
+        if patch is None:
+            cells = self._maps(torch.zeros(1, self.preprocess.in_chans, *own))[0].shape[2:]
+            steps = (math.ceil(own[0] / cells[0]), math.ceil(own[1] / cells[1]))
+        else:
+            steps = (patch, patch)  # pixels per token of the teacher
+        sides = []
+        for student, tokens, whole, step in zip(encoder.img_size, encoder.grid, own, steps, strict=True):
+            side = max(student, min(math.ceil(tokens / 2) * step, whole))
+            sides.append(side if patch is None else round(side / step) * step)
+        return sides[0], sides[1]
 
     def _try(self, in_chans: int) -> list[Tensor]:
         """Feature maps of a blank image, so that an unsuitable teacher fails at construction."""

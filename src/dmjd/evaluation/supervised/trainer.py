@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dmjd.config.dense import DenseConfig
 from dmjd.config.finetune import FinetuneConfig
+from dmjd.config.schedules import steps_of_epochs
 from dmjd.encoders.headers import CHECKPOINTS, FINAL, read_header
 from dmjd.engine.console import Console
 from dmjd.engine.device import make_fabric
@@ -191,7 +192,7 @@ def num_steps(epochs: float | None, steps: int | None, num_images: int, batch_si
     assert value is not None
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{'epochs' if epochs is not None else 'steps'} must be greater than 0, got {value}")
-    return math.ceil(value * num_images / batch_size) if epochs is not None else int(value)
+    return steps_of_epochs(epochs, num_images, batch_size) if epochs is not None else int(value)
 
 
 def fit(
