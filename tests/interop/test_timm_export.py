@@ -1,10 +1,15 @@
 """Folders for timm: no arguments are needed for the right model, preprocessing and weights."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import timm
 import torch
 from exported_encoders import SMALL, random_images, run_lines, saved, smooth_image
+from PIL import Image
 
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.interop.export import export
 
 
@@ -35,6 +40,18 @@ def test_timm_needs_no_arguments_but_the_folder(name, size, chans, options, tmp_
     with torch.inference_mode():
         assert with_head(images).shape == (2, 3)
         torch.testing.assert_close(with_head.forward_features(images), features, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_the_transform_of_timm_knows_the_value_range(kind, tmp_path):
+    encoder, file = saved(tmp_path, "vit_tiny_patch8", 32, **SMALL)
+    encoder.preprocess = dataclasses.replace(encoder.preprocess, value_range=(20, 220))
+    file.write_bytes(encoder_bytes(encoder))
+    out = tmp_path / ("new" if kind == "folder" else "new.safetensors")
+    model = run_lines(export(file, format="timm", out=out).usage)["model"]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    image = Image.fromarray((20 + 200 * np.asarray(smooth_image(32, 32)) / 255).astype(np.uint8))
+    assert (transform(image) - encoder.preprocess(image)[0]).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("size", "stored"), [(32, (90, 60)), ((32, 48), (40, 200)), (32, (32, 32))])

@@ -1,10 +1,14 @@
 """Folders for transformers: its own classes load them, and compute what the encoder does."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from exported_encoders import SMALL, SMALL_CONV, random_images, run_lines, saved, smooth_image
 
 from dmjd.encoders.sources import read_weights
+from dmjd.encoders.stored import encoder_bytes
 from dmjd.interop.export import export
 
 transformers = pytest.importorskip("transformers")
@@ -39,6 +43,20 @@ def test_the_printed_lines_and_the_processor(tmp_path):
     assert ((theirs - ours).abs() * 0.2 * 255).mean() < 1.5  # of 256 gray levels
     with torch.inference_mode():
         torch.testing.assert_close(names["tokens"], encoder.forward_features(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("value_range", "dtype"), [((20, 220), np.uint8), ((100, 4000), np.uint16)])
+def test_the_processor_knows_the_value_range(value_range, dtype, tmp_path):
+    """Stored values in the range are normalized as the encoder's own preprocessing does, of 16 bits too."""
+    encoder, file = saved(tmp_path, "vit_tiny_patch8", 32, class_token=True, **SMALL)
+    encoder.preprocess = dataclasses.replace(encoder.preprocess, value_range=value_range)
+    file.write_bytes(encoder_bytes(encoder))
+    exported = export(file, format="hf", out=tmp_path / "folder")
+    low, high = value_range
+    image = (low + (high - low) / 255 * np.asarray(smooth_image(32, 32), float)).astype(dtype)
+    processor = transformers.AutoImageProcessor.from_pretrained(exported.path)
+    theirs = processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    assert (theirs - encoder.preprocess(image)).abs().max() < 0.05
 
 
 def test_without_preprocessing_there_is_no_processor(tmp_path):

@@ -108,6 +108,9 @@ def _encoder_rows(encoder: Stored) -> list[tuple[str, str]]:
     if (known := encoder.preprocess) is not None:
         mean, std = (", ".join(f"{value:.4g}" for value in values[:8]) for values in (known.mean, known.std))
         rows.append(("normalization", f"mean {mean}; standard deviation {std}"))
+        if known.value_range is not None:
+            low, high = known.value_range
+            rows.append(("values", f"clipped to {low:g}..{high:g}, which become 0..1 before the normalization"))
         if knows_invalid(encoder):
             rows.append(("invalid pixels", f"{invalid_settings(known)}; they become the mean, and are not pooled"))
     return rows

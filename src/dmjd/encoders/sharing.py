@@ -76,7 +76,7 @@ def timm_config(encoder: Stored) -> dict[str, Any]:
         "classifier": "head",
     }
     if known is not None:
-        data |= {"mean": known.mean, "std": known.std}
+        data |= dict(zip(("mean", "std"), known.stored_statistics, strict=True))
     return {
         "architecture": model.name,
         "num_classes": 0,

@@ -96,6 +96,19 @@ class Preprocess:
         """The same, which become the mean on decoding, for tasks that do not ask which pixels are valid."""
         return invalid_pixels(self.nodata, self.alpha, tuple(255 * mean for mean in self.mean))
 
+    @property
+    def stored_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std for other libraries, which divide stored values by 255: the result is that of :meth:`normalize`.
+
+        But for values beyond a ``value_range``, which are clipped here alone, and, without one, for other types than
+        uint8.
+        """
+        if self.value_range is None:
+            return self.mean, self.std
+        low, high = self.value_range
+        mean = tuple((low + (high - low) * value) / 255 for value in self.mean)
+        return mean, tuple((high - low) * value / 255 for value in self.std)
+
     def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Images (paths, bytes, files, PIL, arrays [H, W, C]; one or a list) -> [B, C, h, w] float32, normalized.
 

@@ -255,7 +255,7 @@ def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]]:
     call = {key: value for key, value in model.arguments.items() if model.defaults.get(key) != value}
     if (known := encoder.preprocess) is not None:
         size_and_fit = {"input_size": (known.in_chans, *known.img_size), "crop_pct": 1.0, "interpolation": "bicubic"}
-        call["pretrained_cfg_overlay"] = {"mean": known.mean, "std": known.std} | size_and_fit
+        call["pretrained_cfg_overlay"] = dict(zip(("mean", "std"), known.stored_statistics, strict=True)) | size_and_fit
     return model.name, call
 
 

@@ -76,7 +76,11 @@ def scaling(encoder: Encoder) -> str:
     if (preprocess := encoder.preprocess) is None:
         return ""
     mean, std = ([round(value, 4) for value in values] for values in (preprocess.mean, preprocess.std))
-    return f": 0..255, divided by 255, minus {mean}, divided by {std}"
+    scale = "0..255, divided by 255"
+    if preprocess.value_range is not None:
+        low, high = preprocess.value_range
+        scale = f"clipped to {low:g}..{high:g}, minus {low:g}, divided by {high - low:g}"
+    return f": {scale}, minus {mean}, divided by {std}"
 
 
 def images_comment(encoder: Encoder) -> str:

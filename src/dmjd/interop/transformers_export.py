@@ -116,6 +116,7 @@ def processor_config(preprocess: Preprocess) -> dict[str, Any]:
     """
     height, width = preprocess.img_size
     square = height == width
+    mean, std = preprocess.stored_statistics
     return {
         "image_processor_type": "BitImageProcessor" if square else "ViTImageProcessor",
         "do_resize": True,
@@ -126,8 +127,8 @@ def processor_config(preprocess: Preprocess) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(preprocess.mean),
-        "image_std": list(preprocess.std),
+        "image_mean": list(mean),
+        "image_std": list(std),
         "do_convert_rgb": preprocess.in_chans == 3,
     }
 
