@@ -14,6 +14,8 @@ REPORT_FILE = "report.html"
 
 MAX_SCORE = 1e300
 
+NOT_SCORES = ("num_unreadable", "num_train", "num_test", "steps", "seed")  # numbers of a result that are no scores
+
 
 class BaselineFile(TypedDict):
     """What ``evaluation/<task>.json`` holds for a trained model that was evaluated beside the encoder.
@@ -47,8 +49,8 @@ def is_number(value: Any) -> bool:
 
 
 def headline(scores: Mapping[str, Any]) -> str | None:
-    """The main score of a result: its first number; None if it holds none."""
-    return next((name for name, value in scores.items() if is_number(value)), None)
+    """The main score of a result: its first number that is a score; None if it holds none."""
+    return next((name for name, value in scores.items() if is_number(value) and name not in NOT_SCORES), None)
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:

@@ -27,6 +27,10 @@ from dmjd.config.checks import (
         *((LinearConfig, {"blr": value}, "blr must be") for value in (np.nan, np.inf, 1e300, 10**400, "x", True)),
         *((PretrainConfig, {"seed": value}, "seed must") for value in (2**63, -(2**63), 10**5000, 0.5, "0", np.nan)),
         *((KnnConfig, {name: ""}, f"{name} must not be empty") for name in ("data", "test_data", "out", "labels")),
+        *(
+            (SegmentationConfig, {"decoder_dim": value}, f"multiple of 16, got {value}: the nearest is {nearest}$")
+            for value, nearest in ((17, 16), (20, 16), (36, 32), (50, 48), (100, 96), (16_383, 16_384))
+        ),
         (PretrainConfig, {"out": ""}, "out must not be empty"),
         (PretrainConfig, {"out": "  "}, "out must not be empty"),
         (PretrainConfig, {"out": "a\0b"}, "out must not hold a null character, got 'a.x00b'"),

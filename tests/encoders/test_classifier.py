@@ -51,6 +51,21 @@ def test_predictions_use_the_center_crop(classifier):
     torch.testing.assert_close(torch.tensor(dict(predictions)["cat"]), center[0])
 
 
+def test_preprocessed_images_are_those_of_predictions():
+    encoder = small_encoder("vit_tiny_patch8", img_size=(96, 96))
+    encoder.preprocess = Preprocess((96, 96))
+    model = ImageClassifier(encoder, ["cat", "dog", "owl"], test_crop=0.875).eval()
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    image = np.random.default_rng(0).integers(0, 256, (130, 210, 3), dtype=np.uint8)
+    images = model.preprocess(image)
+    assert torch.equal(images, model.crop(model.test_preprocess(image)))
+    assert not torch.allclose(images, encoder.preprocess(image))
+    with torch.no_grad():
+        probability = model(images).softmax(1)[0]
+        assert dict(model.predict(image)) == dict(zip(model.classes, probability.tolist(), strict=True))
+        assert model.preprocess([image, image[:, ::-1]]).shape == (2, 3, 96, 96)
+
+
 def test_the_head_depends_on_the_seed_only(classifier):
     before = classifier.head.weight.clone()
     torch.manual_seed(9)

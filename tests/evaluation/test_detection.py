@@ -189,6 +189,17 @@ def test_the_ground_truth_scores_one_and_errors_cost(boxes):
     assert scores["ap75"] == 0
 
 
+def test_a_test_set_of_crowds_has_no_score(tmp_path):
+    root = make_detection_set(tmp_path, {"train": 1, "test": 1})
+    content = json.loads((root / "test.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    (root / "test.json").write_text(json.dumps(content))
+    source = open_coco(root, "test")
+    with pytest.raises(ValueError, match=r"no image of .*test\.json that can be read has an object, besides crowds"):
+        measured(source, perfect_predictions(source, 1.0))
+
+
 def test_sizes_of_objects_are_those_of_pycocotools(tmp_path, capsys):
     """It takes the areas of the JSON, which differ from those of the boxes."""
     from pycocotools.coco import COCO
@@ -317,4 +328,7 @@ def test_errors_are_raised_before_training(capsys, boxes, tmp_path, image_folder
     assert "category_id 10, which 'categories' does not list" in message(run, "--data", data)
     (data / "train.json").write_text(json.dumps(content | {"annotations": []}))
     assert "has no boxes: there is nothing to learn" in message(run, "--data", data)
+    (data / "train.json").write_text(json.dumps(content))
+    (data / "test.json").write_text(json.dumps(json.loads((data / "test.json").read_text()) | {"annotations": []}))
+    assert "test.json has no boxes: there is nothing to test on" in message(run, "--data", data)
     assert not (run / "evaluation").exists()

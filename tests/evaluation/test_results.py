@@ -14,6 +14,7 @@ from support import mistake, tiny_encoder
 from dmjd.evaluation.results import Baselines, read_evaluation, read_result, write_result
 from dmjd.evaluation.run import evaluate
 from dmjd.files import locked
+from dmjd.result_files import headline
 
 
 def test_an_earlier_result_is_never_lost(tmp_path):
@@ -37,6 +38,15 @@ def test_an_earlier_result_counts_for_the_same_weights_and_default_settings_only
     assert read_result(file, tiny_encoder(seed=1)) is None
     file.write_text(file.read_text()[:50])
     assert read_result(file, tiny_encoder()) is None
+
+
+def test_counts_are_no_scores(tmp_path):
+    counts = {"ap": None, "num_unreadable": 0, "steps": 3}
+    assert headline(counts) is None
+    assert headline(counts | {"ap50": 0.1}) == "ap50"
+    write_result(tmp_path, "detection", {"result": counts})
+    with pytest.raises(ValueError, match="it has no number in its result"):
+        read_evaluation(tmp_path / "evaluation" / "detection.json")
 
 
 def test_baselines_are_kept_and_damaged_ones_are_forgotten(tmp_path):

@@ -14,8 +14,11 @@ from dmjd.cli.main import main
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.evaluation.comparability import data_texts
 from dmjd.evaluation.run import evaluate
+from dmjd.evaluation.supervised import dense_task
+from dmjd.warning import DMJDWarning
 
 QUICK = {"img_size": 32, "decoder_dim": 16, "batch_size": 2, "num_workers": 0, "num_images": 0, "device": "cpu"}
+ONE_STEP = {"decoder": "linear", "steps": 1, **QUICK}
 FEW = {"steps": 4, "batch_size": 4, "eval_every": 0.25, "num_workers": 0, "device": "cpu", "mixup": 0, "cutmix": 0}
 
 
@@ -94,17 +97,52 @@ def test_data_without_the_part_is_a_mistake(root, tmp_path, capsys):
 
 
 def test_segmentation_is_evaluated_on_val_while_it_trains(tmp_path):
-    root = make_segmentation_set(tmp_path / "set", {"train": 3, "val": 2, "test": 3})
-    for mask in (root / "val" / "masks").iterdir():
-        Image.fromarray(np.full((48, 64), 255, np.uint8)).save(mask)
-    options = {"data": root, "decoder": "linear", "steps": 1, **QUICK}
-    with pytest.raises(ValueError, match=r"no pixel of the images of .*val.images has a label"):
-        evaluate("segmentation", make_run(tmp_path / "run"), **options)
-    shutil.rmtree(root / "val")
+    root = make_segmentation_set(tmp_path / "set", {"train": 3, "test": 3})
     shutil.copytree(root / "test", root / "val")
-    result = evaluate("segmentation", make_run(tmp_path / "other"), **options)
+    result = evaluate("segmentation", make_run(tmp_path / "run"), data=root, **ONE_STEP)
     assert result["data"]["validation"] == {"name": str(root / "val" / "images"), "split": "val", "num": 3}
-    assert scores(tmp_path / "other", result, "miou")[-1] == pytest.approx(result["result"]["miou"])
+    assert scores(tmp_path / "run", result, "miou")[-1] == pytest.approx(result["result"]["miou"])
+
+
+def unlabel(folder):
+    """Replace masks by ones without a label."""
+    for mask in folder.iterdir():
+        Image.fromarray(np.full((48, 64), 255, np.uint8)).save(mask)
+
+
+def test_a_validation_part_without_labels_is_not_used(tmp_path):
+    root = make_segmentation_set(tmp_path / "set", {"train": 3, "val": 2, "test": 3})
+    unlabel(root / "val" / "masks")
+    run = make_run(tmp_path / "run")
+    with pytest.warns(DMJDWarning, match=r"masks of .*val.images hold only numbers that mean no label"):
+        result = evaluate("segmentation", run, data=root, **ONE_STEP)
+    assert result["data"]["validation"]["split"] == "test"
+    assert scores(run, result, "miou")[-1] == pytest.approx(result["result"]["miou"])
+
+
+def test_a_test_part_without_labels_is_a_mistake(tmp_path):
+    root = make_segmentation_set(tmp_path / "set", {"train": 3, "val": 2, "test": 3})
+    unlabel(root / "test" / "masks")
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"masks of .*test.images hold only .* --split val tests on the validation"):
+        evaluate("segmentation", run, data=root, **ONE_STEP)
+    unlabel(root / "val" / "masks")
+    with pytest.raises(ValueError, match=r"masks of .*test.images hold only .*: there is nothing to test on$"):
+        evaluate("segmentation", run, data=root, **ONE_STEP)
+    assert not (run / "evaluation").exists()
+
+
+def test_validation_images_without_labels_score_0_while_it_trains(tmp_path, monkeypatch):
+    root = make_segmentation_set(tmp_path / "set", {"train": 3, "val": 3, "test": 3})
+    unlabel(root / "val" / "masks")
+    shutil.copy(root / "test" / "masks" / "01.png", root / "val" / "masks" / "01.png")
+    monkeypatch.setattr(dense_task, "EVAL_IMAGES", 2)  # the first and the last
+    run = make_run(tmp_path / "run")
+    with pytest.warns(DMJDWarning, match=r"no pixel of 2 images of .* has a label: miou counts as 0"):
+        result = evaluate("segmentation", run, data=root, **ONE_STEP)
+    assert result["data"]["validation"]["split"] == "val"
+    assert scores(run, result, "miou") == [0]
+    assert result["result"]["miou"] > 0
 
 
 def test_detection_is_evaluated_on_val_while_it_trains(tmp_path, capsys):

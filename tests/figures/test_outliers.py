@@ -35,3 +35,13 @@ def test_the_different_image_comes_first_and_distances_fall(images):
 def test_more_neighbors_than_images(images):
     with pytest.raises(ValueError, match="num_neighbors must be less than the number of images, 20, got 20"):
         outliers_figure(small_encoder(), open_source(images), num_neighbors=20)
+
+
+@pytest.mark.parametrize(("count", "compared"), [(2, "the nearest neighbor,"), (5, "the 4 nearest neighbors,")])
+def test_a_small_set_is_compared_with_all_its_other_images(count, compared, tmp_path):
+    smooth_images(tmp_path, count)
+    source = open_source(tmp_path)
+    figure = outliers_figure(small_encoder(), source, num_images=1)
+    assert compared in " ".join(figure.get_supxlabel().split())
+    with pytest.raises(ValueError, match=f"num_neighbors must be less than the number of images, {count}, got 5"):
+        outliers_figure(small_encoder(), source, num_neighbors=5)

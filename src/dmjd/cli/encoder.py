@@ -59,7 +59,7 @@ def run_show(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--threshold", type=float, metavar="X", help="duplicates: smallest cosine (0.95)")
     parser.add_argument(
-        "--num-neighbors", type=int, metavar="N", help="outliers: neighbors whose mean distance counts (5)"
+        "--num-neighbors", type=int, metavar="N", help="outliers: neighbors whose mean distance counts (5, or all)"
     )
     parser.add_argument("--num-clusters", type=int, metavar="N", help="clusters: default 2 to 12, by the set's size")
     given = parser.parse(arguments)

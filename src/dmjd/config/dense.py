@@ -12,6 +12,8 @@ DECODERS = ("upernet", "linear")
 
 INFERENCE = ("whole", "slide")
 
+DECODER_MULTIPLE = 16  # of UPerNet's width: its pools have a quarter of the channels, in groups of at least 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(EvaluationConfig):
@@ -119,6 +121,14 @@ class SegmentationConfig(DenseConfig):
         None, "number of classes; default by classes.txt, else by the training masks", "dense", ge=2, le=30_000
     )
     ignore_index: tuple[int, ...] = option((255,), "mask values that mean no label", "dense", ge=0, le=65_535)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_dim % DECODER_MULTIPLE:
+            given, nearest = self.decoder_dim, round(self.decoder_dim / DECODER_MULTIPLE) * DECODER_MULTIPLE
+            raise ValueError(
+                f"decoder_dim must be a multiple of {DECODER_MULTIPLE}, got {given}: the nearest is {nearest}"
+            )
 
     @property
     def covered(self) -> tuple[int, int]:

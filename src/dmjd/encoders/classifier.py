@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -87,15 +88,22 @@ class ImageClassifier(Classifier):
         top, left = (H - h) // 2, (W - w) // 2
         return images[..., top : top + h, left : left + w]
 
+    def preprocess(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """One or several images, as test images are prepared -> [B, C, H, W] normalized, on the classifier's device.
+
+        Raises:
+            UnreadableImage: naming the image that cannot be read.
+        """
+        return self.crop(self.test_preprocess(image).to(self.head.weight.device))
+
     def predict(self, image: ImageLike) -> list[tuple[str, float]]:
         """Classes of one image with their probabilities, the most probable first.
 
         Raises:
             UnreadableImage: if the image cannot be read.
         """
-        device = self.head.weight.device
         with torch.inference_mode():
-            probability = self(self.crop(self.test_preprocess(image).to(device))).softmax(1)[0]
+            probability = self(self.preprocess(image)).softmax(1)[0]
         order = probability.argsort(descending=True).tolist()
         return [(self.classes[i], float(probability[i])) for i in order]
 
@@ -115,7 +123,8 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> I
         device: device of the weights.
 
     Returns:
-        A module, normalized images [B, C, H, W] -> logits [B, classes], with ``classes`` and ``predict(image)``.
+        A module, normalized images [B, C, H, W] -> logits [B, classes], with ``classes``, ``preprocess(images)`` and
+        ``predict(image)``.
 
     Raises:
         ValueError: naming what is wrong with the source.

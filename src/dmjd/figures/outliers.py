@@ -20,7 +20,7 @@ def outliers_figure(
     *,
     num_images: int = 4,
     num_candidates: int = 20_000,
-    num_neighbors: int = NUM_NEIGHBORS,
+    num_neighbors: int | None = None,
 ) -> Figure:
     """Draw the images with the largest mean distance to their nearest neighbors, the largest first.
 
@@ -29,12 +29,14 @@ def outliers_figure(
         source: the images.
         num_images: number of rows, of 8 images each.
         num_candidates: number of images to compare, evenly spaced over the set.
-        num_neighbors: number of neighbors, less than the number of images.
+        num_neighbors: number of neighbors, less than the number of images; None: 5, or all others if there are fewer.
 
     Raises:
         ValueError: if fewer than two images can be read, or there are too few for so many neighbors.
     """
     features, index = set_features(encoder, source, num_candidates)
+    if num_neighbors is None:
+        num_neighbors = min(NUM_NEIGHBORS, len(index) - 1)
     cosines, _ = nearest_neighbors(features, num_neighbors, next(encoder.parameters()).device)
     distance = 1 - cosines.mean(dim=1)
     far = distance.argsort(descending=True)[: num_images * COLUMNS]
@@ -43,8 +45,9 @@ def outliers_figure(
         panels.append(Panel(image, f"{value:.2f}  {class_name(source, i)}\n{image_name(source, i)}"))
     panels += [BLANK] * (-len(panels) % COLUMNS)
     rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+    neighbors = "nearest neighbor" if num_neighbors == 1 else f"{num_neighbors} nearest neighbors"
     note = (
         f"The most distant of {amount(source, len(index))}: 1 less the mean cosine (the numbers) with the "
-        f"{num_neighbors} nearest neighbors, less the mean feature. The median is {float(distance.median()):.2f}."
+        f"{neighbors}, less the mean feature. The median is {float(distance.median()):.2f}."
     )
     return panel_grid([""] * COLUMNS, rows, note=note)

@@ -96,7 +96,7 @@ def show(
         seed: seed of the images, masks and clusters.
         query: for neighbors, image files to find neighbors of, which may be new; none: ``num_images`` of the set.
         threshold: for duplicates, smallest centered cosine; default 0.95.
-        num_neighbors, num_clusters: for outliers, neighbors whose mean distance counts (5); for clusters, their number.
+        num_neighbors, num_clusters: for outliers, how many neighbors count (up to 5); for clusters, their number.
         lists: ``label_column``, ``path_column``, ``root`` and ``max_unreadable`` of a list, as in ``open_source``;
             ``cache_dir`` and ``cache_gb`` of a remote set.
 

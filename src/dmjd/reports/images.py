@@ -187,7 +187,9 @@ def gallery(sample: Sample) -> tuple[Gallery, Neighbors]:
             return []
         kind = sample.source.class_of(int(sample.index[row]))
         text = " · ".join(part for part in ("" if number is None else f"{number:.2f}", kind) if part)
-        same = None if labels is None or query is None else bool(labels[row] == labels[query])
+        same = None
+        if labels is not None and query is not None and min(labels[row], labels[query]) >= 0:  # both have a class
+            same = bool(labels[row] == labels[query])
         return [Thumb(uris[row], shortened(f"{names[row]} {kind}".strip(), 200), shortened(text, _LONGEST), same)]
 
     shown_neighbors = [

@@ -153,6 +153,13 @@ def test_masks_of_0_and_255_say_what_to_do(camvid_layout):
         open_resolved(camvid_layout)
 
 
+def test_masks_without_labels_are_noticed(camvid_layout):
+    for i in range(3):
+        write_mask(camvid_layout, "test", f"{i:02d}.png", np.full(SIZE, (254, 255, 255)[i], np.uint8))
+    train, test, _ = open_resolved(camvid_layout, ignored=(254, 255))
+    assert (train.has_labels, test.has_labels) == (True, False)
+
+
 def test_numbers_far_apart_are_a_warning(camvid_layout):
     for part, count in (("train", 5), ("test", 3)):
         for i in range(count):

@@ -94,6 +94,7 @@ class SegmentationSource(Source):
 
     Attributes:
         class_map: the classes, set by :meth:`set_classes`.
+        has_labels: whether any pixel of the masks has a label, set by :func:`resolve_classes`.
     """
 
     def __init__(self, images: Source, masks: Source, mask_index: np.ndarray | None = None) -> None:
@@ -101,6 +102,7 @@ class SegmentationSource(Source):
         self.images, self.masks, self.split, self.invalid = images, masks, images.split, images.invalid
         self._mask_index = np.arange(len(masks)) if mask_index is None else mask_index
         self.class_map: ClassMap | None = None
+        self.has_labels = True
         self._table: np.ndarray | None = None
 
     def set_classes(self, class_map: ClassMap) -> None:
@@ -259,7 +261,7 @@ def _count(source: SegmentationSource, index: int) -> np.ndarray | UnreadableIma
 def resolve_classes(
     train: SegmentationSource, others: Sequence[SegmentationSource], num_classes: int | None, ignored: Sequence[int]
 ) -> ClassMap:
-    """Find the classes of a training set, check every mask of all sets, and set the classes of all.
+    """Find the classes of a training set, check every mask of all sets, and set classes and ``has_labels`` of all.
 
     Args:
         train: the training set.
@@ -287,6 +289,7 @@ def resolve_classes(
     for source, _, first in counted:
         _check_numbers(source, first, class_map)
         source.set_classes(class_map)
+        source.has_labels = not set(first) <= set(ignored)
     return class_map
 
 

@@ -249,6 +249,8 @@ class Detection(DenseEvaluation):
             metric.update(predictions, [ground_truth(example.target) for example in examples])
         values = metric.compute()
         result = average_precisions(values, "bbox_" if task.masks else "", self.train.classes)
+        if rows is None and result[self.score] is None:
+            raise ValueError(f"no image of {source.name} that can be read has an object, besides crowds")
         return result | ({"mask": average_precisions(values, "segm_", self.train.classes)} if task.masks else {})
 
     def draw(self, task: DetectionTask, rows: np.ndarray, file: Path) -> None:
@@ -322,6 +324,8 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
         lambda data, split: open_coco(data, split, classes=train.classes, **reading),
         lambda data, split: find_coco(data, split) is not None,
     )
+    if test.num_objects == 0:
+        raise ValueError(f"{test.name} has no boxes: there is nothing to test on")
     warn_of_range(train)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Detection(

@@ -1,5 +1,6 @@
 """Semantic segmentation, from a pre-trained encoder and from random weights."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dmjd.evaluation.supervised.pyramid import EncoderMaps, LastMap, LinearDecod
 from dmjd.figures.overlays import save_overlays, segmentation_panels
 from dmjd.images.preprocess import Preprocess
 from dmjd.nn.dropout import set_row_keys
+from dmjd.warning import DMJDWarning
 
 OVERLAP = 1 / 3  # common overlap of neighboring sliding windows
 
@@ -180,13 +182,17 @@ class Segmentation(DenseEvaluation):
         return MaskAugment(self.canvas, config.covered, fill, scale, config.flip, config.color_jitter)
 
     def measure(self, task: SegmentationTask, source: Source, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Scores on images ``rows`` (None: all) of a set, at their own size."""
+        """Scores on images ``rows`` (None: all) of a set, at their own size; None if ``rows`` have no label."""
         metric = MulticlassConfusionMatrix(len(self.train.classes), ignore_index=IGNORE, validate_args=False)
         for example, prediction in self._predictions(task, source, rows):
             metric.update(prediction.cpu(), torch.from_numpy(example.target).long())
         confusion = metric.compute()
         if int(confusion.sum()) == 0:
-            raise ValueError(f"no pixel of the images of {source.name} has a label")
+            if rows is None:
+                raise ValueError(f"no pixel of the images of {source.name} has a label")
+            text = f"no pixel of {len(rows)} images of {source.title} has a label: {self.score} counts as 0 meanwhile"
+            warnings.warn(text, DMJDWarning, stacklevel=2)
+            return {self.score: None}
         return iou_scores(confusion, self.train.classes)
 
     def draw(self, task: SegmentationTask, rows: np.ndarray, file: Path) -> None:
@@ -207,6 +213,24 @@ class Segmentation(DenseEvaluation):
         assert self.train.class_map is not None
         classes = self.train.class_map
         return {"classes": list(classes.names), "numbers": classes.numbers, "ignored": list(classes.ignored)}
+
+
+def _labeled_validation(
+    config: SegmentationConfig, test: SegmentationSource, val: SegmentationSource | None
+) -> SegmentationSource | None:
+    """The validation set if its masks have labels. Withheld labels are common.
+
+    Raises:
+        ValueError: if the masks of the test set have none.
+    """
+    unlabeled, has_val = "hold only numbers that mean no label (--ignore-index)", val is not None and val.has_labels
+    if not test.has_labels:
+        hint = "; --split val tests on the validation part" if has_val and config.test_data is None else ""
+        raise ValueError(f"the masks of {test.name} {unlabeled}: there is nothing to test on{hint}")
+    if val is not None and not has_val:
+        text = f"the masks of {val.name} {unlabeled}: part of the test set is used while it trains"
+        warnings.warn(text, DMJDWarning, stacklevel=3)
+    return val if has_val else None
 
 
 def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
@@ -242,6 +266,7 @@ def segmentation(run: str | Path, **options: Any) -> dict[str, Any]:
     )
     warn_of_range(train.images)
     resolve_classes(train, [test] if val is None else [test, val], config.num_classes, config.ignore_index)
+    val = _labeled_validation(config, test, val)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Segmentation(
         config,
