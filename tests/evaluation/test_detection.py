@@ -327,8 +327,10 @@ def test_errors_are_raised_before_training(capsys, boxes, tmp_path, image_folder
     (data / "train.json").write_text(json.dumps(content | {"categories": content["categories"][1:]}))
     assert "category_id 10, which 'categories' does not list" in message(run, "--data", data)
     (data / "train.json").write_text(json.dumps(content | {"annotations": []}))
-    assert "has no boxes: there is nothing to learn" in message(run, "--data", data)
+    assert "has no boxes, besides crowds: there is nothing to learn" in message(run, "--data", data)
     (data / "train.json").write_text(json.dumps(content))
-    (data / "test.json").write_text(json.dumps(json.loads((data / "test.json").read_text()) | {"annotations": []}))
-    assert "test.json has no boxes: there is nothing to test on" in message(run, "--data", data)
+    tested = json.loads((data / "test.json").read_text())
+    for annotations in ([], [annotation | {"iscrowd": 1} for annotation in tested["annotations"]]):
+        (data / "test.json").write_text(json.dumps(tested | {"annotations": annotations}))
+        assert "test.json has no boxes, besides crowds: there is nothing to test on" in message(run, "--data", data)
     assert not (run / "evaluation").exists()

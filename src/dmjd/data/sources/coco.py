@@ -198,6 +198,11 @@ class CocoSource(Source):
         """The number of objects in all images."""
         return sum(map(len, self._objects))
 
+    @property
+    def has_objects(self) -> bool:
+        """Whether there is any object that is no crowd."""
+        return any(not o.crowd for o in self._all())
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -317,15 +317,15 @@ def detection(run: str | Path, **options: Any) -> dict[str, Any]:
     reading: dict[str, Any] = {"in_chans": preprocess.in_chans, "value_range": preprocess.value_range}
     reading["invalid"] = preprocess.filling
     train = open_coco(config.data, "train", **reading)
-    if train.num_objects == 0:
-        raise ValueError(f"{train.name} has no boxes: there is nothing to learn")
+    if not train.has_objects:
+        raise ValueError(f"{train.name} has no boxes, besides crowds: there is nothing to learn")
     test, val = open_parts(
         config,
         lambda data, split: open_coco(data, split, classes=train.classes, **reading),
         lambda data, split: find_coco(data, split) is not None,
     )
-    if test.num_objects == 0:
-        raise ValueError(f"{test.name} has no boxes: there is nothing to test on")
+    if not test.has_objects:
+        raise ValueError(f"{test.name} has no boxes, besides crowds: there is nothing to test on")
     warn_of_range(train)
     config = config.resolve(encoder.img_size, len(train))
     evaluation = Detection(
