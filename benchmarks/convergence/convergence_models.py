@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from convergence_agreement import AgreeingModel
-from convergence_ema import LayeredEmaTarget, Layers
+from convergence_ema import LayeredEmaTarget
 from convergence_sets import Variant
 from torch import Tensor
 
@@ -79,8 +79,8 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     """The untrained model of a variant; both orders start from the same weights."""
     if variant.agreement is not None:
         return AgreeingModel(config, variant.agreement)
-    if variant.layers is not None:
-        return _of_layers(config, variant.layers)
+    if variant.joined is not None:
+        return _of_blocks(config, variant.joined)
     if not variant.misaligned:
         return weight_colors(build_model(*begin_from(config)), variant.color_weight)
     torch.manual_seed(config.seed)
@@ -94,12 +94,11 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     )
 
 
-def _of_layers(config: PretrainConfig, layers: Layers) -> MaskedImageModel:
-    """The model of a configuration, its ``ema`` targets replaced by one of several blocks."""
+def _of_blocks(config: PretrainConfig, joined: bool) -> MaskedImageModel:
+    """The model of a configuration, with :class:`LayeredEmaTarget` as its target ``ema``."""
     torch.manual_seed(config.seed)
     encoder = build_encoder(config)
-    target = LayeredEmaTarget(encoder, EmaSettings(config.ema_layers, config.ema_momentum), layers)
-
+    target = LayeredEmaTarget(encoder, EmaSettings(config.ema_layers, config.ema_momentum), joined)
     mim, vis = build_reconstruction(config), build_distillation(config)
     if mim is not None and isinstance(mim.target, EmaSettings):
         mim = dataclasses.replace(mim, target=target)

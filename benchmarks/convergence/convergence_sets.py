@@ -8,7 +8,6 @@ from fractions import Fraction
 from typing import Any
 
 from convergence_agreement import Agreement
-from convergence_ema import Layers
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Variant:
         blr_factor: factor on the base learning rate.
         agreement: a loss on the pooled features of the views.
         color_weight: factor on the colors of the target hog.
-        layers: how the target ema puts blocks together, if not as the library does.
+        joined: whether the target ema has its blocks side by side or averaged, normalized over the image; None: as the
+            library does.
     """
 
     recipe: str
@@ -39,7 +39,7 @@ class Variant:
     blr_factor: float = 1.0
     agreement: Agreement | None = None
     color_weight: float = 1.0
-    layers: Layers | None = None
+    joined: bool | None = None
 
 
 # The lite encoders learn something within minutes on one core.
@@ -293,20 +293,20 @@ def _ema() -> dict[str, Variant]:
     vis, mim = {"vis_target": "ema"}, {"mim_target": "ema"}
     fast, slow, blocks = {"ema_momentum": 0.99}, {"ema_momentum": 0.999}, {"ema_layers": 4}
     four = {"num_views": 4, "batch_size": 16}
-    own: dict[str, tuple[dict[str, Any], Layers | None]] = {
+    own: dict[str, tuple[dict[str, Any], bool | None]] = {
         "hog_color": ({}, None),
         "vis": (vis | fast, None),
         "vis_slow": (vis | slow, None),
-        "vis_instance": (vis | fast | blocks, Layers(instance=True)),
-        "vis_joined": (vis | fast | blocks, Layers(joined=True, instance=True)),
+        "vis_instance": (vis | fast | blocks, False),
+        "vis_joined": (vis | fast | blocks, True),
         "mim": (mim | fast, None),
-        "mim_joined": (mim | fast | blocks, Layers(joined=True, instance=True)),
-        "both_instance": (vis | mim | fast | blocks, Layers(instance=True)),
+        "mim_joined": (mim | fast | blocks, True),
+        "both_instance": (vis | mim | fast | blocks, False),
         "vis_four_views": (vis | fast | four, None),
     }
     return {
-        key: Variant("dmjd", color | change, blr_factor=BEST_FACTOR, layers=layers)
-        for key, (change, layers) in own.items()
+        key: Variant("dmjd", color | change, blr_factor=BEST_FACTOR, joined=joined)
+        for key, (change, joined) in own.items()
     }
 
 

@@ -112,6 +112,11 @@ class MaskedImageModel(nn.Module):
         """The pixels that mean something, [B, c, H, W] bool; None if all do: 8-bit images hold no NaN."""
         return ~raw.isnan() if self._knows_invalid and raw.is_floating_point() else None
 
+    def valid_tokens(self, raw: Tensor) -> Tensor | None:
+        """The tokens of images [B, c, H, W] on the 0..255 scale that have a loss: [B, N] bool; None: all."""
+        pixels = self._valid_pixels(raw)
+        return None if pixels is None else valid_tokens(pixels, self.encoder.patch_size)
+
     @torch.no_grad()
     def targets(self, normalized: Tensor, raw: Tensor) -> dict[str, Tensor]:
         """Targets of each branch, computed once per image: [B, N, C] float32 each."""
@@ -182,8 +187,7 @@ class MaskedImageModel(nn.Module):
         if keys is not None:
             set_row_keys(self.encoder, _row_keys(keys.to(images_normalized.device), masks.visible.shape[0]))
         latent = self.encode(images_normalized, masks.visible)
-        pixels = self._valid_pixels(images_0_255)
-        valid = valid_tokens(pixels, self.encoder.patch_size) if pixels is not None else None
+        valid = self.valid_tokens(images_0_255)
         out = self.losses(latent, targets, masks, valid)
         if self._knows_invalid:
             out["valid_tokens"] = torch.ones_like(out["loss"]) if valid is None else valid.float().mean()

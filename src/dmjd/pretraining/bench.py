@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.table import Column, Table
-from torch import Tensor
 
 from dmjd import __version__
 from dmjd.config.checks import MAX_COUNT, Bounds, check_int
@@ -20,11 +19,11 @@ from dmjd.engine.console import Console, literal
 from dmjd.engine.device import machine, make_fabric, peak_memory, precision_name
 from dmjd.engine.loop import Engine, Report
 from dmjd.engine.stop_signal import StopSignal
-from dmjd.images.invalid import valid_tokens
 from dmjd.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dmjd.model import MaskedImageModel
 from dmjd.nn.modes import own_defaults
 from dmjd.pretraining.batch_size import resolve_batch_size
+from dmjd.pretraining.images import preprocess_with
 from dmjd.pretraining.run import make_engine, training_batches
 from dmjd.rng import image_keys
 from dmjd.runs.build import build_model, open_data
@@ -88,8 +87,7 @@ def batch_size_without_images(device: torch.device) -> int:
 def preprocess_to_measure(config: PretrainConfig) -> Preprocess:
     """Preprocessing with all that changes the speed of a run. Mean and std do not, so no image is read for them."""
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else ((0.5,) * config.in_chans,) * 2
-    value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
-    return Preprocess(config.size, config.in_chans, mean, std, value_range, config.nodata, config.alpha)
+    return preprocess_with(config, mean, std)
 
 
 def _result(
@@ -163,7 +161,7 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
                 normalized = preprocess.normalize(raw)
                 masks = model.draw_masks(batch.keys)
                 targets = model.targets(normalized, raw)
-                valid = _valid_tokens(raw, preprocess, model.encoder.patch_size)
+                valid = model.valid_tokens(raw)
             with timed("encoder"):
                 latent = model.encode(normalized, masks.visible)
             with timed("branches"):
@@ -174,13 +172,6 @@ def _parts(engine: Engine, model: MaskedImageModel, batches: Iterator[Batch], st
             engine.update(loss.detach())
     total = sum(seconds.values())
     return {part: value / total for part, value in seconds.items()}
-
-
-def _valid_tokens(raw: Tensor, preprocess: Preprocess, patch_size: int) -> Tensor | None:
-    """The tokens that have a loss, [B, N] bool, as in the model's own step; None: all."""
-    if preprocess.invalid is None or not raw.is_floating_point():
-        return None
-    return valid_tokens(~raw.isnan(), patch_size)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

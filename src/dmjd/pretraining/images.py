@@ -98,6 +98,11 @@ def resolve_preprocess(
         mean, std, warning = measure_stats(source)
     if warning is not None:
         console.warn(warning)
+    return preprocess_with(config, mean, std)
+
+
+def preprocess_with(config: PretrainConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocess:
+    """The preprocessing of a configuration, with this mean and std."""
     value_range = (config.value_range[0], config.value_range[1]) if config.value_range is not None else None
     return Preprocess(config.size, config.in_chans, mean, std, value_range, config.nodata, config.alpha)
 
