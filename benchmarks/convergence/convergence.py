@@ -39,14 +39,8 @@ from convergence_models import make_model
 from convergence_options import PHASES, parse
 from convergence_probe import Measures, Probe, ProbeHook, split, teacher_scores, test_scores
 from convergence_report import curves_figure, final_score, result_table, summarize
-from convergence_sets import (
-    ENCODERS,
-    Variant,
-    base_name,
-    shuffled,
-    variants_of,
-    with_share,
-)
+from convergence_sets import ENCODERS, base_name, shuffled, variants_of, with_share
+from convergence_variant import Variant
 
 import dmjd
 from dmjd.config.pretrain import PretrainConfig

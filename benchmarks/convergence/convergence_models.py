@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from convergence_agreement import AgreeingModel
 from convergence_ema import LayeredEmaTarget
-from convergence_sets import Variant
+from convergence_variant import Variant
 from torch import Tensor
 
 from dmjd.branches import Branch, Distillation, DistillationBranch

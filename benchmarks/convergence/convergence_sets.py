@@ -3,44 +3,12 @@
 import dataclasses
 import json
 import random
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import convergence_color_sets as color_sets
 from convergence_agreement import Agreement
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a study.
-
-    Attributes:
-        recipe: of the library. overrides: its settings that differ.
-        misaligned: whether the visible branch is compared with targets in the published order, see
-            ``MisalignedBranch``.
-        scale_rule: whether the learning rate is scaled by p / c.
-        blr_of: the variant whose base learning rate it uses; None = its own is searched.
-        teacher: the variant whose first run is its teacher; the time of that run is not counted.
-        share: fraction of the study's time, for a shorter schedule.
-        blr_factor: factor on the base learning rate.
-        agreement: a loss on the pooled features of the views.
-        color_weight: factor on the colors of the target hog.
-        joined: whether the target ema has its blocks side by side or averaged, normalized over the image; None: as the
-            library does.
-    """
-
-    recipe: str
-    overrides: dict[str, Any] = field(default_factory=dict)
-    misaligned: bool = False
-    scale_rule: bool = True
-    blr_of: str | None = None
-    teacher: str | None = None
-    share: float = 1.0
-    blr_factor: float = 1.0
-    agreement: Agreement | None = None
-    color_weight: float = 1.0
-    joined: bool | None = None
-
+from convergence_variant import BEST, BEST_FACTOR, SMALL_IMAGES, Variant
 
 # The lite encoders learn something within minutes on one core.
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -56,16 +24,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 SETS = ("main", "speed", "alignment", "rule", "views", "ratio", "block", "theta", "hog", "projector", "decode")
 SETS += ("targets", "beyond", "distill", "adapt", "schedule", "sharing", "space", "agreement", "best")
-SETS += ("photos", "colors", "ema")
-
-# What was found best for CIFAR-10.
-SMALL_IMAGES: dict[str, Any] = {"mim_target": "pixel", "vis_target": "hog", "mask_ratio": 0.75, "block_size": 1}
-SMALL_IMAGES |= {"hog_cell": 4, "optimizer": "muon"}
-
-# What a search around them found best for minutes, and by how much its base learning rate is higher.
-BEST: dict[str, Any] = SMALL_IMAGES | {"batch_size": 32, "mask_ratio": 0.85, "projector_depth": 1}
-BEST |= {"crop_scale": (0.8, 1.0)}
-BEST_FACTOR = 8 / 3
+SETS += ("photos", "colors", "ema", "card")
 
 # Where the set space looks, besides the base learning rate: around what was found best for small images,
 # and around MAE, which is searched as thoroughly.
@@ -154,6 +113,7 @@ def _distill() -> dict[str, Variant]:
         "teacher_224_four_views": of({"target": "teacher", "teacher_size": None}, {"num_views": 4}),
         "teacher_224_independent": of({"target": "teacher", "teacher_size": None}, {"masks": "independent"}),
         "teacher_one_view": of({"target": "teacher"}, one),
+        "teacher_one_view_16": of({"target": "teacher"}, one, {"batch_size": 16}),
         "teacher_two_views_32": of({"target": "teacher"}, {"batch_size": 32}),
         "teacher_four_views_16": of({"target": "teacher"}, {"batch_size": 16, "num_views": 4}),
         "teacher_c50": of({"target": "teacher", "mask_ratio": 0.5}),
@@ -255,64 +215,9 @@ def _best(pixels: str) -> dict[str, Variant]:
     )
 
 
-def _colors() -> dict[str, Variant]:
-    """HOG with colors: their weight, other cells, views and masks."""
-    common = BEST | {"mim_target": "hog", "hog_color": True}
-    own: dict[str, dict[str, Any]] = {"cell_2": {"hog_cell": 2}, "one_view": {"num_views": 1}}
-    own |= {"four_views": {"num_views": 4, "batch_size": 16}, "c_90": {"mask_ratio": 0.9}, "c_75": {"mask_ratio": 0.75}}
-    own |= {"theta_2": {"theta": 2.0}, "crop_50": {"crop_scale": (0.5, 1.0)}}
-    start = Variant("dmjd", common, blr_factor=BEST_FACTOR)
-    weights = {f"weight_{weight:g}": dataclasses.replace(start, color_weight=weight) for weight in (0.5, 2.0, 4.0)}
-    others = {key: dataclasses.replace(start, overrides=common | each) for key, each in own.items()}
-    return {"hog_color": start} | weights | others
-
-
-def _photos() -> dict[str, Variant]:
-    """What ``folder`` does above 64 pixels, at the default rate of AdamW, and what was found best for small images, in
-    tokens of 16 pixels.
-    """
-    adamw = 0.28  # of Muon's base learning rate for 64 images
-    color = BEST | {"mim_target": "hog", "hog_color": True, "hog_cell": None}  # 2 x 2 cells per token
-    own: dict[str, dict[str, Any]] = {
-        "color": {},
-        "color_cell_4": {"hog_cell": 4},
-        "color_c_75": {"mask_ratio": 0.75},
-        "color_crop_20": {"crop_scale": (0.2, 1.0)},
-        "mixed": {"mim_target": "pixel", "hog_color": False},
-        "color_teacher": {"vis_target": "teacher", "teacher_size": (128,)},
-    }
-    return {
-        "paper": Variant("folder", blr_factor=adamw),
-        "paper_color": Variant("folder", {"hog_color": True}, blr_factor=adamw),
-    } | {key: Variant("dmjd", color | each, blr_factor=BEST_FACTOR) for key, each in own.items()}
-
-
-def _ema() -> dict[str, Variant]:
-    """HOG with colors, and features of a moving copy for one branch or both: other momenta, blocks, views."""
-    color = BEST | {"mim_target": "hog", "vis_target": "hog", "hog_color": True}
-    vis, mim = {"vis_target": "ema"}, {"mim_target": "ema"}
-    fast, slow, blocks = {"ema_momentum": 0.99}, {"ema_momentum": 0.999}, {"ema_layers": 4}
-    four = {"num_views": 4, "batch_size": 16}
-    own: dict[str, tuple[dict[str, Any], bool | None]] = {
-        "hog_color": ({}, None),
-        "vis": (vis | fast, None),
-        "vis_slow": (vis | slow, None),
-        "vis_instance": (vis | fast | blocks, False),
-        "vis_joined": (vis | fast | blocks, True),
-        "mim": (mim | fast, None),
-        "mim_joined": (mim | fast | blocks, True),
-        "both_instance": (vis | mim | fast | blocks, False),
-        "vis_four_views": (vis | fast | four, None),
-    }
-    return {
-        key: Variant("dmjd", color | change, blr_factor=BEST_FACTOR, joined=joined)
-        for key, (change, joined) in own.items()
-    }
-
-
 _BY_FUNCTION = {"targets": _targets, "distill": _distill, "adapt": _adapt, "schedule": _schedule}
-_BY_FUNCTION |= {"sharing": _sharing, "space": _space, "agreement": _agreement, "photos": _photos}
-_BY_FUNCTION |= {"colors": _colors, "ema": _ema}
+_BY_FUNCTION |= {"sharing": _sharing, "space": _space, "agreement": _agreement, "photos": color_sets.photos}
+_BY_FUNCTION |= {"colors": color_sets.colors, "ema": color_sets.ema, "card": color_sets.card}
 
 
 def variants_of(name: str, convolutional: bool) -> dict[str, Variant]:

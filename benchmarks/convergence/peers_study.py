@@ -29,11 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from convergence_color_sets import COLOR
 from convergence_jobs import TIMED_STEPS, WARMUP_STEPS, TimedSteps
 from convergence_models import make_model
 from convergence_probe import Probe, split
 from convergence_report import mean_and_std
-from convergence_sets import BEST, ENCODERS, Variant, shuffled
+from convergence_sets import ENCODERS, shuffled
+from convergence_variant import Variant
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -48,7 +50,6 @@ from dmjd.pretraining.bench import machine
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 4, 128, 5, 4
 BATCH, ROUNDS, TIMED_IMAGES, SEARCH_SEED, WARMUP = 64, 3, 2048, 1000, 0.1
-COLOR = BEST | {"mim_target": "hog", "hog_color": True}
 OURS = {"dmjd, mae": Variant("mae"), "dmjd, settings of folder": Variant("dmjd", COLOR)}
 
 Extract = Callable[[Tensor], Tensor]  # images [B, C, H, W] on the 0..255 scale -> features [B, D]

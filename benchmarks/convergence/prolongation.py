@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence_sets import ENCODERS, SMALL_IMAGES, shuffled
+from convergence_sets import ENCODERS, shuffled
+from convergence_variant import SMALL_IMAGES
 from resolution import spread
 
 import dmjd

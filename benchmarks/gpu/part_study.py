@@ -1,4 +1,4 @@
-"""Study: MAE and the mixed targets on ViT-tiny with 4-pixel tokens, CIFAR-10, equal time, three seeds.
+"""Study: MAE and HOG with colors on ViT-tiny with 4-pixel tokens, CIFAR-10, equal time, three seeds.
 
 It is ``benchmarks/convergence/convergence.py`` with settings for a card: runs of several seeds and learning rates share
 it, because one small model does not fill it. The time of a step is measured alone, and gives each run the same time,
@@ -22,7 +22,7 @@ from record import Clock
 
 SCRIPT = Path(__file__).parents[1] / "convergence" / "convergence.py"
 
-VARIANTS = ("mae", "pixel_hog_muon_c75")
+VARIANTS = ("mae", "mae_best", "hog_color")
 
 BLRS = ("4e-4", "1.2e-3", "3.6e-3")
 
@@ -47,7 +47,7 @@ def minutes_of(seconds: float) -> float:
 
 def command(options: Options, out: Path) -> list[str]:
     """The study without the test set."""
-    words = [sys.executable, str(SCRIPT), "beyond", "--clock", "calibrated", "--device", options.device.type]
+    words = [sys.executable, str(SCRIPT), "card", "--clock", "calibrated", "--device", options.device.type]
     words += ["--data", str(options.pack / "cifar10"), "--out", str(out), "--json", str(options.out / "study.json")]
     words += ["--variants", *VARIANTS, "--parallel", str(PARALLEL), "--seeds", str(SEEDS), "--probes", "4"]
     words += ["--blrs", *BLRS, "--search-share", str(SEARCH_SHARE)]

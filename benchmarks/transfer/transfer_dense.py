@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/transfer/transfer_dense.py bccd --data DATA/bccd --out runs/transfer
 
 CamVid at 240 x 180 (mean IoU on the 233 test images), BCCD at 320 x 240 (AP50 on the 72 test images). One encoder
-is pre-trained on the training images. Then, for each seed, one model is trained from it and one from random weights,
-by the same schedule. Lengths are in steps, so a busy machine changes no result. The script can be resumed. It writes
-``benchmarks/results/transfer_SET.json`` and prints a table.
+is pre-trained on the training images, with the settings of ``folder`` or, with ``--recipe dmjd``, those of the paper.
+Then, for each seed, one model is trained from it and one from random weights, by the same schedule. Lengths are in
+steps, so a busy machine changes no result. The script can be resumed. It writes
+``benchmarks/results/transfer_SET_RECIPE.json`` and prints a table.
 """
 
 import argparse
@@ -27,7 +28,6 @@ PRETRAIN: dict[str, Any] = {
     "decoder_dim": 64,
     "decoder_depth": 1,
     "decoder_heads": 2,
-    "theta": 4.0,
     "clip_grad": 3.0,
     "eval_every": 0,
     "final_eval": False,
@@ -37,7 +37,8 @@ SETS: dict[str, dict[str, Any]] = {
         "task": "segmentation",
         "score": "miou",
         "images": "train/images",
-        "pretrain": {"img_size": (192, 240), "batch_size": 8, "blr": 1.2e-2},
+        "pretrain": {"img_size": (192, 240), "batch_size": 8},
+        "of_recipe": {"dmjd": {"blr": 1.2e-2, "theta": 4.0}, "folder": {}},
         "pretrain_steps": 1000,
         "steps": 300,
         "options": {"img_size": (180, 240), "ignore_index": 11, "batch_size": 8, "blr": 1.6e-2, "decoder_dim": 64},
@@ -46,7 +47,8 @@ SETS: dict[str, dict[str, Any]] = {
         "task": "detection",
         "score": "ap50",
         "images": "train",
-        "pretrain": {"img_size": (256, 320), "batch_size": 4, "blr": 2.4e-2},
+        "pretrain": {"img_size": (256, 320), "batch_size": 4},
+        "of_recipe": {"dmjd": {"blr": 2.4e-2, "theta": 4.0}, "folder": {}},
         "pretrain_steps": 1000,
         "steps": 150,
         "options": {"img_size": (240, 320), "batch_size": 4, "blr": 2.6e-2, "decoder_dim": 64},
@@ -60,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--recipe", choices=("folder", "dmjd"), default="folder")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pretrain-steps", type=int, help="default the set's own")
@@ -69,16 +72,16 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     config = SETS[given.set]
-    run = given.out / given.set
+    settings = PRETRAIN | config["pretrain"] | config["of_recipe"][given.recipe]
+    run = given.out / f"{given.set}_{given.recipe}"
     shared = {"precision": given.precision, "device": given.device}
     pretrained = dmjd.pretrain(
-        dmjd.recipes.folder(
+        dmjd.recipes.get_recipe(given.recipe)(
             data=str(given.data / config["images"]),
             out=str(run),
             steps=given.pretrain_steps or config["pretrain_steps"],
             **shared,
-            **PRETRAIN,
-            **config["pretrain"],
+            **settings,
         )
     )
     if not pretrained.finished:
@@ -90,13 +93,17 @@ def main() -> None:
         ]
     except dmjd.evaluation.Stopped:
         return
-    content = summary(config, given, pretrained.step, run, results)
-    write_record(given.json or Path("benchmarks/results") / f"transfer_{given.set}.json", content)
+    content = summary(config, given, {"steps": pretrained.step} | settings, run, results)
+    write_record(given.json or Path("benchmarks/results") / f"transfer_{given.set}_{given.recipe}.json", content)
     print_table(given.set, config["score"], content)
 
 
 def summary(
-    config: Mapping[str, Any], given: argparse.Namespace, steps: int, run: Path, results: list[dict[str, Any]]
+    config: Mapping[str, Any],
+    given: argparse.Namespace,
+    pretraining: dict[str, Any],
+    run: Path,
+    results: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Scores of every seed, their mean and standard deviation, and their provenance."""
     score = config["score"]
@@ -113,7 +120,7 @@ def summary(
         "seeds": given.seeds,
         "scores": scores,
         "spread": mean_std,
-        "pretraining": {"steps": steps, "seconds": training_seconds(run), **PRETRAIN, **config["pretrain"]},
+        "pretraining": {"recipe": given.recipe, "seconds": training_seconds(run)} | pretraining,
         "training_seconds": sum(training),
         "configuration": results[0]["configuration"],
         "data": {k: portable(results[0]["data"])[k] for k in ("fingerprint", "num_train", "num_test", "classes")},

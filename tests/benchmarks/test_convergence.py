@@ -20,7 +20,8 @@ from convergence_jobs import with_once
 from convergence_models import make_model
 from convergence_probe import Probe, ProbeHook, split
 from convergence_report import curves_figure, result_table, summarize, time_to_reach
-from convergence_sets import ENCODERS, SETS, Variant, variants_of, with_share
+from convergence_sets import ENCODERS, SETS, variants_of, with_share
+from convergence_variant import Variant
 
 from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source

@@ -145,4 +145,4 @@ def test_the_runs_of_the_study_fit_into_its_time():
 
     for given in (NEEDS["study"].least, 400, COMMAND_SECONDS):
         assert seconds(given) == pytest.approx(given, rel=0.02)
-    assert set(VARIANTS) <= set(variants_of("beyond", False))
+    assert set(VARIANTS) <= set(variants_of("card", False))
