@@ -354,9 +354,11 @@ class Study:
         given = self.arguments
         rows = summarize(runs, self.baseline)
         searches = [json.loads(file.read_text()) for file in sorted(self.jobs.glob(f"search-{given.encoder}-*.json"))]
+        own = {k: Path(v).name if k in PATHS else v for k, v in given.override.items()}
+        settings = {k: v for k, v in vars(given).items() if k not in PATHS}
         content = {
             "set": given.set,
-            "settings": {k: v for k, v in vars(given).items() if k not in PATHS} | {"data": Path(given.data).name},
+            "settings": settings | {"override": own, "data": Path(given.data).name},
             "baseline": self.baseline,
             "summary": rows,
             "seconds_per_step": self.seconds,

@@ -34,8 +34,8 @@ def colors() -> dict[str, Variant]:
 
 
 def photos() -> dict[str, Variant]:
-    """The paper's recipe at the default rate of AdamW, and what was found best for small images, in tokens of 16
-    pixels.
+    """MAE and the paper's recipe at the default rate of AdamW, and what was found best for small images, in tokens of
+    16 pixels.
     """
     adamw = 0.28  # of Muon's base learning rate for 64 images
     color = COLOR | {"hog_cell": None}  # 2 x 2 cells per token
@@ -47,7 +47,10 @@ def photos() -> dict[str, Variant]:
         "mixed": {"mim_target": "pixel", "hog_color": False},
         "color_teacher": {"vis_target": "teacher", "teacher_size": (128,)},
     }
+    of_pixels = {name: BEST[name] for name in ("optimizer", "mask_ratio", "crop_scale")}
     return {
+        "mae": Variant("mae", blr_factor=adamw),
+        "mae_best": Variant("mae", of_pixels, blr_factor=BEST_FACTOR),
         "paper": Variant("dmjd", blr_factor=adamw),
         "paper_color": Variant("dmjd", {"hog_color": True}, blr_factor=adamw),
     } | {key: Variant("dmjd", color | each, blr_factor=BEST_FACTOR) for key, each in own.items()}

@@ -48,7 +48,7 @@ def draw(groups: dict[str, list[Run]]) -> Figure:
         axes.set(xlabel=title)
     first = figure.axes[0]
     first.set(ylabel="linear probe, top-1 in %\n(held-out images)")
-    first.legend(fontsize=8, loc="lower right")
+    first.legend(fontsize=8, loc="best")
     return figure
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dmjd.config.checks import MAX_BATCH_SIZE, Bounds, check_bool, check_float, check_int, check_real, shown
+from dmjd.config.tokens import default_block
 from dmjd.rng import STREAM_DECODE, STREAM_MASK, hash64
 from dmjd.suggest import did_you_mean
 
@@ -351,12 +352,11 @@ def _check_ratios(K: int, c: float, p: float | None = None) -> None:
 
 
 def resolve_block_size(grid: tuple[int, int], block_size: int | None) -> int:
-    """The side of a masking block in tokens; None means 2 if it divides both grid sides, else 1."""
+    """The side of a masking block in tokens; None means :func:`default_block`."""
     if not isinstance(grid, Sequence) or len(grid) != 2:
         raise ValueError(f"grid must be (rows, columns), got {shown(grid)}")
     h, w = (check_int("grid", side, Bounds(ge=1)) for side in grid)
-    if block_size is None:
-        return 2 if h % 2 == 0 and w % 2 == 0 else 1
+    block_size = default_block((h, w)) if block_size is None else block_size
     if block_size < 1 or h % block_size or w % block_size:
         allowed = [b for b in range(1, min(h, w) + 1) if h % b == 0 and w % b == 0]
         raise ValueError(f"block_size {block_size} does not divide the {h} x {w} token grid; choose one of {allowed}")

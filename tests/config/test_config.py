@@ -160,6 +160,18 @@ def test_what_may_change_on_resume():
     assert resume_differences(old, old.replace(theta=0.5, seed=1)) == ["theta: 1.0 -> 0.5", "seed: 0 -> 1"]
 
 
+def test_a_run_goes_on_with_what_a_setting_stood_for():
+    """Recipes change; what one left to the encoder can be given as a flag."""
+    old = recipes.dmjd(encoder="vit_tiny_patch16", img_size=128)
+    assert not resume_differences(old, old.replace(block_size=2, hog_cell=8))
+    assert not resume_differences(old.replace(block_size=2, hog_cell=8), old)
+    assert resume_differences(old, old.replace(block_size=1)) == ["block_size: None -> 1"]
+    assert resume_differences(old, old.replace(hog_cell=4)) == ["hog_cell: None -> 4"]
+    assert resume_differences(old.replace(img_size=112), old.replace(img_size=112, block_size=2))  # 7 tokens
+    unknown = old.replace(encoder="timm/vit_pwee")
+    assert resume_differences(unknown, unknown.replace(block_size=2)) == ["block_size: None -> 2"]
+
+
 def test_unknown_recipe_suggests_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         recipes.get_recipe("digit")

@@ -24,9 +24,13 @@ HYBRID = {
 }
 
 
+def differences_of(one: PretrainConfig, other: PretrainConfig) -> dict:
+    return {key: value for key, value in dataclasses.asdict(one).items() if value != getattr(other, key)}
+
+
 def differences(name: str, base: str) -> dict:
-    one, other = (dataclasses.asdict(recipes.get_recipe(n)()) for n in (name, base))
-    return {key: value for key, value in one.items() if value != other[key] and key != "recipe"}
+    found = differences_of(*(recipes.get_recipe(n)() for n in (name, base)))
+    return {key: value for key, value in found.items() if key != "recipe"}
 
 
 @pytest.mark.parametrize(
@@ -57,38 +61,52 @@ def test_it_differs_only_in_what_it_is_named_after(name, base, expected):
 
 
 def test_folder_depends_on_the_image_size():
-    """Small images use the settings of our study, larger ones the paper's method; overrides win over both."""
+    """Small images have smaller tokens, each one HOG cell, and nothing else differs; overrides win."""
     large = recipes.folder(img_size=(64, 80))
     assert large == recipes.folder().replace(img_size=(64, 80))
-    assert (large.encoder, large.optimizer, large.branch_targets) == (
-        "vit_tiny_patch16",
-        "adamw",
-        {"mim": "hog", "vis": "hog"},
-    )
+    assert differences_of(large, recipes.dmjd(img_size=(64, 80))) == {
+        "recipe": "folder",
+        "encoder": "vit_tiny_patch16",
+        "hog_color": True,
+        "mask_ratio": 0.85,
+        "block_size": 1,
+        "crop_scale": (0.8, 1.0),
+        "projector_depth": 1,
+        "optimizer": "muon",
+        "clip_grad": 3.0,
+        "epochs": 200,
+    }
     for size in (32, (64,), [32, 64]):
         small = recipes.folder(img_size=size)
-        changed = {
-            key: value
-            for key, value in dataclasses.asdict(small).items()
-            if key != "img_size" and value != getattr(large, key)
-        }
-        assert changed == {
-            "encoder": "vit_tiny_patch4",
-            "hog_color": True,
-            "hog_cell": 4,
-            "mask_ratio": 0.85,
-            "block_size": 1,
-            "crop_scale": (0.8, 1.0),
-            "projector_depth": 1,
-            "optimizer": "muon",
-        }
+        changed = differences_of(small, large)
+        assert changed.pop("img_size") == small.img_size
+        assert changed == {"encoder": "vit_tiny_patch4", "hog_cell": 4}
     assert recipes.folder(img_size=32, optimizer="adamw", blr=1e-3).optimizer == "adamw"
     assert recipes.folder(img_size=32, target="ema").branch_targets == {"mim": "ema", "vis": "ema"}
     assert recipes.folder(img_size=32, vis_target="ema").branch_targets == {"mim": "hog", "vis": "ema"}
-    for patch in (2, 8, 16):
+    for patch, ratio in ((2, 0.85), (8, 0.85), (16, 0.75)):
         larger = recipes.folder(img_size=32, encoder=f"vit_tiny_patch{patch}")
-        assert (larger.mask_ratio, build_model(larger).target("vis").name) == (0.75, "hog")
+        assert (larger.mask_ratio, build_model(larger).target("vis").name) == (ratio, "hog")
     assert (small.recipe, recipes.folder(img_size=32, minutes=3).epochs) == ("folder", None)
+
+
+def test_naming_a_default_of_folder_changes_nothing():
+    for size in (32, 128):
+        config = recipes.folder(img_size=size)
+        for name in ("masks", "block_size", "num_views", "target", "mask_ratio", "hog_cell", "init", "encoder"):
+            assert recipes.folder(img_size=size, **{name: getattr(config, name)}) == config
+        assert recipes.folder(img_size=size, masks="independent") == config.replace(masks="independent")
+        assert recipes.folder(img_size=size, pred_ratio=1.0) == config.replace(pred_ratio=1.0)
+
+
+def test_what_follows_the_tokens_is_left_to_the_weights_of_init():
+    left = recipes.folder(init="runs/first").from_init
+    assert {"encoder", "img_size", "mask_ratio", "hog_cell"} <= set(left or ())
+    assert "mask_ratio" not in (recipes.folder(init="runs/first", mask_ratio=0.5).from_init or ())
+    assert "mask_ratio" not in (recipes.folder(init="runs/first").replace(mask_ratio=0.5).from_init or ())
+    known = recipes.folder(init="runs/first", encoder="vit_tiny_patch4", img_size=32)
+    assert (known.mask_ratio, known.hog_cell, known.from_init) == (0.85, 4, ("in_chans",))
+    assert "mask_ratio" not in (recipes.distill(init="runs/first").from_init or ())
 
 
 @pytest.mark.parametrize(
@@ -98,15 +116,26 @@ def test_folder_depends_on_the_image_size():
         ({"img_size": 64}, 0.85),
         ({"img_size": (32, 64), "num_views": 4}, 0.85),
         ({"img_size": 32, "encoder": "conv_vit_tiny_patch4"}, 0.85),
+        ({"img_size": 224}, 0.85),
+        ({"img_size": 112, "encoder": "timm/vit_small_patch14_dinov2"}, 0.85),
+        ({"img_size": (96, 32)}, 0.75),
         ({"img_size": 8}, 0.75),
         ({"img_size": (4, 24)}, 0.75),
         ({"img_size": 16, "block_size": 2}, 0.75),
+        ({"img_size": 32, "block_size": 2}, 0.85),
+        ({"img_size": 128, "block_size": None, "masks": "independent"}, 0.85),
+        ({"img_size": (96, 32), "encoder": "timm/vit_base_patch32_224"}, 0.5),
+        ({"img_size": (4, 8)}, 0.5),
+        ({"img_size": 128, "pred_ratio": 0.7}, 0.7),
+        ({"img_size": 128, "pred_ratio": 0.9}, 0.85),
+        ({"img_size": 128, "masks": "complementary", "num_views": 2}, 0.5),
+        ({"img_size": 96, "encoder": "timm/flexivit_small"}, 0.75),
         ({"img_size": 32, "masks": "complementary", "num_views": 4}, 0.75),
         ({"img_size": 32, "num_views": 1, "pred_ratio": 0.75}, 0.75),
     ],
     ids=str,
 )
-def test_folder_masks_what_the_tokens_of_small_images_allow(settings, mask_ratio):
+def test_folder_masks_what_the_tokens_allow(settings, mask_ratio):
     config = recipes.folder(**settings)
     assert config.mask_ratio == mask_ratio
     with torch.device("meta"):

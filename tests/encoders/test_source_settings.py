@@ -87,12 +87,37 @@ def test_folders_of_other_libraries(name, form, tmp_path):
 def test_given_settings_win():
     """The size of the images, alone or with the encoder; the other settings come from the weights."""
     config = recipes.folder(init="x", img_size=48)
-    assert config.from_init == ("encoder", "class_token", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
-    assert recipes.folder(init="x", encoder="vit_tiny_patch8").from_init == ("img_size", "in_chans")
+    of_encoder = ("encoder", "class_token", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    of_tokens = ("mask_ratio", "hog_cell")
+    assert config.from_init == (*of_encoder, "in_chans", *of_tokens)
+    assert recipes.folder(init="x", encoder="vit_tiny_patch8").from_init == ("img_size", "in_chans", *of_tokens)
+    assert recipes.dmjd(init="x", img_size=48).from_init == (*of_encoder, "in_chans")
     everything = {"encoder": "vit_tiny_patch8", "img_size": 32, "in_chans": 3}
     assert recipes.folder(init="x", **everything).from_init is None
     assert recipes.folder(init="x").replace(init="/y").from_init == recipes.folder(init="x").from_init
     assert recipes.folder().from_init is None
+
+
+@pytest.mark.parametrize(
+    ("patch", "size", "given", "expected"),
+    [
+        (4, 32, {}, (0.85, 4)),
+        (4, 32, {"img_size": 96}, (0.85, 4)),
+        (4, 8, {}, (0.75, 4)),
+        (16, 96, {}, (0.85, None)),
+        (16, 96, {"img_size": 32}, (0.75, None)),
+        (16, 96, {"mask_ratio": 0.5, "hog_cell": 8}, (0.5, 8)),
+        (4, 32, {"encoder": "vit_tiny_patch4"}, (0.85, 4)),
+    ],
+)
+def test_folder_follows_the_tokens_of_the_weights(patch, size, given, expected, tmp_path):
+    encoder = small_encoder(f"vit_tiny_patch{patch}", img_size=(size, size))
+    encoder.preprocess = Preprocess((size, size), 3, (0.4,) * 3, (0.3,) * 3)
+    (tmp_path / "encoder.safetensors").write_bytes(encoder_bytes(encoder))
+    if "encoder" in given:
+        given = given | {"embed_dim": encoder.embed_dim, "depth": encoder.depth, "num_heads": 2}
+    config, _ = begin_from(recipes.folder(init=str(tmp_path / "encoder.safetensors"), **given))
+    assert (config.mask_ratio, config.hog_cell) == expected
 
 
 def test_names_of_transformers():

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmjd import create_encoder
+from dmjd.config.tokens import default_cell
 from dmjd.encoders.base import Encoder
 from dmjd.targets import hog
 from dmjd.targets.base import whiten
-from dmjd.targets.hog import HogSettings, HogTarget, default_cell
+from dmjd.targets.hog import HogSettings, HogTarget
 
 
 def encoder(patch: int, channels: int = 3) -> Encoder:

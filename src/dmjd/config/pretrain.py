@@ -32,6 +32,7 @@ from dmjd.config.schedules import (
     schedule_option,
 )
 from dmjd.config.strategies import check_strategy, checkpoint_type_option, strategy_option
+from dmjd.config.tokens import TOKEN_SETTINGS
 
 FORMER_BATCH_SIZE = 256  # of runs of former versions that recorded none
 
@@ -41,6 +42,7 @@ DURATIONS = ("epochs", "steps", "minutes")
 ENCODER_SETTINGS = ("encoder", "class_token", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 INPUT_SETTINGS = ("img_size", "in_chans")
+LEFT_TO_INIT = (*INPUT_SETTINGS, *ENCODER_SETTINGS, *TOKEN_SETTINGS)
 
 RESOLVED = "resolved"  # group of settings that are no flags, because a run fills them in
 
@@ -161,7 +163,7 @@ class PretrainConfig(Config):
         common=True,
     )
     from_init: tuple[str, ...] | None = option(
-        None, "settings that the weights of init will give", RESOLVED, choices=(*INPUT_SETTINGS, *ENCODER_SETTINGS)
+        None, "settings that the weights of init will give", RESOLVED, choices=LEFT_TO_INIT
     )
     init_hash: str | None = option(
         None, "refuse weights of another hash than this; a run records that of its --init here", "encoder"
@@ -384,10 +386,10 @@ class PretrainConfig(Config):
         """A copy with changes. A new duration replaces the old one; a first ``init`` replaces what it determines."""
         if any(changes.get(name) is not None for name in DURATIONS):
             changes = dict.fromkeys(DURATIONS) | changes
+        left = self.from_init or ()
         if changes.get("init") is not None and self.init is None:
-            names = INPUT_SETTINGS if "encoder" in changes else (*ENCODER_SETTINGS, *INPUT_SETTINGS)
-            changes = {"from_init": tuple(name for name in names if name not in changes) or None} | changes
-        return super().replace(**changes)
+            left = INPUT_SETTINGS if "encoder" in changes else (*ENCODER_SETTINGS, *INPUT_SETTINGS)
+        return super().replace(**{"from_init": tuple(n for n in left if n not in changes) or None} | changes)
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from typing import Any
 
 from dmjd.config.checks import shown
 from dmjd.config.pretrain import PretrainConfig
+from dmjd.config.tokens import TOKEN_SETTINGS, default_block, patch_of
 from dmjd.suggest import did_you_mean
 
 Recipe = Callable[..., PretrainConfig]
 
-SMALL_SIDE = 64  # pixels; up to this size `folder` uses the settings found best on CIFAR-10
+SMALL_SIDE = 64  # pixels; up to this size the tokens of `folder` have 4 pixels
 
-FEW_TOKENS = 16  # of 4 pixels: with fewer, `folder` masks three quarters of them
+FEW_TOKENS = 16  # with fewer, or fewer blocks of them, `folder` masks three quarters
 
 
 def _with(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
@@ -133,32 +134,52 @@ def independent(data: str | tuple[str, ...] | None = None, out: str | None = Non
 
 
 def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:
-    """Your own images on one machine: settings for their size, and an encoder that timm can load.
+    """Your own images on one machine: the settings our studies found best, and an encoder that timm can load.
 
-    ``dmjd pretrain folder --data ~/images --out runs/mine``. With ``--img-size`` up to 64 the settings that our study
-    found best for minutes (docs/evidence.md): two disjoint views with 85 % of the 4-pixel tokens masked, HOG with the
-    mean color of each cell, Muon. Larger images: the defaults below, the paper's method with gradient
-    clipping; not covered by our study.
+    ``dmjd pretrain folder --data ~/images --out runs/mine``. Two disjoint views with 85 % of the tokens masked, HOG
+    with the mean color of each cell, Muon: what did best in minutes on small images, and is among the best on photographs
+    of 128 pixels (docs/evidence.md); runs of hours were not measured. With ``--img-size`` up to 64, tokens have 4 pixels instead of
+    16. Fewer than 16 tokens have a lower mask ratio.
     """
-    config = PretrainConfig(recipe="folder", data=data, out=out, encoder="vit_tiny_patch16", epochs=200, clip_grad=3.0)
-    height, width = config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).size
-    if max(height, width) <= SMALL_SIDE:
-        config = config.replace(
-            encoder="vit_tiny_patch4",
-            mask_ratio=0.75,
-            block_size=1,
-            crop_scale=(0.8, 1.0),
-            projector_depth=1,
-            optimizer="muon",
-            hog_color=True,
-        )
-        from_weights = "init" in overrides and "encoder" not in overrides  # whose patch is not known yet
-        if not from_weights and str(overrides.get("encoder", config.encoder)).endswith("patch4"):
-            config = config.replace(hog_cell=4)  # one cell per token; larger tokens keep the default
-            enough = (height // 4) * (width // 4) >= FEW_TOKENS
-            if enough and not {"masks", "block_size", "pred_ratio"} & overrides.keys():  # they need not fit it
-                config = config.replace(mask_ratio=0.85)
-    return config.replace(**overrides)
+    config = PretrainConfig(
+        recipe="folder",
+        data=data,
+        out=out,
+        encoder="vit_tiny_patch16",
+        block_size=1,
+        crop_scale=(0.8, 1.0),
+        projector_depth=1,
+        optimizer="muon",
+        hog_color=True,
+        epochs=200,
+        clip_grad=3.0,
+    )
+    if max(config.replace(**{k: v for k, v in overrides.items() if k == "img_size"}).size) <= SMALL_SIDE:
+        config = config.replace(encoder="vit_tiny_patch4")
+    config = config.replace(**overrides)
+    left = tuple(name for name in TOKEN_SETTINGS if name not in overrides)
+    if {"encoder", "img_size"} & set(config.from_init or ()):  # the tokens are not known yet
+        return config.replace(from_init=(*(config.from_init or ()), *left))
+    own = settings_of_tokens(config)
+    return config.replace(**{name: own[name] for name in left})
+
+
+def settings_of_tokens(config: PretrainConfig) -> dict[str, Any]:
+    """The settings of ``folder`` that follow the size and number of tokens: mask ratio, and one HOG cell in tokens of 4
+    pixels.
+    """
+    patch, views, (height, width) = patch_of(config.encoder), config.num_views, config.size
+    ratio = 0.75
+    if config.masks == "complementary":
+        ratio = 1.0 - 1.0 / max(2, views)
+    elif patch:
+        grid = (height // patch, width // patch)
+        block = default_block(grid) if config.block_size is None else config.block_size
+        units = (grid[0] // block) * (grid[1] // block)
+        ratio = 0.85 if units >= FEW_TOKENS else 0.75 if units >= 4 else 0.5
+    if config.pred_ratio is not None:
+        ratio = config.pred_ratio if views == 1 else min(ratio, config.pred_ratio)
+    return {"mask_ratio": ratio, "hog_cell": 4 if patch == 4 else None}
 
 
 def distill(data: str | tuple[str, ...] | None = None, out: str | None = None, **overrides: Any) -> PretrainConfig:

@@ -4,6 +4,7 @@ import dataclasses
 
 from dmjd.config.pretrain import DURATIONS, FORMER_BATCH_SIZE, PretrainConfig
 from dmjd.config.sources import moved_sources
+from dmjd.config.tokens import default_block, default_cell, patch_of
 
 
 def length_of(config: PretrainConfig) -> tuple[str, float]:
@@ -22,6 +23,16 @@ def _length_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
 
 def _number(value: float) -> str:
     return str(int(value) if value == int(value) else value)
+
+
+def _spelled_out(config: PretrainConfig, name: str) -> object:
+    """The value of a setting; of one that is not given what it stands for, if the encoder's name says its patch."""
+    value, patch = getattr(config, name), patch_of(config.encoder)
+    if value is not None or not patch:
+        return value
+    if name == "hog_cell":
+        return default_cell(patch)
+    return default_block((config.size[0] // patch, config.size[1] // patch))
 
 
 def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
@@ -43,6 +54,8 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
             before = before or 0
             after = before if after is None else after
         if before == after or field.name in DURATIONS:
+            continue
+        if field.name in ("block_size", "hog_cell") and _spelled_out(old, field.name) == _spelled_out(new, field.name):
             continue
         if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
             continue

@@ -1,7 +1,6 @@
 """The weights that a run starts from (``--init``): read once, recorded in its configuration, checked on resume."""
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,8 @@ import torch
 
 from dmjd.branches import ReconstructionBranch
 from dmjd.config.pretrain import ENCODER_SETTINGS, PretrainConfig
-from dmjd.config.recipes import NEED_INIT, SMALL_SIDE
+from dmjd.config.recipes import NEED_INIT, settings_of_tokens
+from dmjd.config.tokens import TOKEN_SETTINGS
 from dmjd.encoders.base import Encoder
 from dmjd.encoders.headers import has_checkpoint
 from dmjd.encoders.initialization import Initialization, initialize
@@ -18,7 +18,6 @@ from dmjd.encoders.sources import Weights, read_weights
 from dmjd.files import write_text
 from dmjd.model import MaskedImageModel
 from dmjd.runs.checkpoint import read_config_of
-from dmjd.warning import DMJDWarning
 
 START_FILE = "initialization.json"  # in a run folder: what was done with the weights it starts from
 
@@ -142,21 +141,7 @@ def begin_from(config: PretrainConfig, own_model: bool = False) -> tuple[Pretrai
             f"--init {config.init}: the hash of its weights is {weights.hash}, not {config.init_hash} (--init-hash)"
         )
     start = Start(weights, config.init_fresh or (), config.init_decoder, config.from_init or ())
-    _warn_of_small_images(config, weights)
     return config.replace(init_hash=weights.hash, from_init=None, **_left_to(config, weights)), start
-
-
-def _warn_of_small_images(config: PretrainConfig, weights: Weights) -> None:
-    """The recipe folder chooses its settings before the weights are read."""
-    if config.recipe != "folder" or "img_size" not in (config.from_init or ()) or weights.img_size is None:
-        return
-    if (side := max(weights.img_size)) <= SMALL_SIDE:
-        warnings.warn(
-            f"--init {weights.source} is for images of {side} pixels, and the settings are those of folder for larger "
-            f"ones: give --img-size {' '.join(map(str, dict.fromkeys(weights.img_size)))} for those of small images",
-            DMJDWarning,
-            stacklevel=4,
-        )
 
 
 def _left_to(config: PretrainConfig, weights: Weights) -> dict[str, Any]:
@@ -168,6 +153,9 @@ def _left_to(config: PretrainConfig, weights: Weights) -> dict[str, Any]:
     height, width = weights.img_size or config.size
     own |= {"img_size": (height, width) if height != width else (height,)}
     own |= {"in_chans": weights.in_chans or config.in_chans}
+    if tokens := [name for name in TOKEN_SETTINGS if name in left]:
+        known = {name: own[name] for name in left if name not in tokens}
+        own |= settings_of_tokens(config.replace(**known))
     return {name: own[name] for name in left}
 
 

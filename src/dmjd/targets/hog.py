@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmjd.config.checks import MAX_SIDE, Bounds, check_int
+from dmjd.config.tokens import default_cell
 from dmjd.encoders.base import Encoder
 from dmjd.targets.base import Target, TargetSettings, whiten
 
@@ -24,14 +25,6 @@ _CPU_PIXELS, _DEVICE_PIXELS = 1 << 18, 1 << 25
 _TABLE_SIDE, _TABLE_BINS = 512, 32
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [..., H, W] -> differences along rows and columns
-
-
-def default_cell(patch_size: int) -> int:
-    """Side of a HOG cell in pixels: half the patch if that is a whole number, else a third, else the patch."""
-    for parts in (2, 3):
-        if patch_size % parts == 0:
-            return patch_size // parts
-    return patch_size
 
 
 def hog(images_0_255: Tensor, cell_size: int = 8, num_bins: int = NUM_BINS, valid: Tensor | None = None) -> Tensor:
