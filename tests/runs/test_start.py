@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from dmjd.interop.export import formats_of
 from dmjd.pretraining.settings import resolve_paths
 from dmjd.runs.build import build_model, load_model, read_config
 from dmjd.runs.start import read_start
-from dmjd.warning import DMJDWarning
 
 FIELDS = TINY_FIELDS | {"batch_size": 8, "num_workers": 0}
 
@@ -111,14 +109,11 @@ def test_a_run_records_what_it_starts_from(source, tmp_path, capsys, config_of):
     assert load_model(tmp_path)[1].init == str(source)
 
 
-def test_folder_says_how_to_get_its_settings_for_small_images(source, tmp_path):
-    """Its settings are chosen before the size of the weights is known."""
-    with pytest.warns(DMJDWarning, match="give --img-size 32 "):
-        large, _ = read_start(recipes.folder(init=str(source)), tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        small, _ = read_start(recipes.folder(init=str(source), img_size=32), tmp_path)
-    assert (large.hog_color, small.hog_color, large.img_size, small.img_size) == (False, True, (32,), (32,))
+def test_folder_has_one_method_whether_or_not_the_size_of_the_weights_is_given(source, tmp_path):
+    starts = [recipes.folder(init=str(source), **given) for given in ({}, {"img_size": 32})]
+    without, given = (read_start(start, tmp_path)[0] for start in starts)
+    assert without == given
+    assert (given.img_size, given.mask_ratio) == ((32,), 0.85)
 
 
 @pytest.mark.parametrize("role", ["init", "teacher"])
