@@ -137,9 +137,9 @@ def folder(data: str | tuple[str, ...] | None = None, out: str | None = None, **
     """Your own images on one machine: the settings our studies found best, and an encoder that timm can load.
 
     ``dmjd pretrain folder --data ~/images --out runs/mine``. Two disjoint views with 85 % of the tokens masked, HOG
-    with the mean color of each cell, Muon: what did best in minutes on small images, and is among the best on photographs
-    of 128 pixels (docs/evidence.md); runs of hours were not measured. With ``--img-size`` up to 64, tokens have 4 pixels instead of
-    16. Fewer than 16 tokens have a lower mask ratio.
+    with the mean color of each cell, Muon: what did best in minutes on small images, and is among the best on
+    photographs of 128 pixels (docs/evidence.md); runs of hours were not measured. With ``--img-size`` up to 64, tokens
+    have 4 pixels instead of 16. Fewer than 16 tokens have a lower mask ratio.
     """
     config = PretrainConfig(
         recipe="folder",
