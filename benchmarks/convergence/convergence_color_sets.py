@@ -23,14 +23,15 @@ def card() -> dict[str, Variant]:
 
 
 def colors() -> dict[str, Variant]:
-    """HOG with colors: their weight, other cells, views and masks."""
+    """HOG with colors: their weight, other cells, views and masks, layer-wise learning rates."""
     own: dict[str, dict[str, Any]] = {"cell_2": {"hog_cell": 2}, "one_view": {"num_views": 1}}
     own |= {"four_views": {"num_views": 4, "batch_size": 16}, "c_90": {"mask_ratio": 0.9}, "c_75": {"mask_ratio": 0.75}}
-    own |= {"theta_2": {"theta": 2.0}, "crop_50": {"crop_scale": (0.5, 1.0)}}
+    own |= {"theta_2": {"theta": 2.0}, "crop_50": {"crop_scale": (0.5, 1.0)}, "block_2": {"block_size": 2}}
+    own |= {"layer_decay_90": {"layer_decay": 0.9}, "layer_decay_75": {"layer_decay": 0.75}}
     start = Variant("dmjd", COLOR, blr_factor=BEST_FACTOR)
     weights = {f"weight_{weight:g}": dataclasses.replace(start, color_weight=weight) for weight in (0.5, 2.0, 4.0)}
     others = {key: dataclasses.replace(start, overrides=COLOR | each) for key, each in own.items()}
-    return {"hog_color": start} | weights | others
+    return {"hog_color": start, "windows": dataclasses.replace(start, windows=True)} | weights | others
 
 
 def photos() -> dict[str, Variant]:
@@ -61,7 +62,7 @@ def ema() -> dict[str, Variant]:
     color = COLOR | {"vis_target": "hog"}
     vis, mim = {"vis_target": "ema"}, {"mim_target": "ema"}
     fast, slow, blocks = {"ema_momentum": 0.99}, {"ema_momentum": 0.999}, {"ema_layers": 4}
-    four = {"num_views": 4, "batch_size": 16}
+    one, few, four = {"num_views": 1}, {"batch_size": 16}, {"num_views": 4, "batch_size": 16}
     own: dict[str, tuple[dict[str, Any], bool | None]] = {
         "hog_color": ({}, None),
         "vis": (vis | fast, None),
@@ -70,6 +71,9 @@ def ema() -> dict[str, Variant]:
         "vis_joined": (vis | fast | blocks, True),
         "mim": (mim | fast, None),
         "mim_joined": (mim | fast | blocks, True),
+        "mim_joined_one_view": (mim | fast | blocks | one, True),
+        "mim_joined_one_view_16": (mim | fast | blocks | one | few, True),
+        "mim_joined_four_views": (mim | fast | blocks | four, True),
         "both": (vis | mim | fast, None),
         "both_instance": (vis | mim | fast | blocks, False),
         "both_joined": (vis | mim | fast | blocks, True),

@@ -8,39 +8,19 @@ from dataclasses import dataclass
 import torch
 from convergence_agreement import AgreeingModel
 from convergence_ema import LayeredEmaTarget
+from convergence_masks import ShuffledVisible, Windows
 from convergence_variant import Variant
 from torch import Tensor
 
 from dmjd.branches import Branch, Distillation, DistillationBranch
 from dmjd.config.pretrain import PretrainConfig
 from dmjd.encoders.base import Encoder
-from dmjd.masking import Masks, MaskSampler
+from dmjd.masking import Masks
 from dmjd.model import MaskedImageModel
-from dmjd.rng import hash64
 from dmjd.runs.build import build_distillation, build_encoder, build_masks, build_model, build_reconstruction
 from dmjd.runs.start import begin_from
 from dmjd.targets.ema import EmaSettings
 from dmjd.targets.hog import HogTarget
-
-
-class ShuffledVisible(MaskSampler):
-    """The masks of another sampler with the visible tokens of each view in random order, as published."""
-
-    def __init__(self, sampler: MaskSampler) -> None:
-        self.sampler, self.num_views = sampler, sampler.num_views
-        self.mask_ratio, self.pred_ratio = sampler.mask_ratio, sampler.pred_ratio
-
-    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int]:
-        """(V, M, U) in tokens."""
-        return self.sampler.counts(grid)
-
-    def draw(self, keys: Tensor, grid: tuple[int, int]) -> Masks:
-        """Draw K views of each image: keys [B] int64 -> masks."""
-        masks = self.sampler.draw(keys, grid)
-        K, B, V = masks.visible.shape
-        views, positions = (torch.arange(n, device=keys.device) for n in (K, V))
-        noise = hash64(0, keys.view(1, B, 1), views.view(K, 1, 1), positions)  # K, B, V
-        return dataclasses.replace(masks, visible=masks.visible.gather(2, noise.argsort(dim=-1)))
 
 
 class MisalignedBranch(DistillationBranch):
@@ -81,6 +61,8 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
         return AgreeingModel(config, variant.agreement)
     if variant.joined is not None:
         return _of_blocks(config, variant.joined)
+    if variant.windows:
+        return _of_windows(config)
     if not variant.misaligned:
         return weight_colors(build_model(*begin_from(config)), variant.color_weight)
     torch.manual_seed(config.seed)
@@ -105,3 +87,11 @@ def _of_blocks(config: PretrainConfig, joined: bool) -> MaskedImageModel:
     if vis is not None and isinstance(vis.target, EmaSettings):
         vis = dataclasses.replace(vis, target=target)
     return MaskedImageModel(encoder, masks=build_masks(config), mim=mim, vis=vis)
+
+
+def _of_windows(config: PretrainConfig) -> MaskedImageModel:
+    """The model of a configuration, with :class:`Windows` for masks."""
+    torch.manual_seed(config.seed)
+    encoder = build_encoder(config)
+    mim, vis = build_reconstruction(config), build_distillation(config)
+    return MaskedImageModel(encoder, masks=Windows(build_masks(config)), mim=mim, vis=vis)

@@ -23,6 +23,7 @@ class Variant:
         color_weight: factor on the colors of the target hog.
         joined: whether the target ema has its blocks side by side or averaged, normalized over the image; None: as the
             library does.
+        windows: whether the visible tokens are one window of the image, see ``Windows``.
     """
 
     recipe: str
@@ -36,6 +37,7 @@ class Variant:
     agreement: Agreement | None = None
     color_weight: float = 1.0
     joined: bool | None = None
+    windows: bool = False
 
 
 # What was found best for CIFAR-10.

@@ -17,6 +17,7 @@ import sweeps_figure
 from convergence import COMMON
 from convergence_agreement import contrast
 from convergence_jobs import with_once
+from convergence_masks import Windows
 from convergence_models import make_model
 from convergence_probe import Probe, ProbeHook, split
 from convergence_report import curves_figure, result_table, summarize, time_to_reach
@@ -27,6 +28,7 @@ from dmjd.config import recipes
 from dmjd.data.sources.registry import open_source
 from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.loop import Report, TrainState
+from dmjd.masking import DisjointMasks
 from dmjd.nn.tokens import gather_views
 from dmjd.targets.hog import HogTarget
 
@@ -81,6 +83,26 @@ def test_joined_blocks_are_targets_of_their_own_normalized_over_the_image():
     for number, block in enumerate(model.encoder.block_outputs(images, 4)):
         deviation, mean = torch.std_mean(block, dim=1, correction=0, keepdim=True)
         assert torch.allclose(found[:, :, number], (block - mean) / deviation, atol=1e-2)
+
+
+@pytest.mark.parametrize(("grid", "ratio"), [((8, 8), 0.85), ((5, 12), 0.75), ((2, 16), 0.8)])
+def test_windows_show_one_part_of_the_image_rolled_around_its_edges(grid, ratio):
+    sampler = Windows(DisjointMasks(2, ratio, block_size=1))
+    masks = sampler.draw(torch.arange(200), grid)
+    V, M, _ = sampler.counts(grid)
+    assert masks.visible.shape == (2, 200, V)
+    assert masks.masked.shape == (2, 200, M)
+    for visible in (~masks.mask).flatten(0, 1).unflatten(1, grid):
+        sides = [extent(visible.any(dim=dim)) for dim in (1, 0)]
+        assert 0 <= sides[0] * sides[1] - V < sides[1]
+    shares = (~masks.mask).float().mean(dim=(0, 1))
+    assert shares.min() > 0.5 * shares.mean()
+    assert masks.mask.any(dim=0).float().mean() > 0.9
+
+
+def extent(occupied: torch.Tensor) -> int:
+    """Length of the shortest stretch of a ring that holds all occupied places."""
+    return min(int(occupied.roll(shift).nonzero()[-1]) + 1 for shift in range(len(occupied)))
 
 
 def test_the_published_order_differs_in_the_visible_branch_alone():
