@@ -88,6 +88,13 @@ class HuggingFaceMae(nn.Module):
         decoder = {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
         decoder |= {"decoder_intermediate_size": 256}
         self.model = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True, mask_ratio=0.75, **sizes, **decoder))
+        embeddings = self.model.vit.embeddings
+        if not embeddings.position_embeddings.any():
+            # transformers 5.24 has an initialization of the positions, but skips it in models that load no weights, which
+            # then learn next to nothing.
+            embeddings.patch_embeddings.projection._is_hf_initialized = False
+            embeddings.initialize_weights()
+            self.model.decoder.initialize_weights(embeddings.patch_embeddings.num_patches)
         own = Preprocess((SIDE, SIDE))
         crop = transforms.RandomResizedCrop(SIDE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
         steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()]
