@@ -90,8 +90,8 @@ class HuggingFaceMae(nn.Module):
         self.model = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True, mask_ratio=0.75, **sizes, **decoder))
         embeddings = self.model.vit.embeddings
         if not embeddings.position_embeddings.any():
-            # transformers 5.24 has an initialization of the positions, but skips it in models that load no weights, which
-            # then learn next to nothing.
+            # transformers 5.24 initializes the positions to zero in models that load no weights; such a model learns next
+            # to nothing.
             embeddings.patch_embeddings.projection._is_hf_initialized = False
             embeddings.initialize_weights()
             self.model.decoder.initialize_weights(embeddings.patch_embeddings.num_patches)
