@@ -8,9 +8,10 @@ loss, in the loop of its documentation: a PyTorch ``DataLoader``, AdamW, warm-up
 and HOG with colors with the settings that ``folder`` has for small images, in batches of 32 images; all others have 64.
 Encoders have 5 blocks of width 128 and patches of 4 pixels.
 
-A tenth of the training images is held out, as in ``convergence.py``: the better of the base learning rates is chosen on
-it in runs of a quarter of the length. All sides get as many steps as fit into the minutes; the time of a step, with
-loading, is the shortest of several alternating rounds, so run this part on an idle machine (``--until calibrate``).
+A tenth of the training images is held out, as in ``convergence.py``: the best of the base learning rates is chosen on
+it in runs of a quarter of the length, and if it is the highest or lowest, one three times as high or low is tried, too.
+All sides get as many steps as fit into the minutes; the time of a step, with loading, is the shortest of several
+alternating rounds, so run this part on an idle machine (``--until calibrate``).
 The same probe reads the mean patch token of every encoder, layer-normalized. SimCLR trains exactly this mean; its
 transform is lightly's without blur, for small images. Each run has a process of its own, whose largest memory is
 recorded. Finished runs stay.
@@ -90,8 +91,7 @@ class HuggingFaceMae(nn.Module):
         self.model = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True, mask_ratio=0.75, **sizes, **decoder))
         embeddings = self.model.vit.embeddings
         if not embeddings.position_embeddings.any():
-            # transformers 5.24 initializes the positions to zero in models that load no weights; such a model learns next
-            # to nothing.
+            # Without weights to load, transformers 5.24 sets the positions to zero. Such a model learns very little.
             embeddings.patch_embeddings.projection._is_hf_initialized = False
             embeddings.initialize_weights()
             self.model.decoder.initialize_weights(embeddings.patch_embeddings.num_patches)
@@ -308,12 +308,21 @@ class Study:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(_score, self.given, job).result()
 
+    def _search(self, name: str) -> dict[float, float]:
+        """Base learning rate -> linear probe after a quarter of the length; one more if the best is at an edge."""
+        tried = {blr: self.alone(name, 0.25, blr, SEARCH_SEED)["linear"] for blr in sorted(self.given.blrs)}
+        best = max(tried, key=lambda blr: tried[blr])
+        if best in (min(tried), max(tried)):
+            beyond = best / 3 if best == min(tried) else best * 3
+            tried[beyond] = self.alone(name, 0.25, beyond, SEARCH_SEED)["linear"]
+        return tried
+
     def run(self, sides: list[str]) -> dict[str, Any]:
         """Side -> its best rate and scores."""
         rows: dict[str, Any] = {}
         for name in sides:
-            tried = {blr: self.alone(name, 0.25, blr, SEARCH_SEED)["linear"] for blr in self.given.blrs}
-            rows[name] = {"blr": max(tried, key=lambda blr: tried[blr]), "search": tried}
+            rows[name] = {"search": (tried := self._search(name))}
+            rows[name]["blr"] = max(tried, key=lambda blr: tried[blr])
         for seed in range(self.given.seeds):
             for name, row in rows.items():
                 row.setdefault("runs", []).append(self.alone(name, 1.0, row["blr"], seed))
