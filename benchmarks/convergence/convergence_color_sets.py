@@ -60,26 +60,27 @@ def photos() -> dict[str, Variant]:
 def ema() -> dict[str, Variant]:
     """HOG with colors, and features of a moving copy for one branch or both: other momenta, blocks, views."""
     color = COLOR | {"vis_target": "hog"}
-    vis, mim = {"vis_target": "ema"}, {"mim_target": "ema"}
+    vis, mim, mean = {"vis_target": "ema"}, {"mim_target": "ema"}, {"ema_joined": False}
     fast, slow, blocks = {"ema_momentum": 0.99}, {"ema_momentum": 0.999}, {"ema_layers": 4}
     one, few, four = {"num_views": 1}, {"batch_size": 16}, {"num_views": 4, "batch_size": 16}
-    own: dict[str, tuple[dict[str, Any], bool | None]] = {
-        "hog_color": ({}, None),
-        "vis": (vis | fast, None),
-        "vis_slow": (vis | slow, None),
-        "vis_instance": (vis | fast | blocks, False),
-        "vis_joined": (vis | fast | blocks, True),
-        "mim": (mim | fast, None),
-        "mim_joined": (mim | fast | blocks, True),
-        "mim_joined_one_view": (mim | fast | blocks | one, True),
-        "mim_joined_one_view_16": (mim | fast | blocks | one | few, True),
-        "mim_joined_four_views": (mim | fast | blocks | four, True),
-        "both": (vis | mim | fast, None),
-        "both_instance": (vis | mim | fast | blocks, False),
-        "both_joined": (vis | mim | fast | blocks, True),
-        "vis_four_views": (vis | fast | four, None),
+    own: dict[str, dict[str, Any]] = {
+        "hog_color": {},
+        "vis": vis | fast | mean,
+        "vis_slow": vis | slow | mean,
+        "vis_instance": vis | fast | blocks | mean,
+        "vis_joined": vis | fast | blocks,
+        "mim": mim | fast | mean,
+        "mim_joined": mim | fast | blocks,
+        "mim_joined_one_view": mim | fast | blocks | one,
+        "mim_joined_one_view_16": mim | fast | blocks | one | few,
+        "mim_joined_four_views": mim | fast | blocks | four,
+        "both": vis | mim | fast | mean,
+        "both_instance": vis | mim | fast | blocks | mean,
+        "both_joined": vis | mim | fast | blocks,
+        "both_joined_half": vis | mim | fast,
+        "vis_four_views": vis | fast | four | mean,
     }
     return {
-        key: Variant("dmjd", color | change, blr_factor=BEST_FACTOR, joined=joined)
-        for key, (change, joined) in own.items()
+        key: Variant("dmjd", color | change, blr_factor=BEST_FACTOR, instance_mean=key.endswith("_instance"))
+        for key, change in own.items()
     }

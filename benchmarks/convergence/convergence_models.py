@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from convergence_agreement import AgreeingModel
-from convergence_ema import LayeredEmaTarget
+from convergence_ema import InstanceMeanTarget
 from convergence_masks import ShuffledVisible, Windows
 from convergence_variant import Variant
 from torch import Tensor
@@ -59,8 +59,8 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     """The untrained model of a variant; both orders start from the same weights."""
     if variant.agreement is not None:
         return AgreeingModel(config, variant.agreement)
-    if variant.joined is not None:
-        return _of_blocks(config, variant.joined)
+    if variant.instance_mean:
+        return _of_instances(config)
     if variant.windows:
         return _of_windows(config)
     if not variant.misaligned:
@@ -76,11 +76,11 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
     )
 
 
-def _of_blocks(config: PretrainConfig, joined: bool) -> MaskedImageModel:
-    """The model of a configuration, with :class:`LayeredEmaTarget` as its target ``ema``."""
+def _of_instances(config: PretrainConfig) -> MaskedImageModel:
+    """The model of a configuration, with :class:`InstanceMeanTarget` as its target ``ema``."""
     torch.manual_seed(config.seed)
     encoder = build_encoder(config)
-    target = LayeredEmaTarget(encoder, EmaSettings(config.ema_layers, config.ema_momentum), joined)
+    target = InstanceMeanTarget(encoder, EmaSettings(config.ema_layers, config.ema_momentum, joined=False))
     mim, vis = build_reconstruction(config), build_distillation(config)
     if mim is not None and isinstance(mim.target, EmaSettings):
         mim = dataclasses.replace(mim, target=target)

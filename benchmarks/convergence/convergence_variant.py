@@ -21,8 +21,7 @@ class Variant:
         blr_factor: factor on the base learning rate.
         agreement: a loss on the pooled features of the views.
         color_weight: factor on the colors of the target hog.
-        joined: whether the target ema has its blocks side by side or averaged, normalized over the image; None: as the
-            library does.
+        instance_mean: whether the target ema averages blocks that are normalized over the image.
         windows: whether the visible tokens are one window of the image, see ``Windows``.
     """
 
@@ -36,7 +35,7 @@ class Variant:
     blr_factor: float = 1.0
     agreement: Agreement | None = None
     color_weight: float = 1.0
-    joined: bool | None = None
+    instance_mean: bool = False
     windows: bool = False
 
 

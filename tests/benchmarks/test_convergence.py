@@ -30,6 +30,7 @@ from dmjd.encoders.stored import encoder_bytes
 from dmjd.engine.loop import Report, TrainState
 from dmjd.masking import DisjointMasks
 from dmjd.nn.tokens import gather_views
+from dmjd.targets.base import whitened_mean
 from dmjd.targets.hog import HogTarget
 
 # Fewer channels than in the study, of as many blocks: targets are taken from some of them.
@@ -75,14 +76,17 @@ def test_the_weight_of_colors_is_theirs_alone():
     assert torch.equal(2 * one[..., target.edges_dim :], two[..., target.edges_dim :])
 
 
-def test_joined_blocks_are_targets_of_their_own_normalized_over_the_image():
-    variant = variants_of("ema", False)["mim_joined"]
+def test_the_mean_of_blocks_that_are_normalized_over_the_image():
+    variant = variants_of("ema", False)["both_instance"]
     model = make_model(variant, config(variant, "vit_lite"))
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = model.targets(images, images)["mim"].unflatten(2, (4, 32))  # 3, 64, blocks, D
-    for number, block in enumerate(model.encoder.block_outputs(images, 4)):
+    blocks = []
+    for block in model.encoder.block_outputs(images, 4):
         deviation, mean = torch.std_mean(block, dim=1, correction=0, keepdim=True)
-        assert torch.allclose(found[:, :, number], (block - mean) / deviation, atol=1e-2)
+        blocks.append((block - mean) / deviation)
+    found = model.targets(images, images)
+    assert torch.allclose(found["mim"], whitened_mean(blocks), atol=1e-2)
+    assert found["vis"] is found["mim"]
 
 
 @pytest.mark.parametrize(("grid", "ratio"), [((8, 8), 0.85), ((5, 12), 0.75), ((2, 16), 0.8)])

@@ -39,6 +39,7 @@ OTHER = {
     "teacher_size": 64,
     "ema_layers": 1,
     "ema_momentum": 0.9,
+    "ema_joined": False,
     "num_views": 1,
     "mask_ratio": 0.5,
     "pred_ratio": 0.75,

@@ -1,5 +1,6 @@
 """The ema target: a copy that follows the encoder slowly, resumes bit for bit, and warns about a collapse."""
 
+import json
 import math
 import signal
 
@@ -9,6 +10,7 @@ from support import TINY_FIELDS, assert_same_bits, metrics
 
 from dmjd import ComplementaryMasks, Distillation, MaskedImageModel, Reconstruction, create_encoder, pretrain
 from dmjd.config import recipes
+from dmjd.config.pretrain import PretrainConfig
 from dmjd.encoders.base import Encoder
 from dmjd.figures.show import show
 from dmjd.runs.build import build_model
@@ -30,21 +32,37 @@ def normalized(count: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
-def test_it_is_the_whitened_mean_of_the_last_blocks_of_the_whole_image(name):
+def test_blocks_are_targets_of_their_own_normalized_over_the_whole_image(name):
+    source = encoder(name)
+    target = EmaTarget(source, EmaSettings(layers=3))
+    images = normalized()
+    actual = target(images, torch.full_like(images, float("nan")))
+    outputs = source.eval().block_outputs(images, 4)
+    assert actual.shape == (3, 16, target.dim)
+    for found, block in zip(actual.chunk(3, dim=2), outputs[1:], strict=True):
+        deviation, mean = torch.std_mean(block, dim=1, correction=0, keepdim=True)
+        torch.testing.assert_close(found, (block - mean) / (deviation**2 + 1e-5).sqrt(), rtol=1e-3, atol=1e-3)
+    assert EmaTarget(source).dim == 2 * source.embed_dim  # half of four
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "conv_vit_tiny_patch8"])
+def test_the_mean_is_that_of_the_last_blocks_of_the_whole_image_whitened(name):
     source = encoder(name, drop_path=0.5)
-    target = EmaTarget(source, EmaSettings(layers=2)).train()  # stochastic depth stays off
+    target = EmaTarget(source, EmaSettings(layers=2, joined=False)).train()  # stochastic depth stays off
     images = normalized()
     actual = target(images, torch.full_like(images, float("nan")))
     outputs = source.eval().block_outputs(images, 4)
     assert torch.equal(outputs[-1], source(images))
     torch.testing.assert_close(actual, whiten((whiten(outputs[2]) + whiten(outputs[3])) / 2))
-    torch.testing.assert_close(EmaTarget(source, EmaSettings(layers=1))(images, images), whiten(outputs[3]))
+    torch.testing.assert_close(
+        EmaTarget(source, EmaSettings(layers=1, joined=False))(images, images), whiten(outputs[3])
+    )
     assert EmaTarget(source).layers == 2  # half of four
     assert actual.shape == (3, 16, target.dim)
 
 
 def test_a_class_token_is_dropped():
-    assert EmaTarget(encoder(class_token=True))(normalized(), normalized()).shape == (3, 16, 32)
+    assert EmaTarget(encoder(class_token=True))(normalized(), normalized()).shape == (3, 16, 2 * 32)
 
 
 def test_momentum_rises_to_one_by_half_a_cosine():
@@ -95,7 +113,11 @@ def test_it_computes_in_the_runs_precision_and_returns_float32():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layers": 5}, "ema_layers must be 1 to 4"), ({"momentum": 1.5}, "ema_momentum must lie between 0 and 1")],
+    [
+        ({"layers": 5}, "ema_layers must be 1 to 4"),
+        ({"momentum": 1.5}, "ema_momentum must lie between 0 and 1"),
+        ({"joined": 1}, "ema_joined must be bool"),
+    ],
 )
 def test_settings_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
@@ -131,6 +153,24 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, image_folder):
     assert lines == [m["target_std"] for m in metrics(tmp_path / "stopped")]
     assert min(lines) > COLLAPSED
     assert show("targets", tmp_path / "straight", out=tmp_path / "t.png", num_images=2).stat().st_size > 1000
+
+
+def test_a_run_of_a_former_version_keeps_the_mean_of_its_blocks(tmp_path, image_folder):
+    """Its configuration does not say so."""
+    runs = {}
+    for target in ("ema", "hog"):
+        runs[target] = config(image_folder, tmp_path / target, target=target, ema_joined=False, steps=2)
+        pretrain(runs[target])
+        file = tmp_path / target / "config.json"
+        written = json.loads(file.read_text())
+        del written["ema_joined"]
+        file.write_text(json.dumps(written))
+        assert not PretrainConfig.from_json(file.read_text()).ema_joined
+    longer = runs["ema"].replace(steps=3)
+    with pytest.raises(ValueError, match="\n  ema_joined: False -> True"):
+        pretrain(longer.replace(ema_joined=True))
+    assert pretrain(longer).step == 3
+    assert pretrain(runs["hog"].replace(steps=3, ema_joined=True)).step == 3
 
 
 def test_a_collapse_is_reported_when_it_happens_and_at_the_end(tmp_path, image_folder, capsys):

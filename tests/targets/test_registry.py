@@ -48,9 +48,11 @@ def test_wrong_names_and_settings(target, settings, message):
 def test_settings_of_a_configuration_reach_their_targets():
     fields = {"img_size": 32, "encoder": "vit_tiny_patch8", "depth": 4, "num_heads": 3}
     fields |= {"hog_cell": 2, "hog_bins": 6, "hog_color": True, "ema_layers": 3, "ema_momentum": 0.5}
+    fields |= {"ema_joined": False}
     model = build_model(recipes.dmjd(mim_target="hog", vis_target="ema", **fields))
     assert (model.target("mim").cell_size, model.target("mim").num_bins, model.target("mim").color) == (2, 6, True)
-    assert (model.target("vis").layers, model.target("vis").momentum) == (3, 0.5)
+    vis = model.target("vis")
+    assert (vis.layers, vis.momentum, vis.joined) == (3, 0.5, False)
 
 
 class MeanColor(Target):

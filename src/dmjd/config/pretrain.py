@@ -202,12 +202,11 @@ class PretrainConfig(Config):
         most=MAX_SIDE,
         length=(1, 2),
     )
-    ema_layers: int | None = option(
-        None, "target ema: number of last blocks to average; default half", "method", ge=1, most=MAX_DEPTH
-    )
+    ema_layers: int | None = option(None, "target ema: last blocks; default half", "method", ge=1, most=MAX_DEPTH)
     ema_momentum: float = option(
         0.996, "target ema: initial momentum; rises to 1 over the run (wsd: the cooldown)", "method", ge=0, le=1
     )
+    ema_joined: bool = option(True, "target ema: every block is a target of its own, not their mean", "method")
     num_views: int = option(
         2, "times that an image is masked in a step: its views (K)", "method", common=True, ge=1, most=MAX_VIEWS
     )
@@ -356,9 +355,7 @@ class PretrainConfig(Config):
         super().__post_init__()
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of --epochs, --steps and --minutes, got {' and '.join(given) or 'none'}"
-            )
+            raise ValueError(f"give exactly one of --epochs, --steps, --minutes, got {' and '.join(given) or 'none'}")
         if self.accumulate > 1 and self.batch_size is not None and self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         check_image_settings(self)
@@ -393,8 +390,10 @@ class PretrainConfig(Config):
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Rename the settings of former versions; version 0.1 had ``disjoint`` instead of ``masks``."""
+        """Names and defaults of version 0.1: ``disjoint`` instead of ``masks``, and the mean of blocks for ``ema``."""
         settings = super().from_former(values)
+        if settings:
+            settings.setdefault("ema_joined", False)
         if "disjoint" in settings:
             settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"
         return settings

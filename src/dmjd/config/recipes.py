@@ -219,6 +219,7 @@ def adapt(data: str | tuple[str, ...] | None = None, out: str | None = None, **o
         mim_target="pixel",
         vis_target="ema",
         ema_momentum=1.0,
+        ema_joined=False,
         mask_ratio=0.75,
         block_size=1,
         layer_decay=0.75,

@@ -4,12 +4,12 @@ from collections.abc import Container, Iterator
 
 from dmjd.config.pretrain import PretrainConfig
 
-_OF_TARGETS = {
+_OF_TARGETS: dict[str, tuple[str, ...]] = {
     "hog": ("hog_cell", "hog_bins", "hog_color"),
     "teacher": ("teacher_layers", "teacher_skip", "teacher_size"),
-    "ema": ("ema_layers", "ema_momentum"),
+    "ema": ("ema_layers", "ema_momentum", "ema_joined"),
 }
-_OF_BRANCHES = {
+_OF_BRANCHES: dict[str, tuple[str, ...]] = {
     "mim": ("mim_target", "mim_loss", "decode_ratio", "decoder_depth", "decoder_heads", "decoder_mlp_ratio"),
     "vis": ("vis_target", "vis_loss", "theta", "projector_depth"),
 }

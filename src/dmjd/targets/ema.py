@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmjd.config.checks import MAX_DEPTH, Bounds, check_float, check_int
+from dmjd.config.checks import MAX_DEPTH, Bounds, check_bool, check_float, check_int
 from dmjd.encoders.base import Encoder
 from dmjd.targets.base import Target, TargetSettings, whitened_mean
 
@@ -22,28 +23,33 @@ class EmaSettings(TargetSettings):
     """Settings of :class:`EmaTarget`.
 
     Args:
-        layers: number of last transformer blocks to average; None = half of them.
+        layers: number of last transformer blocks; None = half of them.
         momentum: momentum at the start of the run, 0 to 1; 1 = the copy stays what the run began with.
+        joined: whether every block is a target of its own, all side by side; False = their mean.
     """
 
     layers: int | None = None
     momentum: float = MOMENTUM
+    joined: bool = True
 
     def __post_init__(self) -> None:
         if self.layers is not None:
             check_int("ema_layers", self.layers, Bounds(ge=1, most=MAX_DEPTH))
         check_float("ema_momentum", self.momentum, Bounds(ge=0, le=1))
+        check_bool("ema_joined", self.joined)
 
 
 class EmaTarget(Target):
     """Features of an exponential moving average of the encoder, on the unmasked image.
 
-    The outputs of the last blocks are whitened, averaged and whitened again. After every step the copy moves towards
-    the encoder by 1 - momentum; the momentum rises to 1 over the run by half a cosine (BYOL, Grill et al. 2020).
+    The outputs of the last blocks are normalized over the tokens of an image, channel by channel (data2vec 2.0, Baevski
+    et al. 2023), and put side by side. If they are not joined, they are whitened, averaged and whitened again. After
+    every step the copy moves towards the encoder by 1 - momentum; the momentum rises to 1 over the run by half a cosine
+    (BYOL, Grill et al. 2020).
 
     Args:
         encoder: the encoder; it is copied with its weights.
-        settings: layers and momentum.
+        settings: layers, momentum, and whether blocks are joined.
 
     Raises:
         ValueError: for more layers than the encoder has blocks, or a momentum out of range.
@@ -58,7 +64,8 @@ class EmaTarget(Target):
         self.layers = max(1, encoder.depth // 2) if settings.layers is None else settings.layers
         if self.layers > encoder.depth:
             raise ValueError(f"ema_layers must be 1 to {encoder.depth}, the encoder's blocks, got {self.layers}")
-        self.momentum, self.dim = settings.momentum, encoder.embed_dim
+        self.momentum, self.joined = settings.momentum, settings.joined
+        self.dim = encoder.embed_dim * (self.layers if self.joined else 1)
         self.copy = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.copy.set_grad_checkpointing(False)
 
@@ -70,8 +77,9 @@ class EmaTarget(Target):
 
     @torch.no_grad()
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
-        """[B, c, H, W] normalized -> [B, N, D]."""
-        return whitened_mean(self.copy.block_outputs(normalized, self.layers))
+        """[B, c, H, W] normalized -> [B, N, L * D], or [B, N, D] if the L blocks are not joined."""
+        outputs = self.copy.block_outputs(normalized, self.layers)
+        return torch.cat([over_tokens(layer) for layer in outputs], dim=2) if self.joined else whitened_mean(outputs)
 
     def momentum_at(self, progress: float) -> float:
         """Momentum at ``progress`` of the run (0 to 1): from the initial one to 1 by half a cosine."""
@@ -99,6 +107,11 @@ class EmaTarget(Target):
             "for unrelated features). The encoder learns nothing from here on; start again with a lower --blr, a "
             "higher --ema-momentum, or --mim-target hog"
         )
+
+
+def over_tokens(features: Tensor) -> Tensor:
+    """Features [B, N, D] in float32, each channel with zero mean and unit variance over the tokens of an image."""
+    return F.layer_norm(features.float().transpose(1, 2), features.shape[1:2]).transpose(1, 2)
 
 
 def feature_deviation(features: Tensor) -> Tensor:
