@@ -13,7 +13,7 @@ from dmjd.targets.ema import EmaTarget, over_tokens
 class InstanceMeanTarget(EmaTarget):
     """The target ``ema`` with the mean of its blocks, each normalized over the tokens of an image, channel by channel.
 
-    So does data2vec 2.0 (Baevski et al. 2023).
+    So does data2vec 2.0 (Baevski et al. 2023). Here they are whitened per token besides.
     """
 
     @torch.no_grad()

@@ -44,10 +44,8 @@ class Windows(ShuffledVisible):
         """Draw K views of each image: keys [B] int64 -> masks."""
         (h, w), K, B = grid, self.num_views, len(keys)
         V = self.counts(grid)[0]
-        rows, top, left = (
-            hash64(0, keys, torch.tensor(part, device=keys.device)).remainder(1 << 20) for part in range(3)
-        )
-        least, most = max(1, round(V**0.5 / 2)), min(h, round(2 * V**0.5))
+        rows, top, left = (hash64(0, keys, part).remainder(1 << 20) for part in range(3))
+        least, most = (min(h, max(1, round(factor * V**0.5))) for factor in (0.5, 2.0))
         rows = (least + rows % (most - least + 1)).clamp(min=-(-V // w))  # B
         columns = (V + rows - 1) // rows
         position = torch.arange(V, device=keys.device)

@@ -51,6 +51,7 @@ def of_dmjd(**overrides: Any) -> Variant:
 def _targets() -> dict[str, Variant]:
     """Other targets for one or both branches."""
     by = {"pixel": ("pixel", "pixel"), "ema": ("ema", "ema"), "pixel_hog": ("pixel", "hog")}
+    mean = {"ema_joined": False}
     by |= {"hog_pixel": ("hog", "pixel"), "hog_ema": ("hog", "ema")}
     with_teacher = {
         "teacher": ("teacher", "teacher"),
@@ -59,7 +60,7 @@ def _targets() -> dict[str, Variant]:
     }
     return (
         {"dmjd": Variant("dmjd")}
-        | {key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}) for key, (mim, vis) in by.items()}
+        | {key: Variant("dmjd", mean | {"mim_target": mim, "vis_target": vis}) for key, (mim, vis) in by.items()}
         | {
             key: Variant("dmjd", {"mim_target": mim, "vis_target": vis}, teacher="dmjd")
             for key, (mim, vis) in with_teacher.items()

@@ -45,6 +45,7 @@ import dmjd
 from dmjd.data.sources.registry import open_source
 from dmjd.data.sources.subset import SubsetSource
 from dmjd.engine.device import keep_freed_memory
+from dmjd.engine.loop import NonFiniteLoss
 from dmjd.files import write_text
 from dmjd.images.preprocess import Preprocess
 from dmjd.pretraining.bench import machine
@@ -293,8 +294,11 @@ class Study:
             if name in OURS:
                 config = self._config(name, steps, blr, seed, self.given.out / "runs" / file.stem)
                 model = make_model(OURS[name], config)
-                dmjd.pretrain(config, model=model)
-                found = self.probe(model.encoder)
+                try:
+                    dmjd.pretrain(config, model=model)
+                    found = self.probe(model.encoder)
+                except NonFiniteLoss:  # a rate that is too high
+                    found = dict.fromkeys(("knn", "linear"), 0.0)
             else:
                 peer = Peer(name, self.images, seed)
                 peer.steps(steps, blr)
@@ -312,10 +316,10 @@ class Study:
         """Base learning rate -> linear probe after a quarter of the length; one more if the best is at an edge."""
         tried = {blr: self.alone(name, 0.25, blr, SEARCH_SEED)["linear"] for blr in sorted(self.given.blrs)}
         best = max(tried, key=lambda blr: tried[blr])
-        if best in (min(tried), max(tried)):
-            beyond = best / 3 if best == min(tried) else best * 3
+        if len(tried) > 1 and best in (min(tried), max(tried)):
+            beyond = round(best / 3 if best == min(tried) else best * 3, 9)
             tried[beyond] = self.alone(name, 0.25, beyond, SEARCH_SEED)["linear"]
-        return tried
+        return dict(sorted(tried.items()))
 
     def run(self, sides: list[str]) -> dict[str, Any]:
         """Side -> its best rate and scores."""

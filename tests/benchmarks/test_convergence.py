@@ -89,7 +89,7 @@ def test_the_mean_of_blocks_that_are_normalized_over_the_image():
     assert found["vis"] is found["mim"]
 
 
-@pytest.mark.parametrize(("grid", "ratio"), [((8, 8), 0.85), ((5, 12), 0.75), ((2, 16), 0.8)])
+@pytest.mark.parametrize(("grid", "ratio"), [((8, 8), 0.85), ((5, 12), 0.75), ((2, 50), 0.6), ((3, 64), 0.5)])
 def test_windows_show_one_part_of_the_image_rolled_around_its_edges(grid, ratio):
     sampler = Windows(DisjointMasks(2, ratio, block_size=1))
     masks = sampler.draw(torch.arange(200), grid)

@@ -202,7 +202,7 @@ class PretrainConfig(Config):
         most=MAX_SIDE,
         length=(1, 2),
     )
-    ema_layers: int | None = option(None, "target ema: last blocks; default half", "method", ge=1, most=MAX_DEPTH)
+    ema_layers: int | None = option(None, "target ema: last N blocks; default half", "method", ge=1, most=MAX_DEPTH)
     ema_momentum: float = option(
         0.996, "target ema: initial momentum; rises to 1 over the run (wsd: the cooldown)", "method", ge=0, le=1
     )
@@ -390,9 +390,9 @@ class PretrainConfig(Config):
 
     @classmethod
     def from_former(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Names and defaults of version 0.1: ``disjoint`` instead of ``masks``, and the mean of blocks for ``ema``."""
+        """Former names, such as ``disjoint`` instead of ``masks``, and the form that the target ``ema`` had."""
         settings = super().from_former(values)
-        if settings:
+        if settings.get("recipe") == "adapt" or "ema" in map(settings.get, ("target", "mim_target", "vis_target")):
             settings.setdefault("ema_joined", False)
         if "disjoint" in settings:
             settings["masks"] = "disjoint" if settings.pop("disjoint") else "independent"

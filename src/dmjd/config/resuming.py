@@ -57,8 +57,6 @@ def resume_differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
             continue
         if field.name in ("block_size", "hog_cell") and _spelled_out(old, field.name) == _spelled_out(new, field.name):
             continue
-        if field.name == "ema_joined" and not before and "ema" not in old.branch_targets.values():
-            continue  # former versions knew no other, see PretrainConfig.from_former
         if field.name == "masks" and {before, after} == {"disjoint", "complementary"}:
             continue
         if field.name == "data" and None not in (before, after):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dmjd.config.checks import MAX_DEPTH, Bounds, check_bool, check_float, check_int
 from dmjd.encoders.base import Encoder
-from dmjd.targets.base import Target, TargetSettings, whitened_mean
+from dmjd.images.invalid import valid_tokens
+from dmjd.targets.base import WHITEN_EPS, Target, TargetSettings, whiten, whitened_mean
 
 MOMENTUM = 0.996
 
@@ -65,6 +66,7 @@ class EmaTarget(Target):
         if self.layers > encoder.depth:
             raise ValueError(f"ema_layers must be 1 to {encoder.depth}, the encoder's blocks, got {self.layers}")
         self.momentum, self.joined = settings.momentum, settings.joined
+        self._deviation: Tensor | None = None  # of the last images, if blocks are joined
         self.dim = encoder.embed_dim * (self.layers if self.joined else 1)
         self.copy = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.copy.set_grad_checkpointing(False)
@@ -75,11 +77,22 @@ class EmaTarget(Target):
         self.copy.eval()
         return self
 
-    @torch.no_grad()
     def forward(self, normalized: Tensor, raw: Tensor) -> Tensor:
         """[B, c, H, W] normalized -> [B, N, L * D], or [B, N, D] if the L blocks are not joined."""
+        return self._features(normalized, None)
+
+    def of_valid(self, normalized: Tensor, raw: Tensor, valid: Tensor) -> Tensor:
+        """:meth:`forward`; joined blocks are normalized over the tokens that are mostly valid, all others are zero."""
+        return self._features(normalized, valid_tokens(valid, self.copy.patch_size))
+
+    @torch.no_grad()
+    def _features(self, normalized: Tensor, valid: Tensor | None) -> Tensor:
         outputs = self.copy.block_outputs(normalized, self.layers)
-        return torch.cat([over_tokens(layer) for layer in outputs], dim=2) if self.joined else whitened_mean(outputs)
+        if not self.joined:
+            return whitened_mean(outputs)
+        # Seen before the normalization, which makes even the rounding errors of a collapsed encoder large.
+        self._deviation = feature_deviation(whiten(outputs[-1].float()))
+        return torch.cat([over_tokens(layer, valid) for layer in outputs], dim=2)
 
     def momentum_at(self, progress: float) -> float:
         """Momentum at ``progress`` of the run (0 to 1): from the initial one to 1 by half a cosine."""
@@ -95,7 +108,7 @@ class EmaTarget(Target):
 
     def scalars(self, features: Tensor) -> dict[str, Tensor]:
         """``target_std``: see :func:`feature_deviation`; 0 if every image has the same target."""
-        return {"target_std": feature_deviation(features)}
+        return {"target_std": feature_deviation(features) if self._deviation is None else self._deviation}
 
     def warning(self, scalars: Mapping[str, float]) -> str | None:
         """Warn of a collapse: the encoder gives every image the same features, so nothing is left to learn."""
@@ -109,9 +122,20 @@ class EmaTarget(Target):
         )
 
 
-def over_tokens(features: Tensor) -> Tensor:
-    """Features [B, N, D] in float32, each channel with zero mean and unit variance over the tokens of an image."""
-    return F.layer_norm(features.float().transpose(1, 2), features.shape[1:2]).transpose(1, 2)
+def over_tokens(features: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Features [B, N, D] in float32, each channel with zero mean and unit variance over the tokens of an image.
+
+    Only tokens that are ``valid`` ([B, N] bool; None: all) count; the others become zero.
+    """
+    features = features.float()
+    whole = F.layer_norm(features.transpose(1, 2), features.shape[1:2], eps=WHITEN_EPS).transpose(1, 2)
+    if valid is None:
+        return whole
+    weight = valid.unsqueeze(2) / valid.sum(dim=1).clamp(min=1).view(-1, 1, 1)  # B, N, 1
+    centered = features - (weight * features).sum(dim=1, keepdim=True)
+    variance = (weight * centered.square()).sum(dim=1, keepdim=True)
+    own = centered * torch.rsqrt(variance + WHITEN_EPS) * valid.unsqueeze(2)
+    return torch.where(valid.all(dim=1).view(-1, 1, 1), whole, own)
 
 
 def feature_deviation(features: Tensor) -> Tensor:
