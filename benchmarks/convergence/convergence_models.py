@@ -61,10 +61,10 @@ def make_model(variant: Variant, config: PretrainConfig) -> MaskedImageModel:
         return AgreeingModel(config, variant.agreement)
     if variant.instance_mean:
         return _of_instances(config)
-    if variant.windows:
-        return _of_windows(config)
     if not variant.misaligned:
-        return weight_colors(build_model(*begin_from(config)), variant.color_weight)
+        model = weight_colors(build_model(*begin_from(config)), variant.color_weight)
+        model.masks = Windows(model.masks) if variant.windows else model.masks
+        return model
     torch.manual_seed(config.seed)
     encoder, distillation = build_encoder(config), build_distillation(config)
     assert distillation is not None
@@ -87,11 +87,3 @@ def _of_instances(config: PretrainConfig) -> MaskedImageModel:
     if vis is not None and isinstance(vis.target, EmaSettings):
         vis = dataclasses.replace(vis, target=target)
     return MaskedImageModel(encoder, masks=build_masks(config), mim=mim, vis=vis)
-
-
-def _of_windows(config: PretrainConfig) -> MaskedImageModel:
-    """The model of a configuration, with :class:`Windows` for masks."""
-    torch.manual_seed(config.seed)
-    encoder = build_encoder(config)
-    mim, vis = build_reconstruction(config), build_distillation(config)
-    return MaskedImageModel(encoder, masks=Windows(build_masks(config)), mim=mim, vis=vis)

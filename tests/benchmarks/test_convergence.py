@@ -104,6 +104,12 @@ def test_windows_show_one_part_of_the_image_rolled_around_its_edges(grid, ratio)
     assert masks.mask.any(dim=0).float().mean() > 0.9
 
 
+def test_a_variant_trains_on_windows():
+    windows, plain = (variants_of("colors", False)[name] for name in ("windows", "hog_color"))
+    models = [make_model(each, config(each, "vit_lite")) for each in (windows, plain)]
+    assert [isinstance(model.masks, Windows) for model in models] == [True, False]
+
+
 def extent(occupied: torch.Tensor) -> int:
     """Length of the shortest stretch of a ring that holds all occupied places."""
     return min(int(occupied.roll(shift).nonzero()[-1]) + 1 for shift in range(len(occupied)))
