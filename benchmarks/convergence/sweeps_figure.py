@@ -1,4 +1,4 @@
-"""The figure of the sweeps in docs/evidence_details.md, from results of convergence.py.
+"""The figure of the sweeps in docs/evidence_paper.md, from results of convergence.py.
 
     python benchmarks/convergence/sweeps_figure.py \
       benchmarks/results/convergence_{ratio,views,targets}_vit_lite_2min.json --out docs/figures/sweeps.png

@@ -10,6 +10,7 @@ import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence"))
+import crossing_figure
 import halving
 import make_teacher
 import sharing_figure
@@ -298,6 +299,27 @@ def test_the_figure_of_shared_images_has_views_and_images(tmp_path, monkeypatch,
     assert views == [["64", "1"], ["64", "2, independent"], ["16", "4, disjoint"]]
     assert table[0].endswith("| 42.0 ± 2.8 |")
     assert figure.stat().st_size > 1000
+
+
+def test_the_share_of_an_image_follows_from_the_times_of_steps_and_more_views_are_compared_with_the_best_single_view():
+    runs = [run("one_view", seed, [score], 1) for seed, score in enumerate((0.40, 0.44))]
+    runs += [run("one_view_16", seed, [score], 1) for seed, score in enumerate((0.46, 0.48))]
+    runs += [
+        run("two_views_32", 0, [0.45], 1),
+        run("four_views_16", 0, [0.5], 1),
+        run("four_independent_16", 0, [0.9], 1),
+    ]
+    summary = summarize(runs, "one_view")
+    sizes = {"one_view": (1, 64), "one_view_16": (1, 16), "two_views_32": (2, 32), "four_views_16": (4, 16)}
+    seconds = {name: 0.05 + images * (0.004 + 0.001 * views) for name, (views, images) in sizes.items()}
+    result = {"set": "sharing", "settings": {"batch_size": 64}, "summary": summary, "seconds_per_step": seconds}
+    assert crossing_figure.sizes_of(result) == sizes  # independent views are another question
+    assert crossing_figure.once_share(result) == pytest.approx(64 * 0.004 / seconds["one_view"])
+    two, four = (crossing_figure.gain(result, views) for views in (2, 4))
+    assert (two.points, four.points) == pytest.approx((-2.0, 3.0))
+    assert four.error == pytest.approx(1.0)  # the standard error of two seeds, 46 and 48
+    lines = crossing_figure.table({"a": 0.6, "b": 0.2}, {"a": {2: two, 4: four}, "b": {2: two, 4: four}}).splitlines()
+    assert lines[2:] == ["| b | 20 % | -2.0 ± 1.0 | +3.0 ± 1.0 |", "| a | 60 % | -2.0 ± 1.0 | +3.0 ± 1.0 |"]
 
 
 def test_the_best_of_a_round_go_on():

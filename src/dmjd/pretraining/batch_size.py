@@ -42,7 +42,7 @@ def base_rate(config: PretrainConfig, batch_size: int) -> float:
 
     The learning rate of a step follows the square root of the batch, since neither optimizer's steps shrink with the
     gradient. Muon: 6e-3 * sqrt(256 / batch_size), near what was best for 16 to 512 images per step
-    (docs/evidence_details.md). AdamW: the paper's 6e-4, below its batch of 512 times sqrt(512 / batch_size).
+    (docs/evidence.md). AdamW: the paper's 6e-4, below its batch of 512 times sqrt(512 / batch_size).
     """
     if config.blr is not None:
         return config.blr
