@@ -3,11 +3,13 @@
 import json
 import shlex
 import tempfile
+import time
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from image_sets import Arrays
 from PIL import Image
 from support import TINY_FIELDS, metrics
 
@@ -27,13 +29,16 @@ from dmjd.pretraining.plan import command_of
 from dmjd.pretraining.plan_choices import (
     GOOD_STEPS,
     HIGH_EPOCHS,
+    MUCH_SHORTER,
     SMALLEST_BATCH,
     choose_batch,
     choose_model,
     choose_parts,
     choose_start,
+    choose_views,
     data_warnings,
     length_warnings,
+    more_views,
     time_warnings,
 )
 from dmjd.pretraining.plan_final import final_seconds
@@ -115,6 +120,22 @@ def test_the_batch_of_a_recipe_stays(images, cpu):
     choose_batch(choices, asked, seen(), images, cpu)
     assert choices.config(asked).batch_size == get_recipe("adapt")(init="weights").batch_size == 64
     assert choices.reasons["batch_size"].startswith("64: that of the recipe adapt")
+
+
+def test_more_views_of_fewer_images_are_tried_unless_the_batch_is_decided():
+    asked = PlanConfig(data="x", hours=1)
+    choices = chosen(5_000_000, seen(50_000, 32))
+    settings = more_views(choices, asked, 64)
+    assert settings == {"num_views": 4, "batch_size": 32}
+    assert more_views(choices, asked, 2 * SMALLEST_BATCH - 1) == {}
+    given = PlanConfig(data="x", hours=1, batch_size=64)
+    assert more_views(chosen(5_000_000, seen(), given), given, 64) == {}
+    weights = PlanConfig(data="x", hours=1, init="run")  # the recipe adapt has a batch of its own
+    assert more_views(choose_start(weights), weights, 64) == {}
+    choose_views(choices, settings, MUCH_SHORTER + 0.01)
+    assert (choices.config(asked).num_views, choices.config(asked).batch_size) == (2, 64)
+    choose_views(choices, settings, MUCH_SHORTER)
+    assert (choices.config(asked).num_views, choices.config(asked).batch_size) == (4, 32)
 
 
 def warned(images, view, **given):
@@ -341,6 +362,26 @@ def test_a_batch_that_is_made_smaller_is_measured_again(image_folder, quick, mon
     assert sizes[-1] < sizes[-2]
     assert f"--batch-size {sizes[-1]} " in found["command"]
     assert found["expected"]["seconds_per_step"] == pytest.approx(sizes[-1] / found["expected"]["images_per_s"])
+
+
+class Slow(Arrays):
+    """Images that take long to read."""
+
+    def stored(self, index):
+        time.sleep(0.005)
+        return super().stored(index)
+
+
+def test_images_that_take_most_of_a_step_to_read_are_seen_in_more_views(quick):
+    asked = PlanConfig(data="x", hours=1, device="cpu", num_workers=0)
+    choices, source = choose_start(asked), Slow(64, shapes=((40, 50), (50, 40)))
+    choices.settings |= SIZES | {"batch_size": 32}
+    measured = measure(choices.config(asked), source, 0.2)
+    shared = plan_module._measure_views(choices, asked, source, measured, 60.0)
+    assert (choices.settings["num_views"], shared.batch_size) == (4, 16)
+    assert shared.seconds < MUCH_SHORTER * measured.seconds
+    assert "of half as many images" in choices.reasons["num_views"]
+    assert "--batch-size 16 --num-views 4" in command_of(choices, asked, choices.config(asked, minutes=1.0))
 
 
 def test_an_image_size_alone_is_enough(image_folder, quick):

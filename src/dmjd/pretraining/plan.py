@@ -34,8 +34,10 @@ from dmjd.pretraining.plan_choices import (
     choose_model,
     choose_parts,
     choose_start,
+    choose_views,
     data_warnings,
     length_warnings,
+    more_views,
     time_warnings,
 )
 from dmjd.pretraining.plan_measures import Measured, measure
@@ -92,6 +94,7 @@ def plan(**settings: Any) -> dict[str, Any]:
             if choices.settings.get("batch_size", measured.batch_size) < measured.batch_size:
                 # Part of a step, such as that of Muon, takes the same time for a batch of any size.
                 measured = measure(choices.config(asked), source, MEASURE_SECONDS, budget)
+        measured = _measure_views(choices, asked, source, measured, budget)
         choose_parts(choices, measured.batch_size, measured.accumulate)
         unused = range_warning(source)
     training = _training_seconds(measured, asked.hours or 0)
@@ -135,6 +138,18 @@ def _choose_precision(
 
     whole = rate * budget * flops(reference.encoder, reference.img_size)
     return lambda encoder, size: whole / flops(encoder, size)
+
+
+def _measure_views(choices: Choices, asked: PlanConfig, source: Source, measured: Measured, budget: float) -> Measured:
+    """Try more views of fewer images; what was measured of the choice."""
+    settings = more_views(choices, asked, measured.batch_size)
+    if not settings or measured.accumulate > 1:
+        return measured
+    seconds = measure(choices.config(asked, **settings), source, PROBE_SECONDS).seconds
+    choose_views(choices, settings, seconds / measured.seconds)
+    return (
+        measure(choices.config(asked), source, MEASURE_SECONDS, budget) if "num_views" in choices.settings else measured
+    )
 
 
 def _expected_images(choices: Choices, asked: PlanConfig, reach: Reach) -> float:

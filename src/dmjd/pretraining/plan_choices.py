@@ -32,6 +32,9 @@ GOOD_STEPS, FEW_STEPS = 500, 300  # that a smaller batch is to reach; below the 
 
 SMALLEST_BATCH = 8
 
+MORE_VIEWS = 4  # of half as many images as the two of the recipes, where that makes a step much shorter
+
+MUCH_SHORTER = 0.7  # of the time; such steps spend most of it on what an image costs once for all views
 
 # settings of a run that a plan keeps if they are given
 GIVEN = (
@@ -137,6 +140,24 @@ def choose_batch(choices: Choices, asked: PlanConfig, seen: Overview, images: fl
     why = f"smaller than {whole}, for more steps" if size < whole else "the default for this set and device"
     choices.reasons["batch_size"] = f"{size}: {why}"
     choices.settings["batch_size"] = size
+
+
+def more_views(choices: Choices, asked: PlanConfig, batch_size: int) -> dict[str, int]:
+    """Settings for more views of fewer images per step; none if the batch is given, or the recipe's own, or small."""
+    fixed = asked.batch_size is not None or get_recipe(choices.recipe)().batch_size is not None
+    return {} if fixed or batch_size < 2 * SMALLEST_BATCH else {"num_views": MORE_VIEWS, "batch_size": batch_size // 2}
+
+
+def choose_views(choices: Choices, settings: Mapping[str, int], part: float) -> None:
+    """Take ``settings``, those of :func:`more_views`, if a step with them takes a small enough part of the time."""
+    if part > MUCH_SHORTER:
+        return
+    choices.settings |= settings
+    choices.reasons["num_views"] = (
+        f"{settings['num_views']}, of half as many images: such a step takes {part:.0%} of the time, because reading "
+        "an image, or its target, is most of it"
+    )
+    choices.reasons["batch_size"] = f"{settings['batch_size']}: see num views"
 
 
 def choose_parts(choices: Choices, batch_size: int, accumulate: int) -> None:

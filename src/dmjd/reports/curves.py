@@ -39,7 +39,11 @@ PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("drift_cosine", "drift_neighbors"),
     ),
     "images/s": ("Training speed.", ("images_per_s",)),
-    "data wait": ("Fraction of the time that training waits for images. Over 0.1: more --num-workers.", ("data_wait",)),
+    "data wait": (
+        "Fraction of the time that training waits for images. Over 0.1: more --num-workers, or more --num-views of "
+        "fewer images (--batch-size).",
+        ("data_wait",),
+    ),
     "memory": ("Peak memory in GB: of tensors on a GPU, of the process on a CPU.", ("memory_gb",)),
     "gradient norm": ("A sudden rise precedes divergence; --clip-grad limits it.", ("grad_norm",)),
 }
