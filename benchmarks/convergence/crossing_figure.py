@@ -1,8 +1,8 @@
 """From which share of a step, spent once per image, more views pay: what they gain over one view in equal time.
 
     cd benchmarks/results && python ../convergence/crossing_figure.py \
-      "CIFAR-10=convergence_sharing_0_vit_lite_2min.json" \
-      "a teacher=convergence_distill_views_vit16_4min.json" --out ../../docs/figures/crossing.png
+      "0.4=convergence_sharing_0.4_vit_lite_2min.json" \
+      "0.8=convergence_sharing_batches_vit_lite_4min.json" --out ../../docs/figures/crossing.png
 
 Reads results of ``convergence.py`` whose variants differ in views and images per step, each with a name. The share is
 that of a step with one view and the images of the baseline; it follows from the times of the steps. The gain is that of
@@ -27,7 +27,7 @@ VIEWS = (2, 4)
 
 
 class Gain(NamedTuple):
-    """What more views gain in points of linear probe, and its standard error."""
+    """What more views gain in points of linear probe, and its standard error (nan with one seed)."""
 
     points: float
     error: float
@@ -82,7 +82,7 @@ def gain(result: dict[str, Any], views: int) -> Gain:
         return row["held_out"]["linear"] | {"seeds": row["seeds"]}
 
     one, more = best(1), best(views)
-    error = math.hypot(*(score.get("std", 0.0) / math.sqrt(score["seeds"]) for score in (one, more)))
+    error = math.hypot(*(score.get("std", math.nan) / math.sqrt(score["seeds"]) for score in (one, more)))
     return Gain(100 * (more["mean"] - one["mean"]), 100 * error)
 
 
