@@ -101,10 +101,9 @@ def draw(shares: dict[str, float], gains: dict[str, dict[int, Gain]]) -> Figure:
             label=f"{views} views",
         )
     axes.axhline(0, color="black", linewidth=1)
-    top = max(each.points + each.error for of_name in gains.values() for each in of_name.values())
-    for name in names:
-        axes.annotate(name, (100 * shares[name], top), rotation=90, ha="center", va="bottom", fontsize=8)
+    axes.secondary_xaxis("top").set_xticks([100 * shares[name] for name in names], names, fontsize=8)
     axes.set(
+        xlim=(0, 100),
         xlabel="share of a step with one view that an image costs once, %",
         ylabel="points of linear probe over the best with one view",
     )

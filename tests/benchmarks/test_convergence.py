@@ -318,6 +318,8 @@ def test_the_share_of_an_image_follows_from_the_times_of_steps_and_more_views_ar
     assert four.error == pytest.approx(1.0)  # the standard error of two seeds, 46 and 48
     assert math.isnan(two.error)  # two_views_32 has one seed
     lines = crossing_figure.table({"a": 0.6, "b": 0.2}, {"a": {2: two, 4: four}, "b": {2: two, 4: four}}).splitlines()
+    axes = crossing_figure.draw({"a": 0.6}, {"a": {2: two, 4: four}}).axes[0]
+    assert [line.get_ydata()[0] for line, *_ in axes.containers] == pytest.approx([-2.0, 3.0])
     assert lines[2:] == ["| b | 20 % | -2.0 ± nan | +3.0 ± 1.0 |", "| a | 60 % | -2.0 ± nan | +3.0 ± 1.0 |"]
 
 
