@@ -40,8 +40,8 @@ PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "images/s": ("Training speed.", ("images_per_s",)),
     "data wait": (
-        "Fraction of the time that training waits for images. Over 0.1: more --num-workers, or more --num-views of "
-        "fewer images (--batch-size).",
+        "Fraction of the time that training waits for images. Over 0.1: more --num-workers. If it stays over 0.7, "
+        "more --num-views of fewer images (--batch-size) may learn more.",
         ("data_wait",),
     ),
     "memory": ("Peak memory in GB: of tensors on a GPU, of the process on a CPU.", ("memory_gb",)),
